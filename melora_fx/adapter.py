@@ -1,0 +1,131 @@
+"""Reading and switching the adapters of a rewritten model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import MELoRAConfig
+from .errors import MELoRAError
+from .rewritten import RewrittenModule, SiteRecord, base_forward, owner_of, rewritten_modules
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    """One rewritten site. Its tensors are the model's own, not copies.
+
+    N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split` (1 without).
+
+    Attributes:
+        weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`.
+        lora_a: (N, P·R, I/N).
+        lora_b: (N, O/N, R).
+        scaling: s_i, (N, 1, 1).
+        owner: the module that holds these tensors; `parameter` is the weight's name there.
+        module: the rewritten module whose graph computes the site, often the owner itself.
+    """
+
+    name: str
+    config: MELoRAConfig
+    pattern: str
+    lowering: str
+    in_features: int
+    out_features: int
+    weight_is_transposed: bool
+    weight: nn.Parameter
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    scaling: torch.Tensor
+    owner: nn.Module
+    parameter: str
+    module: RewrittenModule
+
+    @property
+    def code(self) -> str:
+        """The Python code of the graph that computes the site."""
+        return self.module.code
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the adapter holds beside the base: A, B and the scaling."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.lora_a, self.lora_b, self.scaling))
+
+
+def sites(model: nn.Module) -> dict[str, AdapterSite]:
+    """The rewritten sites of `model` by name, in the model's order; empty for a plain model."""
+    return {
+        record.site_name(path): make_site(path, module, record)
+        for path, module in rewritten_modules(model)
+        for record in module.melora_records
+    }
+
+
+def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> AdapterSite:
+    """The public view of one record of the rewritten module at `path`."""
+    owner = owner_of(module, record)
+    parameter = record.parameter.rpartition(".")[2]
+    weight = getattr(owner, parameter)
+    out_features, in_features = weight.shape
+    if record.weight_is_transposed:
+        out_features, in_features = in_features, out_features
+    return AdapterSite(
+        name=record.site_name(path),
+        config=record.config,
+        pattern=record.pattern,
+        lowering=record.lowering,
+        in_features=in_features,
+        out_features=out_features,
+        weight_is_transposed=record.weight_is_transposed,
+        weight=weight,
+        lora_a=getattr(owner, record.attribute("lora_a")),
+        lora_b=getattr(owner, record.attribute("lora_b")),
+        scaling=getattr(owner, record.attribute("lora_scaling")),
+        owner=owner,
+        parameter=parameter,
+        module=module,
+    )
+
+
+def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
+    """`sites(model)`, or MELoRAError where there are none."""
+    found = sites(model)
+    if not found:
+        raise MELoRAError(f"`{action}` needs a rewritten model, but this {type(model).__name__} has no adapter sites")
+    return found
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters, `<site>.lora_a` and `<site>.lora_b`: what an optimizer should be given."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name, site in sites(model).items():
+        parameters |= {f"{name}.lora_a": site.lora_a, f"{name}.lora_b": site.lora_b}
+    return parameters
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block `model` computes the base's outputs, bit for bit, whatever the adapters hold.
+
+    Compiled code stays valid: a first use compiles the base once, later uses reuse it.
+
+    Raises:
+        MELoRAError: for a model without sites.
+    """
+    require_sites(model, "disabled")
+    with running_base(model):
+        yield
+
+
+@contextmanager
+def running_base(model: nn.Module) -> Iterator[None]:
+    """Runs every rewritten module's base, through an instance attribute `forward`: compiled code guards that."""
+    switched = [module for _, module in rewritten_modules(model) if "forward" not in module.__dict__]
+    try:
+        for module in switched:
+            module.__dict__["forward"] = base_forward(module)
+        yield
+    finally:
+        for module in switched:
+            module.__dict__.pop("forward", None)

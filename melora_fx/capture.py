@@ -1,0 +1,344 @@
+"""Three ways to an FX graph; what they return is all that the matcher and the rewriter ever see.
+
+* a module: each module that owns a weight is traced on its own, its children left as calls;
+* a module with example inputs: the whole model through `torch.export`;
+* a GraphModule: its graph as it is, and the modules that the graph calls as above.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from .errors import MELoRAError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A graph and the module it stands for. `path` is the module's dotted name in the model; the root's is ""."""
+
+    path: str
+    module: nn.Module
+    graph: fx.Graph
+
+
+def join_path(*parts: str) -> str:
+    """Dotted name of the parts that are not empty."""
+    return ".".join(part for part in parts if part)
+
+
+# ---- module by module ------------------------------------------------------------------------------------------------
+
+
+class _OwnerTracer(fx.Tracer):
+    """Traces one module's own forward and leaves every child as a call."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
+    """One graph for each module of `model` that owns a matrix, and for each GraphModule.
+
+    Changes nothing. A module used in several places is captured once, under its first name.
+
+    Returns:
+        the captures in the order of `named_modules`, and for each matrix that could not be captured, its name and why.
+    """
+    captures: list[Capture] = []
+    refused: dict[str, str] = {}
+    templates: dict[Any, fx.Graph] = {}
+    for path, module in _called_modules(model):
+        if isinstance(module, fx.GraphModule):
+            captures.append(Capture(path, module, copy_graph(module.graph)))
+            continue
+        matrices = [name for name, value in module.named_parameters(recurse=False) if value.dim() in (2, 3)]
+        if not matrices:
+            continue
+        try:
+            captures.append(Capture(path, module, _trace(module, templates)))
+        except _UntraceableError as error:
+            refused.update((site_name(path, matrix), str(error)) for matrix in matrices)
+    return captures, refused
+
+
+def site_name(owner: str, parameter: str) -> str:
+    """Name of the site whose weight is `parameter` of the module at `owner`."""
+    return join_path(owner, "" if parameter == "weight" else parameter)
+
+
+class _UntraceableError(Exception):
+    """Why a module cannot be traced on its own."""
+
+
+def _called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by name; below a GraphModule only what its graph calls, since the rest merely holds."""
+    seen: set[int] = set()
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if isinstance(module, fx.GraphModule):
+            names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "call_module")
+            children = [(name, module.get_submodule(name)) for name in names]
+        else:
+            children = list(module.named_children())
+        pending.extend((join_path(path, name), child) for name, child in reversed(children))
+
+
+def _trace(module: nn.Module, templates: dict[Any, fx.Graph]) -> fx.Graph:
+    if "forward" in module.__dict__:
+        raise _UntraceableError(
+            "its `forward` was replaced on the instance (by a dispatch or offload hook), which would bypass the "
+            "adapter: remove the hook first"
+        )
+    key = _trace_key(module)
+    if key is None or key not in templates:
+        graph = _trace_forward(module)
+        if key is None:
+            return graph
+        templates[key] = graph
+    return copy_graph(templates[key])
+
+
+def _trace_key(module: nn.Module) -> Any:
+    """What a forward can depend on, for modules that hold parameters and plain values only; None for the others."""
+    if module._modules or module._buffers:
+        return None
+    values = {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
+    if not all(isinstance(value, int | float | str | None) for value in values.values()):
+        return None
+    parameters = tuple((name, value is None or value.shape) for name, value in module._parameters.items())
+    return type(module), parameters, tuple(sorted(values.items(), key=lambda item: item[0]))
+
+
+def _trace_forward(module: nn.Module) -> fx.Graph:
+    options = [
+        name
+        for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]
+        if parameter.default is None
+    ]
+    if options:
+        raise _UntraceableError(
+            f"a trace would decide for good whether {', '.join(map(repr, options))} is given: pass `example_inputs=`"
+        )
+    try:
+        graph = _OwnerTracer().trace(module)
+        other_mode = _trace_in_other_mode(module)
+    except Exception as error:  # a forward can raise anything when it is given proxies
+        raise _UntraceableError(
+            f"`{type(module).__name__}.forward` cannot be traced ({_first_line(error)}): pass `example_inputs=`"
+        ) from error
+    if str(graph) != str(other_mode):
+        raise _UntraceableError("its forward differs between train and eval mode: pass `example_inputs=`")
+    return graph
+
+
+def _trace_in_other_mode(module: nn.Module) -> fx.Graph:
+    module.training = not module.training
+    try:
+        return _OwnerTracer().trace(module)
+    finally:
+        module.training = not module.training
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A graph of its own with the same nodes, names, node metadata and code generation."""
+    copied = fx.Graph(tracer_cls=graph._tracer_cls)
+    output = copied.graph_copy(graph, {}, return_output_node=True)
+    assert isinstance(output, tuple), "a captured graph has an output node"
+    value, original = output
+    copied.output(value, type_expr=original.type).meta = copy.copy(original.meta)
+    copied.set_codegen(graph._codegen)
+    return copied
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]) -> fx.GraphModule:
+    """The whole model as one graph of ATen nodes that shares the model's parameters and buffers.
+
+    Every dimension that the model leaves free stays dynamic. Dropout follows `.train()` and `.eval()`; the mode of the
+    result is the model's. Changes nothing of the model.
+
+    Args:
+        model: the model to capture.
+        example_inputs: a dict of keyword arguments or a tuple of positional ones; a batch of one is doubled.
+
+    Raises:
+        TypeError: where `example_inputs` is neither.
+        MELoRAError: where `torch.export` fails; its own message is given.
+    """
+    args, kwargs = _as_arguments(example_inputs)
+    shapes = pytree.tree_map(_all_dynamic, kwargs or args)
+    with _without_cache(model):
+        program, error = _export_in_mode(model, True, args, kwargs, shapes)
+        if program is None:
+            program, _ = _export_in_mode(model, False, args, kwargs, shapes)
+    if program is None:
+        raise MELoRAError(f"torch.export cannot capture `{type(model).__name__}`: {error}") from error
+    graph_module = from_program(program)
+    graph_module.train(model.training)
+    if hasattr(model, "config"):
+        graph_module.config = model.config
+    return graph_module
+
+
+def from_program(program: ExportedProgram) -> fx.GraphModule:
+    """An exported program as a GraphModule that can be trained, copied and pickled.
+
+    `.train()` and `.eval()` work and reach dropout. The export's own guards cannot be pickled; in their place one hook
+    names an input that has another size than the export froze.
+    """
+    graph_module = program.module(check_guards=False)
+    graph_module._forward_pre_hooks.clear()
+    graph_module._forward_pre_hooks_with_kwargs.clear()
+    graph_module._forward_hooks.clear()
+    graph_module._forward_hooks_always_called.clear()
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    graph_module.__dict__["input_sizes"] = {node.name: _sizes(node.meta.get("val")) for node in placeholders}
+    graph_module.register_forward_pre_hook(_check_input_sizes, with_kwargs=True)
+    return follow_training_mode(graph_module)
+
+
+def _sizes(value: Any) -> tuple[int | None, ...] | None:
+    """The sizes of an input that the export froze, None for each dynamic one; None for what is not a tensor."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(size if isinstance(size, int) else None for size in value.shape)
+
+
+def _check_input_sizes(graph_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    sizes = graph_module.__dict__["input_sizes"]
+    for name, value in [*zip(sizes, args, strict=False), *kwargs.items()]:
+        frozen = sizes.get(name)
+        if frozen is None or not isinstance(value, torch.Tensor):
+            continue
+        fits = len(frozen) == value.dim() and all(
+            want in (None, got) for want, got in zip(frozen, value.shape, strict=True)
+        )
+        if not fits:
+            raise MELoRAError(
+                f"input `{name}` has shape {tuple(value.shape)}, but the capture is for "
+                f"({', '.join('any' if size is None else str(size) for size in frozen)}): "
+                "capture again with `example_inputs` of that shape"
+            )
+
+
+def follow_training_mode(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Replaces what an export froze about the mode (dropout, attention, batch norm) by modules that follow it."""
+    graph = copy_graph(graph_module.graph)
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target in _MODE_ARGUMENTS:
+            index, eval_value = _MODE_ARGUMENTS[node.target]
+            if len(node.args) <= index or node.args[index] == eval_value:
+                continue
+            name = f"{node.name}_by_mode"
+            graph_module.add_submodule(name, FollowsMode(str(node.target), index, node.args[index], eval_value))
+            with graph.inserting_before(node):
+                call = graph.call_module(name, node.args, node.kwargs)
+            call.meta = copy.copy(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+    graph_module.graph = graph
+    for name in ("train", "eval"):  # an exported module carries its own, which raise
+        graph_module.__dict__.pop(name, None)
+    return graph_module
+
+
+class FollowsMode(nn.Module):
+    """Calls an ATen operator with its argument `index` set by the training flag: `train_value` or `eval_value`."""
+
+    def __init__(self, operator: str, index: int, train_value: float, eval_value: float) -> None:
+        super().__init__()
+        self.operator, self.index, self.train_value, self.eval_value = operator, index, train_value, eval_value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _, packet, overload = self.operator.split(".")
+        value = self.train_value if self.training else self.eval_value
+        call = getattr(getattr(aten, packet), overload)
+        return call(*args[: self.index], value, *args[self.index + 1 :], **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.operator}, argument {self.index}: {self.train_value} in training, else {self.eval_value}"
+
+
+_MODE_ARGUMENTS = {
+    aten.dropout.default: (2, False),
+    aten.scaled_dot_product_attention.default: (4, 0.0),
+    aten.batch_norm.default: (5, False),
+}
+"""Operator → position of the argument that the mode decides, and its value in evaluation."""
+
+
+def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, tuple | list):
+        args, kwargs = tuple(example_inputs), {}
+    else:
+        kind = type(example_inputs).__name__
+        raise TypeError(f"`example_inputs` must be a dict of keyword or a tuple of positional arguments, got {kind}")
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    if tensors and all(tensor.size(0) == 1 for tensor in tensors):
+        args, kwargs = pytree.tree_map(_doubled, (args, kwargs))
+    return args, kwargs
+
+
+def _doubled(leaf: Any) -> Any:
+    return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+
+def _all_dynamic(leaf: Any) -> Any:
+    return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+
+
+def _export_in_mode(
+    model: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> tuple[ExportedProgram | None, Exception | None]:
+    """The program, or why there is none. The mode of every module is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
+    except Exception as error:  # the model's own forward can raise anything
+        return None, error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """`config.use_cache` off: a graph for training returns no key-value cache."""
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    if config is None or not use_cache:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = use_cache

@@ -1,0 +1,210 @@
+"""The dry run: which linears of a model `rewrite` would adapt, and why not the others. Changes nothing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from .capture import Capture, capture_modules, capture_whole, from_program, join_path, site_name
+from .config import MELoRAConfig
+from .patterns import LinearNode, find_linear_nodes, get_attribute
+from .targets import TargetSpec, is_classification_head, resolve_targets
+
+ExampleInputs = Mapping[str, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear of the model. `num_parameters`: trainable values that its adapter has, or would have."""
+
+    name: str
+    in_features: int
+    out_features: int
+    pattern: str
+    lowering: str
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """What `match` found. `str()` is a table.
+
+    Attributes:
+        sites: the linears that `rewrite` would adapt.
+        untargeted: the linears that `targets` does not ask for.
+        skipped: (name, reason) of each linear that cannot be adapted.
+    """
+
+    sites: tuple[LinearSite, ...]
+    untargeted: tuple[LinearSite, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("site", "in", "out", "pattern", "lowering", "parameters")]
+        rows += [_row(site, site.lowering, f"{site.num_parameters:,}") for site in self.sites]
+        rows += [_row(site, "-", "-") for site in self.untargeted]
+        total = sum(site.num_parameters for site in self.sites)
+        summary = f"{len(self.sites)} sites, {total:,} parameters; {len(self.untargeted)} untargeted (-)"
+        lines = [*_aligned(rows), "", f"{summary}, {len(self.skipped)} skipped"]
+        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def match(
+    model: nn.Module | ExportedProgram,
+    targets: TargetSpec,
+    config: MELoRAConfig = MELoRAConfig(),
+    *,
+    example_inputs: ExampleInputs | None = None,
+) -> MatchReport:
+    """What `rewrite` with the same arguments would do, without doing it.
+
+    Args:
+        model, targets, config, example_inputs: as in `rewrite`.
+
+    Raises:
+        ValueError, TypeError: for `targets` that match nothing or have no accepted form.
+        MELoRAError: where the model cannot be captured.
+    """
+    plan = make_plan(model, targets, config, example_inputs)
+    return MatchReport(
+        sites=tuple(planned.describe() for planned in plan.sites),
+        untargeted=tuple(planned.describe() for planned in plan.untargeted),
+        skipped=tuple((plan.refused | plan.misfits).items()),
+    )
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One weight and every node that multiplies by it. `parameter` is its path below the captured module."""
+
+    name: str
+    capture: Capture
+    parameter: str
+    nodes: tuple[LinearNode, ...]
+    weight: nn.Parameter
+    config: MELoRAConfig
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in_features, out_features)."""
+        out_features, in_features = self.weight.shape
+        return (out_features, in_features) if self.nodes[0].weight_is_transposed else (in_features, out_features)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the weight."""
+        return get_attribute(self.capture.module, self.parameter.rpartition(".")[0])
+
+    def describe(self) -> LinearSite:
+        """The public view of this site."""
+        in_features, out_features = self.shape
+        return LinearSite(
+            self.name, in_features, out_features, self._pattern, "plain", self.config.num_parameters(*self.shape)
+        )
+
+    @property
+    def _pattern(self) -> str:
+        kind = type(self.owner).__name__
+        is_module = kind in ("Linear", "Conv1D") and self.capture.module is self.owner
+        return kind if is_module else self.nodes[0].pattern
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `match` reports and `rewrite` applies.
+
+    `model`: the model that the sites belong to: the one given, or the whole-graph capture of it.
+    `refused`: linears that no configuration could adapt; `misfits`: those that this configuration cannot. Name → why.
+    """
+
+    model: nn.Module
+    sites: list[PlannedSite]
+    untargeted: list[PlannedSite]
+    refused: dict[str, str]
+    misfits: dict[str, str]
+
+
+def make_plan(
+    model: nn.Module | ExportedProgram, targets: TargetSpec, config: MELoRAConfig, example_inputs: ExampleInputs | None
+) -> Plan:
+    """Captures, matches and chooses; nothing of `model` is changed. Errors as in `match`."""
+    if not isinstance(config, MELoRAConfig):
+        raise TypeError(f"`config` must be a MELoRAConfig, got {config!r}")
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise TypeError(f"`model` must be an nn.Module or an ExportedProgram, got {type(model).__name__}")
+    captured = _captured(model, example_inputs)
+    captures, refused = capture_modules(captured)
+    found = _group_by_weight(captures, config)
+    outputs = _output_names(model, found)
+    owners = {name: planned.owner for name, planned in found.items()}
+    owners |= dict.fromkeys(refused, captured)
+    chosen = resolve_targets(targets, config, owners, outputs)
+    sites, untargeted, misfits = [], [], {}
+    for name, planned in found.items():
+        if name not in chosen:
+            untargeted.append(planned)
+        elif reason := chosen[name].misfit(*planned.shape):
+            misfits[name] = reason
+        else:
+            sites.append(_with_config(planned, chosen[name]))
+    refused = {name: reason for name, reason in refused.items() if name in chosen}
+    return Plan(captured, sites, untargeted, refused, misfits)
+
+
+def _captured(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None) -> nn.Module:
+    if isinstance(model, ExportedProgram):
+        return from_program(model)
+    if example_inputs is None or isinstance(model, fx.GraphModule):
+        return model
+    return capture_whole(model, example_inputs)
+
+
+def _group_by_weight(captures: list[Capture], config: MELoRAConfig) -> dict[str, PlannedSite]:
+    """Every linear of the captured graphs by name; a weight that several nodes multiply by is one site."""
+    found: dict[str, PlannedSite] = {}
+    for capture in captures:
+        groups: dict[str, list[LinearNode]] = {}
+        for linear in find_linear_nodes(capture.graph, capture.module):
+            groups.setdefault(linear.parameter, []).append(linear)
+        for parameter, nodes in groups.items():
+            owner, _, attribute = parameter.rpartition(".")
+            name = site_name(join_path(capture.path, owner), attribute)
+            weight = get_attribute(capture.module, parameter)
+            found[name] = PlannedSite(name, capture, parameter, tuple(nodes), weight, config)
+    return found
+
+
+def _with_config(planned: PlannedSite, config: MELoRAConfig) -> PlannedSite:
+    return PlannedSite(planned.name, planned.capture, planned.parameter, planned.nodes, planned.weight, config)
+
+
+def _output_names(model: nn.Module | ExportedProgram, found: dict[str, PlannedSite]) -> frozenset[str]:
+    """What "all-linear" leaves out: output embeddings, by the model's own word where it has one, and heads."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    embeddings = get_output_embeddings() if callable(get_output_embeddings) else None
+    weight = getattr(embeddings, "weight", None)
+    return frozenset(
+        name
+        for name, planned in found.items()
+        if planned.weight is weight or name.split(".")[-1] == "lm_head" or is_classification_head(name)
+    )
+
+
+def _row(site: LinearSite, lowering: str, num_parameters: str) -> tuple[str, ...]:
+    return site.name, str(site.in_features), str(site.out_features), site.pattern, lowering, num_parameters
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows as lines of equal columns: the first and the words to the left, the numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = (1, 2, 5)
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

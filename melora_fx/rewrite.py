@@ -1,0 +1,238 @@
+"""Rewrites the linear nodes of a model into frozen base + MELoRA subgraphs.
+
+    y = x Wᵀ + b  ⟶  y = x Wᵀ + b + concat_i( x_i A_iᵀ (s_i B_i)ᵀ )
+
+x_i is the i-th of N equal slices of the input, A_i (R, I/N), B_i (O/N, R). All blocks are one batched product: x as
+(N, T, I/N), A as (N, R, I/N), B as (N, O/N, R). With `split` into P parts, A is (N, P·R, I/N), part p uses its own R
+rows of it, and B's rows of one block are the rows of the parts in turn.
+
+I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from .capture import Capture
+from .config import MELoRAConfig
+from .errors import MELoRAError
+from .match import ExampleInputs, PlannedSite, make_plan
+from .patterns import LinearNode
+from .rewritten import SITE_TAG, SiteRecord, install, refuse_rewritten, unwrap
+from .targets import TargetSpec, name_matches, nearest
+
+aten = torch.ops.aten
+
+STATE = "melora_state"
+"""Attribute of a rewritten model's root: what `fold` and `save_adapter` must know beside the sites."""
+
+
+@dataclass
+class RewriteState:
+    """`requires_grad`: of every base parameter before `rewrite`. `kept`: names of the modules kept trainable."""
+
+    requires_grad: dict[str, bool]
+    kept: tuple[str, ...]
+
+
+def rewrite(
+    model: nn.Module | ExportedProgram,
+    targets: TargetSpec,
+    config: MELoRAConfig = MELoRAConfig(),
+    *,
+    example_inputs: ExampleInputs | None = None,
+    keep_trainable: str | Sequence[str] = (),
+) -> nn.Module:
+    """The model with an adapter beside each linear that `targets` names, and everything else frozen.
+
+    The output is at first that of the base, bit for bit. Errors come before anything is changed.
+
+    Args:
+        model: an nn.Module is changed in place and returned; an ExportedProgram gives a GraphModule.
+        targets: a name or list of names; an ordered mapping of name to MELoRAConfig, or to None to leave a linear
+            alone (first match wins); or a callable (name, module) -> bool. A name matches a site when equal to it or
+            to its dotted suffix; with `* ? [` it is a glob on the whole name; after `re:` a regular expression for the
+            whole name; "all-linear" is every linear but output embeddings and classification heads.
+        config: the adapter's configuration, where `targets` gives none of its own.
+        example_inputs: captures the whole model by `torch.export` and returns a GraphModule that shares the model's
+            parameters: a dict of keyword arguments or a tuple of positional ones; batch and sequence stay dynamic.
+        keep_trainable: names, as in `targets`, of modules that stay trainable and are saved with the adapter.
+
+    Raises:
+        ValueError, TypeError: for a name that matches nothing, or features that the blocks do not divide.
+        MELoRAError: for a model already rewritten or compiled, one that cannot be captured, or a named linear that
+            cannot be adapted.
+    """
+    if isinstance(model, nn.Module):
+        if unwrap(model) is not model:
+            raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
+        refuse_rewritten(model)
+    plan = make_plan(model, targets, config, example_inputs)
+    if plan.misfits:
+        raise ValueError("\n".join(f"`{name}`: {reason}" for name, reason in plan.misfits.items()))
+    if plan.refused:
+        raise MELoRAError("\n".join(f"`{name}` cannot be adapted: {reason}" for name, reason in plan.refused.items()))
+    rewritten = plan.model
+    kept = _kept_modules(rewritten, keep_trainable)
+    parameters = rewritten.named_parameters(remove_duplicate=False)
+    state = RewriteState({name: parameter.requires_grad for name, parameter in parameters}, kept)
+    rewritten.requires_grad_(False)
+    for name in kept:
+        rewritten.get_submodule(name).requires_grad_(True)
+    for capture, sites in _by_capture(plan.sites):
+        install(capture.module, capture.graph, [_insert_site(capture, site) for site in sites])
+    rewritten.__dict__[STATE] = state
+    return rewritten
+
+
+def _by_capture(sites: list[PlannedSite]) -> list[tuple[Capture, list[PlannedSite]]]:
+    groups: dict[int, tuple[Capture, list[PlannedSite]]] = {}
+    for site in sites:
+        groups.setdefault(id(site.capture), (site.capture, []))[1].append(site)
+    return list(groups.values())
+
+
+def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+    kept: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [name for name in names if name_matches(pattern, name)]
+        if not hits:
+            raise ValueError(f"`keep_trainable`: {pattern!r} matches no module; nearest: {nearest(pattern, names)}")
+        kept.update(dict.fromkeys(hits))
+    return tuple(name for name in kept if not any(name.startswith(f"{other}.") for other in kept))
+
+
+def _insert_site(capture: Capture, site: PlannedSite) -> SiteRecord:
+    """Adds the adapter's tensors to the weight's owner and its nodes to the graph."""
+    record = SiteRecord(
+        site.parameter, site.config, site.describe().pattern, site.nodes[0].weight_is_transposed, lowering="plain"
+    )
+    _add_tensors(site, record)
+    for linear in site.nodes:
+        _AdapterNodes(capture.graph, linear, record, site).insert()
+    return record
+
+
+def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
+    config, owner = site.config, site.owner
+    lora_a, lora_b = new_adapter(config, *site.shape, device=site.weight.device, dtype=adapter_dtype(site.weight))
+    owner.register_parameter(record.attribute("lora_a"), nn.Parameter(lora_a))
+    owner.register_parameter(record.attribute("lora_b"), nn.Parameter(lora_b))
+    scaling = torch.tensor(config.scalings, device=lora_b.device, dtype=lora_b.dtype).view(-1, 1, 1)
+    owner.register_buffer(record.attribute("lora_scaling"), scaling, persistent=False)
+    if config.dropout:
+        owner.add_module(record.attribute("lora_dropout"), nn.Dropout(config.dropout).train(owner.training))
+
+
+def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
+    """float32, or float64 beside a float64 weight."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def new_adapter(
+    config: MELoRAConfig, in_features: int, out_features: int, *, device: Any = None, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A fresh adapter: lora_a (N, P·R, I/N), initialised, and lora_b (N, O/N, R), zero. Padding of small ranks is zero.
+
+    R is the largest of the block ranks, P the number of parts of `split`.
+    """
+    num_blocks, rank, num_parts = config.num_blocks, max(config.ranks), len(config.parts(out_features))
+    lora_a = torch.zeros(num_blocks, num_parts, rank, in_features // num_blocks, device=device, dtype=dtype)
+    for block, block_rank in enumerate(config.ranks):
+        rows = lora_a[block, :, :block_rank]
+        if config.init == "gaussian":
+            nn.init.normal_(rows, std=1 / block_rank)
+        else:
+            bound = 1 / math.sqrt(in_features // num_blocks)
+            nn.init.uniform_(rows, -bound, bound)
+    lora_b = torch.zeros(num_blocks, out_features // num_blocks, rank, device=device, dtype=dtype)
+    return lora_a.flatten(1, 2), lora_b
+
+
+class _AdapterNodes:
+    """Inserts one adapter behind one linear node; every inserted node carries the site's tag."""
+
+    def __init__(self, graph: fx.Graph, linear: LinearNode, record: SiteRecord, site: PlannedSite) -> None:
+        self.graph, self.linear, self.record, self.config = graph, linear, record, site.config
+        self.in_features, self.out_features = site.shape
+        self.casts = site.weight.dtype != adapter_dtype(site.weight)
+
+    def insert(self) -> None:
+        base = self.linear.node
+        with self.graph.inserting_after(base):
+            anchor = self._call("anchor", aten.alias.default, base)  # what the base's users use until the sum is there
+        base.replace_all_uses_with(anchor, delete_user_cb=lambda user: user is not anchor)
+        with self.graph.inserting_before(anchor):
+            total = self._call("adapted", aten.add.Tensor, base, self._delta(base))
+        anchor.replace_all_uses_with(total)
+        self.graph.erase_node(anchor)
+        total.meta = {**base.meta, **total.meta}
+
+    def _delta(self, base: fx.Node) -> fx.Node:
+        """The adapter's output, of the base output's shape and dtype."""
+        lora_a, lora_b, scaling = (self._get(kind) for kind in ("lora_a", "lora_b", "lora_scaling"))
+        blocks = self._blocks(lora_a)
+        hidden = self._call("hidden", aten.bmm.default, blocks, self._swapped(lora_a, 1, 2))
+        scaled = self._call("scaled_b", aten.mul.Tensor, lora_b, scaling)
+        delta = self._join_blocks([self._part(hidden, scaled, *part) for part in self._parts()])
+        if self.linear.input_is_transposed:
+            delta = self._swapped(delta, 0, 1)
+        else:
+            delta = self._call("delta", aten.reshape_as.default, delta, base)
+        return self._call("delta", aten.type_as.default, delta, base) if self.casts else delta
+
+    def _blocks(self, lora_a: fx.Node) -> fx.Node:
+        """The input as (N, T, I/N)."""
+        value = self.linear.input
+        if self.config.dropout:
+            value = self._tagged(self.graph.call_module(self.record.path("lora_dropout"), (value,)))
+        if self.casts:
+            value = self._call("wide_input", aten.type_as.default, value, lora_a)
+        if self.linear.input_is_transposed:
+            value = self._swapped(value, 0, 1)
+        shape = [-1, self.config.num_blocks, self.in_features // self.config.num_blocks]
+        return self._swapped(self._call("input_blocks", aten.reshape.default, value, shape), 0, 1)
+
+    def _parts(self) -> list[tuple[int, int, int]]:
+        """(index, first row in a block of B, number of rows) of each part."""
+        sizes = [size // self.config.num_blocks for size in self.config.parts(self.out_features)]
+        return [(index, sum(sizes[:index]), size) for index, size in enumerate(sizes)]
+
+    def _part(self, hidden: fx.Node, scaled: fx.Node, index: int, start: int, size: int) -> fx.Node:
+        """One part's output as (T, N, size)."""
+        if self.config.split is not None:
+            rank = max(self.config.ranks)
+            hidden = self._call("hidden", aten.narrow.default, hidden, 2, index * rank, rank)
+            scaled = self._call("scaled_b", aten.narrow.default, scaled, 1, start, size)
+        output = self._call("delta_blocks", aten.bmm.default, hidden, self._swapped(scaled, 1, 2))
+        return self._swapped(output, 0, 1)
+
+    def _join_blocks(self, parts: list[fx.Node]) -> fx.Node:
+        """The parts side by side as (T, O); a single part stays (T, N, O/N) unless the shape is needed."""
+        if len(parts) == 1 and not self.linear.input_is_transposed:
+            return parts[0]
+        flat = [
+            self._call("part", aten.reshape.default, part, [-1, size])
+            for part, size in zip(parts, self.config.parts(self.out_features), strict=True)
+        ]
+        return flat[0] if len(flat) == 1 else self._call("delta", aten.cat.default, flat, 1)
+
+    def _swapped(self, value: fx.Node, first: int, second: int) -> fx.Node:
+        return self._call(f"{value.name}_t", aten.transpose.int, value, first, second)
+
+    def _call(self, name: str, operator: Any, *args: Any) -> fx.Node:
+        return self._tagged(self.graph.call_function(operator, args, name=name))
+
+    def _get(self, kind: str) -> fx.Node:
+        return self._tagged(self.graph.get_attr(self.record.path(kind)))
+
+    def _tagged(self, node: fx.Node) -> fx.Node:
+        node.meta[SITE_TAG] = self.record.parameter
+        return node

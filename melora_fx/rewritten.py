@@ -1,0 +1,204 @@
+"""A module that runs a rewritten graph, and remembers what its sites are.
+
+The module keeps its identity: its class is exchanged for a subclass that is also a `torch.fx.GraphModule`, as
+`torch.nn.utils.parametrize` and FSDP2 do, so parameters, hooks, attributes, `isinstance` and whoever else holds the
+module go on as before, and `uninstall` gives the class back. GraphModule's own copying and pickling drop attributes,
+metadata and hooks (they rebuild the module from its code); here both keep everything.
+"""
+
+import copy
+import io
+import pickle
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import fx, nn
+
+from .capture import copy_graph, join_path, site_name
+from .config import MELoRAConfig
+from .errors import MELoRAError
+from .patterns import get_attribute
+
+SITE_TAG = "melora_site"
+"""Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
+
+
+@dataclass
+class SiteRecord:
+    """What a site is, as its rewritten module keeps it. `parameter`: path of the weight below that module."""
+
+    parameter: str
+    config: MELoRAConfig
+    pattern: str
+    weight_is_transposed: bool
+    lowering: str
+
+    @property
+    def owner_path(self) -> str:
+        """Path of the module that holds the weight, below the rewritten module."""
+        return self.parameter.rpartition(".")[0]
+
+    def attribute(self, kind: str) -> str:
+        """Name, on the weight's owner, of "lora_a", "lora_b", "lora_scaling" or "lora_dropout"."""
+        parameter = self.parameter.rpartition(".")[2]
+        return kind if parameter == "weight" else f"{parameter}_{kind}"
+
+    def path(self, kind: str) -> str:
+        """The same as a path below the rewritten module."""
+        return join_path(self.owner_path, self.attribute(kind))
+
+    def site_name(self, module_path: str) -> str:
+        """Name of the site in a model that has the rewritten module at `module_path`."""
+        return site_name(join_path(module_path, self.owner_path), self.parameter.rpartition(".")[2])
+
+
+class RewrittenModule(fx.GraphModule):
+    """The GraphModule half of a module that `install` has changed."""
+
+    melora_records: list[SiteRecord]
+    restored_class: ClassVar[type]
+    base_code: ClassVar[str] = ""
+    base_function: ClassVar[Callable[..., Any]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenModule":
+        copied = _blank(_restored_class(self))
+        memo[id(self)] = copied
+        shared = ("_graph", "_in_spec", "_out_spec")
+        state = {key: value for key, value in self.__dict__.items() if key not in shared}
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        copied.graph = copy_graph(self.graph)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_in_spec", "_out_spec")}
+        return _blank, (_restored_class(self),), state | {"_graph": _dump_graph(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        graph = _load_graph(state.pop("_graph"))
+        super().__setstate__(state)
+        self.graph = graph
+
+
+def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord]) -> RewrittenModule:
+    """Makes `module` run `graph` from now on; the same object comes back."""
+    defaults = vars(fx.GraphModule(nn.Module(), fx.Graph()))
+    module.__dict__.update({key: value for key, value in defaults.items() if key not in module.__dict__})
+    module.__class__ = _rewritten_class(_restored_class(module))
+    assert isinstance(module, RewrittenModule)
+    module.melora_records = records
+    module.graph = graph
+    return module
+
+
+def uninstall(module: RewrittenModule) -> None:
+    """Gives `module` its class back. A module that was a GraphModule keeps its graph without the adapters."""
+    graph = without_adapters(module.graph)
+    original = _restored_class(module)
+    plain = fx.GraphModule(nn.Module(), fx.Graph())
+    del module.__dict__["melora_records"]
+    if original is fx.GraphModule:
+        module.__class__ = cast("type[RewrittenModule]", type(plain))
+        module.graph = graph
+        return
+    for key in [*(vars(plain).keys() - vars(nn.Module()).keys()), "_in_spec", "_out_spec"]:
+        module.__dict__.pop(key, None)
+    module.__class__ = cast("type[RewrittenModule]", original)
+
+
+def rewritten_modules(model: nn.Module) -> Iterator[tuple[str, RewrittenModule]]:
+    """Every rewritten module of `model` with its path."""
+    for path, module in unwrap(model).named_modules():
+        if isinstance(module, RewrittenModule):
+            yield path, module
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a `torch.compile` wrapper, or `model` itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def without_adapters(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` in which every adapter's output is its base output again, and no adapter node is left."""
+    graph = copy_graph(graph)
+    for node in reversed(list(graph.nodes)):
+        if SITE_TAG not in node.meta:
+            continue
+        if node.users:  # the sum of base and adapter is the one inserted node that other nodes use
+            node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    return graph
+
+
+def base_forward(module: RewrittenModule) -> Callable[..., Any]:
+    """The forward of `module` without its adapters; the same function each time, so that compiled code stays valid."""
+    cls = type(module)
+    if cls.base_code != module.code:
+        base = fx.GraphModule(module, without_adapters(module.graph))
+        cls.base_function, cls.base_code = type(base).forward, module.code
+    return types.MethodType(cls.base_function, module)
+
+
+def owner_of(module: RewrittenModule, record: SiteRecord) -> nn.Module:
+    """The module that holds the weight of `record`."""
+    return get_attribute(module, record.owner_path)
+
+
+def refuse_rewritten(model: nn.Module) -> None:
+    """Raises MELoRAError where `model` has been rewritten."""
+    names = [path or type(module).__name__ for path, module in rewritten_modules(model)]
+    if names:
+        raise MELoRAError(
+            f"the model is already rewritten ({len(names)} modules, the first `{names[0]}`): `fold` it first, or "
+            "`load_adapter` to change the adapter's values"
+        )
+
+
+def _rewritten_class(original: type) -> type:
+    bases = (RewrittenModule,) if original is fx.GraphModule else (RewrittenModule, original)
+    return type(f"MELoRA{original.__name__}", bases, {"restored_class": original})
+
+
+def _restored_class(module: nn.Module) -> type:
+    """The class that `module` had, or has, when it is not rewritten; GraphModule for all its per-instance classes."""
+    if isinstance(module, RewrittenModule):
+        return module.restored_class
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
+
+
+def _blank(original: type) -> Any:
+    cls: Any = _rewritten_class(original)
+    return object.__new__(cls)
+
+
+class _GraphPickler(pickle.Pickler):
+    """Pickles ATen operators, which have no pickling of their own, by name."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch._ops.OpOverload):
+            return _resolve_operator, (obj._schema.name, obj._overloadname)
+        return NotImplemented
+
+
+def _resolve_operator(name: str, overload: str) -> Any:
+    namespace, _, packet = name.partition("::")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+
+def _dump_graph(graph: fx.Graph) -> bytes:
+    graph = copy_graph(graph)
+    for node in graph.nodes:  # example values and stack traces of the export cannot all be pickled
+        node.meta = {SITE_TAG: node.meta[SITE_TAG]} if SITE_TAG in node.meta else {}
+    buffer = io.BytesIO()
+    _GraphPickler(buffer).dump(graph)
+    return buffer.getvalue()
+
+
+def _load_graph(dumped: bytes) -> fx.Graph:
+    with warnings.catch_warnings():  # torch warns of its own deprecated class when a tree specification is restored
+        warnings.simplefilter("ignore", FutureWarning)
+        return pickle.loads(dumped)
