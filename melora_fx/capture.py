@@ -186,9 +186,9 @@ def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence
         TypeError: where `example_inputs` is neither.
         MELoRAError: where `torch.export` fails; its own message is given.
     """
-    args, kwargs = _as_arguments(example_inputs)
-    shapes = pytree.tree_map(_all_dynamic, kwargs or args)
-    with _without_cache(model):
+    args, kwargs = as_arguments(example_inputs)
+    shapes = pytree.tree_map(all_dynamic, kwargs or args)
+    with without_cache(model):
         program, error = _export_in_mode(model, True, args, kwargs, shapes)
         if program is None:
             program, _ = _export_in_mode(model, False, args, kwargs, shapes)
@@ -292,7 +292,8 @@ _MODE_ARGUMENTS = {
 """Operator → position of the argument that the mode decides, and its value in evaluation."""
 
 
-def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`example_inputs` as positional and keyword arguments; a batch of one is doubled, since it would be frozen."""
     if isinstance(example_inputs, Mapping):
         args, kwargs = (), dict(example_inputs)
     elif isinstance(example_inputs, tuple | list):
@@ -310,31 +311,40 @@ def _doubled(leaf: Any) -> Any:
     return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
 
 
-def _all_dynamic(leaf: Any) -> Any:
+def all_dynamic(leaf: Any) -> Any:
+    """The `dynamic_shapes` entry of one input that leaves every dimension to the export."""
     return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
 
 
 def _export_in_mode(
     model: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> tuple[ExportedProgram | None, Exception | None]:
-    """The program, or why there is none. The mode of every module is put back afterwards."""
+    """The program, or why there is none."""
+    with in_mode(model, training=training):
+        try:
+            return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
+        except Exception as error:  # the model's own forward can raise anything
+            return None, error
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in train or eval mode; afterwards every module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
-        return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
-    except Exception as error:  # the model's own forward can raise anything
-        return None, error
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """`config.use_cache` off: a graph for training returns no key-value cache."""
-    config = getattr(model, "config", None)
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """`config.use_cache` off: the graph returns no key-value cache."""
+    config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    if config is None or not use_cache:
+    if not use_cache:
         yield
         return
     config.use_cache = False

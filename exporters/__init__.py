@@ -1,0 +1,17 @@
+"""exporters: what leaves torch: ONNX graphs, the runners that compute them, and what they cost."""
+
+from .compare import Comparison, Latency, LatencyTable, compare, measure_latency
+from .export import ExportReport, export_onnx
+from .runners import OrtRunner, TorchRunner
+
+__all__ = [
+    "Comparison",
+    "ExportReport",
+    "Latency",
+    "LatencyTable",
+    "OrtRunner",
+    "TorchRunner",
+    "compare",
+    "export_onnx",
+    "measure_latency",
+]

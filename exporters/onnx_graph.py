@@ -1,0 +1,151 @@
+"""From a torch module to an `onnx_ir.Model`: Hugging Face models by transformers' exporter, all others by torch's.
+
+The graph's inputs, outputs and dynamic axes get the names that a user of the model expects.
+"""
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx_ir
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from melora_fx import MELoRAError
+from melora_fx.capture import all_dynamic, in_mode, without_cache
+
+
+def build_graph(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> onnx_ir.Model:
+    """The ONNX graph of `model` in evaluation mode, without a key-value cache, every free dimension dynamic.
+
+    Weights are not copied: the graph refers to the model's own tensors until it is saved.
+
+    Args:
+        model: the model.
+        inputs: keyword arguments of the model.
+        opset: ONNX operator set; None leaves the exporter's default.
+
+    Raises:
+        MELoRAError: where the exporter fails; its own message is given.
+    """
+    with in_mode(model, training=False), without_cache(model), torch.no_grad():
+        outputs = named_outputs(model(**inputs))
+        try:
+            with _quiet():
+                graph_model = _export(model, inputs, opset)
+        except Exception as error:  # exporters raise many kinds
+            raise MELoRAError(
+                f"`{type(model).__name__}` cannot be exported: {type(error).__name__}: {error}"
+            ) from error
+    graph = graph_model.graph
+    if len(graph.outputs) != len(outputs):
+        raise MELoRAError(
+            f"the export has {len(graph.outputs)} outputs, the model {len(outputs)}: {', '.join(outputs)}"
+        )
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        value.name = name
+    _name_axes(graph, inputs)
+    return graph_model
+
+
+def _export(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> onnx_ir.Model:
+    shapes = pytree.tree_map(all_dynamic, inputs)
+    if isinstance(model, PreTrainedModel):
+        from transformers.exporters import OnnxConfig, OnnxExporter  # heavy: only where it is used
+
+        config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
+        return OnnxExporter().export(model, dict(inputs), config).program
+    program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
+    exported = torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=[*inputs], verbose=False)
+    assert exported is not None
+    return exported.model
+
+
+def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model's output by name: its fields' names, else `output` or `output_0`, `output_1`, …"""
+    if isinstance(outputs, torch.Tensor):
+        return {"output": outputs}
+    named = {}
+    for path, leaf in pytree.tree_flatten_with_path(_plain(outputs))[0]:
+        if isinstance(leaf, torch.Tensor):
+            keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+            named["_".join(keys if not keys[0].isdigit() else ["output", *keys])] = leaf
+    return named
+
+
+def _plain(outputs: Any) -> Any:
+    """Hugging Face outputs as dicts, without their empty fields."""
+    return {k: v for k, v in outputs.items() if v is not None} if isinstance(outputs, Mapping) else outputs
+
+
+def _name_axes(graph: onnx_ir.Graph, examples: dict[str, Any]) -> None:
+    """Renames the symbols of dynamic axes, in every shape of the graph: `batch` for axis 0, `sequence` for axis 1.
+
+    Where axis 1 has several sizes in the examples, the later ones take the input's name as prefix.
+    """
+    names: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    for value in graph.inputs:
+        example = examples.get(value.name or "")
+        for axis, size in enumerate(value.shape or ()):
+            if (
+                isinstance(size, int)
+                or example is None
+                or not (size.value or "1").isidentifier()
+                or size.value in names
+            ):
+                continue
+            name = ("batch", "sequence")[axis] if axis < 2 else f"axis_{axis}"
+            if taken.setdefault(name, example.size(axis)) != example.size(axis):
+                name = f"{value.name}_{name}"
+            names[str(size.value)] = name
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([_renamed(size, names) for size in value.shape])
+
+
+def _values(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
+    yield from graph.inputs
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def _renamed(size: int | onnx_ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    if size.value.isdigit():  # the exporter writes an axis that the model has fixed as a symbol called "12"
+        return int(size.value)
+    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(size.value))
+
+
+def count_ops(graph_model: onnx_ir.Model) -> dict[str, int]:
+    """Number of nodes of each operator type, subgraphs included, most frequent first."""
+    return dict(Counter(node.op_type for node in graph_model.graph.all_nodes()).most_common())
+
+
+def axes_of(value: onnx_ir.Value) -> tuple[int | str, ...]:
+    """Size of each axis of a graph input or output: a number, or the name of a dynamic axis."""
+    return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporters' progress, notices and deprecations from the user; errors are raised, not logged."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers.exporters", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
