@@ -122,6 +122,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def class_name(model: nn.Module) -> str:
+    """Name of the class that `model` has when it is not rewritten."""
+    return _restored_class(unwrap(model)).__name__
+
+
 def without_adapters(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` in which every adapter's output is its base output again, and no adapter node is left."""
     graph = copy_graph(graph)

@@ -25,7 +25,7 @@ from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
 from .rewrite import STATE, rewrite
-from .rewritten import unwrap
+from .rewritten import class_name, unwrap
 from .targets import nearest
 
 FORMAT_VERSION = 1
@@ -44,6 +44,7 @@ class Adapter:
         configs: configuration of each site.
         fingerprints: of each site's base weight; a site without one is not checked.
         kept: names of the modules that were kept trainable.
+        model: class of the model that it was trained in and its number of labels, as far as known.
         tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
     """
 
@@ -51,6 +52,7 @@ class Adapter:
     configs: dict[str, MELoRAConfig]
     fingerprints: dict[str, dict[str, Any]]
     kept: tuple[str, ...]
+    model: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(repr=False)
 
     def kept_tensors(self) -> dict[str, torch.Tensor]:
@@ -84,6 +86,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             for name, site in found.items()
         },
         "kept": list(kept),
+        "model": {
+            "class": class_name(model),
+            "num_labels": getattr(getattr(model, "config", None), "num_labels", None),
+        },
     }
     text = json.dumps(header, indent=2)
     try:
@@ -132,7 +138,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
             raise MELoRAError(f"`{path}` has format_version {version}; this melora_fx reads up to {FORMAT_VERSION}")
         configs = {name: MELoRAConfig.from_dict(entry["config"]) for name, entry in header["sites"].items()}
         fingerprints = {name: entry["base"] for name, entry in header["sites"].items() if entry.get("base")}
-        adapter = Adapter(Path(directory), configs, fingerprints, tuple(header["kept"]), tensors)
+        adapter = Adapter(Path(directory), configs, fingerprints, tuple(header["kept"]), header["model"], tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise MELoRAError(f"the header of `{path}` cannot be read: {type(error).__name__}: {error}") from error
     missing = [f"{name}.{kind}" for name in configs for kind in ("lora_a", "lora_b") if f"{name}.{kind}" not in tensors]

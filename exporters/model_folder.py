@@ -1,0 +1,59 @@
+"""Hugging Face model folders for the command line: the model, and inputs to trace it with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from melora_fx import MELoRAError
+
+
+def load_model(
+    folder: Path, *, with_weights: bool = True, class_name: str | None = None, num_labels: int | None = None
+) -> PreTrainedModel:
+    """The model in a folder, in evaluation mode.
+
+    Args:
+        folder: has config.json and, for `with_weights`, the weights.
+        with_weights: False builds the model on the meta device, without reading any weight.
+        class_name: transformers' class to use; None takes the first of the configuration's `architectures`.
+        num_labels: number of labels of a classification head; None leaves the configuration's.
+
+    Raises:
+        MELoRAError: for a folder without a configuration, weights or a known class.
+    """
+    if not (folder / "config.json").is_file():
+        raise MELoRAError(f"`{folder}` is not a Hugging Face model folder: it has no config.json")
+    config = AutoConfig.from_pretrained(folder)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    name = class_name or (config.architectures or [None])[0]
+    model_class: Any = getattr(transformers, name or "", None)
+    if model_class is None:
+        raise MELoRAError(f"`{folder}`: transformers has no model class {name!r}")
+    if not with_weights:
+        with torch.device("meta"):
+            return model_class(config).eval()
+    try:
+        return model_class.from_pretrained(folder, config=config).eval()
+    except OSError as error:
+        raise MELoRAError(f"`{folder}`: the weights cannot be read: {error}") from error
+
+
+def example_inputs(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """Inputs of two rows: two sentences where the folder has a tokenizer, an image for a vision model."""
+    if model.main_input_name == "pixel_values":
+        config: Any = model.config
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return {"pixel_values": torch.randn(2, config.num_channels, size, size)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        sentences = ["The quick brown fox jumps over the lazy dog.", "A second, shorter sentence."]
+        return dict(tokenizer(sentences, padding=True, return_tensors="pt"))
+    except (OSError, ValueError):
+        tokens = torch.arange(16).remainder(model.config.get_text_config().vocab_size).expand(2, -1).contiguous()
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
