@@ -64,7 +64,7 @@ def _errors(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     with np.errstate(invalid="ignore"):
         same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
         difference = np.where(same, 0.0, np.abs(actual - expected))
-    error = float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))
+    error = float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))
     scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
     return error, error / scale if scale else error
 

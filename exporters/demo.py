@@ -84,8 +84,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     _print_code(f"after: {site}", melora_fx.sites(model)[site].code)
     counts = _count_parameters(model)
     console.print(
-        f"trainable: {counts['trainable']:,} of {counts['total']:,} parameters, {counts['adapter']:,} in adapters and the "
-        f"rest in the head; the adapters of a LoRA of the same rank ({options.config.total_rank}) would have "
+        f"trainable: {counts['trainable']:,} of {counts['total']:,} parameters, {counts['adapter']:,} in adapters and "
+        f"the rest in the head; the adapters of a LoRA of the same rank ({options.config.total_rank}) would have "
         f"{counts['lora_equal_rank']:,}"
     )
 

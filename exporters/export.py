@@ -22,16 +22,12 @@ from melora_fx import MELoRAError, folded, sites
 from melora_fx.capture import as_arguments, in_mode, without_cache
 
 from .compare import compare
+from .model_folder import TOKENIZER_FILES
 from .onnx_graph import axes_of, build_graph, count_ops
 from .runners import OrtRunner, TorchRunner, import_onnxruntime
 
 ADAPTERS = ("fold", "keep")
 TARGETS = ("portable",)
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "preprocessor_config.json",
-)  # fmt: skip
 TOLERANCE = 1e-4
 """Largest relative error against torch that a float32 export may have."""
 
@@ -155,7 +151,8 @@ def _as_keywords(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[
             f"`{type(model).__name__}.forward` takes {len(names)} named arguments, `example_inputs` gives {len(args)}: "
             "pass a dict"
         )
-    return dict(zip(names, args, strict=False)) | kwargs
+    inputs = dict(zip(names, args, strict=False)) | kwargs
+    return {name: inputs[name] for name in sorted(inputs, key=lambda name: names.index(name) if name in names else -1)}
 
 
 def _onnx_path(path: str | os.PathLike[str]) -> Path:
@@ -241,7 +238,7 @@ def _copy_configuration(model: nn.Module, folder: Path) -> tuple[str, ...]:
         return ()
     config.save_pretrained(folder)
     source = Path(config._name_or_path or "")
-    files = [source / name for name in _TOKENIZER_FILES if config._name_or_path and (source / name).is_file()]
+    files = [source / name for name in TOKENIZER_FILES if config._name_or_path and (source / name).is_file()]
     for file in files:
         shutil.copy(file, folder / file.name)
     return () if files else ("no tokenizer files: `config._name_or_path` is not a local folder that has them",)

@@ -9,6 +9,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from melora_fx import MELoRAError
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "preprocessor_config.json",
+)  # fmt: skip
+
 
 def load_model(
     folder: Path, *, with_weights: bool = True, class_name: str | None = None, num_labels: int | None = None
@@ -43,17 +49,16 @@ def load_model(
 
 
 def example_inputs(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
-    """Inputs of two rows: two sentences where the folder has a tokenizer, an image for a vision model."""
+    """Inputs of two rows: sentences, or mere token ids where the folder has no tokenizer; images for a vision model."""
     if model.main_input_name == "pixel_values":
         config: Any = model.config
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return {"pixel_values": torch.randn(2, config.num_channels, size, size)}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        sentences = ["The quick brown fox jumps over the lazy dog.", "A second, shorter sentence."]
-        return dict(tokenizer(sentences, padding=True, return_tensors="pt"))
-    except (OSError, ValueError):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokens = torch.arange(16).remainder(model.config.get_text_config().vocab_size).expand(2, -1).contiguous()
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    sentences = ["The quick brown fox jumps over the lazy dog.", "A second, shorter sentence."]
+    return dict(tokenizer(sentences, padding=True, return_tensors="pt"))

@@ -61,7 +61,12 @@ def _export(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> onnx
         from transformers.exporters import OnnxConfig, OnnxExporter  # heavy: only where it is used
 
         config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
-        return OnnxExporter().export(model, dict(inputs), config).program
+        attributes = dict(vars(model))
+        try:
+            return OnnxExporter().export(model, dict(inputs), config).program
+        finally:  # it leaves its replacement of `forward` on the instance
+            model.__dict__.clear()
+            model.__dict__.update(attributes)
     program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
     exported = torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=[*inputs], verbose=False)
     assert exported is not None
@@ -75,9 +80,14 @@ def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
     named = {}
     for path, leaf in pytree.tree_flatten_with_path(_plain(outputs))[0]:
         if isinstance(leaf, torch.Tensor):
-            keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+            keys = [_key(key) for key in path]
             named["_".join(keys if not keys[0].isdigit() else ["output", *keys])] = leaf
     return named
+
+
+def _key(key: Any) -> str:
+    """A step of a pytree path as text: a mapping's key, a sequence's index or a field's name."""
+    return str(next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)))
 
 
 def _plain(outputs: Any) -> Any:

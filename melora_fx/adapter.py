@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import MELoRAConfig
 from .errors import MELoRAError
-from .rewritten import RewrittenModule, SiteRecord, base_forward, owner_of, rewritten_modules
+from .rewritten import RewrittenModule, SiteRecord, base_program, owner_of, rewritten_modules
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def running_base(model: nn.Module) -> Iterator[None]:
-    """Runs every rewritten module's base, through an instance attribute `forward`: compiled code guards that."""
-    switched = [module for _, module in rewritten_modules(model) if "forward" not in module.__dict__]
+    """Runs every rewritten module's base: by an instance attribute `forward`, which compiled code guards, and by its
+    graph, which `torch.export` interprets.
+    """
+    switched = [(module, module.graph) for _, module in rewritten_modules(model) if "forward" not in module.__dict__]
     try:
-        for module in switched:
-            module.__dict__["forward"] = base_forward(module)
+        for module, _ in switched:
+            module.__dict__["forward"], module._graph = base_program(module)
         yield
     finally:
-        for module in switched:
+        for module, graph in switched:
             module.__dict__.pop("forward", None)
+            module._graph = graph

@@ -63,6 +63,7 @@ class RewrittenModule(fx.GraphModule):
     restored_class: ClassVar[type]
     base_code: ClassVar[str] = ""
     base_function: ClassVar[Callable[..., Any]]
+    base_graph: ClassVar[fx.Graph]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenModule":
         copied = _blank(_restored_class(self))
@@ -139,13 +140,13 @@ def without_adapters(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def base_forward(module: RewrittenModule) -> Callable[..., Any]:
-    """The forward of `module` without its adapters; the same function each time, so that compiled code stays valid."""
+def base_program(module: RewrittenModule) -> tuple[Callable[..., Any], fx.Graph]:
+    """The forward and the graph of `module` without adapters; the same each time: compiled code stays valid."""
     cls = type(module)
     if cls.base_code != module.code:
         base = fx.GraphModule(module, without_adapters(module.graph))
-        cls.base_function, cls.base_code = type(base).forward, module.code
-    return types.MethodType(cls.base_function, module)
+        cls.base_function, cls.base_graph, cls.base_code = type(base).forward, base.graph, module.code
+    return types.MethodType(cls.base_function, module), cls.base_graph
 
 
 def owner_of(module: RewrittenModule, record: SiteRecord) -> nn.Module:

@@ -1,0 +1,285 @@
+"""What the tests share: the oracle, the one tolerance table, and the models that are too small to hide anything.
+
+The oracle is the dense update in float64 through `torch.block_diag`, written from the paper's equations and not from
+the code under test. Sizes are odd on purpose: 24 → 36.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import melora_fx
+from melora_fx import MELoRAConfig, MELoRAError
+
+IN, OUT = 24, 36
+
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 3e-2},  # eps 2^-8; base, adapter and their sum are each rounded once
+}
+"""By the dtype that the code under test computes its output in."""
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """`actual` equals the float64 `expected` up to the rounding of its own dtype."""
+    assert expected.dtype == torch.float64, "the oracle is float64"
+    torch.testing.assert_close(actual.detach().double(), expected.detach(), **TOLERANCE[actual.dtype])
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """The same bits."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def scalings(config: MELoRAConfig) -> list[float]:
+    """s_i from the public fields alone."""
+    ranks = config.rank if isinstance(config.rank, tuple) else (config.rank,) * config.num_blocks
+    alphas = config.alpha if isinstance(config.alpha, tuple) else (config.alpha,) * config.num_blocks
+    return [
+        alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+        for alpha, rank in zip(alphas, ranks, strict=True)
+    ]
+
+
+def dense_update(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
+    """blockdiag(s_i B_i A_i) as a whole (O, I) matrix in float64, one block diagonal for each part of `split`."""
+    a, b = lora_a.double(), lora_b.double()
+    num_blocks, out_features, rank = b.size(0), b.size(0) * b.size(1), b.size(2)
+    sizes = [out_features]
+    if isinstance(config.split, int):
+        sizes = [out_features // config.split] * config.split
+    elif config.split is not None:
+        sizes = list(config.split)
+    rows, start = [], 0
+    for part, size in enumerate(sizes):
+        height = size // num_blocks
+        blocks = [
+            scaling * b[i, start : start + height] @ a[i, part * rank : (part + 1) * rank]
+            for i, scaling in enumerate(scalings(config))
+        ]
+        rows.append(torch.block_diag(*blocks))
+        start += height
+    return torch.cat(rows)
+
+
+def site_update(site: melora_fx.AdapterSite) -> torch.Tensor:
+    """The dense update of a site, (O, I) in float64."""
+    return dense_update(site.config, site.lora_a, site.lora_b)
+
+
+def adapted_weight(site: melora_fx.AdapterSite) -> torch.Tensor:
+    """W + ΔW as (O, I) in float64, however the parameter is stored."""
+    weight = site.weight.detach().double()
+    return (weight.t() if site.weight_is_transposed else weight) + site_update(site).detach()
+
+
+def fill(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values in every adapter of `model`; rows and columns above a block's own rank stay zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, site in sorted(melora_fx.sites(model).items()):
+            a = torch.randn(site.lora_a.shape, generator=generator) / math.sqrt(site.lora_a.size(2))
+            b = torch.randn(site.lora_b.shape, generator=generator) * 0.3
+            rank = b.size(2)
+            for block, own in enumerate(site.config.ranks):
+                a[block].unflatten(0, (-1, rank))[:, own:] = 0
+                b[block, :, own:] = 0
+            site.lora_a.copy_(a)
+            site.lora_b.copy_(b)
+    return model
+
+
+def randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Reproducible normal values, the same for each dtype up to rounding."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a dry run or a failed call must leave alone."""
+    return {
+        "state": {name: value.clone() for name, value in model.state_dict().items()},
+        "identity": {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
+        "types": {name: type(module) for name, module in model.named_modules(remove_duplicate=False)},
+        "training": {name: module.training for name, module in model.named_modules(remove_duplicate=False)},
+        "attributes": {name: set(vars(module)) for name, module in model.named_modules(remove_duplicate=False)},
+    }
+
+
+def assert_untouched(model: nn.Module, before: Mapping[str, Any]) -> None:
+    """`model` is as it was when `before` was taken."""
+    after = snapshot(model)
+    assert list(after["state"]) == list(before["state"])
+    assert_equal(after["state"], before["state"])
+    for aspect in ("identity", "requires_grad", "types", "training", "attributes"):
+        assert after[aspect] == before[aspect], aspect
+
+
+def attempt(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str]:
+    """(result, "") of the call, or (None, text) of its MELoRAError: where both being right and refusing are correct."""
+    try:
+        return function(*args, **options), ""
+    except MELoRAError as error:
+        return None, str(error)
+
+
+@contextmanager
+def assert_unchanged(model: nn.Module) -> Iterator[None]:
+    """The block leaves `model` alone."""
+    before = snapshot(model)
+    yield
+    assert_untouched(model, before)
+
+
+class Functional(nn.Module):
+    """Owns a matrix under a name of its own and multiplies by it: the site is `….projection`."""
+
+    def __init__(self, in_features: int = IN, out_features: int = OUT) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.projection, std=0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.projection)
+
+
+class Tower(nn.Module):
+    """A hand-written model with a Linear with and without bias, a Conv1D, an own matrix and a head."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = nn.Linear(IN, OUT)
+        self.gate = nn.Linear(IN, OUT, bias=False)
+        self.own = Functional()
+        self.norm = nn.LayerNorm(OUT)
+        self.drop = nn.Dropout(dropout)
+        self.conv = Conv1D(IN, OUT)
+        self.head = nn.Linear(IN, 6)
+        nn.init.normal_(self.conv.weight, std=0.2)
+        nn.init.normal_(self.conv.bias, std=0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.up(x)) * self.gate(x) + self.own(x)
+        return self.head(torch.relu(self.conv(self.drop(self.norm(hidden)))))
+
+
+TOWER_SITES = ("up", "gate", "own.projection", "conv", "head")
+TOWER_CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=5.0)
+
+
+class Form(nn.Module):
+    """One way to write a linear: `form(x, weight, bias)`. The weight is (O, I), or (I, O) when `transposed`."""
+
+    def __init__(
+        self,
+        form: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        *,
+        transposed: bool = False,
+        bias_shape: tuple[int, ...] = (OUT,),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.form = form
+        shape = (IN, OUT) if transposed else (OUT, IN)
+        self.weight = nn.Parameter(randn(*shape, seed=11).mul(0.2).to(dtype))
+        self.bias = nn.Parameter(randn(*bias_shape, seed=12).to(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.form(x, self.weight, self.bias)
+
+
+class Holder(nn.Module):
+    """One child, so that its site has a name."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def tower(seed: int = 0, dropout: float = 0.0) -> Tower:
+    torch.manual_seed(seed)
+    return Tower(dropout).eval()
+
+
+def rewritten_tower(seed: int = 0, config: MELoRAConfig = TOWER_CONFIG, **options: Any) -> nn.Module:
+    """A tower with filled adapters everywhere."""
+    return fill(melora_fx.rewrite(tower(seed), "all-linear", config, **options), seed=seed + 100)
+
+
+_BERT = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 36,
+    "max_position_embeddings": 32,
+}
+
+
+def bert(seed: int = 0) -> BertModel:
+    torch.manual_seed(seed)
+    return _spread(BertModel(BertConfig(**_BERT)).eval())
+
+
+def bert_classifier(seed: int = 0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    return _spread(BertForSequenceClassification(BertConfig(**_BERT, num_labels=3)).eval())
+
+
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """Its lm_head shares the embedding's weight, (51, 24): three blocks fit."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=51, n_positions=32, n_embd=24, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    return _spread(GPT2LMHeadModel(config).eval())
+
+
+def _spread(model: Any) -> Any:
+    """Larger matrices than the 0.02 of Hugging Face, so that an error in one of them shows in the output."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 5, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Model inputs with a padded last row."""
+    ids = torch.randint(3, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[-1, length - 1 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def output_of(model: nn.Module, inputs: Any) -> torch.Tensor:
+    """The main output of a Hugging Face or hand-written model, without gradients."""
+    with torch.no_grad():
+        result = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(result, torch.Tensor):
+        return result
+    return result[0]
+
+
+def dense_copy(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """A float64 copy of the `plain` model with the oracle's W + ΔW of the rewritten `model` in its weights."""
+    dense = copy.deepcopy(plain).double()
+    weights = dict(dense.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, site in melora_fx.sites(model).items():
+            key = name if site.parameter != "weight" else f"{name}.weight"
+            value = adapted_weight(site)
+            weights[key].copy_(value.t() if site.weight_is_transposed else value)
+    return dense

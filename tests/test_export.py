@@ -1,0 +1,196 @@
+"""`export_onnx`: structure, numbers against torch, files, and what is left behind when it fails."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support import assert_unchanged, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
+from torch import nn
+
+import melora_fx
+from exporters import ExportReport, OrtRunner, TorchRunner, compare, export_onnx
+from exporters import export as export_module
+from melora_fx import MELoRAConfig, MELoRAError
+
+CONFIG = MELoRAConfig(rank=2, num_blocks=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return fill(melora_fx.rewrite(bert_classifier(), "all-linear", CONFIG, keep_trainable="classifier"))
+
+
+@pytest.fixture(scope="module")
+def base_report(folder: Path) -> ExportReport:
+    return export_onnx(bert_classifier(), tokens(), folder / "base.onnx")
+
+
+@pytest.fixture(scope="module")
+def merged_report(folder: Path, model: nn.Module) -> ExportReport:
+    with assert_unchanged(model):
+        return export_onnx(model, tokens(), folder / "merged.onnx")
+
+
+@pytest.fixture(scope="module")
+def unmerged_report(folder: Path, model: nn.Module) -> ExportReport:
+    with assert_unchanged(model):
+        return export_onnx(model, tokens(), folder / "unmerged.onnx", adapter="keep")
+
+
+def test_the_merged_graph_has_the_base_graphs_nodes(base_report: ExportReport, merged_report: ExportReport) -> None:
+    assert merged_report.op_counts == base_report.op_counts
+    assert (base_report.adapter, merged_report.adapter) == ("none", "fold")
+
+
+def test_the_unmerged_graph_has_two_products_more_a_site(
+    base_report: ExportReport, unmerged_report: ExportReport, model: nn.Module
+) -> None:
+    more = unmerged_report.op_counts["MatMul"] - base_report.op_counts["MatMul"]
+    assert more == 2 * len(melora_fx.sites(model))
+
+
+@pytest.mark.parametrize("adapter", ["merged", "unmerged"])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 9), (7, 2)], ids=str)
+def test_both_equal_torch_at_other_shapes(
+    adapter: str,
+    shape: tuple[int, int],
+    model: nn.Module,
+    folder: Path,
+    merged_report: ExportReport,
+    unmerged_report: ExportReport,
+) -> None:
+    comparison = compare(OrtRunner(folder / f"{adapter}.onnx"), TorchRunner(model), tokens(*shape))
+    assert comparison.max_rel_error <= 1e-5
+
+
+def test_the_merged_graph_is_not_the_base(model: nn.Module, folder: Path, merged_report: ExportReport) -> None:
+    with melora_fx.disabled(model):
+        assert compare(OrtRunner(folder / "merged.onnx"), TorchRunner(model), tokens()).max_abs_error > 1e-2
+
+
+def test_the_report_says_what_the_file_is(merged_report: ExportReport, folder: Path) -> None:
+    graph = onnx.load(folder / "merged.onnx", load_external_data=False)
+    assert merged_report.num_nodes == len(graph.graph.node) == sum(merged_report.op_counts.values())
+    assert merged_report.opset == next(entry.version for entry in graph.opset_import if not entry.domain)
+    assert merged_report.inputs == {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
+    assert merged_report.outputs == {"logits": ("batch", 3)}
+    assert len(merged_report.compared) == 3
+    assert {"batch": 1, "sequence": 5} in merged_report.compared
+    assert 0 < merged_report.max_abs_error <= 1e-4
+    assert set(merged_report.files) == {"merged.onnx", "merged.onnx.data", "merged.export.json", "config.json"}
+    assert all((folder / name).is_file() for name in merged_report.files)
+    saved = json.loads((folder / "merged.export.json").read_text())
+    assert saved["op_counts"] == merged_report.op_counts
+    assert "no tokenizer files" in str(merged_report)
+
+
+def test_weights_are_in_the_data_file(merged_report: ExportReport, folder: Path) -> None:
+    graph = onnx.load(folder / "merged.onnx", load_external_data=False).graph
+    external = [item for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
+    assert {entry.value for item in external for entry in item.external_data if entry.key == "location"} == {
+        "merged.onnx.data"
+    }
+    assert sum(int(np.prod(item.dims)) for item in external) > 1000
+
+
+def test_tokenizer_files_come_along(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    model = bert_classifier()
+    model.save_pretrained(source)
+    (source / "vocab.txt").write_text("[PAD]\n")
+    loaded = type(model).from_pretrained(source)
+    report = export_onnx(loaded, tokens(), target, verify=False)
+    assert (target / "vocab.txt").read_text() == "[PAD]\n"
+    assert report.notes == ()
+    assert report.path == str(target / "model.onnx")
+    assert report.max_abs_error is None
+
+
+def test_a_causal_lm_has_logits_and_no_cache(tmp_path: Path) -> None:
+    model = fill(melora_fx.rewrite(gpt2(), ["c_attn", "c_fc"], CONFIG))
+    report = export_onnx(model, {"input_ids": tokens()["input_ids"]}, tmp_path, adapter="keep")
+    assert list(report.outputs) == ["logits"]
+    assert model.config.use_cache
+
+
+@pytest.mark.parametrize("adapter", ["fold", "keep"])
+@pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
+def test_any_other_module(tmp_path: Path, adapter: str, whole: bool) -> None:
+    options = {"example_inputs": (randn(2, 5, 24),)} if whole else {}
+    model = rewritten_tower(**options)
+    report = export_onnx(model, (randn(1, 5, 24),), tmp_path / "tower.onnx", adapter=adapter)
+    assert report.inputs == {"x": ("batch", "sequence", 24)}
+    assert report.outputs == {"output": ("batch", "sequence", 6)}
+    inputs = {"x": randn(4, 3, 24)}
+    assert compare(OrtRunner(tmp_path / "tower.onnx"), TorchRunner(model), inputs).max_rel_error <= 1e-5
+
+
+def test_training_mode_is_kept_and_dropout_not_exported(tmp_path: Path) -> None:
+    model = tower(dropout=0.5).train()
+    report = export_onnx(model, (randn(2, 24),), tmp_path)
+    assert all(module.training for module in model.modules())
+    assert "Dropout" not in report.op_counts
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"adapter": "merge"}, "`adapter` (='merge')"), ({"target": "tpu"}, "`target` (='tpu')")],
+    ids=["adapter", "target"],
+)
+def test_unknown_options_name_the_known_ones(tmp_path: Path, options: dict[str, str], text: str) -> None:
+    with pytest.raises(ValueError, match="must be one of") as caught:
+        export_onnx(tower(), (randn(2, 24),), tmp_path, **options)
+    assert text in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_exported_leaves_nothing(tmp_path: Path) -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(MELoRAError, match="`Branching` cannot be exported"):
+        export_onnx(Branching(), (randn(2, 24),), tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_graph_unlike_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "TOLERANCE", 0.0)
+    model = rewritten_tower()
+    with pytest.raises(MELoRAError, match="not equal to torch"), assert_unchanged(model):
+        export_onnx(model, (randn(2, 24),), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.onnx").write_text("old")
+    monkeypatch.setattr(export_module, "TOLERANCE", 0.0)
+    with pytest.raises(MELoRAError):
+        export_onnx(tower(), (randn(2, 24),), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MELoRAError, match="cannot be written"):
+        export_onnx(tower(), (randn(2, 24),), tmp_path / "file" / "model.onnx")
+
+
+def test_without_onnx_runtime_verification_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MELoRAError, match=r"melora_fx\[cpu\]"):
+        export_onnx(tower(), (randn(2, 24),), tmp_path)
+    assert not os.listdir(tmp_path)
+    assert export_onnx(tower(), (randn(2, 24),), tmp_path, verify=False).compared == ()
