@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import MELoRAConfig
 from .errors import MELoRAError
-from .rewritten import RewrittenModule, SiteRecord, base_program, owner_of, rewritten_modules
+from .rewritten import BASE, FOLDED, RewrittenModule, SiteRecord, base_program, owner_of, rewritten_modules
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class AdapterSite:
         lora_a: (N, P·R, I/N).
         lora_b: (N, O/N, R).
         scaling: s_i, (N, 1, 1).
-        owner: the module that holds these tensors; `parameter` is the weight's name there.
+        owner: the module that holds these tensors.
+        record: what the rewritten module keeps about the site.
         module: the rewritten module whose graph computes the site, often the owner itself.
     """
 
@@ -39,7 +40,7 @@ class AdapterSite:
     lora_b: nn.Parameter
     scaling: torch.Tensor
     owner: nn.Module
-    parameter: str
+    record: SiteRecord
     module: RewrittenModule
 
     @property
@@ -65,8 +66,7 @@ def sites(model: nn.Module) -> dict[str, AdapterSite]:
 def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> AdapterSite:
     """The public view of one record of the rewritten module at `path`."""
     owner = owner_of(module, record)
-    parameter = record.parameter.rpartition(".")[2]
-    weight = getattr(owner, parameter)
+    weight = getattr(owner, record.parameter_name)
     out_features, in_features = weight.shape
     if record.weight_is_transposed:
         out_features, in_features = in_features, out_features
@@ -83,7 +83,7 @@ def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> Adapter
         lora_b=getattr(owner, record.attribute("lora_b")),
         scaling=getattr(owner, record.attribute("lora_scaling")),
         owner=owner,
-        parameter=parameter,
+        record=record,
         module=module,
     )
 
@@ -94,6 +94,17 @@ def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
     if not found:
         raise MELoRAError(f"`{action}` needs a rewritten model, but this {type(model).__name__} has no adapter sites")
     return found
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Whether `model` is inside a `folded` block."""
+    return any(FOLDED in module.__dict__ for _, module in rewritten_modules(model))
+
+
+def refuse_folded(model: nn.Module, action: str) -> None:
+    """Raises MELoRAError inside a `folded` block."""
+    if is_folded(model):
+        raise MELoRAError(f"`{action}` inside `folded` would take the merged weights for the base: call it outside")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -123,12 +134,14 @@ def running_base(model: nn.Module) -> Iterator[None]:
     """Runs every rewritten module's base: by an instance attribute `forward`, which compiled code guards, and by its
     graph, which `torch.export` interprets.
     """
-    switched = [(module, module.graph) for _, module in rewritten_modules(model) if "forward" not in module.__dict__]
+    switched = [module for _, module in rewritten_modules(model) if BASE not in module.__dict__]
     try:
-        for module, _ in switched:
-            module.__dict__["forward"], module._graph = base_program(module)
+        for module in switched:
+            forward, graph = base_program(module)
+            module.__dict__.update({"forward": forward, BASE: module.graph, "_graph": graph})
         yield
     finally:
-        for module, graph in switched:
+        for module in switched:
             module.__dict__.pop("forward", None)
-            module._graph = graph
+            if BASE in module.__dict__:  # not folded meanwhile
+                module.__dict__["_graph"] = module.__dict__.pop(BASE)

@@ -18,6 +18,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .errors import MELoRAError
+from .patterns import get_attribute
+from .source import weights_read_by_forward
 
 aten = torch.ops.aten
 
@@ -61,19 +63,44 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
         if isinstance(module, fx.GraphModule):
             captures.append(Capture(path, module, copy_graph(module.graph)))
             continue
-        matrices = [name for name, value in module.named_parameters(recurse=False) if value.dim() in (2, 3)]
+        for child, reason in _bypassed_children(module):
+            refused |= {
+                site_name(join_path(path, child), name): reason for name in _matrices(module.get_submodule(child))
+            }
+        matrices = _matrices(module)
         if not matrices:
             continue
         try:
             captures.append(Capture(path, module, _trace(module, templates)))
         except _UntraceableError as error:
-            refused.update((site_name(path, matrix), str(error)) for matrix in matrices)
+            refused |= {site_name(path, matrix): str(error) for matrix in matrices}
     return captures, refused
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """Names of the module's own parameters that a linear could multiply by: 2-D, or 3-D for a stack of experts."""
+    if isinstance(module, nn.Embedding):
+        return []
+    parameters = module.named_parameters(recurse=False)
+    return [name for name, value in parameters if value.dim() == 2 or (value.dim() == 3 and min(value.shape) > 1)]
 
 
 def site_name(owner: str, parameter: str) -> str:
     """Name of the site whose weight is `parameter` of the module at `owner`."""
-    return join_path(owner, "" if parameter == "weight" else parameter)
+    return owner if owner and parameter == "weight" else join_path(owner, parameter)
+
+
+def _bypassed_children(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The modules below `module` whose weight its forward reads instead of calling them, and the reason to refuse."""
+    if isinstance(module, fx.GraphModule) or not module._modules:
+        return
+    for path in weights_read_by_forward(type(module)):  # type: ignore[arg-type]  # classes are hashable
+        if isinstance(get_attribute(module, path), nn.Module):
+            yield (
+                path,
+                f"`{type(module).__name__}.forward` reads its weight without calling it, which would bypass the "
+                "adapter: pass `example_inputs=`",
+            )
 
 
 class _UntraceableError(Exception):
@@ -184,7 +211,8 @@ def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence
 
     Raises:
         TypeError: where `example_inputs` is neither.
-        MELoRAError: where `torch.export` fails; its own message is given.
+        MELoRAError: where `torch.export` fails, its own message is given; or where the model does in evaluation what
+            the capture, made in training mode, does not.
     """
     args, kwargs = as_arguments(example_inputs)
     shapes = pytree.tree_map(all_dynamic, kwargs or args)
@@ -195,10 +223,33 @@ def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence
     if program is None:
         raise MELoRAError(f"torch.export cannot capture `{type(model).__name__}`: {error}") from error
     graph_module = from_program(program)
+    _check_evaluation(model, graph_module, args, kwargs)
     graph_module.train(model.training)
     if hasattr(model, "config"):
         graph_module.config = model.config
     return graph_module
+
+
+def _check_evaluation(
+    model: nn.Module, graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuses a capture whose outputs in evaluation are not the model's."""
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        return
+    with torch.no_grad(), in_mode(model, training=False), without_cache(model):
+        expected = _leaves(model(*args, **kwargs))
+        graph_module.eval()
+        actual = _leaves(graph_module(*args, **kwargs))
+    for want, got in zip(expected, actual, strict=True):
+        if isinstance(want, torch.Tensor) and not torch.allclose(got, want, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise MELoRAError(
+                f"`{type(model).__name__}` cannot be captured whole: its forward differs between train and eval mode "
+                "by more than dropout, which one graph cannot follow: rewrite it without `example_inputs=`"
+            )
+
+
+def _leaves(outputs: Any) -> list[Any]:
+    return pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
 
 
 def from_program(program: ExportedProgram) -> fx.GraphModule:
@@ -208,6 +259,7 @@ def from_program(program: ExportedProgram) -> fx.GraphModule:
     names an input that has another size than the export froze.
     """
     graph_module = program.module(check_guards=False)
+    _name_by_user(graph_module)
     graph_module._forward_pre_hooks.clear()
     graph_module._forward_pre_hooks_with_kwargs.clear()
     graph_module._forward_hooks.clear()
@@ -218,11 +270,38 @@ def from_program(program: ExportedProgram) -> fx.GraphModule:
     return follow_training_mode(graph_module)
 
 
+def _name_by_user(graph_module: fx.GraphModule) -> None:
+    """Gives each user of a shared parameter its own name for it: an export keeps one name for both of a tied pair."""
+    aliases: dict[int, dict[str, str]] = {}
+    for name, parameter in graph_module.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), {})[name.rpartition(".")[0]] = name
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        names = aliases.get(id(get_attribute(graph_module, str(node.target)))) if node.op == "get_attr" else None
+        if not names or len(names) < 2:
+            continue
+        for user in list(node.users):
+            name = names.get(_owner_path(user), node.target)
+            if name != node.target:
+                with graph.inserting_before(node):
+                    alias = graph.get_attr(name)
+                alias.meta = copy.copy(node.meta)
+                user.replace_input_with(node, alias)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _owner_path(node: fx.Node) -> str:
+    """Path of the module in whose forward an exported node stood."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return str(list(stack.values())[-1][0])
+
+
 def _sizes(value: Any) -> tuple[int | None, ...] | None:
     """The sizes of an input that the export froze, None for each dynamic one; None for what is not a tensor."""
     if not isinstance(value, torch.Tensor):
         return None
-    return tuple(size if isinstance(size, int) else None for size in value.shape)
+    return tuple(size if isinstance(size, int) else size.node.maybe_as_int() for size in value.shape)
 
 
 def _check_input_sizes(graph_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,8 +329,8 @@ def follow_training_mode(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif node.target in _MODE_ARGUMENTS:
-            index, eval_value = _MODE_ARGUMENTS[node.target]
+        elif argument := _mode_argument(node):
+            index, eval_value = argument
             if len(node.args) <= index or node.args[index] == eval_value:
                 continue
             name = f"{node.name}_by_mode"
@@ -265,6 +344,13 @@ def follow_training_mode(graph_module: fx.GraphModule) -> fx.GraphModule:
     for name in ("train", "eval"):  # an exported module carries its own, which raise
         graph_module.__dict__.pop(name, None)
     return graph_module
+
+
+def _mode_argument(node: fx.Node) -> tuple[int, float] | None:
+    """Position of the argument that the mode decides, and its value in evaluation."""
+    if node.target is aten.add_.Tensor and str(node.args[0]).endswith("num_batches_tracked"):
+        return 1, 0  # batch norm counts batches in training only
+    return _MODE_ARGUMENTS.get(node.target)
 
 
 class FollowsMode(nn.Module):
@@ -284,8 +370,12 @@ class FollowsMode(nn.Module):
         return f"{self.operator}, argument {self.index}: {self.train_value} in training, else {self.eval_value}"
 
 
-_MODE_ARGUMENTS = {
+_MODE_ARGUMENTS: dict[Any, tuple[int, float]] = {
     aten.dropout.default: (2, False),
+    aten.feature_dropout.default: (2, False),
+    aten.alpha_dropout.default: (2, False),
+    aten.feature_alpha_dropout.default: (2, False),
+    aten.rrelu.default: (3, False),
     aten.scaled_dot_product_attention.default: (4, 0.0),
     aten.batch_norm.default: (5, False),
 }
@@ -342,13 +432,12 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """`config.use_cache` off: the graph returns no key-value cache."""
-    config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    if not use_cache:
-        yield
-        return
-    config.use_cache = False
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
+    for config in caching:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = use_cache
+        for config in caching:
+            config.use_cache = True

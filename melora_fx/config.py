@@ -54,6 +54,8 @@ class MELoRAConfig:
             raise TypeError(f"`dropout` must be a number, got {self.dropout!r}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` (={self.dropout}) must be at least 0 and below 1")
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"`use_rslora` must be a bool, got {self.use_rslora!r}")
         if self.split is not None:
             _set(self, "split", _checked_split(self.split))
         for name, allowed in (("init", INITS), ("lowering", LOWERINGS)):
@@ -94,6 +96,11 @@ class MELoRAConfig:
         if isinstance(self.split, int):
             return (out_features // self.split,) * self.split
         return self.split
+
+    def adapter_shapes(self, in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of lora_a (N, P·R, I/N) and lora_b (N, O/N, R), R the largest rank of a block, P parts of `split`."""
+        blocks, rank, parts = self.num_blocks, max(self.ranks), len(self.parts(out_features))
+        return (blocks, parts * rank, in_features // blocks), (blocks, out_features // blocks, rank)
 
     def num_parameters(self, in_features: int, out_features: int) -> int:
         """Number of trainable values of one adapter of this configuration, padding not counted."""

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import AdapterSite, require_sites, running_base
+from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, running_base
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .rewrite import STATE, RewriteState
-from .rewritten import owner_of, rewritten_modules, uninstall, unwrap
+from .rewritten import FOLDED, owner_of, rewritten_modules, uninstall, unwrap
 
 
 def delta_blocks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> list[torch.Tensor]:
@@ -77,13 +77,11 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
     """
     found = require_sites(model, "fold")
     inner = unwrap(model)
+    refuse_folded(model, "fold")
     _refuse_unfoldable(found)
     shared = _shared_sites(inner, found)
-    if shared and not untie:
-        lines = [f"`{name}` shares its weight with {', '.join(map(repr, users))}" for name, users in shared.items()]
-        raise MELoRAError(
-            "\n".join(lines) + "\nfolding would change those too: `fold(model, untie=True)` copies the weight first"
-        )
+    if not untie:
+        _refuse_shared(shared)
     for name in shared:
         _untie(inner, found[name])
     with torch.no_grad():
@@ -96,26 +94,30 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
     """Inside the block the adapters are merged and the graphs are the base's; afterwards the weights are as before,
-    bit for bit, also after an exception.
+    bit for bit, also after an exception. Inside another `folded` it does nothing.
 
     Raises:
         MELoRAError: as `fold`, for weights that cannot be changed. Shared weights are refused too.
     """
     found = require_sites(model, "folded")
+    if is_folded(model):
+        yield
+        return
     _refuse_unfoldable(found)
-    if shared := _shared_sites(unwrap(model), found):
-        raise MELoRAError(
-            f"`folded`: the weight of `{next(iter(shared))}` is shared: `fold(model, untie=True)` instead"
-        )
+    _refuse_shared(_shared_sites(unwrap(model), found))
     saved: list[tuple[AdapterSite, list[torch.Tensor]]] = []
     try:
         with torch.no_grad():
             for site in found.values():
                 saved.append((site, [block.clone() for block in _site_blocks(site)]))
                 _fold_site(site)
+        for site in found.values():
+            site.module.__dict__[FOLDED] = True
         with running_base(model):
             yield
     finally:
+        for site in found.values():
+            site.module.__dict__.pop(FOLDED, None)
         with torch.no_grad():
             for site, blocks in saved:
                 for block, original in zip(_site_blocks(site), blocks, strict=True):
@@ -149,10 +151,19 @@ def _shared_sites(model: nn.Module, found: dict[str, AdapterSite]) -> dict[str, 
     }
 
 
+def _refuse_shared(shared: dict[str, list[str]]) -> None:
+    if not shared:
+        return
+    lines = [f"`{name}` shares its weight with {', '.join(map(repr, users))}" for name, users in shared.items()]
+    raise MELoRAError(
+        "\n".join(lines) + "\nfolding would change those too: `fold(model, untie=True)` copies the weight first"
+    )
+
+
 def _untie(model: nn.Module, site: AdapterSite) -> None:
     """Gives the site a weight of its own."""
     own = nn.Parameter(site.weight.detach().clone(), requires_grad=site.weight.requires_grad)
-    setattr(site.owner, site.parameter, own)
+    setattr(site.owner, site.record.parameter_name, own)
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
@@ -169,6 +180,8 @@ def _remove_adapters(model: nn.Module) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for holder_path, holder in model.named_modules():
         state: RewriteState | None = holder.__dict__.pop(STATE, None)
+        if state:
+            holder.__dict__.pop("save_pretrained", None)
         for name, requires_grad in state.requires_grad.items() if state else ():
             parameter = parameters.get(f"{holder_path}.{name}" if holder_path else name)
             if parameter is not None:

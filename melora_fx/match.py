@@ -9,8 +9,10 @@ from torch.export import ExportedProgram
 
 from .capture import Capture, capture_modules, capture_whole, from_program, join_path, site_name
 from .config import MELoRAConfig
+from .errors import MELoRAError
 from .patterns import LinearNode, find_linear_nodes, get_attribute
-from .targets import TargetSpec, is_classification_head, resolve_targets
+from .rewritten import refuse_rewritten, unwrap
+from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
@@ -72,7 +74,7 @@ def match(
     return MatchReport(
         sites=tuple(planned.describe() for planned in plan.sites),
         untargeted=tuple(planned.describe() for planned in plan.untargeted),
-        skipped=tuple((plan.refused | plan.misfits).items()),
+        skipped=tuple((plan.refused | plan.unsuitable | plan.misfits).items()),
     )
 
 
@@ -98,6 +100,11 @@ class PlannedSite:
         """The module that holds the weight."""
         return get_attribute(self.capture.module, self.parameter.rpartition(".")[0])
 
+    @property
+    def is_used_both_ways(self) -> bool:
+        """Whether some nodes take the weight as (out, in) and others as (in, out)."""
+        return len({node.weight_is_transposed for node in self.nodes}) > 1
+
     def describe(self) -> LinearSite:
         """The public view of this site."""
         in_features, out_features = self.shape
@@ -117,13 +124,15 @@ class Plan:
     """All that `match` reports and `rewrite` applies.
 
     `model`: the model that the sites belong to: the one given, or the whole-graph capture of it.
-    `refused`: linears that no configuration could adapt; `misfits`: those that this configuration cannot. Name → why.
+    Name → why: `refused` are linears that cannot be adapted although `targets` names them, `unsuitable` the others that
+    cannot, `misfits` those that only this configuration cannot adapt.
     """
 
     model: nn.Module
     sites: list[PlannedSite]
     untargeted: list[PlannedSite]
     refused: dict[str, str]
+    unsuitable: dict[str, str]
     misfits: dict[str, str]
 
 
@@ -135,13 +144,18 @@ def make_plan(
         raise TypeError(f"`config` must be a MELoRAConfig, got {config!r}")
     if not isinstance(model, nn.Module | ExportedProgram):
         raise TypeError(f"`model` must be an nn.Module or an ExportedProgram, got {type(model).__name__}")
+    if isinstance(model, nn.Module):
+        if unwrap(model) is not model:
+            raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
+        refuse_rewritten(model)
     captured = _captured(model, example_inputs)
-    captures, refused = capture_modules(captured)
+    captures, reasons = capture_modules(captured)
     found = _group_by_weight(captures, config)
-    outputs = _output_names(model, found)
-    owners = {name: planned.owner for name, planned in found.items()}
-    owners |= dict.fromkeys(refused, captured)
-    chosen = resolve_targets(targets, config, owners, outputs)
+    reasons |= {name: _BOTH_WAYS for name, planned in found.items() if planned.is_used_both_ways}
+    found = {name: planned for name, planned in found.items() if name not in reasons}
+    original = model if isinstance(model, nn.Module) else captured
+    owners = {name: _owner(original, name) for name in [*found, *reasons]}
+    chosen = resolve_targets(targets, config, owners, _output_names(original, found))
     sites, untargeted, misfits = [], [], {}
     for name, planned in found.items():
         if name not in chosen:
@@ -150,8 +164,18 @@ def make_plan(
             misfits[name] = reason
         else:
             sites.append(_with_config(planned, chosen[name]))
-    refused = {name: reason for name, reason in refused.items() if name in chosen}
-    return Plan(captured, sites, untargeted, refused, misfits)
+    refused = {name: reason for name, reason in reasons.items() if name in chosen and names_one_by_one(targets, name)}
+    unsuitable = {name: reason for name, reason in reasons.items() if name not in refused}
+    return Plan(captured, sites, untargeted, refused, unsuitable, misfits)
+
+
+_BOTH_WAYS = "the graph multiplies by this weight and by its transpose: one adapter cannot serve both"
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """The module that owns the weight of the site `name`: the site itself, or what stands before the parameter."""
+    owner = get_attribute(model, name)
+    return owner if isinstance(owner, nn.Module) else model.get_submodule(name.rpartition(".")[0])
 
 
 def _captured(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None) -> nn.Module:
@@ -181,7 +205,7 @@ def _with_config(planned: PlannedSite, config: MELoRAConfig) -> PlannedSite:
     return PlannedSite(planned.name, planned.capture, planned.parameter, planned.nodes, planned.weight, config)
 
 
-def _output_names(model: nn.Module | ExportedProgram, found: dict[str, PlannedSite]) -> frozenset[str]:
+def _output_names(model: nn.Module, found: dict[str, PlannedSite]) -> frozenset[str]:
     """What "all-linear" leaves out: output embeddings, by the model's own word where it has one, and heads."""
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     embeddings = get_output_embeddings() if callable(get_output_embeddings) else None

@@ -22,7 +22,8 @@ class LinearNode:
     """One call of a linear in a graph.
 
     `weight_is_transposed`: the parameter is stored (in_features, out_features), as in `Conv1D`.
-    `input_is_transposed`: the product is W @ x, so input and output are (features, tokens).
+    `input_is_transposed`: the product is W @ x, so input and output are (…, features, tokens).
+    `weight_is_cast`: the parameter is cast on the way, so input and parameter may have different dtypes.
     """
 
     node: fx.Node
@@ -31,6 +32,7 @@ class LinearNode:
     pattern: str
     weight_is_transposed: bool
     input_is_transposed: bool = False
+    weight_is_cast: bool = False
 
 
 def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]:
@@ -48,13 +50,14 @@ def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]
 class _Weight:
     parameter: str
     is_transposed: bool
+    is_cast: bool
 
 
 def _match_linear(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     input, weight = _argument(node, 0, "input"), _weight(_argument(node, 1, "weight"), owner)
     if weight is None or not isinstance(input, fx.Node):
         return None
-    return LinearNode(node, input, weight.parameter, _name(node), weight.is_transposed)
+    return LinearNode(node, input, weight.parameter, _name(node), weight.is_transposed, False, weight.is_cast)
 
 
 def _match_addmm(node: fx.Node, owner: nn.Module) -> LinearNode | None:
@@ -71,20 +74,21 @@ def _match_matmul(node: fx.Node, owner: nn.Module) -> LinearNode | None:
 def _match_product(node: fx.Node, owner: nn.Module, left: Any, right: Any) -> LinearNode | None:
     weight = _weight(right, owner)
     if weight is not None and isinstance(left, fx.Node):
-        return LinearNode(node, left, weight.parameter, _name(node), not weight.is_transposed)
+        return LinearNode(node, left, weight.parameter, _name(node), not weight.is_transposed, False, weight.is_cast)
     weight = _weight(left, owner)
     if weight is not None and isinstance(right, fx.Node):
-        return LinearNode(node, right, weight.parameter, _name(node), weight.is_transposed, input_is_transposed=True)
+        return LinearNode(node, right, weight.parameter, _name(node), weight.is_transposed, True, weight.is_cast)
     return None
 
 
 def _weight(value: Any, owner: nn.Module) -> _Weight | None:
     """The 2-D parameter behind `value`, followed through transposes, or None."""
-    is_transposed = False
+    is_transposed = is_cast = False
     while isinstance(value, fx.Node) and value.op != "get_attr":
         step = _view_of(value)
         if step is None:
             return None
+        is_cast |= value.target in _CASTS
         value, flips = step
         is_transposed ^= flips
     if not isinstance(value, fx.Node):
@@ -92,13 +96,13 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
     parameter = get_attribute(owner, str(value.target))
     if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2:
         return None
-    return _Weight(str(value.target), is_transposed)
+    return _Weight(str(value.target), is_transposed, is_cast)
 
 
 def _view_of(node: fx.Node) -> tuple[Any, bool] | None:
     """What a node is a view or a cast of, and whether it swaps the two dimensions; None for any other node."""
     source = _argument(node, 0, "input", "self")
-    if node.target in _PASS_THROUGH:
+    if node.target in _VIEWS or node.target in _CASTS:
         return source, False
     if node.target in _TRANSPOSES or (node.target is getattr and node.args[1] in ("T", "mT")):
         return source, True
@@ -142,8 +146,10 @@ _MATCHERS: dict[Any, Callable[[fx.Node, nn.Module], LinearNode | None]] = {
 _TRANSPOSES = {torch.t, "t", aten.t.default, aten.numpy_T.default, aten.mT.default}
 _DIM_SWAPS = {torch.transpose, torch.swapaxes, "transpose", "swapaxes", "swapdims", aten.transpose.int}
 _PERMUTES = {torch.permute, "permute", aten.permute.default}
-_PASS_THROUGH = {
-    "contiguous", "detach", "to", "type_as", "float",
-    aten.contiguous.default, aten.detach.default, aten.alias.default, aten.type_as.default,
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.clone.default,
+_VIEWS = {
+    "contiguous", "detach", aten.contiguous.default, aten.detach.default, aten.alias.default, aten.clone.default,
+}  # fmt: skip
+_CASTS = {
+    "to", "type_as", "float", aten.type_as.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device,
+    aten._to_copy.default,
 }  # fmt: skip

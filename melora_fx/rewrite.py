@@ -9,7 +9,9 @@ rows of it, and B's rows of one block are the rows of the parts in turn.
 I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +25,8 @@ from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs, PlannedSite, make_plan
 from .patterns import LinearNode
-from .rewritten import SITE_TAG, SiteRecord, install, refuse_rewritten, unwrap
-from .targets import TargetSpec, name_matches, nearest
+from .rewritten import SITE_TAG, SiteRecord, install
+from .targets import ALL_LINEAR, TargetSpec, name_matches, nearest
 
 aten = torch.ops.aten
 
@@ -68,10 +70,6 @@ def rewrite(
         MELoRAError: for a model already rewritten or compiled, one that cannot be captured, or a named linear that
             cannot be adapted.
     """
-    if isinstance(model, nn.Module):
-        if unwrap(model) is not model:
-            raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
-        refuse_rewritten(model)
     plan = make_plan(model, targets, config, example_inputs)
     if plan.misfits:
         raise ValueError("\n".join(f"`{name}`: {reason}" for name, reason in plan.misfits.items()))
@@ -79,6 +77,12 @@ def rewrite(
         raise MELoRAError("\n".join(f"`{name}` cannot be adapted: {reason}" for name, reason in plan.refused.items()))
     rewritten = plan.model
     kept = _kept_modules(rewritten, keep_trainable)
+    both = [site.name for site in plan.sites if any(_is_within(site.name, name) for name in kept)]
+    if both:
+        raise ValueError(f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it")
+    if plan.unsuitable and not _only_named(targets):
+        names = ", ".join(f"`{name}` ({reason})" for name, reason in plan.unsuitable.items())
+        warnings.warn(f"`rewrite` leaves {len(plan.unsuitable)} linears alone: {names}", stacklevel=2)
     parameters = rewritten.named_parameters(remove_duplicate=False)
     state = RewriteState({name: parameter.requires_grad for name, parameter in parameters}, kept)
     rewritten.requires_grad_(False)
@@ -87,7 +91,29 @@ def rewrite(
     for capture, sites in _by_capture(plan.sites):
         install(capture.module, capture.graph, [_insert_site(capture, site) for site in sites])
     rewritten.__dict__[STATE] = state
+    if hasattr(type(rewritten), "save_pretrained"):
+        rewritten.__dict__["save_pretrained"] = functools.partial(_save_pretrained, rewritten)
     return rewritten
+
+
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of a model that is rewritten and not folded."""
+    warnings.warn(
+        "`save_pretrained` of a rewritten model writes base and adapter under names that `from_pretrained` drops: use "
+        "`melora_fx.save_adapter`, or `melora_fx.fold` first",
+        stacklevel=2,
+    )
+    return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def _only_named(targets: TargetSpec) -> bool:
+    """Whether every target is a name, a glob or an expression: then linears that none of them names are not missed."""
+    return not callable(targets) and ALL_LINEAR not in ([targets] if isinstance(targets, str) else targets)
+
+
+def _is_within(name: str, module: str) -> bool:
+    """Whether `name` is the module's or below it."""
+    return name == module or name.startswith(f"{module}.")
 
 
 def _by_capture(sites: list[PlannedSite]) -> list[tuple[Capture, list[PlannedSite]]]:
@@ -106,7 +132,7 @@ def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
         if not hits:
             raise ValueError(f"`keep_trainable`: {pattern!r} matches no module; nearest: {nearest(pattern, names)}")
         kept.update(dict.fromkeys(hits))
-    return tuple(name for name in kept if not any(name.startswith(f"{other}.") for other in kept))
+    return tuple(name for name in kept if not any(name != other and _is_within(name, other) for other in kept))
 
 
 def _insert_site(capture: Capture, site: PlannedSite) -> SiteRecord:
@@ -161,8 +187,11 @@ class _AdapterNodes:
 
     def __init__(self, graph: fx.Graph, linear: LinearNode, record: SiteRecord, site: PlannedSite) -> None:
         self.graph, self.linear, self.record, self.config = graph, linear, record, site.config
-        self.in_features, self.out_features = site.shape
-        self.casts = site.weight.dtype != adapter_dtype(site.weight)
+        self.in_features, out_features = site.shape
+        parts = site.config.parts(out_features)
+        self.row_sizes = [size // site.config.num_blocks for size in parts]  # of each part, in one block of B
+        self.rank_sizes = [max(site.config.ranks)] * len(parts)
+        self.casts = linear.weight_is_cast or site.weight.dtype != adapter_dtype(site.weight)
 
     def insert(self) -> None:
         base = self.linear.node
@@ -178,51 +207,53 @@ class _AdapterNodes:
     def _delta(self, base: fx.Node) -> fx.Node:
         """The adapter's output, of the base output's shape and dtype."""
         lora_a, lora_b, scaling = (self._get(kind) for kind in ("lora_a", "lora_b", "lora_scaling"))
-        blocks = self._blocks(lora_a)
-        hidden = self._call("hidden", aten.bmm.default, blocks, self._swapped(lora_a, 1, 2))
         scaled = self._call("scaled_b", aten.mul.Tensor, lora_b, scaling)
-        delta = self._join_blocks([self._part(hidden, scaled, *part) for part in self._parts()])
-        if self.linear.input_is_transposed:
-            delta = self._swapped(delta, 0, 1)
-        else:
-            delta = self._call("delta", aten.reshape_as.default, delta, base)
+        delta = self._left(lora_a, scaled) if self.linear.input_is_transposed else self._blockwise(lora_a, scaled, base)
         return self._call("delta", aten.type_as.default, delta, base) if self.casts else delta
 
-    def _blocks(self, lora_a: fx.Node) -> fx.Node:
-        """The input as (N, T, I/N)."""
+    def _blockwise(self, lora_a: fx.Node, scaled: fx.Node, base: fx.Node) -> fx.Node:
+        """x Δᵀ by blocks, without Δ."""
+        shape = [-1, self.config.num_blocks, self.in_features // self.config.num_blocks]
+        blocks = self._swapped(self._call("input_blocks", aten.reshape.default, self._input(lora_a), shape), 0, 1)
+        hidden = self._call("hidden", aten.bmm.default, blocks, self._swapped(lora_a, 1, 2))
+        hiddens, scaleds = self._parts(hidden, 2, self.rank_sizes), self._parts(scaled, 1, self.row_sizes)
+        outputs = []
+        for part_hidden, part_b in zip(hiddens, scaleds, strict=True):
+            output = self._call("delta_blocks", aten.bmm.default, part_hidden, self._swapped(part_b, 1, 2))
+            outputs.append(self._swapped(output, 0, 1))
+        if len(outputs) > 1:
+            outputs = [self._call("part", aten.flatten.using_ints, output, 1) for output in outputs]
+            outputs = [self._call("parts", aten.cat.default, outputs, 1)]
+        return self._call("delta", aten.reshape_as.default, outputs[0], base)
+
+    def _left(self, lora_a: fx.Node, scaled: fx.Node) -> fx.Node:
+        """Δ x, for W x: the rare form, in which x may have any number of dimensions, so Δ is made whole."""
+        rows = []
+        a_parts, b_parts = self._parts(lora_a, 1, self.rank_sizes), self._parts(scaled, 1, self.row_sizes)
+        for part_a, part_b in zip(a_parts, b_parts, strict=True):
+            blocks = self._call("delta_blocks", aten.bmm.default, part_b, part_a)
+            each = [self._call("block", aten.select.int, blocks, 0, index) for index in range(self.config.num_blocks)]
+            rows.append(self._call("block_diagonal", aten.block_diag.default, each))
+        matrix = rows[0] if len(rows) == 1 else self._call("rows", aten.cat.default, rows)
+        return self._call("delta", aten.matmul.default, matrix, self._input(lora_a))
+
+    def _input(self, lora_a: fx.Node) -> fx.Node:
+        """The linear's input after dropout, in the adapter's dtype."""
         value = self.linear.input
         if self.config.dropout:
             value = self._tagged(self.graph.call_module(self.record.path("lora_dropout"), (value,)))
-        if self.casts:
-            value = self._call("wide_input", aten.type_as.default, value, lora_a)
-        if self.linear.input_is_transposed:
-            value = self._swapped(value, 0, 1)
-        shape = [-1, self.config.num_blocks, self.in_features // self.config.num_blocks]
-        return self._swapped(self._call("input_blocks", aten.reshape.default, value, shape), 0, 1)
+        return self._call("wide_input", aten.type_as.default, value, lora_a) if self.casts else value
 
-    def _parts(self) -> list[tuple[int, int, int]]:
-        """(index, first row in a block of B, number of rows) of each part."""
-        sizes = [size // self.config.num_blocks for size in self.config.parts(self.out_features)]
-        return [(index, sum(sizes[:index]), size) for index, size in enumerate(sizes)]
-
-    def _part(self, hidden: fx.Node, scaled: fx.Node, index: int, start: int, size: int) -> fx.Node:
-        """One part's output as (T, N, size)."""
-        if self.config.split is not None:
-            rank = max(self.config.ranks)
-            hidden = self._call("hidden", aten.narrow.default, hidden, 2, index * rank, rank)
-            scaled = self._call("scaled_b", aten.narrow.default, scaled, 1, start, size)
-        output = self._call("delta_blocks", aten.bmm.default, hidden, self._swapped(scaled, 1, 2))
-        return self._swapped(output, 0, 1)
-
-    def _join_blocks(self, parts: list[fx.Node]) -> fx.Node:
-        """The parts side by side as (T, O); a single part stays (T, N, O/N) unless the shape is needed."""
-        if len(parts) == 1 and not self.linear.input_is_transposed:
-            return parts[0]
-        flat = [
-            self._call("part", aten.reshape.default, part, [-1, size])
-            for part, size in zip(parts, self.config.parts(self.out_features), strict=True)
+    def _parts(self, value: fx.Node, dim: int, sizes: list[int]) -> list[fx.Node]:
+        """The slices along `dim` that belong to the parts of `split`; the value itself without `split`."""
+        if len(sizes) == 1:
+            return [value]
+        name = f"{value.name}_part"
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        return [
+            self._call(name, aten.narrow.default, value, dim, start, size)
+            for start, size in zip(starts, sizes, strict=True)
         ]
-        return flat[0] if len(flat) == 1 else self._call("delta", aten.cat.default, flat, 1)
 
     def _swapped(self, value: fx.Node, first: int, second: int) -> fx.Node:
         return self._call(f"{value.name}_t", aten.transpose.int, value, first, second)

@@ -27,6 +27,10 @@ SITE_TAG = "melora_site"
 """Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
 
 
+BASE, FOLDED = "melora_adapted_graph", "melora_folded"
+"""Attributes of a rewritten module while its base runs (the graph put aside) and while its weights are folded."""
+
+
 @dataclass
 class SiteRecord:
     """What a site is, as its rewritten module keeps it. `parameter`: path of the weight below that module."""
@@ -42,10 +46,14 @@ class SiteRecord:
         """Path of the module that holds the weight, below the rewritten module."""
         return self.parameter.rpartition(".")[0]
 
+    @property
+    def parameter_name(self) -> str:
+        """Name of the weight on its owner."""
+        return self.parameter.rpartition(".")[2]
+
     def attribute(self, kind: str) -> str:
         """Name, on the weight's owner, of "lora_a", "lora_b", "lora_scaling" or "lora_dropout"."""
-        parameter = self.parameter.rpartition(".")[2]
-        return kind if parameter == "weight" else f"{parameter}_{kind}"
+        return kind if self.parameter_name == "weight" else f"{self.parameter_name}_{kind}"
 
     def path(self, kind: str) -> str:
         """The same as a path below the rewritten module."""
@@ -53,7 +61,7 @@ class SiteRecord:
 
     def site_name(self, module_path: str) -> str:
         """Name of the site in a model that has the rewritten module at `module_path`."""
-        return site_name(join_path(module_path, self.owner_path), self.parameter.rpartition(".")[2])
+        return site_name(join_path(module_path, self.owner_path), self.parameter_name)
 
 
 class RewrittenModule(fx.GraphModule):
@@ -68,15 +76,24 @@ class RewrittenModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenModule":
         copied = _blank(_restored_class(self))
         memo[id(self)] = copied
-        shared = ("_graph", "_in_spec", "_out_spec")
-        state = {key: value for key, value in self.__dict__.items() if key not in shared}
-        copied.__dict__.update(copy.deepcopy(state, memo))
-        copied.graph = copy_graph(self.graph)
+        vars(copied).update(copy.deepcopy(self._own_state(), memo))
+        copied.graph = copy_graph(self.adapted_graph)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = {key: value for key, value in self.__dict__.items() if key not in ("_in_spec", "_out_spec")}
-        return _blank, (_restored_class(self),), state | {"_graph": _dump_graph(self.graph)}
+        return _blank, (_restored_class(self),), self._own_state() | {"_graph": _dump_graph(self.adapted_graph)}
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a copy takes over: all but the graph, what is made from it, and a base that runs for a while."""
+        if FOLDED in vars(self):
+            raise MELoRAError("a copy made inside `folded` would hold the adapter twice: copy the model outside of it")
+        passing = ("_graph", "_in_spec", "_out_spec", *((BASE, "forward") if BASE in vars(self) else ()))
+        return {key: value for key, value in vars(self).items() if key not in passing}
+
+    @property
+    def adapted_graph(self) -> fx.Graph:
+        """The graph with its adapters, also while the base runs in its place."""
+        return vars(self).get(BASE, self.graph)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph = _load_graph(state.pop("_graph"))
@@ -97,7 +114,8 @@ def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord]) -> Re
 
 def uninstall(module: RewrittenModule) -> None:
     """Gives `module` its class back. A module that was a GraphModule keeps its graph without the adapters."""
-    graph = without_adapters(module.graph)
+    graph = without_adapters(module.adapted_graph)
+    module.__dict__.pop(BASE, None)
     original = _restored_class(module)
     plain = fx.GraphModule(nn.Module(), fx.Graph())
     del module.__dict__["melora_records"]
@@ -144,7 +162,7 @@ def base_program(module: RewrittenModule) -> tuple[Callable[..., Any], fx.Graph]
     """The forward and the graph of `module` without adapters; the same each time: compiled code stays valid."""
     cls = type(module)
     if cls.base_code != module.code:
-        base = fx.GraphModule(module, without_adapters(module.graph))
+        base = fx.GraphModule(module, without_adapters(module.adapted_graph))
         cls.base_function, cls.base_graph, cls.base_code = type(base).forward, base.graph, module.code
     return types.MethodType(cls.base_function, module), cls.base_graph
 

@@ -5,6 +5,7 @@ modules kept trainable under their own names. The header's `melora` entry is JSO
 each site its configuration and the fingerprint of its base weight. One rename decides; nothing is ever unpickled.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .adapter import AdapterSite, require_sites, sites
+from .adapter import AdapterSite, refuse_folded, require_sites, sites
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
@@ -70,6 +71,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         MELoRAError: for a plain model, or a folder that cannot be written.
     """
     found = require_sites(model, "save_adapter")
+    refuse_folded(model, "save_adapter")
     directory = Path(directory)
     kept = _kept(model)
     tensors = {name: tensor.detach() for name, tensor in _kept_tensors(model, kept).items()}
@@ -139,7 +141,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
         configs = {name: MELoRAConfig.from_dict(entry["config"]) for name, entry in header["sites"].items()}
         fingerprints = {name: entry["base"] for name, entry in header["sites"].items() if entry.get("base")}
         adapter = Adapter(Path(directory), configs, fingerprints, tuple(header["kept"]), header["model"], tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MELoRAError(f"the header of `{path}` cannot be read: {type(error).__name__}: {error}") from error
     missing = [f"{name}.{kind}" for name in configs for kind in ("lora_a", "lora_b") if f"{name}.{kind}" not in tensors]
     if missing:
@@ -180,7 +182,9 @@ def _load_into_plain(model: nn.Module, adapter: Adapter, example_inputs: Example
     _check_fingerprints(adapter, plain)
     _check_kept(adapter, model)
     targets: dict[str, MELoRAConfig | None] = {f"re:{re.escape(name)}": c for name, c in adapter.configs.items()}
-    rewritten = rewrite(model, targets, example_inputs=example_inputs, keep_trainable=adapter.kept)
+    rewritten = rewrite(
+        model, targets, example_inputs=example_inputs, keep_trainable=[f"re:{re.escape(name)}" for name in adapter.kept]
+    )
     _copy_values(rewritten, adapter)
     return rewritten
 
@@ -229,8 +233,12 @@ def _copy_site(site: AdapterSite, config: MELoRAConfig, lora_a: torch.Tensor, lo
     site.lora_a.zero_().unflatten(1, (num_parts, -1))[:, :, :rank].copy_(lora_a.unflatten(1, (num_parts, -1)))
     site.lora_b.zero_()[:, :, :rank].copy_(lora_b)
     site.scaling.copy_(torch.tensor(config.scalings).view(-1, 1, 1))
-    record = next(r for r in site.module.melora_records if r.parameter.rpartition(".")[2] == site.parameter)
-    record.config = config
+    dropout = getattr(site.owner, site.record.attribute("lora_dropout"), None)
+    if dropout is not None:
+        dropout.p = config.dropout
+    else:  # the graph has no dropout node, and values are exchanged without touching it
+        config = dataclasses.replace(config, dropout=0.0)
+    site.record.config = config
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -263,7 +271,7 @@ def fingerprint_misfit(weight: torch.Tensor, expected: dict[str, Any]) -> str | 
     tiny = max(
         torch.finfo(weight.dtype).smallest_normal, torch.finfo(getattr(torch, expected["dtype"])).smallest_normal
     )
-    wrong = int(((values - sample).abs() > coarser * values.abs() + tiny).sum())
+    wrong = int((~((values - sample).abs() <= coarser * values.abs() + tiny)).sum())
     return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None
 
 
@@ -279,11 +287,14 @@ def _check_fingerprints(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -
 def _check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
     lines = []
     for name, config in adapter.configs.items():
-        lora_a, lora_b = adapter.tensors[f"{name}.lora_a"], adapter.tensors[f"{name}.lora_b"]
-        features = (lora_a.size(0) * lora_a.size(2), lora_b.size(0) * lora_b.size(1))
-        shape = tuple(weights[name].shape)
-        if sorted(features) != sorted(shape) or lora_a.size(0) != config.num_blocks:
-            lines.append(f"`{name}`: the adapter is for (in, out) = {features}, the weight's shape is {shape}")
+        shapes = [tuple(adapter.tensors[f"{name}.{kind}"].shape) for kind in ("lora_a", "lora_b")]
+        out_features, in_features = weights[name].shape
+        fitting = [config.adapter_shapes(in_features, out_features), config.adapter_shapes(out_features, in_features)]
+        if tuple(shapes) not in fitting:
+            lines.append(
+                f"`{name}`: lora_a is {shapes[0]} and lora_b {shapes[1]}, which does not fit a weight of shape "
+                f"{tuple(weights[name].shape)} and the adapter's own configuration {config}"
+            )
     if lines:
         raise MELoRAError(f"`{adapter.directory}` does not fit the model:\n" + "\n".join(lines))
 

@@ -29,6 +29,8 @@ def resolve_targets(
 ) -> dict[str, MELoRAConfig]:
     """The configuration of each name in `owners` that `targets` asks for, in the order of `owners`.
 
+    A target that asks for nothing, alone or together, is an error.
+
     Args:
         targets: as in `rewrite`.
         config: used wherever `targets` gives no configuration of its own.
@@ -54,7 +56,17 @@ def resolve_targets(
     unmatched = [pattern for pattern in rules if pattern not in matched]
     if unmatched:
         raise ValueError("\n".join(_no_match(pattern, list(owners)) for pattern in unmatched))
+    if not chosen:
+        raise ValueError(f"`targets` leaves every linear alone: all of {list(rules)} are mapped to None")
     return chosen
+
+
+def names_one_by_one(targets: TargetSpec, name: str) -> bool:
+    """Whether `targets` asks for `name` by a name, a glob or an expression of its own, not as one of all linears."""
+    if callable(targets):
+        return False
+    patterns = [targets] if isinstance(targets, str) else targets
+    return any(pattern != ALL_LINEAR and name_matches(pattern, name) for pattern in patterns)
 
 
 def is_classification_head(name: str) -> bool:

@@ -279,7 +279,7 @@ def dense_copy(model: nn.Module, plain: nn.Module) -> nn.Module:
     weights = dict(dense.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, site in melora_fx.sites(model).items():
-            key = name if site.parameter != "weight" else f"{name}.weight"
+            key = name if site.record.parameter_name != "weight" else f"{name}.weight"
             value = adapted_weight(site)
             weights[key].copy_(value.t() if site.weight_is_transposed else value)
     return dense

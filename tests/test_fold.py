@@ -169,7 +169,7 @@ def test_requires_grad_of_a_partly_frozen_model_comes_back(example_inputs):
     model.up.bias.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     rewritten = melora_fx.rewrite(
-        model, "all-linear", TOWER_CONFIG, keep_trainable="gate", example_inputs=example_inputs
+        model, ["up", "conv"], TOWER_CONFIG, keep_trainable="gate", example_inputs=example_inputs
     )
     folded = melora_fx.fold(fill(rewritten))
     assert {name: parameter.requires_grad for name, parameter in folded.named_parameters()} == before

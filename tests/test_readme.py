@@ -24,5 +24,7 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_readme_names_every_file() -> None:
     named = set(re.findall(r"`((?:melora_fx|exporters)/\w+\.py)`", (ROOT / "README.md").read_text()))
-    files = {str(path.relative_to(ROOT)) for folder in ("melora_fx", "exporters") for path in (ROOT / folder).glob("*.py")}
+    files = {
+        str(path.relative_to(ROOT)) for folder in ("melora_fx", "exporters") for path in (ROOT / folder).glob("*.py")
+    }
     assert named == {name for name in files if not name.endswith("__init__.py")}

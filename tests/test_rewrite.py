@@ -400,14 +400,11 @@ def test_kept_module_is_trained(whole):
     assert all("classifier" in name or "lora" in name for name in grads)
 
 
-def test_kept_module_may_hold_a_site():
-    model = melora_fx.rewrite(tower(), "head", TOWER_CONFIG, keep_trainable="head")
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        "head.weight",
-        "head.bias",
-        "head.lora_a",
-        "head.lora_b",
-    }
+@pytest.mark.parametrize("kept", ["head", "own"], ids=["the_site", "above_the_site"])
+def test_what_is_kept_trainable_is_not_adapted_too(kept):
+    model = tower()
+    with assert_unchanged(model), pytest.raises(ValueError, match="`keep_trainable` and `targets` both name"):
+        melora_fx.rewrite(model, ["head", "projection"], TOWER_CONFIG, keep_trainable=kept)
 
 
 @pytest.mark.parametrize(

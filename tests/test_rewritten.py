@@ -54,8 +54,8 @@ def test_state_dict_is_the_base_and_the_adapter(case):
     base, state = case.plain.state_dict(), case.model.state_dict()
     expected = set(base)
     for name, site in melora_fx.sites(case.model).items():
-        stem = name.rpartition(".")[0] + "." if site.parameter != "weight" else f"{name}."
-        prefix = f"{site.parameter}_" if site.parameter != "weight" else ""
+        stem = name.rpartition(".")[0] + "." if site.record.parameter_name != "weight" else f"{name}."
+        prefix = f"{site.record.parameter_name}_" if site.record.parameter_name != "weight" else ""
         expected |= {f"{stem}{prefix}lora_a", f"{stem}{prefix}lora_b"}
     assert set(state) == expected
     assert_equal({name: state[name] for name in base}, dict(base))
