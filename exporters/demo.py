@@ -90,7 +90,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     )
 
     console.rule("train")
-    history = _train(model, batches, num_epochs=2 if options.quick else 5)
+    history = _train(model, batches, num_epochs=1 if options.quick else 5)
     accuracy_after = history.accuracies[-1]
     melora_fx.save_adapter(model, options.out / "adapter")
 
@@ -98,7 +98,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     example = batches.encode([text for text, _ in texts.held_out[:8]])
     paths = {name: options.out / f"{name}.onnx" for name in ("base", "unmerged", "merged")}
     with melora_fx.disabled(model):
-        export_onnx(model, example, paths["base"], adapter="keep")
+        export_onnx(model, example, paths["base"], adapter="keep", verify=False)
     for name, adapter in (("unmerged", "keep"), ("merged", "fold")):
         print(export_onnx(model, example, paths[name], adapter=adapter))
     unfolded = _logits(TorchRunner(model), batches)
