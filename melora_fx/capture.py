@@ -324,7 +324,18 @@ def _check_input_sizes(graph_module: nn.Module, args: tuple[Any, ...], kwargs: d
 
 
 def follow_training_mode(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Replaces what an export froze about the mode (dropout, attention, batch norm) by modules that follow it."""
+    """Makes an exported module trainable: what the export froze about the mode follows `.train()` and `.eval()` again,
+    and its checks of dtypes, which `.to(dtype)` would break, go.
+    """
+    for module in [each for each in graph_module.modules() if isinstance(each, fx.GraphModule)]:
+        module.graph = _following_graph(module)
+    for name in ("train", "eval"):  # an exported module carries its own, which raise
+        graph_module.__dict__.pop(name, None)
+    return graph_module
+
+
+def _following_graph(graph_module: fx.GraphModule) -> fx.Graph:
+    """The graph with dropout, attention dropout and batch norm as calls of modules, which are added."""
     graph = copy_graph(graph_module.graph)
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
@@ -340,10 +351,7 @@ def follow_training_mode(graph_module: fx.GraphModule) -> fx.GraphModule:
             call.meta = copy.copy(node.meta)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
-    graph_module.graph = graph
-    for name in ("train", "eval"):  # an exported module carries its own, which raise
-        graph_module.__dict__.pop(name, None)
-    return graph_module
+    return graph
 
 
 def _mode_argument(node: fx.Node) -> tuple[int, float] | None:

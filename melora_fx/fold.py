@@ -16,6 +16,7 @@ from torch import nn
 from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, running_base
 from .config import MELoRAConfig
 from .errors import MELoRAError
+from .match import shared_parameters
 from .rewrite import STATE, RewriteState
 from .rewritten import FOLDED, owner_of, rewritten_modules, uninstall, unwrap
 
@@ -140,15 +141,9 @@ def _refuse_unfoldable(found: dict[str, AdapterSite]) -> None:
 
 def _shared_sites(model: nn.Module, found: dict[str, AdapterSite]) -> dict[str, list[str]]:
     """The sites whose weight is another parameter of the model too: site name → names of the other users."""
-    users: dict[int, dict[int, str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(path, recurse=False):
-            users.setdefault(id(parameter), {})[id(module)] = name.removesuffix(".weight")
-    return {
-        name: [user for user in users[id(site.weight)].values() if user != name]
-        for name, site in found.items()
-        if len(users[id(site.weight)]) > 1
-    }
+    names = shared_parameters(model)
+    others = {name: [other for other in names[id(site.weight)] if other != name] for name, site in found.items()}
+    return {name: users for name, users in others.items() if users}
 
 
 def _refuse_shared(shared: dict[str, list[str]]) -> None:

@@ -1,7 +1,8 @@
 """The dry run: which linears of a model `rewrite` would adapt, and why not the others. Changes nothing."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -14,12 +15,19 @@ from .patterns import LinearNode, find_linear_nodes, get_attribute
 from .rewritten import refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 
+_WIDTH = 100
+
 ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear of the model. `num_parameters`: trainable values that its adapter has, or would have."""
+    """A linear of the model.
+
+    Attributes:
+        num_parameters: trainable values that its adapter has, or would have.
+        shared_with: names of other parameters of the model that are the same weight.
+    """
 
     name: str
     in_features: int
@@ -27,6 +35,7 @@ class LinearSite:
     pattern: str
     lowering: str
     num_parameters: int
+    shared_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,14 @@ class MatchReport:
         rows += [_row(site, "-", "-") for site in self.untargeted]
         total = sum(site.num_parameters for site in self.sites)
         summary = f"{len(self.sites)} sites, {total:,} parameters; {len(self.untargeted)} untargeted (-)"
-        lines = [*_aligned(rows), "", f"{summary}, {len(self.skipped)} skipped"]
-        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped]
-        return "\n".join(lines)
+        notes = [
+            f"shared {site.name}: the same weight as {', '.join(site.shared_with)}"
+            for site in self.sites + self.untargeted
+            if site.shared_with
+        ]
+        notes += [f"skipped {name}: {reason}" for name, reason in self.skipped]
+        wrapped = [line for note in notes for line in textwrap.wrap(note, _WIDTH, subsequent_indent="  ")]
+        return "\n".join([*_aligned(rows), "", f"{summary}, {len(self.skipped)} skipped", *wrapped])
 
 
 def match(
@@ -80,7 +94,10 @@ def match(
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One weight and every node that multiplies by it. `parameter` is its path below the captured module."""
+    """One weight and every node that multiplies by it. `parameter` is its path below the captured module.
+
+    `shared_with`: the names of other parameters of the model that are the same weight.
+    """
 
     name: str
     capture: Capture
@@ -88,6 +105,7 @@ class PlannedSite:
     nodes: tuple[LinearNode, ...]
     weight: nn.Parameter
     config: MELoRAConfig
+    shared_with: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,8 +126,9 @@ class PlannedSite:
     def describe(self) -> LinearSite:
         """The public view of this site."""
         in_features, out_features = self.shape
+        num_parameters = self.config.num_parameters(in_features, out_features)
         return LinearSite(
-            self.name, in_features, out_features, self._pattern, "plain", self.config.num_parameters(*self.shape)
+            self.name, in_features, out_features, self._pattern, "plain", num_parameters, self.shared_with
         )
 
     @property
@@ -151,6 +170,11 @@ def make_plan(
     captured = _captured(model, example_inputs)
     captures, reasons = capture_modules(captured)
     found = _group_by_weight(captures, config)
+    shared = shared_parameters(captured)
+    found = {name: replace(planned, shared_with=_others(shared, planned)) for name, planned in found.items()}
+    reasons |= _unmatched_stacks(captures, found)
+    if captured is not model and isinstance(model, nn.Module):
+        reasons |= _never_called(model, found, config)
     reasons |= {name: _BOTH_WAYS for name, planned in found.items() if planned.is_used_both_ways}
     found = {name: planned for name, planned in found.items() if name not in reasons}
     original = model if isinstance(model, nn.Module) else captured
@@ -163,10 +187,44 @@ def make_plan(
         elif reason := chosen[name].misfit(*planned.shape):
             misfits[name] = reason
         else:
-            sites.append(_with_config(planned, chosen[name]))
+            sites.append(replace(planned, config=chosen[name]))
     refused = {name: reason for name, reason in reasons.items() if name in chosen and names_one_by_one(targets, name)}
     unsuitable = {name: reason for name, reason in reasons.items() if name not in refused}
     return Plan(captured, sites, untargeted, refused, unsuitable, misfits)
+
+
+def _unmatched_stacks(captures: list[Capture], found: Mapping[str, PlannedSite]) -> dict[str, str]:
+    """The 3-D parameters that whole graphs multiply by: stacks of experts, for which there is no pattern."""
+    reasons = {}
+    for capture in captures:
+        if not isinstance(capture.module, fx.GraphModule):
+            continue
+        for path in dict.fromkeys(str(node.target) for node in capture.graph.nodes if node.op == "get_attr"):
+            parameter = get_attribute(capture.module, path)
+            if isinstance(parameter, nn.Parameter) and parameter.dim() == 3 and min(parameter.shape) > 1:
+                owner, _, attribute = path.rpartition(".")
+                name = site_name(join_path(capture.path, owner), attribute)
+                reasons[name] = f"a stack of matrices {tuple(parameter.shape)}: adapters of single experts are not made"
+    return reasons
+
+
+def _never_called(model: nn.Module, found: Mapping[str, PlannedSite], config: MELoRAConfig) -> dict[str, str]:
+    """The linears that the model has and that the whole capture does not use."""
+    in_place = _group_by_weight(capture_modules(model)[0], config)
+    return {name: "never called with these `example_inputs`" for name in in_place if name not in found}
+
+
+def shared_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """For each parameter of `model`, by id, all names it goes by; a module used in several places counts once."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    return {key: tuple(value) for key, value in names.items()}
+
+
+def _others(shared: Mapping[int, tuple[str, ...]], planned: PlannedSite) -> tuple[str, ...]:
+    return tuple(name for name in shared.get(id(planned.weight), ()) if name != planned.name)
 
 
 _BOTH_WAYS = "the graph multiplies by this weight and by its transpose: one adapter cannot serve both"
@@ -201,10 +259,6 @@ def _group_by_weight(captures: list[Capture], config: MELoRAConfig) -> dict[str,
     return found
 
 
-def _with_config(planned: PlannedSite, config: MELoRAConfig) -> PlannedSite:
-    return PlannedSite(planned.name, planned.capture, planned.parameter, planned.nodes, planned.weight, config)
-
-
 def _output_names(model: nn.Module, found: dict[str, PlannedSite]) -> frozenset[str]:
     """What "all-linear" leaves out: output embeddings, by the model's own word where it has one, and heads."""
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
@@ -222,8 +276,10 @@ def _row(site: LinearSite, lowering: str, num_parameters: str) -> tuple[str, ...
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of equal columns: the first and the words to the left, the numbers to the right."""
+    """Rows as lines of equal columns, names to the left and numbers to the right; long names lose their beginning."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    rows = [(name if len(name) <= widths[0] else "…" + name[1 - widths[0] :], *rest) for name, *rest in rows]
     right = (1, 2, 5)
     return [
         "  ".join(

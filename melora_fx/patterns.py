@@ -1,13 +1,15 @@
 """The one matcher: finds the linear nodes of an FX graph, whatever wrote them.
 
-A linear node computes  y = x Wᵀ (+ b)  from a 2-D parameter W of the model. W may stand on either side of the product
-and may be reached through transposes; what the node is called (`F.linear`, `addmm`, `@`, `aten.mm`, …) is all that
-differs between a traced module and an exported program. A node whose weight is not a parameter is not a linear node.
+A linear node computes  y = x Wᵀ (+ b)  from a 2-D parameter W of the model. W may stand on either side of the product,
+be reached through views (transposed, expanded over a batch, cut into rows for q, k and v), and what the node is called
+(`F.linear`, `addmm`, `@`, `einsum`, `aten.bmm`, …) is all that differs between a traced module and an exported program.
+A node whose weight is not a parameter is not a linear node.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ class LinearNode:
     """One call of a linear in a graph.
 
     `weight_is_transposed`: the parameter is stored (in_features, out_features), as in `Conv1D`.
+    `rows`: (start, stop) where the node multiplies by some rows of the parameter only; None for the whole.
     `input_is_transposed`: the product is W @ x, so input and output are (…, features, tokens).
     `weight_is_cast`: the parameter is cast on the way, so input and parameter may have different dtypes.
     """
@@ -31,6 +34,7 @@ class LinearNode:
     parameter: str
     pattern: str
     weight_is_transposed: bool
+    rows: tuple[int, int] | None = None
     input_is_transposed: bool = False
     weight_is_cast: bool = False
 
@@ -48,22 +52,26 @@ def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]
 
 @dataclass(frozen=True)
 class _Weight:
+    """A matrix in a graph that is a view of a parameter (R, C): its rows, or their transpose.
+
+    `rows`: (start, stop) of the parameter's rows that the view shows. `is_transposed`: it shows them as columns.
+    """
+
     parameter: str
+    rows: tuple[int, int]
+    is_whole: bool
     is_transposed: bool
     is_cast: bool
 
 
 def _match_linear(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    input, weight = _argument(node, 0, "input"), _weight(_argument(node, 1, "weight"), owner)
-    if weight is None or not isinstance(input, fx.Node):
-        return None
-    return LinearNode(node, input, weight.parameter, _name(node), weight.is_transposed, False, weight.is_cast)
+    return _linear_node(node, _argument(node, 0, "input"), _weight(_argument(node, 1, "weight"), owner))
 
 
 def _match_addmm(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     if node.kwargs.get("alpha", 1) != 1:
         return None
-    return _match_product(node, owner, _argument(node, 1, "mat1"), _argument(node, 2, "mat2"))
+    return _match_product(node, owner, _argument(node, 1, "mat1", "batch1"), _argument(node, 2, "mat2", "batch2"))
 
 
 def _match_matmul(node: fx.Node, owner: nn.Module) -> LinearNode | None:
@@ -73,45 +81,102 @@ def _match_matmul(node: fx.Node, owner: nn.Module) -> LinearNode | None:
 
 def _match_product(node: fx.Node, owner: nn.Module, left: Any, right: Any) -> LinearNode | None:
     weight = _weight(right, owner)
-    if weight is not None and isinstance(left, fx.Node):
-        return LinearNode(node, left, weight.parameter, _name(node), not weight.is_transposed, False, weight.is_cast)
-    weight = _weight(left, owner)
-    if weight is not None and isinstance(right, fx.Node):
-        return LinearNode(node, right, weight.parameter, _name(node), weight.is_transposed, True, weight.is_cast)
+    if weight is not None:  # x @ M: what linear would take is Mᵀ
+        return _linear_node(node, left, replace(weight, is_transposed=not weight.is_transposed))
+    return _linear_node(node, right, _weight(left, owner), input_is_transposed=True)
+
+
+def _match_einsum(node: fx.Node, owner: nn.Module) -> LinearNode | None:
+    """`…i,oi->…o` in any letters and order of operands: the contracted letter and the new one come last."""
+    operands: Any = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
+    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not len(operands) == len(terms) == 2:
+        return None
+    for x, x_term, w, w_term in (
+        (operands[0], terms[0], operands[1], terms[1]),
+        (operands[1], terms[1], operands[0], terms[0]),
+    ):
+        weight, contracted = _weight(w, owner), x_term[-1:]
+        new = w_term.replace(contracted, "")
+        if weight is None or len(w_term) != 2 or len(new) != 1 or new in x_term or output != x_term[:-1] + new:
+            continue
+        is_transposed = weight.is_transposed ^ (w_term[0] == contracted)
+        return _linear_node(node, x, replace(weight, is_transposed=is_transposed))
     return None
 
 
+def _linear_node(
+    node: fx.Node, input: Any, weight: _Weight | None, *, input_is_transposed: bool = False
+) -> LinearNode | None:
+    """The node, where `weight` is the matrix that `F.linear` would take; some rows only where they are outputs."""
+    if weight is None or not isinstance(input, fx.Node) or (weight.is_transposed and not weight.is_whole):
+        return None
+    rows = None if weight.is_whole else weight.rows
+    return LinearNode(
+        node, input, weight.parameter, _name(node), weight.is_transposed, rows, input_is_transposed, weight.is_cast
+    )
+
+
 def _weight(value: Any, owner: nn.Module) -> _Weight | None:
-    """The 2-D parameter behind `value`, followed through transposes, or None."""
-    is_transposed = is_cast = False
+    """The view of a 2-D parameter that `value` is, or None.
+
+    The views on the way are carried out on a tensor without memory; sizes and strides then tell which rows it shows.
+    """
+    views: list[fx.Node] = []
     while isinstance(value, fx.Node) and value.op != "get_attr":
-        step = _view_of(value)
-        if step is None:
+        if _target_name(value) not in _VIEWS | _COPIES | _CASTS or not value.args:
             return None
-        is_cast |= value.target in _CASTS
-        value, flips = step
-        is_transposed ^= flips
+        views.append(value)
+        value = value.args[0]
     if not isinstance(value, fx.Node):
         return None
     parameter = get_attribute(owner, str(value.target))
     if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2:
         return None
-    return _Weight(str(value.target), is_transposed, is_cast)
+    is_cast = any(_target_name(view) in _CASTS for view in views)
+    num_rows, num_columns = parameter.shape
+    if all(_target_name(view) not in _VIEWS for view in views):
+        return _Weight(str(value.target), (0, num_rows), True, False, is_cast)
+    whole = torch.empty(num_rows, num_columns, device="meta")
+    try:
+        matrix = functools.reduce(_apply_view, reversed(views), whole)
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        return None
+    found = _rows_shown(matrix, whole)
+    if found is None:
+        return None
+    rows, is_transposed = found
+    return _Weight(str(value.target), rows, rows == (0, num_rows), is_transposed, is_cast)
 
 
-def _view_of(node: fx.Node) -> tuple[Any, bool] | None:
-    """What a node is a view or a cast of, and whether it swaps the two dimensions; None for any other node."""
-    source = _argument(node, 0, "input", "self")
-    if node.target in _VIEWS or node.target in _CASTS:
-        return source, False
-    if node.target in _TRANSPOSES or (node.target is getattr and node.args[1] in ("T", "mT")):
-        return source, True
-    if node.target in _DIM_SWAPS:
-        first, second = _argument(node, 1, "dim0"), _argument(node, 2, "dim1")
-        return source, (first - second) % 2 == 1
-    if node.target in _PERMUTES:
-        first = _argument(node, 1, "dims")
-        return source, (first if isinstance(first, int) else first[0]) % 2 == 1
+def _apply_view(tensor: Any, node: fx.Node) -> Any:
+    """What `node` makes of `tensor`; a symbolic size counts as 1."""
+    if _target_name(node) not in _VIEWS:
+        return tensor
+    args, kwargs = fx.map_arg((node.args[1:], node.kwargs), lambda _: 1)
+    if node.op == "call_method":
+        return getattr(tensor, str(node.target))(*args, **kwargs)
+    assert callable(node.target)
+    return node.target(tensor, *args, **kwargs)
+
+
+def _rows_shown(matrix: Any, whole: torch.Tensor) -> tuple[tuple[int, int], bool] | None:
+    """Which rows of `whole` (R, C) the view `matrix` (…, a, b) shows, and whether as columns; None for other views."""
+    if not isinstance(matrix, torch.Tensor) or matrix.dim() < 2:
+        return None
+    if matrix.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+        return None
+    if any(size != 1 and stride != 0 for size, stride in zip(matrix.shape[:-2], matrix.stride()[:-2], strict=True)):
+        return None
+    num_columns = whole.size(1)
+    sizes, strides = matrix.shape[-2:], matrix.stride()[-2:]
+    for is_transposed, across, along in ((False, 0, 1), (True, 1, 0)):
+        shows_columns = sizes[along] == num_columns and (num_columns == 1 or strides[along] == 1)
+        shows_rows = sizes[across] == 1 or strides[across] == num_columns
+        if shows_columns and shows_rows and matrix.storage_offset() % num_columns == 0:
+            start = matrix.storage_offset() // num_columns
+            return (start, start + sizes[across]), is_transposed
     return None
 
 
@@ -131,25 +196,36 @@ def _argument(node: fx.Node, index: int, *names: str) -> Any:
 
 def _name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
-        return f"aten.{node.target.overloadpacket.__name__}"
-    return "F.linear" if node.target in _LINEAR else str(getattr(node.target, "__name__", node.target))
+        return f"aten.{_target_name(node)}"
+    return "F.linear" if node.target in _LINEAR else _target_name(node)
+
+
+def _target_name(node: fx.Node) -> str:
+    """A node's operator without its namespace and overload: "transpose", for each way to call it."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__
+    if node.target is getattr:
+        return str(node.args[1])
+    return str(getattr(node.target, "__name__", node.target))
 
 
 _LINEAR = {F.linear, aten.linear.default}
-_ADDMM = {torch.addmm, aten.addmm.default, "addmm"}
-_MATMUL = {torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default, "matmul", "mm"}
+_ADDMM = {torch.addmm, aten.addmm.default, "addmm", torch.baddbmm, aten.baddbmm.default, "baddbmm"}
+_MATMUL = {
+    torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm",
+    aten.matmul.default, aten.mm.default, aten.bmm.default,
+}  # fmt: skip
+_EINSUM = {torch.einsum, torch.functional.einsum, aten.einsum.default}
 _MATCHERS: dict[Any, Callable[[fx.Node, nn.Module], LinearNode | None]] = {
     **dict.fromkeys(_LINEAR, _match_linear),
     **dict.fromkeys(_ADDMM, _match_addmm),
     **dict.fromkeys(_MATMUL, _match_matmul),
+    **dict.fromkeys(_EINSUM, _match_einsum),
 }
-_TRANSPOSES = {torch.t, "t", aten.t.default, aten.numpy_T.default, aten.mT.default}
-_DIM_SWAPS = {torch.transpose, torch.swapaxes, "transpose", "swapaxes", "swapdims", aten.transpose.int}
-_PERMUTES = {torch.permute, "permute", aten.permute.default}
 _VIEWS = {
-    "contiguous", "detach", aten.contiguous.default, aten.detach.default, aten.alias.default, aten.clone.default,
+    "t", "T", "mT", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim", "unsqueeze", "squeeze",
+    "expand", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "narrow", "slice", "split", "split_with_sizes",
+    "chunk", "unbind", "select", "getitem",
 }  # fmt: skip
-_CASTS = {
-    "to", "type_as", "float", aten.type_as.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device,
-    aten._to_copy.default,
-}  # fmt: skip
+_COPIES = {"contiguous", "clone", "detach", "alias"}
+_CASTS = {"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"}

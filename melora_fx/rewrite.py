@@ -89,7 +89,7 @@ def rewrite(
     for name in kept:
         rewritten.get_submodule(name).requires_grad_(True)
     for capture, sites in _by_capture(plan.sites):
-        install(capture.module, capture.graph, [_insert_site(capture, site) for site in sites])
+        install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
     rewritten.__dict__[STATE] = state
     if hasattr(type(rewritten), "save_pretrained"):
         rewritten.__dict__["save_pretrained"] = functools.partial(_save_pretrained, rewritten)
@@ -135,15 +135,23 @@ def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
     return tuple(name for name in kept if not any(name != other and _is_within(name, other) for other in kept))
 
 
-def _insert_site(capture: Capture, site: PlannedSite) -> SiteRecord:
-    """Adds the adapter's tensors to the weight's owner and its nodes to the graph."""
-    record = SiteRecord(
-        site.parameter, site.config, site.describe().pattern, site.nodes[0].weight_is_transposed, lowering="plain"
-    )
-    _add_tensors(site, record)
-    for linear in site.nodes:
-        _AdapterNodes(capture.graph, linear, record, site).insert()
-    return record
+def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]:
+    """Adds the adapters' tensors to the weights' owners and their nodes to the graph.
+
+    Last node first: where one linear feeds another, the later adapter's input is still the plain output then, and
+    becomes the adapted one with all its other users.
+    """
+    records, insertions = [], []
+    for site in sites:
+        pattern, is_transposed = site.describe().pattern, site.nodes[0].weight_is_transposed
+        record = SiteRecord(site.parameter, site.config, pattern, is_transposed, lowering="plain")
+        _add_tensors(site, record)
+        records.append(record)
+        insertions += [(linear, record, site) for linear in site.nodes]
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for linear, record, site in sorted(insertions, key=lambda insertion: -position[insertion[0].node]):
+        _AdapterNodes(graph, linear, record, site).insert()
+    return records
 
 
 def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
@@ -187,8 +195,8 @@ class _AdapterNodes:
 
     def __init__(self, graph: fx.Graph, linear: LinearNode, record: SiteRecord, site: PlannedSite) -> None:
         self.graph, self.linear, self.record, self.config = graph, linear, record, site.config
-        self.in_features, out_features = site.shape
-        parts = site.config.parts(out_features)
+        self.in_features, self.out_features = site.shape
+        parts = site.config.parts(self.out_features)
         self.row_sizes = [size // site.config.num_blocks for size in parts]  # of each part, in one block of B
         self.rank_sizes = [max(site.config.ranks)] * len(parts)
         self.casts = linear.weight_is_cast or site.weight.dtype != adapter_dtype(site.weight)
@@ -224,7 +232,12 @@ class _AdapterNodes:
         if len(outputs) > 1:
             outputs = [self._call("part", aten.flatten.using_ints, output, 1) for output in outputs]
             outputs = [self._call("parts", aten.cat.default, outputs, 1)]
-        return self._call("delta", aten.reshape_as.default, outputs[0], base)
+        delta = outputs[0]
+        if self.linear.rows is not None:
+            start, stop = self.linear.rows
+            flat = self._call("delta_flat", aten.reshape.default, delta, [-1, self.out_features])
+            delta = self._call("delta_rows", aten.narrow.default, flat, 1, start, stop - start)
+        return self._call("delta", aten.reshape_as.default, delta, base)
 
     def _left(self, lora_a: fx.Node, scaled: fx.Node) -> fx.Node:
         """Δ x, for W x: the rare form, in which x may have any number of dimensions, so Δ is made whole."""
@@ -235,6 +248,9 @@ class _AdapterNodes:
             each = [self._call("block", aten.select.int, blocks, 0, index) for index in range(self.config.num_blocks)]
             rows.append(self._call("block_diagonal", aten.block_diag.default, each))
         matrix = rows[0] if len(rows) == 1 else self._call("rows", aten.cat.default, rows)
+        if self.linear.rows is not None:
+            start, stop = self.linear.rows
+            matrix = self._call("delta_rows", aten.narrow.default, matrix, 0, start, stop - start)
         return self._call("delta", aten.matmul.default, matrix, self._input(lora_a))
 
     def _input(self, lora_a: fx.Node) -> fx.Node:

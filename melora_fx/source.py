@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+_TESTS = {"isinstance", "type", "hasattr"}
 _HARMLESS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "numel"}
 
 
@@ -15,8 +16,8 @@ _HARMLESS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "nume
 def weights_read_by_forward(cls: type[nn.Module]) -> tuple[str, ...]:
     """Paths of the children whose tensors `cls.forward`, or a method that it calls, reads itself.
 
-    `self.out_proj.weight` gives "out_proj"; reading only its dtype, device or shape does not count. An adapter on such
-    a child would be skipped silently, since the child is never called. Found in the source; a class without source
+    `self.out_proj.weight` gives "out_proj"; reading only its type, dtype, device or shape does not count. An adapter on
+    such a child would be skipped silently, since the child is not called. Found in the source; a class without source
     gives nothing.
     """
     paths: dict[str, None] = {}
@@ -45,6 +46,9 @@ def _tree(method: object) -> ast.AST:
 def _attribute_chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
     """The longest attribute accesses on `self`: `self.a.b.c` gives ("a", "b", "c")."""
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _TESTS:
+            inner |= {id(argument) for argument in call.args}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or id(node) in inner:
             continue

@@ -42,6 +42,7 @@ ROW_FORMS = {
     "matmul_contiguous": ({}, lambda x, w, b: x @ w.t().contiguous()),
     "bias_in_place": ({}, lambda x, w, b: operator.iadd(F.linear(x, w), b)),
     "cast_weight": ({}, lambda x, w, b: F.linear(x, w.to(x.dtype), b)),
+    "view_and_back": ({}, lambda x, w, b: x @ w.view(1, OUT, IN).transpose(1, 2).squeeze(0)),
     "aten_linear": ({}, lambda x, w, b: aten.linear.default(x, w, b)),
     "aten_matmul": ({}, lambda x, w, b: aten.matmul.default(x, aten.transpose.int(w, 0, 1))),
     "aten_matmul_numpy_T": ({}, lambda x, w, b: aten.matmul.default(x, aten.numpy_T.default(w))),
@@ -57,6 +58,17 @@ MATRIX_FORMS = {
     "addmm_beta": ({}, lambda x, w, b: torch.addmm(b, x, w.t(), beta=2.0)),
     "aten_mm_t": ({}, lambda x, w, b: aten.mm.default(x, aten.t.default(w))),
     "aten_addmm_permute": ({}, lambda x, w, b: aten.addmm.default(b, x, aten.permute.default(w, [1, 0]))),
+}
+# x is (B, T, 24)
+BATCH_FORMS = {
+    "bmm_expanded": ({}, lambda x, w, b: torch.bmm(x, w.t().expand(x.shape[0], IN, OUT))),
+    "bmm_unsqueezed": ({"transposed": True}, lambda x, w, b: torch.bmm(x, w.unsqueeze(0).expand(x.shape[0], -1, -1))),
+    "bmm_swapped_after": ({}, lambda x, w, b: torch.bmm(x, w[None].expand(2, OUT, IN).transpose(1, 2))),
+    "baddbmm": ({}, lambda x, w, b: torch.baddbmm(b, x, w.t().expand(x.shape[0], IN, OUT))),
+    "einsum": ({}, lambda x, w, b: torch.einsum("bti,oi->bto", x, w)),
+    "einsum_transposed": ({"transposed": True}, lambda x, w, b: torch.einsum("bti,io->bto", x, w)),
+    "einsum_weight_first": ({}, lambda x, w, b: torch.einsum("oi,bti->bto", w, x)),
+    "einsum_of_transposed": ({}, lambda x, w, b: torch.einsum("b t i, i o -> b t o", x, w.T)),
 }
 # x is (24, T), y is (36, T)
 LEFT_FORMS = {
@@ -94,6 +106,45 @@ def test_input_times_weight(options, form, leading):
 @pytest.mark.parametrize(("options", "form"), MATRIX_FORMS.values(), ids=MATRIX_FORMS)
 def test_matrix_times_weight(options, form):
     check(Holder(Form(form, **options)), randn(5, IN))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
+@pytest.mark.parametrize(("options", "form"), BATCH_FORMS.values(), ids=BATCH_FORMS)
+def test_batch_times_weight(options, form, whole):
+    model, x = Holder(Form(form, **options)), randn(2, 5, IN)
+    check(melora_fx.capture.capture_whole(model, (x,)) if whole else model, x)
+
+
+def test_rows_of_a_weight_for_different_inputs():
+    """As attention with a packed weight does: q from one sequence, k and v from another."""
+
+    class Cross(nn.Module):
+        def __init__(self, cut):
+            super().__init__()
+            self.cut, self.weight = cut, nn.Parameter(randn(OUT, IN, seed=11) / 5)
+
+        def forward(self, pair):
+            query, rest = self.cut(self.weight)
+            return torch.cat([F.linear(pair[0], query), pair[1] @ rest.T], -1)
+
+    cuts = {
+        "split_with_sizes": lambda w: w.split([12, 24]),
+        "slices": lambda w: (w[:12], w[12:]),
+        "narrow": lambda w: (w.narrow(0, 0, 12), w.narrow(0, 12, 24)),
+        "chunk": lambda w: (w.chunk(3)[0], w[12:]),
+    }
+    pair = randn(2, 5, IN)
+    for name, cut in cuts.items():
+        for config in (CONFIG, MELoRAConfig(rank=2, num_blocks=3, split=3)):
+            plain = Holder(Cross(cut))
+            base = output_of(plain, pair)
+            model = melora_fx.rewrite(plain, "inner", config)
+            (site,) = melora_fx.sites(model).values()
+            assert_equal(output_of(model, pair), base)
+            fill(model)
+            update = adapted_weight(site) - site.weight.detach().double()
+            query, rest = pair.double() @ update.T
+            assert_near(output_of(model, pair), base.double() + torch.cat([query[..., :12], rest[..., 12:]], -1)), name
 
 
 @pytest.mark.parametrize(("options", "form"), LEFT_FORMS.values(), ids=LEFT_FORMS)
@@ -288,7 +339,7 @@ NOT_LINEAR = {
     "weight_is_the_input": lambda x, w, b: F.linear(x, x),
     "elementwise": lambda x, w, b: x.unsqueeze(-2) * w,
     "addmm_with_alpha": lambda x, w, b: torch.addmm(b, x, w.T, alpha=2.0),
-    "weight_is_reshaped": lambda x, w, b: F.linear(x, w.reshape(OUT * IN // IN, IN)),
+    "weight_is_scrambled": lambda x, w, b: F.linear(x, w.T.reshape(OUT, IN)),
     "bias_only": lambda x, w, b: x.sum(-1, keepdim=True) + b + w.sum(),
 }
 

@@ -21,6 +21,7 @@ from support import (
     assert_unchanged,
     bert,
     bert_classifier,
+    dense_copy,
     dense_update,
     fill,
     gpt2,
@@ -31,7 +32,7 @@ from support import (
     tokens,
     tower,
 )
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -479,3 +480,24 @@ def test_rewrite_twice_of_one_class_keeps_models_apart():
     before = output_of(first, x)
     melora_fx.fold(second)
     assert_equal(output_of(first, x), before)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["graph_module", "whole"])
+@pytest.mark.parametrize("targets", ["all-linear", ["0", "2"], ["1"]], ids=["all", "first_and_last", "middle"])
+def test_a_linear_that_feeds_a_linear_is_adapted_first(whole, targets):
+    """In one graph: the later adapter must see the earlier one's output, also when they share no nodes between."""
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(randn(24, 24, seed=seed) / 5) for seed in range(3))
+
+        def forward(self, x):
+            return x @ self.a.T @ self.b.T @ self.c.T
+
+    names = {"0": "a", "1": "b", "2": "c"}
+    targets = [names[name] for name in targets] if isinstance(targets, list) else targets
+    plain, x = Chain(), randn(3, 24)
+    model = Chain() if whole else fx.symbolic_trace(Chain())
+    model = fill(melora_fx.rewrite(model, targets, TOWER_CONFIG, example_inputs=(x,) if whole else None))
+    assert_near(output_of(model, x), output_of(dense_copy(model, plain), x.double()))

@@ -1,0 +1,53 @@
+"""Every architecture of docs/ARCHITECTURES.md has the properties that its row says."""
+
+import pytest
+from architecture_table import TABLE, counts_of, documented
+from properties import Row, measure, num_compilations, rewritten
+from support import fill
+from zoo import ZOO, build
+
+GRADIENT_BOUND, FOLD_BOUND = 1e-9, 1e-5  # float64, and float32 relative to the largest output
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning")  # torch's own
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_properties(name: str) -> None:
+    entry, row = ZOO[name], measure(name)
+    in_place = entry.sites if entry.in_place is None else entry.in_place
+    assert (row.in_place, row.whole, row.refused) == (in_place, entry.sites, entry.refused)
+    assert row.effective == (in_place, entry.sites), "a site whose adapter changes nothing"
+    assert row.starts_equal
+    assert row.gradient_error <= GRADIENT_BOUND
+    assert row.fold_error <= FOLD_BOUND
+    assert row.restored
+    assert row.exports
+    assert counts_of(row) == documented()[name], f"run: python tests/architecture_table.py > {TABLE}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
+@pytest.mark.parametrize("name", ZOO)
+def test_compiles_like_the_plain_model(name: str, whole: bool) -> None:
+    if not whole and ZOO[name].in_place == 0:
+        pytest.skip("refused in place: example_inputs= serves it")
+    check_compilation(name, whole, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.inductor])
+def test_compiles_with_inductor(name: str) -> None:
+    check_compilation(name, False, "inductor")
+
+
+def check_compilation(name: str, whole: bool, backend: str) -> None:
+    plain, inputs = build(name)
+    own, _ = num_compilations(plain, inputs, backend)
+    compilations, error = num_compilations(fill(rewritten(name, whole=whole)), inputs, backend)
+    assert compilations <= own
+    assert error <= 1e-4
+
+
+def test_the_table_lists_every_architecture() -> None:
+    assert list(documented()) == list(ZOO)
+    assert isinstance(measure("x @ self.w.T + self.b"), Row)
