@@ -253,12 +253,21 @@ def _leaves(outputs: Any) -> list[Any]:
 
 
 def from_program(program: ExportedProgram) -> fx.GraphModule:
-    """An exported program as a GraphModule that can be trained, copied and pickled.
+    """An exported program as a GraphModule that can be trained, copied and pickled: see `make_trainable`."""
+    return make_trainable(program.module(check_guards=False))
 
-    `.train()` and `.eval()` work and reach dropout. The export's own guards cannot be pickled; in their place one hook
-    names an input that has another size than the export froze.
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether `model` is an exported program's module as `torch.export` makes it: `.train()` and `.eval()` raise."""
+    return isinstance(model, fx.GraphModule) and "train" in model.__dict__
+
+
+def make_trainable(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Changes an exported module in place: `.train()` and `.eval()` work and reach dropout.
+
+    The export's own hooks cannot be pickled; in their place one hook names an input that has another size than the
+    export froze.
     """
-    graph_module = program.module(check_guards=False)
     _name_by_user(graph_module)
     graph_module._forward_pre_hooks.clear()
     graph_module._forward_pre_hooks_with_kwargs.clear()

@@ -20,10 +20,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .capture import Capture
+from .capture import Capture, is_exported, make_trainable
 from .config import MELoRAConfig
 from .errors import MELoRAError
-from .match import ExampleInputs, PlannedSite, make_plan
+from .match import ExampleInputs, Plan, PlannedSite, make_plan
 from .patterns import LinearNode
 from .rewritten import SITE_TAG, SiteRecord, install
 from .targets import ALL_LINEAR, TargetSpec, name_matches, nearest
@@ -71,18 +71,14 @@ def rewrite(
             cannot be adapted.
     """
     plan = make_plan(model, targets, config, example_inputs)
-    if plan.misfits:
-        raise ValueError("\n".join(f"`{name}`: {reason}" for name, reason in plan.misfits.items()))
-    if plan.refused:
-        raise MELoRAError("\n".join(f"`{name}` cannot be adapted: {reason}" for name, reason in plan.refused.items()))
-    rewritten = plan.model
-    kept = _kept_modules(rewritten, keep_trainable)
-    both = [site.name for site in plan.sites if any(_is_within(site.name, name) for name in kept)]
-    if both:
-        raise ValueError(f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it")
+    rewritten, kept = plan.model, _kept_modules(plan.model, keep_trainable)
+    _refuse(plan, kept)
     if plan.unsuitable and not _only_named(targets):
         names = ", ".join(f"`{name}` ({reason})" for name, reason in plan.unsuitable.items())
         warnings.warn(f"`rewrite` leaves {len(plan.unsuitable)} linears alone: {names}", stacklevel=2)
+    if is_exported(plan.model):  # the user's own, planned as it is so that errors come before any change
+        assert isinstance(plan.model, fx.GraphModule)
+        plan = make_plan(make_trainable(plan.model), targets, config, None)
     parameters = rewritten.named_parameters(remove_duplicate=False)
     state = RewriteState({name: parameter.requires_grad for name, parameter in parameters}, kept)
     rewritten.requires_grad_(False)
@@ -104,6 +100,17 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         stacklevel=2,
     )
     return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
+    """Raises for what was asked for and cannot be done; all offenders at once."""
+    if plan.misfits:
+        raise ValueError("\n".join(f"`{name}`: {reason}" for name, reason in plan.misfits.items()))
+    if plan.refused:
+        raise MELoRAError("\n".join(f"`{name}` cannot be adapted: {reason}" for name, reason in plan.refused.items()))
+    both = [site.name for site in plan.sites if any(_is_within(site.name, name) for name in kept)]
+    if both:
+        raise ValueError(f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it")
 
 
 def _only_named(targets: TargetSpec) -> bool:

@@ -13,7 +13,7 @@ from zoo import ZOO
 TABLE = Path(__file__).parent.parent / "docs" / "ARCHITECTURES.md"
 _COLUMNS = (
     "model", "linear modules", "sites in place", "sites whole", "refused", "start", "in effect", "gradient error",
-    "fold error", "restored", "exports",
+    "fold error", "restored", "exports", "graphs",
 )  # fmt: skip
 
 
@@ -28,6 +28,7 @@ def counts_of(row: Row) -> tuple[str, ...]:
         f"{row.effective[0]} + {row.effective[1]}",
         "yes" if row.restored else "NO",
         "yes" if row.exports else "NO",
+        "yes" if row.graphs else "NO",
     )
 
 
@@ -65,7 +66,8 @@ transformers {transformers.__version__}; `tests/test_architectures.py` checks ev
 * *in effect*: sites, in place + whole, that change an output when their adapter alone is filled.
 * *gradient error*: of the adapters against a dense float64 model with W + Δ, relative; nothing else has gradients.
 * *fold error*: folded against unfolded in float32, relative. *restored*: keys and module types as before.
-* *exports*: `torch.export` takes the rewritten model and computes the same.
+* *exports*: `torch.export` takes the rewritten model and computes the same. *graphs*: an ExportedProgram and an
+  exported GraphModule of the model are rewritten with the same sites and bit-equal outputs.
 
 `torch.compile(fullgraph=True)` over ten training steps of changing values compiles no more often than the unmodified
 model: `aot_eager` for all, in both captures, `inductor` for {", ".join(n for n, e in ZOO.items() if e.inductor)}.

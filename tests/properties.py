@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from support import dense_copy, fill, scalings
@@ -23,7 +22,8 @@ CONFIG = MELoRAConfig(rank=2, num_blocks=2, alpha=3.0)
 class Row:
     """`modules`: linears that the model's module tree shows. `effective`: (in place, whole) sites that change outputs.
 
-    `gradient_error`, `fold_error`: the worst of both captures, relative to the largest value.
+    `gradient_error`, `fold_error`: the worst of both captures, relative to the largest value. `graphs`: an
+    ExportedProgram and a GraphModule of the model give the same sites and outputs.
     """
 
     modules: int
@@ -36,13 +36,13 @@ class Row:
     fold_error: float
     restored: bool
     exports: bool
+    graphs: bool
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """The floating-point outputs, without the cache."""
-    config: Any = getattr(model, "config", None)
-    options = {"use_cache": False} if getattr(config, "use_cache", None) and not is_graph(model) else {}
-    result = model(**inputs, **options)
+    with melora_fx.capture.without_cache(model):
+        result = model(**inputs)
     leaves = pytree.tree_leaves(dict(result) if isinstance(result, Mapping) else result)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
@@ -87,6 +87,7 @@ def measure(name: str) -> Row:
         effective=(effective[0], effective[1]),
         gradient_error=max(gradient_error(name, whole=whole) for whole in (False, True)),
         exports=all(exports(model, inputs) for model in adapted),
+        graphs=graphs_agree(name, set(melora_fx.sites(models[1]))),
         fold_error=max(fold_error(model, inputs) for model in adapted),
         restored=all(is_restored(model, plain) for model in adapted),
     )
@@ -97,6 +98,26 @@ def equals(actual: list[torch.Tensor], expected: list[torch.Tensor], name: str) 
     if name == "nn.TransformerEncoder":
         return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(actual, expected, strict=True))
     return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def graphs_agree(name: str, sites: set[str]) -> bool:
+    """Whether what `torch.export` gives, as a program and as a module, is rewritten like the model itself."""
+    plain, inputs = build(name)
+    with torch.no_grad():
+        program = _export(plain, inputs)
+        base = outputs(program.module(check_guards=False), inputs)
+        for graph in (program, program.module()):
+            model = melora_fx.rewrite(graph, [f"re:{re.escape(site)}" for site in sites], CONFIG)
+            if set(melora_fx.sites(model)) != sites or not all(
+                torch.equal(a, b) for a, b in zip(outputs(model.eval(), inputs), base, strict=True)
+            ):
+                return False
+    return True
+
+
+def _export(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:
+    with melora_fx.capture.without_cache(model):
+        return torch.export.export(model, (), dict(inputs), strict=False)
 
 
 def num_effective(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
@@ -155,10 +176,8 @@ def is_restored(model: nn.Module, plain: nn.Module) -> bool:
 
 def exports(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
     """Whether `torch.export` takes the rewritten model and computes the same."""
-    if getattr(getattr(model, "config", None), "use_cache", None):
-        model.config.use_cache = False
     with torch.no_grad():
-        program = torch.export.export(model, (), dict(inputs), strict=False)
+        program = _export(model, inputs)
         pairs = zip(outputs(program.module(check_guards=False), inputs), outputs(model, inputs), strict=True)
         return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
 
@@ -167,8 +186,8 @@ def num_compilations(model: nn.Module, inputs: Mapping[str, torch.Tensor], backe
     """Compilations over ten training steps of changing values, and the worst error against eager."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    if getattr(getattr(model, "config", None), "use_cache", None):
-        model.config.use_cache = False
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values():
+        config.use_cache = False  # a compiled model would see the switching in `outputs`
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, worst = torch.optim.SGD(parameters, lr=1e-3), 0.0

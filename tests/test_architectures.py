@@ -1,9 +1,10 @@
 """Every architecture of docs/ARCHITECTURES.md has the properties that its row says."""
 
 import pytest
+import torch
 from architecture_table import TABLE, counts_of, documented
-from properties import Row, measure, num_compilations, rewritten
-from support import fill
+from properties import Row, measure, num_compilations, outputs, rewritten
+from support import assert_equal, fill
 from zoo import ZOO, build
 
 GRADIENT_BOUND, FOLD_BOUND = 1e-9, 1e-5  # float64, and float32 relative to the largest output
@@ -11,7 +12,13 @@ GRADIENT_BOUND, FOLD_BOUND = 1e-9, 1e-5  # float64, and float32 relative to the 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning")  # torch's own
 
 
-@pytest.mark.parametrize("name", ZOO)
+_QUICK = ("BERT", "ALBERT", "GPT-2", "Llama", "Mixtral", "T5", "ViT", "x @ self.w.T + self.b")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in _QUICK or name.startswith("nn.") else pytest.param(name, marks=pytest.mark.slow) for name in ZOO],
+)
 def test_properties(name: str) -> None:
     entry, row = ZOO[name], measure(name)
     in_place = entry.sites if entry.in_place is None else entry.in_place
@@ -22,7 +29,18 @@ def test_properties(name: str) -> None:
     assert row.fold_error <= FOLD_BOUND
     assert row.restored
     assert row.exports
+    assert row.graphs
     assert counts_of(row) == documented()[name], f"run: python tests/architecture_table.py > {TABLE}"
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name.startswith("nn.")])
+def test_torchs_own_attention_in_training(name: str) -> None:
+    """Without the fast path of evaluation, and without dropout, the whole capture is bit-equal in training too."""
+    plain, inputs = build(name)
+    model = rewritten(name, whole=True).train()
+    assert_equal(outputs(model, inputs), outputs(plain.train(), inputs))
+    fill(model)
+    assert not torch.allclose(outputs(model, inputs)[0], outputs(plain, inputs)[0], atol=1e-3)
 
 
 @pytest.mark.slow
