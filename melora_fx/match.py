@@ -172,7 +172,7 @@ def make_plan(
     found = _group_by_weight(captures, config)
     shared = shared_parameters(captured)
     found = {name: replace(planned, shared_with=_others(shared, planned)) for name, planned in found.items()}
-    reasons |= _unmatched_stacks(captures, found)
+    reasons |= _unmatched_stacks(captures)
     if captured is not model and isinstance(model, nn.Module):
         reasons |= _never_called(model, found, config)
     reasons |= {name: _BOTH_WAYS for name, planned in found.items() if planned.is_used_both_ways}
@@ -193,18 +193,19 @@ def make_plan(
     return Plan(captured, sites, untargeted, refused, unsuitable, misfits)
 
 
-def _unmatched_stacks(captures: list[Capture], found: Mapping[str, PlannedSite]) -> dict[str, str]:
-    """The 3-D parameters that whole graphs multiply by: stacks of experts, for which there is no pattern."""
+def _unmatched_stacks(captures: list[Capture]) -> dict[str, str]:
+    """The 3-D parameters that graphs use, not for convolutions: stacks of experts, for which there is no pattern."""
     reasons = {}
     for capture in captures:
-        if not isinstance(capture.module, fx.GraphModule):
-            continue
-        for path in dict.fromkeys(str(node.target) for node in capture.graph.nodes if node.op == "get_attr"):
-            parameter = get_attribute(capture.module, path)
-            if isinstance(parameter, nn.Parameter) and parameter.dim() == 3 and min(parameter.shape) > 1:
-                owner, _, attribute = path.rpartition(".")
-                name = site_name(join_path(capture.path, owner), attribute)
-                reasons[name] = f"a stack of matrices {tuple(parameter.shape)}: adapters of single experts are not made"
+        for node in capture.graph.nodes:
+            parameter = get_attribute(capture.module, str(node.target)) if node.op == "get_attr" else None
+            if not isinstance(parameter, nn.Parameter) or parameter.dim() != 3 or min(parameter.shape) == 1:
+                continue
+            if any("conv" in str(user.target) for user in node.users):
+                continue
+            owner, _, attribute = str(node.target).rpartition(".")
+            name = site_name(join_path(capture.path, owner), attribute)
+            reasons[name] = f"a stack of matrices {tuple(parameter.shape)}: adapters of single experts are not made"
     return reasons
 
 

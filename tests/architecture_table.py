@@ -61,8 +61,8 @@ transformers {transformers.__version__}; `tests/test_architectures.py` checks ev
 * *sites in place*, *whole*: found by each capture, under the same names. Where in place has 0, PyTorch's attention
   reads its weights past their modules, and `rewrite` says so and names `example_inputs=`.
 * *refused*: stacks of expert matrices, which have no pattern; `match` lists them with the reason.
-* *start*: outputs after `rewrite` bit-equal to before, both captures (nn.TransformerEncoder: its fast path in
-  evaluation rounds otherwise than its own layers; equal within 1e-5).
+* *start*: outputs after `rewrite` bit-equal to before, both captures (nn.TransformerEncoder, nn.MultiheadAttention:
+  bit-equal in training; their fused path in evaluation rounds otherwise than their own layers: within 1e-5).
 * *in effect*: sites, in place + whole, that change an output when their adapter alone is filled.
 * *gradient error*: of the adapters against a dense float64 model with W + Δ, relative; nothing else has gradients.
 * *fold error*: folded against unfolded in float32, relative. *restored*: keys and module types as before.

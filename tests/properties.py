@@ -94,8 +94,8 @@ def measure(name: str) -> Row:
 
 
 def equals(actual: list[torch.Tensor], expected: list[torch.Tensor], name: str) -> bool:
-    """Bit for bit; nn.TransformerEncoder's own fast path in evaluation rounds otherwise than its layers."""
-    if name == "nn.TransformerEncoder":
+    """Bit for bit; torch's own attention has a fused path in evaluation that rounds otherwise than its layers."""
+    if name.startswith("nn."):
         return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(actual, expected, strict=True))
     return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -103,6 +103,8 @@ def equals(actual: list[torch.Tensor], expected: list[torch.Tensor], name: str) 
 def graphs_agree(name: str, sites: set[str]) -> bool:
     """Whether what `torch.export` gives, as a program and as a module, is rewritten like the model itself."""
     plain, inputs = build(name)
+    plain.requires_grad_(False)  # torch computes a product with a strided input otherwise when the weight is trained
+    plain.train(name.startswith("nn."))  # in evaluation torch's own attention is one fused operator without linears
     with torch.no_grad():
         program = _export(plain, inputs)
         base = outputs(program.module(check_guards=False), inputs)

@@ -114,7 +114,7 @@ def _hf(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def _mixtral() -> nn.Module:
-    model = hf.MixtralForCausalLM(hf.MixtralConfig(**_DECODER, num_local_experts=3, num_experts_per_tok=2))
+    model = hf.MixtralForCausalLM(hf.MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2))
     model.set_experts_implementation("batched_mm")  # the default does not compute in float64
     return model
 
