@@ -10,7 +10,7 @@ import typer
 
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
-from melora_fx.state import read_adapter
+from melora_fx.adapter_file import read_adapter
 
 from .demo import DemoOptions, run_demo
 from .export import export_onnx

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from melora_fx import MELoRAError, folded, sites
-from melora_fx.capture import as_arguments, in_mode, without_cache
+from melora_fx.whole_model import as_arguments, in_mode, without_cache
 
 from .compare import compare
 from .model_folder import TOKENIZER_FILES

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from melora_fx import MELoRAError
-from melora_fx.capture import all_dynamic, in_mode, without_cache
+from melora_fx.whole_model import all_dynamic, in_mode, without_cache
 
 
 def build_graph(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> onnx_ir.Model:

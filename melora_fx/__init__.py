@@ -6,28 +6,25 @@ The names below stand in the order of a model's life.
 from .config import MELoRAConfig
 from .match import LinearSite, MatchReport, match
 from .rewrite import rewrite
-
-from .adapter import AdapterSite, adapter_parameters, sites  # isort: skip
+from .adapter import AdapterSite, adapter_parameters, sites
 from .state import load_adapter, save_adapter
-
-from .adapter import disabled  # isort: skip
+from .adapter import disabled
 from .fold import fold, folded
-
-from .errors import MELoRAError  # isort: skip
+from .errors import MELoRAError
 
 __all__ = [
-    "AdapterSite",
-    "LinearSite",
     "MELoRAConfig",
-    "MELoRAError",
-    "MatchReport",
-    "adapter_parameters",
-    "disabled",
-    "fold",
-    "folded",
-    "load_adapter",
     "match",
+    "MatchReport",
+    "LinearSite",
     "rewrite",
-    "save_adapter",
     "sites",
+    "AdapterSite",
+    "adapter_parameters",
+    "save_adapter",
+    "load_adapter",
+    "disabled",
+    "folded",
+    "fold",
+    "MELoRAError",
 ]

@@ -8,12 +8,13 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .capture import Capture, capture_modules, capture_whole, from_program, join_path, site_name
+from .capture import Capture, capture_modules, join_path, site_name
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .patterns import LinearNode, find_linear_nodes, get_attribute
 from .rewritten import refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
+from .whole_model import capture_whole, from_program
 
 _WIDTH = 100
 

@@ -20,13 +20,14 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .capture import Capture, is_exported, make_trainable
+from .capture import Capture
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs, Plan, PlannedSite, make_plan
 from .patterns import LinearNode
 from .rewritten import SITE_TAG, SiteRecord, install
 from .targets import ALL_LINEAR, TargetSpec, name_matches, nearest
+from .whole_model import is_exported, make_trainable
 
 aten = torch.ops.aten
 

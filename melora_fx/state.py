@@ -1,65 +1,22 @@
-"""Adapter folders: `adapter.safetensors`, whose header holds the configuration that is read, and a readable copy.
-
-`<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), small ranks padded with zeros, and the tensors of the
-modules kept trainable under their own names. The header's `melora` entry is JSON: format_version, versions, and for
-each site its configuration and the fingerprint of its base weight. One rename decides; nothing is ever unpickled.
-"""
+"""Saves and loads the adapters of a model."""
 
 import dataclasses
-import importlib.metadata
-import json
 import os
 import re
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .adapter import AdapterSite, refuse_folded, require_sites, sites
+from .adapter_file import Adapter, fingerprint, fingerprint_misfit, read_adapter, write_adapter
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
 from .rewrite import STATE, rewrite
 from .rewritten import class_name, unwrap
 from .targets import nearest
-
-FORMAT_VERSION = 1
-TENSORS_FILE = "adapter.safetensors"
-CONFIG_FILE = "adapter_config.json"
-_HEADER_KEY = "melora"
-_FINGERPRINT_VALUES = 64
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter folder as read: everything that any consumer of it needs, without a model.
-
-    Attributes:
-        directory: where it came from, for error texts.
-        configs: configuration of each site.
-        fingerprints: of each site's base weight; a site without one is not checked.
-        kept: names of the modules that were kept trainable.
-        model: class of the model that it was trained in and its number of labels, as far as known.
-        tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
-    """
-
-    directory: Path
-    configs: dict[str, MELoRAConfig]
-    fingerprints: dict[str, dict[str, Any]]
-    kept: tuple[str, ...]
-    model: dict[str, Any]
-    tensors: dict[str, torch.Tensor] = field(repr=False)
-
-    def kept_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are not an adapter's: trained heads."""
-        own = {f"{name}.{kind}" for name in self.configs for kind in ("lora_a", "lora_b")}
-        return {name: tensor for name, tensor in self.tensors.items() if name not in own}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -72,81 +29,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     found = require_sites(model, "save_adapter")
     refuse_folded(model, "save_adapter")
-    directory = Path(directory)
     kept = _kept(model)
-    tensors = {name: tensor.detach() for name, tensor in _kept_tensors(model, kept).items()}
+    tensors = _kept_tensors(model, kept)
     for name, site in found.items():
         rank = max(site.config.ranks)
         tensors[f"{name}.lora_b"] = site.lora_b.detach()[:, :, :rank]
         num_parts = len(site.config.parts(site.out_features))
         tensors[f"{name}.lora_a"] = site.lora_a.detach().unflatten(1, (num_parts, -1))[:, :, :rank].flatten(1, 2)
-    header = {
-        "format_version": FORMAT_VERSION,
-        "versions": {"torch": torch.__version__, "melora_fx": _version()},
-        "sites": {
-            name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)}
-            for name, site in found.items()
-        },
-        "kept": list(kept),
-        "model": {
-            "class": class_name(model),
-            "num_labels": getattr(getattr(model, "config", None), "num_labels", None),
-        },
+    entries = {
+        name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)} for name, site in found.items()
     }
-    text = json.dumps(header, indent=2)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
-        contiguous = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-        metadata = {"format": "pt", _HEADER_KEY: text}
-        write_atomically(directory / TENSORS_FILE, lambda path: save_file(contiguous, path, metadata))
-    except OSError as error:
-        raise MELoRAError(f"`{directory}` cannot be written: {error.strerror or error}") from error
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls `write` with a temporary path beside `path`, flushes it to the disk, and renames it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
-    """An adapter folder, checked.
-
-    Raises:
-        MELoRAError: where the folder or its file is missing, truncated, corrupt, or of another format.
-    """
-    path = Path(directory) / TENSORS_FILE
-    if not path.is_file():
-        raise MELoRAError(f"`{directory}` is not an adapter folder: it has no {TENSORS_FILE}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_HEADER_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
-    if text is None:
-        raise MELoRAError(f"`{path}` was not written by `save_adapter`: its header has no `{_HEADER_KEY}` entry")
-    try:
-        header = json.loads(text)
-        version = header["format_version"]
-        if version > FORMAT_VERSION:
-            raise MELoRAError(f"`{path}` has format_version {version}; this melora_fx reads up to {FORMAT_VERSION}")
-        configs = {name: MELoRAConfig.from_dict(entry["config"]) for name, entry in header["sites"].items()}
-        fingerprints = {name: entry["base"] for name, entry in header["sites"].items() if entry.get("base")}
-        adapter = Adapter(Path(directory), configs, fingerprints, tuple(header["kept"]), header["model"], tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MELoRAError(f"the header of `{path}` cannot be read: {type(error).__name__}: {error}") from error
-    missing = [f"{name}.{kind}" for name in configs for kind in ("lora_a", "lora_b") if f"{name}.{kind}" not in tensors]
-    if missing:
-        raise MELoRAError(f"`{path}` lacks the tensors {', '.join(map(repr, missing))}")
-    return adapter
+    model_facts = {
+        "class": class_name(model),
+        "num_labels": getattr(getattr(model, "config", None), "num_labels", None),
+    }
+    write_adapter(Path(directory), tensors, {"sites": entries, "kept": list(kept), "model": model_facts})
 
 
 def load_adapter(
@@ -241,40 +138,6 @@ def _copy_site(site: AdapterSite, config: MELoRAConfig, lora_a: torch.Tensor, lo
     site.record.config = config
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(weight: torch.Tensor, name: str) -> dict[str, Any]:
-    """What a base weight is recognised by: its shape, and 64 of its values in float32 unless it is quantised."""
-    shape, dtype = list(weight.shape), str(weight.dtype).removeprefix("torch.")
-    if weight.is_meta or type(weight.detach()) is not torch.Tensor or not weight.is_floating_point():
-        warnings.warn(f"`{name}`: only the shape of its weight is recorded: it is quantised or on meta", stacklevel=3)
-        return {"shape": shape, "dtype": dtype}
-    return {"shape": shape, "dtype": dtype, "values": _sample(weight).tolist()}
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """64 values at even distances over the flattened weight, in float32."""
-    index = torch.linspace(0, weight.numel() - 1, _FINGERPRINT_VALUES, dtype=torch.float64).long()
-    rows, columns = index // weight.size(1), index % weight.size(1)
-    return weight.detach()[rows.to(weight.device), columns.to(weight.device)].float().cpu()
-
-
-def fingerprint_misfit(weight: torch.Tensor, expected: dict[str, Any]) -> str | None:
-    """Why `weight` is not the one with this fingerprint, or None; values may differ by the coarser dtype's rounding."""
-    if list(weight.shape) != expected["shape"]:
-        return f"its shape is {list(weight.shape)}, the adapter's base had {expected['shape']}"
-    if "values" not in expected or weight.is_meta or type(weight.detach()) is not torch.Tensor:
-        return None
-    values, sample = torch.tensor(expected["values"]), _sample(weight)
-    coarser = max(torch.finfo(weight.dtype).eps, torch.finfo(getattr(torch, expected["dtype"])).eps)
-    tiny = max(
-        torch.finfo(weight.dtype).smallest_normal, torch.finfo(getattr(torch, expected["dtype"])).smallest_normal
-    )
-    wrong = int((~((values - sample).abs() <= coarser * values.abs() + tiny)).sum())
-    return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None
-
-
 def _check_fingerprints(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
     lines = []
     for name, expected in adapter.fingerprints.items():
@@ -342,7 +205,3 @@ def _kept_tensors(model: nn.Module, kept: tuple[str, ...]) -> dict[str, torch.Te
         for name, tensor in unwrap(model).state_dict().items()
         if any(name.startswith(f"{module}.") for module in kept)
     }
-
-
-def _version() -> str:
-    return importlib.metadata.version("melora_fx")

@@ -1,0 +1,153 @@
+"""Adapter folders: `adapter.safetensors`, whose header holds the configuration that is read, and a readable copy.
+
+`<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), small ranks padded with zeros, and the tensors of the
+modules kept trainable under their own names. The header's `melora` entry is JSON: format_version, versions, and for
+each site its configuration and the fingerprint of its base weight. One rename decides; nothing is ever unpickled.
+"""
+
+import importlib.metadata
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .config import MELoRAConfig
+from .errors import MELoRAError
+
+FORMAT_VERSION = 1
+TENSORS_FILE = "adapter.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_HEADER_KEY = "melora"
+_FINGERPRINT_VALUES = 64
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder as read: everything that any consumer of it needs, without a model.
+
+    Attributes:
+        directory: where it came from, for error texts.
+        configs: configuration of each site.
+        fingerprints: of each site's base weight; a site without one is not checked.
+        kept: names of the modules that were kept trainable.
+        model: class of the model that it was trained in and its number of labels, as far as known.
+        tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
+    """
+
+    directory: Path
+    configs: dict[str, MELoRAConfig]
+    fingerprints: dict[str, dict[str, Any]]
+    kept: tuple[str, ...]
+    model: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+
+    def kept_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are not an adapter's: trained heads."""
+        own = {f"{name}.{kind}" for name in self.configs for kind in ("lora_a", "lora_b")}
+        return {name: tensor for name, tensor in self.tensors.items() if name not in own}
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
+    """An adapter folder, checked.
+
+    Raises:
+        MELoRAError: where the folder or its file is missing, truncated, corrupt, or of another format.
+    """
+    path = Path(directory) / TENSORS_FILE
+    if not path.is_file():
+        raise MELoRAError(f"`{directory}` is not an adapter folder: it has no {TENSORS_FILE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_HEADER_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
+    if text is None:
+        raise MELoRAError(f"`{path}` was not written by `save_adapter`: its header has no `{_HEADER_KEY}` entry")
+    try:
+        header = json.loads(text)
+        version = header["format_version"]
+        if version > FORMAT_VERSION:
+            raise MELoRAError(f"`{path}` has format_version {version}; this melora_fx reads up to {FORMAT_VERSION}")
+        configs = {name: MELoRAConfig.from_dict(entry["config"]) for name, entry in header["sites"].items()}
+        fingerprints = {name: entry["base"] for name, entry in header["sites"].items() if entry.get("base")}
+        adapter = Adapter(Path(directory), configs, fingerprints, tuple(header["kept"]), header["model"], tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MELoRAError(f"the header of `{path}` cannot be read: {type(error).__name__}: {error}") from error
+    missing = [f"{name}.{kind}" for name in configs for kind in ("lora_a", "lora_b") if f"{name}.{kind}" not in tensors]
+    if missing:
+        raise MELoRAError(f"`{path}` lacks the tensors {', '.join(map(repr, missing))}")
+    return adapter
+
+
+def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    """Writes an adapter folder; made where there is none. A crash leaves the old files or the new ones.
+
+    Args:
+        directory: the folder.
+        tensors: as in `Adapter.tensors`.
+        header: "sites", "kept" and "model"; format and versions are added.
+
+    Raises:
+        MELoRAError: for a folder that cannot be written.
+    """
+    versions = {"torch": torch.__version__, "melora_fx": importlib.metadata.version("melora_fx")}
+    text = json.dumps({"format_version": FORMAT_VERSION, "versions": versions} | header, indent=2)
+    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
+        metadata = {"format": "pt", _HEADER_KEY: text}
+        write_atomically(directory / TENSORS_FILE, lambda path: save_file(contiguous, path, metadata))
+    except OSError as error:
+        raise MELoRAError(f"`{directory}` cannot be written: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path beside `path`, flushes it to the disk, and renames it to `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(weight: torch.Tensor, name: str) -> dict[str, Any]:
+    """What a base weight is recognised by: its shape, and 64 of its values in float32 unless it is quantised."""
+    shape, dtype = list(weight.shape), str(weight.dtype).removeprefix("torch.")
+    if weight.is_meta or type(weight.detach()) is not torch.Tensor or not weight.is_floating_point():
+        warnings.warn(f"`{name}`: only the shape of its weight is recorded: it is quantised or on meta", stacklevel=3)
+        return {"shape": shape, "dtype": dtype}
+    return {"shape": shape, "dtype": dtype, "values": _sample(weight).tolist()}
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """64 values at even distances over the flattened weight, in float32."""
+    index = torch.linspace(0, weight.numel() - 1, _FINGERPRINT_VALUES, dtype=torch.float64).long()
+    rows, columns = index // weight.size(1), index % weight.size(1)
+    return weight.detach()[rows.to(weight.device), columns.to(weight.device)].float().cpu()
+
+
+def fingerprint_misfit(weight: torch.Tensor, expected: dict[str, Any]) -> str | None:
+    """Why `weight` is not the one with this fingerprint, or None; values may differ by the coarser dtype's rounding."""
+    if list(weight.shape) != expected["shape"]:
+        return f"its shape is {list(weight.shape)}, the adapter's base had {expected['shape']}"
+    if "values" not in expected or weight.is_meta or type(weight.detach()) is not torch.Tensor:
+        return None
+    values, sample = torch.tensor(expected["values"]), _sample(weight)
+    coarser = max(torch.finfo(weight.dtype).eps, torch.finfo(getattr(torch, expected["dtype"])).eps)
+    tiny = max(
+        torch.finfo(weight.dtype).smallest_normal, torch.finfo(getattr(torch, expected["dtype"])).smallest_normal
+    )
+    wrong = int((~((values - sample).abs() <= coarser * values.abs() + tiny)).sum())
+    return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None
