@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,21 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from melora_fx import MELoRAError, folded, sites
+from melora_fx.adapter_file import fingerprint, hash_adapter
+from melora_fx.rewritten import class_name
+from melora_fx.state import adapter_tensors
 from melora_fx.whole_model import as_arguments, in_mode, without_cache
 
 from .compare import compare
 from .model_folder import TOKENIZER_FILES
 from .onnx_graph import axes_of, build_graph, count_ops
 from .runners import OrtRunner, TorchRunner, import_onnxruntime
+from .weights import drop_traces, name_weights
 
 ADAPTERS = ("fold", "keep")
 TARGETS = ("portable",)
+METADATA_KEY = "melora"
+"""The entry of `metadata_props` in which a graph says what it is, as JSON."""
 TOLERANCE = 1e-4
 """Largest relative error against torch that a float32 export may have."""
 
@@ -112,8 +119,12 @@ def export_onnx(
     if verify:
         import_onnxruntime()
     path = _onnx_path(path)
+    facts = _description(model, adapter, target)
     with _staging_folder(path) as staging, _prepared(model, adapter):
         graph_model = build_graph(model, inputs, opset)
+        facts["weights"] = {name: asdict(place) for name, place in name_weights(graph_model, model).items()}
+        drop_traces(graph_model)
+        graph_model.metadata_props[METADATA_KEY] = json.dumps(facts)
         staged = staging / path.name
         onnx_ir.save(graph_model, staged, external_data=f"{path.name}.data")
         compared, abs_error, rel_error = _verify(model, inputs, staged) if verify else ((), None, None)
@@ -172,6 +183,24 @@ def _staging_folder(path: Path) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _description(model: nn.Module, adapter: str, target: str) -> dict[str, Any]:
+    """What the file says of itself; fingerprints are of the base, so this comes before folding."""
+    found = sites(model)
+    configs = {name: site.config for name, site in found.items()}
+    return {
+        "format_version": 1,
+        "model": class_name(model),
+        "adapter": adapter if found else "none",
+        "adapter_sha256": hash_adapter(configs, adapter_tensors(model)) if found else "none",
+        "target": target,
+        "sites": {
+            name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)}
+            for name, site in found.items()
+        },
+        "versions": {package: version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
+    }
 
 
 def _prepared(model: nn.Module, adapter: str) -> contextlib.AbstractContextManager[None]:

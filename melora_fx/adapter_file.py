@@ -5,11 +5,12 @@ modules kept trainable under their own names. The header's `melora` entry is JSO
 each site its configuration and the fingerprint of its base weight. One rename decides; nothing is ever unpickled.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,26 @@ class Adapter:
     model: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(repr=False)
 
+    @property
+    def sha256(self) -> str:
+        """The adapter's identity: see `hash_adapter`."""
+        return hash_adapter(self.configs, self.tensors)
+
     def kept_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are not an adapter's: trained heads."""
         own = {f"{name}.{kind}" for name in self.configs for kind in ("lora_a", "lora_b")}
         return {name: tensor for name, tensor in self.tensors.items() if name not in own}
+
+
+def hash_adapter(configs: Mapping[str, MELoRAConfig], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the sites' configurations and all tensors: the same for a model and for its adapter folder."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps({name: configs[name].to_dict() for name in sorted(configs)}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> Adapter:

@@ -29,13 +29,6 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     found = require_sites(model, "save_adapter")
     refuse_folded(model, "save_adapter")
-    kept = _kept(model)
-    tensors = _kept_tensors(model, kept)
-    for name, site in found.items():
-        rank = max(site.config.ranks)
-        tensors[f"{name}.lora_b"] = site.lora_b.detach()[:, :, :rank]
-        num_parts = len(site.config.parts(site.out_features))
-        tensors[f"{name}.lora_a"] = site.lora_a.detach().unflatten(1, (num_parts, -1))[:, :, :rank].flatten(1, 2)
     entries = {
         name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)} for name, site in found.items()
     }
@@ -43,7 +36,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "class": class_name(model),
         "num_labels": getattr(getattr(model, "config", None), "num_labels", None),
     }
-    write_adapter(Path(directory), tensors, {"sites": entries, "kept": list(kept), "model": model_facts})
+    header = {"sites": entries, "kept": list(_kept(model)), "model": model_facts}
+    write_adapter(Path(directory), adapter_tensors(model), header)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What an adapter folder of `model` holds: `<site>.lora_a`, `<site>.lora_b`, and the modules kept trainable.
+
+    Cut to the largest rank of each site's configuration: an adapter that was loaded into a larger one is as it was.
+    """
+    tensors = _kept_tensors(model, _kept(model))
+    for name, site in sites(model).items():
+        rank, num_parts = max(site.config.ranks), len(site.config.parts(site.out_features))
+        tensors[f"{name}.lora_a"] = site.lora_a.detach().unflatten(1, (num_parts, -1))[:, :, :rank].flatten(1, 2)
+        tensors[f"{name}.lora_b"] = site.lora_b.detach()[:, :, :rank]
+    return tensors
 
 
 def load_adapter(

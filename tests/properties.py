@@ -158,7 +158,7 @@ def gradient_error(name: str, *, whole: bool) -> float:
             part = gradient.chunk(num_blocks, 0)[block].chunk(num_blocks, 1)[block]
             expected = (scaling * site.lora_b[block].t() @ part, scaling * part @ site.lora_a[block].t())
             for actual, want in zip((site.lora_a.grad[block], site.lora_b.grad[block]), expected, strict=True):
-                worst = max(worst, float((actual - want).abs().max() / gradient.abs().max().clamp(min=1e-12)))
+                worst = max(worst, float((actual - want).detach().abs().max() / gradient.abs().max().clamp(min=1e-12)))
     return worst
 
 

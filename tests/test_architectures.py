@@ -9,7 +9,9 @@ from zoo import ZOO, build
 
 GRADIENT_BOUND, FOLD_BOUND = 1e-9, 1e-5  # float64, and float32 relative to the largest output
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings(  # torch's own
+    "ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
 
 
 _QUICK = ("BERT", "ALBERT", "GPT-2", "Llama", "Mixtral", "T5", "ViT", "x @ self.w.T + self.b")

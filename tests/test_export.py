@@ -1,8 +1,10 @@
 """`export_onnx`: structure, numbers against torch, files, and what is left behind when it fails."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ import melora_fx
 from exporters import ExportReport, OrtRunner, TorchRunner, compare, export_onnx
 from exporters import export as export_module
 from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx.adapter_file import read_adapter
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3)
 
@@ -194,3 +197,73 @@ def test_without_onnx_runtime_verification_names_the_extra(tmp_path: Path, monke
         export_onnx(tower(), (randn(2, 24),), tmp_path)
     assert not os.listdir(tmp_path)
     assert export_onnx(tower(), (randn(2, 24),), tmp_path, verify=False).compared == ()
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    entries = onnx.load(path, load_external_data=False).metadata_props
+    return json.loads(next(entry.value for entry in entries if entry.key == "melora"))
+
+
+def test_the_file_says_what_it_is(
+    folder: Path, model: nn.Module, base_report: ExportReport, merged_report: ExportReport, tmp_path: Path
+) -> None:
+    base, merged = metadata_of(folder / "base.onnx"), metadata_of(folder / "merged.onnx")
+    melora_fx.save_adapter(model, tmp_path)
+    assert (base["adapter"], base["adapter_sha256"], base["sites"]) == ("none", "none", {})
+    assert (merged["adapter"], merged["adapter_sha256"]) == ("fold", read_adapter(tmp_path).sha256)
+    assert merged["model"] == "BertForSequenceClassification"
+    header = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert merged["sites"] == header["sites"], "the base's fingerprints, not the folded weights'"
+
+
+@pytest.mark.parametrize("name", ["base", "merged", "unmerged"])
+def test_the_file_says_where_each_weight_lives(
+    name: str,
+    folder: Path,
+    model: nn.Module,
+    base_report: ExportReport,
+    merged_report: ExportReport,
+    unmerged_report: ExportReport,
+) -> None:
+    graph = onnx.load(folder / f"{name}.onnx")
+    initializers = {item.name: onnx.numpy_helper.to_array(item) for item in graph.graph.initializer}
+    weights = {
+        key: value for key, value in bert_classifier().named_parameters() if value.dim() == 2 and "lora" not in key
+    }
+    places = metadata_of(folder / f"{name}.onnx")["weights"]
+    assert set(places) == set(weights)
+    context = melora_fx.folded(model) if name == "merged" else contextlib.nullcontext()
+    with context:
+        current = dict(model.named_parameters())
+        for key, place in places.items():
+            stored = initializers[place["initializer"]]
+            np.testing.assert_array_equal(stored.T if place["is_transposed"] else stored, current[key].detach().numpy())
+
+
+def test_names_are_readable(folder: Path, unmerged_report: ExportReport) -> None:
+    graph = onnx.load(folder / "unmerged.onnx", load_external_data=False).graph
+    names = {item.name for item in graph.initializer}
+    query = "bert.encoder.layer.0.attention.self.query"
+    assert {f"{query}.weight.T", f"{query}.lora_a.T", f"{query}.lora_b.T"} <= names
+    large = [item.name for item in graph.initializer if len(item.dims) > 1 and item.name.startswith("val_")]
+    assert not large
+
+
+def test_the_same_export_twice_gives_the_same_bytes(tmp_path: Path, model: nn.Module) -> None:
+    for name in ("a", "b"):
+        export_onnx(model, tokens(), tmp_path / name / "model.onnx", adapter="keep", verify=False)
+    for file in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    text = (tmp_path / "a" / "model.onnx").read_bytes()
+    assert b"site-packages" not in text, "a path of this machine"
+
+
+def test_weights_that_share_an_initializer_are_left_out(tmp_path: Path) -> None:
+    """The exporter stores equal matrices once: whoever edits that one would change both."""
+    model = tower()
+    with torch.no_grad():
+        model.gate.weight.copy_(model.up.weight)
+    export_onnx(model, {"x": randn(2, 5, 24)}, tmp_path)
+    places = metadata_of(tmp_path / "model.onnx")["weights"]
+    assert {"gate.weight", "up.weight"}.isdisjoint(places)
+    assert "head.weight" in places

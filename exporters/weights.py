@@ -1,0 +1,112 @@
+"""Which initializer of a graph holds which parameter of the model, and names for them that a person can read.
+
+An export folds the transposition of a linear's weight into a new initializer that it calls `val_130`; here such an
+initializer gets the parameter's name again, with `.T` where it is transposed. It is recognised by its values; where
+several parameters have the same ones, by the module in which the exporter saw it used.
+"""
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir
+import torch
+from torch import nn
+
+from melora_fx import sites
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """Where a parameter lives: the initializer's name, and whether it holds the transpose."""
+
+    initializer: str
+    is_transposed: bool
+
+
+def name_weights(graph_model: onnx_ir.Model, model: nn.Module) -> dict[str, WeightPlace]:
+    """Renames the initializers that hold a matrix or an adapter tensor of `model`; the model's values are present ones.
+
+    An adapter's B stands in a graph multiplied by its scaling, s B.
+
+    Returns:
+        for each matrix of the model that was found, by its parameter's name, where it lives. A matrix that cannot be
+        told from another one is left out.
+    """
+    graph = graph_model.graph
+    known = dict(model.named_parameters())
+    places = {name: WeightPlace(name, False) for name in graph.initializers if name in known and known[name].dim() == 2}
+    candidates = _by_shape(_named_tensors(model, known))
+    for initializer in list(graph.initializers.values()):
+        if initializer.name in known or initializer.const_value is None:
+            continue
+        found = _holding(initializer, candidates)
+        if found is None or found[0] in graph.initializers:
+            continue
+        name, parameter, is_transposed = found
+        initializer.name = name
+        if parameter in known and known[parameter].dim() == 2:
+            places[parameter] = WeightPlace(name, is_transposed)
+    return dict(sorted(places.items()))
+
+
+def _named_tensors(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Iterable[tuple[str, str, bool, torch.Tensor]]:
+    """(name for the initializer, parameter, is_transposed, values) of all that an export may hold under a new name."""
+    for name, parameter in parameters.items():
+        if parameter.dim() == 2:
+            yield f"{name}.T", name, True, parameter.detach().t()
+            yield name, name, False, parameter.detach()
+    for name, site in sites(model).items():
+        scaled = site.lora_b.detach() * site.scaling
+        for kind, value in (("lora_a", site.lora_a.detach()), ("lora_b", scaled)):
+            yield f"{name}.{kind}.T", f"{name}.{kind}", True, value.transpose(1, 2)
+            yield f"{name}.{kind}", f"{name}.{kind}", False, value
+
+
+_Candidates = dict[tuple[int, ...], list[tuple[str, str, bool, torch.Tensor]]]
+
+
+def _by_shape(tensors: Iterable[tuple[str, str, bool, torch.Tensor]]) -> _Candidates:
+    grouped: _Candidates = {}
+    for candidate in tensors:
+        grouped.setdefault(tuple(candidate[3].shape), []).append(candidate)
+    return grouped
+
+
+def _holding(initializer: onnx_ir.Value, candidates: _Candidates) -> tuple[str, str, bool] | None:
+    """(new name, parameter, is_transposed) of the one candidate whose values `initializer` has, or None."""
+    tensor = initializer.const_value
+    assert tensor is not None
+    same_shape = candidates.get(tuple(tensor.shape.numpy()), [])
+    if not same_shape or len(tensor.shape) < 2:
+        return None
+    values = torch.from_numpy(np.array(tensor.numpy()))
+    equal = [(name, parameter, flag) for name, parameter, flag, value in same_shape if torch.equal(value, values)]
+    if len(equal) > 1:
+        scopes = _scopes(initializer)
+        equal = [found for found in equal if found[1].rpartition(".")[0] in scopes]
+    return equal[0] if len({parameter for _, parameter, _ in equal}) == 1 else None
+
+
+def _scopes(value: onnx_ir.Value) -> set[str]:
+    """Paths of the modules in whose forward the users of `value` stand."""
+    return {
+        str(scope) for user in value.consumers() for scope in ast.literal_eval(user.metadata_props.get(_SCOPES, "[]"))
+    }
+
+
+def drop_traces(graph_model: onnx_ir.Model) -> None:
+    """Removes what the exporters note on nodes and values: source lines and paths of the exporting machine."""
+    for graph in graph_model.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            for output in node.outputs:
+                output.metadata_props.clear()
+        for value in [*graph.inputs, *graph.initializers.values()]:
+            value.metadata_props.clear()
