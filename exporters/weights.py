@@ -40,16 +40,24 @@ def name_weights(graph_model: onnx_ir.Model, model: nn.Module) -> dict[str, Weig
     known = dict(model.named_parameters())
     places = {name: WeightPlace(name, False) for name in graph.initializers if name in known and known[name].dim() == 2}
     candidates = _by_shape(_named_tensors(model, known))
+    alike: set[frozenset[str]] = set()
     for initializer in list(graph.initializers.values()):
         if initializer.name in known or initializer.const_value is None:
             continue
-        found = _holding(initializer, candidates)
-        if found is None or found[0] in graph.initializers:
+        equal = _holding(initializer, candidates)
+        if len({parameter for _, parameter, _ in equal}) > 1:
+            alike.add(frozenset(parameter for _, parameter, _ in equal))
+            scopes = _scopes(initializer)
+            equal = [found for found in equal if found[1].rpartition(".")[0] in scopes]
+        if len({parameter for _, parameter, _ in equal}) != 1 or equal[0][0] in graph.initializers:
             continue
-        name, parameter, is_transposed = found
+        name, parameter, is_transposed = equal[0]
         initializer.name = name
         if parameter in known and known[parameter].dim() == 2:
-            places[parameter] = WeightPlace(name, is_transposed)
+            places.setdefault(parameter, WeightPlace(name, is_transposed))
+    for group in alike:
+        if not group <= places.keys():  # the exporter has put several into one initializer
+            places = {name: place for name, place in places.items() if name not in group}
     return dict(sorted(places.items()))
 
 
@@ -78,19 +86,15 @@ def _by_shape(tensors: Iterable[tuple[str, str, bool, torch.Tensor]]) -> _Candid
     return grouped
 
 
-def _holding(initializer: onnx_ir.Value, candidates: _Candidates) -> tuple[str, str, bool] | None:
-    """(new name, parameter, is_transposed) of the one candidate whose values `initializer` has, or None."""
+def _holding(initializer: onnx_ir.Value, candidates: _Candidates) -> list[tuple[str, str, bool]]:
+    """(new name, parameter, is_transposed) of each candidate whose values `initializer` has."""
     tensor = initializer.const_value
     assert tensor is not None
     same_shape = candidates.get(tuple(tensor.shape.numpy()), [])
     if not same_shape or len(tensor.shape) < 2:
-        return None
+        return []
     values = torch.from_numpy(np.array(tensor.numpy()))
-    equal = [(name, parameter, flag) for name, parameter, flag, value in same_shape if torch.equal(value, values)]
-    if len(equal) > 1:
-        scopes = _scopes(initializer)
-        equal = [found for found in equal if found[1].rpartition(".")[0] in scopes]
-    return equal[0] if len({parameter for _, parameter, _ in equal}) == 1 else None
+    return [(name, parameter, flag) for name, parameter, flag, value in same_shape if torch.equal(value, values)]
 
 
 def _scopes(value: onnx_ir.Value) -> set[str]:

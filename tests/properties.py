@@ -200,7 +200,7 @@ def num_compilations(model: nn.Module, inputs: Mapping[str, torch.Tensor], backe
             with torch.no_grad():
                 expected = outputs(model, varied)
             pairs = zip(actual, expected, strict=True)
-            worst = max(worst, *(float((a - b).abs().max() / b.abs().max()) for a, b in pairs))
+            worst = max(worst, *(float((a.detach() - b).abs().max() / b.abs().max()) for a, b in pairs))
         sum(output.square().mean() for output in actual).backward()
         optimizer.step()
         optimizer.zero_grad()
