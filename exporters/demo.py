@@ -24,7 +24,7 @@ from .demo_data import Texts, load_csv, load_topics
 from .export import export_onnx
 from .runners import OrtRunner, TorchRunner, import_onnxruntime
 
-_BATCH, _MAX_TOKENS, _LEARNING_RATE, _SEED = 16, 64, 2e-3, 0
+_BATCH, _MAX_TOKENS, _LEARNING_RATE, _SEED = 16, 32, 2e-3, 0
 _COMPILE_PAYS_S = 180.0
 """Seconds of eager training from which compiling, about 40 s on a CPU for a gain of some 20 %, pays for itself."""
 
@@ -99,8 +99,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     paths = {name: options.out / f"{name}.onnx" for name in ("base", "unmerged", "merged")}
     with melora_fx.disabled(model):
         export_onnx(model, example, paths["base"], adapter="keep", verify=False)
-    for name, adapter in (("unmerged", "keep"), ("merged", "fold")):
-        print(export_onnx(model, example, paths[name], adapter=adapter))
+    print(export_onnx(model, example, paths["unmerged"], adapter="keep", verify=not options.quick))
+    print(export_onnx(model, example, paths["merged"]))
     unfolded = _logits(TorchRunner(model), batches)
     unmerged_error = _max_error(OrtRunner(paths["unmerged"]), TorchRunner(model), batches)
     melora_fx.fold(model)
