@@ -3,6 +3,7 @@
 from .compare import Comparison, Latency, LatencyTable, compare, measure_latency
 from .export import ExportReport, export_onnx
 from .runners import OrtRunner, TorchRunner
+from .swap import write_ort_adapter
 
 __all__ = [
     "Comparison",
@@ -14,4 +15,5 @@ __all__ = [
     "compare",
     "export_onnx",
     "measure_latency",
+    "write_ort_adapter",
 ]

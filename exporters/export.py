@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,21 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from melora_fx import MELoRAError, folded, sites
-from melora_fx.adapter_file import fingerprint, hash_adapter
-from melora_fx.rewritten import class_name
-from melora_fx.state import adapter_tensors
+from melora_fx import MELoRAError, disabled, folded, sites
+from melora_fx.state import adapter_of, kept_names
 from melora_fx.whole_model import as_arguments, in_mode, without_cache
 
 from .compare import compare
+from .metadata import METADATA_KEY, describe, places_as_json, read_facts
 from .model_folder import TOKENIZER_FILES
 from .onnx_graph import axes_of, build_graph, count_ops
-from .runners import OrtRunner, TorchRunner, import_onnxruntime
-from .weights import drop_traces, name_weights
+from .runners import OrtRunner, TorchRunner
+from .runtime import import_onnxruntime
+from .swap import make_swappable, swap_tensors
+from .weights import drop_traces, find_tensor, name_weights
 
-ADAPTERS = ("fold", "keep")
+ADAPTERS = ("fold", "keep", "swap")
 TARGETS = ("portable",)
-METADATA_KEY = "melora"
-"""The entry of `metadata_props` in which a graph says what it is, as JSON."""
 TOLERANCE = 1e-4
 """Largest relative error against torch that a float32 export may have."""
 
@@ -47,6 +45,7 @@ class ExportReport:
         path: the .onnx file; `files` lists every file written, names relative to its folder.
         op_counts: number of nodes by operator type.
         inputs, outputs: name → axes, a number for a fixed size or a name for a dynamic one.
+        num_adapter_inputs: number of optional inputs that an adapter's tensors go to.
         compared: the dynamic sizes at which the graph was compared with torch.
         max_abs_error, max_rel_error: the worst of those comparisons; None where nothing was compared.
         notes: what the user should know, such as missing tokenizer files.
@@ -61,6 +60,7 @@ class ExportReport:
     num_nodes: int
     op_counts: dict[str, int]
     inputs: dict[str, tuple[int | str, ...]]
+    num_adapter_inputs: int
     outputs: dict[str, tuple[int | str, ...]]
     compared: tuple[dict[str, int], ...]
     max_abs_error: float | None
@@ -72,6 +72,8 @@ class ExportReport:
         counts = ", ".join(f"{count} {name}" for name, count in list(self.op_counts.items())[:6])
         lines = [f"{self.path}: {self.num_nodes} nodes ({counts}, …), opset {self.opset}, {self.seconds:.1f} s"]
         lines += [f"  in   {name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items()]
+        if self.num_adapter_inputs:
+            lines.append(f"  in   {self.num_adapter_inputs} optional tensors of an adapter, of any rank")
         lines += [f"  out  {name} ({', '.join(map(str, axes))})" for name, axes in self.outputs.items()]
         if self.max_abs_error is not None:
             lines.append(
@@ -101,15 +103,17 @@ def export_onnx(
         model: a rewritten model, or a plain one, which is exported as it is.
         example_inputs: a dict of keyword arguments or a tuple of positional ones; a batch of one is doubled.
         path: the .onnx file, or a folder, in which it is called model.onnx.
-        adapter: "fold" exports the merged weights, "keep" the adapters as nodes of the graph.
+        adapter: "fold" exports the merged weights, "keep" the adapters as nodes of the graph, "swap" these nodes with
+            the adapters as optional inputs, of any rank: without any the graph computes the base.
         target: "portable": standard ONNX operators only.
         opset: ONNX operator set; None leaves the exporter's default.
         verify: check the graph by `onnx.checker` and compare it with torch on ONNX Runtime, at other shapes too.
 
     Raises:
         ValueError, TypeError: for an option or inputs of no accepted form.
-        MELoRAError: where the model cannot be folded or exported, the folder not written, ONNX Runtime is not
-            installed (with `verify`), or the graph is not equal to torch. Nothing is left behind.
+        MELoRAError: where the model cannot be folded, or has no sites for "swap"; where it cannot be exported, the
+            folder not written, ONNX Runtime is not installed (with `verify`), or the graph is not equal to torch.
+            Nothing is left behind.
     """
     start = time.perf_counter()
     for name, value, allowed in (("adapter", adapter, ADAPTERS), ("target", target, TARGETS)):
@@ -119,11 +123,20 @@ def export_onnx(
     if verify:
         import_onnxruntime()
     path = _onnx_path(path)
-    facts = _description(model, adapter, target)
+    if adapter == "swap" and not sites(model):
+        raise MELoRAError('`adapter="swap"` needs a rewritten model: its sites say where adapters go')
+    facts = describe(model, adapter, target)
     with _staging_folder(path) as staging, _prepared(model, adapter):
         graph_model = build_graph(model, inputs, opset)
-        facts["weights"] = {name: asdict(place) for name, place in name_weights(graph_model, model).items()}
+        weights = name_weights(graph_model, model)
+        kept = {name: find_tensor(graph_model, name) for name in kept_names(model)}
         drop_traces(graph_model)
+        if adapter == "swap":
+            make_swappable(graph_model, model, kept)
+        facts |= {
+            "weights": places_as_json(weights),
+            "kept": places_as_json({name: place for name, place in kept.items() if place}),
+        }
         graph_model.metadata_props[METADATA_KEY] = json.dumps(facts)
         staged = staging / path.name
         onnx_ir.save(graph_model, staged, external_data=f"{path.name}.data")
@@ -138,7 +151,8 @@ def export_onnx(
             opset=graph_model.opset_imports[""],
             num_nodes=sum(1 for _ in graph.all_nodes()),
             op_counts=count_ops(graph_model),
-            inputs={value.name or "": axes_of(value) for value in graph.inputs},
+            inputs={value.name or "": axes_of(value) for value in graph.inputs if not value.is_initializer()},
+            num_adapter_inputs=sum(1 for value in graph.inputs if value.is_initializer()),
             outputs={value.name or "": axes_of(value) for value in graph.outputs},
             compared=compared,
             max_abs_error=abs_error,
@@ -185,24 +199,6 @@ def _staging_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _description(model: nn.Module, adapter: str, target: str) -> dict[str, Any]:
-    """What the file says of itself; fingerprints are of the base, so this comes before folding."""
-    found = sites(model)
-    configs = {name: site.config for name, site in found.items()}
-    return {
-        "format_version": 1,
-        "model": class_name(model),
-        "adapter": adapter if found else "none",
-        "adapter_sha256": hash_adapter(configs, adapter_tensors(model)) if found else "none",
-        "target": target,
-        "sites": {
-            name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)}
-            for name, site in found.items()
-        },
-        "versions": {package: version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
-    }
-
-
 def _prepared(model: nn.Module, adapter: str) -> contextlib.AbstractContextManager[None]:
     return folded(model) if adapter == "fold" and sites(model) else contextlib.nullcontext()
 
@@ -221,17 +217,21 @@ def _verify(
         raise MELoRAError(f"onnx.checker refuses the export: {error}") from error
     runner = OrtRunner(path)
     axes = {value.name: value.shape for value in runner.session.get_inputs()}
-    compared, abs_error, rel_error = [], 0.0, 0.0
+    trials, comparisons = _trial_sizes(inputs, axes), []
+    own = swap_tensors(adapter_of(model), read_facts(path)) if runner.adapter_names else {}
     with in_mode(model, training=False), without_cache(model):
-        for sizes in _trial_sizes(inputs, axes):
+        for sizes in trials:
             trial = _resized(inputs, axes, sizes)
-            comparison = compare(runner, TorchRunner(model), trial)
-            if not comparison.max_rel_error <= TOLERANCE:
-                raise MELoRAError(f"the ONNX graph is not equal to torch at {sizes}: {comparison}")
-            compared.append(sizes)
-            abs_error = max(abs_error, comparison.max_abs_error)
-            rel_error = max(rel_error, comparison.max_rel_error)
-    return tuple(compared), abs_error, rel_error
+            comparisons.append(compare(runner.with_tensors(own), TorchRunner(model), trial))
+            if own:
+                with disabled(model):
+                    comparisons.append(compare(runner, TorchRunner(model), trial))
+            for comparison in comparisons:
+                if not comparison.max_rel_error <= TOLERANCE:
+                    raise MELoRAError(f"the ONNX graph is not equal to torch at {sizes}: {comparison}")
+    worst_abs = max(comparison.max_abs_error for comparison in comparisons)
+    worst_rel = max(comparison.max_rel_error for comparison in comparisons)
+    return tuple(trials), worst_abs, worst_rel
 
 
 def _trial_sizes(inputs: Mapping[str, torch.Tensor], axes: Mapping[str, list[Any]]) -> list[dict[str, int]]:

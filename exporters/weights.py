@@ -61,6 +61,14 @@ def name_weights(graph_model: onnx_ir.Model, model: nn.Module) -> dict[str, Weig
     return dict(sorted(places.items()))
 
 
+def find_tensor(graph_model: onnx_ir.Model, name: str) -> WeightPlace | None:
+    """Where the parameter `name` lives in a graph whose weights have been named, or None."""
+    initializers = graph_model.graph.initializers
+    if name in initializers:
+        return WeightPlace(name, False)
+    return WeightPlace(f"{name}.T", True) if f"{name}.T" in initializers else None
+
+
 def _named_tensors(
     model: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> Iterable[tuple[str, str, bool, torch.Tensor]]:

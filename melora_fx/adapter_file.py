@@ -140,12 +140,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def fingerprint(weight: torch.Tensor, name: str) -> dict[str, Any]:
-    """What a base weight is recognised by: its shape, and 64 of its values in float32 unless it is quantised."""
-    shape, dtype = list(weight.shape), str(weight.dtype).removeprefix("torch.")
-    if weight.is_meta or type(weight.detach()) is not torch.Tensor or not weight.is_floating_point():
+    """What a base weight is recognised by: its shape, dtype, and 64 of its values in float32.
+
+    Warns, naming the site, where the values cannot be read: a quantised weight, or one on the meta device.
+    """
+    facts: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
+    if not _is_readable(weight):
         warnings.warn(f"`{name}`: only the shape of its weight is recorded: it is quantised or on meta", stacklevel=3)
-        return {"shape": shape, "dtype": dtype}
-    return {"shape": shape, "dtype": dtype, "values": _sample(weight).tolist()}
+        return facts
+    return facts | {"values": _sample(weight).tolist()}
+
+
+def _is_readable(weight: torch.Tensor) -> bool:
+    return not weight.is_meta and type(weight.detach()) is torch.Tensor and weight.is_floating_point()
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
@@ -155,16 +162,22 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach()[rows.to(weight.device), columns.to(weight.device)].float().cpu()
 
 
-def fingerprint_misfit(weight: torch.Tensor, expected: dict[str, Any]) -> str | None:
-    """Why `weight` is not the one with this fingerprint, or None; values may differ by the coarser dtype's rounding."""
-    if list(weight.shape) != expected["shape"]:
-        return f"its shape is {list(weight.shape)}, the adapter's base had {expected['shape']}"
-    if "values" not in expected or weight.is_meta or type(weight.detach()) is not torch.Tensor:
+def weight_misfit(weight: torch.Tensor, expected: Mapping[str, Any]) -> str | None:
+    """Why `weight` is not the one with this fingerprint, or None."""
+    if not _is_readable(weight):
+        return fingerprint_misfit({"shape": list(weight.shape)}, expected)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return fingerprint_misfit({"shape": list(weight.shape), "dtype": dtype, "values": _sample(weight)}, expected)
+
+
+def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """Why two fingerprints are not of one weight, or None; values may differ by the coarser dtype's rounding."""
+    if list(actual["shape"]) != list(expected["shape"]):
+        return f"its shape is {actual['shape']}, the adapter's base had {expected['shape']}"
+    if "values" not in expected or "values" not in actual:
         return None
-    values, sample = torch.tensor(expected["values"]), _sample(weight)
-    coarser = max(torch.finfo(weight.dtype).eps, torch.finfo(getattr(torch, expected["dtype"])).eps)
-    tiny = max(
-        torch.finfo(weight.dtype).smallest_normal, torch.finfo(getattr(torch, expected["dtype"])).smallest_normal
-    )
+    limits = [torch.finfo(getattr(torch, facts["dtype"])) for facts in (actual, expected)]
+    coarser, tiny = max(limit.eps for limit in limits), max(limit.smallest_normal for limit in limits)
+    values, sample = torch.as_tensor(expected["values"]), torch.as_tensor(actual["values"])
     wrong = int((~((values - sample).abs() <= coarser * values.abs() + tiny)).sum())
     return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None

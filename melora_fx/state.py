@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .adapter import AdapterSite, refuse_folded, require_sites, sites
-from .adapter_file import Adapter, fingerprint, fingerprint_misfit, read_adapter, write_adapter
+from .adapter_file import Adapter, fingerprint, read_adapter, weight_misfit, write_adapter
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
@@ -36,8 +36,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "class": class_name(model),
         "num_labels": getattr(getattr(model, "config", None), "num_labels", None),
     }
-    header = {"sites": entries, "kept": list(_kept(model)), "model": model_facts}
+    header = {"sites": entries, "kept": list(_kept_modules(model)), "model": model_facts}
     write_adapter(Path(directory), adapter_tensors(model), header)
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of a rewritten model as if it had been saved and read; base weights are not checked."""
+    configs = {name: site.config for name, site in sites(model).items()}
+    return Adapter(Path(), configs, {}, _kept_modules(model), {}, adapter_tensors(model))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -45,7 +51,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Cut to the largest rank of each site's configuration: an adapter that was loaded into a larger one is as it was.
     """
-    tensors = _kept_tensors(model, _kept(model))
+    tensors = _kept_tensors(model, _kept_modules(model))
     for name, site in sites(model).items():
         rank, num_parts = max(site.config.ranks), len(site.config.parts(site.out_features))
         tensors[f"{name}.lora_a"] = site.lora_a.detach().unflatten(1, (num_parts, -1))[:, :, :rank].flatten(1, 2)
@@ -148,7 +154,7 @@ def _copy_site(site: AdapterSite, config: MELoRAConfig, lora_a: torch.Tensor, lo
 def _check_fingerprints(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
     lines = []
     for name, expected in adapter.fingerprints.items():
-        if reason := fingerprint_misfit(weights[name], expected):
+        if reason := weight_misfit(weights[name], expected):
             lines.append(f"`{name}`: {reason}")
     if lines:
         raise MELoRAError(f"`{adapter.directory}` was trained on another base model:\n" + "\n".join(lines))
@@ -197,13 +203,19 @@ def _plain_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _kept(model: nn.Module) -> tuple[str, ...]:
+def _kept_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that were kept trainable."""
     names: list[str] = []
     for path, module in unwrap(model).named_modules():
         state = module.__dict__.get(STATE)
         if state is not None:
             names += [f"{path}.{name}" if path else name for name in state.kept]
     return tuple(names)
+
+
+def kept_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the tensors of the modules that were kept trainable."""
+    return tuple(_kept_tensors(model, _kept_modules(model)))
 
 
 def _kept_tensors(model: nn.Module, kept: tuple[str, ...]) -> dict[str, torch.Tensor]:

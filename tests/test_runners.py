@@ -9,7 +9,7 @@ import torch
 from support import assert_equal, bert, output_of, randn, tokens, tower
 
 from exporters import OrtRunner, TorchRunner, export_onnx
-from exporters.runners import import_onnxruntime
+from exporters.runtime import import_onnxruntime
 from melora_fx import MELoRAError
 
 

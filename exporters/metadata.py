@@ -1,0 +1,93 @@
+"""What an exported file says of itself: the `melora` entry of its `metadata_props`, as JSON."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import nn
+
+from melora_fx import MELoRAConfig, MELoRAError, sites
+from melora_fx.adapter_file import fingerprint, hash_adapter
+from melora_fx.rewritten import class_name
+from melora_fx.state import adapter_tensors
+
+from .weights import WeightPlace
+
+METADATA_KEY = "melora"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """A graph's description, as read.
+
+    Attributes:
+        path: the file, for error texts.
+        adapter: "none", "fold", "keep" or "swap"; `adapter_sha256` is the identity of what it holds, or "none".
+        configs, fingerprints: of each site: its configuration, and its base weight's fingerprint.
+        weights: parameter → where it lives in the graph; `kept` the same for the modules kept trainable.
+    """
+
+    path: Path
+    adapter: str
+    adapter_sha256: str
+    configs: dict[str, MELoRAConfig]
+    fingerprints: dict[str, dict[str, Any]]
+    weights: dict[str, WeightPlace]
+    kept: dict[str, WeightPlace]
+
+
+def describe(model: nn.Module, adapter: str, target: str) -> dict[str, Any]:
+    """The description of a graph of `model`, but for where its weights live. Fingerprints are of the base: call it
+    before folding.
+    """
+    found = sites(model)
+    configs = {name: site.config for name, site in found.items()}
+    holds_one = found and adapter != "swap"
+    return {
+        "format_version": _VERSION,
+        "model": class_name(model),
+        "adapter": adapter if found else "none",
+        "adapter_sha256": hash_adapter(configs, adapter_tensors(model)) if holds_one else "none",
+        "target": target,
+        "sites": {
+            name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)}
+            for name, site in found.items()
+        },
+        "versions": {package: version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
+    }
+
+
+def places_as_json(places: dict[str, WeightPlace]) -> dict[str, Any]:
+    """Places as JSON-ready values."""
+    return {name: asdict(place) for name, place in places.items()}
+
+
+def read_facts(path: str | Path) -> GraphFacts:
+    """The description in an exported file.
+
+    Raises:
+        MELoRAError: for a file that is missing, is no ONNX graph, or was not written by `export_onnx`.
+    """
+    try:
+        graph = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises its own kinds
+        raise MELoRAError(f"`{path}` cannot be read as an ONNX graph: {error}") from error
+    text = next((entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY), None)
+    if text is None:
+        raise MELoRAError(f"`{path}` was not written by `export_onnx`: it has no `{METADATA_KEY}` entry")
+    facts = json.loads(text)
+    if facts["format_version"] > _VERSION:
+        raise MELoRAError(f"`{path}` has format_version {facts['format_version']}; this one reads up to {_VERSION}")
+    return GraphFacts(
+        path=Path(path),
+        adapter=facts["adapter"],
+        adapter_sha256=facts["adapter_sha256"],
+        configs={name: MELoRAConfig.from_dict(entry["config"]) for name, entry in facts["sites"].items()},
+        fingerprints={name: entry["base"] for name, entry in facts["sites"].items()},
+        weights={name: WeightPlace(**place) for name, place in facts["weights"].items()},
+        kept={name: WeightPlace(**place) for name, place in facts["kept"].items()},
+    )
