@@ -70,7 +70,9 @@ def export(
     model_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder: the adapter's base.")],
     adapter_dir: Annotated[Path, typer.Argument(help="Adapter folder, as save_adapter writes it.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file, or a folder.")],
-    adapter: Annotated[str, typer.Option(help='"fold": merged; "keep": unmerged.')] = "fold",
+    adapter: Annotated[
+        str, typer.Option(help='"fold": merged; "keep": unmerged; "swap": adapters as inputs.')
+    ] = "fold",
     target: Annotated[str, typer.Option(help='Runtime to export for: "portable".')] = "portable",
 ) -> None:
     """Write a base model and an adapter as an ONNX graph that has been compared with torch."""
