@@ -166,7 +166,12 @@ def _load_model(folder: Path | None, texts: Texts) -> tuple[Any, Any]:
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, id2label=labels, label2id={label: index for index, label in labels.items()}
     )
-    return model, AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 def _heads(model: nn.Module) -> list[str]:

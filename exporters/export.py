@@ -19,6 +19,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from melora_fx import MELoRAError, disabled, folded, sites
+from melora_fx.adapter import is_disabled
+from melora_fx.rewritten import unwrap
 from melora_fx.state import adapter_of, kept_names
 from melora_fx.whole_model import as_arguments, in_mode, without_cache
 
@@ -122,7 +124,12 @@ def export_onnx(
     inputs = _as_keywords(model, example_inputs)
     if verify:
         import_onnxruntime()
+    if half := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}:
+        raise MELoRAError(f"the model holds {' and '.join(sorted(half))} weights: export `model.float()`")
     path = _onnx_path(path)
+    model = unwrap(model)
+    if is_disabled(model):
+        adapter = "keep"  # the base is what the model computes now
     if adapter == "swap" and not sites(model):
         raise MELoRAError('`adapter="swap"` needs a rewritten model: its sites say where adapters go')
     facts = describe(model, adapter, target)
@@ -146,7 +153,7 @@ def export_onnx(
         report = ExportReport(
             path=str(path),
             files=(f"{path.stem}.export.json", *sorted(file.name for file in staging.iterdir())),
-            adapter=adapter if sites(model) else "none",
+            adapter=facts["adapter"],
             target=target,
             opset=graph_model.opset_imports[""],
             num_nodes=sum(1 for _ in graph.all_nodes()),
@@ -182,7 +189,10 @@ def _as_keywords(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[
 
 def _onnx_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    return path if path.suffix == ".onnx" else path / "model.onnx"
+    path = path if path.suffix == ".onnx" else path / "model.onnx"
+    if path.is_dir():
+        raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
+    return path
 
 
 @contextlib.contextmanager

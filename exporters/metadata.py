@@ -10,6 +10,7 @@ import onnx
 from torch import nn
 
 from melora_fx import MELoRAConfig, MELoRAError, sites
+from melora_fx.adapter import is_disabled
 from melora_fx.adapter_file import fingerprint, hash_adapter
 from melora_fx.rewritten import class_name
 from melora_fx.state import adapter_tensors
@@ -44,7 +45,7 @@ def describe(model: nn.Module, adapter: str, target: str) -> dict[str, Any]:
     """The description of a graph of `model`, but for where its weights live. Fingerprints are of the base: call it
     before folding.
     """
-    found = sites(model)
+    found = {} if is_disabled(model) else sites(model)
     configs = {name: site.config for name, site in found.items()}
     holds_one = found and adapter != "swap"
     return {

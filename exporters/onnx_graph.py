@@ -49,8 +49,11 @@ def build_graph(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> 
         raise MELoRAError(
             f"the export has {len(graph.outputs)} outputs, the model {len(outputs)}: {', '.join(outputs)}"
         )
+    taken = {value.name for value in graph.inputs}
     for value, name in zip(graph.outputs, outputs, strict=True):
-        value.name = name
+        value.name = f"{name}_output" if name in taken else name
+    if opset is not None and graph_model.opset_imports[""] != opset:
+        raise MELoRAError(f"the exporter cannot write opset {opset}: it gave {graph_model.opset_imports['']}")
     _name_axes(graph, inputs)
     return graph_model
 
@@ -82,6 +85,8 @@ def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
         if isinstance(leaf, torch.Tensor):
             keys = [_key(key) for key in path]
             named["_".join(keys if not keys[0].isdigit() else ["output", *keys])] = leaf
+    if not named:
+        raise MELoRAError(f"the model returns no tensor that has a name, but a {type(outputs).__name__}")
     return named
 
 

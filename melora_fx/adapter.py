@@ -101,6 +101,11 @@ def is_folded(model: nn.Module) -> bool:
     return any(FOLDED in module.__dict__ for _, module in rewritten_modules(model))
 
 
+def is_disabled(model: nn.Module) -> bool:
+    """Whether `model` is inside a `disabled` block."""
+    return not is_folded(model) and any(BASE in module.__dict__ for _, module in rewritten_modules(model))
+
+
 def refuse_folded(model: nn.Module, action: str) -> None:
     """Raises MELoRAError inside a `folded` block."""
     if is_folded(model):
@@ -119,12 +124,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block `model` computes the base's outputs, bit for bit, whatever the adapters hold.
 
-    Compiled code stays valid: a first use compiles the base once, later uses reuse it.
+    Modules kept trainable stay as they are. Compiled code stays valid: a first use compiles the base once, later uses
+    reuse it.
 
     Raises:
-        MELoRAError: for a model without sites.
+        MELoRAError: for a model without sites, and inside `folded`, where the weights are not the base's.
     """
     require_sites(model, "disabled")
+    refuse_folded(model, "disabled")
     with running_base(model):
         yield
 

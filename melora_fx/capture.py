@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.parameter import UninitializedParameter
 
 from .patterns import get_attribute
-from .source import weights_read_by_forward
+from .source import UNKNOWN, attributes_read_by_forward
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def _matrices(module: nn.Module) -> list[str]:
     if isinstance(module, nn.Embedding):
         return []
     parameters = module.named_parameters(recurse=False)
+    if any(isinstance(value, UninitializedParameter) for _, value in module.named_parameters(recurse=False)):
+        return []  # a lazy module has no matrix yet
     return [name for name, value in parameters if value.dim() == 2 or (value.dim() == 3 and min(value.shape) > 1)]
 
 
@@ -80,16 +83,39 @@ def site_name(owner: str, parameter: str) -> str:
 
 
 def _bypassed_children(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The modules below `module` whose weight its forward reads instead of calling them, and the reason to refuse."""
+    """The modules below `module` whose tensors its forward reads instead of calling them, and the reason to refuse.
+
+    Where the source does not tell which one is read, these are all that `module` holds, in lists or not.
+    """
     if isinstance(module, fx.GraphModule) or not module._modules:
         return
-    for path in weights_read_by_forward(type(module)):  # type: ignore[arg-type]  # classes are hashable
-        if isinstance(get_attribute(module, path), nn.Module):
-            yield (
-                path,
-                f"`{type(module).__name__}.forward` reads its weight without calling it, which would bypass the "
-                "adapter: pass `example_inputs=`",
+    forward = f"`{type(module).__name__}.forward`"
+    remedy = "which would bypass the adapter: pass `example_inputs=`"
+    for chain in attributes_read_by_forward(type(module)):  # type: ignore[arg-type]  # classes are hashable
+        if chain[0] == UNKNOWN:
+            for path in _held(module):
+                yield path, f"{forward} reads weights of modules that its source does not name, {remedy}"
+        for index in range(1, len(chain)):
+            child, value = (
+                get_attribute(module, ".".join(chain[:index])),
+                get_attribute(module, ".".join(chain[: index + 1])),
             )
+            if not isinstance(child, nn.Module):
+                break
+            if isinstance(value, nn.Parameter) and value.dim() > 1:
+                yield ".".join(chain[:index]), f"{forward} reads its weight without calling it, {remedy}"
+            elif (
+                inspect.ismethod(value) and value.__func__ not in vars(nn.Module).values() and chain[index] != "forward"
+            ):
+                yield ".".join(chain[:index]), f"{forward} calls its `{chain[index]}`, {remedy}"
+
+
+def _held(module: nn.Module) -> Iterator[str]:
+    """Paths of the children, those in containers included."""
+    for name, child in module.named_children():
+        yield name
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            yield from (f"{name}.{path}" for path in _held(child))
 
 
 class _UntraceableError(Exception):
@@ -151,8 +177,9 @@ def _trace_forward(module: nn.Module) -> fx.Graph:
             f"a trace would decide for good whether {', '.join(map(repr, options))} is given: pass `example_inputs=`"
         )
     try:
-        graph = _OwnerTracer().trace(module)
-        other_mode = _trace_in_other_mode(module)
+        graph, other_mode = _trace_unchanged(module), _trace_in_other_mode(module)
+    except _UntraceableError:
+        raise
     except Exception as error:  # a forward can raise anything when it is given proxies
         raise _UntraceableError(
             f"`{type(module).__name__}.forward` cannot be traced ({_first_line(error)}): pass `example_inputs=`"
@@ -162,10 +189,32 @@ def _trace_forward(module: nn.Module) -> fx.Graph:
     return graph
 
 
+def _trace_unchanged(module: nn.Module) -> fx.Graph:
+    """The graph; what the forward or the tracer wrote on the module is put back, and is a reason to refuse."""
+    holders: list[dict[str, Any]] = [module.__dict__, module._parameters, module._buffers, module._modules]
+    before = [dict(holder) for holder in holders]
+    try:
+        graph = _OwnerTracer().trace(module)
+        changed = [
+            name
+            for holder, old in zip(holders, before, strict=True)
+            for name in holder
+            if name not in old or holder[name] is not old[name]
+        ]
+    finally:
+        for holder, old in zip(holders, before, strict=True):
+            holder.clear()
+            holder.update(old)
+    if changed:
+        what = "makes tensors" if changed[0].startswith("_tensor_constant") else f"sets {', '.join(map(repr, changed))}"
+        raise _UntraceableError(f"its forward {what}, which a trace would do once and for all: pass `example_inputs=`")
+    return graph
+
+
 def _trace_in_other_mode(module: nn.Module) -> fx.Graph:
     module.training = not module.training
     try:
-        return _OwnerTracer().trace(module)
+        return _trace_unchanged(module)
     finally:
         module.training = not module.training
 

@@ -18,7 +18,7 @@ from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import shared_parameters
 from .rewrite import STATE, RewriteState
-from .rewritten import FOLDED, owner_of, rewritten_modules, uninstall, unwrap
+from .rewritten import FOLDED, TENSORS, owner_of, rewritten_modules, uninstall, unwrap
 
 
 def delta_blocks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> list[torch.Tensor]:
@@ -128,7 +128,9 @@ def folded(model: nn.Module) -> Iterator[None]:
 def _refuse_unfoldable(found: dict[str, AdapterSite]) -> None:
     lines = []
     for name, site in found.items():
-        if type(site.weight.detach()) is not torch.Tensor or not site.weight.is_floating_point():
+        if site.record.parameter_name not in site.owner._parameters:
+            lines.append(f"`{name}`: its weight is pruned or parametrized: make it permanent first")
+        elif type(site.weight.detach()) is not torch.Tensor or not site.weight.is_floating_point():
             kind = f"{type(site.weight.detach()).__name__} of {site.weight.dtype}"
             lines.append(f"`{name}`: its weight is a {kind}: dequantise the base, fold, and quantise again")
         elif site.weight.is_meta:
@@ -168,7 +170,7 @@ def _remove_adapters(model: nn.Module) -> None:
     for _, module in list(rewritten_modules(model)):
         for record in module.melora_records:
             owner = owner_of(module, record)
-            for kind in ("lora_a", "lora_b", "lora_scaling", "lora_dropout"):
+            for kind in TENSORS:
                 if hasattr(owner, record.attribute(kind)):
                     delattr(owner, record.attribute(kind))
         uninstall(module)

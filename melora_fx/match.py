@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from .capture import Capture, capture_modules, join_path, site_name
 from .config import MELoRAConfig
 from .errors import MELoRAError
-from .patterns import LinearNode, find_linear_nodes, get_attribute
+from .patterns import LinearNode, find_linear_nodes, get_attribute, other_uses
 from .rewritten import refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 from .whole_model import capture_whole, from_program
@@ -170,7 +170,8 @@ def make_plan(
         refuse_rewritten(model)
     captured = _captured(model, example_inputs)
     captures, reasons = capture_modules(captured)
-    found = _group_by_weight(captures, config)
+    found, split_up = _group_by_weight(captures, config)
+    reasons |= split_up | _otherwise_used(found)
     shared = shared_parameters(captured)
     found = {name: replace(planned, shared_with=_others(shared, planned)) for name, planned in found.items()}
     reasons |= _unmatched_stacks(captures)
@@ -212,8 +213,22 @@ def _unmatched_stacks(captures: list[Capture]) -> dict[str, str]:
 
 def _never_called(model: nn.Module, found: Mapping[str, PlannedSite], config: MELoRAConfig) -> dict[str, str]:
     """The linears that the model has and that the whole capture does not use."""
-    in_place = _group_by_weight(capture_modules(model)[0], config)
-    return {name: "never called with these `example_inputs`" for name in in_place if name not in found}
+    in_place, _ = _group_by_weight(capture_modules(model)[0], config)
+    reason = "not in the graph: never called with these `example_inputs`, or called in a part that is exported apart"
+    return {name: reason for name in in_place if name not in found}
+
+
+def _otherwise_used(found: Mapping[str, PlannedSite]) -> dict[str, str]:
+    """The linears whose weight has another use too: beside that, an adapter could not be folded."""
+    reasons = {}
+    for name, planned in found.items():
+        nodes = [linear.node for linear in planned.nodes]
+        uses = other_uses(planned.capture.graph, planned.parameter, nodes)
+        if isinstance(planned.owner, nn.Embedding):
+            uses.append("embedding")
+        if uses:
+            reasons[name] = f"its weight is also used by `{', '.join(uses)}`, which a fold would change"
+    return reasons
 
 
 def shared_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
@@ -246,9 +261,14 @@ def _captured(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs 
     return capture_whole(model, example_inputs)
 
 
-def _group_by_weight(captures: list[Capture], config: MELoRAConfig) -> dict[str, PlannedSite]:
-    """Every linear of the captured graphs by name; a weight that several nodes multiply by is one site."""
+def _group_by_weight(captures: list[Capture], config: MELoRAConfig) -> tuple[dict[str, PlannedSite], dict[str, str]]:
+    """Every linear of the captured graphs by name; a weight that several nodes multiply by is one site.
+
+    Returns:
+        the linears, and those that stand in two graphs, with the reason why they cannot be adapted.
+    """
     found: dict[str, PlannedSite] = {}
+    split_up: dict[str, str] = {}
     for capture in captures:
         groups: dict[str, list[LinearNode]] = {}
         for linear in find_linear_nodes(capture.graph, capture.module):
@@ -257,8 +277,10 @@ def _group_by_weight(captures: list[Capture], config: MELoRAConfig) -> dict[str,
             owner, _, attribute = parameter.rpartition(".")
             name = site_name(join_path(capture.path, owner), attribute)
             weight = get_attribute(capture.module, parameter)
+            if name in found:
+                split_up[name] = "two modules' forwards multiply by its weight: pass `example_inputs=`"
             found[name] = PlannedSite(name, capture, parameter, tuple(nodes), weight, config)
-    return found
+    return found, split_up
 
 
 def _output_names(model: nn.Module, found: dict[str, PlannedSite]) -> frozenset[str]:

@@ -8,7 +8,7 @@ A node whose weight is not a parameter is not a linear node.
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,21 @@ def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]
         linear = matcher(node, owner)
         if linear is not None:
             yield linear
+
+
+def other_uses(graph: fx.Graph, parameter: str, nodes: Iterable[fx.Node]) -> list[str]:
+    """Names of the operators that use `parameter` in `graph` beside the linear `nodes`, through views or not."""
+    linear_nodes, found = set(nodes), dict[str, None]()
+    pending = [node for node in graph.nodes if node.op == "get_attr" and node.target == parameter]
+    while pending:
+        for user in pending.pop().users:
+            if user in linear_nodes:
+                continue
+            if _target_name(user) in _VIEWS | _COPIES | _CASTS:
+                pending.append(user)
+            else:
+                found[_target_name(user)] = None
+    return list(found)
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,9 @@ def _match_einsum(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     ):
         weight, contracted = _weight(w, owner), x_term[-1:]
         new = w_term.replace(contracted, "")
-        if weight is None or len(w_term) != 2 or len(new) != 1 or new in x_term or output != x_term[:-1] + new:
+        if weight is None or len(w_term) != 2 or len(new) != 1 or len(set(x_term + new)) != len(x_term) + 1:
+            continue
+        if output != x_term[:-1] + new:
             continue
         is_transposed = weight.is_transposed ^ (w_term[0] == contracted)
         return _linear_node(node, x, replace(weight, is_transposed=is_transposed))

@@ -25,7 +25,7 @@ from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs, Plan, PlannedSite, make_plan
 from .patterns import LinearNode
-from .rewritten import SITE_TAG, SiteRecord, install
+from .rewritten import SITE_TAG, TENSORS, SiteRecord, install
 from .targets import ALL_LINEAR, TargetSpec, name_matches, nearest
 from .whole_model import is_exported, make_trainable
 
@@ -109,6 +109,16 @@ def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
         raise ValueError("\n".join(f"`{name}`: {reason}" for name, reason in plan.misfits.items()))
     if plan.refused:
         raise MELoRAError("\n".join(f"`{name}` cannot be adapted: {reason}" for name, reason in plan.refused.items()))
+    if not plan.sites:
+        raise MELoRAError("no linear can be adapted:\n" + "\n".join(f"`{n}`: {r}" for n, r in plan.unsuitable.items()))
+    taken = [
+        f"`{site.name}`: its module already has `{attribute}`"
+        for site in plan.sites
+        for attribute in (SiteRecord.attribute_of(site.parameter, kind) for kind in TENSORS)
+        if hasattr(site.owner, attribute)
+    ]
+    if taken:
+        raise MELoRAError("\n".join(taken) + "\nrename it: the adapter needs that name")
     both = [site.name for site in plan.sites if any(_is_within(site.name, name) for name in kept)]
     if both:
         raise ValueError(f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it")
@@ -132,6 +142,8 @@ def _by_capture(sites: list[PlannedSite]) -> list[tuple[Capture, list[PlannedSit
 
 
 def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(patterns, str | Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"`keep_trainable` must be a name or a list of names, got {patterns!r}")
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     kept: dict[str, None] = {}

@@ -27,6 +27,8 @@ SITE_TAG = "melora_site"
 """Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
 
 
+TENSORS = ("lora_a", "lora_b", "lora_scaling", "lora_dropout")
+"""What an adapter adds to the module that owns its weight."""
 BASE, FOLDED = "melora_adapted_graph", "melora_folded"
 """Attributes of a rewritten module while its base runs (the graph put aside) and while its weights are folded."""
 
@@ -52,8 +54,14 @@ class SiteRecord:
         return self.parameter.rpartition(".")[2]
 
     def attribute(self, kind: str) -> str:
-        """Name, on the weight's owner, of "lora_a", "lora_b", "lora_scaling" or "lora_dropout"."""
-        return kind if self.parameter_name == "weight" else f"{self.parameter_name}_{kind}"
+        """Name, on the weight's owner, of one of `TENSORS`."""
+        return self.attribute_of(self.parameter, kind)
+
+    @staticmethod
+    def attribute_of(parameter: str, kind: str) -> str:
+        """The same for a parameter that is no site yet."""
+        name = parameter.rpartition(".")[2]
+        return kind if name == "weight" else f"{name}_{kind}"
 
     def path(self, kind: str) -> str:
         """The same as a path below the rewritten module."""
@@ -87,13 +95,46 @@ class RewrittenModule(fx.GraphModule):
         """What a copy takes over: all but the graph, what is made from it, and a base that runs for a while."""
         if FOLDED in vars(self):
             raise MELoRAError("a copy made inside `folded` would hold the adapter twice: copy the model outside of it")
-        passing = ("_graph", "_in_spec", "_out_spec", *((BASE, "forward") if BASE in vars(self) else ()))
+        passing = ["_graph", "_in_spec", "_out_spec", "_compiled_call_impl"]
+        passing += [BASE, "forward"] if BASE in vars(self) else []
         return {key: value for key, value in vars(self).items() if key not in passing}
 
     @property
     def adapted_graph(self) -> fx.Graph:
         """The graph with its adapters, also while the base runs in its place."""
         return vars(self).get(BASE, self.graph)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RewrittenModule":
+        super()._apply(fn, recurse)
+        self.refill_scalings()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self.refill_scalings()
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refill_scalings()
+
+    def refill_scalings(self) -> None:
+        """Writes the scalings again, which no state holds: after a move from the meta device they are mere memory."""
+        for record in self.melora_records:
+            owner, name = owner_of(self, record), record.attribute("lora_scaling")
+            lora_b = getattr(owner, record.attribute("lora_b"))
+            scaling = torch.tensor(record.config.scalings, device=lora_b.device, dtype=lora_b.dtype).view(-1, 1, 1)
+            buffer = owner._buffers[name]
+            if buffer is not None and buffer.device == lora_b.device:
+                buffer.data.copy_(scaling)
+            else:
+                owner._buffers[name] = scaling
+
+    def __copy__(self) -> "RewrittenModule":
+        copied = _blank(_restored_class(self))
+        copied.__dict__.update(self._own_state())
+        copied.graph = copy_graph(self.adapted_graph)
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph = _load_graph(state.pop("_graph"))
@@ -143,7 +184,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def class_name(model: nn.Module) -> str:
     """Name of the class that `model` has when it is not rewritten."""
-    return _restored_class(unwrap(model)).__name__
+    inner = unwrap(model)
+    return inner.__dict__.get("model_class", _restored_class(inner).__name__)
 
 
 def without_adapters(graph: fx.Graph) -> fx.Graph:

@@ -8,19 +8,20 @@ from collections.abc import Iterator
 
 from torch import nn
 
+UNKNOWN = "?"
 _TESTS = {"isinstance", "type", "hasattr"}
 _HARMLESS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "numel"}
 
 
 @functools.cache
-def weights_read_by_forward(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Paths of the children whose tensors `cls.forward`, or a method that it calls, reads itself.
+def attributes_read_by_forward(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """The attribute paths below `self` that `cls.forward`, or a method that it calls, reads.
 
-    `self.out_proj.weight` gives "out_proj"; reading only its type, dtype, device or shape does not count. An adapter on
-    such a child would be skipped silently, since the child is not called. Found in the source; a class without source
-    gives nothing.
+    `self.out_proj.weight.t()` gives ("out_proj", "weight", "t"); reading only the type, dtype, device or shape of
+    something does not count. `.weight` of something that is not a path below `self` (an item of a list, a local name)
+    gives (UNKNOWN, "weight"). Found in the source; a class without source gives nothing.
     """
-    paths: dict[str, None] = {}
+    paths: dict[tuple[str, ...], None] = {}
     pending, seen = ["forward"], set()
     while pending:
         name = pending.pop()
@@ -30,9 +31,8 @@ def weights_read_by_forward(cls: type[nn.Module]) -> tuple[str, ...]:
         seen.add(name)
         for chain in _attribute_chains(_tree(method)):
             pending += chain[:1]
-            for index, attribute in enumerate(chain[1:], start=1):
-                if attribute.endswith("weight") and not set(chain[index + 1 : index + 2]) & _HARMLESS:
-                    paths[".".join(chain[:index])] = None
+            if not _HARMLESS & set(chain):
+                paths[chain] = None
     return tuple(paths)
 
 
@@ -44,7 +44,7 @@ def _tree(method: object) -> ast.AST:
 
 
 def _attribute_chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
-    """The longest attribute accesses on `self`: `self.a.b.c` gives ("a", "b", "c")."""
+    """The longest attribute accesses: `self.a.b.c` gives ("a", "b", "c"), `something.weight` (UNKNOWN, "weight")."""
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _TESTS:
@@ -59,3 +59,5 @@ def _attribute_chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
             value = value.value
         if isinstance(value, ast.Name) and value.id == "self":
             yield tuple(reversed(chain))
+        elif chain[-1] == "weight" and not _HARMLESS & set(chain):
+            yield UNKNOWN, "weight"

@@ -56,6 +56,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         rank, num_parts = max(site.config.ranks), len(site.config.parts(site.out_features))
         tensors[f"{name}.lora_a"] = site.lora_a.detach().unflatten(1, (num_parts, -1))[:, :, :rank].flatten(1, 2)
         tensors[f"{name}.lora_b"] = site.lora_b.detach()[:, :, :rank]
+        if site.lora_b.detach()[:, :, rank:].any():
+            raise MELoRAError(
+                f"`{name}` holds values beyond its rank {rank}: an optimizer that remembers the larger adapter from "
+                "before `load_adapter` has written there; make a new optimizer after loading"
+            )
     return tensors
 
 
@@ -76,7 +81,10 @@ def load_adapter(
         MELoRAError: for a folder that cannot be read, an adapter of another model (each key is named) or with another
             base weight, or one whose blocks or ranks do not fit a rewritten model; nothing is changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}: `rewrite` gives one")
     adapter = read_adapter(directory)
+    refuse_folded(model, "load_adapter")
     if not sites(model):
         return _load_into_plain(model, adapter, example_inputs)
     _load_into_rewritten(model, adapter)
@@ -120,6 +128,12 @@ def _load_into_rewritten(model: nn.Module, adapter: Adapter) -> None:
                 f"`{name}`: the adapter's rank {max(saved.ranks)} is above the {site.lora_b.size(2)} that the model "
                 "was rewritten with: load into a plain model"
             )
+    kept, saved_kept = set(kept_names(model)), set(adapter.kept_tensors())
+    if kept != saved_kept:
+        raise MELoRAError(
+            f"`{adapter.directory}` keeps {sorted(saved_kept - kept) or 'nothing'} trainable that the model does not, "
+            f"and lacks {sorted(kept - saved_kept) or 'nothing'}: one head would stay where another belongs"
+        )
     weights = {name: site.weight for name, site in found.items()}
     _check_shapes(adapter, weights)
     _check_fingerprints(adapter, weights)
