@@ -220,10 +220,14 @@ def _never_called(model: nn.Module, found: Mapping[str, PlannedSite], config: ME
 
 def _otherwise_used(found: Mapping[str, PlannedSite]) -> dict[str, str]:
     """The linears whose weight has another use too: beside that, an adapter could not be folded."""
+    reads: dict[tuple[fx.Graph, str], list[fx.Node]] = {}
+    for graph in {planned.capture.graph for planned in found.values()}:
+        for node in graph.find_nodes(op="get_attr"):
+            reads.setdefault((graph, str(node.target)), []).append(node)
     reasons = {}
     for name, planned in found.items():
         nodes = [linear.node for linear in planned.nodes]
-        uses = other_uses(planned.capture.graph, planned.parameter, nodes)
+        uses = other_uses(reads[planned.capture.graph, planned.parameter], nodes)
         if isinstance(planned.owner, nn.Embedding):
             uses.append("embedding")
         if uses:

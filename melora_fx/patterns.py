@@ -50,10 +50,10 @@ def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]
             yield linear
 
 
-def other_uses(graph: fx.Graph, parameter: str, nodes: Iterable[fx.Node]) -> list[str]:
-    """Names of the operators that use `parameter` in `graph` beside the linear `nodes`, through views or not."""
+def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
+    """Names of the operators that use what the `get_attr` nodes `reads` give beside the linear `nodes`."""
     linear_nodes, found = set(nodes), dict[str, None]()
-    pending = [node for node in graph.nodes if node.op == "get_attr" and node.target == parameter]
+    pending = list(reads)
     while pending:
         for user in pending.pop().users:
             if user in linear_nodes:
