@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from melora_fx import MELoRAError
@@ -32,19 +33,24 @@ def load_model(
     """
     if not (folder / "config.json").is_file():
         raise MELoRAError(f"`{folder}` is not a Hugging Face model folder: it has no config.json")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise MELoRAError(f"`{folder}/config.json` cannot be read: {error}") from error
     if num_labels is not None:
         config.num_labels = num_labels
     name = class_name or (config.architectures or [None])[0]
     model_class: Any = getattr(transformers, name or "", None)
     if model_class is None:
         raise MELoRAError(f"`{folder}`: transformers has no model class {name!r}")
+    if not isinstance(config, model_class.config_class):
+        raise MELoRAError(f"`{folder}` holds a {config.model_type} model, not the {name} that was asked for")
     if not with_weights:
         with torch.device("meta"):
             return model_class(config).eval()
     try:
         return model_class.from_pretrained(folder, config=config).eval()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise MELoRAError(f"`{folder}`: the weights cannot be read: {error}") from error
 
 

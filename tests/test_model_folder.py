@@ -48,3 +48,11 @@ def test_folders_that_cannot_be_loaded(tmp_path: Path) -> None:
         load_model(tmp_path, class_name="Nonsense")
     with pytest.raises(MELoRAError, match="weights cannot be read"):
         load_model(tmp_path, class_name="BertModel")
+    with pytest.raises(MELoRAError, match="holds a bert model, not the LlamaForCausalLM"):
+        load_model(tmp_path, class_name="LlamaForCausalLM")
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(MELoRAError, match="weights cannot be read"):
+        load_model(tmp_path, class_name="BertModel")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(MELoRAError, match=r"config\.json` cannot be read"):
+        load_model(tmp_path)
