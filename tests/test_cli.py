@@ -1,8 +1,11 @@
 """The command line as it is typed: what it prints, writes and returns."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,36 @@ from support import bert_classifier, fill, tokens
 
 import melora_fx
 from exporters import OrtRunner, TorchRunner, compare
+from exporters.cli import main
 from melora_fx import MELoRAConfig
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "exporters.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object) -> Result:
+    """The command line in this process: importing torch for each command would take most of the time."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["melora-fx", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as exit:
+        return Result(int(exit.code or 0), out.getvalue(), err.getvalue())
+    finally:
+        sys.argv = argv
+    return Result(0, out.getvalue(), err.getvalue())
+
+
+def test_the_module_runs_as_a_program() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "exporters.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert {"demo", "match", "export"} <= set(result.stdout.split())
 
 
 @pytest.fixture(scope="module")
