@@ -11,9 +11,9 @@ from torch import nn
 
 from melora_fx import MELoRAConfig, MELoRAError, sites
 from melora_fx.adapter import is_disabled
-from melora_fx.adapter_file import fingerprint, hash_adapter
+from melora_fx.adapter_file import hash_adapter
 from melora_fx.rewritten import class_name
-from melora_fx.state import adapter_tensors
+from melora_fx.state import adapter_tensors, site_entries
 
 from .weights import WeightPlace
 
@@ -54,10 +54,7 @@ def describe(model: nn.Module, adapter: str, target: str) -> dict[str, Any]:
         "adapter": adapter if found else "none",
         "adapter_sha256": hash_adapter(configs, adapter_tensors(model)) if holds_one else "none",
         "target": target,
-        "sites": {
-            name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)}
-            for name, site in found.items()
-        },
+        "sites": site_entries(found),
         "versions": {package: version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
     }
 

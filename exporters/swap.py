@@ -18,6 +18,7 @@ from torch import nn
 
 from melora_fx import MELoRAConfig, MELoRAError, sites
 from melora_fx.adapter_file import Adapter, fingerprint_misfit, read_adapter
+from melora_fx.rewritten import scaling_tensor
 
 from .metadata import GraphFacts, read_facts
 from .runtime import Arrays, import_onnxruntime
@@ -80,9 +81,9 @@ def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
         raise MELoRAError(f"`{adapter.directory}` does not fit `{facts.path}`:\n" + "\n".join(lines))
     tensors: Arrays = {}
     for name, config in adapter.configs.items():
-        scaling = torch.tensor(config.scalings).view(-1, 1, 1)
         tensors[f"{name}.lora_a"] = _array(adapter.tensors[f"{name}.lora_a"].transpose(1, 2))
-        tensors[f"{name}.lora_b"] = _array((adapter.tensors[f"{name}.lora_b"] * scaling).transpose(1, 2))
+        lora_b = adapter.tensors[f"{name}.lora_b"]
+        tensors[f"{name}.lora_b"] = _array((lora_b * scaling_tensor(config, lora_b)).transpose(1, 2))
     for name, tensor in adapter.kept_tensors().items():
         place = facts.kept.get(name)
         if place is None:

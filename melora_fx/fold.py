@@ -18,7 +18,7 @@ from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import shared_parameters
 from .rewrite import STATE, RewriteState
-from .rewritten import FOLDED, TENSORS, owner_of, rewritten_modules, uninstall, unwrap
+from .rewritten import FOLDED, TENSORS, owner_of, rewritten_modules, scaling_tensor, uninstall, unwrap
 
 
 def delta_blocks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> list[torch.Tensor]:
@@ -32,8 +32,8 @@ def delta_blocks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tenso
         lora_b: (N, O/N, R).
     """
     wide = torch.promote_types(lora_b.dtype, torch.float32)
-    scaling = torch.tensor(config.scalings, dtype=wide, device=lora_b.device).view(-1, 1, 1)
-    scaled = lora_b.detach().to(wide) * scaling
+    wide_b = lora_b.detach().to(wide)
+    scaled = wide_b * scaling_tensor(config, wide_b)
     sizes = [size // config.num_blocks for size in config.parts(lora_b.size(0) * lora_b.size(1))]
     a_parts = lora_a.detach().to(wide).chunk(len(sizes), dim=1)
     return [torch.bmm(b, a) for b, a in zip(scaled.split(sizes, dim=1), a_parts, strict=True)]

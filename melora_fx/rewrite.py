@@ -25,7 +25,7 @@ from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs, Plan, PlannedSite, make_plan
 from .patterns import LinearNode
-from .rewritten import SITE_TAG, TENSORS, SiteRecord, install
+from .rewritten import SITE_TAG, TENSORS, SiteRecord, install, scaling_tensor
 from .targets import ALL_LINEAR, TargetSpec, name_matches, nearest
 from .whole_model import is_exported, make_trainable
 
@@ -179,8 +179,7 @@ def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
     lora_a, lora_b = new_adapter(config, *site.shape, device=site.weight.device, dtype=adapter_dtype(site.weight))
     owner.register_parameter(record.attribute("lora_a"), nn.Parameter(lora_a))
     owner.register_parameter(record.attribute("lora_b"), nn.Parameter(lora_b))
-    scaling = torch.tensor(config.scalings, device=lora_b.device, dtype=lora_b.dtype).view(-1, 1, 1)
-    owner.register_buffer(record.attribute("lora_scaling"), scaling, persistent=False)
+    owner.register_buffer(record.attribute("lora_scaling"), scaling_tensor(config, lora_b), persistent=False)
     if config.dropout:
         owner.add_module(record.attribute("lora_dropout"), nn.Dropout(config.dropout).train(owner.training))
 

@@ -123,7 +123,7 @@ class RewrittenModule(fx.GraphModule):
         for record in self.melora_records:
             owner, name = owner_of(self, record), record.attribute("lora_scaling")
             lora_b = getattr(owner, record.attribute("lora_b"))
-            scaling = torch.tensor(record.config.scalings, device=lora_b.device, dtype=lora_b.dtype).view(-1, 1, 1)
+            scaling = scaling_tensor(record.config, lora_b)
             buffer = owner._buffers[name]
             if buffer is not None and buffer.device == lora_b.device:
                 buffer.data.copy_(scaling)
@@ -207,6 +207,11 @@ def base_program(module: RewrittenModule) -> tuple[Callable[..., Any], fx.Graph]
         base = fx.GraphModule(module, without_adapters(module.adapted_graph))
         cls.base_function, cls.base_graph, cls.base_code = type(base).forward, base.graph, module.code
     return types.MethodType(cls.base_function, module), cls.base_graph
+
+
+def scaling_tensor(config: MELoRAConfig, like: torch.Tensor) -> torch.Tensor:
+    """s_i of each block as (N, 1, 1), of the dtype and on the device of `like`."""
+    return torch.tensor(config.scalings, dtype=like.dtype, device=like.device).view(-1, 1, 1)
 
 
 def owner_of(module: RewrittenModule, record: SiteRecord) -> nn.Module:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
 from .rewrite import STATE, rewrite
-from .rewritten import class_name, unwrap
+from .rewritten import class_name, scaling_tensor, unwrap
 from .targets import nearest
 
 
@@ -29,15 +30,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     found = require_sites(model, "save_adapter")
     refuse_folded(model, "save_adapter")
-    entries = {
-        name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)} for name, site in found.items()
-    }
     model_facts = {
         "class": class_name(model),
         "num_labels": getattr(getattr(model, "config", None), "num_labels", None),
     }
-    header = {"sites": entries, "kept": list(_kept_modules(model)), "model": model_facts}
+    header = {"sites": site_entries(found), "kept": list(_kept_modules(model)), "model": model_facts}
     write_adapter(Path(directory), adapter_tensors(model), header)
+
+
+def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
+    """What files say of each site, as JSON-ready values: its configuration, and the fingerprint of its base weight."""
+    return {
+        name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)} for name, site in found.items()
+    }
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -156,7 +161,7 @@ def _copy_site(site: AdapterSite, config: MELoRAConfig, lora_a: torch.Tensor, lo
     rank, num_parts = lora_b.size(2), len(config.parts(site.out_features))
     site.lora_a.zero_().unflatten(1, (num_parts, -1))[:, :, :rank].copy_(lora_a.unflatten(1, (num_parts, -1)))
     site.lora_b.zero_()[:, :, :rank].copy_(lora_b)
-    site.scaling.copy_(torch.tensor(config.scalings).view(-1, 1, 1))
+    site.scaling.copy_(scaling_tensor(config, site.scaling))
     dropout = getattr(site.owner, site.record.attribute("lora_dropout"), None)
     if dropout is not None:
         dropout.p = config.dropout
