@@ -4,39 +4,38 @@ import contextlib
 import inspect
 import json
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
-from melora_fx import MELoRAError, disabled, folded, sites
+from melora_fx import MELoRAError, folded, sites
 from melora_fx.adapter import is_disabled
 from melora_fx.rewritten import unwrap
-from melora_fx.state import adapter_of, kept_names
-from melora_fx.whole_model import as_arguments, in_mode, without_cache
+from melora_fx.state import kept_names
+from melora_fx.whole_model import as_arguments
 
-from .compare import compare
-from .metadata import METADATA_KEY, describe, places_as_json, read_facts
-from .model_folder import TOKENIZER_FILES
-from .onnx_graph import axes_of, build_graph, count_ops
-from .runners import OrtRunner, TorchRunner
+from .files import copy_configuration, keep_failed, move_files, onnx_path, show_progress, staging_folder
+from .forms import FORMS, write_forms
+from .fuse import FUSED_TARGETS, fuse
+from .half import to_float16
+from .metadata import METADATA_KEY, describe, places_as_json
+from .onnx_graph import DynamicAxes, axes_of, build_graph, check_dynamic_axes, count_ops
 from .runtime import import_onnxruntime
-from .swap import make_swappable, swap_tensors
-from .weights import drop_traces, find_tensor, name_weights
+from .swap import attach_defaults, distinct_values, open_inputs
+from .verify import Verification, check_file
+from .verify import verify as compare_with_torch
+from .weights import drop_inferred, drop_traces, find_tensor, fold_adapter_constants, name_weights
 
 ADAPTERS = ("fold", "keep", "swap")
-TARGETS = ("portable",)
-TOLERANCE = 1e-4
-"""Largest relative error against torch that a float32 export may have."""
+TARGETS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
+PRECISIONS = ("auto", "fp32", "fp16")
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,12 @@ class ExportReport:
 
     Attributes:
         path: the .onnx file; `files` lists every file written, names relative to its folder.
+        adapter: "none", "fold", "keep" or "swap": what the graph holds.
+        forms: number of unmerged sites by form, "block" or "dense".
         op_counts: number of nodes by operator type.
         inputs, outputs: name → axes, a number for a fixed size or a name for a dynamic one.
         num_adapter_inputs: number of optional inputs that an adapter's tensors go to.
-        compared: the dynamic sizes at which the graph was compared with torch.
+        compared: what was compared with torch, in words; empty without `verify`.
         max_abs_error, max_rel_error: the worst of those comparisons; None where nothing was compared.
         notes: what the user should know, such as missing tokenizer files.
         seconds: time that the whole export took.
@@ -58,13 +59,15 @@ class ExportReport:
     files: tuple[str, ...]
     adapter: str
     target: str
+    precision: str
+    forms: dict[str, int]
     opset: int
     num_nodes: int
     op_counts: dict[str, int]
     inputs: dict[str, tuple[int | str, ...]]
     num_adapter_inputs: int
     outputs: dict[str, tuple[int | str, ...]]
-    compared: tuple[dict[str, int], ...]
+    compared: tuple[str, ...]
     max_abs_error: float | None
     max_rel_error: float | None
     notes: tuple[str, ...]
@@ -72,17 +75,32 @@ class ExportReport:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in list(self.op_counts.items())[:6])
-        lines = [f"{self.path}: {self.num_nodes} nodes ({counts}, …), opset {self.opset}, {self.seconds:.1f} s"]
+        lines = [
+            f"{self.path}: {self.target}, {self.precision}, opset {self.opset}, {self.seconds:.1f} s",
+            f"  {self.num_nodes} nodes: {counts}, …",
+        ]
         lines += [f"  in   {name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items()]
         if self.num_adapter_inputs:
             lines.append(f"  in   {self.num_adapter_inputs} optional tensors of an adapter, of any rank")
         lines += [f"  out  {name} ({', '.join(map(str, axes))})" for name, axes in self.outputs.items()]
+        if self.forms:
+            lines.append("  unmerged sites: " + ", ".join(f"{count} {form}" for form, count in self.forms.items()))
         if self.max_abs_error is not None:
             lines.append(
-                f"  equal to torch at {len(self.compared)} shapes: "
+                f"  equal to torch in {len(self.compared)} comparisons: "
                 f"max abs error {self.max_abs_error:.1e}, relative {self.max_rel_error:.1e}"
             )
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+@dataclass(frozen=True)
+class _Options:
+    adapter: str
+    target: str
+    precision: str
+    form: str
+    dynamic_axes: DynamicAxes
+    opset: int | None
 
 
 def export_onnx(
@@ -92,90 +110,137 @@ def export_onnx(
     *,
     adapter: str = "fold",
     target: str = "portable",
+    precision: str = "auto",
+    dynamic_axes: DynamicAxes = "auto",
+    form: str = "auto",
     opset: int | None = None,
     verify: bool = True,
 ) -> ExportReport:
-    """Writes `model` as an ONNX graph with dynamic batch and sequence; the model is as before afterwards.
+    """Writes `model` as an ONNX graph; the model is as before afterwards.
 
     Beside NAME.onnx: its weights NAME.onnx.data, the report NAME.export.json and, for a Hugging Face model, its
     configuration and its tokenizer's files, from `config._name_or_path` where that is a local folder. All is written to
-    a temporary folder, checked there, and then moved; other files in the folder stay.
+    a temporary folder, checked there, and then moved; other files in the folder stay. A graph that fails the check is
+    left in the folder NAME.failed instead.
 
     Args:
-        model: a rewritten model, or a plain one, which is exported as it is.
-        example_inputs: a dict of keyword arguments or a tuple of positional ones; a batch of one is doubled.
+        model: a rewritten model, or a plain one, which is exported as it is, in float32. A causal language model is
+            exported without a key-value cache.
+        example_inputs: a dict of keyword arguments or a tuple of positional ones; a batch of one is doubled where the
+            batch is dynamic. Its number of tokens stands for that of a typical run where `form` is "auto".
         path: the .onnx file, or a folder, in which it is called model.onnx.
         adapter: "fold" exports the merged weights, "keep" the adapters as nodes of the graph, "swap" these nodes with
             the adapters as optional inputs, of any rank: without any the graph computes the base.
-        target: "portable": standard ONNX operators only.
+        target: "portable": standard ONNX operators only; "ort-cpu", "ort-cuda": ONNX Runtime's fused operators for that
+            provider; "tensorrt": only what TensorRT builds.
+        precision: "fp32"; "fp16": weights and computation in half precision, inputs and outputs unchanged; "auto":
+            "fp16" for "ort-cuda", else "fp32".
+        dynamic_axes: "auto": all that the model leaves free; or input name → {axis: name}, every other axis fixed.
+        form: how "keep" writes an update: "block", "dense", or "auto": for each site the faster one.
         opset: ONNX operator set; None leaves the exporter's default.
-        verify: check the graph by `onnx.checker` and compare it with torch on ONNX Runtime, at other shapes too.
+        verify: check the graph by `onnx.checker` and compare it with torch on ONNX Runtime's CPU, at other sizes too.
 
     Raises:
         ValueError, TypeError: for an option or inputs of no accepted form.
-        MELoRAError: where the model cannot be folded, or has no sites for "swap"; where it cannot be exported, the
-            folder not written, ONNX Runtime is not installed (with `verify`), or the graph is not equal to torch.
-            Nothing is left behind.
+        MELoRAError: where the model cannot be folded, or has no sites for "swap"; where it cannot be exported, or not
+            with these dynamic axes or for this target; where the folder cannot be written, ONNX Runtime is not
+            installed, or the graph is not equal to torch. No file of an earlier export is touched then.
     """
     start = time.perf_counter()
-    for name, value, allowed in (("adapter", adapter, ADAPTERS), ("target", target, TARGETS)):
+    choices = (
+        ("adapter", adapter, ADAPTERS),
+        ("target", target, TARGETS),
+        ("precision", precision, PRECISIONS),
+        ("form", form, FORMS),
+    )
+    for name, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, allowed))}")
-    inputs = _as_keywords(model, example_inputs)
-    if verify:
+    if target == "tensorrt" and adapter == "swap":
+        raise ValueError('TensorRT takes no optional inputs: `adapter="swap"` needs another target, or use "keep"')
+    inputs = _as_keywords(model, example_inputs, dynamic_axes)
+    check_dynamic_axes(inputs, dynamic_axes)
+    if precision == "auto":
+        precision = "fp16" if target == "ort-cuda" else "fp32"
+    if verify or precision == "fp16":
         import_onnxruntime()
     if half := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}:
-        raise MELoRAError(f"the model holds {' and '.join(sorted(half))} weights: export `model.float()`")
-    path = _onnx_path(path)
+        raise MELoRAError(
+            f"the model holds {' and '.join(sorted(half))} weights: export `model.float()`, for a half precision graph "
+            'with `precision="fp16"`'
+        )
+    path = onnx_path(path)
     model = unwrap(model)
     if is_disabled(model):
         adapter = "keep"  # the base is what the model computes now
     if adapter == "swap" and not sites(model):
         raise MELoRAError('`adapter="swap"` needs a rewritten model: its sites say where adapters go')
-    facts = describe(model, adapter, target)
-    with _staging_folder(path) as staging, _prepared(model, adapter):
-        graph_model = build_graph(model, inputs, opset)
-        weights = name_weights(graph_model, model)
-        kept = {name: find_tensor(graph_model, name) for name in kept_names(model)}
-        drop_traces(graph_model)
-        if adapter == "swap":
-            make_swappable(graph_model, model, kept)
-        facts |= {
-            "weights": places_as_json(weights),
-            "kept": places_as_json({name: place for name, place in kept.items() if place}),
-        }
+    options = _Options(adapter, target, precision, form, dynamic_axes, opset)
+    facts = describe(model, adapter, target) | {"precision": precision}
+    with show_progress(f"exporting {path.name}") as step, staging_folder(path) as staging, _prepared(model, adapter):
+        graph_model, found = _build(model, inputs, options, step)
+        facts |= found
         graph_model.metadata_props[METADATA_KEY] = json.dumps(facts)
-        staged = staging / path.name
-        onnx_ir.save(graph_model, staged, external_data=f"{path.name}.data")
-        compared, abs_error, rel_error = _verify(model, inputs, staged) if verify else ((), None, None)
-        notes = _copy_configuration(model, staging)
-        graph = graph_model.graph
-        report = ExportReport(
-            path=str(path),
-            files=(f"{path.stem}.export.json", *sorted(file.name for file in staging.iterdir())),
-            adapter=facts["adapter"],
-            target=target,
-            opset=graph_model.opset_imports[""],
-            num_nodes=sum(1 for _ in graph.all_nodes()),
-            op_counts=count_ops(graph_model),
-            inputs={value.name or "": axes_of(value) for value in graph.inputs if not value.is_initializer()},
-            num_adapter_inputs=sum(1 for value in graph.inputs if value.is_initializer()),
-            outputs={value.name or "": axes_of(value) for value in graph.outputs},
-            compared=compared,
-            max_abs_error=abs_error,
-            max_rel_error=rel_error,
-            notes=notes,
-            seconds=time.perf_counter() - start,
-        )
-        (staging / f"{path.stem}.export.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-        for file in sorted(staging.iterdir(), key=lambda file: file.suffix == ".onnx"):  # the graph itself comes last
-            os.replace(file, path.parent / file.name)
-    return report
+        step("writing")
+        onnx_ir.save(graph_model, staging / path.name, external_data=f"{path.name}.data")
+        notes = copy_configuration(model, staging)
+        verification = None
+        try:
+            if verify:
+                step("comparing with torch")
+                check_file(staging / path.name)
+                verification = compare_with_torch(model, inputs, staging / path.name, precision)
+        except MELoRAError as error:
+            raise MELoRAError(f"{error}\nthe graph is left in `{keep_failed(staging, path)}`") from error
+        report = _report(path, graph_model, facts, verification, notes)
+        names = sorted(file.name for file in staging.iterdir())
+        report |= {"files": (f"{path.stem}.export.json", *names), "seconds": time.perf_counter() - start}
+        (staging / f"{path.stem}.export.json").write_text(json.dumps(report, indent=2) + "\n")
+        move_files(staging, path)
+    return ExportReport(**report)
 
 
-def _as_keywords(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+def _build(
+    model: nn.Module, inputs: dict[str, Any], options: _Options, step: Callable[[str], None]
+) -> tuple[onnx_ir.Model, dict[str, Any]]:
+    """The finished graph, and what its description says of it beside `describe`. The passes in their order."""
+    step("translating the model")
+    swaps = options.adapter == "swap"
+    with distinct_values(model) if swaps else contextlib.nullcontext():
+        graph_model = build_graph(model, inputs, dynamic_axes=options.dynamic_axes, opset=options.opset)
+        fold_adapter_constants(graph_model, model)
+        weights = name_weights(graph_model, model)
+    kept = {name: find_tensor(graph_model, name) for name in kept_names(model)}
+    drop_traces(graph_model)
+    keeps = options.adapter == "keep" and not is_disabled(model)
+    forms = write_forms(graph_model, model, options.form, _tokens(inputs)) if keeps else {}
+    defaults = open_inputs(graph_model, model, kept) if swaps else {}
+    step("fusing")
+    weights = fuse(graph_model, options.target, weights)
+    if options.precision == "fp16":
+        graph_model = to_float16(graph_model)
+    if options.precision == "fp16" or options.target in FUSED_TARGETS:
+        drop_inferred(graph_model)
+    attach_defaults(graph_model.graph, defaults)
+    return graph_model, {
+        "forms": forms,
+        "weights": places_as_json(weights),
+        "kept": places_as_json({name: place for name, place in kept.items() if place}),
+    }
+
+
+def _tokens(inputs: Mapping[str, Any]) -> int:
+    """Number of tokens of the example: the leading two sizes of its first tensor."""
+    shapes = [value.shape[:2] for value in inputs.values() if isinstance(value, torch.Tensor)]
+    return shapes[0].numel() if shapes else 1
+
+
+def _as_keywords(
+    model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], dynamic_axes: DynamicAxes
+) -> dict[str, Any]:
     """The example inputs by name: a graph's inputs have names."""
-    args, kwargs = as_arguments(example_inputs)
+    fixed = not isinstance(dynamic_axes, str) and not any(0 in axes for axes in dynamic_axes.values())
+    args, kwargs = as_arguments(example_inputs, double=not fixed)
     parameters = inspect.signature(model.forward).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):
@@ -187,97 +252,31 @@ def _as_keywords(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[
     return {name: inputs[name] for name in sorted(inputs, key=lambda name: names.index(name) if name in names else -1)}
 
 
-def _onnx_path(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    path = path if path.suffix == ".onnx" else path / "model.onnx"
-    if path.is_dir():
-        raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
-    return path
-
-
-@contextlib.contextmanager
-def _staging_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder on the disk of `path`, removed in any case."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise MELoRAError(f"`{path.parent}` cannot be written: {error.strerror or error}") from error
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def _prepared(model: nn.Module, adapter: str) -> contextlib.AbstractContextManager[None]:
     return folded(model) if adapter == "fold" and sites(model) else contextlib.nullcontext()
 
 
-def _verify(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], path: Path
-) -> tuple[tuple[dict[str, int], ...], float, float]:
-    """Checks the file and compares it with torch at the example's shapes and others.
-
-    Returns:
-        the dynamic sizes of each comparison, the largest absolute and the largest relative error.
-    """
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise MELoRAError(f"onnx.checker refuses the export: {error}") from error
-    runner = OrtRunner(path)
-    axes = {value.name: value.shape for value in runner.session.get_inputs()}
-    trials, comparisons = _trial_sizes(inputs, axes), []
-    own = swap_tensors(adapter_of(model), read_facts(path)) if runner.adapter_names else {}
-    with in_mode(model, training=False), without_cache(model):
-        for sizes in trials:
-            trial = _resized(inputs, axes, sizes)
-            comparisons.append(compare(runner.with_tensors(own), TorchRunner(model), trial))
-            if own:
-                with disabled(model):
-                    comparisons.append(compare(runner, TorchRunner(model), trial))
-            for comparison in comparisons:
-                if not comparison.max_rel_error <= TOLERANCE:
-                    raise MELoRAError(f"the ONNX graph is not equal to torch at {sizes}: {comparison}")
-    worst_abs = max(comparison.max_abs_error for comparison in comparisons)
-    worst_rel = max(comparison.max_rel_error for comparison in comparisons)
-    return tuple(trials), worst_abs, worst_rel
-
-
-def _trial_sizes(inputs: Mapping[str, torch.Tensor], axes: Mapping[str, list[Any]]) -> list[dict[str, int]]:
-    """Sizes of the dynamic axes to compare at: the example's, a single row, and more rows of half the length."""
-    example = {
-        axis: inputs[name].size(index)
-        for name, shape in axes.items()
-        for index, axis in enumerate(shape)
-        if isinstance(axis, str)
+def _report(
+    path: Path,
+    graph_model: onnx_ir.Model,
+    facts: Mapping[str, Any],
+    verification: Verification | None,
+    notes: tuple[str, ...],
+) -> dict[str, Any]:
+    """The fields of an `ExportReport`, but for the files and the time."""
+    graph = graph_model.graph
+    return {
+        "path": str(path),
+        "adapter": facts["adapter"],
+        "target": facts["target"],
+        "precision": facts["precision"],
+        "forms": dict(Counter(facts["forms"].values())),
+        "opset": graph_model.opset_imports[""],
+        "num_nodes": sum(1 for _ in graph.all_nodes()),
+        "op_counts": count_ops(graph_model),
+        "inputs": {value.name or "": axes_of(value) for value in graph.inputs if not value.is_initializer()},
+        "num_adapter_inputs": sum(1 for value in graph.inputs if value.is_initializer()),
+        "outputs": {value.name or "": axes_of(value) for value in graph.outputs},
+        "notes": notes,
+        **(asdict(verification) if verification else {"compared": (), "max_abs_error": None, "max_rel_error": None}),
     }
-    single = {axis: 1 if axis == "batch" else size for axis, size in example.items()}
-    other = {axis: size + 1 if axis == "batch" else max(2, size // 2 + 1) for axis, size in example.items()}
-    return [dict(sizes) for sizes in dict.fromkeys(tuple(sizes.items()) for sizes in (example, single, other))]
-
-
-def _resized(
-    inputs: Mapping[str, torch.Tensor], axes: Mapping[str, list[Any]], sizes: Mapping[str, int]
-) -> dict[str, torch.Tensor]:
-    """The inputs repeated or cut along their dynamic axes."""
-    resized = {}
-    for name, tensor in inputs.items():
-        for index, axis in enumerate(axes[name]):
-            if isinstance(axis, str):
-                tensor = tensor.index_select(index, torch.arange(sizes[axis]) % tensor.size(index))
-        resized[name] = tensor
-    return resized
-
-
-def _copy_configuration(model: nn.Module, folder: Path) -> tuple[str, ...]:
-    """Copies what a Hugging Face user needs beside the graph; returns notes on what is missing."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, PretrainedConfig):
-        return ()
-    config.save_pretrained(folder)
-    source = Path(config._name_or_path or "")
-    files = [source / name for name in TOKENIZER_FILES if config._name_or_path and (source / name).is_file()]
-    for file in files:
-        shutil.copy(file, folder / file.name)
-    return () if files else ("no tokenizer files: `config._name_or_path` is not a local folder that has them",)

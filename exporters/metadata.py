@@ -86,6 +86,13 @@ def read_facts(path: str | Path) -> GraphFacts:
         adapter_sha256=facts["adapter_sha256"],
         configs={name: MELoRAConfig.from_dict(entry["config"]) for name, entry in facts["sites"].items()},
         fingerprints={name: entry["base"] for name, entry in facts["sites"].items()},
-        weights={name: WeightPlace(**place) for name, place in facts["weights"].items()},
-        kept={name: WeightPlace(**place) for name, place in facts["kept"].items()},
+        weights=_places(facts["weights"]),
+        kept=_places(facts["kept"]),
     )
+
+
+def _places(entries: dict[str, Any]) -> dict[str, WeightPlace]:
+    return {
+        name: WeightPlace(entry["initializer"], entry["is_transposed"], tuple(entry["columns"] or ()) or None)
+        for name, entry in entries.items()
+    }

@@ -10,36 +10,57 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir
 import torch
 from torch import nn
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from melora_fx import MELoRAError
 from melora_fx.whole_model import all_dynamic, in_mode, without_cache
 
+DynamicAxes = Literal["auto"] | Mapping[str, Mapping[int, str]]
+"""Axes that stay dynamic: "auto" for all that the model leaves free, or input name → {axis: name}."""
 
-def build_graph(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> onnx_ir.Model:
-    """The ONNX graph of `model` in evaluation mode, without a key-value cache, every free dimension dynamic.
+
+def check_dynamic_axes(inputs: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:
+    """Raises a ValueError for axes of inputs that are not there."""
+    if isinstance(dynamic_axes, str):
+        if dynamic_axes != "auto":
+            raise ValueError(f'`dynamic_axes` (={dynamic_axes!r}) must be "auto" or input name → {{axis: name}}')
+        return
+    for name, axes in dynamic_axes.items():
+        if name not in inputs:
+            raise ValueError(f"`dynamic_axes` names the input `{name}`; the inputs are {', '.join(inputs)}")
+        shape = tuple(inputs[name].shape)
+        if outside := [axis for axis in axes if axis not in range(len(shape))]:
+            raise ValueError(f"`dynamic_axes` of `{name}`, of shape {shape}: it has no axis {outside[0]}")
+
+
+def build_graph(
+    model: nn.Module, inputs: dict[str, Any], *, dynamic_axes: DynamicAxes = "auto", opset: int | None = None
+) -> onnx_ir.Model:
+    """The ONNX graph of `model` in evaluation mode, without a key-value cache.
 
     Weights are not copied: the graph refers to the model's own tensors until it is saved.
 
     Args:
         model: the model.
         inputs: keyword arguments of the model.
+        dynamic_axes: which axes stay dynamic.
         opset: ONNX operator set; None leaves the exporter's default.
 
     Raises:
-        MELoRAError: where the exporter fails; its own message is given.
+        MELoRAError: where the exporter fails, its own message is given; for an axis that the model fixes.
     """
     with in_mode(model, training=False), without_cache(model), torch.no_grad():
         outputs = named_outputs(model(**inputs))
         try:
             with _quiet():
-                graph_model = _export(model, inputs, opset)
+                graph_model = _export(model, inputs, dynamic_axes, opset)
         except Exception as error:  # exporters raise many kinds
             raise MELoRAError(
                 f"`{type(model).__name__}` cannot be exported: {type(error).__name__}: {error}"
@@ -54,12 +75,30 @@ def build_graph(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> 
         value.name = f"{name}_output" if name in taken else name
     if opset is not None and graph_model.opset_imports[""] != opset:
         raise MELoRAError(f"the exporter cannot write opset {opset}: it gave {graph_model.opset_imports['']}")
-    _name_axes(graph, inputs)
+    _refuse_fixed(graph, dynamic_axes)
+    _name_axes(graph, inputs, dynamic_axes)
     return graph_model
 
 
-def _export(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> onnx_ir.Model:
-    shapes = pytree.tree_map(all_dynamic, inputs)
+def _refuse_fixed(graph: onnx_ir.Graph, dynamic_axes: DynamicAxes) -> None:
+    """Raises for axes that were to be dynamic and that the export has fixed."""
+    if isinstance(dynamic_axes, str):
+        return
+    lines = []
+    for value in graph.inputs:
+        for axis, name in dynamic_axes.get(value.name or "", {}).items():
+            size = axes_of(value)[axis]
+            if isinstance(size, int) or size.isdigit():
+                lines.append(f"`{value.name}` axis {axis} (`{name}`): the model fixes it to {size}")
+    if lines:
+        raise MELoRAError("these axes cannot be dynamic:\n" + "\n".join(lines))
+
+
+def _export(model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes, opset: int | None) -> onnx_ir.Model:
+    if isinstance(dynamic_axes, str):
+        shapes = pytree.tree_map(all_dynamic, inputs)
+    else:
+        shapes = {name: dict.fromkeys(dynamic_axes.get(name, {}), Dim.AUTO) for name in inputs}
     if isinstance(model, PreTrainedModel):
         from transformers.exporters import OnnxConfig, OnnxExporter  # heavy: only where it is used
 
@@ -100,8 +139,9 @@ def _plain(outputs: Any) -> Any:
     return {k: v for k, v in outputs.items() if v is not None} if isinstance(outputs, Mapping) else outputs
 
 
-def _name_axes(graph: onnx_ir.Graph, examples: dict[str, Any]) -> None:
-    """Renames the symbols of dynamic axes, in every shape of the graph: `batch` for axis 0, `sequence` for axis 1.
+def _name_axes(graph: onnx_ir.Graph, examples: dict[str, Any], dynamic_axes: DynamicAxes) -> None:
+    """Renames the symbols of dynamic axes, in every shape of the graph: `batch` for axis 0, `sequence` for axis 1,
+    or as `dynamic_axes` says.
 
     Where axis 1 has several sizes in the examples, the later ones take the input's name as prefix.
     """
@@ -118,6 +158,9 @@ def _name_axes(graph: onnx_ir.Graph, examples: dict[str, Any]) -> None:
             ):
                 continue
             name = ("batch", "sequence")[axis] if axis < 2 else f"axis_{axis}"
+            if not isinstance(dynamic_axes, str):
+                names[str(size.value)] = dynamic_axes[value.name or ""].get(axis, name)
+                continue
             if taken.setdefault(name, example.size(axis)) != example.size(axis):
                 name = f"{value.name}_{name}"
             names[str(size.value)] = name

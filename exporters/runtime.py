@@ -23,3 +23,13 @@ def import_onnxruntime() -> Any:
             'ONNX Runtime is not installed: pip install "melora_fx[cpu]", or "melora_fx[gpu]" for CUDA and TensorRT; '
             "never both"
         ) from error
+
+
+def import_float16() -> Any:
+    """ONNX Runtime's float16 converter, a module.
+
+    Raises:
+        MELoRAError: where ONNX Runtime is not installed; names the extras.
+    """
+    import_onnxruntime()
+    return importlib.import_module("onnxruntime.transformers.float16")

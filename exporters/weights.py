@@ -6,25 +6,36 @@ several parameters have the same ones, by the module in which the exporter saw i
 """
 
 import ast
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript import optimizer
 from torch import nn
 
 from melora_fx import sites
+from melora_fx.rewritten import TENSORS
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """Where a parameter lives: the initializer's name, and whether it holds the transpose."""
+    """Where a parameter lives in a graph.
+
+    Attributes:
+        initializer: its name.
+        is_transposed: it holds the transpose.
+        columns: (start, stop) of the parameter, in an initializer that holds several side by side.
+    """
 
     initializer: str
     is_transposed: bool
+    columns: tuple[int, int] | None = None
 
 
 def name_weights(graph_model: onnx_ir.Model, model: nn.Module) -> dict[str, WeightPlace]:
@@ -59,6 +70,22 @@ def name_weights(graph_model: onnx_ir.Model, model: nn.Module) -> dict[str, Weig
         if not group <= places.keys():  # the exporter has put several into one initializer
             places = {name: place for name, place in places.items() if name not in group}
     return dict(sorted(places.items()))
+
+
+def fold_adapter_constants(graph_model: onnx_ir.Model, model: nn.Module) -> None:
+    """Carries out s·B and the transpositions of adapter tensors: the exporters leave large ones in the graph."""
+    initializers = graph_model.graph.initializers
+    names = {f"{site}.{kind}" for site in sites(model) for kind in TENSORS}
+    constant = {initializers[name] for name in names if name in initializers}
+    nodes = set()
+    for node in graph_model.graph:
+        if node.inputs and all(value in constant for value in node.inputs):
+            nodes.add(node)
+            constant.update(node.outputs)
+    optimizer.fold_constants(
+        graph_model, onnx_shape_inference=False, output_size_limit=sys.maxsize, should_fold=lambda node: node in nodes
+    )
+    RemoveUnusedNodesPass()(graph_model)
 
 
 def find_tensor(graph_model: onnx_ir.Model, name: str) -> WeightPlace | None:
@@ -122,3 +149,18 @@ def drop_traces(graph_model: onnx_ir.Model) -> None:
                 output.metadata_props.clear()
         for value in [*graph.inputs, *graph.initializers.values()]:
             value.metadata_props.clear()
+
+
+def drop_inferred(graph_model: onnx_ir.Model) -> None:
+    """Removes types and shapes of values inside the graph: fusions and conversions leave stale ones, and runtimes infer
+    them anyway. Those of initializers become their tensors'.
+    """
+    for graph in graph_model.graphs():
+        for node in graph:
+            for output in node.outputs:
+                if not output.is_graph_output():
+                    output.type, output.shape = None, None
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and not value.is_graph_input():
+                value.type, value.shape = onnx_ir.TensorType(tensor.dtype), onnx_ir.Shape(tensor.shape.numpy())

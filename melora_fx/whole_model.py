@@ -262,8 +262,10 @@ _MODE_ARGUMENTS: dict[Any, tuple[int, float]] = {
 """Operator → position of the argument that the mode decides, and its value in evaluation."""
 
 
-def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`example_inputs` as positional and keyword arguments; a batch of one is doubled, since it would be frozen."""
+def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`example_inputs` as positional and keyword arguments; with `double` a batch of one, which would be frozen, is
+    doubled.
+    """
     if isinstance(example_inputs, Mapping):
         args, kwargs = (), dict(example_inputs)
     elif isinstance(example_inputs, tuple | list):
@@ -272,7 +274,7 @@ def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kind = type(example_inputs).__name__
         raise TypeError(f"`example_inputs` must be a dict of keyword or a tuple of positional arguments, got {kind}")
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if tensors and all(tensor.size(0) == 1 for tensor in tensors):
+    if double and tensors and all(tensor.size(0) == 1 for tensor in tensors):
         args, kwargs = pytree.tree_map(_doubled, (args, kwargs))
     return args, kwargs
 

@@ -38,7 +38,7 @@ class Cross(nn.Module):
 
 
 def test_axes_are_named_for_people() -> None:
-    graph = build_graph(Cross(), {"query": randn(2, 5, 8), "memory": randn(2, 7, 8)}, None).graph
+    graph = build_graph(Cross(), {"query": randn(2, 5, 8), "memory": randn(2, 7, 8)}).graph
     assert {value.name: axes_of(value) for value in graph.inputs} == {
         "query": ("batch", "sequence", "axis_2"),
         "memory": ("batch", "memory_sequence", "axis_2"),
@@ -48,7 +48,7 @@ def test_axes_are_named_for_people() -> None:
 
 
 def test_ops_are_counted_and_the_opset_obeyed() -> None:
-    graph_model = build_graph(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {"input": randn(2, 8)}, 18)
+    graph_model = build_graph(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {"input": randn(2, 8)}, opset=18)
     assert count_ops(graph_model) == {"Gemm": 1, "Relu": 1}
     assert graph_model.opset_imports[""] == 18
 
@@ -59,4 +59,4 @@ def test_failures_carry_the_exporters_own_words() -> None:
             return x if x[0].item() > 0 else -x
 
     with pytest.raises(MELoRAError, match="`Item` cannot be exported: "):
-        build_graph(Item(), {"x": randn(3)}, None)
+        build_graph(Item(), {"x": randn(3)})

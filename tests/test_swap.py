@@ -2,12 +2,13 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from support import bert_classifier, fill, randn, rewritten_tower, tokens, tower
+from support import bert_classifier, fill, gpt2, output_of, randn, rewritten_tower, tokens, tower
 from torch import nn
 
 import melora_fx
@@ -150,9 +151,28 @@ def test_a_broken_adapter_file_is_refused(tower_folder: Path, tmp_path: Path) ->
         OrtRunner(tower_folder / "swap.onnx").run({"x": randn(2, 24)}, adapter=tmp_path / "a.onnx_adapter")
 
 
-def test_a_head_that_the_exporter_has_merged_with_others_is_named(tmp_path: Path) -> None:
+def test_an_untrained_model_is_swappable_too(tmp_path: Path) -> None:
+    """Its tensors are equal zeros, which exporters store once."""
+    base = rewritten_classifier(fill_seed=None)
+    export_onnx(base, tokens(), tmp_path, adapter="swap")
+    trained = rewritten_classifier(fill_seed=5)
+    with torch.no_grad():
+        trained.classifier.bias.fill_(0.5)
+    melora_fx.save_adapter(trained, tmp_path / "adapter")
+    runner = OrtRunner(tmp_path / "model.onnx")
+    for adapter, model in ((None, base), (tmp_path / "adapter", trained)):
+        actual = runner.run(tokens(), adapter=adapter)["logits"]
+        np.testing.assert_allclose(actual, output_of(model, tokens()), rtol=1e-4, atol=1e-5)
+
+
+def rewritten_classifier(fill_seed: int | None) -> Any:
     model = melora_fx.rewrite(bert_classifier(), "query", CONFIG, keep_trainable="classifier")
-    with pytest.raises(MELoRAError, match=r"'classifier\.bias' cannot be made swappable"):
+    return model if fill_seed is None else fill(model, fill_seed)
+
+
+def test_parts_of_packed_projections_cannot_be_inputs(tmp_path: Path) -> None:
+    model = fill(melora_fx.rewrite(gpt2(), "c_attn", MELoRAConfig(rank=2, num_blocks=3, split=3)))
+    with pytest.raises(MELoRAError, match=r"`transformer\.h\.0\.attn\.c_attn`.*pieces"):
         export_onnx(model, tokens(), tmp_path, adapter="swap")
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,117 @@
+"""How an unmerged update is written in a graph, chosen for each site.
+
+    block   x (T, N, I/N) → (N, T, I/N) · Aᵀ (N, I/N, R) · (s B)ᵀ (N, R, O/N) → (T, N, O/N): as the model computes it
+    dense   x · blockdiag(A)ᵀ (I, N·R) · blockdiag(s B)ᵀ (N·R, O): no transposed copies, but N times the products
+
+N num_blocks, R the largest rank of a block, I in_features, O out_features, T tokens.
+"""
+
+import numpy as np
+import onnx_ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import nn
+
+from melora_fx import sites
+
+FORMS = ("auto", "block", "dense")
+
+
+def choose_form(num_blocks: int, rank: int, tokens: int) -> str:
+    """The faster form on ONNX Runtime's CPU, by the measurements in benchmarks/results/adapter_forms.csv.
+
+    Dense wins up to N·R = 16, and up to 32 while a run has so few tokens that the cost of a node counts.
+
+    Args:
+        num_blocks: N.
+        rank: R.
+        tokens: T of a typical run.
+    """
+    limit = 32 if tokens < 64 else 16
+    return "dense" if num_blocks == 1 or num_blocks * rank <= limit else "block"
+
+
+def write_forms(graph_model: onnx_ir.Model, model: nn.Module, form: str, tokens: int) -> dict[str, str]:
+    """Rewrites the updates of an unmerged graph, whose weights have been named, into the chosen forms.
+
+    A site that the exporter wrote in another way than one block product (the parts of `split`, a product with the
+    weight on the left) stays as it is.
+
+    Args:
+        graph_model: the graph.
+        model: the rewritten model that it was exported from.
+        form: "block", "dense", or "auto": for each site the faster one.
+        tokens: T of a typical run.
+
+    Returns:
+        the form of each site.
+    """
+    forms = {}
+    for name, site in sites(model).items():
+        wanted = choose_form(site.config.num_blocks, max(site.config.ranks), tokens) if form == "auto" else form
+        forms[name] = "dense" if wanted == "dense" and _write_dense(graph_model.graph, name) else "block"
+    RemoveUnusedNodesPass()(graph_model)
+    return forms
+
+
+def _write_dense(graph: onnx_ir.Graph, name: str) -> bool:
+    """Replaces one site's block products; False where they do not stand as expected."""
+    a, b = (graph.initializers.get(f"{name}.{kind}.T") for kind in ("lora_a", "lora_b"))
+    chain = _block_chain(a, b) if a is not None and b is not None else None
+    if chain is None:
+        return False
+    x, update = chain
+    hidden = _matmul(x, graph, f"{name}.lora_a.blockdiag.T", _block_diagonal(a))
+    output = _matmul(hidden.outputs[0], graph, f"{name}.lora_b.blockdiag.T", _block_diagonal(b))
+    output.outputs[0].name, update.name = update.name, None
+    producer = update.producer()
+    assert producer is not None
+    graph.insert_before(producer, [hidden, output])
+    onnx_ir.convenience.replace_all_uses_with(update, output.outputs[0], replace_graph_outputs=True)
+    return True
+
+
+def _block_chain(a: onnx_ir.Value, b: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value] | None:
+    """(x, update) of Reshape → Transpose → MatMul A → MatMul B → Transpose → Reshape."""
+    first, second = _only_user(a), _only_user(b)
+    if first is None or second is None or second.inputs[0] is not first.outputs[0]:
+        return None
+    into_blocks = _producer(first.inputs[0], "Transpose")
+    split = _producer(into_blocks.inputs[0], "Reshape") if into_blocks else None
+    out_of_blocks = _only_user(second.outputs[0], "Transpose")
+    merge = _only_user(out_of_blocks.outputs[0], "Reshape") if out_of_blocks else None
+    if split is None or merge is None or split.inputs[0] is None or len(split.outputs[0].shape or ()) != 3:
+        return None
+    x = split.inputs[0]
+    if not x.shape or len(merge.outputs[0].shape or ()) != len(x.shape):
+        return None
+    return x, merge.outputs[0]
+
+
+def _producer(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _only_user(value: onnx_ir.Value, op_type: str = "MatMul") -> onnx_ir.Node | None:
+    users = list(value.consumers())
+    return users[0] if len(users) == 1 and users[0].op_type == op_type else None
+
+
+def _block_diagonal(value: onnx_ir.Value | None) -> np.ndarray:
+    assert value is not None
+    assert value.const_value is not None
+    return torch.block_diag(*torch.from_numpy(np.array(value.const_value.numpy()))).numpy()
+
+
+def _matmul(x: onnx_ir.Value, graph: onnx_ir.Graph, name: str, matrix: np.ndarray) -> onnx_ir.Node:
+    tensor = onnx_ir.tensor(matrix, name=name)
+    weight = onnx_ir.Value(
+        name=name, shape=onnx_ir.Shape(matrix.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(weight)
+    node = onnx_ir.node("MatMul", [x, weight])
+    assert x.shape is not None
+    node.outputs[0].type = x.type
+    node.outputs[0].shape = onnx_ir.Shape([*x.shape[:-1], matrix.shape[1]])
+    return node

@@ -1,0 +1,134 @@
+"""Is an exported file sound, and does ONNX Runtime compute with it what torch computes?"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from melora_fx import MELoRAError, disabled
+from melora_fx.state import adapter_of
+from melora_fx.whole_model import in_mode, without_cache
+
+from .compare import compare
+from .metadata import read_facts
+from .runners import OrtRunner, TorchRunner
+from .swap import distinct_values, swap_tensors
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+"""Largest relative error against torch in float32 that an export of each precision may have."""
+
+
+_RUNTIME_OPS = ("SimplifiedLayerNormalization",)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared with torch, in words, and the worst errors of all comparisons."""
+
+    compared: tuple[str, ...]
+    max_abs_error: float
+    max_rel_error: float
+
+
+def check_file(path: Path) -> None:
+    """`onnx.checker` with strict shape inference; a graph with operators that ONNX Runtime has added to the standard
+    domain, which the checker does not know, is left to ONNX Runtime.
+
+    Raises:
+        MELoRAError: for what it refuses.
+    """
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    if any(node.op_type in _RUNTIME_OPS and not node.domain for node in nodes):
+        return
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise MELoRAError(f"onnx.checker refuses the export: {error}") from error
+
+
+def verify(model: nn.Module, inputs: Mapping[str, torch.Tensor], path: Path, precision: str) -> Verification:
+    """Compares a file with the model that it was exported from, in evaluation mode, on ONNX Runtime's CPU.
+
+    Compared are the example's sizes, other sizes of every dynamic axis, a single row, and padding; a graph with
+    swappable adapters without any, with the model's own and with random ones.
+
+    Raises:
+        MELoRAError: where an error is above `TOLERANCES`, or ONNX Runtime cannot run the file.
+    """
+    runner = OrtRunner(path)
+    axes = {value.name: value.shape for value in runner.session.get_inputs()}
+    compared, abs_errors, rel_errors = [], [0.0], [0.0]
+    with in_mode(model, training=False), without_cache(model):
+        for name, trial in _trials(model, inputs, axes):
+            for adapter, context in _adapters(model, runner):
+                with context:
+                    own = swap_tensors(adapter_of(model), read_facts(path)) if adapter in ("own", "random") else {}
+                    comparison = compare(runner.with_tensors(own), TorchRunner(model), trial)
+                words = name if adapter == "as it is" else f"{name}, {adapter} adapter"
+                if not comparison.max_rel_error <= TOLERANCES[precision]:
+                    raise MELoRAError(f"the ONNX graph is not equal to torch at {words}: {comparison}")
+                compared.append(words)
+                abs_errors.append(comparison.max_abs_error)
+                rel_errors.append(comparison.max_rel_error)
+    return Verification(tuple(compared), max(abs_errors), max(rel_errors))
+
+
+def _adapters(model: nn.Module, runner: OrtRunner) -> Iterator[tuple[str, Any]]:
+    """What to compare with: (word, context in which torch computes it)."""
+    if not runner.adapter_names:
+        yield "as it is", nullcontext()
+        return
+    yield "no", disabled(model)
+    yield "own", nullcontext()
+    yield "random", distinct_values(model)
+
+
+def _trials(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], axes: Mapping[str, list[Any]]
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Inputs of several sizes and with padding, named; sizes that the model itself refuses are left out."""
+    example = {
+        axis: inputs[name].size(index)
+        for name, shape in axes.items()
+        for index, axis in enumerate(shape)
+        if isinstance(axis, str)
+    }
+    sizes = [example, example | dict.fromkeys(example.keys() & {"batch"}, 1)]
+    for axis, size in example.items():
+        sizes += [example | {axis: other} for other in (size + 1, max(2, size // 2))]
+    for number, trial_sizes in enumerate(dict(s) for s in dict.fromkeys(tuple(s.items()) for s in sizes)):
+        trial = _resized(inputs, axes, trial_sizes)
+        if number and not _accepts(model, trial):
+            continue
+        yield " ".join(f"{axis}={size}" for axis, size in trial_sizes.items()) or "the example", trial
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and mask.size(1) > 1:
+        padded = mask.clone()
+        padded[0, mask.size(1) // 2 :] = 0
+        yield "padding", {**inputs, "attention_mask": padded}
+
+
+def _accepts(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
+    try:
+        TorchRunner(model).run(inputs)
+    except Exception:  # such as more tokens than it has positions
+        return False
+    return True
+
+
+def _resized(
+    inputs: Mapping[str, torch.Tensor], axes: Mapping[str, list[Any]], sizes: Mapping[str, int]
+) -> dict[str, torch.Tensor]:
+    """The inputs repeated or cut along their dynamic axes."""
+    resized = {}
+    for name, tensor in inputs.items():
+        for index, axis in enumerate(axes[name]):
+            if isinstance(axis, str):
+                tensor = tensor.index_select(index, torch.arange(sizes[axis]) % tensor.size(index))
+        resized[name] = tensor
+    return resized

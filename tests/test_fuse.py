@@ -1,0 +1,75 @@
+"""ONNX Runtime's fused operators, and that every weight is found again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from support import bert_classifier, fill, gpt2, tokens
+
+import melora_fx
+from exporters import ExportReport, export_onnx
+from exporters.metadata import read_facts
+from melora_fx import MELoRAConfig
+
+CONFIG = MELoRAConfig(rank=2, num_blocks=3)
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+def test_the_merged_graph_has_the_base_graphs_operators(target: str, tmp_path: Path) -> None:
+    options = {"target": target, "precision": "fp32"}
+    base = export_onnx(bert_classifier(), tokens(), tmp_path / "base.onnx", **options, verify=False)
+    model = fill(melora_fx.rewrite(bert_classifier(), "all-linear", CONFIG))
+    merged = export_onnx(model, tokens(), tmp_path / "merged.onnx", **options)
+    assert merged.op_counts == base.op_counts
+    assert {"SkipLayerNormalization", "BiasGelu"} <= merged.op_counts.keys()
+    assert ("MultiHeadAttention" in merged.op_counts) == (target == "ort-cuda")
+    assert_weights_where_it_says(merged, model)
+
+
+def assert_weights_where_it_says(report: ExportReport, model: melora_fx.rewrite.__class__) -> None:
+    graph = onnx.load(report.path).graph
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    places = read_facts(report.path).weights
+    with melora_fx.folded(model):
+        expected = {n: p.detach().numpy() for n, p in model.named_parameters() if p.dim() == 2 and "lora" not in n}
+        assert places.keys() == expected.keys()
+        for name, place in places.items():
+            value = stored[place.initializer]
+            if place.columns:
+                value = value[:, slice(*place.columns)]
+            np.testing.assert_array_equal(value.T if place.is_transposed else value, expected[name])
+
+
+def test_packed_weights_are_named_after_what_they_hold(tmp_path: Path) -> None:
+    model = fill(melora_fx.rewrite(bert_classifier(), "query", CONFIG))
+    export_onnx(model, tokens(), tmp_path, target="ort-cpu", verify=False)
+    place = read_facts(tmp_path / "model.onnx").weights["bert.encoder.layer.1.attention.self.key.weight"]
+    assert place.initializer == "bert.encoder.layer.1.attention.self.{query,key,value}.weight.T"
+    assert place.columns == (24, 48)
+
+
+def test_swappable_adapters_survive_the_fusions(tmp_path: Path) -> None:
+    """Equal to `keep` with the model's own adapter, and bit for bit to the base's graph without any."""
+    model = fill(melora_fx.rewrite(gpt2(), ["c_attn", "c_fc"], CONFIG))
+    report = export_onnx(model, tokens(), tmp_path / "swap.onnx", adapter="swap", target="ort-cpu")
+    assert report.num_adapter_inputs == 8
+    assert sum("random adapter" in words for words in report.compared) >= 3
+    export_onnx(gpt2(), tokens(), tmp_path / "base.onnx", target="ort-cpu", verify=False)
+    export_onnx(model, tokens(), tmp_path / "keep.onnx", adapter="keep", target="ort-cpu", verify=False)
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    from exporters import OrtRunner, compare
+
+    swap, base, keep = (OrtRunner(tmp_path / f"{name}.onnx") for name in ("swap", "base", "keep"))
+    np.testing.assert_array_equal(swap.run(tokens())["logits"], base.run(tokens())["logits"])
+    with_adapter = swap.run(tokens(), adapter=tmp_path / "adapter")["logits"]
+    assert np.abs(with_adapter - keep.run(tokens())["logits"]).max() <= 1e-5 * np.abs(with_adapter).max()
+    assert compare(swap, keep, tokens()).max_rel_error > 1e-2
+
+
+def test_the_description_is_json_with_the_target(tmp_path: Path) -> None:
+    export_onnx(bert_classifier(), tokens(), tmp_path, target="ort-cuda", verify=False)
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    facts = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == "melora"))
+    assert (facts["target"], facts["precision"]) == ("ort-cuda", "fp16")
