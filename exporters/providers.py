@@ -7,6 +7,8 @@ https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html
 ONNX Runtime may place single nodes of a CUDA session on the CPU by design: those that compute shapes. So the session
 option `session.disable_cpu_ep_fallback`, which refuses any such node, is not set; `OrtRunner.describe` counts the nodes
 of each provider instead. What is refused is a session that lacks the provider altogether.
+
+Truth values are written "True" and "False": the TensorrtExecutionProvider refuses "1" and "0".
 """
 
 import hashlib
@@ -137,21 +139,21 @@ def tensorrt_options(
     folder = f"{graph.stem}.tensorrt"
     identity = json.dumps([content, sorted((shapes or {}).items())])
     options = {
-        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_enable": "True",
         # in an EP context model the engine's place is noted, and has to be relative to that model
         "trt_engine_cache_path": folder if ep_context else str(graph.absolute().with_name(folder)),
         "trt_engine_cache_prefix": f"{graph.stem}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
-        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(graph.absolute().with_name(folder)),
     }
     if precision == "fp16":
         # without the second, a layer norm's squares and sums overflow in half precision
-        options |= {"trt_fp16_enable": "1", "trt_layer_norm_fp32_fallback": "1"}
+        options |= {"trt_fp16_enable": "True", "trt_layer_norm_fp32_fallback": "True"}
     if shapes is not None:
         options |= profile_shapes(inputs, shapes)
     if ep_context:
         context = graph.absolute().with_name(f"{graph.stem}_ctx.onnx")
-        options |= {"trt_dump_ep_context_model": "1", "trt_ep_context_file_path": str(context)}
+        options |= {"trt_dump_ep_context_model": "True", "trt_ep_context_file_path": str(context)}
     return options
 
 
@@ -161,7 +163,7 @@ def cuda_options(inputs: Axes) -> dict[str, str]:
     float32 is computed in float32, as torch does by default: TF32, which ONNX Runtime turns on, keeps 10 bits. For
     inputs of any size convolutions are chosen by heuristics: the default measures all of them again at each new size.
     """
-    options = {"use_tf32": "0"}
+    options = {"use_tf32": "False"}
     if any(isinstance(axis, str) for axes in inputs.values() for axis in axes):
         options["cudnn_conv_algo_search"] = "HEURISTIC"
     return options
@@ -187,34 +189,26 @@ def choose_provider(
     Raises:
         ValueError: for an unknown provider, options that exclude each other, or `shapes` that do not fit the inputs.
     """
-    if provider not in PROVIDERS:
-        raise ValueError(f"`provider` (={provider!r}) must be one of {', '.join(map(repr, PROVIDERS))}")
-    if provider == "cpu" and provider_options:
-        raise ValueError(f"`provider_options` (={dict(provider_options)}): the CPU provider has none")
-    if threads is not None and threads < 1:
-        raise ValueError(f"`threads` (={threads}) must be 1 or more, or None for ONNX Runtime's default")
+    _check_arguments(provider, threads, provider_options or {})
     if shapes is not None:
         check_shapes(inputs, shapes, all_axes=False)
-    given = {name: None if value is None else _as_text(value) for name, value in (provider_options or {}).items()}
+    given = {name: None if value is None else str(value) for name, value in (provider_options or {}).items()}
     fixed = {axis: sizes[0] for axis, sizes in (shapes or {}).items() if sizes[0] == sizes[2]}
     cuda_graph = _is_on(given.get(_CUDA_GRAPH.get(provider, "")))
     io_binding = provider != "cpu" if io_binding is None else io_binding
     if cuda_graph:
         _check_cuda_graph(_CUDA_GRAPH[provider], inputs, fixed, io_binding)
-    options: dict[str, dict[str, str]] = {CPU: {}, CUDA: cuda_options(inputs)}
+    options = {CPU: {}, CUDA: cuda_options(inputs)}
     if provider == "tensorrt":
-        own = _with_fixed_axes(inputs, fixed)
-        ranges = None if shapes is None else {axis: sizes for axis, sizes in shapes.items() if axis not in fixed}
         options[TENSORRT] = tensorrt_options(
             graph,
-            own,
+            _with_fixed_axes(inputs, fixed),
             precision=precision,
-            shapes=ranges,
+            shapes=None if shapes is None else {axis: shapes[axis] for axis in shapes if axis not in fixed},
             content=json.dumps([content, sorted(fixed.items())]),
             ep_context=_is_on(given.get("trt_dump_ep_context_model")),
         )
-        if device_id := given.get("device_id"):
-            options[CUDA]["device_id"] = device_id
+        options[CUDA] |= {name: value for name, value in given.items() if name == "device_id" and value}
     names = PROVIDERS[provider]
     kept = {name: value for name, value in options[names[0]].items() if name not in given}
     options[names[0]] = kept | {name: value for name, value in given.items() if value is not None}
@@ -228,6 +222,17 @@ def choose_provider(
         io_binding=io_binding,
         cuda_graph=cuda_graph,
     )
+
+
+def _check_arguments(provider: str, threads: int | None, options: Mapping[str, Any]) -> None:
+    if provider not in PROVIDERS:
+        raise ValueError(f"`provider` (={provider!r}) must be one of {', '.join(map(repr, PROVIDERS))}")
+    if provider == "cpu" and options:
+        raise ValueError(f"`provider_options` (={dict(options)}): the CPU provider has none")
+    if threads is not None and threads < 1:
+        raise ValueError(f"`threads` (={threads}) must be 1 or more, or None for ONNX Runtime's default")
+    if not str(options.get("device_id") or 0).isdigit():
+        raise ValueError(f"`device_id` (={options['device_id']!r}) must be the number of a GPU")
 
 
 def _check_cuda_graph(option: str, inputs: Axes, fixed: Mapping[str, int], io_binding: bool) -> None:
@@ -247,10 +252,6 @@ def _with_fixed_axes(inputs: Axes, fixed: Mapping[str, int]) -> dict[str, tuple[
         name: tuple(fixed.get(axis, axis) if isinstance(axis, str) else axis for axis in axes)
         for name, axes in inputs.items()
     }
-
-
-def _as_text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def _is_on(value: str | None) -> bool:

@@ -66,14 +66,14 @@ def test_inputs_and_outputs_are_bound_where_they_would_be_copied() -> None:
 
 
 def test_float32_on_cuda_is_float32() -> None:
-    assert choice("cuda").providers[0] == (CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})
+    assert choice("cuda").providers[0] == (CUDA, {"use_tf32": "False", "cudnn_conv_algo_search": "HEURISTIC"})
     fixed = choose_provider("cuda", GRAPH, {"x": (2, 24)})
-    assert fixed.providers[0] == (CUDA, {"use_tf32": "0"}), "one size: the measured choice is made once"
+    assert fixed.providers[0] == (CUDA, {"use_tf32": "False"}), "one size: the measured choice is made once"
 
 
 def test_tensorrt_caches_engines_beside_the_graph() -> None:
     options = choice("tensorrt", shapes=SHAPES).providers[0][1]
-    assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
+    assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "True"
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == "/models/model.tensorrt"
     assert options["trt_profile_opt_shapes"] == "input_ids:8x64,attention_mask:8x64"
     assert "trt_fp16_enable" not in options
@@ -94,7 +94,7 @@ def test_a_cached_engine_is_of_one_content_and_one_range() -> None:
 
 def test_half_precision_is_that_of_the_graph() -> None:
     options = choice("tensorrt", precision="fp16").providers[0][1]
-    assert options["trt_fp16_enable"] == options["trt_layer_norm_fp32_fallback"] == "1"
+    assert options["trt_fp16_enable"] == options["trt_layer_norm_fp32_fallback"] == "True"
 
 
 def test_an_ep_context_gets_its_file_and_a_relative_cache() -> None:
@@ -106,7 +106,7 @@ def test_an_ep_context_gets_its_file_and_a_relative_cache() -> None:
 def test_given_options_go_before_ours() -> None:
     given = {"use_tf32": True, "gpu_mem_limit": 1024, "cudnn_conv_algo_search": None, "device_id": 1}
     chosen = choice("cuda", provider_options=given)
-    assert chosen.providers[0][1] == {"use_tf32": "1", "gpu_mem_limit": "1024", "device_id": "1"}
+    assert chosen.providers[0][1] == {"use_tf32": "True", "gpu_mem_limit": "1024", "device_id": "1"}
     assert chosen.device_id == 1
     assert choice("tensorrt", provider_options={"device_id": 1}).providers[1][1]["device_id"] == "1"
 
@@ -136,9 +136,10 @@ def test_cuda_graphs_need_fixed_axes_and_bound_memory(provider: str, option: str
     [
         ("npu", {}, r"`provider` \(='npu'\) must be one of 'cpu', 'cuda', 'tensorrt'"),
         ("cpu", {"provider_options": {"use_tf32": 1}}, "the CPU provider has none"),
+        ("cuda", {"provider_options": {"device_id": "first"}}, r"`device_id` \(='first'\) must be the number"),
         ("cpu", {"threads": 0}, r"`threads` \(=0\) must be 1 or more"),
     ],
-    ids=["provider", "options", "threads"],
+    ids=["provider", "options", "device", "threads"],
 )
 def test_what_cannot_be_chosen(provider: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
