@@ -28,7 +28,8 @@ from .compare import compare
 from .metadata import METADATA_KEY, describe, places_as_json, read_facts
 from .model_folder import TOKENIZER_FILES
 from .onnx_graph import axes_of, build_graph, count_ops
-from .runners import OrtRunner, TorchRunner
+from .ort_runner import OrtRunner
+from .runners import TorchRunner
 from .runtime import import_onnxruntime
 from .swap import make_swappable, swap_tensors
 from .weights import drop_traces, find_tensor, name_weights
