@@ -2,7 +2,8 @@
 
 from .compare import Comparison, Latency, LatencyTable, compare, measure_latency
 from .export import ExportReport, export_onnx
-from .runners import OrtRunner, TorchRunner
+from .ort_runner import OrtRunner
+from .runners import TorchRunner
 from .swap import write_ort_adapter
 
 __all__ = [

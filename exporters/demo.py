@@ -22,7 +22,8 @@ from melora_fx import MELoRAConfig, MELoRAError
 from .compare import LatencyTable, compare, measure_latency
 from .demo_data import Texts, load_csv, load_topics
 from .export import export_onnx
-from .runners import OrtRunner, TorchRunner
+from .ort_runner import OrtRunner
+from .runners import TorchRunner
 from .runtime import import_onnxruntime
 
 _BATCH, _MAX_TOKENS, _LEARNING_RATE, _SEED = 16, 32, 2e-3, 0

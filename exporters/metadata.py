@@ -6,7 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnx
 from torch import nn
 
 from melora_fx import MELoRAConfig, MELoRAError, sites
@@ -15,6 +14,7 @@ from melora_fx.adapter_file import hash_adapter
 from melora_fx.rewritten import class_name
 from melora_fx.state import adapter_tensors, site_entries
 
+from .runtime import read_graph
 from .weights import WeightPlace
 
 METADATA_KEY = "melora"
@@ -68,12 +68,10 @@ def read_facts(path: str | Path) -> GraphFacts:
     """The description in an exported file.
 
     Raises:
-        MELoRAError: for a file that is missing, is no ONNX graph, or was not written by `export_onnx`.
+        MELoRAError: for a file that is missing, is no ONNX graph, lacks its weights, or was not written by
+            `export_onnx`.
     """
-    try:
-        graph = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf raises its own kinds
-        raise MELoRAError(f"`{path}` cannot be read as an ONNX graph: {error}") from error
+    graph = read_graph(path)
     text = next((entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY), None)
     if text is None:
         raise MELoRAError(f"`{path}` was not written by `export_onnx`: it has no `{METADATA_KEY}` entry")

@@ -8,9 +8,12 @@ that without an adapter the graph computes the base, bit for bit.
 N num_blocks, I in_features, O out_features, R the rank.
 """
 
+import json
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -168,10 +171,11 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
             fit it, or a file that cannot be written.
     """
     ort = import_onnxruntime()
-    tensors = swap_tensors(read_adapter(adapter_dir), read_facts(onnx_path))
+    facts = read_facts(onnx_path)
+    tensors = swap_tensors(read_adapter(adapter_dir), facts)
     adapter_format = ort.AdapterFormat()
     adapter_format.set_adapter_version(1)
-    adapter_format.set_model_version(1)
+    adapter_format.set_model_version(_base_version(facts))
     values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()}
     adapter_format.set_parameters(values)  # refers to the arrays, which must live until the export
     temporary = Path(out_path).with_name(f".{Path(out_path).name}.tmp")
@@ -182,3 +186,33 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
         raise MELoRAError(f"`{out_path}` cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_ort_adapter(path: str | Path, facts: GraphFacts) -> tuple[Any, Arrays]:
+    """An .onnx_adapter file as ONNX Runtime's own `LoraAdapter`, and its tensors by the names of the graph's inputs.
+
+    Raises:
+        MELoRAError: for a file that ONNX Runtime cannot read, a graph without swappable adapters, or an adapter that
+            was written for another base.
+    """
+    ort = import_onnxruntime()
+    try:
+        file = ort.AdapterFormat.read_adapter(str(path))
+        tensors = {name: value.numpy().copy() for name, value in file.get_parameters().items()}  # they live in `file`
+        version = file.get_model_version()
+        adapter = ort.LoraAdapter()
+        adapter.Load(str(path))
+    except Exception as error:  # ONNX Runtime's own exception types are private
+        raise MELoRAError(f"`{path}` is not an .onnx_adapter file that ONNX Runtime can read: {error}") from error
+    if facts.adapter != "swap":
+        raise MELoRAError(f'`{facts.path}` has no swappable adapters: export it with `adapter="swap"`')
+    if version != _base_version(facts):
+        raise MELoRAError(
+            f"`{path}` is for another graph or base than `{facts.path}`: write it for this one by `write_ort_adapter`"
+        )
+    return adapter, tensors
+
+
+def _base_version(facts: GraphFacts) -> int:
+    """A checksum of the base's fingerprints: the format has no place for them but its model version, 31 bits."""
+    return zlib.crc32(json.dumps(facts.fingerprints, sort_keys=True).encode()) >> 1

@@ -16,7 +16,8 @@ from melora_fx.whole_model import in_mode, without_cache
 
 from .compare import compare
 from .metadata import read_facts
-from .runners import OrtRunner, TorchRunner
+from .ort_runner import OrtRunner
+from .runners import TorchRunner
 from .swap import distinct_values, swap_tensors
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}

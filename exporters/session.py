@@ -1,0 +1,102 @@
+"""Sessions that compute on the provider that was asked for, or are not made."""
+
+import contextlib
+import ctypes
+import importlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from melora_fx import MELoRAError
+
+from .providers import CUDA, TENSORRT, ProviderChoice
+
+_LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
+
+
+def require_provider(ort: Any, name: str) -> None:
+    """Loads what a provider needs; without that ONNX Runtime would log a line and compute on the CPU.
+
+    The libraries of NVIDIA's pip packages lie where the loader does not look: ONNX Runtime's `preload_dlls` loads those
+    of CUDA and cuDNN, and importing `tensorrt_libs` loads TensorRT's.
+
+    Args:
+        ort: the `onnxruntime` module.
+        name: a provider as ONNX Runtime calls it.
+
+    Raises:
+        MELoRAError: where the package has no such provider, or a library is missing; names it and where to get it.
+    """
+    available = ort.get_available_providers()
+    if name not in available:
+        raise MELoRAError(
+            f"{name} is not in the onnxruntime that is installed ({ort.__version__}: {', '.join(available)}): "
+            'pip uninstall onnxruntime, then pip install "melora_fx[gpu]"; of onnxruntime and onnxruntime-gpu only one '
+            "may be installed, they share a folder"
+        )
+    library = _provider_library(ort, name)
+    if library is None or not library.is_file():
+        return
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it lacks, needed or not
+        ort.preload_dlls()
+    if name == TENSORRT:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("tensorrt_libs")
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        if missing := re.match(r"(\S+): cannot open shared object file", str(error)):
+            raise MELoRAError(f"{name} cannot be loaded: {missing[1]} is missing; {_remedy(missing[1])}") from error
+
+
+def _provider_library(ort: Any, name: str) -> Path | None:
+    if name not in _LIBRARIES:
+        return None
+    return Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{_LIBRARIES[name]}.so"
+
+
+def _remedy(library: str) -> str:
+    if library.startswith("libcuda."):
+        return "it comes with NVIDIA's driver: is there a GPU, and is its driver installed?"
+    if library.startswith(("libnvinfer", "libnvonnxparser")):
+        return f"it is part of TensorRT {library.rpartition('.')[2]}: pip install tensorrt"
+    return 'pip install "melora_fx[gpu]" brings CUDA and cuDNN'
+
+
+def make_session(ort: Any, path: Path, choice: ProviderChoice) -> Any:
+    """A session for the file `path` that has every provider of the choice, and falls back to none.
+
+    Raises:
+        ValueError: for a provider option that ONNX Runtime does not know.
+        MELoRAError: where a provider, or a library of it, is missing, or ONNX Runtime cannot load the file.
+    """
+    for name, _ in choice.providers:
+        require_provider(ort, name)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if choice.threads is not None:
+        options.intra_op_num_threads = choice.threads
+    for axis, size in choice.fixed_axes.items():
+        options.add_free_dimension_override_by_name(axis, size)
+    try:
+        # `enable_fallback`: else it prints what failed and tries again on the CPU, now and at every run
+        session = ort.InferenceSession(str(path), options, providers=[*choice.providers], enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's own exception types are private
+        if unknown := re.search(r'(?:Unknown provider option: |Invalid TensorRT EP option: )"?(\w+)', str(error)):
+            raise ValueError(f"`provider_options`: `{unknown[1]}` is no option of {choice.providers[0][0]}") from error
+        raise MELoRAError(f"ONNX Runtime cannot load `{path}` on {choice.provider}: {_reason(error)}") from error
+    lacking = [name for name, _ in choice.providers if name not in session.get_providers()]
+    if lacking:
+        raise MELoRAError(
+            f"ONNX Runtime has loaded `{path}` without {', '.join(lacking)}, to compute on "
+            f"{', '.join(session.get_providers())}: a library of it is missing, or there is no GPU; its log names it"
+        )
+    return session
+
+
+def _reason(error: Exception) -> str:
+    """What CUDA or TensorRT says, without the C++ signatures before it; else the whole text."""
+    said = re.search(r"CUDA failure \d+: [^;]*\w|Failed to parse provider option.*|(?<=\[TensorRT\] ).*", str(error))
+    return said[0] if said else str(error)
