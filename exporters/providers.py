@@ -1,0 +1,257 @@
+"""Which ONNX Runtime providers a session gets, with which options: decisions only, nothing here needs a GPU.
+
+Options are those that ONNX Runtime documents (read in November 2026):
+https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html
+https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html
+
+ONNX Runtime may place single nodes of a CUDA session on the CPU by design: those that compute shapes. So the session
+option `session.disable_cpu_ep_fallback`, which refuses any such node, is not set; `OrtRunner.describe` counts the nodes
+of each provider instead. What is refused is a session that lacks the provider altogether.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Shapes = Mapping[str, tuple[int, int, int]]
+"""Dynamic axis, such as "batch" or "sequence" → its smallest, usual and largest size (min, opt, max)."""
+
+Axes = Mapping[str, tuple[int | str, ...]]
+"""Input of a graph → its axes, each a size or the name of a dynamic axis."""
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+PROVIDERS = {"cpu": (CPU,), "cuda": (CUDA, CPU), "tensorrt": (TENSORRT, CUDA, CPU)}
+"""Ours → ONNX Runtime's, first choice first; each takes the nodes that those before it leave."""
+
+_CUDA_GRAPH = {"cuda": "enable_cuda_graph", "tensorrt": "trt_cuda_graph_enable"}
+
+
+@dataclass(frozen=True)
+class ProviderChoice:
+    """What a session is made with.
+
+    Attributes:
+        provider: "cpu", "cuda" or "tensorrt"; `providers` the same in ONNX Runtime's form: (name, options), in order.
+        device: where bound inputs and outputs lie, "cpu" or "cuda"; `device_id` which GPU.
+        threads: intra-operator threads; None for ONNX Runtime's default.
+        fixed_axes: dynamic axes that the session takes at one size only.
+        io_binding: inputs and outputs are bound to the device's memory.
+        cuda_graph: runs are captured once and replayed, in buffers that stay where they are.
+    """
+
+    provider: str
+    providers: tuple[tuple[str, dict[str, str]], ...]
+    device: str
+    device_id: int
+    threads: int | None
+    fixed_axes: dict[str, int]
+    io_binding: bool
+    cuda_graph: bool
+
+
+def profile_shapes(inputs: Axes, shapes: Shapes) -> dict[str, str]:
+    """TensorRT's optimisation profile as ONNX Runtime's options: "input_ids:1x16,attention_mask:1x16" for each of
+    `trt_profile_min_shapes`, `trt_profile_opt_shapes` and `trt_profile_max_shapes`.
+
+    Inputs without a dynamic axis are left out, as TensorRT wants it; where no input has one, nothing is returned.
+
+    Raises:
+        ValueError: for dynamic axes without a range, ranges of axes that no input has, or sizes out of order.
+    """
+    check_shapes(inputs, shapes, all_axes=True)
+    dynamic = {name: axes for name, axes in inputs.items() if any(isinstance(axis, str) for axis in axes)}
+    if not dynamic:
+        return {}
+    return {
+        f"trt_profile_{kind}_shapes": ",".join(
+            f"{name}:{'x'.join(str(shapes[axis][index] if isinstance(axis, str) else axis) for axis in axes)}"
+            for name, axes in dynamic.items()
+        )
+        for index, kind in enumerate(("min", "opt", "max"))
+    }
+
+
+def check_shapes(inputs: Axes, shapes: Shapes, *, all_axes: bool) -> None:
+    """Refuses ranges that do not fit the graph's inputs; with `all_axes` every dynamic axis must have one.
+
+    Raises:
+        ValueError: names every offender.
+    """
+    users: dict[str, list[str]] = {}
+    for name, axes in inputs.items():
+        for axis in axes:
+            if isinstance(axis, str):
+                users.setdefault(axis, []).append(name)
+    missing = [axis for axis in users if axis not in shapes] if all_axes else []
+    lines = [f"no range for the axis `{axis}` of {', '.join(users[axis])}" for axis in missing]
+    known = f"the dynamic axes are {', '.join(users)}" if users else "no axis is dynamic"
+    lines += [f"no input has an axis `{axis}`: {known}" for axis in shapes if axis not in users]
+    lines += [
+        f"`{axis}` (={sizes!r}) must be (min, opt, max), 1 or more and in this order"
+        for axis, sizes in shapes.items()
+        if not _is_range(sizes)
+    ]
+    if lines:
+        raise ValueError("`shapes` does not fit the graph: " + "; ".join(lines))
+
+
+def _is_range(sizes: Any) -> bool:
+    return (
+        isinstance(sizes, tuple | list)
+        and len(sizes) == 3
+        and all(isinstance(size, int) for size in sizes)
+        and 1 <= sizes[0] <= sizes[1] <= sizes[2]
+    )
+
+
+def tensorrt_options(
+    graph: Path,
+    inputs: Axes,
+    *,
+    precision: str = "fp32",
+    shapes: Shapes | None = None,
+    content: str = "",
+    ep_context: bool = False,
+) -> dict[str, str]:
+    """Options for the TensorrtExecutionProvider.
+
+    Engines are cached in the folder NAME.tensorrt beside the graph. ONNX Runtime knows a cached engine by the graph's
+    name and structure alone (https://github.com/microsoft/onnxruntime/issues/6455): a graph with another adapter
+    merged into it would get the old one's engine, silently. So the cache's prefix is a hash of `content` and `shapes`.
+
+    Args:
+        graph: the .onnx file.
+        inputs: the graph's inputs.
+        precision: "fp32" or "fp16", of the graph's weights.
+        shapes: range of each dynamic axis; without them TensorRT builds an engine for the sizes that it sees, and again
+            whenever a size leaves the range seen.
+        content: hash of the graph and its weights.
+        ep_context: also write NAME_ctx.onnx, which holds the engine in place of the graph, and loads without building.
+
+    Raises:
+        ValueError: for `shapes` that do not fit the inputs.
+    """
+    folder = f"{graph.stem}.tensorrt"
+    identity = json.dumps([content, sorted((shapes or {}).items())])
+    options = {
+        "trt_engine_cache_enable": "1",
+        # in an EP context model the engine's place is noted, and has to be relative to that model
+        "trt_engine_cache_path": folder if ep_context else str(graph.absolute().with_name(folder)),
+        "trt_engine_cache_prefix": f"{graph.stem}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(graph.absolute().with_name(folder)),
+    }
+    if precision == "fp16":
+        # without the second, a layer norm's squares and sums overflow in half precision
+        options |= {"trt_fp16_enable": "1", "trt_layer_norm_fp32_fallback": "1"}
+    if shapes is not None:
+        options |= profile_shapes(inputs, shapes)
+    if ep_context:
+        context = graph.absolute().with_name(f"{graph.stem}_ctx.onnx")
+        options |= {"trt_dump_ep_context_model": "1", "trt_ep_context_file_path": str(context)}
+    return options
+
+
+def cuda_options(inputs: Axes) -> dict[str, str]:
+    """Options for the CUDAExecutionProvider.
+
+    float32 is computed in float32, as torch does by default: TF32, which ONNX Runtime turns on, keeps 10 bits. For
+    inputs of any size convolutions are chosen by heuristics: the default measures all of them again at each new size.
+    """
+    options = {"use_tf32": "0"}
+    if any(isinstance(axis, str) for axes in inputs.values() for axis in axes):
+        options["cudnn_conv_algo_search"] = "HEURISTIC"
+    return options
+
+
+def choose_provider(
+    provider: str,
+    graph: Path,
+    inputs: Axes,
+    *,
+    precision: str = "fp32",
+    content: str = "",
+    threads: int | None = None,
+    provider_options: Mapping[str, Any] | None = None,
+    shapes: Shapes | None = None,
+    io_binding: bool | None = None,
+) -> ProviderChoice:
+    """What to make a session for `graph` with; the arguments are those of `OrtRunner` and `tensorrt_options`.
+
+    `provider_options` go before ours, None in place of a value leaves ONNX Runtime's default. Axes whose smallest and
+    largest size are the same are fixed.
+
+    Raises:
+        ValueError: for an unknown provider, options that exclude each other, or `shapes` that do not fit the inputs.
+    """
+    if provider not in PROVIDERS:
+        raise ValueError(f"`provider` (={provider!r}) must be one of {', '.join(map(repr, PROVIDERS))}")
+    if provider == "cpu" and provider_options:
+        raise ValueError(f"`provider_options` (={dict(provider_options)}): the CPU provider has none")
+    if threads is not None and threads < 1:
+        raise ValueError(f"`threads` (={threads}) must be 1 or more, or None for ONNX Runtime's default")
+    if shapes is not None:
+        check_shapes(inputs, shapes, all_axes=False)
+    given = {name: None if value is None else _as_text(value) for name, value in (provider_options or {}).items()}
+    fixed = {axis: sizes[0] for axis, sizes in (shapes or {}).items() if sizes[0] == sizes[2]}
+    cuda_graph = _is_on(given.get(_CUDA_GRAPH.get(provider, "")))
+    io_binding = provider != "cpu" if io_binding is None else io_binding
+    if cuda_graph:
+        _check_cuda_graph(_CUDA_GRAPH[provider], inputs, fixed, io_binding)
+    options: dict[str, dict[str, str]] = {CPU: {}, CUDA: cuda_options(inputs)}
+    if provider == "tensorrt":
+        own = _with_fixed_axes(inputs, fixed)
+        ranges = None if shapes is None else {axis: sizes for axis, sizes in shapes.items() if axis not in fixed}
+        options[TENSORRT] = tensorrt_options(
+            graph,
+            own,
+            precision=precision,
+            shapes=ranges,
+            content=json.dumps([content, sorted(fixed.items())]),
+            ep_context=_is_on(given.get("trt_dump_ep_context_model")),
+        )
+        if device_id := given.get("device_id"):
+            options[CUDA]["device_id"] = device_id
+    names = PROVIDERS[provider]
+    kept = {name: value for name, value in options[names[0]].items() if name not in given}
+    options[names[0]] = kept | {name: value for name, value in given.items() if value is not None}
+    return ProviderChoice(
+        provider=provider,
+        providers=tuple((name, options[name]) for name in names),
+        device="cpu" if provider == "cpu" else "cuda",
+        device_id=int(given.get("device_id") or 0),
+        threads=threads,
+        fixed_axes=fixed,
+        io_binding=io_binding,
+        cuda_graph=cuda_graph,
+    )
+
+
+def _check_cuda_graph(option: str, inputs: Axes, fixed: Mapping[str, int], io_binding: bool) -> None:
+    free = list(dict.fromkeys(axis for axes in _with_fixed_axes(inputs, fixed).values() for axis in axes))
+    free = [axis for axis in free if isinstance(axis, str)]
+    if free:
+        raise ValueError(
+            f"`{option}` replays a run at the sizes of the first: fix {', '.join(map(repr, free))} by `shapes`, "
+            f"for example {{{free[0]!r}: (8, 8, 8)}}"
+        )
+    if not io_binding:
+        raise ValueError(f"`{option}` needs inputs and outputs that stay in their place: leave `io_binding` on")
+
+
+def _with_fixed_axes(inputs: Axes, fixed: Mapping[str, int]) -> dict[str, tuple[int | str, ...]]:
+    return {
+        name: tuple(fixed.get(axis, axis) if isinstance(axis, str) else axis for axis in axes)
+        for name, axes in inputs.items()
+    }
+
+
+def _as_text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _is_on(value: str | None) -> bool:
+    return value is not None and value.lower() in ("1", "true")
