@@ -4,6 +4,8 @@ from .compare import Comparison, Latency, LatencyTable, compare, measure_latency
 from .export import ExportReport, export_onnx
 from .runners import OrtRunner, TorchRunner
 from .swap import write_ort_adapter
+from .tensorrt import TensorRTReport, check_tensorrt
+from .triton import TritonModel, write_triton_repository
 
 __all__ = [
     "Comparison",
@@ -11,9 +13,13 @@ __all__ = [
     "Latency",
     "LatencyTable",
     "OrtRunner",
+    "TensorRTReport",
     "TorchRunner",
+    "TritonModel",
+    "check_tensorrt",
     "compare",
     "export_onnx",
     "measure_latency",
     "write_ort_adapter",
+    "write_triton_repository",
 ]
