@@ -52,9 +52,7 @@ class TensorRTReport:
         return not self.obstacles
 
     def __str__(self) -> str:
-        verdict = (
-            "TensorRT builds the whole of it" if self.ok else f"TensorRT would not build it: {len(self.obstacles)}"
-        )
+        verdict = "TensorRT builds the whole of it" if self.ok else "TensorRT would not build all of it"
         lines = [f"{self.path}: {self.num_nodes} nodes", f"  {verdict}, by {TABLE}"]
         for label, texts in (("no", group_obstacles(self.obstacles)), ("note", self.notes)):
             for text in texts:
@@ -70,7 +68,7 @@ def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> Tens
 
     Args:
         onnx_path: a .onnx file; its weights lie beside it.
-        shapes: (smallest, usual, largest) size of each dynamic axis: `{"batch": (1, 8, 32), "sequence": (16, 64, 128)}`.
+        shapes: smallest, usual and largest size of each dynamic axis, such as `{"batch": (1, 8, 32)}`.
 
     Raises:
         ValueError: for `shapes` that do not fit the inputs' axes.

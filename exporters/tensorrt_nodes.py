@@ -78,6 +78,20 @@ def group_obstacles(obstacles: tuple[Obstacle, ...]) -> list[str]:
     return lines
 
 
+def refuse_obstacles(model: ModelProto, name: str) -> None:
+    """Lets pass only graphs that TensorRT builds whole.
+
+    Raises:
+        MELoRAError: names everything that would not build; `name` is the graph's, for the text.
+    """
+    if lines := group_obstacles(find_obstacles(model)):
+        raise MELoRAError(
+            f"TensorRT would not build all of `{name}`:\n"
+            + "\n".join(lines)
+            + '\nchange the model, or export it for another runtime: `target="ort-cuda"` or "portable"'
+        )
+
+
 def _walk(graph: GraphProto, tensors: _Tensors, path: str) -> Iterator[Obstacle]:
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     tensors.constants.update(initializers)

@@ -36,8 +36,8 @@ _ROWS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         _NUMBERS,
-        "Abs Add ArgMax ArgMin Clip CumSum DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max Min "
-        "Mod Mul Neg Pad Pow Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
+        "Abs Add ArgMax ArgMin Clip CumSum DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max "
+        "Min Mod Mul Neg Pad Pow Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
         "ReduceProd ReduceSum ReduceSumSquare Relu Scatter ScatterElements ScatterND Shrink Sign SpaceToDepth Sub Sum "
         "TopK",
     ),

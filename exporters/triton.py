@@ -71,7 +71,8 @@ def write_triton_repository(
     all other axes: clients should pad sequences to a few lengths.
 
     A model of the same name is not overwritten. A new `version` is added to it where its config.pbtxt is the one that
-    would be written; with "tensorrt" it never is, because engines are cached by model, not by version. All is written to a temporary folder and then moved.
+    would be written; with "tensorrt" it never is, because engines are cached by model, not by version. All is
+    written to a temporary folder and then moved.
 
     Args:
         onnx_path: the .onnx file.
