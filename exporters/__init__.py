@@ -5,6 +5,8 @@ from .export import ExportReport, export_onnx
 from .ort_runner import OrtRunner
 from .runners import TorchRunner
 from .swap import write_ort_adapter
+from .tensorrt import TensorRTReport, check_tensorrt
+from .triton import TritonModel, write_triton_repository
 
 __all__ = [
     "Comparison",
@@ -12,9 +14,13 @@ __all__ = [
     "Latency",
     "LatencyTable",
     "OrtRunner",
+    "TensorRTReport",
     "TorchRunner",
+    "TritonModel",
+    "check_tensorrt",
     "compare",
     "export_onnx",
     "measure_latency",
     "write_ort_adapter",
+    "write_triton_repository",
 ]
