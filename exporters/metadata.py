@@ -14,7 +14,7 @@ from melora_fx.adapter_file import hash_adapter
 from melora_fx.rewritten import class_name
 from melora_fx.state import adapter_tensors, site_entries
 
-from .runtime import read_graph
+from .onnx_file import read_graph
 from .weights import WeightPlace
 
 METADATA_KEY = "melora"

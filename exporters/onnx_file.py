@@ -1,42 +1,103 @@
 """A .onnx file from outside: its graph, the axes of its inputs and outputs, and the files that its weights are in."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from melora_fx import MELoRAError
 
-from .providers import Axes
 
-
-def read_onnx(path: str | os.PathLike[str]) -> ModelProto:
-    """The file's content; weights in other files are not read.
+def read_graph(path: str | os.PathLike[str]) -> ModelProto:
+    """The graph in an ONNX file without its external data, which has been checked to be there.
 
     Raises:
-        MELoRAError: for a file that is missing or is no ONNX graph.
+        MELoRAError: for a file that is missing or no ONNX graph, or whose external data is not whole.
     """
     try:
         model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise MELoRAError(f"`{path}` cannot be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf raises its own kinds
-        raise MELoRAError(f"`{path}` is not an ONNX graph: {error}") from error
-    if not model.graph.output:
-        raise MELoRAError(f"`{path}` is not an ONNX graph: it has no outputs")
+        reason = "it does not exist" if isinstance(error, FileNotFoundError) else error
+        raise MELoRAError(f"`{path}` cannot be read as an ONNX graph: {reason}") from error
+    data_files(path, model)
     return model
 
 
+def data_files(path: str | os.PathLike[str], model: ModelProto) -> dict[str, Path]:
+    """The files that hold the graph's external data: the name that the graph refers to → the file.
+
+    Places are judged as they are written; a symbolic link in the folder is its owner's doing.
+
+    Raises:
+        MELoRAError: names every file that leads out of the graph's folder, is missing, or has been cut short.
+    """
+    folder, ends = Path(path).parent, dict[str, int]()
+    for tensor in _tensors(model.graph):
+        if uses_external_data(tensor):
+            info = ExternalDataInfo(tensor)
+            end = (info.offset or 0) + max(info.length or 0, _size_in_bytes(tensor))
+            ends[info.location] = max(end, ends.get(info.location, 0))
+    lines = [line for location, end in ends.items() if (line := _fault(folder, location, end))]
+    if lines:
+        raise MELoRAError(f"the weights of `{path}` cannot be read: " + "; ".join(lines))
+    return {location: folder / location for location in ends}
+
+
+def _fault(folder: Path, location: str, end: int) -> str | None:
+    places = PurePosixPath(location), PureWindowsPath(location)
+    if not location or any(place.is_absolute() or place.drive or ".." in place.parts for place in places):
+        return f"`{location}` leads out of the graph's folder"
+    file = folder / location
+    if not file.is_file():
+        return f"`{file}` does not exist"
+    size = file.stat().st_size
+    return f"`{file}` has {size} bytes of {end}: it was cut short" if size < end else None
+
+
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from _tensors(subgraph)
+
+
+_BYTES = {
+    "FLOAT": 4,
+    "DOUBLE": 8,
+    "FLOAT16": 2,
+    "BFLOAT16": 2,
+    "INT64": 8,
+    "INT32": 4,
+    "INT8": 1,
+    "UINT8": 1,
+    "BOOL": 1,
+}
+
+
+def _size_in_bytes(tensor: TensorProto) -> int:
+    """Bytes that a tensor takes; 0 for rarer types, whose length the graph tells."""
+    return math.prod(tensor.dims) * _BYTES.get(TensorProto.DataType.Name(tensor.data_type), 0)
+
+
+def has_optional_inputs(model: ModelProto) -> bool:
+    """Whether initializers are inputs too, and so defaults; before IR version 4 all were, as constants."""
+    return model.ir_version >= 4 and len(required_inputs(model)) < len(model.graph.input)
+
+
 def required_inputs(model: ModelProto) -> list[ValueInfoProto]:
-    """The inputs without a default; one with a default is an initializer too."""
+    """The inputs without a default."""
     defaults = {tensor.name for tensor in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in defaults]
 
 
-def axes_by_name(values: Iterable[ValueInfoProto]) -> Axes:
+def axes_by_name(values: Iterable[ValueInfoProto]) -> dict[str, tuple[int | str, ...]]:
     """Axes of graph inputs or outputs: a size, the name of a dynamic axis, or "?" for one without a name."""
     return {
         value.name: tuple(
@@ -47,46 +108,14 @@ def axes_by_name(values: Iterable[ValueInfoProto]) -> Axes:
     }
 
 
-def data_files(path: str | os.PathLike[str], model: ModelProto) -> dict[str, Path]:
-    """The files that hold the graph's external data: the name that the graph refers to → the file.
-
-    Raises:
-        MELoRAError: for a name that leads out of the graph's folder, and a file that is missing or too short.
-    """
-    folder = Path(path).resolve().parent
-    ends: dict[str, int] = {}
-    for tensor in _tensors(model.graph):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-            ends[entries["location"]] = max(end, ends.get(entries["location"], 0))
-    files = {name: (folder / name).resolve() for name in ends}
-    for name, file in files.items():
-        if not file.is_relative_to(folder):
-            raise MELoRAError(f"`{path}` refers to weights outside of its folder, `{name}`")
-        if not file.is_file():
-            raise MELoRAError(f"`{path}` has its weights in `{name}`, which is not beside it")
-        if file.stat().st_size < ends[name]:
-            raise MELoRAError(f"`{file}` is cut off: {file.stat().st_size} bytes, the graph refers to {ends[name]}")
-    return files
+def precision_of(model: ModelProto) -> str:
+    """ "fp16" where the graph holds weights of half precision, else "fp32"."""
+    half = any(item.data_type == TensorProto.FLOAT16 and len(item.dims) > 1 for item in model.graph.initializer)
+    return "fp16" if half else "fp32"
 
 
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.TENSOR:
-                yield attribute.t
-            elif attribute.type == AttributeProto.GRAPH:
-                yield from _tensors(attribute.g)
-
-
-def hash_content(path: str | os.PathLike[str], model: ModelProto) -> str:
-    """SHA-256 of a graph and its weights, in whatever files they are.
-
-    Raises:
-        MELoRAError: as `data_files` does.
-    """
+def content_hash(path: str | os.PathLike[str], model: ModelProto) -> str:
+    """SHA-256 of a graph and its weights, in whatever files they are."""
     digest = hashlib.sha256()
     for file in (Path(path), *data_files(path, model).values()):
         with file.open("rb") as stream:

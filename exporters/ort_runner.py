@@ -16,16 +16,9 @@ from melora_fx.adapter_file import read_adapter
 
 from .io_binding import ReplayBuffers, run_bound, to_device
 from .metadata import read_facts
+from .onnx_file import axes_by_name, content_hash, has_optional_inputs, precision_of, read_graph, required_inputs
 from .providers import Shapes, choose_provider
-from .runtime import (
-    Arrays,
-    content_hash,
-    has_optional_inputs,
-    import_onnxruntime,
-    input_axes,
-    precision_of,
-    read_graph,
-)
+from .runtime import Arrays, import_onnxruntime
 from .session import make_session
 from .swap import read_ort_adapter, swap_tensors
 
@@ -78,7 +71,7 @@ class OrtRunner:
         if not self.path.is_file():
             raise MELoRAError(f"`{self.path}` does not exist")
         graph = read_graph(self.path)
-        self._axes = input_axes(graph)
+        self._axes = axes_by_name(required_inputs(graph))
         self.choice = choose_provider(
             provider,
             self.path,

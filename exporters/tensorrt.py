@@ -19,7 +19,7 @@ from onnx import ModelProto, TensorProto
 
 from melora_fx import MELoRAError
 
-from .onnx_file import axes_by_name, hash_content, read_onnx, required_inputs
+from .onnx_file import axes_by_name, content_hash, precision_of, read_graph, required_inputs
 from .providers import Shapes, profile_shapes, tensorrt_options
 from .tensorrt_nodes import Obstacle, find_obstacles, group_obstacles
 from .tensorrt_operators import TABLE, UNCHECKED
@@ -76,7 +76,7 @@ def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> Tens
             axes without a name.
     """
     path = Path(onnx_path)
-    model = read_onnx(path)
+    model = read_graph(path)
     inputs = axes_by_name(required_inputs(model))
     if unnamed := [name for name, axes in inputs.items() if "?" in axes]:
         raise MELoRAError(f"`{path}`: {', '.join(unnamed)} has a dynamic axis without a name, so no range can be given")
@@ -89,14 +89,9 @@ def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> Tens
         profile=profile,
         trtexec=_trtexec(path, profile),
         provider_options=tensorrt_options(
-            path, inputs, precision=precision_of(model), shapes=shapes, content=hash_content(path, model)
+            path, inputs, precision=precision_of(model), shapes=shapes, content=content_hash(path, model)
         ),
     )
-
-
-def precision_of(model: ModelProto) -> str:
-    """ "fp16" where weights are float16, else "fp32"."""
-    return "fp16" if any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer) else "fp32"
 
 
 def parse_shapes(texts: Sequence[str]) -> Shapes:

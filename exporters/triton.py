@@ -21,9 +21,8 @@ from onnx import ModelProto, TensorProto
 
 from melora_fx import MELoRAError
 
-from .onnx_file import axes_by_name, data_files, hash_content, read_onnx, required_inputs
+from .onnx_file import axes_by_name, content_hash, data_files, precision_of, read_graph, required_inputs
 from .providers import PROVIDERS, Axes, Shapes, check_shapes, cuda_options, tensorrt_options
-from .tensorrt import precision_of
 from .triton_config import TYPES, Serving, tensorrt_parameters, write_config
 
 
@@ -95,7 +94,7 @@ def write_triton_repository(
             with types that Triton lacks, a model that is there already, and a folder that cannot be written.
     """
     path, directory = Path(onnx_path), Path(directory)
-    model = read_onnx(path)
+    model = read_graph(path)
     name = name if name is not None else path.parent.resolve().name if path.stem == "model" else path.stem
     _check_arguments(name, version, provider, instances, max_queue_delay_us)
     inputs = _described(path, model)
@@ -161,7 +160,7 @@ def _parameters(
     if provider != "tensorrt":
         return {} if provider == "cpu" else {**cuda_options(inputs), **given}
     options = tensorrt_options(
-        path, inputs, precision=precision_of(model), shapes=shapes, content=hash_content(path, model)
+        path, inputs, precision=precision_of(model), shapes=shapes, content=content_hash(path, model)
     )
     caches = dict.fromkeys(("trt_engine_cache_path", "trt_timing_cache_path"), engine_cache)
     return tensorrt_parameters({**options, **caches, **given})

@@ -112,7 +112,7 @@ def tensorrt_parameters(options: Mapping[str, str]) -> dict[str, str]:
         ValueError: for options that the backend does not know.
     """
     parameters = dict(options)
-    if parameters.pop("trt_fp16_enable", "0") == "1":
+    if parameters.pop("trt_fp16_enable", "False") in ("True", "true", "1"):
         parameters.setdefault("precision_mode", "FP16")
     if "trt_max_workspace_size" in parameters:
         parameters["max_workspace_size_bytes"] = parameters.pop("trt_max_workspace_size")

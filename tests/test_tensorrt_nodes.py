@@ -11,7 +11,7 @@ from torch import nn
 
 import melora_fx
 from exporters import export_onnx
-from exporters.onnx_file import read_onnx
+from exporters.onnx_file import read_graph
 from exporters.tensorrt_nodes import find_obstacles, group_obstacles, refuse_obstacles
 from exporters.tensorrt_operators import RESTRICTIONS, SHAPE_INPUTS, TYPES, UNCHECKED
 from melora_fx import MELoRAConfig, MELoRAError
@@ -191,7 +191,7 @@ def test_the_tables_agree() -> None:
 def _export(name: str, path: Path) -> onnx.ModelProto:
     model, inputs = zoo.build(name)
     export_onnx(model, inputs, path, verify=False)
-    return read_onnx(path)
+    return read_graph(path)
 
 
 REAL = ["ViT"]
@@ -225,13 +225,13 @@ class Selecting(nn.Module):
 
 def test_an_export_that_selects_by_value_is_refused(tmp_path: Path) -> None:
     export_onnx(Selecting(), {"x": randn(4, 8)}, tmp_path / "model.onnx", verify=False)
-    lines = reasons(read_onnx(tmp_path / "model.onnx"))
+    lines = reasons(read_graph(tmp_path / "model.onnx"))
     assert any(line.startswith("NonZero") and "depends on values" in line for line in lines), lines
 
 
 def test_optional_inputs_are_refused(tmp_path: Path) -> None:
     model = melora_fx.rewrite(nn.Sequential(nn.Linear(8, 8)), "all-linear", MELoRAConfig(rank=2, num_blocks=2))
     export_onnx(fill(model), {"input": randn(2, 8)}, tmp_path / "model.onnx", adapter="swap", verify=False)
-    found = find_obstacles(read_onnx(tmp_path / "model.onnx"))
+    found = find_obstacles(read_graph(tmp_path / "model.onnx"))
     assert [(obstacle.node, obstacle.op_type) for obstacle in found] == [("0.lora_a", "input"), ("0.lora_b", "input")]
     assert "its default in" in found[0].reason
