@@ -13,8 +13,11 @@ from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter_file import read_adapter
 
 from .demo import DemoOptions, run_demo
-from .export import export_onnx
+from .export import TARGETS, export_onnx
 from .model_folder import example_inputs, load_model
+from .swap import write_ort_adapter
+from .tensorrt import check_tensorrt, parse_shapes
+from .triton import write_triton_repository
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +26,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Rewrite, fold and export transformers with MELoRA adapters.",
 )
+
+adapter_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Work with adapter folders.")
+app.add_typer(adapter_app, name="adapter")
+
+_DEFAULT_SHAPES = {"batch": (1, 8, 32), "sequence": (16, 64, 128)}
+_SHAPES_TEXT = ", ".join(f"{axis}={low}:{usual}:{high}" for axis, (low, usual, high) in _DEFAULT_SHAPES.items())
+_TRITON_PROVIDERS = {"portable": "cpu", "ort-cpu": "cpu", "ort-cuda": "cuda", "tensorrt": "tensorrt"}
 
 Targets = Annotated[
     list[str],
@@ -65,21 +75,65 @@ def match(
     print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else report)
 
 
-@app.command(epilog="Example: melora-fx export ./my-model ./demo-output/adapter -o merged.onnx")
+@app.command(epilog="Example: melora-fx export ./my-model ./demo-output/adapter -o merged.onnx --target ort-cpu")
 def export(
     model_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder: the adapter's base.")],
-    adapter_dir: Annotated[Path, typer.Argument(help="Adapter folder, as save_adapter writes it.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file, or a folder.")],
+    adapter_dir: Annotated[
+        Path | None, typer.Argument(help="Adapter folder, as save_adapter writes it; default: the base alone.")
+    ] = None,
     adapter: Annotated[
         str, typer.Option(help='"fold": merged; "keep": unmerged; "swap": adapters as inputs.')
     ] = "fold",
-    target: Annotated[str, typer.Option(help='Runtime to export for: "portable".')] = "portable",
+    target: Annotated[str, typer.Option(help=f"Runtime to export for: {', '.join(TARGETS)}.")] = "portable",
+    precision: Annotated[str, typer.Option(help='"fp32", "fp16", or "auto": fp16 for ort-cuda.')] = "auto",
+    form: Annotated[str, typer.Option(help='Unmerged updates: "block", "dense", or "auto": the faster.')] = "auto",
+    verify: Annotated[bool, typer.Option(help="Compare the graph with torch.")] = True,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(help="For TensorRT and Triton, AXIS=MIN:OPT:MAX; may be repeated. Default: " + _SHAPES_TEXT),
+    ] = None,
+    triton: Annotated[
+        Path | None, typer.Option(help="Also write the graph into this Triton Inference Server model repository.")
+    ] = None,
 ) -> None:
     """Write a base model and an adapter as an ONNX graph that has been compared with torch."""
-    saved = read_adapter(adapter_dir)
-    model = load_model(model_dir, class_name=saved.model.get("class"), num_labels=saved.model.get("num_labels"))
-    melora_fx.load_adapter(model, adapter_dir)
-    print(export_onnx(model, example_inputs(model, model_dir), out, adapter=adapter, target=target))
+    ranges = _DEFAULT_SHAPES | dict(parse_shapes(shapes or []))
+    if adapter_dir is None:
+        model = load_model(model_dir)
+    else:
+        saved = read_adapter(adapter_dir)
+        model = load_model(model_dir, class_name=saved.model.get("class"), num_labels=saved.model.get("num_labels"))
+        melora_fx.load_adapter(model, adapter_dir)
+    report = export_onnx(
+        model,
+        example_inputs(model, model_dir),
+        out,
+        adapter=adapter,
+        target=target,
+        precision=precision,
+        form=form,
+        verify=verify,
+    )
+    print(report)
+    free = {axis for axes in report.inputs.values() for axis in axes if isinstance(axis, str)}
+    if not shapes:
+        ranges = {axis: sizes for axis, sizes in ranges.items() if axis in free}
+    if target == "tensorrt":
+        print(check_tensorrt(report.path, shapes=ranges))
+    if triton is not None:
+        print(write_triton_repository(report.path, triton, shapes=ranges, provider=_TRITON_PROVIDERS[target]))
+
+
+@adapter_app.command("to-ort", epilog="Example: melora-fx adapter to-ort ./adapter swap.onnx -o adapter.onnx_adapter")
+def adapter_to_ort(
+    adapter_dir: Annotated[Path, typer.Argument(help="Adapter folder, as save_adapter writes it.")],
+    graph: Annotated[Path, typer.Argument(help='The graph, exported with "--adapter swap" from the same base.')],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx_adapter file.")],
+) -> None:
+    """Write an adapter for ONNX Runtime's LoraAdapter: one session, many adapters."""
+    write_ort_adapter(adapter_dir, graph, out)
+    print(f"{out}: {out.stat().st_size / 1024:.0f} KiB, for {graph}")
 
 
 def _split_names(values: list[str]) -> Any:

@@ -52,9 +52,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["demo", "match", "export"])
+@pytest.mark.parametrize("command", ["demo", "match", "export", "adapter to-ort"])
 def test_help_has_an_example(command: str) -> None:
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.returncode == 0
     assert f"Example: melora-fx {command}" in " ".join(result.stdout.split())
 
@@ -80,8 +80,41 @@ def test_export_writes_the_merged_graph(model_dir: Path, tmp_path: Path) -> None
     melora_fx.save_adapter(model, tmp_path / "adapter")
     result = run("export", model_dir, tmp_path / "adapter", "-o", tmp_path / "out.onnx")
     assert result.returncode == 0, result.stderr
-    assert "equal to torch at 3 shapes" in result.stdout
+    assert "equal to torch in 6 comparisons" in result.stdout
     assert compare(OrtRunner(tmp_path / "out.onnx"), TorchRunner(model), tokens()).max_rel_error <= 1e-5
+
+
+def test_export_for_tensorrt_prints_how_to_build_it_and_writes_the_repository(model_dir: Path, tmp_path: Path) -> None:
+    arguments = ("--target", "tensorrt", "--shapes", "batch=1:4:8", "--triton", tmp_path / "repository", "--no-verify")
+    result = run("export", model_dir, "-o", tmp_path / "bert.onnx", *arguments, "--shapes", "sequence=4:16:32")
+    assert result.returncode == 0, result.stderr
+    assert "TensorRT builds the whole of it" in result.stdout
+    assert "--optShapes=input_ids:4x16,attention_mask:4x16" in result.stdout
+    assert "trt_engine_cache_enable = True" in result.stdout
+    assert (tmp_path / "repository" / "bert" / "1" / "model.onnx").is_file()
+    assert "max_batch_size: 8" in (tmp_path / "repository" / "bert" / "config.pbtxt").read_text()
+
+
+def test_adapters_become_onnx_runtimes_own_files(model_dir: Path, tmp_path: Path) -> None:
+    model = type(bert_classifier()).from_pretrained(model_dir).eval()
+    fill(melora_fx.rewrite(model, ["query"], MELoRAConfig(num_blocks=3)))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    export = (
+        "export",
+        model_dir,
+        tmp_path / "adapter",
+        "-o",
+        tmp_path / "swap.onnx",
+        "--adapter",
+        "swap",
+        "--no-verify",
+    )
+    assert run(*export).returncode == 0
+    out = tmp_path / "a.onnx_adapter"
+    result = run("adapter", "to-ort", tmp_path / "adapter", tmp_path / "swap.onnx", "-o", out)
+    assert result.returncode == 0, result.stderr
+    actual = OrtRunner(tmp_path / "swap.onnx").run(tokens(), adapter=out)["logits"]
+    assert abs(actual - TorchRunner(model).run(tokens())["logits"]).max() <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -91,11 +124,15 @@ def test_export_writes_the_merged_graph(model_dir: Path, tmp_path: Path) -> None
         (("match", "/nowhere"), "has no config.json"),
         (("match", "MODEL", "--rank", 0), "`rank` (=0) must be at least 1"),
         (("export", "MODEL", "/nowhere", "-o", "x.onnx"), "is not an adapter folder"),
+        (("export", "MODEL", "-o", "x.onnx", "--target", "ort-tpu"), "`target` (='ort-tpu') must be one of"),
+        (("export", "MODEL", "-o", "x.onnx", "--precision", "int8"), "`precision` (='int8') must be one of"),
+        (("export", "MODEL", "-o", "x.onnx", "--shapes", "batch"), "`batch` is not AXIS=MIN:OPT:MAX"),
+        (("adapter", "to-ort", "/nowhere", "/nowhere.onnx", "-o", "x"), "`/nowhere.onnx` cannot be read"),
         (("demo", "--data", "/nowhere.csv", "--out", "TMP"), "cannot be read"),
         (("demo", "--out", "/dev/null/folder"), "cannot be written"),
         (("demo", "--model", "/nowhere", "--out", "TMP"), "has no config.json"),
     ],
-    ids=["target", "model", "rank", "adapter", "data", "out", "demo_model"],
+    ids=["target", "model", "rank", "adapter", "runtime", "precision", "shapes", "to_ort", "data", "out", "demo_model"],
 )
 def test_bad_input_is_one_line(arguments: tuple[object, ...], text: str, model_dir: Path, tmp_path: Path) -> None:
     places = {"MODEL": model_dir, "TMP": tmp_path}
