@@ -26,9 +26,11 @@ from .forms import FORMS, write_forms
 from .fuse import FUSED_TARGETS, fuse
 from .half import to_float16
 from .metadata import METADATA_KEY, describe, places_as_json
+from .onnx_file import read_graph
 from .onnx_graph import DynamicAxes, axes_of, build_graph, check_dynamic_axes, count_ops
 from .runtime import import_onnxruntime
 from .swap import attach_defaults, distinct_values, open_inputs
+from .tensorrt_nodes import refuse_obstacles
 from .verify import Verification, check_file
 from .verify import verify as compare_with_torch
 from .weights import drop_inferred, drop_traces, find_tensor, fold_adapter_constants, name_weights
@@ -186,6 +188,8 @@ def export_onnx(
         notes = copy_configuration(model, staging)
         verification = None
         try:
+            if target == "tensorrt":
+                refuse_obstacles(read_graph(staging / path.name), path.name)
             if verify:
                 step("comparing with torch")
                 check_file(staging / path.name)

@@ -145,8 +145,13 @@ def test_training_mode_is_kept_and_dropout_not_exported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"adapter": "merge"}, "`adapter` (='merge')"), ({"target": "tpu"}, "`target` (='tpu')")],
-    ids=["adapter", "target"],
+    [
+        ({"adapter": "merge"}, "`adapter` (='merge')"),
+        ({"target": "tpu"}, "`target` (='tpu')"),
+        ({"precision": "int8"}, "`precision` (='int8')"),
+        ({"form": "loop"}, "`form` (='loop')"),
+    ],
+    ids=["adapter", "target", "precision", "form"],
 )
 def test_unknown_options_name_the_known_ones(tmp_path: Path, options: dict[str, str], text: str) -> None:
     with pytest.raises(ValueError, match="must be one of") as caught:
@@ -276,3 +281,58 @@ def test_weights_that_share_an_initializer_are_left_out(tmp_path: Path) -> None:
     places = metadata_of(tmp_path / "model.onnx")["weights"]
     assert {"gate.weight", "up.weight"}.isdisjoint(places)
     assert "head.weight" in places
+
+
+def test_axes_are_dynamic_or_fixed_as_asked(tmp_path: Path) -> None:
+    """A fixed batch of one is not doubled."""
+    axes = {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}
+    report = export_onnx(bert_classifier(), tokens(1, 7), tmp_path, dynamic_axes=axes)
+    assert report.inputs == {"input_ids": (1, "length"), "attention_mask": (1, "length")}
+    assert report.outputs == {"logits": (1, 3)}
+    assert {"length=7", "length=8", "length=3"} <= set(report.compared)
+    report = export_onnx(tower(), {"x": randn(1, 24)}, tmp_path / "fixed.onnx", dynamic_axes={})
+    assert report.inputs == {"x": (1, 24)}
+
+
+class Flat(nn.Module):
+    """Fixes axis 1: its weight has as many rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("axes", "error", "text"),
+    [
+        ("all", ValueError, r"`dynamic_axes` \(='all'\) must be \"auto\" or"),
+        ({"y": {0: "batch"}}, ValueError, "names the input `y`; the inputs are x"),
+        ({"x": {2: "depth"}}, ValueError, r"of `x`, of shape \(2, 12\): it has no axis 2"),
+        ({"x": {0: "batch", 1: "width"}}, MELoRAError, r"`x` axis 1 \(`width`\): the model fixes it to 12"),
+    ],
+    ids=["form", "input", "axis", "fixed"],
+)
+def test_axes_that_cannot_be_dynamic_are_named(axes: Any, error: type[Exception], text: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=text):
+        export_onnx(Flat(), {"x": randn(2, 12)}, tmp_path, dynamic_axes=axes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorrt_takes_no_optional_inputs_and_no_data_dependent_shapes(tmp_path: Path) -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)[x[:, 0] > 0]
+
+    with pytest.raises(ValueError, match="TensorRT takes no optional inputs"):
+        export_onnx(rewritten_tower(), {"x": randn(2, 24)}, tmp_path, adapter="swap", target="tensorrt")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(MELoRAError, match=r"(?s)NonZero.*left in .*model\.failed"):
+        export_onnx(Picks(), {"x": randn(2, 12)}, tmp_path, target="tensorrt", verify=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.failed"]
