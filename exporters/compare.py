@@ -2,6 +2,7 @@
 
 import csv
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ import numpy as np
 from melora_fx import MELoRAError
 
 from .runners import Runner
+
+_MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -113,15 +116,18 @@ def measure_latency(
     inputs: Mapping[str, Any],
     *,
     rounds: int = 30,
+    max_seconds: float | None = None,
     warmup: int = 3,
     on_round: Callable[[], object] = lambda: None,
 ) -> LatencyTable:
-    """Times the runners against each other: in turn, round after round, so that all see the same machine.
+    """Times the runners against each other: each once a round, in an order that is drawn anew for every round, so that
+    all see the same machine and none always follows the same other.
 
     Args:
         runners: by name; the first is what the ratios refer to. All must have the same `threads`.
         inputs: as for `Runner.run`.
         rounds: number of timed runs of each.
+        max_seconds: no further round begins after this time, but for the first three; None: no limit.
         warmup: number of runs of each before the first timed one.
         on_round: called after every round, for a progress bar.
 
@@ -137,13 +143,16 @@ def measure_latency(
         for _ in range(warmup):
             runner.run(inputs)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
-    order = list(runners)
-    for _ in range(rounds):
+    order, shuffle = list(runners), random.Random(0).shuffle
+    deadline = time.perf_counter() + (float("inf") if max_seconds is None else max_seconds)
+    for index in range(rounds):
+        if index >= _MIN_ROUNDS and time.perf_counter() > deadline:
+            break
+        shuffle(order)
         for name in order:
             start = time.perf_counter()
             runners[name].run(inputs)
             seconds[name].append(time.perf_counter() - start)
-        order = order[1:] + order[:1]
         on_round()
     reference = statistics.median(seconds[next(iter(runners))])
     return LatencyTable(tuple(_row(name, times, reference, threads[name]) for name, times in seconds.items()))
