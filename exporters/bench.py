@@ -1,5 +1,6 @@
 """What the user's own graphs cost beside each other. `melora-fx bench` runs it."""
 
+import functools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from .metadata import METADATA_KEY
 from .plots import format_ms, import_pyplot, plot_latency
 from .runners import OrtRunner
 
+_LOADS = 3
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 console = Console()
@@ -55,25 +57,25 @@ def run_bench(options: BenchOptions) -> list[Measurement]:
             differ too much, or files that cannot be written; all but the outputs before anything is timed.
     """
     _check_options(options)
-    contenders = _load(options)
-    first = contenders[0].runner
+    first = _load(options, 0)[0].runner
     assert isinstance(first, OrtRunner)
     shapes = _shapes(options, first)
     feeds = [make_inputs(first, batch, sequence or 1, options.axes) for batch, sequence in shapes]
     model, rows = _model_of(first), list[Measurement]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=console)
-    task = progress.add_task("rounds", total=options.rounds * len(shapes))
+    task = progress.add_task("rounds", total=-(-options.rounds // _LOADS) * _LOADS * len(shapes))
     with Live(progress, console=console, transient=True) as live:
         for (batch, sequence), feed in zip(shapes, feeds, strict=True):
             progress.update(task, description=_shape(batch, sequence))
             rows += measure(
-                contenders, feed, provider=options.provider, model=model, batch=batch, sequence=sequence,
-                rounds=options.rounds, max_difference=options.max_difference, on_round=lambda: progress.advance(task),
+                functools.partial(_load, options), feed, provider=options.provider, model=model,
+                batch=batch, sequence=sequence, loads=_LOADS, rounds=options.rounds,
+                max_difference=options.max_difference, on_round=lambda: progress.advance(task),
             )  # fmt: skip
             live.update(Group(_table(rows), progress))
     console.print(_table(rows))
-    console.print(f"{rows[0].device}; {options.rounds} rounds, in random order; {rows[0].versions}")
+    console.print(f"{rows[0].device}; {rows[0].rounds} rounds, in random order; {rows[0].versions}")
     if options.csv:
         write_csv([asdict(row) for row in rows], [item.name for item in fields(Measurement)], options.csv)
     if options.plot:
@@ -100,12 +102,12 @@ def _check_options(options: BenchOptions) -> None:
         import_pyplot()
 
 
-def _load(options: BenchOptions) -> list[Contender]:
+def _load(options: BenchOptions, seed: int) -> list[Contender]:
     """The graphs in the given order, loaded in a random one: what is loaded first is not always the reference."""
     if missing := [f"`{path}`" for path in options.graphs if not path.is_file()]:
         raise MELoRAError(f"{', '.join(missing)}: no such file")
     order = list(range(len(options.graphs)))
-    random.Random(0).shuffle(order)
+    random.Random(seed).shuffle(order)
     runners = {
         index: OrtRunner(options.graphs[index], provider=options.provider, threads=options.threads) for index in order
     }

@@ -16,8 +16,6 @@ from melora_fx import MELoRAError
 
 from .runners import Runner
 
-_MIN_ROUNDS = 3
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -116,7 +114,6 @@ def measure_latency(
     inputs: Mapping[str, Any],
     *,
     rounds: int = 30,
-    max_seconds: float | None = None,
     warmup: int = 3,
     on_round: Callable[[], object] = lambda: None,
 ) -> LatencyTable:
@@ -127,12 +124,32 @@ def measure_latency(
         runners: by name; the first is what the ratios refer to. All must have the same `threads`.
         inputs: as for `Runner.run`.
         rounds: number of timed runs of each.
-        max_seconds: no further round begins after this time, but for the first three; None: no limit.
         warmup: number of runs of each before the first timed one.
         on_round: called after every round, for a progress bar.
 
     Raises:
         ValueError: for no runners, no rounds, or runners with different numbers of threads.
+    """
+    seconds = time_rounds(runners, inputs, rounds=rounds, warmup=warmup, on_round=on_round)
+    return summarize(seconds, next(iter(runners.values())).threads)
+
+
+def time_rounds(
+    runners: Mapping[str, Runner],
+    inputs: Mapping[str, Any],
+    *,
+    rounds: int,
+    warmup: int,
+    max_seconds: float = float("inf"),
+    seed: int = 0,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """The seconds of every run, by runner: what `measure_latency` summarises.
+
+    Args:
+        runners, inputs, rounds, warmup, on_round: as for `measure_latency`, and what it raises.
+        max_seconds: no further round begins after this time.
+        seed: of the order.
     """
     if not runners or rounds < 1:
         raise ValueError("`measure_latency` needs at least one runner and one round")
@@ -143,10 +160,10 @@ def measure_latency(
         for _ in range(warmup):
             runner.run(inputs)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
-    order, shuffle = list(runners), random.Random(0).shuffle
-    deadline = time.perf_counter() + (float("inf") if max_seconds is None else max_seconds)
+    order, shuffle = list(runners), random.Random(seed).shuffle
+    begin = time.perf_counter()
     for index in range(rounds):
-        if index >= _MIN_ROUNDS and time.perf_counter() > deadline:
+        if index and time.perf_counter() - begin > max_seconds:
             break
         shuffle(order)
         for name in order:
@@ -154,8 +171,13 @@ def measure_latency(
             runners[name].run(inputs)
             seconds[name].append(time.perf_counter() - start)
         on_round()
-    reference = statistics.median(seconds[next(iter(runners))])
-    return LatencyTable(tuple(_row(name, times, reference, threads[name]) for name, times in seconds.items()))
+    return seconds
+
+
+def summarize(seconds: Mapping[str, list[float]], threads: int | None) -> LatencyTable:
+    """The table of timed runs, the first name being the reference."""
+    reference = statistics.median(next(iter(seconds.values())))
+    return LatencyTable(tuple(_row(name, times, reference, threads) for name, times in seconds.items()))
 
 
 def _row(name: str, seconds: list[float], reference: float, threads: int | None) -> Latency:

@@ -11,7 +11,7 @@ from typing import Any
 
 from melora_fx import MELoRAError
 
-from .compare import Latency, compare, measure_latency
+from .compare import Latency, compare, summarize, time_rounds
 from .machine import device_name, file_size_mib, package_versions, peak_memory_mib, source_commit
 from .runners import Runner
 from .runtime import Arrays
@@ -74,44 +74,54 @@ class Measurement:
 
 
 def measure(
-    contenders: Sequence[Contender],
+    load: Callable[[int], Sequence[Contender]],
     inputs: Mapping[str, Any],
     *,
     provider: str,
     model: str,
     batch: int,
     sequence: int | None,
+    loads: int = 3,
     rounds: int = 30,
-    max_seconds: float | None = None,
+    max_seconds: float = float("inf"),
     max_difference: float | None = None,
     on_round: Callable[[], object] = lambda: None,
 ) -> list[Measurement]:
-    """Compares the outputs, then times all in turn by `measure_latency`; the first contender is the reference.
+    """Compares the outputs, then times all in turn; the first contender is the reference.
+
+    The same graph loaded twice differs by up to 5 % for as long as it stays loaded: each load gets its share of the
+    rounds, and the times of all of them are put together.
 
     Args:
-        contenders: what to measure, on the same number of threads.
+        load: called with 0, 1, …: the contenders, on the same number of threads, loaded anew.
         inputs: as for `Runner.run`, of the given `batch` and `sequence`.
         provider: what computes; the column of this name. Peak memory is measured for "cpu".
         model: the column of this name.
         batch, sequence: the columns of these names.
-        rounds, max_seconds, on_round: as for `measure_latency`.
+        loads: number of times that `load` is called.
+        rounds: timed runs of each contender, rounded up to the same number for each load.
+        max_seconds: of timing; one round a load runs in any case.
+        on_round: called after every round.
         max_difference: largest relative difference from the first contender's outputs; None: any, it is reported.
 
     Raises:
         MELoRAError: where outputs have other names or shapes, or differ by more than `max_difference`.
     """
-    reference = contenders[0]
-    differences = {each.form: compare(each.runner, reference.runner, inputs).max_rel_error for each in contenders}
-    if max_difference is not None:
-        far = [f"`{form}` by {value:.1e}" for form, value in differences.items() if not value <= max_difference]
-        if far:
-            raise MELoRAError(
-                f"the outputs differ from those of `{reference.form}` by more than {max_difference:g} "
-                f"(relative): {', '.join(far)}"
-            )
+    contenders = load(0)
+    differences = _differences(contenders, inputs, max_difference)
     memory = {each.form: _peak_memory(each, inputs, provider) for each in contenders}
-    runners = {each.form: each.runner for each in contenders}
-    table = measure_latency(runners, inputs, rounds=rounds, max_seconds=max_seconds, on_round=on_round)
+    seconds: dict[str, list[float]] = {each.form: [] for each in contenders}
+    for index in range(loads):
+        if index:
+            contenders = []  # frees memory for the next load
+            contenders = load(index)
+        timed = time_rounds(
+            {each.form: each.runner for each in contenders}, inputs, rounds=-(-rounds // loads),
+            warmup=1 + (index > 0), max_seconds=max_seconds / loads, seed=index, on_round=on_round,
+        )  # fmt: skip
+        for form, times in timed.items():
+            seconds[form] += times
+    table = summarize(seconds, contenders[0].runner.threads)
     device, versions, commit = device_name(provider), package_versions(), source_commit()
     return [
         Measurement(
@@ -125,6 +135,22 @@ def measure(
         )
         for each, row in zip(contenders, table.rows, strict=True)
     ]  # fmt: skip
+
+
+def _differences(
+    contenders: Sequence[Contender], inputs: Mapping[str, Any], max_difference: float | None
+) -> dict[str, float]:
+    """The relative difference of each one's outputs from the first one's, none of them above the given one."""
+    reference = contenders[0]
+    differences = {each.form: compare(each.runner, reference.runner, inputs).max_rel_error for each in contenders}
+    if max_difference is not None:
+        far = [f"`{form}` by {value:.1e}" for form, value in differences.items() if not value <= max_difference]
+        if far:
+            raise MELoRAError(
+                f"the outputs differ from those of `{reference.form}` by more than {max_difference:g} "
+                f"(relative): {', '.join(far)}"
+            )
+    return differences
 
 
 def _peak_memory(contender: Contender, inputs: Mapping[str, Any], provider: str) -> float | None:

@@ -37,7 +37,10 @@ def contenders(tmp_path_factory: pytest.TempPathFactory) -> list[Contender]:
 
 def rows_of(contenders: list[Contender], **options: Any) -> list[Measurement]:
     inputs: Mapping[str, np.ndarray] = {"x": randn(3, 24).numpy()}
-    return measure(contenders, inputs, provider="cpu", model="Tower", batch=3, sequence=None, rounds=3, **options)
+    options = {"loads": 1, "rounds": 3} | options
+    return measure(
+        lambda index: contenders, inputs, provider="cpu", model="Tower", batch=3, sequence=None, **options
+    )  # fmt: skip
 
 
 def test_a_row_a_contender(contenders: list[Contender]) -> None:
@@ -54,6 +57,22 @@ def test_a_row_a_contender(contenders: list[Contender]) -> None:
     assert all(row.peak_memory_mib and row.file_size_mib for row in rows[:3])
     assert (rows[3].peak_memory_mib, rows[3].file_size_mib) == (None, None)
     assert rows[1].latency.name == "swap"
+
+
+def test_every_load_gets_its_share_of_the_rounds(contenders: list[Contender]) -> None:
+    loaded: list[int] = []
+
+    def load(index: int) -> list[Contender]:
+        loaded.append(index)
+        return contenders[2:]
+
+    inputs = {"x": randn(3, 24).numpy()}
+    rows = measure(load, inputs, provider="cuda", model="", batch=3, sequence=None, loads=3, rounds=7)
+    assert loaded == [0, 1, 2]
+    assert {row.rounds for row in rows} == {9}
+    assert {row.peak_memory_mib for row in rows} == {None}, "of the host, not of the device"
+    rows = measure(load, inputs, provider="cuda", model="", batch=3, sequence=None, rounds=90, max_seconds=0)
+    assert {row.rounds for row in rows} == {3}
 
 
 def test_unequal_outputs_are_refused_where_they_should_be_equal(contenders: list[Contender]) -> None:
