@@ -1,12 +1,12 @@
 """What does an adapter cost at inference: merged, unmerged in each form, swappable, and as PEFT exports it?
 
-    python benchmarks/latency.py [--only TEXT] [--seconds 12] [--providers cpu,"torch eager","torch compile"]
+    python benchmarks/latency.py [--only TEXT] [--seconds 10] [--providers cpu,"torch eager","torch compile"]
 
 One factor at a time around a centre: batch 8 × 64 tokens, one thread, n = r = 8, query and value. A cell holds what is
 compared: all forms run in turn, in an order drawn for every round, after their outputs have been found equal; graphs
 are loaded three times, for one that stays loaded may be some per cent off for as long as it does. Cells that stand in
 results/latency.csv are not measured again; --again does. Exports are kept in --cache. Writes
-benchmarks/results/latency.csv, latency.md, and a picture a model.
+benchmarks/results/latency.csv, latency.md, and pictures: for each model its graphs, and torch.
 
 MPNet-base needs its wheels in the cache folder; without them its cells are left out, which is said. `--providers cuda`
 or `tensorrt` measures the graphs there, `--device cuda` the torch cells.
@@ -20,11 +20,12 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from latency_cells import FORMS, TARGETS, Cell, Form, cells
 from latency_models import MODELS, build
 from latency_report import write_report
 
@@ -42,93 +43,6 @@ from melora_fx.adapter_file import read_adapter
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
 """Largest relative difference, by precision, between forms that compute the same."""
 MAX_ROUNDS = 200
-
-
-@dataclass(frozen=True)
-class Form:
-    """A graph among those compared. `kind`: as for `build`; `equals`: the form whose outputs it must have."""
-
-    name: str
-    kind: str
-    options: dict[str, Any] = field(default_factory=dict)
-    gives_adapter: bool = False
-    equals: str = "merged"
-
-
-FORMS = (
-    Form("base", "base", equals="base"),
-    Form("merged", "unmerged", {"adapter": "fold"}),
-    Form("unmerged", "unmerged", {"adapter": "keep"}),
-    Form("swap, no adapter", "unmerged", {"adapter": "swap"}, equals="base"),
-    Form("swap, one adapter", "unmerged", {"adapter": "swap"}, gives_adapter=True),
-    Form("PEFT unmerged", "peft"),
-)
-TORCH_FORMS = (
-    Form("base", "base", equals="base"), Form("merged", "merged"), Form("unmerged", "unmerged"),
-    Form("PEFT unmerged", "peft"),
-)  # fmt: skip
-WITHOUT = {"tensorrt": ("swap, no adapter", "swap, one adapter")}
-"""Forms that a provider does not take: TensorRT has no optional inputs."""
-TARGETS = {"cpu": "portable", "cuda": "portable", "tensorrt": "portable"}
-"""What graphs are exported for, by the provider that runs them."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is measured together."""
-
-    model: str
-    provider: str
-    batch: int = 8
-    sequence: int = 64
-    threads: int = 1
-    targets: str = "q,v"
-    num_blocks: int = 8
-    rank: int = 8
-    precision: str = "fp32"
-    target: str = ""
-
-    @property
-    def label(self) -> str:
-        """The provider, the shape, and what differs from the centre."""
-        parts = [f"{self.batch} × {self.sequence}", self.targets]
-        parts += [f"{self.threads} threads"] * (self.threads > 1) + [f"r = {self.rank}"] * (self.rank != 8)
-        parts += [self.precision] * (self.precision != "fp32")
-        parts += [self.target] * (self.target not in ("", TARGETS.get(self.provider, "")))
-        return f"{self.provider}: {', '.join(parts)}"
-
-    @property
-    def forms(self) -> tuple[Form, ...]:
-        """The forms that this cell compares; the first is the reference."""
-        if self.provider.startswith("torch"):
-            return TORCH_FORMS
-        return tuple(form for form in FORMS if form.name not in WITHOUT.get(self.provider, ()))
-
-
-_SMALL = {"batch": 1, "sequence": 16}
-_ALL = {"targets": "all-linear"}
-CHANGES: dict[tuple[str, str], list[dict[str, Any]]] = {
-    ("MiniLM-L6", "cpu"): [
-        {}, {"batch": 1}, {"batch": 32}, {"sequence": 16}, {"sequence": 128}, {"sequence": 256}, {"threads": 2},
-        {"rank": 1}, _ALL, _SMALL, _SMALL | _ALL, {"sequence": 128} | _ALL,
-    ],
-    ("MPNet-base", "cpu"): [{}, {"batch": 1}, {"sequence": 16}, {"threads": 2}, _ALL, _SMALL, _SMALL | _ALL],
-    ("MiniLM-L6", "torch eager"): [{}, {"batch": 1}, {"sequence": 128}, _ALL, _SMALL],
-    ("MPNet-base", "torch eager"): [{}, {"batch": 1}],
-    ("MiniLM-L6", "torch compile"): [{}, {"sequence": 128}, _ALL],
-    ("MPNet-base", "torch compile"): [{}],
-}  # fmt: skip
-"""Changes to the centre, one cell each. 32 × 64 and longer sequences of MPNet would take more than 20 s a cell."""
-
-
-def cells(providers: list[str]) -> list[Cell]:
-    """The cells of the given providers, those of the CPU for every other provider of graphs too."""
-    return [
-        Cell(model, provider, **change)
-        for provider in providers
-        for model in MODELS
-        for change in CHANGES.get((model, provider), CHANGES[model, "cpu"])
-    ]
 
 
 COLUMNS = [item.name for item in fields(Measurement)]
@@ -275,7 +189,7 @@ def measured_or_error(cell: Cell, workshop: Workshop, seconds: float) -> list[di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cells whose model or label holds this text")
-    parser.add_argument("--seconds", type=float, default=12.0, help="timing of one cell, of three loads")
+    parser.add_argument("--seconds", type=float, default=10.0, help="timing of one cell, of three loads")
     parser.add_argument("--providers", default="cpu,torch eager,torch compile", help="cuda and tensorrt too")
     parser.add_argument("--device", default="cpu", help="of the torch cells")
     parser.add_argument("--again", action="store_true", help="measure cells that have been measured, too")

@@ -11,7 +11,7 @@ Row = dict[str, str]
 
 
 def write_report(rows: Sequence[tuple[Any, Row]], folder: Path) -> None:
-    """Writes latency.md, and latency-MODEL.png for each model.
+    """Writes latency.md, and for each model latency-MODEL.png, latency-MODEL-torch.png.
 
     Args:
         rows: (cell, row of the CSV file), the cells in the order in which they are shown.
@@ -23,10 +23,13 @@ def write_report(rows: Sequence[tuple[Any, Row]], folder: Path) -> None:
     for cell, row in rows:
         groups.setdefault(cell, []).append(row)
     (folder / "latency.md").write_text(_markdown(groups))
-    for model in dict.fromkeys(cell.model for cell in groups):
-        panels = {cell.label: _table(found) for cell, found in groups.items() if cell.model == model}
-        title = f"{model} with n = 8, r = 8 adapters, one thread unless said otherwise ({rows[0][1]['device']})"
-        plot_latency(panels, title, folder / f"latency-{model.lower()}.png")
+    pictures: dict[tuple[str, str], dict[str, LatencyTable]] = {}
+    for cell, found in groups.items():
+        suffix = "-torch" if cell.provider.startswith("torch") else ""
+        pictures.setdefault((cell.model, suffix), {})[cell.label] = _table(found)
+    for (model, suffix), panels in pictures.items():
+        title = f"{model}, n = 8 and r = 8, one thread unless said otherwise ({rows[0][1]['device']})"
+        plot_latency(panels, title, folder / f"latency-{model.lower()}{suffix}.png")
 
 
 def _table(rows: list[Row]) -> LatencyTable:
@@ -58,7 +61,7 @@ def _markdown(groups: dict[Any, list[Row]]) -> str:
         lines.append(_line([cell.model, cell.label, format_ms(float(base["median_ms"])), *ratios, base["rounds"]]))
     lines += [
         "",
-        "What a graph takes: MiB of peak memory (at the cell's shape) / MiB of files.",
+        "Peak memory at the shape / file size, MiB, of each graph:",
         "",
         _line(heads[:2] + forms),
     ]

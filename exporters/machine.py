@@ -35,15 +35,14 @@ options.log_severity_level = 3
 options.intra_op_num_threads = int(threads)
 before = resident("VmRSS")
 session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-for _ in range(2):
-    session.run(None, feed)
+session.run(None, feed)
 print(resident("VmHWM") - before)
 """
 """VmHWM and not `ru_maxrss`, which a child inherits from a larger parent."""
 
 
 def peak_memory_mib(path: str | os.PathLike[str], feed: Arrays, threads: int | None) -> float | None:
-    """What loading the graph and running it twice on the CPU adds to the resident memory of a process, at its peak.
+    """What loading the graph and running it on the CPU adds to the resident memory of a process, at its peak.
 
     A process of its own holds nothing but ONNX Runtime, the inputs and the graph: of several graphs in one process
     none could be told from the others.

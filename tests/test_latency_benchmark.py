@@ -70,7 +70,11 @@ def test_the_report(latency: ModuleType, tmp_path: Path) -> None:
     cells = [latency.Cell("MiniLM-L6", "cpu", threads=2), latency.Cell("MiniLM-L6", "torch eager")]
     rows = [(cell, row_of(cell, form.name, 1 + index / 100)) for cell in cells for index, form in enumerate(cell.forms)]
     sys.modules["latency_report"].write_report(rows, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["latency-minilm-l6.png", "latency.md"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "latency-minilm-l6-torch.png",
+        "latency-minilm-l6.png",
+        "latency.md",
+    ]
     text = (tmp_path / "latency.md").read_text()
     assert "| MiniLM-L6 | cpu: 8 × 64, q,v, 2 threads | 10.0 | 1.01 (0.96–1.11) |" in text
     assert "| 50 / 87 |" in text
