@@ -86,10 +86,10 @@ def export(
 @app.command(epilog="Example: melora-fx bench base.onnx unmerged.onnx --batch 1,8 --sequence 16,128 --plot bench.png")
 def bench(
     graphs: Annotated[list[Path], typer.Argument(help="ONNX files with equal inputs; the first is the reference.")],
-    batch: Annotated[list[str], typer.Option(help="Batch sizes; may be repeated.")] = ["8"],  # noqa: B006
+    batch: Annotated[list[str], typer.Option(help="Batch sizes: 1,8; may be repeated.")] = ["8"],  # noqa: B006
     sequence: Annotated[
         list[str] | None,
-        typer.Option(help="Sequence lengths; may be repeated. Default: 64 where there is such an axis."),
+        typer.Option(help="Lengths: 16,128; may be repeated. Default: 64 where there is such an axis."),
     ] = None,
     axis: Annotated[
         list[str] | None, typer.Option(help="Size of another free axis: NAME=SIZE; may be repeated.")
