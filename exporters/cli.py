@@ -12,6 +12,7 @@ import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter_file import read_adapter
 
+from .bench import BenchOptions, run_bench
 from .demo import DemoOptions, run_demo
 from .export import TARGETS, export_onnx
 from .model_folder import example_inputs, load_model
@@ -134,6 +135,53 @@ def adapter_to_ort(
     """Write an adapter for ONNX Runtime's LoraAdapter: one session, many adapters."""
     write_ort_adapter(adapter_dir, graph, out)
     print(f"{out}: {out.stat().st_size / 1024:.0f} KiB, for {graph}")
+
+
+@app.command(epilog="Example: melora-fx bench base.onnx unmerged.onnx --batch 1,8 --sequence 16,128 --plot bench.png")
+def bench(
+    graphs: Annotated[list[Path], typer.Argument(help="ONNX files with equal inputs; the first is the reference.")],
+    batch: Annotated[list[str], typer.Option(help="Batch sizes: 1,8; may be repeated.")] = ["8"],  # noqa: B006
+    sequence: Annotated[
+        list[str] | None,
+        typer.Option(help="Lengths: 16,128; may be repeated. Default: 64 where there is such an axis."),
+    ] = None,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="Size of another free axis: NAME=SIZE; may be repeated.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of one run.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each graph at each shape.")] = 30,
+    provider: Annotated[str, typer.Option(help="What runs the graphs: cpu.")] = "cpu",
+    max_difference: Annotated[
+        float | None, typer.Option(help="Refuse graphs whose outputs differ by more (relative) from the first one's.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture to this file (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Time ONNX graphs against each other: in turn, in random order, medians and ratios to the first."""
+    run_bench(
+        BenchOptions(
+            tuple(graphs), _numbers("batch", batch), _numbers("sequence", sequence or []), _axis_sizes(axis or []),
+            threads, rounds, provider, max_difference, csv, plot,
+        )
+    )  # fmt: skip
+
+
+def _numbers(name: str, values: list[str]) -> tuple[int, ...]:
+    """Repeated and comma-separated numbers in one tuple."""
+    try:
+        return tuple(int(number) for value in values for number in value.split(","))
+    except ValueError as error:
+        raise ValueError(f"`{name}` (={','.join(values)!r}) must be numbers, as in 1,8") from error
+
+
+def _axis_sizes(values: list[str]) -> dict[str, int]:
+    sizes = {}
+    for value in values:
+        name, _, size = value.partition("=")
+        if not name or not size.isdigit():
+            raise ValueError(f"`axis` (={value!r}) must be NAME=SIZE, as in past_length=0")
+        sizes[name] = int(size)
+    return sizes
 
 
 def _split_names(values: list[str]) -> Any:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -116,7 +117,8 @@ def measure_latency(
     warmup: int = 3,
     on_round: Callable[[], object] = lambda: None,
 ) -> LatencyTable:
-    """Times the runners against each other: in turn, round after round, so that all see the same machine.
+    """Times the runners against each other: each once a round, in an order that is drawn anew for every round, so that
+    all see the same machine and none always follows the same other.
 
     Args:
         runners: by name; the first is what the ratios refer to. All must have the same `threads`.
@@ -128,6 +130,27 @@ def measure_latency(
     Raises:
         ValueError: for no runners, no rounds, or runners with different numbers of threads.
     """
+    seconds = time_rounds(runners, inputs, rounds=rounds, warmup=warmup, on_round=on_round)
+    return summarize(seconds, next(iter(runners.values())).threads)
+
+
+def time_rounds(
+    runners: Mapping[str, Runner],
+    inputs: Mapping[str, Any],
+    *,
+    rounds: int,
+    warmup: int,
+    max_seconds: float = float("inf"),
+    seed: int = 0,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """The seconds of every run, by runner: what `measure_latency` summarises.
+
+    Args:
+        runners, inputs, rounds, warmup, on_round: as for `measure_latency`, and what it raises.
+        max_seconds: no further round begins after this time.
+        seed: of the order.
+    """
     if not runners or rounds < 1:
         raise ValueError("`measure_latency` needs at least one runner and one round")
     threads = {name: runner.threads for name, runner in runners.items()}
@@ -137,16 +160,24 @@ def measure_latency(
         for _ in range(warmup):
             runner.run(inputs)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
-    order = list(runners)
-    for _ in range(rounds):
+    order, shuffle = list(runners), random.Random(seed).shuffle
+    begin = time.perf_counter()
+    for index in range(rounds):
+        if index and time.perf_counter() - begin > max_seconds:
+            break
+        shuffle(order)
         for name in order:
             start = time.perf_counter()
             runners[name].run(inputs)
             seconds[name].append(time.perf_counter() - start)
-        order = order[1:] + order[:1]
         on_round()
-    reference = statistics.median(seconds[next(iter(runners))])
-    return LatencyTable(tuple(_row(name, times, reference, threads[name]) for name, times in seconds.items()))
+    return seconds
+
+
+def summarize(seconds: Mapping[str, list[float]], threads: int | None) -> LatencyTable:
+    """The table of timed runs, the first name being the reference."""
+    reference = statistics.median(next(iter(seconds.values())))
+    return LatencyTable(tuple(_row(name, times, reference, threads) for name, times in seconds.items()))
 
 
 def _row(name: str, seconds: list[float], reference: float, threads: int | None) -> Latency:

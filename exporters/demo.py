@@ -23,6 +23,7 @@ from .compare import LatencyTable, compare, measure_latency
 from .demo_data import Texts, load_csv, load_topics
 from .export import export_onnx
 from .ort_runner import OrtRunner
+from .plots import import_pyplot, plot_latency
 from .runners import TorchRunner
 from .runtime import import_onnxruntime
 
@@ -65,7 +66,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         MELoRAError, ValueError: for data, a model, targets or a folder that cannot be used, before training starts.
     """
     import_onnxruntime()
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     _check_writable(options.out)
     torch.manual_seed(_SEED)
     texts = load_csv(options.data, options.text, options.label) if options.data else load_topics()
@@ -110,7 +111,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     merged_logits = _logits(OrtRunner(paths["merged"]), batches)
 
     console.rule("time")
-    latency = _measure(model, paths, batches, rounds=10 if options.quick else 40)
+    latency, shape = _measure(model, paths, batches, rounds=10 if options.quick else 40)
     latency.to_csv(options.out / "latency.csv")
     results = {
         "model": str(options.model or "all-MiniLM-L6-v2"),
@@ -127,7 +128,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         "latency": {row.name: {"median_ms": row.median_ms, "ratio": row.ratio} for row in latency.rows},
     }
     (options.out / "report.json").write_text(json.dumps(results, indent=2) + "\n")
-    _plot_latency(pyplot, latency, options.out / "latency.png")
+    plot_latency({f"{shape} tokens": latency}, f"{results['model']}, one thread", options.out / "latency.png")
     _plot_training(pyplot, history, texts, options.out / "training.png")
     _print_results(results, options.out)
     return results
@@ -141,17 +142,6 @@ def _check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise MELoRAError(f"`{folder}` cannot be written: {error.strerror or error}") from error
-
-
-def _import_pyplot() -> Any:
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MELoRAError('matplotlib is not installed: pip install "melora_fx[demo]"') from error
-    return pyplot
 
 
 def _load_model(folder: Path | None, texts: Texts) -> tuple[Any, Any]:
@@ -279,7 +269,8 @@ def _max_error(runner_a: OrtRunner, runner_b: TorchRunner, batches: _Batches) ->
     return max(compare(runner_a, runner_b, inputs).max_abs_error for inputs, _ in batches.held_out())
 
 
-def _measure(model: nn.Module, paths: dict[str, Path], batches: _Batches, rounds: int) -> LatencyTable:
+def _measure(model: nn.Module, paths: dict[str, Path], batches: _Batches, rounds: int) -> tuple[LatencyTable, str]:
+    """The table, and the shape as text: batch × tokens."""
     inputs = batches.encode([text for text, _ in batches.texts.held_out[:8]])
     shape = " × ".join(map(str, next(iter(inputs.values())).shape))
     runners: dict[str, TorchRunner | OrtRunner] = {
@@ -289,7 +280,7 @@ def _measure(model: nn.Module, paths: dict[str, Path], batches: _Batches, rounds
     table = measure_latency(runners, inputs, rounds=rounds)
     console.print(f"batch × tokens: {shape}, one thread, {rounds} interleaved rounds")
     print(table)
-    return table
+    return table, shape
 
 
 def _print_code(title: str, code: str) -> None:
@@ -316,24 +307,6 @@ def _print_results(results: dict[str, Any], out: Path) -> None:
     console.print(f"[bold]files in {out}[/]")
     for file in sorted(file for file in out.rglob("*") if file.is_file()):
         print(f"  {os.path.relpath(file, out)}  {file.stat().st_size:,} bytes")
-
-
-def _plot_latency(pyplot: Any, latency: LatencyTable, path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
-    names = [row.name for row in latency.rows]
-    medians = [row.median_ms for row in latency.rows]
-    errors = [
-        [row.median_ms - row.p20_ms for row in latency.rows],
-        [row.p80_ms - row.median_ms for row in latency.rows],
-    ]
-    bars = axes.barh(names, medians, xerr=errors, color=["#7f8c8d", "#c0792a", "#2a7fc0", "#b0b7bb"], capsize=3)
-    axes.bar_label(bars, [f"  {row.median_ms:.1f} ms, {row.ratio:.2f} ×" for row in latency.rows], padding=8)
-    axes.set(title="Latency of one batch, one thread (bars: p20 to p80)", xlabel="ms")
-    axes.set_xlim(0, 1.45 * max(row.p80_ms for row in latency.rows))
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _plot_training(pyplot: Any, history: _History, texts: Texts, path: Path) -> None:

@@ -42,7 +42,7 @@ def test_the_module_runs_as_a_program() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "exporters.cli", "--help"], capture_output=True, text=True, check=True
     )
-    assert {"demo", "match", "export"} <= set(result.stdout.split())
+    assert {"demo", "match", "export", "bench"} <= set(result.stdout.split())
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["demo", "match", "export", "adapter to-ort"])
+@pytest.mark.parametrize("command", ["demo", "match", "export", "adapter to-ort", "bench"])
 def test_help_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.returncode == 0

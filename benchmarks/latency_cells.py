@@ -1,0 +1,96 @@
+"""What benchmarks/latency.py measures: the forms that are compared, and the cells in which they are."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from latency_models import MODELS
+
+
+@dataclass(frozen=True)
+class Form:
+    """A graph among those compared. `kind`: as for `build`; `equals`: the form whose outputs it must have."""
+
+    name: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    gives_adapter: bool = False
+    equals: str = "merged"
+
+
+FORMS = (
+    Form("base", "base", equals="base"),
+    Form("merged", "unmerged", {"adapter": "fold"}),
+    Form("unmerged", "unmerged", {"adapter": "keep"}),
+    Form("swap, no adapter", "unmerged", {"adapter": "swap"}, equals="base"),
+    Form("swap, one adapter", "unmerged", {"adapter": "swap"}, gives_adapter=True),
+    Form("PEFT unmerged", "peft"),
+)
+TORCH_FORMS = (
+    Form("base", "base", equals="base"), Form("merged", "merged"), Form("unmerged", "unmerged"),
+    Form("PEFT unmerged", "peft"),
+)  # fmt: skip
+WITHOUT = {"tensorrt": ("swap, no adapter", "swap, one adapter")}
+"""Forms that a provider does not take: TensorRT has no optional inputs."""
+TARGETS = {"cpu": "portable", "cuda": "portable", "tensorrt": "portable"}
+"""What graphs are exported for, by the provider that runs them."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured together."""
+
+    model: str
+    provider: str
+    batch: int = 8
+    sequence: int = 64
+    threads: int = 1
+    targets: str = "q,v"
+    num_blocks: int = 8
+    rank: int = 8
+    precision: str = "fp32"
+    target: str = ""
+
+    @property
+    def label(self) -> str:
+        """The provider, the shape, and what differs from the centre."""
+        parts = [f"{self.batch} × {self.sequence}", self.targets]
+        parts += [f"{self.threads} threads"] * (self.threads > 1) + [f"r = {self.rank}"] * (self.rank != 8)
+        parts += [self.precision] * (self.precision != "fp32")
+        parts += [self.target] * (self.target not in ("", TARGETS.get(self.provider, "")))
+        return f"{self.provider}: {', '.join(parts)}"
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The forms that this cell compares; the first is the reference."""
+        if self.provider.startswith("torch"):
+            return TORCH_FORMS
+        return tuple(form for form in FORMS if form.name not in WITHOUT.get(self.provider, ()))
+
+
+_SMALL = {"batch": 1, "sequence": 16}
+_ALL = {"targets": "all-linear"}
+CHANGES: dict[tuple[str, str], list[dict[str, Any]]] = {
+    ("MiniLM-L6", "cpu"): [
+        {}, {"batch": 1}, {"batch": 32}, {"sequence": 16}, {"sequence": 128}, {"sequence": 256}, {"threads": 2},
+        {"rank": 1}, _SMALL, _ALL, _ALL | {"batch": 1}, _ALL | {"sequence": 16}, _ALL | {"sequence": 128},
+        _ALL | _SMALL,
+    ],
+    ("MPNet-base", "cpu"): [
+        {}, {"batch": 1}, {"sequence": 16}, _SMALL, {"batch": 1, "threads": 2}, _ALL | {"batch": 1}, _ALL | _SMALL,
+    ],
+    ("MiniLM-L6", "torch eager"): [{}, {"batch": 1}, {"sequence": 128}, _SMALL, _ALL],
+    ("MPNet-base", "torch eager"): [{}, {"batch": 1}],
+    ("MiniLM-L6", "torch compile"): [{}, {"sequence": 128}, _ALL],
+    ("MPNet-base", "torch compile"): [],
+}  # fmt: skip
+"""Changes to the centre, one cell each. MPNet's cells of more than 20 s, or minutes of compiling, are left out."""
+
+
+def cells(providers: list[str]) -> list[Cell]:
+    """The cells of the given providers, those of the CPU for every other provider of graphs too."""
+    return [
+        Cell(model, provider, **change)
+        for provider in providers
+        for model in MODELS
+        for change in CHANGES.get((model, provider), CHANGES[model, "cpu"])
+    ]

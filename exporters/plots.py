@@ -1,0 +1,101 @@
+"""Pictures of latencies: what each form costs beside the first one."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from melora_fx import MELoRAError
+
+from .compare import Latency, LatencyTable
+
+_COLORS = ("#5f6b6d", "#2a7fc0", "#c0792a", "#3d9970", "#8e5ea2", "#b5383c", "#7f8c1d", "#20848c")
+_MAX_COLUMNS = 3
+
+
+def import_pyplot() -> Any:
+    """matplotlib's `pyplot`, without a display.
+
+    Raises:
+        MELoRAError: where matplotlib is not installed; names the extra.
+    """
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MELoRAError('matplotlib is not installed: pip install "melora_fx[demo]"') from error
+    return pyplot
+
+
+def format_ms(value: float) -> str:
+    """Milliseconds with three digits or more: neighbours differ by per cents."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-3))))}f}"
+
+
+def plot_latency(panels: Mapping[str, LatencyTable], title: str, path: str | os.PathLike[str]) -> None:
+    """Writes one panel a table, side by side on one scale: a dot for each row's ratio, a bar from p20 to p80.
+
+    Args:
+        panels: by the panel's title; a row has the same line and colour in every panel.
+        title: says what was measured: model, threads, machine.
+        path: a file whose suffix matplotlib knows, such as .png.
+
+    Raises:
+        MELoRAError: where matplotlib is not installed.
+    """
+    pyplot = import_pyplot()
+    names = list(dict.fromkeys(row.name for table in panels.values() for row in table.rows))
+    num_columns = min(len(panels), _MAX_COLUMNS)
+    num_rows = -(-len(panels) // num_columns)
+    size = (7.5 if num_columns == 1 else 1.8 + 3.4 * num_columns, 1.1 + num_rows * (0.65 + 0.3 * len(names)))
+    figure, grid = pyplot.subplots(
+        num_rows, num_columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (panel, table) in zip(grid.flat, panels.items(), strict=False):
+        axes.set_title(panel, fontsize=10, loc="left")
+        _draw(axes, table, names)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    for column in range(num_columns):  # the lowest panel of each column carries the scale
+        lowest = [axes for axes in grid[:, column] if axes.get_visible()][-1]
+        lowest.tick_params(labelbottom=True)
+        lowest.set_xlabel(f"time ÷ time of {names[0]}")
+    low, high = _range(panels)
+    grid[0, 0].set(xlim=(low, high), ylim=(len(names) - 0.4, -0.6))
+    grid[0, 0].set_yticks(range(len(names)), names)
+    figure.suptitle(f"{title}\nleft is faster; dot: median, bar: p20 to p80", fontsize=11)
+    figure.savefig(Path(path), dpi=150)
+    pyplot.close(figure)
+
+
+def _draw(axes: Any, table: LatencyTable, names: list[str]) -> None:
+    reference = table.rows[0].median_ms / table.rows[0].ratio
+    axes.axvline(1.0, color=_COLORS[0], linewidth=1, linestyle="--", zorder=1)
+    for row in table.rows:
+        line = names.index(row.name)
+        color = _COLORS[line % len(_COLORS)]
+        axes.hlines(line, row.p20_ms / reference, row.p80_ms / reference, color=color, linewidth=5, alpha=0.35)
+        axes.plot(row.ratio, line, "o", color=color, markersize=6, zorder=3)
+        axes.annotate(
+            f"{row.ratio:.2f} ×  {format_ms(row.median_ms)} ms", (1.02, line), xycoords=("axes fraction", "data"),
+            va="center", fontsize=8.5, color=color, annotation_clip=False,
+        )  # fmt: skip
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#e3e6e7", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _range(panels: Mapping[str, LatencyTable]) -> tuple[float, float]:
+    """Ends of the scale: every bar, and 1.00 inside."""
+
+    def ratios(row: Latency) -> tuple[float, float]:
+        reference = row.median_ms / row.ratio
+        return min(row.ratio, row.p20_ms / reference), max(row.ratio, row.p80_ms / reference)
+
+    ends = [ratios(row) for table in panels.values() for row in table.rows]
+    low, high = min(0.95, *(end[0] for end in ends)), max(1.1, *(end[1] for end in ends))
+    return low - 0.03 * (high - low), high + 0.03 * (high - low)
