@@ -67,7 +67,7 @@ def test_a_graph_without_sequence_has_no_such_column(folder: Path, tmp_path: Pat
     ("arguments", "text"),
     [
         (("keep.onnx", "nowhere.onnx", "gone.onnx"), "gone.onnx`: no such file"),
-        (("broken.onnx",), "ONNX Runtime cannot load"),
+        (("broken.onnx",), "cannot be read as an ONNX graph"),
         (("keep.onnx", "tower.onnx"), "takes other inputs than"),
         (("keep.onnx", "--batch", "1,x"), "`batch` (='1,x') must be numbers"),
         (("keep.onnx", "--batch", "0"), "`batch` (=0) must be at least 1"),
