@@ -83,10 +83,17 @@ def _casts_to(node: onnx_ir.Node, dtype: onnx_ir.DataType) -> bool:
 
 
 def _cast(tensor: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
-    limit = np.finfo(np.float16).max
+    """`tensor` in half precision, values beyond its range cut to it, made whenever it is read."""
     return onnx_ir.LazyTensor(
-        lambda: onnx_ir.tensor(np.clip(tensor.numpy(), -limit, limit).astype(np.float16), name=tensor.name),
+        lambda: onnx_ir.tensor(_rounded(tensor.numpy()), name=tensor.name),
         dtype=onnx_ir.DataType.FLOAT16,
         shape=onnx_ir.Shape(tensor.shape.numpy()),
         name=tensor.name,
     )
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    limit = np.finfo(np.float16).max
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return np.clip(half, -limit, limit, out=half)

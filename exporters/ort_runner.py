@@ -48,6 +48,7 @@ class OrtRunner:
         shapes: dynamic axis → (min, opt, max): TensorRT's profile, and on any provider the sizes that `run` takes; an
             axis with one size is fixed in the session.
         io_binding: bind inputs, outputs and adapters to the device's memory; None does so on GPUs.
+        session_config: further entries of the session's configuration, under ONNX Runtime's own keys.
 
     Raises:
         ValueError: for an unknown provider, options that it lacks or that exclude each other, or `shapes` that do not
@@ -65,6 +66,7 @@ class OrtRunner:
         provider_options: Mapping[str, Any] | None = None,
         shapes: Shapes | None = None,
         io_binding: bool | None = None,
+        session_config: Mapping[str, str] | None = None,
     ) -> None:
         ort = import_onnxruntime()
         self.path, self.provider, self.threads, self._shapes = Path(path), provider, threads, dict(shapes or {})
@@ -88,7 +90,7 @@ class OrtRunner:
                 f"`{self.path}` has optional inputs (swappable adapters), which TensorRT and CUDA graphs cannot take: "
                 'export it with `adapter="fold"` or "keep", or use the provider "cuda" without a CUDA graph'
             )
-        self.session = make_session(ort, self.path, self.choice)
+        self.session = make_session(ort, self.path, self.choice, session_config)
         self.input_names = [value.name for value in self.session.get_inputs()]
         overridable = [value.name for value in self.session.get_overridable_initializers()]
         self.adapter_names = [name for name in overridable if name not in self.input_names]

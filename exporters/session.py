@@ -5,6 +5,7 @@ import ctypes
 import importlib
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,10 @@ def _remedy(library: str) -> str:
     return 'pip install "melora_fx[gpu]" brings CUDA and cuDNN'
 
 
-def make_session(ort: Any, path: Path, choice: ProviderChoice) -> Any:
+def make_session(ort: Any, path: Path, choice: ProviderChoice, config: Mapping[str, str] | None = None) -> Any:
     """A session for the file `path` that has every provider of the choice, and falls back to none.
+
+    `config`: further entries of the session's configuration.
 
     Raises:
         ValueError: for a provider option that ONNX Runtime does not know.
@@ -76,6 +79,8 @@ def make_session(ort: Any, path: Path, choice: ProviderChoice) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
     if choice.threads is not None:
         options.intra_op_num_threads = choice.threads
     for axis, size in choice.fixed_axes.items():
