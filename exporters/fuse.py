@@ -14,6 +14,7 @@ from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
 from melora_fx import MELoRAError
 
+from .onnx_graph import quiet
 from .weights import WeightPlace
 
 FUSED_TARGETS = {"ort-cpu": "cpu", "ort-cuda": "cuda"}
@@ -44,7 +45,8 @@ def fuse(graph_model: onnx_ir.Model, target: str, places: Mapping[str, WeightPla
     tensors = {name: tensor for name in names if (tensor := _matrix(graph, name)) is not None}
     for number, name in enumerate(tensors, start=1):
         graph.initializers[name].const_value = _stand_in(number, tensors[name])
-    fuse_for_onnxruntime(graph_model, FUSED_TARGETS[target])
+    with quiet():  # shape inference refuses the stand-ins' type; no fusion needs it
+        fuse_for_onnxruntime(graph_model, FUSED_TARGETS[target])
     packed: dict[str, tuple[onnx_ir.Value, tuple[int, int]]] = {}
     for value in list(graph.initializers.values()):
         if value.const_value is None or value.const_value.dtype != _STAND_IN_TYPE:

@@ -59,7 +59,7 @@ def build_graph(
     with in_mode(model, training=False), without_cache(model), torch.no_grad():
         outputs = named_outputs(model(**inputs))
         try:
-            with _quiet():
+            with quiet():
                 graph_model = _export(model, inputs, dynamic_axes, opset)
         except Exception as error:  # exporters raise many kinds
             raise MELoRAError(
@@ -194,8 +194,10 @@ def axes_of(value: onnx_ir.Value) -> tuple[int | str, ...]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporters' progress, notices and deprecations from the user; errors are raised, not logged."""
+def quiet() -> Iterator[None]:
+    """Keeps the progress, notices and deprecations of exporters and graph passes from the user; errors are raised, not
+    logged.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers.exporters", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

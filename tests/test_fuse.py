@@ -7,10 +7,13 @@ import numpy as np
 import onnx
 import pytest
 from support import bert_classifier, fill, gpt2, tokens
+from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
 import melora_fx
-from exporters import ExportReport, export_onnx
+from exporters import ExportReport, OrtRunner, compare, export_onnx
+from exporters.fuse import FUSED_TARGETS
 from exporters.metadata import read_facts
+from exporters.onnx_graph import build_graph, count_ops
 from melora_fx import MELoRAConfig
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3)
@@ -42,6 +45,16 @@ def assert_weights_where_it_says(report: ExportReport, model: melora_fx.rewrite.
             np.testing.assert_array_equal(value.T if place.is_transposed else value, expected[name])
 
 
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+def test_the_fusions_are_those_of_transformers(target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Stand-ins for the weights, whose type and values differ, change none of them, and no pass complains."""
+    report = export_onnx(bert_classifier(), tokens(), tmp_path, target=target, precision="fp32", verify=False)
+    assert not caplog.records
+    graph_model = build_graph(bert_classifier(), tokens())
+    fuse_for_onnxruntime(graph_model, FUSED_TARGETS[target])
+    assert report.op_counts == count_ops(graph_model)
+
+
 def test_packed_weights_are_named_after_what_they_hold(tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(bert_classifier(), "query", CONFIG))
     export_onnx(model, tokens(), tmp_path, target="ort-cpu", verify=False)
@@ -59,8 +72,6 @@ def test_swappable_adapters_survive_the_fusions(tmp_path: Path) -> None:
     export_onnx(gpt2(), tokens(), tmp_path / "base.onnx", target="ort-cpu", verify=False)
     export_onnx(model, tokens(), tmp_path / "keep.onnx", adapter="keep", target="ort-cpu", verify=False)
     melora_fx.save_adapter(model, tmp_path / "adapter")
-    from exporters import OrtRunner, compare
-
     swap, base, keep = (OrtRunner(tmp_path / f"{name}.onnx") for name in ("swap", "base", "keep"))
     np.testing.assert_array_equal(swap.run(tokens())["logits"], base.run(tokens())["logits"])
     with_adapter = swap.run(tokens(), adapter=tmp_path / "adapter")["logits"]
