@@ -20,7 +20,8 @@ class Form:
 FORMS = (
     Form("base", "base", equals="base"),
     Form("merged", "unmerged", {"adapter": "fold"}),
-    Form("unmerged", "unmerged", {"adapter": "keep"}),
+    Form("unmerged, block", "unmerged", {"adapter": "keep", "form": "block"}),
+    Form("unmerged, dense", "unmerged", {"adapter": "keep", "form": "dense"}),
     Form("swap, no adapter", "unmerged", {"adapter": "swap"}, equals="base"),
     Form("swap, one adapter", "unmerged", {"adapter": "swap"}, gives_adapter=True),
     Form("PEFT unmerged", "peft"),
@@ -31,8 +32,8 @@ TORCH_FORMS = (
 )  # fmt: skip
 WITHOUT = {"tensorrt": ("swap, no adapter", "swap, one adapter")}
 """Forms that a provider does not take: TensorRT has no optional inputs."""
-TARGETS = {"cpu": "portable", "cuda": "portable", "tensorrt": "portable"}
-"""What graphs are exported for, by the provider that runs them."""
+TARGETS = {"cpu": "portable", "cuda": "ort-cuda", "tensorrt": "tensorrt"}
+"""What graphs are exported for, by the provider that runs them, where a cell does not say it."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ _ALL = {"targets": "all-linear"}
 CHANGES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("MiniLM-L6", "cpu"): [
         {}, {"batch": 1}, {"batch": 32}, {"sequence": 16}, {"sequence": 128}, {"sequence": 256}, {"threads": 2},
-        {"rank": 1}, _SMALL, _ALL, _ALL | {"batch": 1}, _ALL | {"sequence": 16}, _ALL | {"sequence": 128},
-        _ALL | _SMALL,
+        {"rank": 1}, {"precision": "fp16"}, {"target": "ort-cpu"}, _SMALL, _ALL, _ALL | {"batch": 1},
+        _ALL | {"sequence": 16}, _ALL | {"sequence": 128}, _ALL | _SMALL, _ALL | {"rank": 1},
+        _ALL | {"target": "ort-cpu"},
     ],
     ("MPNet-base", "cpu"): [
         {}, {"batch": 1}, {"sequence": 16}, _SMALL, {"batch": 1, "threads": 2}, _ALL | {"batch": 1}, _ALL | _SMALL,

@@ -150,7 +150,7 @@ def bench(
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of one run.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed runs of each graph at each shape.")] = 30,
-    provider: Annotated[str, typer.Option(help="What runs the graphs: cpu.")] = "cpu",
+    provider: Annotated[str, typer.Option(help="What runs the graphs: cpu, cuda or tensorrt.")] = "cpu",
     max_difference: Annotated[
         float | None, typer.Option(help="Refuse graphs whose outputs differ by more (relative) from the first one's.")
     ] = None,

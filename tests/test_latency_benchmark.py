@@ -54,7 +54,10 @@ def test_the_cells_differ_from_the_centre_in_what_is_asked(latency: ModuleType) 
     assert {"cpu: 8 × 64, q,v, 2 threads", "cpu: 8 × 64, q,v, r = 1", "torch compile: 8 × 64, all-linear"} <= labels
     on_gpu = latency.cells(["tensorrt"])
     assert len(on_gpu) == sum(cell.provider == "cpu" for cell in cells)
-    assert [form.name for form in on_gpu[0].forms] == ["base", "merged", "unmerged", "PEFT unmerged"]
+    assert [form.name for form in on_gpu[0].forms] == [
+        "base", "merged", "unmerged, block", "unmerged, dense", "PEFT unmerged"
+    ]  # fmt: skip
+    assert {cell.precision for cell in cells if cell.provider == "cpu"} == {"fp32", "fp16"}
 
 
 def test_a_cell_is_done_when_every_form_has_its_row(latency: ModuleType) -> None:
@@ -108,7 +111,7 @@ def test_a_cell_of_graphs_is_measured_and_its_exports_kept(tiny: ModuleType, tmp
     rows = list(tiny.measure_cell(cell, workshop, seconds=0))
     assert [row["form"] for row in rows] == [form.name for form in tiny.FORMS]
     assert all(row["max_rel_difference"] < 1e-4 and row["file_size_mib"] for row in rows)
-    assert capsys.readouterr().out.count("exporting") == 5
+    assert capsys.readouterr().out.count("exporting") == 6
     list(tiny.measure_cell(cell, workshop, seconds=0))
     assert "exporting" not in capsys.readouterr().out
 
