@@ -19,7 +19,7 @@ from .metadata import read_facts
 from .onnx_file import axes_by_name, content_hash, has_optional_inputs, precision_of, read_graph, required_inputs
 from .providers import Shapes, choose_provider
 from .runtime import Arrays, import_onnxruntime
-from .session import make_session
+from .session import HALF_CONFIG, make_session
 from .swap import read_ort_adapter, swap_tensors
 
 
@@ -48,7 +48,8 @@ class OrtRunner:
         shapes: dynamic axis → (min, opt, max): TensorRT's profile, and on any provider the sizes that `run` takes; an
             axis with one size is fixed in the session.
         io_binding: bind inputs, outputs and adapters to the device's memory; None does so on GPUs.
-        session_config: further entries of the session's configuration, under ONNX Runtime's own keys.
+        session_config: further entries of the session's configuration, under ONNX Runtime's own keys; they go before
+            `HALF_CONFIG`, which graphs in half precision get.
 
     Raises:
         ValueError: for an unknown provider, options that it lacks or that exclude each other, or `shapes` that do not
@@ -73,12 +74,13 @@ class OrtRunner:
         if not self.path.is_file():
             raise MELoRAError(f"`{self.path}` does not exist")
         graph = read_graph(self.path)
+        precision = precision_of(graph)
         self._axes = axes_by_name(required_inputs(graph))
         self.choice = choose_provider(
             provider,
             self.path,
             self._axes,
-            precision=precision_of(graph),
+            precision=precision,
             content=content_hash(self.path, graph) if provider == "tensorrt" else "",
             threads=threads,
             provider_options=provider_options,
@@ -90,7 +92,8 @@ class OrtRunner:
                 f"`{self.path}` has optional inputs (swappable adapters), which TensorRT and CUDA graphs cannot take: "
                 'export it with `adapter="fold"` or "keep", or use the provider "cuda" without a CUDA graph'
             )
-        self.session = make_session(ort, self.path, self.choice, session_config)
+        self.session_config = (HALF_CONFIG if precision == "fp16" else {}) | dict(session_config or {})
+        self.session = make_session(ort, self.path, self.choice, self.session_config)
         self.input_names = [value.name for value in self.session.get_inputs()]
         overridable = [value.name for value in self.session.get_overridable_initializers()]
         self.adapter_names = [name for name in overridable if name not in self.input_names]
@@ -176,6 +179,7 @@ class OrtRunner:
             "io_binding": choice.io_binding,
             "cuda_graph": choice.cuda_graph,
             "fixed_axes": choice.fixed_axes,
+            "session_config": self.session_config,
             "shapes": {axis: list(sizes) for axis, sizes in self._shapes.items()},
             "onnxruntime": import_onnxruntime().__version__,
         }

@@ -13,6 +13,10 @@ from melora_fx import MELoRAError
 
 from .providers import CUDA, TENSORRT, ProviderChoice
 
+HALF_CONFIG = {"optimization.disable_specified_optimizers": "NchwcTransformer"}
+"""Session configuration for graphs in half precision: this pass, for convolutions on x86, ends the process at some
+(Transpose → Cast → MatMul: https://github.com/microsoft/onnxruntime/issues/28392; seen with 1.32)."""
+
 _LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
 
 

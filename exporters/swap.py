@@ -32,7 +32,8 @@ from .weights import WeightPlace
 
 @contextmanager
 def distinct_values(model: nn.Module) -> Iterator[None]:
-    """Inside the block the adapters and the modules kept trainable hold random values, afterwards their own again.
+    """Inside the block the adapters and the modules kept trainable hold random values, afterwards their own again:
+    normal, of variance 1 / (values that a product sums), so that an update is about as large as its input.
 
     Exporters store tensors of equal values once, such as the zeros of every untrained B; inputs must stay apart.
     """
@@ -44,7 +45,7 @@ def distinct_values(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             for tensor in tensors:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
         yield
     finally:
         with torch.no_grad():

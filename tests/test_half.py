@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import melora_fx
 from exporters import OrtRunner, export_onnx
+from exporters.session import HALF_CONFIG
 from melora_fx import MELoRAConfig
 
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
@@ -58,3 +59,19 @@ def test_values_beyond_the_range_are_cut_to_it(tmp_path: Path) -> None:
     x = np.zeros((2, 64), np.float32)
     x[:, 0] = 1e-3
     np.testing.assert_allclose(OrtRunner(tmp_path / "model.onnx").run({"x": x})["output"], 65.5, rtol=1e-2)
+
+
+def test_a_transposed_input_of_a_product(tmp_path: Path) -> None:
+    """Without `HALF_CONFIG` ONNX Runtime 1.32 ends the process when it loads this graph on an x86 CPU."""
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(24, 48)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+    export_onnx(Sequence(), {"x": torch.randn(2, 6, 24)}, tmp_path, precision="fp16")
+    runner = OrtRunner(tmp_path / "model.onnx", session_config={"session.intra_op.allow_spinning": "0"})
+    assert runner.describe()["session_config"] == HALF_CONFIG | {"session.intra_op.allow_spinning": "0"}
