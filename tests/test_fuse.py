@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from support import bert_classifier, fill, gpt2, tokens
+from torch import nn
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
 import melora_fx
@@ -31,7 +32,7 @@ def test_the_merged_graph_has_the_base_graphs_operators(target: str, tmp_path: P
     assert_weights_where_it_says(merged, model)
 
 
-def assert_weights_where_it_says(report: ExportReport, model: melora_fx.rewrite.__class__) -> None:
+def assert_weights_where_it_says(report: ExportReport, model: nn.Module) -> None:
     graph = onnx.load(report.path).graph
     stored = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     places = read_facts(report.path).weights

@@ -38,7 +38,7 @@ def test_weights_are_half_and_inputs_and_outputs_as_they_were(adapter: str, targ
 def test_norms_of_large_activations_do_not_overflow(tmp_path: Path) -> None:
     """Activations of 1,000, whose squares half precision cannot hold, as language models have them."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1000 / model.model.embed_tokens.weight.abs().max())
