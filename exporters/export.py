@@ -128,8 +128,9 @@ def export_onnx(
     Args:
         model: a rewritten model, or a plain one, which is exported as it is, in float32. A causal language model is
             exported without a key-value cache.
-        example_inputs: a dict of keyword arguments or a tuple of positional ones; a batch of one is doubled where the
-            batch is dynamic. Its number of tokens stands for that of a typical run where `form` is "auto".
+        example_inputs: a dict of keyword arguments or a tuple of positional ones, tensors or constants of the graph (a
+            number, a text, None); a batch of one is doubled where the batch is dynamic. Its number of tokens stands for
+            that of a typical run where `form` is "auto".
         path: the .onnx file, or a folder, in which it is called model.onnx.
         adapter: "fold" exports the merged weights, "keep" the adapters as nodes of the graph, "swap" these nodes with
             the adapters as optional inputs, of any rank: without any the graph computes the base.
@@ -243,6 +244,12 @@ def _as_keywords(
     model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], dynamic_axes: DynamicAxes
 ) -> dict[str, Any]:
     """The example inputs by name: a graph's inputs have names."""
+    if isinstance(dynamic_axes, str):
+        valid = dynamic_axes == "auto"
+    else:
+        valid = isinstance(dynamic_axes, Mapping) and all(isinstance(axes, Mapping) for axes in dynamic_axes.values())
+    if not valid:
+        raise ValueError(f'`dynamic_axes` (={dynamic_axes!r}) must be "auto" or input name → {{axis: name}}')
     fixed = not isinstance(dynamic_axes, str) and not any(0 in axes for axes in dynamic_axes.values())
     args, kwargs = as_arguments(example_inputs, double=not fixed)
     parameters = inspect.signature(model.forward).parameters.values()
@@ -253,6 +260,12 @@ def _as_keywords(
             "pass a dict"
         )
     inputs = dict(zip(names, args, strict=False)) | kwargs
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor | bool | int | float | str | None):
+            raise TypeError(
+                f"`example_inputs`: `{name}` is a {type(value).__name__}, a graph's input must be a tensor (a number, "
+                "a text or None becomes a constant of the graph)"
+            )
     return {name: inputs[name] for name in sorted(inputs, key=lambda name: names.index(name) if name in names else -1)}
 
 

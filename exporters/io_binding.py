@@ -11,7 +11,7 @@ import numpy as np
 
 from melora_fx import MELoRAError
 
-from .runtime import Arrays, import_onnxruntime
+from .runtime import Arrays, as_array, import_onnxruntime
 
 Values = Mapping[str, Any]
 """`onnxruntime.OrtValue`s by name."""
@@ -21,7 +21,7 @@ def to_device(arrays: Mapping[str, Any], device: str, device_id: int) -> dict[st
     """Arrays or tensors as `onnxruntime.OrtValue`s on the device; on the CPU they share the arrays' memory."""
     ort = import_onnxruntime()
     return {
-        name: ort.OrtValue.ortvalue_from_numpy(np.asarray(value, order="C"), device, device_id)
+        name: ort.OrtValue.ortvalue_from_numpy(np.asarray(as_array(value), order="C"), device, device_id)
         for name, value in arrays.items()
     }
 

@@ -27,17 +27,25 @@ DynamicAxes = Literal["auto"] | Mapping[str, Mapping[int, str]]
 
 
 def check_dynamic_axes(inputs: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:
-    """Raises a ValueError for axes of inputs that are not there."""
+    """Raises a ValueError for axes of inputs that are not there, and for names that cannot be theirs."""
     if isinstance(dynamic_axes, str):
-        if dynamic_axes != "auto":
-            raise ValueError(f'`dynamic_axes` (={dynamic_axes!r}) must be "auto" or input name → {{axis: name}}')
         return
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    sizes: dict[str, int] = {}
     for name, axes in dynamic_axes.items():
-        if name not in inputs:
-            raise ValueError(f"`dynamic_axes` names the input `{name}`; the inputs are {', '.join(inputs)}")
-        shape = tuple(inputs[name].shape)
+        if name not in tensors:
+            raise ValueError(f"`dynamic_axes` names the input `{name}`; the inputs are {', '.join(tensors)}")
+        shape = tuple(tensors[name].shape)
         if outside := [axis for axis in axes if axis not in range(len(shape))]:
             raise ValueError(f"`dynamic_axes` of `{name}`, of shape {shape}: it has no axis {outside[0]}")
+        for axis, label in axes.items():
+            if not isinstance(label, str) or not label.isidentifier():
+                raise ValueError(f"`dynamic_axes` of `{name}`, axis {axis}: {label!r} must be a name such as 'batch'")
+            if sizes.setdefault(label, shape[axis]) != shape[axis]:
+                raise ValueError(
+                    f"`dynamic_axes` of `{name}`, axis {axis}: `{label}` is {shape[axis]} here and {sizes[label]} "
+                    "before: axes of one name have one size"
+                )
 
 
 def build_graph(
@@ -49,22 +57,26 @@ def build_graph(
 
     Args:
         model: the model.
-        inputs: keyword arguments of the model.
+        inputs: keyword arguments of the model; what is no tensor becomes a constant of the graph.
         dynamic_axes: which axes stay dynamic.
         opset: ONNX operator set; None leaves the exporter's default.
 
     Raises:
-        MELoRAError: where the exporter fails, its own message is given; for an axis that the model fixes.
+        MELoRAError: where the model or the exporter fails, its own message is given; for an axis that the model fixes.
     """
     with in_mode(model, training=False), without_cache(model), torch.no_grad():
-        outputs = named_outputs(model(**inputs))
+        try:
+            outputs = model(**inputs)
+        except Exception as error:  # the model's own forward can raise anything
+            raise MELoRAError(
+                f"`{type(model).__name__}` does not take `example_inputs`: {type(error).__name__}: {error}"
+            ) from error
+        outputs = named_outputs(outputs)
         try:
             with quiet():
                 graph_model = _export(model, inputs, dynamic_axes, opset)
         except Exception as error:  # exporters raise many kinds
-            raise MELoRAError(
-                f"`{type(model).__name__}` cannot be exported: {type(error).__name__}: {error}"
-            ) from error
+            raise MELoRAError(f"`{type(model).__name__}` cannot be exported: {_reason(error)}") from error
     graph = graph_model.graph
     if len(graph.outputs) != len(outputs):
         raise MELoRAError(
@@ -78,6 +90,14 @@ def build_graph(
     _refuse_fixed(graph, dynamic_axes)
     _name_axes(graph, inputs, dynamic_axes)
     return graph_model
+
+
+def _reason(error: BaseException) -> str:
+    """The exporter's message; torch's outermost one advises torch's developers, those below it say what happened."""
+    causes = [error]
+    while isinstance(causes[-1], torch.onnx.errors.OnnxExporterError) and causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return "; ".join(f"{type(cause).__name__}: {cause}" for cause in causes[1:][-2:] or causes)
 
 
 def _refuse_fixed(graph: onnx_ir.Graph, dynamic_axes: DynamicAxes) -> None:
@@ -98,7 +118,10 @@ def _export(model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes,
     if isinstance(dynamic_axes, str):
         shapes = pytree.tree_map(all_dynamic, inputs)
     else:
-        shapes = {name: dict.fromkeys(dynamic_axes.get(name, {}), Dim.AUTO) for name in inputs}
+        shapes = {
+            name: dict.fromkeys(dynamic_axes.get(name, {}), Dim.AUTO) if isinstance(value, torch.Tensor) else None
+            for name, value in inputs.items()
+        }
     if isinstance(model, PreTrainedModel):
         from transformers.exporters import OnnxConfig, OnnxExporter  # heavy: only where it is used
 
@@ -110,7 +133,8 @@ def _export(model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes,
             model.__dict__.clear()
             model.__dict__.update(attributes)
     program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
-    exported = torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=[*inputs], verbose=False)
+    names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
+    exported = torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=names, verbose=False)
     assert exported is not None
     return exported.model
 

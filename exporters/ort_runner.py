@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from melora_fx import MELoRAError
 from melora_fx.adapter_file import read_adapter
 
@@ -18,7 +16,7 @@ from .io_binding import ReplayBuffers, run_bound, to_device
 from .metadata import read_facts
 from .onnx_file import axes_by_name, content_hash, has_optional_inputs, precision_of, read_graph, required_inputs
 from .providers import Shapes, choose_provider
-from .runtime import Arrays, import_onnxruntime
+from .runtime import Arrays, as_array, import_onnxruntime
 from .session import HALF_CONFIG, make_session
 from .swap import read_ort_adapter, swap_tensors
 
@@ -118,7 +116,7 @@ class OrtRunner:
             MELoRAError: for a missing or unknown input, a size outside of `shapes`, an adapter that does not fit, or
                 what ONNX Runtime refuses.
         """
-        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        arrays = {name: as_array(value) for name, value in inputs.items()}
         self._check_inputs({name: array.shape for name, array in arrays.items()})
         loaded = self._load(adapter)
         if self._replay is not None:

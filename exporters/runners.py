@@ -1,10 +1,9 @@
 """One interface for everything that computes the model: `run(inputs) -> outputs`, both dicts of NumPy arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from .onnx_graph import named_outputs
 from .runtime import Arrays
@@ -22,11 +21,11 @@ class TorchRunner:
     """Runs a torch module as it is, in its present mode, without gradients.
 
     Args:
-        model: called with the inputs as keyword arguments.
+        model: the module, or a function of it; called with the inputs as keyword arguments.
         threads: number of torch's intra-operator threads during a run; None leaves torch's own.
     """
 
-    def __init__(self, model: nn.Module, *, threads: int | None = None) -> None:
+    def __init__(self, model: Callable[..., Any], *, threads: int | None = None) -> None:
         self.model, self.threads = model, threads
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
@@ -41,4 +40,4 @@ class TorchRunner:
         finally:
             if torch.get_num_threads() != before:
                 torch.set_num_threads(before)
-        return {name: output.cpu().numpy() for name, output in outputs.items()}
+        return {name: output.detach().cpu().numpy() for name, output in outputs.items()}

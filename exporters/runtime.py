@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 import numpy as np
+import torch
 
 from melora_fx import MELoRAError
 
@@ -23,6 +24,11 @@ def import_onnxruntime() -> Any:
             'ONNX Runtime is not installed: pip install "melora_fx[cpu]", or "melora_fx[gpu]" for CUDA and TensorRT; '
             "never both"
         ) from error
+
+
+def as_array(value: Any) -> np.ndarray:
+    """An array or a tensor as an array, in the same memory where it can be."""
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
 def import_float16() -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def check_file(path: Path) -> None:
         raise MELoRAError(f"onnx.checker refuses the export: {error}") from error
 
 
-def verify(model: nn.Module, inputs: Mapping[str, torch.Tensor], path: Path, precision: str) -> Verification:
+def verify(model: nn.Module, inputs: Mapping[str, Any], path: Path, precision: str) -> Verification:
     """Compares a file with the model that it was exported from, in evaluation mode, on ONNX Runtime's CPU.
 
     Compared are the example's sizes, other sizes of every dynamic axis, a single row, and padding; a graph with
@@ -63,13 +64,16 @@ def verify(model: nn.Module, inputs: Mapping[str, torch.Tensor], path: Path, pre
     """
     runner = OrtRunner(path, session_config={"session.disable_prepacking": "1"})  # mapped weights are not copied
     axes = {value.name: value.shape for value in runner.session.get_inputs()}
+    constants = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
+    inputs = {name: value for name, value in inputs.items() if name not in constants}
+    torch_runner = TorchRunner(partial(model, **constants))
     compared, abs_errors, rel_errors = [], [0.0], [0.0]
     with in_mode(model, training=False), without_cache(model):
-        for name, trial in _trials(model, inputs, axes):
+        for name, trial in _trials(torch_runner, inputs, axes):
             for adapter, context in _adapters(model, runner):
                 with context:
                     own = swap_tensors(adapter_of(model), read_facts(path)) if adapter in ("own", "random") else {}
-                    comparison = compare(runner.with_tensors(own), TorchRunner(model), trial)
+                    comparison = compare(runner.with_tensors(own), torch_runner, trial)
                 words = name if adapter == "as it is" else f"{name}, {adapter} adapter"
                 if not comparison.max_rel_error <= TOLERANCES[precision]:
                     raise MELoRAError(f"the ONNX graph is not equal to torch at {words}: {comparison}")
@@ -90,7 +94,7 @@ def _adapters(model: nn.Module, runner: OrtRunner) -> Iterator[tuple[str, Any]]:
 
 
 def _trials(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], axes: Mapping[str, list[Any]]
+    torch_runner: TorchRunner, inputs: Mapping[str, torch.Tensor], axes: Mapping[str, list[Any]]
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Inputs of several sizes and with padding, named; sizes that the model itself refuses are left out."""
     example = {
@@ -104,7 +108,7 @@ def _trials(
         sizes += [example | {axis: other} for other in (size + 1, max(2, size // 2))]
     for number, trial_sizes in enumerate(dict(s) for s in dict.fromkeys(tuple(s.items()) for s in sizes)):
         trial = _resized(inputs, axes, trial_sizes)
-        if number and not _accepts(model, trial):
+        if number and not _accepts(torch_runner, trial):
             continue
         yield " ".join(f"{axis}={size}" for axis, size in trial_sizes.items()) or "the example", trial
     mask = inputs.get("attention_mask")
@@ -114,9 +118,9 @@ def _trials(
         yield "padding", {**inputs, "attention_mask": padded}
 
 
-def _accepts(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
+def _accepts(torch_runner: TorchRunner, inputs: Mapping[str, torch.Tensor]) -> bool:
     try:
-        TorchRunner(model).run(inputs)
+        torch_runner.run(inputs)
     except Exception:  # such as more tokens than it has positions
         return False
     return True

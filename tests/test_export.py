@@ -309,16 +309,71 @@ class Flat(nn.Module):
     ("axes", "error", "text"),
     [
         ("all", ValueError, r"`dynamic_axes` \(='all'\) must be \"auto\" or"),
+        (None, ValueError, r"`dynamic_axes` \(=None\) must be \"auto\" or"),
+        ({"x": [0]}, ValueError, r"`dynamic_axes` \(=\{'x': \[0\]\}\) must be \"auto\" or"),
+        ({"x": {0: 2}}, ValueError, "of `x`, axis 0: 2 must be a name such as 'batch'"),
+        ({"x": {0: "12"}}, ValueError, "of `x`, axis 0: '12' must be a name such as 'batch'"),
+        ({"x": {0: "n", 1: "n"}}, ValueError, "of `x`, axis 1: `n` is 12 here and 2 before"),
         ({"y": {0: "batch"}}, ValueError, "names the input `y`; the inputs are x"),
         ({"x": {2: "depth"}}, ValueError, r"of `x`, of shape \(2, 12\): it has no axis 2"),
         ({"x": {0: "batch", 1: "width"}}, MELoRAError, r"`x` axis 1 \(`width`\): the model fixes it to 12"),
     ],
-    ids=["form", "input", "axis", "fixed"],
+    ids=["form", "none", "list", "number", "digits", "one_name", "input", "axis", "fixed"],
 )
 def test_axes_that_cannot_be_dynamic_are_named(axes: Any, error: type[Exception], text: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=text):
         export_onnx(Flat(), {"x": randn(2, 12)}, tmp_path, dynamic_axes=axes)
     assert not list(tmp_path.iterdir())
+
+
+class Scales(nn.Module):
+    """Takes and returns all sorts of things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, flag: bool, x: torch.Tensor, mask: Any = None, scale: Any = 1.0) -> dict[str, Any]:
+        y = self.linear(x) * scale if flag else x
+        return {"y": y, "bias": self.linear.bias, "none": None, "pair": (x, y.sum())}
+
+
+def test_what_is_no_tensor_is_a_constant_of_the_graph(tmp_path: Path) -> None:
+    inputs = {"flag": True, "x": randn(2, 12), "mask": None, "scale": 0.5}
+    report = export_onnx(Scales(), inputs, tmp_path / "a.onnx", dynamic_axes={"x": {0: "n"}})
+    assert report.inputs == {"x": ("n", 12)}
+    assert report.outputs == {"y": ("n", 3), "bias": (3,), "pair_0": ("n", 12), "pair_1": ()}
+    report = export_onnx(Scales(), inputs | {"scale": torch.tensor(0.5)}, tmp_path / "b.onnx")
+    assert report.inputs == {"x": ("batch", 12), "scale": ()}
+    assert len(report.compared) == 3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "text"),
+    [
+        ({"x": randn(2, 7)}, MELoRAError, "`Flat` does not take `example_inputs`: RuntimeError: mat1 and mat2"),
+        ({"z": randn(2, 12)}, MELoRAError, "`Flat` does not take .* unexpected keyword argument 'z'"),
+        ({"x": (randn(2, 12),)}, TypeError, "`example_inputs`: `x` is a tuple, a graph's input must be a tensor"),
+    ],
+    ids=["size", "name", "tuple"],
+)
+def test_inputs_that_the_model_does_not_take_are_one_error(
+    inputs: dict[str, Any], error: type[Exception], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=text):
+        export_onnx(Flat(), inputs, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_operator_without_a_translation_is_named(tmp_path: Path) -> None:
+    class Decomposes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigh(x @ x.mT)[0]
+
+    with pytest.raises(MELoRAError, match=r"No ONNX function found for .*eigh") as caught:
+        export_onnx(Decomposes(), {"x": randn(2, 12)}, tmp_path)
+    assert "\x1b" not in str(caught.value)
+    assert "Next steps" not in str(caught.value)
 
 
 def test_tensorrt_takes_no_optional_inputs_and_no_data_dependent_shapes(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def test_it_takes_arrays_and_tensors(path: Path) -> None:
     runner = OrtRunner(path, threads=1)
     x = randn(3, 5, 24)
     assert runner.threads == 1
-    assert_equal(*(torch.from_numpy(runner.run({"x": value})["output"]) for value in (x, x.numpy())))
+    first, *others = (runner.run({"x": value})["output"] for value in (x, x.numpy(), x.clone().requires_grad_()))
+    for other in others:
+        assert_equal(other, first)
     np.testing.assert_allclose(runner.run({"x": x})["output"], output_of(tower(), x).numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -218,5 +220,6 @@ def test_what_is_chosen_can_be_read(path: Path, io_binding: bool) -> None:
         "io_binding": io_binding,
         "cuda_graph": False,
         "fixed_axes": {"batch": 2},
+        "session_config": {},
         "shapes": {"batch": [2, 2, 2], "sequence": [2, 5, 16]},
     }
