@@ -1,0 +1,53 @@
+"""What an export takes of memory: the model is folded in place, never copied, whatever the target."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPORT = """
+import sys, threading, warnings
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import melora_fx
+from exporters import export_onnx
+
+warnings.simplefilter("ignore")
+out, target, verify = sys.argv[1], sys.argv[2], sys.argv[3] == "verify"
+sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "vocab_size": 32000}
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=4)).eval()
+model = melora_fx.rewrite(model, ["q_proj", "v_proj"], melora_fx.MELoRAConfig())
+inputs = {"input_ids": torch.ones(2, 8, dtype=torch.long)}
+
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+weights = sum(parameter.nbytes for parameter in model.parameters())
+before, peak, done = resident(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.02):
+        peak = max(peak, resident())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+export_onnx(model, inputs, out, target=target, verify=verify)
+done.set()
+watcher.join()
+print(weights, 1 + (peak - before) / weights)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
+@pytest.mark.parametrize(("target", "verify"), [("portable", "no"), ("ort-cpu", "no"), ("ort-cuda", "verify")])
+def test_the_peak_is_below_1_6_times_the_weights(target: str, verify: str, tmp_path: Path) -> None:
+    """Memory that the process holds; pages of the written file, which ONNX Runtime maps, the system takes back."""
+    command = [sys.executable, "-c", EXPORT, str(tmp_path / "model.onnx"), target, verify]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    weights, ratio = map(float, result.stdout.split())
+    assert weights > 1e9
+    assert 1.0 < ratio <= 1.6
