@@ -21,7 +21,7 @@ from melora_fx.rewritten import unwrap
 from melora_fx.state import kept_names
 from melora_fx.whole_model import as_arguments
 
-from .files import copy_configuration, keep_failed, move_files, onnx_path, show_progress, staging_folder
+from .files import copy_configuration, keep_failed, move_files, onnx_path, show_progress, staging_folder, writing
 from .forms import FORMS, write_forms
 from .fuse import FUSED_TARGETS, fuse
 from .half import to_float16
@@ -185,8 +185,9 @@ def export_onnx(
         facts |= found
         graph_model.metadata_props[METADATA_KEY] = json.dumps(facts)
         step("writing")
-        onnx_ir.save(graph_model, staging / path.name, external_data=f"{path.name}.data")
-        notes = copy_configuration(model, staging)
+        with writing(path):
+            onnx_ir.save(graph_model, staging / path.name, external_data=f"{path.name}.data")
+            notes = copy_configuration(model, staging)
         verification = None
         try:
             if target == "tensorrt":
@@ -200,8 +201,9 @@ def export_onnx(
         report = _report(path, graph_model, facts, verification, notes)
         names = sorted(file.name for file in staging.iterdir())
         report |= {"files": (f"{path.stem}.export.json", *names), "seconds": time.perf_counter() - start}
-        (staging / f"{path.stem}.export.json").write_text(json.dumps(report, indent=2) + "\n")
-        move_files(staging, path)
+        with writing(path):
+            (staging / f"{path.stem}.export.json").write_text(json.dumps(report, indent=2) + "\n")
+            move_files(staging, path)
     return ExportReport(**report)
 
 

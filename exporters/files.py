@@ -1,6 +1,7 @@
 """Where an export's files are made, and how they come to their place: all of them or none."""
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -16,32 +17,75 @@ from melora_fx import MELoRAError
 
 from .model_folder import TOKENIZER_FILES
 
+try:
+    import fcntl
+except ImportError:  # Windows: what killed exports leave is not removed there
+    fcntl = None  # type: ignore[assignment]
+
 
 def onnx_path(path: str | os.PathLike[str]) -> Path:
     """The .onnx file that `path` means: itself, or model.onnx in a folder."""
     path = Path(path)
     path = path if path.suffix == ".onnx" else path / "model.onnx"
-    if path.is_dir():
+    with writing(path):
+        is_folder = path.is_dir()
+    if is_folder:
         raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
     return path
 
 
 @contextlib.contextmanager
-def staging_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder on the disk of `path`, removed in any case."""
+def writing(path: Path) -> Iterator[None]:
+    """Failures to write in the block, such as a full disk, are errors that name `path`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent))
+        yield
     except OSError as error:
-        raise MELoRAError(f"`{path.parent}` cannot be written: {error.strerror or error}") from error
+        raise MELoRAError(f"`{path}` cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `path`, removed in any case; so are those that killed exports have left.
+
+    An export locks its folder, and the lock ends with the process: what is locked belongs to one that runs.
+    """
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if (lock := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
+        lock = _lock(fresh)
+        staging = fresh.rename(fresh.with_suffix(".tmp"))  # under this name only once it is locked
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A file descriptor that locks the folder until it is closed; None where another has, or it cannot be locked."""
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 def move_files(staging: Path, path: Path) -> None:
     """Moves the finished files beside `path`, the graph itself last: when killed, no graph has another's weights."""
+    for file in staging.iterdir():
+        if (path.parent / file.name).is_dir():
+            raise MELoRAError(f"`{path.parent / file.name}` is a folder: it cannot be written as a file")
     path.unlink(missing_ok=True)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == path.name):
         os.replace(file, path.parent / file.name)
@@ -50,8 +94,9 @@ def move_files(staging: Path, path: Path) -> None:
 def keep_failed(staging: Path, path: Path) -> Path:
     """Moves the files of a refused graph into the folder NAME.failed beside `path`, for inspection."""
     failed = path.with_suffix(".failed")
-    shutil.rmtree(failed, ignore_errors=True)
-    os.replace(staging, failed)
+    with writing(failed):
+        shutil.rmtree(failed, ignore_errors=True)
+        os.replace(staging, failed)
     return failed
 
 

@@ -47,6 +47,7 @@ def fuse(graph_model: onnx_ir.Model, target: str, places: Mapping[str, WeightPla
         graph.initializers[name].const_value = _stand_in(number, tensors[name])
     with quiet():  # shape inference refuses the stand-ins' type; no fusion needs it
         fuse_for_onnxruntime(graph_model, FUSED_TARGETS[target])
+    _flatten_attentions(graph)
     packed: dict[str, tuple[onnx_ir.Value, tuple[int, int]]] = {}
     for value in list(graph.initializers.values()):
         if value.const_value is None or value.const_value.dtype != _STAND_IN_TYPE:
@@ -64,6 +65,35 @@ def fuse(graph_model: onnx_ir.Model, target: str, places: Mapping[str, WeightPla
         for parameter, place in places.items()
         if place.initializer in packed or place.initializer in graph.initializers
     }
+
+
+def _flatten_attentions(graph: onnx_ir.Graph) -> None:
+    """Gives a `Gemm` after an attention its (B·T, H·D) back, as torch's exporter writes it before an `addmm`.
+
+    transformers 5.23 puts an attention's (B, T, H·D) in the place of its flattened output too.
+    """
+    for node in list(graph):
+        states = node.inputs[0] if node.op_type == "Gemm" else None
+        if states is None or node.inputs[1] is None or not _is_attention(states.producer()):
+            continue
+        rows, columns = node.inputs[1].shape or (None, None)
+        width = columns if node.attributes.get_int("transB", 0) else rows
+        tensor = onnx_ir.tensor(np.array([-1, width]), name=f"{states.name}_flat")
+        shape = onnx_ir.Value(
+            name=tensor.name, shape=onnx_ir.Shape([2]), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        graph.register_initializer(shape)
+        flatten = onnx_ir.node("Reshape", [states, shape])
+        graph.insert_before(node, flatten)
+        node.replace_input_with(0, flatten.outputs[0])
+
+
+def _is_attention(node: onnx_ir.Node | None) -> bool:
+    """Whether the node ends an attention in three dimensions: a fused one, or one written out for the CPU."""
+    if node is None or node.op_type != "Reshape":
+        return node is not None and node.op_type in ("MultiHeadAttention", "GroupQueryAttention", "Attention")
+    shape = node.inputs[1].const_value if node.inputs[1] is not None else None
+    return shape is not None and shape.size == 3
 
 
 def _place_in(found: tuple[onnx_ir.Value, tuple[int, int]] | None, place: WeightPlace) -> WeightPlace:

@@ -75,18 +75,21 @@ def read_facts(path: str | Path) -> GraphFacts:
     text = next((entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY), None)
     if text is None:
         raise MELoRAError(f"`{path}` was not written by `export_onnx`: it has no `{METADATA_KEY}` entry")
-    facts = json.loads(text)
-    if facts["format_version"] > _VERSION:
-        raise MELoRAError(f"`{path}` has format_version {facts['format_version']}; this one reads up to {_VERSION}")
-    return GraphFacts(
-        path=Path(path),
-        adapter=facts["adapter"],
-        adapter_sha256=facts["adapter_sha256"],
-        configs={name: MELoRAConfig.from_dict(entry["config"]) for name, entry in facts["sites"].items()},
-        fingerprints={name: entry["base"] for name, entry in facts["sites"].items()},
-        weights=_places(facts["weights"]),
-        kept=_places(facts["kept"]),
-    )
+    try:
+        facts = json.loads(text)
+        if facts["format_version"] > _VERSION:
+            raise MELoRAError(f"`{path}` has format_version {facts['format_version']}; this one reads up to {_VERSION}")
+        return GraphFacts(
+            path=Path(path),
+            adapter=facts["adapter"],
+            adapter_sha256=facts["adapter_sha256"],
+            configs={name: MELoRAConfig.from_dict(entry["config"]) for name, entry in facts["sites"].items()},
+            fingerprints={name: entry["base"] for name, entry in facts["sites"].items()},
+            weights=_places(facts["weights"]),
+            kept=_places(facts["kept"]),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise MELoRAError(f"`{path}`: its `{METADATA_KEY}` entry cannot be read: {error!r}") from error
 
 
 def _places(entries: dict[str, Any]) -> dict[str, WeightPlace]:

@@ -123,7 +123,9 @@ class OrtRunner:
             with self._lock, self._own_errors():
                 return self._replay.run(arrays)
         if self.choice.io_binding:
-            outputs = self._run_bound(self.to_device(arrays), loaded)
+            with self._own_errors():
+                values = self.to_device(arrays)
+            outputs = self._run_bound(values, loaded)
             return {name: value.numpy() for name, value in outputs.items()}
         feed, options = arrays | self._fixed.tensors, None
         if loaded.native is None:

@@ -17,6 +17,13 @@ HALF_CONFIG = {"optimization.disable_specified_optimizers": "NchwcTransformer"}
 """Session configuration for graphs in half precision: this pass, for convolutions on x86, ends the process at some
 (Transpose → Cast → MatMul: https://github.com/microsoft/onnxruntime/issues/28392; seen with 1.32)."""
 
+_FRUGAL_CONFIG = {
+    "session.disable_prepacking": "1",  # prepared copies of the weights
+    "optimization.disable_specified_optimizers": (  # float32 copies of half precision weights
+        "NchwcTransformer;ConstantFolding;FuseFp16InitializerToFp32NodeTransformer"
+    ),
+}
+
 _LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from support import assert_unchanged, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
@@ -15,8 +16,10 @@ from torch import nn
 
 import melora_fx
 from exporters import ExportReport, OrtRunner, TorchRunner, compare, export_onnx
+from exporters import export as export_module
 from exporters import verify as verify_module
 from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx.adapter import is_disabled
 from melora_fx.adapter_file import read_adapter
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3)
@@ -195,6 +198,43 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
         export_onnx(tower(), (randn(2, 24),), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.failed", "model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize("adapter", ["fold", "swap"])
+@pytest.mark.parametrize("step", ["fuse", "save", "compare"])
+def test_an_interrupted_export_leaves_the_model_and_the_old_file(
+    step: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fold state, random adapters, modes: Ctrl-C finds each of them changed."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = rewritten_tower().train()
+    model.norm.eval()
+    (tmp_path / "model.onnx").write_text("old")
+    module = {"fuse": export_module, "save": onnx_ir, "compare": verify_module}[step]
+    monkeypatch.setattr(module, step, interrupt)
+    with pytest.raises(KeyboardInterrupt), assert_unchanged(model):
+        export_onnx(model, (randn(2, 24),), tmp_path, adapter=adapter)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("forward", range(4))
+def test_an_interrupted_forward_leaves_the_model(forward: int, tmp_path: Path) -> None:
+    """The example's, the exporter's, and those of the comparison, in which adapters are off, their own and random."""
+    calls = iter(range(100))
+
+    def interrupt(*_: Any) -> None:
+        if next(calls) == forward:
+            raise KeyboardInterrupt
+
+    model = rewritten_tower()
+    model.norm.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), assert_unchanged(model):
+        export_onnx(model, (randn(2, 24),), tmp_path, adapter="swap")
+    assert not is_disabled(model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

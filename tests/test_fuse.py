@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from support import bert_classifier, fill, gpt2, tokens
+import torch
+from support import bert_classifier, fill, gpt2, randn, tokens
 from torch import nn
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
@@ -62,6 +63,47 @@ def test_packed_weights_are_named_after_what_they_hold(tmp_path: Path) -> None:
     place = read_facts(tmp_path / "model.onnx").weights["bert.encoder.layer.1.attention.self.key.weight"]
     assert place.initializer == "bert.encoder.layer.1.attention.self.{query,key,value}.weight.T"
     assert place.columns == (24, 48)
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+def test_an_addmm_after_an_attention_gets_rows(target: str, tmp_path: Path) -> None:
+    """A whole-graph capture of GPT-2 goes through torch's exporter, which flattens an attention's output at once."""
+    inputs = {"input_ids": tokens()["input_ids"]}
+    model = fill(melora_fx.rewrite(gpt2(), ["c_attn", "c_fc"], CONFIG, example_inputs=inputs))
+    report = export_onnx(model, inputs, tmp_path, target=target, precision="fp32")
+    assert "SkipLayerNormalization" in report.op_counts
+    assert len(report.compared) >= 5
+
+
+class Siblings(torch.nn.Module):
+    """Three products of one input, packed side by side by the fusions, and a fourth of the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = (torch.nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(x) * self.second(x) + self.third(x)))
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+@pytest.mark.parametrize("alike", ["none", "transposed", "equal"])
+def test_weights_of_one_shape_keep_their_names(target: str, alike: str, tmp_path: Path) -> None:
+    model = Siblings().eval()
+    with torch.no_grad():
+        if alike != "none":
+            model.second.weight.copy_(model.first.weight.t() if alike == "transposed" else model.first.weight)
+    report = export_onnx(model, {"x": randn(2, 5, 24)}, tmp_path, target=target, precision="fp32")
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(report.path).graph.initializer}
+    places = read_facts(report.path).weights
+    left_out = {"first.weight", "second.weight"} if alike == "equal" else set()
+    assert places.keys() == {f"{name}.weight" for name, _ in model.named_children()} - left_out
+    assert any(place.columns for place in places.values()) or alike == "equal"
+    for name, place in places.items():
+        value = stored[place.initializer]
+        value = value[:, slice(*place.columns)] if place.columns else value
+        expected = model.get_parameter(name).detach().numpy()
+        np.testing.assert_array_equal(value.T if place.is_transposed else value, expected)
 
 
 def test_swappable_adapters_survive_the_fusions(tmp_path: Path) -> None:

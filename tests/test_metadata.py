@@ -41,3 +41,12 @@ def test_files_of_a_later_version(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "later.onnx")
     with pytest.raises(MELoRAError, match="has format_version 99"):
         read_facts(tmp_path / "later.onnx")
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "sites": []}'])
+def test_a_broken_description(text: str, tmp_path: Path) -> None:
+    model = helper.make_model(helper.make_graph([], "empty", [], []))
+    helper.set_model_props(model, {METADATA_KEY: text})
+    onnx.save(model, tmp_path / "broken.onnx")
+    with pytest.raises(MELoRAError, match=r"broken\.onnx`: its `melora` entry cannot be read"):
+        read_facts(tmp_path / "broken.onnx")

@@ -1,13 +1,14 @@
 """`OrtRunner` gives the graph's outputs by name, with or without bound memory, and refuses what it cannot run."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import assert_equal, output_of, randn, rewritten_tower, tower
+from support import assert_equal, attempt, output_of, randn, rewritten_tower, tower
 
 import melora_fx
 from exporters import OrtRunner, export_onnx, write_ort_adapter
@@ -64,10 +65,11 @@ def test_a_missing_file(tmp_path: Path) -> None:
         ({"x": randn(2, 5, 7)}, "ONNX Runtime cannot run .*Got: 7 Expected: 24"),
         ({"x": randn(2, 5, 24).double()}, "ONNX Runtime cannot run .*double"),
         ({"x": randn(24)}, "ONNX Runtime cannot run .*rank"),
+        ({"x": None}, "ONNX Runtime cannot run"),
     ],
-    ids=["missing", "unknown", "size", "type", "rank"],
+    ids=["missing", "unknown", "size", "type", "rank", "none"],
 )
-def test_inputs_are_checked(path: Path, inputs: dict[str, torch.Tensor], text: str, io_binding: bool) -> None:
+def test_inputs_are_checked(path: Path, inputs: dict[str, torch.Tensor | None], text: str, io_binding: bool) -> None:
     runner = OrtRunner(path, io_binding=io_binding)
     with pytest.raises(MELoRAError, match=f"(?s){text}"):
         runner.run(inputs)
@@ -155,6 +157,31 @@ def test_two_active_adapters_are_refused(folder: Path, kind: type) -> None:
     runner = OrtRunner(folder / "swap.onnx")
     with pytest.raises(ValueError, match="must be one adapter: a run computes one"):
         runner.run({"x": randn(2, 5, 24)}, adapter=kind([folder / "rank1.onnx_adapter", folder / "rank2.onnx_adapter"]))
+
+
+def test_an_adapter_that_has_been_read_needs_its_files_no_more(folder: Path, tmp_path: Path) -> None:
+    x = {"x": randn(2, 5, 24)}
+    for io_binding in (False, True):
+        runner = OrtRunner(folder / "swap.onnx", io_binding=io_binding)
+        for name in ("rank2", "rank1.onnx_adapter"):
+            adapter = tmp_path / name
+            (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, adapter)
+            before = runner.run(x, adapter=adapter)
+            shutil.rmtree(adapter) if adapter.is_dir() else adapter.unlink()
+            assert_equal(runner.run(x, adapter=adapter), before)
+
+
+def test_a_damaged_adapter_file_is_one_error(folder: Path, tmp_path: Path) -> None:
+    """ONNX Runtime reads it as mapped memory: no damage may end the process."""
+    whole = (folder / "rank2.onnx_adapter").read_bytes()
+    runner, refused = OrtRunner(folder / "swap.onnx", threads=1), 0
+    for step in range(40):
+        data = bytearray(whole[: len(whole) * (step + 1) // 21])
+        data[(step * 97) % min(len(data), 400)] ^= 0x55
+        path = tmp_path / f"{step}.onnx_adapter"
+        path.write_bytes(data)
+        refused += attempt(runner.run, {"x": randn(2, 5, 24)}, adapter=path)[1] != ""
+    assert refused >= 20
 
 
 def write_adapter_file(path: Path, tensors: dict[str, np.ndarray], like: Path) -> None:

@@ -1,0 +1,126 @@
+"""An export's files: all of them or none, whatever ends it, and an earlier export stays until the last moment."""
+
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import assert_unchanged, randn, rewritten_tower, tower
+
+from exporters import OrtRunner, export_onnx
+from exporters.files import staging_folder
+from melora_fx import MELoRAError
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def test_what_a_killed_export_left_is_removed_and_a_running_ones_files_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "model [1].onnx"
+    for folder in (".model [1].onnx.abcdefgh.tmp", ".other.onnx.abcdefgh.tmp"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "weights").touch()
+    with staging_folder(path) as running:
+        (running / "weights").touch()
+        with staging_folder(path) as second:
+            assert names(tmp_path) == {running.name, second.name, ".other.onnx.abcdefgh.tmp"}
+            assert names(running) == {"weights"}
+    assert names(tmp_path) == {".other.onnx.abcdefgh.tmp"}
+
+
+@pytest.fixture
+def almost_full_disk() -> Iterator[None]:
+    """No file may grow beyond 5,000 bytes: the system refuses further writes, as on a full disk."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("almost_full_disk")
+def test_a_full_disk_is_one_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    model = rewritten_tower()
+    (tmp_path / "model.onnx").write_text("old")
+    with pytest.raises(MELoRAError, match=r"model\.onnx` cannot be written"), assert_unchanged(model):
+        export_onnx(model, (randn(2, 24),), tmp_path)
+    assert names(tmp_path) == {"model.onnx"}
+    assert (tmp_path / "model.onnx").read_text() == "old"
+
+
+def test_a_folder_in_the_place_of_the_weights_leaves_the_old_graph(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("old")
+    (tmp_path / "model.onnx.data").mkdir()
+    with pytest.raises(MELoRAError, match=r"model\.onnx\.data` is a folder"):
+        export_onnx(tower(), (randn(2, 24),), tmp_path, verify=False)
+    assert names(tmp_path) == {"model.onnx", "model.onnx.data"}
+
+
+@pytest.mark.parametrize("path", ["n" * 300 + ".onnx", "folder.onnx"], ids=["name_too_long", "folder"])
+def test_a_path_that_cannot_be_a_file_is_one_error(path: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(MELoRAError, match="cannot be written"):
+        export_onnx(tower(), (randn(2, 24),), tmp_path / path)
+    assert names(tmp_path) == {"folder.onnx"}
+
+
+@pytest.mark.parametrize("path", ["a b/mö ∂.onnx", "new/deep/v1.2"])
+def test_odd_paths_work(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative ones too: external data is found beside the graph."""
+    monkeypatch.chdir(tmp_path)
+    report = export_onnx(tower(), (randn(2, 24),), path)
+    assert OrtRunner(report.path).run({"x": randn(3, 24)})["output"].shape == (3, 6)
+    assert names(tmp_path / Path(report.path).parent) == set(report.files)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+import onnx
+from support import randn, rewritten_tower
+import exporters.export, exporters.files
+from exporters import export_onnx
+
+path, step = sys.argv[1:]
+kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+replace = os.replace
+
+def replace_all_but_the_last(source, target):
+    kill() if str(target) == path else replace(source, target)
+
+if step == "moving":
+    os.replace = replace_all_but_the_last
+else:
+    module, name = {
+        "translating": (exporters.export, "name_weights"),
+        "writing": (onnx, "save"),
+        "comparing": (exporters.verify, "compare"),
+        "moving_starts": (exporters.export, "move_files"),
+    }[step]
+    setattr(module, name, kill)
+export_onnx(rewritten_tower(seed=1), (randn(2, 24),), path)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["translating", "writing", "comparing", "moving_starts", "moving"])
+def test_a_killed_export_leaves_the_earlier_one_or_no_graph(step: str, tmp_path: Path) -> None:
+    path, x = tmp_path / "model.onnx", {"x": randn(2, 24)}
+    export_onnx(rewritten_tower(), (x["x"],), path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    result = subprocess.run([sys.executable, "-c", KILLED, path, step], capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    left = [file for file in tmp_path.iterdir() if file.is_dir()]
+    assert len(left) == 1, "what the killed export has written"
+    if step == "moving":
+        assert not path.exists()
+    else:
+        assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+        OrtRunner(path).run(x)
+    export_onnx(rewritten_tower(), (x["x"],), path)
+    assert names(tmp_path) == {file.name for file in before}
+    assert path.read_bytes() == before[path]
