@@ -17,7 +17,7 @@ from .metadata import read_facts
 from .onnx_file import axes_by_name, content_hash, has_optional_inputs, precision_of, read_graph, required_inputs
 from .providers import Shapes, choose_provider
 from .runtime import Arrays, as_array, import_onnxruntime
-from .session import HALF_CONFIG, make_session
+from .session import HALF_CONFIG, SAVE_MEMORY_CONFIG, make_session
 from .swap import read_ort_adapter, swap_tensors
 
 
@@ -48,6 +48,7 @@ class OrtRunner:
         io_binding: bind inputs, outputs and adapters to the device's memory; None does so on GPUs.
         session_config: further entries of the session's configuration, under ONNX Runtime's own keys; they go before
             `HALF_CONFIG`, which graphs in half precision get.
+        save_memory: load and run in as little memory as ONNX Runtime's CPU can, more slowly: for a single comparison.
 
     Raises:
         ValueError: for an unknown provider, options that it lacks or that exclude each other, or `shapes` that do not
@@ -66,6 +67,7 @@ class OrtRunner:
         shapes: Shapes | None = None,
         io_binding: bool | None = None,
         session_config: Mapping[str, str] | None = None,
+        save_memory: bool = False,
     ) -> None:
         ort = import_onnxruntime()
         self.path, self.provider, self.threads, self._shapes = Path(path), provider, threads, dict(shapes or {})
@@ -91,7 +93,9 @@ class OrtRunner:
                 'export it with `adapter="fold"` or "keep", or use the provider "cuda" without a CUDA graph'
             )
         self.session_config = (HALF_CONFIG if precision == "fp16" else {}) | dict(session_config or {})
-        self.session = make_session(ort, self.path, self.choice, self.session_config)
+        if save_memory:
+            self.session_config = SAVE_MEMORY_CONFIG | dict(session_config or {})
+        self.session = make_session(ort, self.path, self.choice, self.session_config, save_memory=save_memory)
         self.input_names = [value.name for value in self.session.get_inputs()]
         overridable = [value.name for value in self.session.get_overridable_initializers()]
         self.adapter_names = [name for name in overridable if name not in self.input_names]

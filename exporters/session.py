@@ -17,12 +17,17 @@ HALF_CONFIG = {"optimization.disable_specified_optimizers": "NchwcTransformer"}
 """Session configuration for graphs in half precision: this pass, for convolutions on x86, ends the process at some
 (Transpose → Cast → MatMul: https://github.com/microsoft/onnxruntime/issues/28392; seen with 1.32)."""
 
-_FRUGAL_CONFIG = {
+SAVE_MEMORY_CONFIG = {
     "session.disable_prepacking": "1",  # prepared copies of the weights
-    "optimization.disable_specified_optimizers": (  # float32 copies of half precision weights
-        "NchwcTransformer;ConstantFolding;FuseFp16InitializerToFp32NodeTransformer"
+    "optimization.disable_specified_optimizers": ";".join(
+        (
+            HALF_CONFIG["optimization.disable_specified_optimizers"],
+            "ConstantFolding",
+            "FuseFp16InitializerToFp32NodeTransformer",
+        )
     ),
 }
+"""Session configuration that makes no copies of the weights: a CPU computes half precision in float32."""
 
 _LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
 
@@ -76,10 +81,13 @@ def _remedy(library: str) -> str:
     return 'pip install "melora_fx[gpu]" brings CUDA and cuDNN'
 
 
-def make_session(ort: Any, path: Path, choice: ProviderChoice, config: Mapping[str, str] | None = None) -> Any:
+def make_session(
+    ort: Any, path: Path, choice: ProviderChoice, config: Mapping[str, str] | None = None, *, save_memory: bool = False
+) -> Any:
     """A session for the file `path` that has every provider of the choice, and falls back to none.
 
-    `config`: further entries of the session's configuration.
+    `config`: further entries of the session's configuration. `save_memory`: values are freed after their last use, and
+    each weight in half precision is widened when it is used and not before.
 
     Raises:
         ValueError: for a provider option that ONNX Runtime does not know.
@@ -92,6 +100,9 @@ def make_session(ort: Any, path: Path, choice: ProviderChoice, config: Mapping[s
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
+    if save_memory:
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if choice.threads is not None:
         options.intra_op_num_threads = choice.threads
     for axis, size in choice.fixed_axes.items():

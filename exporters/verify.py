@@ -62,7 +62,7 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], path: Path, precision: s
     Raises:
         MELoRAError: where an error is above `TOLERANCES`, or ONNX Runtime cannot run the file.
     """
-    runner = OrtRunner(path, session_config={"session.disable_prepacking": "1"})  # mapped weights are not copied
+    runner = OrtRunner(path, save_memory=True)
     axes = {value.name: value.shape for value in runner.session.get_inputs()}
     constants = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
     inputs = {name: value for name, value in inputs.items() if name not in constants}
