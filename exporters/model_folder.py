@@ -1,5 +1,6 @@
 """Hugging Face model folders for the command line: the model, and inputs to trace it with."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,21 @@ def load_model(
 
 
 def example_inputs(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
-    """Inputs of two rows: sentences, or mere token ids where the folder has no tokenizer; images for a vision model."""
+    """Inputs of two rows: sentences, or mere token ids where the folder has no tokenizer; images for a vision model.
+
+    A decoder beside an encoder gets the first tokens of its own.
+    """
     if model.main_input_name == "pixel_values":
         config: Any = model.config
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return {"pixel_values": torch.randn(2, config.num_channels, size, size)}
+    inputs = _sentences(model, folder)
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :5].contiguous()
+    return inputs
+
+
+def _sentences(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokens = torch.arange(16).remainder(model.config.get_text_config().vocab_size).expand(2, -1).contiguous()
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from support import assert_equal, bert_classifier, output_of
 from transformers import ViTConfig, ViTForImageClassification
+from zoo import build
 
+from exporters import export_onnx
 from exporters.model_folder import example_inputs, load_model
 from melora_fx import MELoRAError
 
@@ -38,6 +40,14 @@ def test_vision_models_get_an_image(tmp_path: Path) -> None:
     model = ViTForImageClassification(config).eval()
     inputs = example_inputs(model, tmp_path)
     assert output_of(model, inputs).shape == (2, 2)
+
+
+def test_a_decoder_beside_an_encoder_gets_tokens_of_its_own(tmp_path: Path) -> None:
+    model, _ = build("T5")
+    model.save_pretrained(tmp_path)
+    inputs = example_inputs(load_model(tmp_path), tmp_path)
+    report = export_onnx(load_model(tmp_path), inputs, tmp_path / "t5.onnx")
+    assert report.inputs["decoder_input_ids"] not in (report.inputs["input_ids"], (2, 5))
 
 
 def test_folders_that_cannot_be_loaded(tmp_path: Path) -> None:
