@@ -34,8 +34,12 @@ def make_inputs(
         seed: of the random values.
 
     Raises:
+        ValueError: for `axes` that no input has.
         MELoRAError: for an axis whose size is not known from these, or an input of a type that none is made for.
     """
+    free = {axis for value in runner.session.get_inputs() for axis in value.shape if isinstance(axis, str)}
+    if strangers := [f"`{name}`" for name in axes or {} if name not in free]:
+        raise ValueError(f"no input of `{runner.path}` has an axis {', '.join(strangers)}: {', '.join(sorted(free))}")
     generator = np.random.default_rng(seed)
     sizes, arrays, unknown = {"batch": batch, "sequence": sequence}, {}, []
     for value in runner.session.get_inputs():

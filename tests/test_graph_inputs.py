@@ -68,6 +68,8 @@ def test_other_axes_need_a_size(tmp_path: Path) -> None:
     with pytest.raises(MELoRAError, match=r"`channels` of `x`, `past \+ 1` of `x`: .*--axis NAME=SIZE"):
         make_inputs(graph, 2, 5)
     assert make_inputs(graph, 2, 5, {"channels": 3, "past + 1": 0})["x"].shape == (2, 3, 0)
+    with pytest.raises(ValueError, match=r"no input of .* has an axis `chanels`: batch, channels, past \+ 1"):
+        make_inputs(graph, 2, 5, {"chanels": 3, "past + 1": 0})
     assert axis_roles(graph) == {"batch"}
 
 
