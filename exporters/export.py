@@ -22,7 +22,7 @@ from melora_fx.state import kept_names
 from melora_fx.whole_model import as_arguments
 
 from .files import copy_configuration, keep_failed, move_files, onnx_path, show_progress, staging_folder, writing
-from .forms import FORMS, write_forms
+from .forms import FORMS, add_biases_last, write_forms
 from .fuse import FUSED_TARGETS, fuse
 from .half import to_float16
 from .metadata import METADATA_KEY, describe, places_as_json
@@ -221,6 +221,8 @@ def _build(
     drop_traces(graph_model)
     keeps = options.adapter == "keep" and not is_disabled(model)
     forms = write_forms(graph_model, model, options.form, _tokens(inputs)) if keeps else {}
+    if keeps or swaps:
+        add_biases_last(graph_model, model)
     defaults = open_inputs(graph_model, model, kept) if swaps else {}
     step("fusing")
     weights = fuse(graph_model, options.target, weights)

@@ -54,6 +54,31 @@ def write_forms(graph_model: onnx_ir.Model, model: nn.Module, form: str, tokens:
     return forms
 
 
+def add_biases_last(graph_model: onnx_ir.Model, model: nn.Module) -> None:
+    """Turns (x Wᵀ + bias) + update into (x Wᵀ + update) + bias at the sites of an unmerged graph.
+
+    ONNX Runtime's fused activations and normalisations take the bias before them in, as in the base's graph: with an
+    update of zero they compute the base bit for bit.
+    """
+    graph = graph_model.graph
+    for name in sites(model):
+        bias = graph.initializers.get(f"{name}.bias")
+        for biased in [] if bias is None else [node for node in bias.consumers() if node.op_type == "Add"]:
+            product, (output,) = next(value for value in biased.inputs if value is not bias), biased.outputs
+            total = _only_user(output, "Add")
+            if total is None or product is None:
+                continue
+            update = next(value for value in total.inputs if value is not output)
+            first = onnx_ir.node("Add", [product, update])
+            last = onnx_ir.node("Add", [first.outputs[0], bias])
+            for node in (first, last):
+                node.outputs[0].type, node.outputs[0].shape = total.outputs[0].type, total.outputs[0].shape
+            graph.insert_before(total, [first, last])
+            onnx_ir.convenience.replace_nodes_and_values(
+                graph, total, [biased, total], [], [total.outputs[0]], [last.outputs[0]]
+            )
+
+
 def _write_dense(graph: onnx_ir.Graph, name: str) -> bool:
     """Replaces one site's block products; False where they do not stand as expected."""
     a, b = (graph.initializers.get(f"{name}.{kind}.T") for kind in ("lora_a", "lora_b"))

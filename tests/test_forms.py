@@ -50,6 +50,19 @@ def test_dense_needs_two_products_and_a_sum_a_site(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+def test_a_zero_update_is_the_base_bit_for_bit_as_onnx_runtime_optimises_it(target: str, tmp_path: Path) -> None:
+    """Biases stay in the fused operators; else those would round in another order."""
+    options = {"target": target, "verify": False}
+    base = export_onnx(bert_classifier(), tokens(), tmp_path / "base.onnx", **options)
+    model = melora_fx.rewrite(bert_classifier(), "all-linear", MELoRAConfig(rank=2, num_blocks=3))
+    unmerged = export_onnx(model, tokens(), tmp_path / "unmerged.onnx", adapter="swap", **options)
+    for name in ("BiasGelu", "SkipLayerNormalization"):
+        assert unmerged.op_counts.get(name) == base.op_counts.get(name)
+    expected, actual = (OrtRunner(report.path).run(tokens())["logits"] for report in (base, unmerged))
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_inputs_of_two_dimensions(tmp_path: Path) -> None:
     model = rewritten_tower()
     report = export_onnx(model, {"x": randn(3, 24)}, tmp_path, adapter="keep", form="dense")
