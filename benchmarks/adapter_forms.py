@@ -14,8 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from latency_models import build
+from latency_models import EXAMPLE, build
 
 from exporters import OrtRunner, export_onnx
 from exporters.forms import choose_form
@@ -26,7 +25,6 @@ RESULTS = Path(__file__).parent / "results" / "adapter_forms.csv"
 BLOCKS_AND_RANKS = ((8, 1), (8, 2), (4, 4), (8, 4), (4, 8), (8, 8), (16, 4))
 SHAPES = ((1, 16), (8, 16), (8, 64))
 COLUMNS = ["num_blocks", "rank", *Measurement.__dataclass_fields__]
-EXAMPLE = {"input_ids": torch.full((2, 16), 5), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
 
 
 def export_forms(folder: Path, num_blocks: int, rank: int) -> dict[str, Path]:
@@ -54,18 +52,16 @@ def measure_shape(paths: dict[str, Path], batch: int, sequence: int, seconds: fl
     )  # fmt: skip
 
 
-def print_rule(rows: Sequence[dict[str, Any]]) -> None:
-    """The rule's pick for each measurement, and the excess of its time over the better form's."""
-    for index in range(0, len(rows), 3):
-        _, block, dense = rows[index : index + 3]
-        n, r, batch, sequence = (int(block[name]) for name in ("num_blocks", "rank", "batch", "sequence"))
-        ratios = {row["form"]: float(row["ratio"]) for row in (block, dense)}
-        pick = choose_form(n, r, batch * sequence)
-        excess = ratios[pick] / min(ratios.values()) - 1
-        print(
-            f"n = {n:2}, r = {r}, {batch} × {sequence:3}: block {ratios['block']:.2f}, dense {ratios['dense']:.2f}; "
-            f"the rule takes {pick}" + (f", {excess:.0%} slower" if excess > 0.005 else "")
-        )
+def print_rule(num_blocks: int, rank: int, block: Measurement, dense: Measurement) -> None:
+    """The rule's pick for a measurement, and the excess of its time over the better form's."""
+    ratios = {"block": block.ratio, "dense": dense.ratio}
+    pick = choose_form(num_blocks, rank, block.batch * block.sequence)
+    excess = ratios[pick] / min(ratios.values()) - 1
+    print(
+        f"n = {num_blocks:2}, r = {rank}, {block.batch} × {block.sequence:3}: "
+        f"block {block.ratio:.2f}, dense {dense.ratio:.2f}; the rule takes {pick}"
+        + (f", {excess:.0%} slower" if excess > 0.005 else "")
+    )
 
 
 def main() -> None:
@@ -80,7 +76,7 @@ def main() -> None:
                 measured = measure_shape(paths, batch, sequence, arguments.seconds)
                 rows += [{"num_blocks": num_blocks, "rank": rank} | asdict(row) for row in measured]
                 write_csv(rows, COLUMNS, RESULTS)
-                print_rule(rows[-3:])
+                print_rule(num_blocks, rank, *measured[1:])
 
 
 if __name__ == "__main__":

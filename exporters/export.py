@@ -248,11 +248,8 @@ def _as_keywords(
     model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], dynamic_axes: DynamicAxes
 ) -> dict[str, Any]:
     """The example inputs by name: a graph's inputs have names."""
-    if isinstance(dynamic_axes, str):
-        valid = dynamic_axes == "auto"
-    else:
-        valid = isinstance(dynamic_axes, Mapping) and all(isinstance(axes, Mapping) for axes in dynamic_axes.values())
-    if not valid:
+    is_mapping = isinstance(dynamic_axes, Mapping)
+    if dynamic_axes != "auto" and not (is_mapping and all(isinstance(axes, Mapping) for axes in dynamic_axes.values())):
         raise ValueError(f'`dynamic_axes` (={dynamic_axes!r}) must be "auto" or input name → {{axis: name}}')
     fixed = not isinstance(dynamic_axes, str) and not any(0 in axes for axes in dynamic_axes.values())
     args, kwargs = as_arguments(example_inputs, double=not fixed)

@@ -27,11 +27,14 @@ def onnx_path(path: str | os.PathLike[str]) -> Path:
     """The .onnx file that `path` means: itself, or model.onnx in a folder."""
     path = Path(path)
     path = path if path.suffix == ".onnx" else path / "model.onnx"
-    with writing(path):
-        is_folder = path.is_dir()
-    if is_folder:
-        raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
+    _refuse_folder(path)
     return path
+
+
+def _refuse_folder(path: Path) -> None:
+    with writing(path):
+        if path.is_dir():
+            raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
 
 
 @contextlib.contextmanager
@@ -84,8 +87,7 @@ def _lock(folder: Path) -> int | None:
 def move_files(staging: Path, path: Path) -> None:
     """Moves the finished files beside `path`, the graph itself last: when killed, no graph has another's weights."""
     for file in staging.iterdir():
-        if (path.parent / file.name).is_dir():
-            raise MELoRAError(f"`{path.parent / file.name}` is a folder: it cannot be written as a file")
+        _refuse_folder(path.parent / file.name)
     path.unlink(missing_ok=True)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == path.name):
         os.replace(file, path.parent / file.name)

@@ -14,6 +14,8 @@ from torch import nn
 
 from melora_fx import sites
 
+from .weights import add_initializer
+
 FORMS = ("auto", "block", "dense")
 
 
@@ -63,7 +65,9 @@ def add_biases_last(graph_model: onnx_ir.Model, model: nn.Module) -> None:
     graph = graph_model.graph
     for name in sites(model):
         bias = graph.initializers.get(f"{name}.bias")
-        for biased in [] if bias is None else [node for node in bias.consumers() if node.op_type == "Add"]:
+        if bias is None:
+            continue
+        for biased in [node for node in bias.consumers() if node.op_type == "Add"]:
             product, (output,) = next(value for value in biased.inputs if value is not bias), biased.outputs
             total = _only_user(output, "Add")
             if total is None or product is None:
@@ -130,12 +134,7 @@ def _block_diagonal(value: onnx_ir.Value | None) -> np.ndarray:
 
 
 def _matmul(x: onnx_ir.Value, graph: onnx_ir.Graph, name: str, matrix: np.ndarray) -> onnx_ir.Node:
-    tensor = onnx_ir.tensor(matrix, name=name)
-    weight = onnx_ir.Value(
-        name=name, shape=onnx_ir.Shape(matrix.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(weight)
-    node = onnx_ir.node("MatMul", [x, weight])
+    node = onnx_ir.node("MatMul", [x, add_initializer(graph, name, matrix)])
     assert x.shape is not None
     node.outputs[0].type = x.type
     node.outputs[0].shape = onnx_ir.Shape([*x.shape[:-1], matrix.shape[1]])

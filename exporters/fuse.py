@@ -15,7 +15,7 @@ from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 from melora_fx import MELoRAError
 
 from .onnx_graph import quiet
-from .weights import WeightPlace
+from .weights import WeightPlace, add_initializer
 
 FUSED_TARGETS = {"ort-cpu": "cpu", "ort-cuda": "cuda"}
 """Target → the provider whose fusions it gets."""
@@ -78,11 +78,7 @@ def _flatten_attentions(graph: onnx_ir.Graph) -> None:
             continue
         rows, columns = node.inputs[1].shape or (None, None)
         width = columns if node.attributes.get_int("transB", 0) else rows
-        tensor = onnx_ir.tensor(np.array([-1, width]), name=f"{states.name}_flat")
-        shape = onnx_ir.Value(
-            name=tensor.name, shape=onnx_ir.Shape([2]), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.register_initializer(shape)
+        shape = add_initializer(graph, f"{states.name}_flat", np.array([-1, width]))
         flatten = onnx_ir.node("Reshape", [states, shape])
         graph.insert_before(node, flatten)
         node.replace_input_with(0, flatten.outputs[0])
@@ -90,10 +86,12 @@ def _flatten_attentions(graph: onnx_ir.Graph) -> None:
 
 def _is_attention(node: onnx_ir.Node | None) -> bool:
     """Whether the node ends an attention in three dimensions: a fused one, or one written out for the CPU."""
-    if node is None or node.op_type != "Reshape":
-        return node is not None and node.op_type in ("MultiHeadAttention", "GroupQueryAttention", "Attention")
-    shape = node.inputs[1].const_value if node.inputs[1] is not None else None
-    return shape is not None and shape.size == 3
+    if node is None:
+        return False
+    if node.op_type == "Reshape":
+        shape = node.inputs[1].const_value if node.inputs[1] is not None else None
+        return shape is not None and shape.size == 3
+    return node.op_type in ("MultiHeadAttention", "GroupQueryAttention", "Attention")
 
 
 def _place_in(found: tuple[onnx_ir.Value, tuple[int, int]] | None, place: WeightPlace) -> WeightPlace:

@@ -92,9 +92,8 @@ class OrtRunner:
                 f"`{self.path}` has optional inputs (swappable adapters), which TensorRT and CUDA graphs cannot take: "
                 'export it with `adapter="fold"` or "keep", or use the provider "cuda" without a CUDA graph'
             )
-        self.session_config = (HALF_CONFIG if precision == "fp16" else {}) | dict(session_config or {})
-        if save_memory:
-            self.session_config = SAVE_MEMORY_CONFIG | dict(session_config or {})
+        own_config = SAVE_MEMORY_CONFIG if save_memory else HALF_CONFIG if precision == "fp16" else {}
+        self.session_config = own_config | dict(session_config or {})
         self.session = make_session(ort, self.path, self.choice, self.session_config, save_memory=save_memory)
         self.input_names = [value.name for value in self.session.get_inputs()]
         overridable = [value.name for value in self.session.get_overridable_initializers()]

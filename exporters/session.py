@@ -13,19 +13,15 @@ from melora_fx import MELoRAError
 
 from .providers import CUDA, TENSORRT, ProviderChoice
 
-HALF_CONFIG = {"optimization.disable_specified_optimizers": "NchwcTransformer"}
+_DISABLE = "optimization.disable_specified_optimizers"
+
+HALF_CONFIG = {_DISABLE: "NchwcTransformer"}
 """Session configuration for graphs in half precision: this pass, for convolutions on x86, ends the process at some
 (Transpose → Cast → MatMul: https://github.com/microsoft/onnxruntime/issues/28392; seen with 1.32)."""
 
 SAVE_MEMORY_CONFIG = {
     "session.disable_prepacking": "1",  # prepared copies of the weights
-    "optimization.disable_specified_optimizers": ";".join(
-        (
-            HALF_CONFIG["optimization.disable_specified_optimizers"],
-            "ConstantFolding",
-            "FuseFp16InitializerToFp32NodeTransformer",
-        )
-    ),
+    _DISABLE: f"{HALF_CONFIG[_DISABLE]};ConstantFolding;FuseFp16InitializerToFp32NodeTransformer",
 }
 """Session configuration that makes no copies of the weights: a CPU computes half precision in float32."""
 

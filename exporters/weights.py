@@ -38,6 +38,15 @@ class WeightPlace:
     columns: tuple[int, int] | None = None
 
 
+def add_initializer(graph: onnx_ir.Graph, name: str, array: np.ndarray) -> onnx_ir.Value:
+    """A new initializer of the graph."""
+    tensor = onnx_ir.tensor(array, name=name)
+    shape, kind = onnx_ir.Shape(array.shape), onnx_ir.TensorType(tensor.dtype)
+    value = onnx_ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
 def name_weights(graph_model: onnx_ir.Model, model: nn.Module) -> dict[str, WeightPlace]:
     """Renames the initializers that hold a matrix or an adapter tensor of `model`; the model's values are present ones.
 

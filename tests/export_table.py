@@ -23,7 +23,7 @@ from exporters.machine import file_size_mib
 from exporters.metadata import read_facts
 from exporters.swap import swap_tensors
 from melora_fx import MELoRAConfig, MELoRAError
-from melora_fx.adapter_file import read_adapter
+from melora_fx.state import adapter_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "EXPORT.md"
 CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=2)
@@ -104,17 +104,16 @@ def measure(case: Case, folder: Path) -> Row | str:
         return str(error).splitlines()[0]
     from_keep = None
     if case.adapter == "swap":
-        melora_fx.save_adapter(model, folder / "adapter")
-        swap, keep = OrtRunner(report.path), OrtRunner(folder / "keep.onnx")
-        with_adapter = swap.with_tensors(swap_tensors(read_adapter(folder / "adapter"), read_facts(report.path)))
-        from_keep = compare(with_adapter, keep, inputs).max_rel_error
+        own = swap_tensors(adapter_of(model), read_facts(report.path))
+        swap, keep = OrtRunner(report.path).with_tensors(own), OrtRunner(folder / "keep.onnx")
+        from_keep = compare(swap, keep, inputs).max_rel_error
     graph = onnx.load(report.path, load_external_data=False).graph
-    own = {node.op_type for node in graph.node if node.domain or node.op_type.startswith("Simplified")}
+    runtime_ops = {node.op_type for node in graph.node if node.domain or node.op_type.startswith("Simplified")}
     assert report.max_rel_error is not None
     base_counts = json.loads((folder / "base.export.json").read_text())["op_counts"]
     as_base = case.adapter == "fold" and report.op_counts == base_counts
     size = file_size_mib(report.path)
-    return Row(report.num_nodes, tuple(sorted(own)), report.max_rel_error, as_base, from_keep, size)
+    return Row(report.num_nodes, tuple(sorted(runtime_ops)), report.max_rel_error, as_base, from_keep, size)
 
 
 def _build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:

@@ -34,17 +34,24 @@ def test_the_merged_graph_has_the_base_graphs_operators(target: str, tmp_path: P
 
 
 def assert_weights_where_it_says(report: ExportReport, model: nn.Module) -> None:
-    graph = onnx.load(report.path).graph
-    stored = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
-    places = read_facts(report.path).weights
+    weights = weights_where_it_says(report)
     with melora_fx.folded(model):
         expected = {n: p.detach().numpy() for n, p in model.named_parameters() if p.dim() == 2 and "lora" not in n}
-        assert places.keys() == expected.keys()
-        for name, place in places.items():
-            value = stored[place.initializer]
-            if place.columns:
-                value = value[:, slice(*place.columns)]
-            np.testing.assert_array_equal(value.T if place.is_transposed else value, expected[name])
+        assert weights.keys() == expected.keys()
+        for name, weight in weights.items():
+            np.testing.assert_array_equal(weight, expected[name])
+
+
+def weights_where_it_says(report: ExportReport) -> dict[str, np.ndarray]:
+    """The values at each place that the file names for a weight, as the model has them."""
+    graph = onnx.load(report.path).graph
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    weights = {}
+    for name, place in read_facts(report.path).weights.items():
+        value = stored[place.initializer]
+        value = value[:, slice(*place.columns)] if place.columns else value
+        weights[name] = value.T if place.is_transposed else value
+    return weights
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
@@ -94,16 +101,12 @@ def test_weights_of_one_shape_keep_their_names(target: str, alike: str, tmp_path
         if alike != "none":
             model.second.weight.copy_(model.first.weight.t() if alike == "transposed" else model.first.weight)
     report = export_onnx(model, {"x": randn(2, 5, 24)}, tmp_path, target=target, precision="fp32")
-    stored = {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(report.path).graph.initializer}
     places = read_facts(report.path).weights
     left_out = {"first.weight", "second.weight"} if alike == "equal" else set()
     assert places.keys() == {f"{name}.weight" for name, _ in model.named_children()} - left_out
     assert any(place.columns for place in places.values()) or alike == "equal"
-    for name, place in places.items():
-        value = stored[place.initializer]
-        value = value[:, slice(*place.columns)] if place.columns else value
-        expected = model.get_parameter(name).detach().numpy()
-        np.testing.assert_array_equal(value.T if place.is_transposed else value, expected)
+    for name, weight in weights_where_it_says(report).items():
+        np.testing.assert_array_equal(weight, model.get_parameter(name).detach().numpy())
 
 
 def test_swappable_adapters_survive_the_fusions(tmp_path: Path) -> None:
