@@ -11,11 +11,12 @@ import typer
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter_file import read_adapter
+from melora_fx.model_folder import load_model
 
 from .bench import BenchOptions, run_bench
 from .demo import DemoOptions, run_demo
 from .export import TARGETS, export_onnx
-from .model_folder import example_inputs, load_model
+from .model_folder import example_inputs
 from .swap import write_ort_adapter
 from .tensorrt import check_tensorrt, parse_shapes
 from .triton import write_triton_repository

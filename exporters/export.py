@@ -17,11 +17,12 @@ from torch import nn
 
 from melora_fx import MELoRAError, folded, sites
 from melora_fx.adapter import is_disabled
+from melora_fx.files import staging_folder, writing
 from melora_fx.rewritten import unwrap
 from melora_fx.state import kept_names
 from melora_fx.whole_model import as_arguments
 
-from .files import copy_configuration, keep_failed, move_files, onnx_path, show_progress, staging_folder, writing
+from .files import copy_configuration, keep_failed, move_files, onnx_path, show_progress
 from .forms import FORMS, add_biases_last, write_forms
 from .fuse import FUSED_TARGETS, fuse
 from .half import to_float16

@@ -1,10 +1,8 @@
-"""Where an export's files are made, and how they come to their place: all of them or none."""
+"""How an export's files come to their place: all of them or none; and its progress."""
 
 import contextlib
-import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,13 +12,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from melora_fx import MELoRAError
+from melora_fx.files import writing
 
 from .model_folder import TOKENIZER_FILES
-
-try:
-    import fcntl
-except ImportError:  # Windows: what killed exports leave is not removed there
-    fcntl = None  # type: ignore[assignment]
 
 
 def onnx_path(path: str | os.PathLike[str]) -> Path:
@@ -35,53 +29,6 @@ def _refuse_folder(path: Path) -> None:
     with writing(path):
         if path.is_dir():
             raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Failures to write in the block, such as a full disk, are errors that name `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise MELoRAError(f"`{path}` cannot be written: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def staging_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder on the disk of `path`, removed in any case; so are those that killed exports have left.
-
-    An export locks its folder, and the lock ends with the process: what is locked belongs to one that runs.
-    """
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if (lock := _lock(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
-        lock = _lock(fresh)
-        staging = fresh.rename(fresh.with_suffix(".tmp"))  # under this name only once it is locked
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """A file descriptor that locks the folder until it is closed; None where another has, or it cannot be locked."""
-    if fcntl is None:
-        return None
-    descriptor = None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if descriptor is not None:
-            os.close(descriptor)
-        return None
-    return descriptor
 
 
 def move_files(staging: Path, path: Path) -> None:

@@ -9,7 +9,9 @@ from .rewrite import rewrite
 from .adapter import AdapterSite, adapter_parameters, sites
 from .state import load_adapter, save_adapter
 from .adapter import disabled
-from .fold import fold, folded
+from .fold import check_fold, fold, folded
+from .fold_report import FoldReport, SiteFold
+from .fold_checkpoint import fold_checkpoint
 from .errors import MELoRAError
 
 __all__ = [
@@ -25,6 +27,10 @@ __all__ = [
     "load_adapter",
     "disabled",
     "folded",
+    "check_fold",
+    "FoldReport",
+    "SiteFold",
     "fold",
+    "fold_checkpoint",
     "MELoRAError",
 ]

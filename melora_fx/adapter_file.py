@@ -2,7 +2,8 @@
 
 `<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), small ranks padded with zeros, and the tensors of the
 modules kept trainable under their own names. The header's `melora` entry is JSON: format_version, versions, and for
-each site its configuration and the fingerprint of its base weight. One rename decides; nothing is ever unpickled.
+each site its configuration and its base weight's fingerprint and orientation. One rename decides; nothing is ever
+unpickled.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ class Adapter:
         directory: where it came from, for error texts.
         configs: configuration of each site.
         fingerprints: of each site's base weight; a site without one is not checked.
+        transposed: whether each site's base weight is (I, O); a site without an entry was saved before this was.
         kept: names of the modules that were kept trainable.
         model: class of the model that it was trained in and its number of labels, as far as known.
         tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
@@ -45,6 +47,7 @@ class Adapter:
     directory: Path
     configs: dict[str, MELoRAConfig]
     fingerprints: dict[str, dict[str, Any]]
+    transposed: dict[str, bool]
     kept: tuple[str, ...]
     model: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(repr=False)
@@ -53,6 +56,23 @@ class Adapter:
     def sha256(self) -> str:
         """The adapter's identity: see `hash_adapter`."""
         return hash_adapter(self.configs, self.tensors)
+
+    def oriented(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+        """The base weight of a site as (O, I), a view of the one given.
+
+        Raises:
+            MELoRAError: for a square weight in an adapter that does not say which way it lies.
+        """
+        (out_features, in_features), tensors = weight.shape, self.tensors
+        is_transposed = self.transposed.get(site)
+        if is_transposed is None and out_features == in_features:
+            raise MELoRAError(
+                f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter "
+                "saved by an early version does not say: load it into the model and save it again"
+            )
+        if is_transposed is None:
+            is_transposed = tensors[f"{site}.lora_a"].size(0) * tensors[f"{site}.lora_a"].size(2) != in_features
+        return weight.t() if is_transposed else weight
 
     def kept_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are not an adapter's: trained heads."""
@@ -95,13 +115,27 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
             raise MELoRAError(f"`{path}` has format_version {version}; this melora_fx reads up to {FORMAT_VERSION}")
         configs = {name: MELoRAConfig.from_dict(entry["config"]) for name, entry in header["sites"].items()}
         fingerprints = {name: entry["base"] for name, entry in header["sites"].items() if entry.get("base")}
-        adapter = Adapter(Path(directory), configs, fingerprints, tuple(header["kept"]), header["model"], tensors)
+        transposed = {
+            name: entry["is_transposed"] for name, entry in header["sites"].items() if "is_transposed" in entry
+        }
+        adapter = Adapter(
+            Path(directory), configs, fingerprints, transposed, tuple(header["kept"]), header["model"], tensors
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MELoRAError(f"the header of `{path}` cannot be read: {type(error).__name__}: {error}") from error
     missing = [f"{name}.{kind}" for name in configs for kind in ("lora_a", "lora_b") if f"{name}.{kind}" not in tensors]
     if missing:
         raise MELoRAError(f"`{path}` lacks the tensors {', '.join(map(repr, missing))}")
     return adapter
+
+
+def refuse_non_finite(adapter: Adapter) -> None:
+    """Raises MELoRAError for an adapter that holds NaN or infinity, and names the tensors."""
+    wrong = [
+        name for name, value in adapter.tensors.items() if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if wrong:
+        raise MELoRAError(f"`{adapter.directory}` holds NaN or infinity in {', '.join(map(repr, wrong))}")
 
 
 def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
@@ -139,35 +173,33 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def fingerprint(weight: torch.Tensor, name: str) -> dict[str, Any]:
+def fingerprint(weight: torch.Tensor, name: str | None = None) -> dict[str, Any]:
     """What a base weight is recognised by: its shape, dtype, and 64 of its values in float32.
 
-    Warns, naming the site, where the values cannot be read: a quantised weight, or one on the meta device.
+    With a `name`, of the site, warns where the values cannot be read: a quantised weight, or one on the meta device.
     """
     facts: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
-    if not _is_readable(weight):
+    if _is_readable(weight):
+        return facts | {"values": _sample(weight).tolist()}
+    if name is not None:
         warnings.warn(f"`{name}`: only the shape of its weight is recorded: it is quantised or on meta", stacklevel=3)
-        return facts
-    return facts | {"values": _sample(weight).tolist()}
+    return facts
 
 
 def _is_readable(weight: torch.Tensor) -> bool:
     return not weight.is_meta and type(weight.detach()) is torch.Tensor and weight.is_floating_point()
 
 
+def sampled_positions(numel: int) -> torch.Tensor:
+    """Where a fingerprint's values stand in a flattened weight: at even distances."""
+    return torch.linspace(0, numel - 1, _FINGERPRINT_VALUES, dtype=torch.float64).long()
+
+
 def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """64 values at even distances over the flattened weight, in float32."""
-    index = torch.linspace(0, weight.numel() - 1, _FINGERPRINT_VALUES, dtype=torch.float64).long()
+    """The values of a fingerprint, in float32."""
+    index = sampled_positions(weight.numel())
     rows, columns = index // weight.size(1), index % weight.size(1)
     return weight.detach()[rows.to(weight.device), columns.to(weight.device)].float().cpu()
-
-
-def weight_misfit(weight: torch.Tensor, expected: Mapping[str, Any]) -> str | None:
-    """Why `weight` is not the one with this fingerprint, or None."""
-    if not _is_readable(weight):
-        return fingerprint_misfit({"shape": list(weight.shape)}, expected)
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return fingerprint_misfit({"shape": list(weight.shape), "dtype": dtype, "values": _sample(weight)}, expected)
 
 
 def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:

@@ -1,12 +1,9 @@
-"""Merges adapters into the weights: Δ and sum in float32 or wider, rounded once to the weight's dtype.
+"""Merges adapters into the weights of a model in memory, for good or for a while.
 
-    W' = W + blockdiag(s_1 B_1 A_1, …, s_N B_N A_N)
-
-Only the N diagonal blocks, 1/N of the weight, are read and written.
-N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split`.
+`update.py` says what a merge is; here is what must be refused, and how everything else of the model comes back.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,53 +11,12 @@ import torch
 from torch import nn
 
 from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, running_base
-from .config import MELoRAConfig
 from .errors import MELoRAError
-from .match import shared_parameters
+from .fold_report import FoldReport, make_report, measure_update
 from .rewrite import STATE, RewriteState
-from .rewritten import FOLDED, TENSORS, owner_of, rewritten_modules, scaling_tensor, uninstall, unwrap
-
-
-def delta_blocks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> list[torch.Tensor]:
-    """The diagonal blocks of the update, one tensor (N, O_p/N, I/N) for each part p of `config.split`.
-
-    The one place where an update is computed, for every kind of fold, in float32 or wider.
-
-    Args:
-        config: the site's configuration.
-        lora_a: (N, P·R, I/N).
-        lora_b: (N, O/N, R).
-    """
-    wide = torch.promote_types(lora_b.dtype, torch.float32)
-    wide_b = lora_b.detach().to(wide)
-    scaled = wide_b * scaling_tensor(config, wide_b)
-    sizes = [size // config.num_blocks for size in config.parts(lora_b.size(0) * lora_b.size(1))]
-    a_parts = lora_a.detach().to(wide).chunk(len(sizes), dim=1)
-    return [torch.bmm(b, a) for b, a in zip(scaled.split(sizes, dim=1), a_parts, strict=True)]
-
-
-def diagonal_blocks(config: MELoRAConfig, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Views (N, O_p/N, I/N) of the blocks of `weight` (O, I) that an adapter of `config` changes, one for each part."""
-    num_blocks, in_features = config.num_blocks, weight.size(1)
-    return [
-        part.unflatten(0, (num_blocks, -1)).unflatten(2, (num_blocks, in_features // num_blocks)).diagonal(0, 0, 2)
-        for part in weight.split(config.parts(weight.size(0)))
-    ]
-
-
-def add_blocks(weight_blocks: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]) -> None:
-    """Adds each delta (N, o, i) to its view (o, i, N) of a weight, in the wider dtype, rounding once."""
-    for block, delta in zip(weight_blocks, deltas, strict=True):
-        block.copy_(delta.permute(1, 2, 0) + block)
-
-
-def _fold_site(site: AdapterSite) -> None:
-    add_blocks(_site_blocks(site), delta_blocks(site.config, site.lora_a, site.lora_b))
-
-
-def _site_blocks(site: AdapterSite) -> list[torch.Tensor]:
-    weight = site.weight.detach()
-    return diagonal_blocks(site.config, weight.t() if site.weight_is_transposed else weight)
+from .rewritten import FOLDED, TENSORS, owner_of, rewritten_modules, uninstall, unwrap
+from .state import adapter_of
+from .update import Scratch, add_update, diagonal_blocks, non_finite
 
 
 def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
@@ -85,17 +41,41 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
         _refuse_shared(shared)
     for name in shared:
         _untie(inner, found[name])
+    scratch = Scratch()
     with torch.no_grad():
-        for site in require_sites(model, "fold").values():
-            _fold_site(site)
+        for site in (require_sites(model, "fold") if shared else found).values():
+            add_update(site.config, oriented_weight(site), site.lora_a, site.lora_b, scratch)
     _remove_adapters(inner)
     return model
+
+
+def check_fold(model: nn.Module) -> FoldReport:
+    """What folding will round away, measured on the present values; the model is not changed.
+
+    Warns, naming the worst site and the remedy, where a site loses more than a quarter of its adapter.
+
+    Raises:
+        MELoRAError: for a plain model, inside `folded`, and for weights that cannot be changed.
+    """
+    found = require_sites(model, "check_fold")
+    refuse_folded(model, "check_fold")
+    _refuse_unfoldable(found)
+    scratch = Scratch()
+    with torch.no_grad():
+        measured = [
+            measure_update(name, site.config, oriented_weight(site), site.lora_a, site.lora_b, scratch, write=False)
+            for name, site in found.items()
+        ]
+    return make_report(measured, adapter_of(model).sha256)
 
 
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
     """Inside the block the adapters are merged and the graphs are the base's; afterwards the weights are as before,
     bit for bit, also after an exception. Inside another `folded` it does nothing.
+
+    A backward that is pending when the block begins is right after it; inside, autograd refuses it, as it refuses after
+    the block the backward of a forward inside.
 
     Raises:
         MELoRAError: as `fold`, for weights that cannot be changed. Shared weights are refused too.
@@ -106,12 +86,16 @@ def folded(model: nn.Module) -> Iterator[None]:
         return
     _refuse_unfoldable(found)
     _refuse_shared(_shared_sites(unwrap(model), found))
-    saved: list[tuple[AdapterSite, list[torch.Tensor]]] = []
+    weights = {name: oriented_weight(site) for name, site in found.items()}
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    scratch = Scratch()
+    tracked = tuple(weight for weight in weights.values() if not weight.is_inference())
+    versions = tuple(weight._version for weight in tracked)
     try:
         with torch.no_grad():
-            for site in found.values():
-                saved.append((site, [block.clone() for block in _site_blocks(site)]))
-                _fold_site(site)
+            for name, site in found.items():
+                saved += [(block, block.clone()) for block in diagonal_blocks(site.config, weights[name])]
+                add_update(site.config, weights[name], site.lora_a, site.lora_b, scratch)
         for site in found.values():
             site.module.__dict__[FOLDED] = True
         with running_base(model):
@@ -120,32 +104,75 @@ def folded(model: nn.Module) -> Iterator[None]:
         for site in found.values():
             site.module.__dict__.pop(FOLDED, None)
         with torch.no_grad():
-            for site, blocks in saved:
-                for block, original in zip(_site_blocks(site), blocks, strict=True):
-                    block.copy_(original)
+            for block, original in saved:
+                block.copy_(original)
+        # The bits are what a pending backward has saved: autograd may go on.
+        torch._C._autograd._unsafe_set_version_counter(tracked, versions)
+
+
+def oriented_weight(site: AdapterSite) -> torch.Tensor:
+    """The site's weight as (O, I), a view."""
+    weight = site.weight.detach()
+    return weight.t() if site.weight_is_transposed else weight
 
 
 def _refuse_unfoldable(found: dict[str, AdapterSite]) -> None:
-    lines = []
-    for name, site in found.items():
-        if site.record.parameter_name not in site.owner._parameters:
-            lines.append(f"`{name}`: its weight is pruned or parametrized: make it permanent first")
-        elif type(site.weight.detach()) is not torch.Tensor or not site.weight.is_floating_point():
-            kind = f"{type(site.weight.detach()).__name__} of {site.weight.dtype}"
-            lines.append(f"`{name}`: its weight is a {kind}: dequantise the base, fold, and quantise again")
-        elif site.weight.is_meta:
-            lines.append(f"`{name}`: its weight is on the meta device: load the model's weights first")
-        elif not all(torch.isfinite(value).all() for value in (site.lora_a, site.lora_b)):
-            lines.append(f"`{name}`: its adapter holds NaN or infinity")
+    lines = [f"`{name}`: {reason}" for name, site in found.items() if (reason := _obstacle(site))]
     if lines:
         raise MELoRAError("cannot fold:\n" + "\n".join(lines))
 
 
+def _obstacle(site: AdapterSite) -> str | None:
+    """Why the site cannot be folded, or None."""
+    if site.record.parameter_name not in site.owner._parameters:
+        return "its weight is pruned or parametrized: make it permanent first"
+    weight = site.weight.detach()
+    if type(weight) is not torch.Tensor or not weight.is_floating_point():
+        kind = f"{type(weight).__name__} of {weight.dtype}"
+        return f"its weight is a {kind}: dequantise the base, fold, and quantise again"
+    if weight.is_meta:
+        return "its weight is on the meta device: load the model's weights first"
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        return "its weight was made in `torch.inference_mode`: load the model outside of it, or fold inside"
+    return non_finite(site.config, oriented_weight(site), site.lora_a, site.lora_b)
+
+
 def _shared_sites(model: nn.Module, found: dict[str, AdapterSite]) -> dict[str, list[str]]:
-    """The sites whose weight is another parameter of the model too: site name → names of the other users."""
-    names = shared_parameters(model)
-    others = {name: [other for other in names[id(site.weight)] if other != name] for name, site in found.items()}
-    return {name: users for name, users in others.items() if users}
+    """The sites whose weight is in part another parameter of the model too: site name → names of the others."""
+    shared: dict[str, list[str]] = {}
+    for names in _in_one_memory(model):
+        shared |= {name: [other for other in names if other != name] for name in names if name in found}
+    return shared
+
+
+def _in_one_memory(model: nn.Module) -> Iterator[list[str]]:
+    """Groups of parameters that overlap in memory, named as sites; a module used in several places counts once."""
+    spans = sorted(
+        (*_span(parameter), name.removesuffix(".weight"))
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False)
+    )
+    group: list[str] = []
+    group_end = ("", 0)
+    for device, start, end, name in spans:
+        if group and (device, start) < group_end:
+            group.append(name)
+        else:
+            if len(group) > 1:
+                yield group
+            group, group_end = [name], (device, end)
+        group_end = max(group_end, (device, end))
+    if len(group) > 1:
+        yield group
+
+
+def _span(parameter: torch.Tensor) -> tuple[str, int, int]:
+    """(device, first byte, end) of the memory that a parameter lives in; itself, where it has none of its own."""
+    tensor = parameter.detach()
+    if type(tensor) is not torch.Tensor or tensor.is_meta or not tensor.numel():
+        return "object", id(parameter), id(parameter) + 1
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _refuse_shared(shared: dict[str, list[str]]) -> None:

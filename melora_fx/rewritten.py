@@ -7,6 +7,7 @@ metadata and hooks (they rebuild the module from its code); here both keep every
 """
 
 import copy
+import functools
 import io
 import pickle
 import types
@@ -155,18 +156,25 @@ def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord]) -> Re
 
 def uninstall(module: RewrittenModule) -> None:
     """Gives `module` its class back. A module that was a GraphModule keeps its graph without the adapters."""
-    graph = without_adapters(module.adapted_graph)
-    module.__dict__.pop(BASE, None)
     original = _restored_class(module)
-    plain = fx.GraphModule(nn.Module(), fx.Graph())
+    graph = without_adapters(module.adapted_graph) if original is fx.GraphModule else None
+    module.__dict__.pop(BASE, None)
     del module.__dict__["melora_records"]
-    if original is fx.GraphModule:
+    if graph is not None:
+        plain = fx.GraphModule(nn.Module(), fx.Graph())
         module.__class__ = cast("type[RewrittenModule]", type(plain))
         module.graph = graph
         return
-    for key in [*(vars(plain).keys() - vars(nn.Module()).keys()), "_in_spec", "_out_spec"]:
+    for key in _graph_module_attributes():
         module.__dict__.pop(key, None)
     module.__class__ = cast("type[RewrittenModule]", original)
+
+
+@functools.cache
+def _graph_module_attributes() -> tuple[str, ...]:
+    """What a GraphModule has and a plain module has not."""
+    plain = fx.GraphModule(nn.Module(), fx.Graph())
+    return *(vars(plain).keys() - vars(nn.Module()).keys()), "_in_spec", "_out_spec"
 
 
 def rewritten_modules(model: nn.Module) -> Iterator[tuple[str, RewrittenModule]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .adapter import AdapterSite, refuse_folded, require_sites, sites
-from .adapter_file import Adapter, fingerprint, read_adapter, weight_misfit, write_adapter
+from .adapter_file import Adapter, fingerprint, fingerprint_misfit, read_adapter, write_adapter
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
@@ -39,16 +39,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
-    """What files say of each site, as JSON-ready values: its configuration, and the fingerprint of its base weight."""
+    """What files say of each site, as JSON-ready values: its configuration, and its base weight's fingerprint and
+    orientation.
+    """
     return {
-        name: {"config": site.config.to_dict(), "base": fingerprint(site.weight, name)} for name, site in found.items()
+        name: {
+            "config": site.config.to_dict(),
+            "base": fingerprint(site.weight, name),
+            "is_transposed": site.weight_is_transposed,
+        }
+        for name, site in found.items()
     }
 
 
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of a rewritten model as if it had been saved and read; base weights are not checked."""
     configs = {name: site.config for name, site in sites(model).items()}
-    return Adapter(Path(), configs, {}, _kept_modules(model), {}, adapter_tensors(model))
+    return Adapter(Path(), configs, {}, {}, _kept_modules(model), {}, adapter_tensors(model))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -101,8 +108,8 @@ def _load_into_plain(model: nn.Module, adapter: Adapter, example_inputs: Example
     unknown = [name for name in adapter.configs if name not in plain]
     if unknown:
         raise _another_model(adapter, unknown, list(plain))
-    _check_shapes(adapter, plain)
-    _check_fingerprints(adapter, plain)
+    check_shapes(adapter, plain)
+    check_fingerprints(adapter, {name: fingerprint(plain[name]) for name in adapter.configs})
     _check_kept(adapter, model)
     targets: dict[str, MELoRAConfig | None] = {f"re:{re.escape(name)}": c for name, c in adapter.configs.items()}
     rewritten = rewrite(
@@ -140,8 +147,8 @@ def _load_into_rewritten(model: nn.Module, adapter: Adapter) -> None:
             f"and lacks {sorted(kept - saved_kept) or 'nothing'}: one head would stay where another belongs"
         )
     weights = {name: site.weight for name, site in found.items()}
-    _check_shapes(adapter, weights)
-    _check_fingerprints(adapter, weights)
+    check_shapes(adapter, weights)
+    check_fingerprints(adapter, {name: fingerprint(weight) for name, weight in weights.items()})
     _check_kept(adapter, model)
     _copy_values(model, adapter)
 
@@ -170,16 +177,23 @@ def _copy_site(site: AdapterSite, config: MELoRAConfig, lora_a: torch.Tensor, lo
     site.record.config = config
 
 
-def _check_fingerprints(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
+def check_fingerprints(adapter: Adapter, actual: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises MELoRAError where a base weight is not the one that the adapter was trained on.
+
+    Args:
+        adapter: the adapter.
+        actual: site → fingerprint of the weight that is there.
+    """
     lines = []
     for name, expected in adapter.fingerprints.items():
-        if reason := weight_misfit(weights[name], expected):
+        if reason := fingerprint_misfit(actual[name], expected):
             lines.append(f"`{name}`: {reason}")
     if lines:
         raise MELoRAError(f"`{adapter.directory}` was trained on another base model:\n" + "\n".join(lines))
 
 
-def _check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
+def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises MELoRAError where a base weight, by its site's name, has not the shape that the adapter is for."""
     lines = []
     for name, config in adapter.configs.items():
         shapes = [tuple(adapter.tensors[f"{name}.{kind}"].shape) for kind in ("lora_a", "lora_b")]

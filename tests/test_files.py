@@ -9,8 +9,8 @@ import pytest
 from support import randn, rewritten_tower, tower
 
 from exporters import OrtRunner, export_onnx
-from exporters.files import staging_folder
 from melora_fx import MELoRAError
+from melora_fx.files import staging_folder
 
 
 def names(folder: Path) -> set[str]:

@@ -8,8 +8,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from zoo import build
 
 from exporters import export_onnx
-from exporters.model_folder import example_inputs, load_model
+from exporters.model_folder import example_inputs
 from melora_fx import MELoRAError
+from melora_fx.model_folder import load_model
 
 
 def test_weights_are_read_or_not(tmp_path: Path) -> None:

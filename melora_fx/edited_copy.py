@@ -1,0 +1,118 @@
+"""Copies of large files in which some stretches change on the way: about as fast as a copy, in the memory of a few of
+those stretches.
+
+The system copies what stays, file to file. What changes is read and changed by one thread and written by another.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_COPY_BYTES = 1 << 24
+_WRITE_BYTES = 1 << 20
+"""Of one write: with megabytes at once the system looks for memory in one piece, which can take seconds."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Bytes `start` to `stop` of a file; `change`, where given, edits them in place on the way."""
+
+    source: Path
+    start: int
+    stop: int
+    change: Callable[[memoryview], None] | None = None
+
+
+def write_edited(target: Path, pieces: Sequence[Stretch | bytes], advance: Callable[[int], object]) -> None:
+    """Writes a new file of stretches of others and of given bytes, one after the other.
+
+    Args:
+        target: the file; one that is there is replaced.
+        pieces: what it consists of.
+        advance: called with the number of bytes written, as they are.
+
+    Raises:
+        OSError: where something cannot be read or written.
+    """
+    with ExitStack() as stack:
+        out = stack.enter_context(open(target, "wb", buffering=0))
+        paths = {piece.source for piece in pieces if isinstance(piece, Stretch)}
+        sources = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in paths}
+        behind = _WriteBehind(stack.enter_context(ThreadPoolExecutor(max_workers=1)))
+        largest = max(
+            (piece.stop - piece.start for piece in pieces if isinstance(piece, Stretch) and piece.change), default=0
+        )
+        buffers = [memoryview(bytearray(largest)) for _ in range(2)]
+        for piece in pieces:
+            if isinstance(piece, bytes):
+                behind.do(_write, out, memoryview(piece), advance)
+            elif piece.change is None:
+                behind.do(_copy, sources[piece.source], piece, out, advance)
+            else:
+                behind.wait_for_all_but_the_last()
+                buffers.reverse()
+                data = _read(sources[piece.source], piece, buffers[0])
+                piece.change(data)
+                behind.do(_write, out, data, advance)
+        behind.wait_for_all()
+
+
+class _WriteBehind:
+    """Does things in their order in another thread."""
+
+    def __init__(self, thread: ThreadPoolExecutor):
+        self._thread, self._tasks = thread, deque[Future[None]]()
+
+    def do(self, function: Callable[..., None], *args: Any) -> None:
+        self._tasks.append(self._thread.submit(function, *args))
+
+    def wait_for_all_but_the_last(self) -> None:
+        while len(self._tasks) > 1:
+            self._tasks.popleft().result()
+
+    def wait_for_all(self) -> None:
+        while self._tasks:
+            self._tasks.popleft().result()
+
+
+def _read(source: Any, stretch: Stretch, buffer: memoryview) -> memoryview:
+    data = buffer[: stretch.stop - stretch.start]
+    source.seek(stretch.start)
+    done = 0
+    while done < len(data):
+        count = source.readinto(data[done:])
+        if not count:
+            raise OSError(f"{stretch.source} ends early")
+        done += count
+    return data
+
+
+def _write(out: Any, data: memoryview, advance: Callable[[int], object]) -> None:
+    done = 0
+    while done < len(data):
+        done += out.write(data[done : done + _WRITE_BYTES])
+    advance(len(data))
+
+
+def _copy(source: Any, stretch: Stretch, out: Any, advance: Callable[[int], object]) -> None:
+    """Copies in the system where it can, without a detour through this process."""
+    position = stretch.start
+    while position < stretch.stop:
+        size = min(_COPY_BYTES, stretch.stop - position)
+        if hasattr(os, "sendfile"):
+            size = os.sendfile(out.fileno(), source.fileno(), position, size)
+            if not size:
+                raise OSError(f"{stretch.source} ends early")
+            advance(size)
+        else:
+            _write(
+                out,
+                _read(source, Stretch(stretch.source, position, position + size), memoryview(bytearray(size))),
+                advance,
+            )
+        position += size

@@ -1,0 +1,153 @@
+"""What a fold rounds away, measured site by site, and the report of it.
+
+The share of an update that the weight's dtype rounds away is ‖round(W+Δ) − (W+Δ)‖ / ‖Δ‖, over the blocks it changes.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from .config import MELoRAConfig
+from .errors import MELoRAError
+from .update import Scratch, add_widened, beyond_range, scaled_parts, update_tiles
+
+LARGE_SHARE = 0.25
+"""Above this share a report warns."""
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class SiteFold:
+    """What a fold does to one weight.
+
+    Attributes:
+        dtype: the weight's, which the sum is rounded to.
+        rounding_share: share of the update that rounding takes, 0 for an update of zeros.
+        max_abs_change: largest change of a value of the weight.
+        ranks: numerical rank of each block's update, block by block, for each part of `split`.
+        total_rank: the largest that their sum can be.
+    """
+
+    name: str
+    dtype: str
+    rounding_share: float
+    max_abs_change: float
+    ranks: tuple[int, ...]
+    total_rank: int
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """The sites of a fold, the one that loses most first. `str()` is a table with a remedy where much is lost.
+
+    Attributes:
+        sites: what happens at each.
+        adapter_sha256: identity of the adapter that was merged.
+        notes: what else the user should know.
+    """
+
+    sites: tuple[SiteFold, ...]
+    adapter_sha256: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = [("site", "dtype", "rounded away", "max change", "rank")]
+        rows += [
+            (
+                site.name, site.dtype, f"{site.rounding_share:.2%}", f"{site.max_abs_change:.1e}",
+                f"{sum(site.ranks)} of {site.total_rank}",
+            )
+            for site in self.sites[:_SHOWN]
+        ]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        if hidden := self.sites[_SHOWN:]:
+            lines.append(f"… and {len(hidden)} sites with less, {hidden[0].rounding_share:.2%} at most")
+        remedy = self.remedy()
+        return "\n".join([*lines, *([remedy] if remedy else []), *(f"note: {note}" for note in self.notes)])
+
+    def remedy(self) -> str:
+        """What to do about the sites that lose much; empty where none does."""
+        losing = [site for site in self.sites if site.rounding_share > LARGE_SHARE]
+        if not losing:
+            return ""
+        dtypes = ", ".join(sorted({site.dtype for site in losing}))
+        return (
+            f"{len(losing)} of {len(self.sites)} sites lose more than {LARGE_SHARE:.0%} of their adapter to the "
+            f"rounding to {dtypes}, worst `{losing[0].name}` ({losing[0].rounding_share:.0%}): keep the adapter "
+            "unmerged, or fold into float32: `fold(copy.deepcopy(model).float())` in memory, a float32 base on disk"
+        )
+
+
+def measure_update(
+    name: str,
+    config: MELoRAConfig,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scratch: Scratch,
+    *,
+    write: bool,
+) -> SiteFold:
+    """What the update does to a weight (O, I), measured tile by tile, and done where `write` says so.
+
+    Args: as of `update.add_update`, which gives the same bits.
+
+    Raises:
+        MELoRAError: where the sum is not finite; tiles before it have been written then.
+    """
+    lost = update = change = 0.0
+    for block, delta in update_tiles(config, weight, lora_a, lora_b, scratch):
+        precise = delta.dtype if block.dtype != delta.dtype else torch.float64
+        before = scratch.take("before", block.shape, precise, block.device)
+        exact = scratch.take("exact", block.shape, precise, block.device)
+        after = scratch.take("after", block.shape, precise, block.device)
+        rounded = scratch.take("rounded", block.shape, block.dtype, block.device)
+        before.copy_(rounded.copy_(block))
+        update = math.hypot(update, float(torch.linalg.vector_norm(delta)))
+        torch.add(before, delta, out=exact)
+        rounded.copy_(add_widened(delta, rounded, scratch))
+        if write:
+            block.copy_(rounded)
+        after.copy_(rounded)
+        lost = math.hypot(lost, float(torch.linalg.vector_norm(exact.sub_(after))))
+        change = max(change, float(after.sub_(before).abs_().amax()))
+    if not math.isfinite(change):
+        raise MELoRAError(f"`{name}`: {beyond_range(weight.dtype)}")
+    return SiteFold(
+        name=name,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        rounding_share=lost / update if update else 0.0,
+        max_abs_change=change,
+        ranks=_numerical_ranks(config, lora_a, lora_b),
+        total_rank=config.total_rank * len(config.parts(weight.size(0))),
+    )
+
+
+def _numerical_ranks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[int, ...]:
+    """Rank of each s_i B_i A_i. The squares of its singular values are the eigenvalues of (BᵀB)(AAᵀ), R × R, of which
+    float64 holds enough digits to tell float32's rank.
+    """
+    ranks: list[int] = []
+    eps = torch.finfo(torch.promote_types(lora_b.dtype, torch.float32)).eps
+    for part_a, part_b in scaled_parts(config, lora_a.cpu(), lora_b.cpu(), torch.float64):
+        squares, vectors = torch.linalg.eigh(part_b.mT @ part_b)
+        half = vectors * squares.clamp(min=0).sqrt()[:, None]  # BᵀB = half halfᵀ
+        values = torch.linalg.eigvalsh(half.mT @ (part_a @ part_a.mT) @ half).clamp(min=0).sqrt()
+        limit = values.amax(dim=1, keepdim=True) * max(part_b.size(1), part_a.size(2)) * eps
+        ranks += (values > limit).sum(dim=1).tolist()
+    return tuple(ranks)
+
+
+def make_report(measured: Iterable[SiteFold], adapter_sha256: str, notes: Iterable[str] = ()) -> FoldReport:
+    """The report of these sites, which warns where a remedy is needed."""
+    sites = tuple(sorted(measured, key=lambda site: -site.rounding_share))
+    report = FoldReport(sites, adapter_sha256, tuple(notes))
+    if remedy := report.remedy():
+        warnings.warn(remedy, stacklevel=3)
+    return report
