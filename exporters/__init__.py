@@ -2,6 +2,7 @@
 
 from .compare import Comparison, Latency, LatencyTable, compare, measure_latency
 from .export import ExportReport, export_onnx
+from .fold_onnx import fold_onnx
 from .ort_runner import OrtRunner
 from .runners import TorchRunner
 from .swap import write_ort_adapter
@@ -20,6 +21,7 @@ __all__ = [
     "check_tensorrt",
     "compare",
     "export_onnx",
+    "fold_onnx",
     "measure_latency",
     "write_ort_adapter",
     "write_triton_repository",

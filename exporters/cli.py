@@ -3,19 +3,23 @@
 import dataclasses
 import json
 import sys
+import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import melora_fx
-from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx import FoldReport, MELoRAConfig, MELoRAError
 from melora_fx.adapter_file import read_adapter
 from melora_fx.model_folder import load_model
 
 from .bench import BenchOptions, run_bench
 from .demo import DemoOptions, run_demo
 from .export import TARGETS, export_onnx
+from .fold_onnx import fold_onnx
 from .model_folder import example_inputs
 from .swap import write_ort_adapter
 from .tensorrt import check_tensorrt, parse_shapes
@@ -75,6 +79,35 @@ def match(
     model = load_model(model_dir, with_weights=False)
     report = melora_fx.match(model, _split_names(targets), MELoRAConfig(rank=rank, num_blocks=num_blocks))
     print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else report)
+
+
+@app.command(epilog="Example: melora-fx fold ./my-model ./adapter -o ./my-model-folded")
+def fold(
+    base_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder: the adapter's base; it is not changed.")],
+    adapter_dir: Annotated[Path, typer.Argument(help="Adapter folder, as save_adapter writes it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; empty, or not there.")],
+) -> None:
+    """Merge an adapter into a model folder on disk, and say what rounding takes of it."""
+    _print_fold(melora_fx.fold_checkpoint, base_dir, adapter_dir, out)
+
+
+@app.command("fold-onnx", epilog="Example: melora-fx fold-onnx base.onnx ./adapter -o merged.onnx")
+def fold_into_onnx(
+    graph: Annotated[Path, typer.Argument(help="The base's graph, as melora-fx export writes it without an adapter.")],
+    adapter_dir: Annotated[Path, typer.Argument(help="Adapter folder, as save_adapter writes it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file to write, or a folder.")],
+) -> None:
+    """Merge an adapter into a base graph that was exported once, without building the model."""
+    _print_fold(fold_onnx, graph, adapter_dir, out)
+
+
+def _print_fold(function: Callable[[Path, Path, Path], FoldReport], base: Path, adapter_dir: Path, out: Path) -> None:
+    """Folds, and prints where to and what was lost; the report says what its warning would."""
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        report = function(base, adapter_dir, out)
+    print(f"{report}\n{out}: holds adapter {report.adapter_sha256[:12]}…, {time.perf_counter() - start:.1f} s")
 
 
 @app.command(epilog="Example: melora-fx export ./my-model ./demo-output/adapter -o merged.onnx --target ort-cpu")

@@ -18,6 +18,7 @@ from torch import nn
 from melora_fx import MELoRAError, folded, sites
 from melora_fx.adapter import is_disabled
 from melora_fx.files import staging_folder, writing
+from melora_fx.match import shared_parameters
 from melora_fx.rewritten import unwrap
 from melora_fx.state import kept_names
 from melora_fx.whole_model import as_arguments
@@ -232,11 +233,18 @@ def _build(
     if options.precision == "fp16" or options.target in FUSED_TARGETS:
         drop_inferred(graph_model)
     attach_defaults(graph_model.graph, defaults)
+    shared = _shared(model)
     return graph_model, {
         "forms": forms,
-        "weights": places_as_json(weights),
+        "weights": places_as_json({name: place for name, place in weights.items() if name not in shared}),
         "kept": places_as_json({name: place for name, place in kept.items() if place}),
     }
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """Names of the parameters that other parameters of the model are too: a fold into one would change the others."""
+    users = shared_parameters(model)
+    return {name for name, parameter in model.named_parameters() if len(users[id(parameter)]) > 1}
 
 
 def _tokens(inputs: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from onnx import ModelProto
 from torch import nn
 
 from melora_fx import MELoRAConfig, MELoRAError, sites
@@ -29,7 +30,8 @@ class GraphFacts:
         path: the file, for error texts.
         adapter: "none", "fold", "keep" or "swap"; `adapter_sha256` is the identity of what it holds, or "none".
         configs, fingerprints: of each site: its configuration, and its base weight's fingerprint.
-        weights: parameter → where it lives in the graph; `kept` the same for the modules kept trainable.
+        weights: parameter → where it lives in the graph; without those that go by several names, or that the exporter
+            could not tell apart. `kept`: the same for the modules kept trainable.
     """
 
     path: Path
@@ -71,7 +73,11 @@ def read_facts(path: str | Path) -> GraphFacts:
         MELoRAError: for a file that is missing, is no ONNX graph, lacks its weights, or was not written by
             `export_onnx`.
     """
-    graph = read_graph(path)
+    return facts_of(read_graph(path), path)
+
+
+def facts_of(graph: ModelProto, path: str | Path) -> GraphFacts:
+    """The description in a graph that has been read from `path`."""
     text = next((entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY), None)
     if text is None:
         raise MELoRAError(f"`{path}` was not written by `export_onnx`: it has no `{METADATA_KEY}` entry")

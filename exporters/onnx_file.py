@@ -86,6 +86,16 @@ def _size_in_bytes(tensor: TensorProto) -> int:
     return math.prod(tensor.dims) * _BYTES.get(TensorProto.DataType.Name(tensor.data_type), 0)
 
 
+def num_uses(graph: GraphProto, name: str) -> int:
+    """How many inputs of nodes, and outputs of the graph, the value `name` is; in subgraphs too."""
+    uses = sum(value.name == name for value in graph.output)
+    for node in graph.node:
+        uses += sum(value == name for value in node.input)
+        for attribute in node.attribute:
+            uses += sum(num_uses(subgraph, name) for subgraph in (attribute.g, *attribute.graphs))
+    return uses
+
+
 def has_optional_inputs(model: ModelProto) -> bool:
     """Whether initializers are inputs too, and so defaults; before IR version 4 all were, as constants."""
     return model.ir_version >= 4 and len(required_inputs(model)) < len(model.graph.input)

@@ -57,7 +57,7 @@ class FoldReport:
         rows = [("site", "dtype", "rounded away", "max change", "rank")]
         rows += [
             (
-                site.name, site.dtype, f"{site.rounding_share:.2%}", f"{site.max_abs_change:.1e}",
+                site.name, site.dtype, _percent(site.rounding_share), f"{site.max_abs_change:.1e}",
                 f"{sum(site.ranks)} of {site.total_rank}",
             )
             for site in self.sites[:_SHOWN]
@@ -67,7 +67,7 @@ class FoldReport:
             "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         if hidden := self.sites[_SHOWN:]:
-            lines.append(f"… and {len(hidden)} sites with less, {hidden[0].rounding_share:.2%} at most")
+            lines.append(f"… and {len(hidden)} sites with less, {_percent(hidden[0].rounding_share)} at most")
         remedy = self.remedy()
         return "\n".join([*lines, *([remedy] if remedy else []), *(f"note: {note}" for note in self.notes)])
 
@@ -82,6 +82,10 @@ class FoldReport:
             f"rounding to {dtypes}, worst `{losing[0].name}` ({losing[0].rounding_share:.0%}): keep the adapter "
             "unmerged, or fold into float32: `fold(copy.deepcopy(model).float())` in memory, a float32 base on disk"
         )
+
+
+def _percent(share: float) -> str:
+    return "<0.01%" if 0 < share < 5e-5 else f"{share:.2%}"
 
 
 def measure_update(

@@ -24,6 +24,7 @@ IN, OUT = 24, 36
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float16: {"rtol": 2e-3, "atol": 4e-3},  # eps 2^-11
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 3e-2},  # eps 2^-8; base, adapter and their sum are each rounded once
 }
 """By the dtype that the code under test computes its output in."""
@@ -174,6 +175,18 @@ class Tower(nn.Module):
 
 TOWER_SITES = ("up", "gate", "own.projection", "conv", "head")
 TOWER_CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=5.0)
+
+
+class Tied(nn.Module):
+    """Two linears on one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(IN, IN), nn.Linear(IN, IN)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x)))
 
 
 class Form(nn.Module):

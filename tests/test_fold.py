@@ -11,6 +11,7 @@ from support import (
     OUT,
     TOWER_CONFIG,
     TOWER_SITES,
+    Tied,
     Tower,
     adapted_weight,
     assert_equal,
@@ -381,16 +382,6 @@ def test_untie_of_a_model_without_shared_sites_changes_no_tie():
     assert model.config.tie_word_embeddings is True
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(IN, IN), nn.Linear(IN, IN)
-        self.b.weight = self.a.weight
-
-    def forward(self, x):
-        return self.b(torch.tanh(self.a(x)))
-
-
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_two_sites_on_one_weight(whole):
     torch.manual_seed(0)
@@ -472,3 +463,142 @@ def test_sites_of_the_tower_are_all_folded():
     assert isinstance(melora_fx.fold(model), Tower)
     for name in TOWER_SITES:
         assert_near(weights[name].t() if name == "conv" else weights[name], expected[name])
+
+
+# ---- pending backwards -----------------------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_backward_that_was_pending_is_right_after_folded(case, compiled):
+    """The weights are the bits that it has saved; inside the block autograd refuses it."""
+    run = torch.compile(case.model, backend="aot_eager") if compiled else case.model
+
+    def loss() -> torch.Tensor:
+        result = run(**case.inputs) if isinstance(case.inputs, dict) else run(case.inputs)
+        return (result if isinstance(result, torch.Tensor) else result[0]).square().mean()
+
+    loss().backward()
+    expected = gradients(case.model)
+    pending = loss()
+    with melora_fx.folded(case.model):
+        output_of(case.model, case.inputs)
+    pending.backward()
+    assert_equal(gradients(case.model), expected)
+    pending = loss()
+    with melora_fx.folded(case.model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        pending.backward()
+
+
+def test_a_backward_of_a_forward_inside_folded_is_refused_after_it():
+    model, x = rewritten_tower(), randn(2, IN).requires_grad_()
+    with melora_fx.folded(model):
+        inside = model(x).sum()
+        model(x).sum().backward()
+        assert x.grad is not None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        inside.backward()
+
+
+def test_fold_and_folded_in_inference_mode():
+    with torch.inference_mode():
+        model = rewritten_tower()
+        x = randn(2, IN)
+        adapted = output_of(model, x)
+        with melora_fx.folded(model):
+            inside = output_of(model, x)
+        assert_equal(output_of(model, x), adapted)
+    with pytest.raises(MELoRAError, match=r"its weight was made in `torch\.inference_mode`"):
+        melora_fx.fold(model)
+    with torch.inference_mode():
+        assert_equal(output_of(melora_fx.fold(model), x), inside)
+
+
+# ---- memory that is shared -------------------------------------------------------------------------------------------
+
+
+def test_parameters_that_share_memory_without_being_one(tmp_path):
+    """`weight.data` of another module, and rows of a packed weight: the fold of one would change the other."""
+    model = tower()
+    model.gate.weight = nn.Parameter(model.up.weight.data)
+    model.own.projection = nn.Parameter(model.up.weight.data[6:])
+    fill(melora_fx.rewrite(model, ["up"], TOWER_CONFIG))
+    text = r"`up` shares its weight with 'gate', 'own.projection'"
+    for name in ("fold", "folded"):
+        with assert_unchanged(model), pytest.raises(MELoRAError, match=text):
+            fold_or_folded(name, model)
+    others = model.gate.weight.detach().clone(), model.own.projection.detach().clone()
+    expected = adapted_weight(melora_fx.sites(model)["up"])
+    melora_fx.fold(model, untie=True)
+    assert_near(model.up.weight, expected)
+    assert_equal((model.gate.weight.detach(), model.own.projection.detach()), others)
+
+
+def test_neighbours_in_one_memory_are_not_shared():
+    """As weights that are views of one mapped file."""
+    model = tower()
+    memory = torch.cat([model.up.weight.detach().flatten(), model.gate.weight.detach().flatten()])
+    model.up.weight = nn.Parameter(memory[: OUT * IN].view(OUT, IN))
+    model.gate.weight = nn.Parameter(memory[OUT * IN :].view(OUT, IN))
+    fill(melora_fx.rewrite(model, ["up", "gate"], TOWER_CONFIG))
+    expected = [adapted_weight(site) for site in melora_fx.sites(model).values()]
+    melora_fx.fold(model)
+    assert_near(model.up.weight, expected[0])
+    assert_near(model.gate.weight, expected[1])
+
+
+# ---- many adapters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_thousand_swaps_of_ten_adapters_leave_the_base_bit_equal(dtype, tmp_path):
+    model = melora_fx.rewrite(tower().to(dtype), "all-linear", TOWER_CONFIG)
+    x = randn(2, IN, dtype=dtype)
+    base = {name: value.clone() for name, value in model.state_dict().items() if "lora" not in name}
+    expected = []
+    for number in range(10):
+        melora_fx.save_adapter(fill(model, seed=number), tmp_path / str(number))
+        with melora_fx.folded(model):
+            expected.append(output_of(model, x))
+    for swap in range(1000):
+        melora_fx.load_adapter(model, tmp_path / str(swap * 7 % 10))
+        with melora_fx.folded(model):
+            if swap % 50 == 0:
+                assert_equal(output_of(model, x), expected[swap * 7 % 10])
+    assert_equal({name: value for name, value in model.state_dict().items() if "lora" not in name}, base)
+
+
+# ---- beside PEFT -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safe_merge", [False, True], ids=["default", "safe_merge"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_error_of_a_narrow_fold_is_never_above_pefts(dtype, safe_merge):
+    """Of each site, against float64, with the same update in both. PEFT's default rounds once too; its `safe_merge`
+    rounds the update before the sum."""
+    import peft
+
+    config = MELoRAConfig(rank=2, num_blocks=3, alpha=2.0)
+    model = fill(melora_fx.rewrite(tower().to(dtype), ["up", "gate", "head"], config))
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=6, lora_alpha=6, target_modules=["up", "gate", "head"]), tower().to(dtype)
+    )
+    exact = {}
+    with torch.no_grad():
+        for name, site in melora_fx.sites(model).items():
+            exact[name] = adapted_weight(site)
+            layer = theirs.get_submodule(name).float() if not safe_merge else theirs.get_submodule(name)
+            layer.base_layer.to(dtype)
+            layer.lora_A["default"].weight.copy_(torch.block_diag(*site.lora_a))
+            layer.lora_B["default"].weight.copy_(torch.block_diag(*(site.lora_b * site.scaling)))
+            layer.merge(safe_merge=safe_merge)
+    melora_fx.fold(model)
+    for name, expected in exact.items():
+        ours, other = model.get_submodule(name).weight, theirs.get_submodule(name).base_layer.weight
+        errors = [float((weight.detach().double() - expected).norm()) for weight in (ours, other)]
+        assert errors[0] <= errors[1], name

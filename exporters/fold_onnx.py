@@ -1,0 +1,263 @@
+"""`fold_onnx`: an adapter merged into a graph that was exported once from the base, as a change of its weights' bytes.
+
+The graph says in its metadata which initializer, or which columns of one, holds each weight. No model is built, and no
+node is touched.
+"""
+
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from onnx import ModelProto, TensorProto
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from melora_fx import FoldReport, MELoRAError, SiteFold
+from melora_fx.adapter_file import Adapter, fingerprint, read_adapter, refuse_non_finite
+from melora_fx.edited_copy import Stretch, write_edited
+from melora_fx.files import staging_folder, writing
+from melora_fx.fold_report import make_report, measure_update
+from melora_fx.state import check_fingerprints, check_shapes
+from melora_fx.targets import nearest
+from melora_fx.update import Scratch
+
+from .files import move_files, onnx_path, show_progress
+from .metadata import METADATA_KEY, GraphFacts, facts_of
+from .model_folder import TOKENIZER_FILES
+from .onnx_file import data_files, num_uses, read_graph
+from .weights import WeightPlace
+
+_DTYPES = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.DOUBLE: torch.float64,
+}
+
+_Change = Callable[[torch.Tensor], object]
+
+
+def fold_onnx(
+    path: str | os.PathLike[str], adapter_dir: str | os.PathLike[str], out_path: str | os.PathLike[str]
+) -> FoldReport:
+    """Merges an adapter into an ONNX graph of its base, which was exported once, and writes a new graph.
+
+    In float32 the new graph is the one that an export of the folded model would give, bit for bit. In float16 the
+    base's weights have been rounded before the update is added. A trained head is exchanged where the graph has one of
+    the same shape. Beside NAME.onnx stands NAME.onnx.data, and config.json and the tokenizer's files where they stand
+    beside the base's graph; other files in the folder stay. There is no way back from a folded graph: keep the base's.
+
+    Args:
+        path: a graph that `export_onnx` wrote from a model without adapters; a .onnx file, or a folder with a
+            model.onnx.
+        adapter_dir: a folder written by `save_adapter`, of an adapter that was trained on the same base.
+        out_path: the .onnx file, or a folder, in which it is called model.onnx.
+
+    Returns:
+        what the rounding to the graph's precision has taken, site by site. Warns where it is much.
+
+    Raises:
+        MELoRAError: where the graph or the adapter cannot be read or belong to different models; where the graph holds
+            an adapter already, or does not say where a weight is: it is tied, or the exporter has merged it with
+            others; where the adapter is not finite, or the file cannot be written. Nothing is written then.
+    """
+    source, out = onnx_path(path), onnx_path(out_path)
+    adapter = read_adapter(adapter_dir)
+    graph = read_graph(source)
+    facts = facts_of(graph, source)
+    if facts.adapter == "fold":
+        raise MELoRAError(
+            f"`{source}` holds an adapter already (sha256 {facts.adapter_sha256[:12]}…): fold into the base's graph"
+        )
+    if facts.adapter != "none":
+        raise MELoRAError(
+            f"`{source}` is no graph of the base alone (`{facts.adapter}`): export the base before `rewrite`, once, "
+            "and fold into that"
+        )
+    if out.resolve() == source.resolve():
+        raise MELoRAError(f"`{out}` is the base's own graph: a fold keeps it, name another file")
+    weights = _Weights(source, graph)
+    places = _places(adapter, facts)
+    _check(adapter, weights, places)
+    measured: list[SiteFold] = []
+    scratch = Scratch()
+    for site, place in places.items():
+        weights.change(place, partial(_fold_weight, site, adapter, scratch, measured))
+    for place, exchange in _heads(adapter, facts, weights):
+        weights.change(place, exchange)
+    with show_progress(f"folding into {out.name}"), staging_folder(out) as staging, writing(out):
+        weights.write(staging / out.name, _new_facts(graph, adapter, weights, places))
+        if source.parent.resolve() != out.parent.resolve():
+            for name in ("config.json", *TOKENIZER_FILES):
+                if (source.parent / name).is_file():
+                    shutil.copyfile(source.parent / name, staging / name)
+        move_files(staging, out)
+    return make_report(measured, adapter.sha256)
+
+
+def _places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
+    """Where each site's weight is in the graph."""
+    places, lines = dict[str, WeightPlace](), []
+    for site in adapter.configs:
+        place = facts.weights.get(f"{site}.weight", facts.weights.get(site))
+        if place is not None:
+            places[site] = place
+        else:
+            known = [name.removesuffix(".weight") for name in facts.weights]
+            lines.append(f"`{site}`; nearest: {nearest(site, known)}")
+    if lines:
+        raise MELoRAError(
+            f"`{facts.path}` does not say where the weights of these sites of `{adapter.directory}` are: they are "
+            "another model's, or tied, or the exporter has merged them with others; fold in memory and export:\n"
+            + "\n".join(lines)
+        )
+    return places
+
+
+@dataclass
+class _Weights:
+    """The initializers of a graph, and what is to be done to them."""
+
+    path: Path
+    graph: ModelProto
+    changes: dict[str, list[tuple[WeightPlace, _Change]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tensors = {tensor.name: tensor for tensor in self.graph.graph.initializer}
+        self.files = data_files(self.path, self.graph)
+
+    def view(self, place: WeightPlace, data: memoryview) -> torch.Tensor:
+        """The parameter at `place` as it lies in the model, a view of its initializer's bytes."""
+        tensor = self.tensors[place.initializer]
+        values = torch.frombuffer(data, dtype=_DTYPES[tensor.data_type]).view(tuple(tensor.dims))
+        values = values[:, slice(*place.columns)] if place.columns else values
+        return values.t() if place.is_transposed else values
+
+    def read(self, place: WeightPlace) -> torch.Tensor:
+        """The parameter at `place`, memory-mapped where it is in a file of its own."""
+        tensor = self.tensors[place.initializer]
+        if not uses_external_data(tensor):
+            return self.view(place, memoryview(bytearray(tensor.raw_data)))
+        location, start, stop = _span(tensor)
+        with self.files[location].open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self.view(place, memoryview(mapped)[start:stop])
+
+    def change(self, place: WeightPlace, change: _Change) -> None:
+        """Notes that the parameter at `place` is to be changed when the graph is written."""
+        self.changes.setdefault(place.initializer, []).append((place, change))
+
+    def write(self, path: Path, facts: str) -> None:
+        """Writes the graph with its changed weights and its new description; its external data in one file."""
+        names = {
+            location: f"{path.name}.data" if not index else f"{path.name}.data.{index}"
+            for index, location in enumerate(self.files)
+        }
+        stretches: dict[str, list[Stretch]] = {location: [] for location in self.files}
+        for name, changes in self.changes.items():
+            tensor = self.tensors[name]
+            if uses_external_data(tensor):
+                location, start, stop = _span(tensor)
+                edit = partial(self._apply, changes)
+                stretches[location].append(Stretch(self.files[location], start, stop, edit))
+            else:
+                data = bytearray(tensor.raw_data)
+                self._apply(changes, memoryview(data))
+                tensor.raw_data = bytes(data)
+        for location, changing in stretches.items():
+            write_edited(path.parent / names[location], _with_the_rest(self.files[location], changing), lambda _: None)
+        for tensor in self.tensors.values():
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = names[entry.value]
+        next(entry for entry in self.graph.metadata_props if entry.key == METADATA_KEY).value = facts
+        path.write_bytes(self.graph.SerializeToString())
+
+    def _apply(self, changes: list[tuple[WeightPlace, _Change]], data: memoryview) -> None:
+        for place, change in changes:
+            change(self.view(place, data))
+
+
+def _span(tensor: TensorProto) -> tuple[str, int, int]:
+    """(location, first byte, end) of a tensor's external data."""
+    info = ExternalDataInfo(tensor)
+    start = info.offset or 0
+    return info.location, start, start + (info.length or 0)
+
+
+def _with_the_rest(file: Path, changing: list[Stretch]) -> list[Stretch | bytes]:
+    """All of a file: the stretches that change, and those between them that do not."""
+    pieces: list[Stretch | bytes] = []
+    end = 0
+    for stretch in sorted(changing, key=lambda stretch: stretch.start):
+        pieces += [Stretch(file, end, stretch.start), stretch]
+        end = stretch.stop
+    return [*pieces, Stretch(file, end, file.stat().st_size)]
+
+
+def _check(adapter: Adapter, weights: _Weights, places: Mapping[str, WeightPlace]) -> None:
+    """Refuses an adapter of another base, values that are not finite, and weights that are not floating point."""
+    kinds = {site: weights.tensors[place.initializer].data_type for site, place in places.items()}
+    wrong = [f"`{site}`: {TensorProto.DataType.Name(kind)}" for site, kind in kinds.items() if kind not in _DTYPES]
+    if wrong:
+        raise MELoRAError(f"weights of `{weights.path}` are quantised, fold before quantising:\n" + "\n".join(wrong))
+    found = {site: weights.read(place) for site, place in places.items()}
+    check_shapes(adapter, found)
+    check_fingerprints(adapter, {site: fingerprint(weight) for site, weight in found.items()})
+    refuse_non_finite(adapter)
+
+
+def _fold_weight(
+    site: str, adapter: Adapter, scratch: Scratch, measured: list[SiteFold], parameter: torch.Tensor
+) -> None:
+    lora_a, lora_b = (adapter.tensors[f"{site}.{kind}"] for kind in ("lora_a", "lora_b"))
+    weight = adapter.oriented(site, parameter)
+    measured.append(measure_update(site, adapter.configs[site], weight, lora_a, lora_b, scratch, write=True))
+
+
+def _heads(adapter: Adapter, facts: GraphFacts, weights: _Weights) -> list[tuple[WeightPlace, _Change]]:
+    """Where the tensors that were kept trainable are in the graph, and their exchange."""
+    found, lines = list[tuple[WeightPlace, _Change]](), []
+    for name, tensor in adapter.kept_tensors().items():
+        if not tensor.is_floating_point():  # counters of a normalisation are in no graph
+            continue
+        transposed = WeightPlace(f"{name}.T", True)
+        unnamed = transposed if transposed.initializer in weights.tensors else WeightPlace(name, False)
+        place = facts.weights.get(name, unnamed)
+        if place.initializer not in weights.tensors or num_uses(weights.graph.graph, place.initializer) != 1:
+            lines.append(f"`{name}`: the graph has no such weight, or one that is also another's")
+        elif (shape := weights.read(place).shape) != tensor.shape:
+            lines.append(f"`{name}` is {tuple(tensor.shape)} in the adapter and {tuple(shape)} in the graph")
+        else:
+            found.append((place, partial(_exchange, tensor)))
+    if lines:
+        raise MELoRAError(
+            f"what `{adapter.directory}` has trained beside its sites does not fit `{facts.path}`: export the base "
+            "with this head, or fold in memory and export\n" + "\n".join(lines)
+        )
+    return found
+
+
+def _exchange(tensor: torch.Tensor, parameter: torch.Tensor) -> None:
+    limit = torch.finfo(parameter.dtype).max  # as exports to half precision do
+    parameter.copy_(tensor.clamp(-limit, limit))
+
+
+def _new_facts(graph: ModelProto, adapter: Adapter, weights: _Weights, places: Mapping[str, WeightPlace]) -> str:
+    """The description of the folded graph: the base's, and which adapter it holds."""
+    facts = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY))
+    facts |= {"adapter": "fold", "adapter_sha256": adapter.sha256}
+    facts["sites"] = {
+        site: {
+            "config": config.to_dict(),
+            "base": adapter.fingerprints.get(site) or fingerprint(weights.read(places[site])),
+            "is_transposed": adapter.transposed.get(site, False),
+        }
+        for site, config in adapter.configs.items()
+    }
+    return json.dumps(facts)

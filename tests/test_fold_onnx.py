@@ -1,0 +1,343 @@
+"""An adapter folded into an exported graph: the bits of a fresh export, and what must be refused."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from support import (
+    TOWER_CONFIG,
+    Tied,
+    assert_equal,
+    bert,
+    bert_classifier,
+    fill,
+    gpt2,
+    randn,
+    rewritten_tower,
+    tokens,
+    tower,
+)
+from torch import nn
+from zoo import build
+
+import melora_fx
+from exporters import OrtRunner, export_onnx, fold_onnx
+from exporters.metadata import METADATA_KEY, read_facts
+from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx.adapter_file import read_adapter
+
+IDS = {"input_ids": tokens()["input_ids"]}
+CASES: dict[str, tuple[Any, Any, Any, MELoRAConfig]] = {
+    "tower": (tower, {"x": randn(2, 24)}, "all-linear", TOWER_CONFIG),
+    "tower_ranks": (tower, {"x": randn(2, 24)}, ["up", "conv"], MELoRAConfig(rank=(1, 4, 2), num_blocks=3)),
+    "tower_split": (tower, {"x": randn(2, 24)}, "up", MELoRAConfig(rank=2, num_blocks=2, split=(20, 16))),
+    "bert": (bert, tokens(), ["query", "key", "value", "dense"], TOWER_CONFIG),
+    "gpt2": (gpt2, IDS, ["c_attn", "c_fc", "c_proj"], TOWER_CONFIG),
+    "llama": (lambda: build("Llama")[0], IDS, "all-linear", MELoRAConfig(rank=2, num_blocks=2)),
+}
+
+
+def classifier() -> nn.Module:
+    """With biases of its own: new models' are zeros, which the exporter stores once for all of a size."""
+    model = bert_classifier()
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * randn(*parameter.shape, seed=index))
+    return model
+
+
+def base_and_adapter(case: str, folder: Path, **options: Any) -> nn.Module:
+    """Exports the base to base/, saves an adapter to adapter/, and gives the rewritten model."""
+    make, inputs, targets, config = CASES[case]
+    model = make()
+    export_onnx(model, inputs, folder / "base", verify=False, **options)
+    fill(melora_fx.rewrite(model, targets, config))
+    melora_fx.save_adapter(model, folder / "adapter")
+    return model
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.endswith(".export.json")}
+
+
+PAIRS = [
+    *((case, "portable") for case in CASES),
+    ("bert", "ort-cpu"),
+    pytest.param("gpt2", "ort-cpu", marks=pytest.mark.slow),
+    pytest.param("llama", "ort-cuda", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("case", "target"), PAIRS)
+def test_the_files_are_those_of_a_fresh_export_bit_for_bit(case: str, target: str, tmp_path: Path) -> None:
+    """Packed and transposed weights too, and the graph itself with all that it says of itself."""
+    model = base_and_adapter(case, tmp_path, target=target, precision="fp32")
+    before = contents(tmp_path / "base")
+    export_onnx(model, CASES[case][1], tmp_path / "fresh", target=target, precision="fp32", verify=False)
+    report = fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
+    assert contents(tmp_path / "folded") == contents(tmp_path / "fresh")
+    assert contents(tmp_path / "base") == before
+    assert {site.name for site in report.sites} == set(melora_fx.sites(model))
+    assert len(read_facts(tmp_path / "folded" / "model.onnx").weights) >= len(report.sites)
+
+
+@pytest.mark.parametrize("case", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+def test_half_precision(case: str, target: str, tmp_path: Path) -> None:
+    """The sum is made of the rounded base: one more rounding than a fresh export, no more."""
+    model = base_and_adapter(case, tmp_path, target=target, precision="fp16")
+    inputs = {name: value.numpy() for name, value in CASES[case][1].items()}
+    export_onnx(model, CASES[case][1], tmp_path / "fresh", target=target, precision="fp16", verify=False)
+    report = fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
+    assert {site.dtype for site in report.sites} == {"float16"}
+    outputs = [OrtRunner(tmp_path / name / "model.onnx").run(inputs) for name in ("base", "fresh", "folded")]
+    for base, fresh, folded in zip(*(list(output.values()) for output in outputs), strict=True):
+        np.testing.assert_allclose(folded, fresh, rtol=0.02, atol=0.02)
+        assert np.abs(folded - fresh).max() < 0.1 * np.abs(base - fresh).max()
+
+
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+def test_a_trained_head_is_exchanged(target: str, tmp_path: Path) -> None:
+    model, inputs = classifier(), tokens()
+    export_onnx(model, inputs, tmp_path / "base", target=target, verify=False)
+    fill(melora_fx.rewrite(model, ["query", "value"], TOWER_CONFIG, keep_trainable=["classifier", "pooler"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "classifier" in name or "pooler" in name:
+                parameter.add_(randn(*parameter.shape))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    export_onnx(model, inputs, tmp_path / "fresh", target=target, verify=False)
+    fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
+    data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("fresh", "folded")]
+    feed = {name: value.numpy() for name, value in inputs.items()}
+    outputs = [OrtRunner(tmp_path / name / "model.onnx").run(feed)["logits"] for name in ("fresh", "folded")]
+    assert_equal(torch.from_numpy(outputs[1]), torch.from_numpy(outputs[0]))
+    assert len(data[0]) == len(data[1])
+
+
+def test_a_head_of_another_size_and_one_that_the_graph_lacks(tmp_path: Path) -> None:
+    export_onnx(classifier(), tokens(), tmp_path / "base.onnx", verify=False)
+    export_onnx(classifier().get_submodule("bert"), tokens(), tmp_path / "body.onnx", verify=False)
+    model = classifier()
+    model.classifier = nn.Linear(24, 7)
+    fill(melora_fx.rewrite(model, ["query"], TOWER_CONFIG, keep_trainable="classifier"))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(MELoRAError, match=r"(?s)`classifier.bias` is \(7,\) in .*`classifier.weight` is \(7, 24\) in"):
+        fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+    with pytest.raises(MELoRAError, match="does not say where the weights"):
+        fold_onnx(tmp_path / "body.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_value_that_the_exporter_stores_once_for_two_is_not_a_head_of_its_own(tmp_path: Path) -> None:
+    """Two biases of zeros are one initializer of the graph."""
+
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(24, 24), nn.Linear(24, 24)
+            nn.init.zeros_(self.up.bias)
+            nn.init.zeros_(self.down.bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.down(torch.tanh(self.up(x))))
+
+    for head, site in (("up", "down"), ("down", "up")):
+        torch.manual_seed(0)
+        model = Twins()
+        export_onnx(model, {"x": randn(2, 24)}, tmp_path / "base.onnx", verify=False)
+        fill(melora_fx.rewrite(model, site, TOWER_CONFIG, keep_trainable=head))
+        with torch.no_grad():
+            model.get_submodule(head).bias.fill_(1.0)
+        melora_fx.save_adapter(model, tmp_path / "adapter")
+        export_onnx(model, {"x": randn(2, 24)}, tmp_path / "fresh.onnx", verify=False)
+        try:
+            fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "folded.onnx")
+        except MELoRAError as error:
+            assert f"`{head}.bias`: the graph has no such weight" in str(error)  # noqa: PT017
+            continue
+        x = {"x": randn(2, 24).numpy()}
+        outputs = [OrtRunner(tmp_path / f"{name}.onnx").run(x)["output"] for name in ("fresh", "folded")]
+        np.testing.assert_array_equal(outputs[0], outputs[1])
+
+
+def edit_metadata(path: Path, **changes: Any) -> None:
+    graph = onnx.load(path, load_external_data=False)
+    entry = next(entry for entry in graph.metadata_props if entry.key == METADATA_KEY)
+    entry.value = json.dumps(json.loads(entry.value) | changes)
+    path.write_bytes(graph.SerializeToString())
+
+
+@pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
+def test_graphs_that_hold_an_adapter_or_inputs_for_one(adapter: str, tmp_path: Path) -> None:
+    model = rewritten_tower()
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    export_onnx(model, {"x": randn(2, 24)}, tmp_path / "model.onnx", adapter=adapter, verify=False)
+    text = "holds an adapter already" if adapter == "fold" else f"no graph of the base alone (`{adapter}`)"
+    with pytest.raises(MELoRAError, match=re.escape(text)):
+        fold_onnx(tmp_path / "model.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+
+
+def test_a_second_adapter_on_a_folded_graph_and_the_base_in_its_own_place(tmp_path: Path) -> None:
+    base_and_adapter("tower", tmp_path)
+    fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
+    folded = contents(tmp_path / "folded")
+    facts = read_facts(tmp_path / "folded" / "model.onnx")
+    assert (facts.adapter, facts.adapter_sha256) == ("fold", read_adapter(tmp_path / "adapter").sha256)
+    with pytest.raises(MELoRAError, match=f"holds an adapter already .*{facts.adapter_sha256[:12]}"):
+        fold_onnx(tmp_path / "folded", tmp_path / "adapter", tmp_path / "twice")
+    with pytest.raises(MELoRAError, match="is the base's own graph"):
+        fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "base" / "model.onnx")
+    assert contents(tmp_path / "folded") == folded
+    assert not (tmp_path / "twice").exists()
+
+
+def test_another_base_another_model_and_values_that_are_not_finite(tmp_path: Path) -> None:
+    base_and_adapter("tower", tmp_path)
+    export_onnx(tower(seed=5), {"x": randn(2, 24)}, tmp_path / "other", verify=False)
+    export_onnx(bert(), tokens(), tmp_path / "bert", verify=False)
+    with pytest.raises(MELoRAError, match="trained on another base model"):
+        fold_onnx(tmp_path / "other", tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(MELoRAError, match="does not say where the weights"):
+        fold_onnx(tmp_path / "bert", tmp_path / "adapter", tmp_path / "out")
+    model = rewritten_tower()
+    with torch.no_grad():
+        melora_fx.adapter_parameters(model)["gate.lora_b"][0, 0, 0] = float("nan")
+    melora_fx.save_adapter(model, tmp_path / "nan")
+    with pytest.raises(MELoRAError, match=r"holds NaN or infinity in 'gate\.lora_b'"):
+        fold_onnx(tmp_path / "base", tmp_path / "nan", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*lose more than")
+def test_a_sum_beyond_half_precision_leaves_the_earlier_graph(tmp_path: Path) -> None:
+    model = base_and_adapter("tower", tmp_path, target="portable", precision="fp16")
+    with torch.no_grad():
+        melora_fx.adapter_parameters(model)["gate.lora_b"].fill_(1e6)
+        melora_fx.adapter_parameters(model)["gate.lora_a"].fill_(1.0)
+    melora_fx.save_adapter(model, tmp_path / "large")
+    (tmp_path / "out.onnx").write_text("earlier")
+    with pytest.raises(MELoRAError, match="`gate`: the sum of weight and update is beyond the range of float16"):
+        fold_onnx(tmp_path / "base", tmp_path / "large", tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").read_text() == "earlier"
+    assert {file.name for file in tmp_path.iterdir()} == {"base", "adapter", "large", "out.onnx"}
+
+
+@pytest.mark.parametrize("target", ["portable", pytest.param("ort-cpu", marks=pytest.mark.slow)])
+def test_tied_weights_are_refused(target: str, tmp_path: Path) -> None:
+    model = gpt2()
+    export_onnx(model, IDS, tmp_path / "base.onnx", target=target, verify=False)
+    fill(melora_fx.rewrite(model, ["lm_head"], TOWER_CONFIG))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(MELoRAError, match=r"(?s)they are another model's, or tied.*`lm_head`"):
+        fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+
+
+def test_a_weight_of_two_modules_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    export_onnx(model, {"x": randn(2, 24)}, tmp_path / "base.onnx", verify=False)
+    fill(melora_fx.rewrite(model, "a", TOWER_CONFIG))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(MELoRAError, match=r"(?s)or tied.*`a`"):
+        fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+
+
+def test_equal_weights_of_two_modules_are_told_apart_or_refused(tmp_path: Path) -> None:
+    """The exporter may store equal weights once."""
+    model = tower()
+    with torch.no_grad():
+        model.gate.weight.copy_(model.up.weight)
+    export_onnx(model, {"x": randn(2, 24)}, tmp_path / "base.onnx", verify=False)
+    fill(melora_fx.rewrite(model, "gate", TOWER_CONFIG))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    export_onnx(model, {"x": randn(2, 24)}, tmp_path / "fresh.onnx", verify=False)
+    try:
+        fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "folded.onnx")
+    except MELoRAError as error:
+        assert "does not say where" in str(error)  # noqa: PT017
+        return
+    x = {"x": randn(2, 24).numpy()}
+    outputs = [OrtRunner(tmp_path / f"{name}.onnx").run(x)["output"] for name in ("fresh", "folded")]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+
+
+def test_an_integer_weight_is_refused(tmp_path: Path) -> None:
+    base_and_adapter("tower", tmp_path)
+    path = tmp_path / "base" / "model.onnx"
+    graph = onnx.load(path)
+    weight = next(tensor for tensor in graph.graph.initializer if "gate" in tensor.name)
+    values = onnx.numpy_helper.to_array(weight).astype(np.int8)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(graph, path)
+    with pytest.raises(MELoRAError, match=r"(?s)quantised, fold before quantising:\n`gate`: INT8"):
+        fold_onnx(path, tmp_path / "adapter", tmp_path / "out.onnx")
+    assert weight.data_type == TensorProto.INT8
+
+
+def test_weights_inside_of_the_graph_file(tmp_path: Path) -> None:
+    """A graph that was saved again by other tools has no external data."""
+    base_and_adapter("tower", tmp_path)
+    fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
+    (tmp_path / "one").mkdir()
+    onnx.save(onnx.load(tmp_path / "base" / "model.onnx"), tmp_path / "one" / "model.onnx")
+    fold_onnx(tmp_path / "one", tmp_path / "adapter", tmp_path / "one-folded")
+    x = {"x": randn(2, 24).numpy()}
+    outputs = [OrtRunner(tmp_path / name / "model.onnx").run(x)["output"] for name in ("folded", "one-folded")]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+
+
+def test_configuration_and_tokenizer_go_along_and_other_files_stay(tmp_path: Path) -> None:
+    base_and_adapter("bert", tmp_path)
+    (tmp_path / "base" / "vocab.txt").write_text("a\nb\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"model.onnx", "model.onnx.data", "config.json", "vocab.txt", "mine.txt"}
+
+
+def test_an_adapter_shared_module_called_twice(tmp_path: Path) -> None:
+    """One weight that the graph uses in two places is still one site."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(24, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(torch.tanh(self.layer(x)))
+
+    torch.manual_seed(0)
+    model, x = Twice(), {"x": randn(2, 24)}
+    export_onnx(model, x, tmp_path / "base.onnx", verify=False)
+    fill(melora_fx.rewrite(model, "layer", TOWER_CONFIG))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "folded.onnx")
+    expected = melora_fx.fold(copy.deepcopy(model))(x["x"]).detach()
+    output = OrtRunner(tmp_path / "folded.onnx").run({"x": x["x"].numpy()})["output"]
+    torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_are_missing_or_cut_short(tmp_path: Path) -> None:
+    base_and_adapter("tower", tmp_path)
+    data = tmp_path / "base" / "model.onnx.data"
+    shutil.copy(data, tmp_path / "whole")
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(MELoRAError, match="cut short"):
+        fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    data.unlink()
+    with pytest.raises(MELoRAError, match="does not exist"):
+        fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(MELoRAError, match="is not an adapter folder"):
+        fold_onnx(tmp_path / "base", tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
