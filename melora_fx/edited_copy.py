@@ -4,6 +4,7 @@ those stretches.
 The system copies what stays, file to file. What changes is read and changed by one thread and written by another.
 """
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _COPY_BYTES = 1 << 24
+_NO_SENDFILE = (errno.ENOTSOCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What `sendfile` says where it does not take files: on macOS, and on some file systems."""
 _WRITE_BYTES = 1 << 20
 """Of one write: with megabytes at once the system looks for memory in one piece, which can take seconds."""
 
@@ -102,17 +105,20 @@ def _write(out: Any, data: memoryview, advance: Callable[[int], object]) -> None
 def _copy(source: Any, stretch: Stretch, out: Any, advance: Callable[[int], object]) -> None:
     """Copies in the system where it can, without a detour through this process."""
     position = stretch.start
-    while position < stretch.stop:
-        size = min(_COPY_BYTES, stretch.stop - position)
-        if hasattr(os, "sendfile"):
-            size = os.sendfile(out.fileno(), source.fileno(), position, size)
-            if not size:
-                raise OSError(f"{stretch.source} ends early")
-            advance(size)
-        else:
-            _write(
-                out,
-                _read(source, Stretch(stretch.source, position, position + size), memoryview(bytearray(size))),
-                advance,
-            )
-        position += size
+    if hasattr(os, "sendfile"):
+        try:
+            while position < stretch.stop:
+                count = os.sendfile(out.fileno(), source.fileno(), position, min(_COPY_BYTES, stretch.stop - position))
+                if not count:
+                    raise OSError(f"{stretch.source} ends early")
+                advance(count)
+                position += count
+        except OSError as error:
+            if error.errno not in _NO_SENDFILE:
+                raise
+    with open(stretch.source, "rb", buffering=0) as own:  # the other thread reads from `source`
+        buffer = memoryview(bytearray(min(_COPY_BYTES, stretch.stop - position)))
+        while position < stretch.stop:
+            part = Stretch(stretch.source, position, min(position + len(buffer), stretch.stop))
+            _write(out, _read(own, part, buffer), advance)
+            position = part.stop
