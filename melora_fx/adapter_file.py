@@ -61,18 +61,20 @@ class Adapter:
         """The base weight of a site as (O, I), a view of the one given.
 
         Raises:
-            MELoRAError: for a square weight in an adapter that does not say which way it lies.
+            MELoRAError: for a square weight in an adapter that does not say which way it lies, and where what it says
+                cannot be.
         """
-        (out_features, in_features), tensors = weight.shape, self.tensors
-        is_transposed = self.transposed.get(site)
-        if is_transposed is None and out_features == in_features:
+        is_transposed, is_square = self.transposed.get(site), weight.size(0) == weight.size(1)
+        if is_transposed is None and is_square:
             raise MELoRAError(
                 f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter "
                 "saved by an early version does not say: load it into the model and save it again"
             )
-        if is_transposed is None:
-            is_transposed = tensors[f"{site}.lora_a"].size(0) * tensors[f"{site}.lora_a"].size(2) != in_features
-        return weight.t() if is_transposed else weight
+        blocks, _, width = self.tensors[f"{site}.lora_a"].shape
+        is_wide = blocks * width != weight.size(1)
+        if is_transposed not in (None, is_wide) and not is_square:
+            raise MELoRAError(f"`{site}` of `{self.directory}`: what its header says of its weight belies its tensors")
+        return weight.t() if (is_transposed if is_square else is_wide) else weight
 
     def kept_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are not an adapter's: trained heads."""

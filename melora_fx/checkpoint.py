@@ -82,10 +82,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         names = [SINGLE_FILE]
     elif (directory / INDEX_FILE).is_file():
         index = _read_json(directory / INDEX_FILE)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise MELoRAError(f"`{directory / INDEX_FILE}` has no weight_map")
-        names = sorted(set(weight_map.values()))
+        names = _file_names(directory / INDEX_FILE, index)
         if missing := [name for name in names if not (directory / name).is_file()]:
             raise MELoRAError(f"`{directory}` lacks {', '.join(map(repr, missing))}, which its index names")
     else:
@@ -100,6 +97,17 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         tensors |= stored
     config = _read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else None
     return Checkpoint(directory, files, tensors, index, config)
+
+
+def _file_names(path: Path, index: dict[str, Any]) -> list[str]:
+    """The files that an index names, all of them in its own folder."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata", {}), dict):
+        raise MELoRAError(f"`{path}` is no index of safetensors files: it needs a `weight_map` from tensors to files")
+    wrong = [name for name in weight_map.values() if not isinstance(name, str) or not name or Path(name).name != name]
+    if wrong:
+        raise MELoRAError(f"`{path}` names {wrong[0]!r}, which is no file of its own folder")
+    return sorted(set(weight_map.values()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -189,20 +197,24 @@ def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | N
     if checkpoint.config is None or not hasattr(transformers, class_name or ""):
         return KeyMap({key: key for key in checkpoint.tensors}, frozenset(), {})
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     model = load_model(checkpoint.directory, with_weights=False, class_name=class_name, num_labels=num_labels)
     own = model.state_dict()
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     keys, converted = dict[str, str](), set[str]()
-    for key in checkpoint.tensors:
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):  # some rules count on the order
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-        if pattern is not None:
-            converted.add(name)
-        else:
+        if name not in own and key in own:  # a rule for older checkpoints, which have other keys
+            name, pattern = key, None
+        if pattern is None:
             keys[name] = key
+        else:
+            first, *others = by_pattern[pattern].target_patterns
+            converted |= {name, *(name.replace(first, other) for other in others)}
     groups: dict[str, set[str]] = {}
     for name, source in getattr(model, "all_tied_weights_keys", {}).items():
         groups.setdefault(source, {source}).add(name)

@@ -6,6 +6,7 @@ No model is loaded. Each weight file is copied, and the weights that the adapter
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,18 +44,8 @@ METADATA_KEY = "melora"
 """Key in the metadata of a folded safetensors file: JSON that says which adapter it holds."""
 
 _OTHER_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".onnx_data",
-    ".ot",
-)
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
+)  # fmt: skip
 _OTHER_FOLDERS = ("onnx", "openvino", "original", "coreml")
 """Suffixes in the checkpoint's own folder, and folders in it, that hold the base's weights in other forms."""
 
@@ -92,8 +83,8 @@ def fold_checkpoint(
     names = map_keys(checkpoint, adapter.model.get("class"), adapter.model.get("num_labels"))
     stored = _find_weights(checkpoint, adapter, names)
     _check_values(adapter, stored)
-    heads = {_head_key(name, names): tensor for name, tensor in adapter.kept_tensors().items()}
-    copied, left_out = _other_files(checkpoint)
+    heads = _find_heads(checkpoint, adapter, names)
+    copied, notes = _other_files(checkpoint)
     measured: list[SiteFold] = []
     scratch = Scratch()
     changes = {
@@ -104,32 +95,33 @@ def fold_checkpoint(
         made = staging / "folder"  # not the staging folder itself, which only its owner may read
         made.mkdir()
         for name in copied:
-            (made / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base / name, made / name)
+            _copy_file(base / name, made / name)
         written = _write_weights(checkpoint, made, changes, heads, adapter.sha256, advance)
         _write_index(checkpoint, made, written, adapter.sha256)
         _write_config(checkpoint, made, adapter)
         os.replace(made, out)
-    notes = [f"not copied, as they hold the base's weights: {', '.join(left_out)}"] if left_out else []
     return make_report(measured, adapter.sha256, notes)
 
 
 def _refuse_folded(checkpoint: Checkpoint) -> None:
     for name, metadata in checkpoint.files.items():
         if METADATA_KEY in metadata:
-            held = json.loads(metadata[METADATA_KEY]).get("adapter_sha256", "unknown")
+            sha256 = re.search(r"[0-9a-f]{12}", metadata[METADATA_KEY])
+            which = f" (sha256 {sha256[0]}…)" if sha256 else ""
             raise MELoRAError(
-                f"`{checkpoint.directory / name}` holds an adapter already (sha256 {held[:12]}…): fold into the base "
-                "that it was made from"
+                f"`{checkpoint.directory / name}` holds an adapter already{which}: fold into the base that it was made "
+                "from"
             )
 
 
 def _refuse_place(base: Path, out: Path) -> None:
+    with writing(out):  # the system may refuse the very name
+        occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
         raise MELoRAError(
             f"`{out}` is the base's own folder, or in it: a fold needs one of its own, and keeps the base"
         )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if occupied:
         raise MELoRAError(f"`{out}` exists already: remove it, or name another folder")
 
 
@@ -162,9 +154,17 @@ def _find_weights(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> di
     return stored
 
 
-def _head_key(name: str, names: KeyMap) -> str:
-    """The key of a tensor that was kept trainable: of a tied one where the checkpoint has it, of a new one its name."""
-    return next((names.keys[own] for own in (name, *names.tied.get(name, ())) if own in names.keys), name)
+def _find_heads(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict[str, torch.Tensor]:
+    """The tensors that were kept trainable, by key: a tied one under all keys that it has, a new one by its name."""
+    heads, lines = dict[str, torch.Tensor](), []
+    for name, tensor in adapter.kept_tensors().items():
+        if name in names.converted:
+            lines.append(f"`{name}`: the checkpoint stores it in another form: fold in memory, and save")
+        keys = [names.keys[own] for own in (name, *names.tied.get(name, ())) if own in names.keys]
+        heads |= dict.fromkeys(keys or [name], tensor)
+    if lines:
+        raise MELoRAError(f"`{adapter.directory}` cannot be folded into `{checkpoint.directory}`:\n" + "\n".join(lines))
+    return heads
 
 
 def _check_values(adapter: Adapter, stored: Mapping[str, StoredTensor]) -> None:
@@ -174,7 +174,10 @@ def _check_values(adapter: Adapter, stored: Mapping[str, StoredTensor]) -> None:
     ]
     if flat:
         raise MELoRAError(f"`{adapter.directory}` is for matrices:\n" + "\n".join(flat))
-    check_shapes(adapter, {site: torch.empty(tensor.shape, device="meta") for site, tensor in stored.items()})
+    shapes = {site: torch.empty(tensor.shape, device="meta") for site, tensor in stored.items()}
+    check_shapes(adapter, shapes)
+    for site, shape in shapes.items():
+        adapter.oriented(site, shape)
     check_fingerprints(adapter, {site: tensor.fingerprint() for site, tensor in stored.items()})
     refuse_non_finite(adapter)
 
@@ -254,13 +257,23 @@ def _write_config(checkpoint: Checkpoint, made: Path, adapter: Adapter) -> None:
     config = dict(checkpoint.config)
     if adapter.kept and class_name:
         config["architectures"] = [class_name]
-        if num_labels and num_labels != len(config.get("id2label", ("", ""))):  # two labels where nothing is said
+        if num_labels and num_labels != len(config.get("id2label") or ("", "")):  # two labels where nothing is said
             labels = {index: f"LABEL_{index}" for index in range(num_labels)}
             config |= {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
     if config == checkpoint.config:
-        shutil.copyfile(checkpoint.directory / CONFIG_FILE, made / CONFIG_FILE)
+        _copy_file(checkpoint.directory / CONFIG_FILE, made / CONFIG_FILE)
     else:
         _write_json(made / CONFIG_FILE, config)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise MELoRAError(f"`{source}` cannot be read: {error.strerror}") from error
+    with file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -268,19 +281,22 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """The files to copy as they are, by their paths in the folder, and the names of those that hold other weights."""
-    copied, left_out = [], []
+    """The files to copy as they are, by their paths in the folder, and notes that name the others."""
+    copied, weights, hidden = [], [], []
     ours = {*checkpoint.files, CONFIG_FILE, *([INDEX_FILE] if checkpoint.index else [])}
     for path in sorted(checkpoint.directory.iterdir()):
-        if path.name in ours or path.name.startswith("."):
+        if path.name in ours:
             continue
-        if path.is_dir() and path.name not in _OTHER_FOLDERS:
+        if path.name.startswith("."):
+            hidden.append(path.name)
+        elif path.is_dir() and path.name not in _OTHER_FOLDERS:
             copied += [file.relative_to(checkpoint.directory) for file in sorted(path.rglob("*")) if file.is_file()]
         elif path.is_dir() or path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json"):
-            left_out.append(path.name)
+            weights.append(path.name)
         else:
             copied.append(path.relative_to(checkpoint.directory))
-    return copied, left_out
+    reasons = {"they hold the base's weights": weights, "they are hidden": hidden}
+    return copied, [f"not copied, as {reason}: {', '.join(names)}" for reason, names in reasons.items() if names]
 
 
 @contextmanager

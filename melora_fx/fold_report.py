@@ -119,10 +119,15 @@ def measure_update(
         if write:
             block.copy_(rounded)
         after.copy_(rounded)
-        lost = math.hypot(lost, float(torch.linalg.vector_norm(exact.sub_(after))))
-        change = max(change, float(after.sub_(before).abs_().amax()))
-    if not math.isfinite(change):
-        raise MELoRAError(f"`{name}`: {beyond_range(weight.dtype)}")
+        exact.sub_(after)
+        after.sub_(before).abs_()
+        if not math.isfinite(largest := float(after.amax())):
+            of_the_base = ~torch.isfinite(before)
+            if not (torch.isfinite(after) | of_the_base).all():
+                raise MELoRAError(f"`{name}`: {beyond_range(weight.dtype)}")
+            exact[of_the_base] = after[of_the_base] = 0
+            largest = float(after.amax())
+        lost, change = math.hypot(lost, float(torch.linalg.vector_norm(exact))), max(change, largest)
     return SiteFold(
         name=name,
         dtype=str(weight.dtype).removeprefix("torch."),

@@ -29,7 +29,7 @@ def load_model(
         raise MELoRAError(f"`{folder}` is not a Hugging Face model folder: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and its validation raise many kinds
         raise MELoRAError(f"`{folder}/config.json` cannot be read: {error}") from error
     if num_labels is not None:
         config.num_labels = num_labels
@@ -40,8 +40,11 @@ def load_model(
     if not isinstance(config, model_class.config_class):
         raise MELoRAError(f"`{folder}` holds a {config.model_type} model, not the {name} that was asked for")
     if not with_weights:
-        with torch.device("meta"):
-            return model_class(config).eval()
+        try:
+            with torch.device("meta"):
+                return model_class(config).eval()
+        except Exception as error:  # whatever a model does with sizes that do not fit
+            raise MELoRAError(f"`{folder}/config.json` makes no {name}: {type(error).__name__}: {error}") from error
     try:
         return model_class.from_pretrained(folder, config=config).eval()
     except (OSError, SafetensorError) as error:

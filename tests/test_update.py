@@ -1,5 +1,9 @@
 """The update of a weight, tile by tile: against the dense oracle, on every layout, and the same bits in each."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -102,3 +106,32 @@ def test_a_base_that_is_not_finite_is_the_bases_own_matter() -> None:
     weight = randn(OUT, IN, seed=3).half()
     weight[0, 0] = float("inf")
     assert non_finite(CONFIG, weight, *factors(CONFIG)) is None
+
+
+IN_PLACE = """
+import sys, torch
+from melora_fx import MELoRAConfig
+from melora_fx.update import add_update
+
+def resident(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) // 1024
+
+torch.set_num_threads(1)
+config = MELoRAConfig(rank=4, num_blocks=1)
+weight = torch.randn(6144, 6144).to(getattr(torch, sys.argv[1]))
+lora_a, lora_b = torch.randn(1, 4, 6144), torch.randn(1, 6144, 4)
+add_update(config, weight[:64], lora_a, lora_b[:, :64])
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before = resident("VmRSS")
+add_update(config, weight, lora_a, lora_b)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell resident memory")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_block_that_is_the_whole_weight_takes_no_second_copy(dtype: str) -> None:
+    command = [sys.executable, "-c", IN_PLACE, dtype]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 16, "MiB, beside a weight of 144 or 72"
