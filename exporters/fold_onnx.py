@@ -169,8 +169,13 @@ class _Weights:
                 data = bytearray(tensor.raw_data)
                 self._apply(changes, memoryview(data))
                 tensor.raw_data = bytes(data)
-        for location, changing in stretches.items():
-            write_edited(path.parent / names[location], _with_the_rest(self.files[location], changing), lambda _: None)
+        write_edited(
+            {
+                path.parent / names[location]: _with_the_rest(self.files[location], changing)
+                for location, changing in stretches.items()
+            },
+            lambda _: None,
+        )
         for tensor in self.tensors.values():
             for entry in tensor.external_data:
                 if entry.key == "location":

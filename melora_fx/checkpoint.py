@@ -95,6 +95,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for name in names:
         files[name], stored = _read_header(directory / name)
         tensors |= stored
+    if index and (lost := sorted(index["weight_map"].keys() - tensors.keys())):
+        raise MELoRAError(f"`{directory / INDEX_FILE}` names {', '.join(map(repr, lost))}, which no file has")
     config = _read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else None
     return Checkpoint(directory, files, tensors, index, config)
 

@@ -7,7 +7,7 @@ The system copies what stays, file to file. What changes is read and changed by 
 import errno
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import Any
 _COPY_BYTES = 1 << 24
 _NO_SENDFILE = (errno.ENOTSOCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """What `sendfile` says where it does not take files: on macOS, and on some file systems."""
+_BUFFERS = 3
 _WRITE_BYTES = 1 << 20
 """Of one write: with megabytes at once the system looks for memory in one piece, which can take seconds."""
 
@@ -31,37 +32,35 @@ class Stretch:
     change: Callable[[memoryview], None] | None = None
 
 
-def write_edited(target: Path, pieces: Sequence[Stretch | bytes], advance: Callable[[int], object]) -> None:
-    """Writes a new file of stretches of others and of given bytes, one after the other.
+def write_edited(targets: Mapping[Path, Sequence[Stretch | bytes]], advance: Callable[[int], object]) -> None:
+    """Writes new files of stretches of others and of given bytes, one after the other.
 
     Args:
-        target: the file; one that is there is replaced.
-        pieces: what it consists of.
+        targets: the files, ones that are there are replaced, and what they consist of.
         advance: called with the number of bytes written, as they are.
 
     Raises:
         OSError: where something cannot be read or written.
     """
+    everything = [piece for pieces in targets.values() for piece in pieces if isinstance(piece, Stretch)]
+    largest = max((piece.stop - piece.start for piece in everything if piece.change), default=0)
+    buffers = deque(memoryview(bytearray(largest)) for _ in range(_BUFFERS))
     with ExitStack() as stack:
-        out = stack.enter_context(open(target, "wb", buffering=0))
-        paths = {piece.source for piece in pieces if isinstance(piece, Stretch)}
-        sources = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in paths}
         behind = _WriteBehind(stack.enter_context(ThreadPoolExecutor(max_workers=1)))
-        largest = max(
-            (piece.stop - piece.start for piece in pieces if isinstance(piece, Stretch) and piece.change), default=0
-        )
-        buffers = [memoryview(bytearray(largest)) for _ in range(2)]
-        for piece in pieces:
-            if isinstance(piece, bytes):
-                behind.do(_write, out, memoryview(piece), advance)
-            elif piece.change is None:
-                behind.do(_copy, sources[piece.source], piece, out, advance)
-            else:
-                behind.wait_for_all_but_the_last()
-                buffers.reverse()
-                data = _read(sources[piece.source], piece, buffers[0])
-                piece.change(data)
-                behind.do(_write, out, data, advance)
+        sources = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in {p.source for p in everything}}
+        for target, pieces in targets.items():
+            out = stack.enter_context(open(target, "wb", buffering=0))
+            for piece in pieces:
+                if isinstance(piece, bytes):
+                    behind.do(_write, out, memoryview(piece), advance)
+                elif piece.change is None:
+                    behind.do(_copy, sources[piece.source], piece, out, advance)
+                else:
+                    behind.wait_for(buffers[0])
+                    data = _read(sources[piece.source], piece, buffers[0])
+                    piece.change(data)
+                    behind.do(_write, out, data, advance, buffer=buffers[0])
+                    buffers.rotate(-1)
         behind.wait_for_all()
 
 
@@ -69,18 +68,21 @@ class _WriteBehind:
     """Does things in their order in another thread."""
 
     def __init__(self, thread: ThreadPoolExecutor):
-        self._thread, self._tasks = thread, deque[Future[None]]()
+        self._thread = thread
+        self._tasks = deque[tuple[Future[None], memoryview | None]]()
 
-    def do(self, function: Callable[..., None], *args: Any) -> None:
-        self._tasks.append(self._thread.submit(function, *args))
+    def do(self, function: Callable[..., None], *args: Any, buffer: memoryview | None = None) -> None:
+        """Does `function(*args)` after all that was asked for before; it reads from `buffer`."""
+        self._tasks.append((self._thread.submit(function, *args), buffer))
 
-    def wait_for_all_but_the_last(self) -> None:
-        while len(self._tasks) > 1:
-            self._tasks.popleft().result()
+    def wait_for(self, buffer: memoryview) -> None:
+        """Returns when nothing reads from `buffer` any more; raises what has gone wrong until then."""
+        while any(used is buffer for _, used in self._tasks) or (self._tasks and self._tasks[0][0].done()):
+            self._tasks.popleft()[0].result()
 
     def wait_for_all(self) -> None:
         while self._tasks:
-            self._tasks.popleft().result()
+            self._tasks.popleft()[0].result()
 
 
 def _read(source: Any, stretch: Stretch, buffer: memoryview) -> memoryview:

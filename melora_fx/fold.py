@@ -153,7 +153,7 @@ def _in_one_memory(model: nn.Module) -> Iterator[list[str]]:
         for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False)
     )
     group: list[str] = []
-    group_end = ("", 0)
+    group_end = (-1, 0)
     for device, start, end, name in spans:
         if group and (device, start) < group_end:
             group.append(name)
@@ -166,13 +166,15 @@ def _in_one_memory(model: nn.Module) -> Iterator[list[str]]:
         yield group
 
 
-def _span(parameter: torch.Tensor) -> tuple[str, int, int]:
-    """(device, first byte, end) of the memory that a parameter lives in; itself, where it has none of its own."""
+def _span(parameter: torch.Tensor) -> tuple[int, int, int]:
+    """(device's number, first byte, end) of the memory that a parameter lives in; itself, where it has none."""
     tensor = parameter.detach()
     if type(tensor) is not torch.Tensor or tensor.is_meta or not tensor.numel():
-        return "object", id(parameter), id(parameter) + 1
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+        return -2, id(parameter), id(parameter) + 1
+    last = tensor.numel() - 1
+    if not tensor.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.get_device(), tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _refuse_shared(shared: dict[str, list[str]]) -> None:

@@ -91,16 +91,17 @@ def fold_checkpoint(
         tensor.key: partial(_fold_stored, name, adapter, tensor, scratch, measured) for name, tensor in stored.items()
     }
     total = sum(file.stat().st_size for file in (base / name for name in checkpoint.files))
+    sha256 = adapter.sha256
     with staging_folder(out) as staging, writing(out), _progress(f"folding {out.name}", total) as advance:
         made = staging / "folder"  # not the staging folder itself, which only its owner may read
         made.mkdir()
         for name in copied:
             _copy_file(base / name, made / name)
-        written = _write_weights(checkpoint, made, changes, heads, adapter.sha256, advance)
-        _write_index(checkpoint, made, written, adapter.sha256)
+        written = _write_weights(checkpoint, made, changes, heads, sha256, advance)
+        _write_index(checkpoint, made, written, sha256)
         _write_config(checkpoint, made, adapter)
         os.replace(made, out)
-    return make_report(measured, adapter.sha256, notes)
+    return make_report(measured, sha256, notes)
 
 
 def _refuse_folded(checkpoint: Checkpoint) -> None:
@@ -116,7 +117,7 @@ def _refuse_folded(checkpoint: Checkpoint) -> None:
 
 def _refuse_place(base: Path, out: Path) -> None:
     with writing(out):  # the system may refuse the very name
-        occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+        occupied = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
         raise MELoRAError(
             f"`{out}` is the base's own folder, or in it: a fold needs one of its own, and keeps the base"
@@ -205,6 +206,7 @@ def _write_weights(
 ) -> dict[str, dict[str, Entry]]:
     """Writes the weight files; returns what each holds. New tensors go into the last file."""
     written: dict[str, dict[str, Entry]] = {}
+    files: dict[Path, list[Stretch | bytes]] = {}
     added = [key for key in heads if key not in checkpoint.tensors]
     for file, metadata in checkpoint.files.items():
         entries: dict[str, Entry] = {}
@@ -220,8 +222,9 @@ def _write_weights(
             entries[key], data = serialise(heads[key])
             pieces.append(data)
         facts = {"format": "pt"} | metadata | {METADATA_KEY: json.dumps({"adapter_sha256": adapter_sha256})}
-        write_edited(made / file, [make_header(entries, facts), *pieces], advance)
+        files[made / file] = [make_header(entries, facts), *pieces]
         written[file] = entries
+    write_edited(files, advance)
     return written
 
 
@@ -290,7 +293,8 @@ def _other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
         if path.name.startswith("."):
             hidden.append(path.name)
         elif path.is_dir() and path.name not in _OTHER_FOLDERS:
-            copied += [file.relative_to(checkpoint.directory) for file in sorted(path.rglob("*")) if file.is_file()]
+            below = (Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names)
+            copied += sorted(file.relative_to(checkpoint.directory) for file in below)
         elif path.is_dir() or path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json"):
             weights.append(path.name)
         else:

@@ -1185,7 +1185,7 @@ module = sys.modules["melora_fx.fold_checkpoint"]
 kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 write_edited = module.write_edited
 if step == "writing":
-    module.write_edited = lambda target, pieces, _: write_edited(target, pieces, lambda count: count > 5000 and kill())
+    module.write_edited = lambda files, _: write_edited(files, lambda count: count > 5000 and kill())
 elif step == "moving":
     os.replace = kill
 else:
@@ -1265,3 +1265,34 @@ def test_peak_memory_is_that_of_a_few_weights(sharded: bool, tmp_path: Path) -> 
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert largest < int(result.stdout) < 4 * largest
     assert (large.out / CONFIG).is_file()
+
+
+def test_links_below_the_top_are_followed(folders: Folders) -> None:
+    folders.prepare(bert(), "query")
+    elsewhere = folders.parent / "elsewhere"
+    add_files(elsewhere, {"config.json": b"{}"})
+    (folders.base / "1_Pooling").mkdir()
+    (folders.base / "1_Pooling" / "linked").symlink_to(elsewhere)
+    folders.fold()
+    assert (folders.out / "1_Pooling" / "linked" / "config.json").read_bytes() == b"{}"
+    shutil.rmtree(folders.out)
+    shutil.rmtree(elsewhere)
+    folders.assert_refused("linked` cannot be read")  # as a broken link beside the weights is
+
+
+def test_out_that_is_a_link(folders: Folders) -> None:
+    folders.prepare(bert(), "query")
+    (folders.parent / "empty").mkdir()
+    link = folders.parent / "link"
+    link.symlink_to(folders.parent / "empty")
+    with pytest.raises(MELoRAError, match="exists already"):
+        melora_fx.fold_checkpoint(folders.base, folders.adapter, link)
+    assert link.is_symlink()
+
+
+def test_index_that_names_a_tensor_that_no_file_has(folders: Folders) -> None:
+    folders.prepare(bert(), "query", sharded=True)
+    edit_json(
+        folders.base / INDEX, lambda index: index["weight_map"].update(gone=next(iter(index["weight_map"].values())))
+    )
+    folders.assert_refused("names 'gone', which no file has")
