@@ -92,12 +92,13 @@ def update_tiles(
 def non_finite(config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> str | None:
     """Why the update of a weight (O, I) is not finite, or takes it out of its dtype's range; or None.
 
-    The weight is read only where the largest values of A and B leave a doubt, and where it is of float16.
+    The weight is read only where the norms of A and B leave a doubt (no value of Δ is above s ‖A‖ ‖B‖), and where it is
+    of float16.
     """
-    largest = [float(tensor.detach().abs().amax()) for tensor in (lora_a, lora_b)]
-    if not all(map(math.isfinite, largest)):
+    norms = [float(torch.linalg.vector_norm(tensor.detach())) for tensor in (lora_a, lora_b)]
+    if not all(map(math.isfinite, norms)) and not all(tensor.isfinite().all() for tensor in (lora_a, lora_b)):
         return "its adapter holds NaN or infinity"
-    reach = math.prod(largest) * max(config.scalings) * lora_b.size(2)
+    reach = math.prod(norms) * max(config.scalings)
     if reach < torch.finfo(weight.dtype).max / 2 and weight.dtype != torch.float16:
         return None
     scratch = Scratch()
