@@ -12,7 +12,7 @@ import torch
 
 from .config import MELoRAConfig
 from .errors import MELoRAError
-from .update import Scratch, add_widened, beyond_range, scaled_parts, update_tiles
+from .update import Scratch, beyond_range, scaled_parts, update_tiles
 
 LARGE_SHARE = 0.25
 """Above this share a report warns."""
@@ -105,52 +105,65 @@ def measure_update(
     Raises:
         MELoRAError: where the sum is not finite; tiles before it have been written then.
     """
-    lost = update = change = 0.0
+    lost = change = 0.0
     for block, delta in update_tiles(config, weight, lora_a, lora_b, scratch):
-        precise = delta.dtype if block.dtype != delta.dtype else torch.float64
-        before = scratch.take("before", block.shape, precise, block.device)
-        exact = scratch.take("exact", block.shape, precise, block.device)
-        after = scratch.take("after", block.shape, precise, block.device)
-        rounded = scratch.take("rounded", block.shape, block.dtype, block.device)
-        before.copy_(rounded.copy_(block))
-        update = math.hypot(update, float(torch.linalg.vector_norm(delta)))
-        torch.add(before, delta, out=exact)
-        rounded.copy_(add_widened(delta, rounded, scratch))
-        if write:
-            block.copy_(rounded)
-        after.copy_(rounded)
-        exact.sub_(after)
-        after.sub_(before).abs_()
-        if not math.isfinite(largest := float(after.amax())):
-            of_the_base = ~torch.isfinite(before)
-            if not (torch.isfinite(after) | of_the_base).all():
-                raise MELoRAError(f"`{name}`: {beyond_range(weight.dtype)}")
-            exact[of_the_base] = after[of_the_base] = 0
-            largest = float(after.amax())
-        lost, change = math.hypot(lost, float(torch.linalg.vector_norm(exact))), max(change, largest)
+        largest, error = _fold_tile(name, block, delta, scratch, write=write)
+        change, lost = max(change, largest), math.hypot(lost, error)
+    norm, ranks = _norm_and_ranks(config, lora_a, lora_b)
     return SiteFold(
         name=name,
         dtype=str(weight.dtype).removeprefix("torch."),
-        rounding_share=lost / update if update else 0.0,
+        rounding_share=lost / norm if norm else 0.0,
         max_abs_change=change,
-        ranks=_numerical_ranks(config, lora_a, lora_b),
+        ranks=ranks,
         total_rank=config.total_rank * len(config.parts(weight.size(0))),
     )
 
 
-def _numerical_ranks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[int, ...]:
-    """Rank of each s_i B_i A_i. The squares of its singular values are the eigenvalues of (BᵀB)(AAᵀ), R × R, of which
-    float64 holds enough digits to tell float32's rank.
+def _fold_tile(
+    name: str, block: torch.Tensor, delta: torch.Tensor, scratch: Scratch, *, write: bool
+) -> tuple[float, float]:
+    """Adds a tile's update, which is used up, and gives the largest change of a value and the norm of the rounding."""
+    is_narrow = block.dtype != delta.dtype
+    precise = delta.dtype if is_narrow else torch.float64
+    rounded = scratch.take("rounded", block.shape, block.dtype, block.device).copy_(block)
+    before = scratch.take("before", block.shape, precise, block.device).copy_(rounded)
+    if is_narrow:
+        exact = delta.add_(before)
+        rounded.copy_(exact)
+    else:
+        exact = scratch.take("exact", block.shape, precise, block.device).copy_(delta).add_(before)
+        rounded.copy_(delta.add_(rounded))
+    if write:
+        block.copy_(rounded)
+    after = scratch.take("after", block.shape, precise, block.device).copy_(rounded)
+    error, change = exact.sub_(after), after.sub_(before).abs_()
+    if not math.isfinite(largest := float(change.amax())):
+        of_the_base = ~torch.isfinite(before)
+        if not (torch.isfinite(change) | of_the_base).all():
+            raise MELoRAError(f"`{name}`: {beyond_range(block.dtype)}")
+        error[of_the_base] = change[of_the_base] = 0
+        largest = float(change.amax())
+    return largest, float(torch.linalg.vector_norm(error))
+
+
+def _norm_and_ranks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[float, tuple[int, ...]]:
+    """‖Δ‖, and the numerical rank of each s_i B_i A_i, from the R × R matrices BᵀB and AAᵀ alone.
+
+    ‖Δ‖² is the trace of their product, and its eigenvalues are the squares of the singular values: of those float64
+    holds enough digits to tell float32's rank.
     """
-    ranks: list[int] = []
+    square, ranks = 0.0, list[int]()
     eps = torch.finfo(torch.promote_types(lora_b.dtype, torch.float32)).eps
     for part_a, part_b in scaled_parts(config, lora_a.cpu(), lora_b.cpu(), torch.float64):
-        squares, vectors = torch.linalg.eigh(part_b.mT @ part_b)
+        gram_a, gram_b = part_a @ part_a.mT, part_b.mT @ part_b
+        square += float((gram_a * gram_b).sum())
+        squares, vectors = torch.linalg.eigh(gram_b)
         half = vectors * squares.clamp(min=0).sqrt()[:, None]  # BᵀB = half halfᵀ
-        values = torch.linalg.eigvalsh(half.mT @ (part_a @ part_a.mT) @ half).clamp(min=0).sqrt()
+        values = torch.linalg.eigvalsh(half.mT @ gram_a @ half).clamp(min=0).sqrt()
         limit = values.amax(dim=1, keepdim=True) * max(part_b.size(1), part_a.size(2)) * eps
         ranks += (values > limit).sum(dim=1).tolist()
-    return tuple(ranks)
+    return math.sqrt(max(square, 0.0)), tuple(ranks)
 
 
 def make_report(measured: Iterable[SiteFold], adapter_sha256: str, notes: Iterable[str] = ()) -> FoldReport:
