@@ -22,6 +22,8 @@ from .model_folder import load_model
 
 SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
 METADATA = "__metadata__"
+FOLDED_KEY = "melora"
+"""Key in the metadata of a folded safetensors file: JSON that says which adapter it holds."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that weights can be folded in, by their names in safetensors headers."""
 

@@ -6,7 +6,6 @@ No model is loaded. Each weight file is copied, and the weights that the adapter
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,30 +17,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from .adapter_file import Adapter, read_adapter, refuse_non_finite
+from .adapter_file import Adapter, read_adapter
 from .checkpoint import (
     CONFIG_FILE,
-    DTYPES,
+    FOLDED_KEY,
     INDEX_FILE,
     Checkpoint,
     Entry,
-    KeyMap,
     StoredTensor,
     make_header,
-    map_keys,
     open_checkpoint,
     serialise,
 )
 from .edited_copy import Stretch, write_edited
 from .errors import MELoRAError
 from .files import staging_folder, writing
+from .fold_plan import plan_fold
 from .fold_report import FoldReport, SiteFold, make_report, measure_update
-from .state import check_fingerprints, check_shapes
-from .targets import nearest
 from .update import Scratch
-
-METADATA_KEY = "melora"
-"""Key in the metadata of a folded safetensors file: JSON that says which adapter it holds."""
 
 _OTHER_WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
@@ -78,17 +71,14 @@ def fold_checkpoint(
     base, out = Path(base_dir), Path(out_dir)
     adapter = read_adapter(adapter_dir)
     checkpoint = open_checkpoint(base)
-    _refuse_folded(checkpoint)
     _refuse_place(base, out)
-    names = map_keys(checkpoint, adapter.model.get("class"), adapter.model.get("num_labels"))
-    stored = _find_weights(checkpoint, adapter, names)
-    _check_values(adapter, stored)
-    heads = _find_heads(checkpoint, adapter, names)
+    plan = plan_fold(checkpoint, adapter)
     copied, notes = _other_files(checkpoint)
     measured: list[SiteFold] = []
     scratch = Scratch()
     changes = {
-        tensor.key: partial(_fold_stored, name, adapter, tensor, scratch, measured) for name, tensor in stored.items()
+        tensor.key: partial(_fold_stored, name, adapter, tensor, scratch, measured)
+        for name, tensor in plan.weights.items()
     }
     total = sum(file.stat().st_size for file in (base / name for name in checkpoint.files))
     sha256 = adapter.sha256
@@ -97,22 +87,11 @@ def fold_checkpoint(
         made.mkdir()
         for name in copied:
             _copy_file(base / name, made / name)
-        written = _write_weights(checkpoint, made, changes, heads, sha256, advance)
+        written = _write_weights(checkpoint, made, changes, plan.heads, sha256, advance)
         _write_index(checkpoint, made, written, sha256)
         _write_config(checkpoint, made, adapter)
         os.replace(made, out)
     return make_report(measured, sha256, notes)
-
-
-def _refuse_folded(checkpoint: Checkpoint) -> None:
-    for name, metadata in checkpoint.files.items():
-        if METADATA_KEY in metadata:
-            sha256 = re.search(r"[0-9a-f]{12}", metadata[METADATA_KEY])
-            which = f" (sha256 {sha256[0]}…)" if sha256 else ""
-            raise MELoRAError(
-                f"`{checkpoint.directory / name}` holds an adapter already{which}: fold into the base that it was made "
-                "from"
-            )
 
 
 def _refuse_place(base: Path, out: Path) -> None:
@@ -124,63 +103,6 @@ def _refuse_place(base: Path, out: Path) -> None:
         )
     if occupied:
         raise MELoRAError(f"`{out}` exists already: remove it, or name another folder")
-
-
-def _find_weights(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict[str, StoredTensor]:
-    """Where each site's weight is stored."""
-    stored, lines = dict[str, StoredTensor](), []
-    quantised = (checkpoint.config or {}).get("quantization_config")
-    for site in adapter.configs:
-        parameter = f"{site}.weight" if f"{site}.weight" in names.keys or site not in names.keys else site
-        key = names.keys.get(parameter)
-        others = names.tied.get(parameter, ())
-        if others:
-            lines.append(
-                f"`{site}` shares its weight with {', '.join(map(repr, others))}: fold in memory, "
-                "`fold(model, untie=True)`, and save"
-            )
-        elif key is None and parameter in names.converted:
-            lines.append(f"`{site}`: the checkpoint stores its weight in another form: fold in memory, and save")
-        elif key is None:
-            lines.append(f"`{site}`: the checkpoint has no such weight; nearest: {nearest(site, list(names.keys))}")
-        elif quantised or checkpoint.tensors[key].dtype not in DTYPES:
-            lines.append(
-                f"`{site}`: its weight is quantised ({checkpoint.tensors[key].dtype}): dequantise the base, fold, and "
-                "quantise again"
-            )
-        else:
-            stored[site] = checkpoint.tensors[key]
-    if lines:
-        raise MELoRAError(f"`{adapter.directory}` cannot be folded into `{checkpoint.directory}`:\n" + "\n".join(lines))
-    return stored
-
-
-def _find_heads(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict[str, torch.Tensor]:
-    """The tensors that were kept trainable, by key: a tied one under all keys that it has, a new one by its name."""
-    heads, lines = dict[str, torch.Tensor](), []
-    for name, tensor in adapter.kept_tensors().items():
-        if name in names.converted:
-            lines.append(f"`{name}`: the checkpoint stores it in another form: fold in memory, and save")
-        keys = [names.keys[own] for own in (name, *names.tied.get(name, ())) if own in names.keys]
-        heads |= dict.fromkeys(keys or [name], tensor)
-    if lines:
-        raise MELoRAError(f"`{adapter.directory}` cannot be folded into `{checkpoint.directory}`:\n" + "\n".join(lines))
-    return heads
-
-
-def _check_values(adapter: Adapter, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuses an adapter of another base, or values that are not finite; reads a few values of each weight."""
-    flat = [
-        f"`{site}`: its weight has shape {tensor.shape}" for site, tensor in stored.items() if len(tensor.shape) != 2
-    ]
-    if flat:
-        raise MELoRAError(f"`{adapter.directory}` is for matrices:\n" + "\n".join(flat))
-    shapes = {site: torch.empty(tensor.shape, device="meta") for site, tensor in stored.items()}
-    check_shapes(adapter, shapes)
-    for site, shape in shapes.items():
-        adapter.oriented(site, shape)
-    check_fingerprints(adapter, {site: tensor.fingerprint() for site, tensor in stored.items()})
-    refuse_non_finite(adapter)
 
 
 def _factors(adapter: Adapter, site: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +143,7 @@ def _write_weights(
         ):
             entries[key], data = serialise(heads[key])
             pieces.append(data)
-        facts = {"format": "pt"} | metadata | {METADATA_KEY: json.dumps({"adapter_sha256": adapter_sha256})}
+        facts = {"format": "pt"} | metadata | {FOLDED_KEY: json.dumps({"adapter_sha256": adapter_sha256})}
         files[made / file] = [make_header(entries, facts), *pieces]
         written[file] = entries
     write_edited(files, advance)
