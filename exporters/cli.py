@@ -117,6 +117,10 @@ def export(
     adapter_dir: Annotated[
         Path | None, typer.Argument(help="Adapter folder, as save_adapter writes it; default: the base alone.")
     ] = None,
+    base_of: Annotated[
+        Path | None,
+        typer.Option(help="Without an adapter: one whose model class and head the graph gets, for fold-onnx."),
+    ] = None,
     adapter: Annotated[
         str, typer.Option(help='"fold": merged; "keep": unmerged; "swap": adapters as inputs.')
     ] = "fold",
@@ -134,12 +138,16 @@ def export(
 ) -> None:
     """Write a base model and an adapter as an ONNX graph that has been compared with torch."""
     ranges = _DEFAULT_SHAPES | dict(parse_shapes(shapes or []))
-    if adapter_dir is None:
-        model = load_model(model_dir)
-    else:
-        saved = read_adapter(adapter_dir)
-        model = load_model(model_dir, class_name=saved.model.get("class"), num_labels=saved.model.get("num_labels"))
+    if adapter_dir is not None and base_of is not None:
+        raise ValueError("`--base-of` is for graphs without an adapter: leave it out, or the adapter")
+    source = adapter_dir or base_of
+    saved = read_adapter(source) if source else None
+    facts = saved.model if saved else {}
+    model = load_model(model_dir, class_name=facts.get("class"), num_labels=facts.get("num_labels"))
+    if adapter_dir is not None:
         melora_fx.load_adapter(model, adapter_dir)
+    elif saved is not None:  # a new head's zeros would be optimised away, and fold-onnx would have no place for its own
+        model.load_state_dict(saved.kept_tensors(), strict=False)
     report = export_onnx(
         model,
         example_inputs(model, model_dir),

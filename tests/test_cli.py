@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from support import bert_classifier, fill, tokens
+from transformers import BertForSequenceClassification
 
 import melora_fx
 from exporters import OrtRunner, TorchRunner, compare
@@ -42,7 +44,7 @@ def test_the_module_runs_as_a_program() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "exporters.cli", "--help"], capture_output=True, text=True, check=True
     )
-    assert {"demo", "match", "export", "bench"} <= set(result.stdout.split())
+    assert {"demo", "match", "fold", "export", "fold-onnx", "bench"} <= set(result.stdout.split())
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["demo", "match", "export", "adapter to-ort", "bench"])
+@pytest.mark.parametrize("command", ["demo", "match", "fold", "export", "fold-onnx", "adapter to-ort", "bench"])
 def test_help_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.returncode == 0
@@ -82,6 +84,44 @@ def test_export_writes_the_merged_graph(model_dir: Path, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     assert "equal to torch in 6 comparisons" in result.stdout
     assert compare(OrtRunner(tmp_path / "out.onnx"), TorchRunner(model), tokens()).max_rel_error <= 1e-5
+
+
+def test_folds_on_disk_and_in_a_graph_give_the_model_with_its_head(tmp_path: Path) -> None:
+    """From a base without a head, as most are published."""
+    torch.manual_seed(0)
+    trained = bert_classifier()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(std=0.1)
+    trained.bert.save_pretrained(tmp_path / "base")
+    fill(
+        melora_fx.rewrite(trained, ["query", "value"], MELoRAConfig(rank=2, num_blocks=3), keep_trainable="classifier")
+    )
+    melora_fx.save_adapter(trained, tmp_path / "adapter")
+    expected = trained(**tokens()).logits.detach()
+
+    result = run("fold", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "folded")
+    assert result.returncode == 0, result.stderr
+    assert "rounded away" in result.stdout
+    assert f"{tmp_path / 'folded'}: holds adapter " in result.stdout
+    folded = BertForSequenceClassification.from_pretrained(tmp_path / "folded").eval()
+    torch.testing.assert_close(folded(**tokens()).logits.detach(), expected, rtol=1e-4, atol=1e-4)
+
+    graph = tmp_path / "base.onnx"
+    result = run("export", tmp_path / "base", "-o", graph, "--base-of", tmp_path / "adapter", "--target", "ort-cpu")
+    assert result.returncode == 0, result.stderr
+    result = run("fold-onnx", graph, tmp_path / "adapter", "-o", tmp_path / "merged.onnx")
+    assert result.returncode == 0, result.stderr
+    inputs = {name: value.numpy() for name, value in tokens().items()}
+    logits = torch.from_numpy(OrtRunner(tmp_path / "merged.onnx").run(inputs)["logits"])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+    result = run("fold", tmp_path / "folded", tmp_path / "adapter", "-o", tmp_path / "twice")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "holds an adapter already" in result.stderr
+    result = run("export", tmp_path / "base", tmp_path / "adapter", "-o", graph, "--base-of", tmp_path / "adapter")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
 
 
 def test_export_for_tensorrt_prints_how_to_build_it_and_writes_the_repository(model_dir: Path, tmp_path: Path) -> None:
