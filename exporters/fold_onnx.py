@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,10 +27,11 @@ from melora_fx.state import check_fingerprints, check_shapes
 from melora_fx.targets import nearest
 from melora_fx.update import Scratch
 
-from .files import move_files, onnx_path, show_progress
+from . import files
+from .files import move_files, show_progress
 from .metadata import METADATA_KEY, GraphFacts, facts_of
 from .model_folder import TOKENIZER_FILES
-from .onnx_file import data_files, num_uses, read_graph
+from .onnx_file import all_tensors, data_files, num_uses, read_graph
 from .weights import WeightPlace
 
 _DTYPES = {
@@ -43,7 +45,7 @@ _Change = Callable[[torch.Tensor], object]
 
 
 def fold_onnx(
-    path: str | os.PathLike[str], adapter_dir: str | os.PathLike[str], out_path: str | os.PathLike[str]
+    onnx_path: str | os.PathLike[str], adapter_dir: str | os.PathLike[str], out_path: str | os.PathLike[str]
 ) -> FoldReport:
     """Merges an adapter into an ONNX graph of its base, which was exported once, and writes a new graph.
 
@@ -53,7 +55,7 @@ def fold_onnx(
     beside the base's graph; other files in the folder stay. There is no way back from a folded graph: keep the base's.
 
     Args:
-        path: a graph that `export_onnx` wrote from a model without adapters; a .onnx file, or a folder with a
+        onnx_path: a graph that `export_onnx` wrote from a model without adapters; a .onnx file, or a folder with a
             model.onnx.
         adapter_dir: a folder written by `save_adapter`, of an adapter that was trained on the same base.
         out_path: the .onnx file, or a folder, in which it is called model.onnx.
@@ -66,7 +68,7 @@ def fold_onnx(
             an adapter already, or does not say where a weight is: it is tied, or the exporter has merged it with
             others; where the adapter is not finite, or the file cannot be written. Nothing is written then.
     """
-    source, out = onnx_path(path), onnx_path(out_path)
+    source, out = files.onnx_path(onnx_path), files.onnx_path(out_path)
     adapter = read_adapter(adapter_dir)
     graph = read_graph(source)
     facts = facts_of(graph, source)
@@ -176,7 +178,7 @@ class _Weights:
             },
             lambda _: None,
         )
-        for tensor in self.tensors.values():
+        for tensor in all_tensors(self.graph.graph):
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = names[entry.value]
@@ -211,6 +213,14 @@ def _check(adapter: Adapter, weights: _Weights, places: Mapping[str, WeightPlace
     wrong = [f"`{site}`: {TensorProto.DataType.Name(kind)}" for site, kind in kinds.items() if kind not in _DTYPES]
     if wrong:
         raise MELoRAError(f"weights of `{weights.path}` are quantised, fold before quantising:\n" + "\n".join(wrong))
+    spans = Counter(_span(tensor) for tensor in all_tensors(weights.graph.graph) if uses_external_data(tensor))
+    changed = {site: weights.tensors[place.initializer] for site, place in places.items()}
+    shared = [site for site, tensor in changed.items() if uses_external_data(tensor) and spans[_span(tensor)] > 1]
+    if shared:
+        raise MELoRAError(
+            f"`{weights.path}` keeps the weights of {', '.join(map(repr, shared))} in the bytes of other tensors too: "
+            "export the base again"
+        )
     found = {site: weights.read(place) for site, place in places.items()}
     check_shapes(adapter, found)
     check_fingerprints(adapter, {site: fingerprint(weight) for site, weight in found.items()})

@@ -37,7 +37,7 @@ def data_files(path: str | os.PathLike[str], model: ModelProto) -> dict[str, Pat
         MELoRAError: names every file that leads out of the graph's folder, is missing, or has been cut short.
     """
     folder, ends = Path(path).parent, dict[str, int]()
-    for tensor in _tensors(model.graph):
+    for tensor in all_tensors(model.graph):
         if uses_external_data(tensor):
             info = ExternalDataInfo(tensor)
             end = (info.offset or 0) + max(info.length or 0, _size_in_bytes(tensor))
@@ -59,13 +59,14 @@ def _fault(folder: Path, location: str, end: int) -> str | None:
     return f"`{file}` has {size} bytes of {end}: it was cut short" if size < end else None
 
 
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+def all_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Initializers, and the tensors that nodes hold, in subgraphs too."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
             yield from (attribute.t, *attribute.tensors)
             for subgraph in (attribute.g, *attribute.graphs):
-                yield from _tensors(subgraph)
+                yield from all_tensors(subgraph)
 
 
 _BYTES = {
