@@ -219,7 +219,7 @@ def _build(
         graph_model = build_graph(model, inputs, dynamic_axes=options.dynamic_axes, opset=options.opset)
         fold_adapter_constants(graph_model, model)
         weights = name_weights(graph_model, model)
-    kept = {name: find_tensor(graph_model, name) for name in kept_names(model)}
+    kept = {name: find_tensor(graph_model.graph.initializers, name) for name in kept_names(model)}
     drop_traces(graph_model)
     keeps = options.adapter == "keep" and not is_disabled(model)
     forms = write_forms(graph_model, model, options.form, _tokens(inputs)) if keeps else {}

@@ -22,17 +22,17 @@ from melora_fx import FoldReport, MELoRAError, SiteFold
 from melora_fx.adapter_file import Adapter, fingerprint, read_adapter, refuse_non_finite
 from melora_fx.edited_copy import Stretch, write_edited
 from melora_fx.files import staging_folder, writing
-from melora_fx.fold_report import make_report, measure_update
+from melora_fx.fold_report import fold_stored, make_report
 from melora_fx.state import check_fingerprints, check_shapes
 from melora_fx.targets import nearest
 from melora_fx.update import Scratch
 
 from . import files
 from .files import move_files, show_progress
-from .metadata import METADATA_KEY, GraphFacts, facts_of
+from .metadata import GraphFacts, description_of, facts_of
 from .model_folder import TOKENIZER_FILES
 from .onnx_file import all_tensors, data_files, num_uses, read_graph
-from .weights import WeightPlace
+from .weights import WeightPlace, find_tensor
 
 _DTYPES = {
     TensorProto.FLOAT: torch.float32,
@@ -182,7 +182,9 @@ class _Weights:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = names[entry.value]
-        next(entry for entry in self.graph.metadata_props if entry.key == METADATA_KEY).value = facts
+        entry = description_of(self.graph)
+        assert entry is not None
+        entry.value = facts
         path.write_bytes(self.graph.SerializeToString())
 
     def _apply(self, changes: list[tuple[WeightPlace, _Change]], data: memoryview) -> None:
@@ -230,9 +232,7 @@ def _check(adapter: Adapter, weights: _Weights, places: Mapping[str, WeightPlace
 def _fold_weight(
     site: str, adapter: Adapter, scratch: Scratch, measured: list[SiteFold], parameter: torch.Tensor
 ) -> None:
-    lora_a, lora_b = (adapter.tensors[f"{site}.{kind}"] for kind in ("lora_a", "lora_b"))
-    weight = adapter.oriented(site, parameter)
-    measured.append(measure_update(site, adapter.configs[site], weight, lora_a, lora_b, scratch, write=True))
+    measured.append(fold_stored(site, adapter, parameter, scratch))
 
 
 def _heads(adapter: Adapter, facts: GraphFacts, weights: _Weights) -> list[tuple[WeightPlace, _Change]]:
@@ -241,10 +241,8 @@ def _heads(adapter: Adapter, facts: GraphFacts, weights: _Weights) -> list[tuple
     for name, tensor in adapter.kept_tensors().items():
         if not tensor.is_floating_point():  # counters of a normalisation are in no graph
             continue
-        transposed = WeightPlace(f"{name}.T", True)
-        unnamed = transposed if transposed.initializer in weights.tensors else WeightPlace(name, False)
-        place = facts.weights.get(name, unnamed)
-        if place.initializer not in weights.tensors or num_uses(weights.graph.graph, place.initializer) != 1:
+        place = facts.weights.get(name) or find_tensor(weights.tensors, name)
+        if place is None or num_uses(weights.graph.graph, place.initializer) != 1:
             lines.append(f"`{name}`: the graph has no such weight, or one that is also another's")
         elif (shape := weights.read(place).shape) != tensor.shape:
             lines.append(f"`{name}` is {tuple(tensor.shape)} in the adapter and {tuple(shape)} in the graph")
@@ -265,7 +263,9 @@ def _exchange(tensor: torch.Tensor, parameter: torch.Tensor) -> None:
 
 def _new_facts(graph: ModelProto, adapter: Adapter, weights: _Weights, places: Mapping[str, WeightPlace]) -> str:
     """The description of the folded graph: the base's, and which adapter it holds."""
-    facts = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY))
+    entry = description_of(graph)
+    assert entry is not None
+    facts = json.loads(entry.value)
     facts |= {"adapter": "fold", "adapter_sha256": adapter.sha256}
     facts["sites"] = {
         site: {

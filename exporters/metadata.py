@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto
+from onnx import ModelProto, StringStringEntryProto
 from torch import nn
 
 from melora_fx import MELoRAConfig, MELoRAError, sites
@@ -76,13 +76,18 @@ def read_facts(path: str | Path) -> GraphFacts:
     return facts_of(read_graph(path), path)
 
 
+def description_of(graph: ModelProto) -> StringStringEntryProto | None:
+    """The entry of a graph's metadata that describes it, or None."""
+    return next((entry for entry in graph.metadata_props if entry.key == METADATA_KEY), None)
+
+
 def facts_of(graph: ModelProto, path: str | Path) -> GraphFacts:
     """The description in a graph that has been read from `path`."""
-    text = next((entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY), None)
-    if text is None:
+    entry = description_of(graph)
+    if entry is None:
         raise MELoRAError(f"`{path}` was not written by `export_onnx`: it has no `{METADATA_KEY}` entry")
     try:
-        facts = json.loads(text)
+        facts = json.loads(entry.value)
         if facts["format_version"] > _VERSION:
             raise MELoRAError(f"`{path}` has format_version {facts['format_version']}; this one reads up to {_VERSION}")
         return GraphFacts(

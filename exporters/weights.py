@@ -7,7 +7,7 @@ several parameters have the same ones, by the module in which the exporter saw i
 
 import ast
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,9 +97,8 @@ def fold_adapter_constants(graph_model: onnx_ir.Model, model: nn.Module) -> None
     RemoveUnusedNodesPass()(graph_model)
 
 
-def find_tensor(graph_model: onnx_ir.Model, name: str) -> WeightPlace | None:
-    """Where the parameter `name` lives in a graph whose weights have been named, or None."""
-    initializers = graph_model.graph.initializers
+def find_tensor(initializers: Container[str], name: str) -> WeightPlace | None:
+    """Where the parameter `name` lives in a graph with these initializers, whose weights have been named, or None."""
     if name in initializers:
         return WeightPlace(name, False)
     return WeightPlace(f"{name}.T", True) if f"{name}.T" in initializers else None

@@ -6,6 +6,7 @@ each site its configuration and its base weight's fingerprint and orientation. O
 unpickled.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -52,7 +53,7 @@ class Adapter:
     model: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(repr=False)
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """The adapter's identity: see `hash_adapter`."""
         return hash_adapter(self.configs, self.tensors)

@@ -33,7 +33,7 @@ from .edited_copy import Stretch, write_edited
 from .errors import MELoRAError
 from .files import staging_folder, writing
 from .fold_plan import plan_fold
-from .fold_report import FoldReport, SiteFold, make_report, measure_update
+from .fold_report import FoldReport, SiteFold, fold_stored, make_report
 from .update import Scratch
 
 _OTHER_WEIGHTS = (
@@ -77,7 +77,7 @@ def fold_checkpoint(
     measured: list[SiteFold] = []
     scratch = Scratch()
     changes = {
-        tensor.key: partial(_fold_stored, name, adapter, tensor, scratch, measured)
+        tensor.key: partial(_fold_bytes, name, adapter, tensor, scratch, measured)
         for name, tensor in plan.weights.items()
     }
     total = sum(file.stat().st_size for file in (base / name for name in checkpoint.files))
@@ -105,17 +105,11 @@ def _refuse_place(base: Path, out: Path) -> None:
         raise MELoRAError(f"`{out}` exists already: remove it, or name another folder")
 
 
-def _factors(adapter: Adapter, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return adapter.tensors[f"{site}.lora_a"], adapter.tensors[f"{site}.lora_b"]
-
-
-def _fold_stored(
+def _fold_bytes(
     site: str, adapter: Adapter, tensor: StoredTensor, scratch: Scratch, measured: list[SiteFold], data: memoryview
 ) -> None:
     """Folds the weight in `data`, and notes what that did."""
-    weight = adapter.oriented(site, tensor.view(data))
-    factors = _factors(adapter, site)
-    measured.append(measure_update(site, adapter.configs[site], weight, *factors, scratch, write=True))
+    measured.append(fold_stored(site, adapter, tensor.view(data), scratch))
 
 
 def _write_weights(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .adapter_file import Adapter
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .update import Scratch, beyond_range, scaled_parts, update_tiles
@@ -118,6 +119,17 @@ def measure_update(
         ranks=ranks,
         total_rank=config.total_rank * len(config.parts(weight.size(0))),
     )
+
+
+def fold_stored(site: str, adapter: Adapter, weight: torch.Tensor, scratch: Scratch) -> SiteFold:
+    """Merges an adapter's site into its base weight in place; the weight is given as it is stored, (O, I) or (I, O).
+
+    Raises:
+        MELoRAError: as `measure_update` and `Adapter.oriented`.
+    """
+    lora_a, lora_b = (adapter.tensors[f"{site}.{kind}"] for kind in ("lora_a", "lora_b"))
+    oriented = adapter.oriented(site, weight)
+    return measure_update(site, adapter.configs[site], oriented, lora_a, lora_b, scratch, write=True)
 
 
 def _fold_tile(
