@@ -41,9 +41,7 @@ import exporters
 import melora_fx
 from exporters.machine import device_name, package_versions, source_commit
 from melora_fx import MELoRAConfig
-from melora_fx.adapter import AdapterSite
-from melora_fx.fold import oriented_weight
-from melora_fx.update import diagonal_blocks
+from melora_fx.fold import changed_blocks
 
 RESULTS = Path(__file__).parent / "results" / "fold_speed.csv"
 FIELDS = (
@@ -112,7 +110,7 @@ def in_memory(dtype: torch.dtype, rounds: int) -> list[Row]:
         theirs.unmerge_adapter()
         melora_fx.rewrite(ours, "all-linear", CONFIG)
         fill(ours, "lora_b")
-        blocks = [block for site in melora_fx.sites(ours).values() for block in blocks_of(site)]
+        blocks = [block for site in melora_fx.sites(ours).values() for block in changed_blocks(site)]
         copies = [block.clone() for block in blocks]
         with timed(times, "copy of the blocks"), torch.no_grad():
             for block, copy in zip(blocks, copies, strict=True):
@@ -128,10 +126,6 @@ def in_memory(dtype: torch.dtype, rounds: int) -> list[Row]:
         size = sum(copy.nbytes for copy in copies)
         num_bytes = {"fold": 2 * size, "copy of the blocks": 2 * size}  # read and written
     return rows_of(times, "PEFT merge_adapter", num_bytes, part="memory", dtype=str(dtype).removeprefix("torch."))
-
-
-def blocks_of(site: AdapterSite) -> list[torch.Tensor]:
-    return diagonal_blocks(site.config, oriented_weight(site))
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import nn
 
 from melora_fx import MELoRAConfig, MELoRAError, adapter_parameters, sites
 from melora_fx.adapter_file import Adapter, fingerprint_misfit, read_adapter
-from melora_fx.rewritten import scaling_tensor
+from melora_fx.blocks import scaling_tensor
 from melora_fx.state import kept_names
 
 from .metadata import GraphFacts, read_facts

@@ -18,7 +18,7 @@ from onnxscript import optimizer
 from torch import nn
 
 from melora_fx import sites
-from melora_fx.rewritten import TENSORS
+from melora_fx.site import TENSORS
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from .config import MELoRAConfig
 from .errors import MELoRAError
-from .rewritten import BASE, FOLDED, RewrittenModule, SiteRecord, base_program, owner_of, rewritten_modules
+from .rewritten import BASE, FOLDED, RewrittenModule, base_program, rewritten_modules
+from .site import SiteRecord, owner_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 INITS = ("kaiming", "gaussian")
-LOWERINGS = ("auto", "plain")
+LOWERINGS = ("auto", "weight", "activation", "plain")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class MELoRAConfig:
         split: for packed projections, how many equal parts the output has (an int) or their sizes; each part gets
             an adapter of its own, so that no block straddles two of them. None: one adapter for the whole.
         init: distribution of A: "kaiming" (uniform, as nn.Linear) or "gaussian" (std 1 / rank). B starts at zero.
-        lowering: form in which the adapter is computed in training; "auto" chooses per site.
+        lowering: how the adapter is computed in training. "weight": as x (W + Δ)ᵀ where that is the faster form, in
+            float32 and without dropout; "activation": added to the output's slices, for every dtype and with dropout;
+            "plain": as the nodes that the graph shows. "auto" chooses "weight" or "activation" for each site.
 
     Raises:
         ValueError, TypeError: for a value out of range; the text names the field and its rule.
@@ -61,6 +63,8 @@ class MELoRAConfig:
         for name, allowed in (("init", INITS), ("lowering", LOWERINGS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(map(repr, allowed))}")
+        if self.dropout and self.lowering == "weight":
+            raise ValueError(f"`dropout` (={self.dropout}) needs `lowering` 'activation' or 'auto', not 'weight'")
 
     def _normalised(self, name: str) -> Any:
         """`rank` or `alpha`, checked: a number, or a tuple with one number per block."""

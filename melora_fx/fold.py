@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, running_base
+from .blocks import diagonal_blocks
 from .errors import MELoRAError
 from .fold_report import FoldReport, make_report, measure_update
 from .rewrite import STATE, RewriteState
-from .rewritten import FOLDED, TENSORS, owner_of, rewritten_modules, uninstall, unwrap
+from .rewritten import FOLDED, rewritten_modules, uninstall, unwrap
+from .site import TENSORS, owner_of
 from .state import adapter_of
-from .update import Scratch, add_update, diagonal_blocks, non_finite
+from .update import Scratch, add_update, non_finite
 
 
 def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
@@ -94,7 +96,7 @@ def folded(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, site in found.items():
-                saved += [(block, block.clone()) for block in diagonal_blocks(site.config, weights[name])]
+                saved += [(block, block.clone()) for block in changed_blocks(site)]
                 add_update(site.config, weights[name], site.lora_a, site.lora_b, scratch)
         for site in found.values():
             site.module.__dict__[FOLDED] = True
@@ -108,6 +110,11 @@ def folded(model: nn.Module) -> Iterator[None]:
                 block.copy_(original)
         # The bits are what a pending backward has saved: autograd may go on.
         torch._C._autograd._unsafe_set_version_counter(tracked, versions)
+
+
+def changed_blocks(site: AdapterSite) -> Iterator[torch.Tensor]:
+    """Views of the blocks of the site's weight that a fold changes, one (N, O_p/N, I/N) for each part of `split`."""
+    return diagonal_blocks(oriented_weight(site), site.config.num_blocks, site.config.parts(site.out_features))
 
 
 def oriented_weight(site: AdapterSite) -> torch.Tensor:

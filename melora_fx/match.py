@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from .capture import Capture, capture_modules, join_path, site_name
 from .config import MELoRAConfig
 from .errors import MELoRAError
+from .lowering import choose_lowering, lowering_misfit
 from .patterns import LinearNode, find_linear_nodes, get_attribute, other_uses
 from .rewritten import refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
@@ -129,8 +130,17 @@ class PlannedSite:
         in_features, out_features = self.shape
         num_parameters = self.config.num_parameters(in_features, out_features)
         return LinearSite(
-            self.name, in_features, out_features, self._pattern, "plain", num_parameters, self.shared_with
+            self.name, in_features, out_features, self._pattern, self.lowering, num_parameters, self.shared_with
         )
+
+    @property
+    def lowering(self) -> str:
+        """How the site is computed in training."""
+        return choose_lowering(self.config, self.weight, self.nodes, self.capture.module)
+
+    def misfit(self, config: MELoRAConfig) -> str | None:
+        """Why this configuration cannot adapt this linear, or None."""
+        return config.misfit(*self.shape) or lowering_misfit(config, self.weight, self.nodes, self.capture.module)
 
     @property
     def _pattern(self) -> str:
@@ -186,7 +196,7 @@ def make_plan(
     for name, planned in found.items():
         if name not in chosen:
             untargeted.append(planned)
-        elif reason := chosen[name].misfit(*planned.shape):
+        elif reason := planned.misfit(chosen[name]):
             misfits[name] = reason
         else:
             sites.append(replace(planned, config=chosen[name]))

@@ -58,10 +58,10 @@ def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
         for user in pending.pop().users:
             if user in linear_nodes:
                 continue
-            if _target_name(user) in _VIEWS | _COPIES | _CASTS:
+            if operator_name(user) in _VIEWS | _COPIES | _CASTS:
                 pending.append(user)
             else:
-                found[_target_name(user)] = None
+                found[operator_name(user)] = None
     return list(found)
 
 
@@ -80,18 +80,18 @@ class _Weight:
 
 
 def _match_linear(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    return _linear_node(node, _argument(node, 0, "input"), _weight(_argument(node, 1, "weight"), owner))
+    return _linear_node(node, argument(node, 0, "input"), _weight(argument(node, 1, "weight"), owner))
 
 
 def _match_addmm(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     if node.kwargs.get("alpha", 1) != 1:
         return None
-    return _match_product(node, owner, _argument(node, 1, "mat1", "batch1"), _argument(node, 2, "mat2", "batch2"))
+    return _match_product(node, owner, argument(node, 1, "mat1", "batch1"), argument(node, 2, "mat2", "batch2"))
 
 
 def _match_matmul(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    right = _argument(node, 1, "mat2", "other", "tensor2")
-    return _match_product(node, owner, _argument(node, 0, "input", "self"), right)
+    right = argument(node, 1, "mat2", "other", "tensor2")
+    return _match_product(node, owner, argument(node, 0, "input", "self"), right)
 
 
 def _match_product(node: fx.Node, owner: nn.Module, left: Any, right: Any) -> LinearNode | None:
@@ -142,7 +142,7 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
     """
     views: list[fx.Node] = []
     while isinstance(value, fx.Node) and value.op != "get_attr":
-        if _target_name(value) not in _VIEWS | _COPIES | _CASTS or not value.args:
+        if operator_name(value) not in _VIEWS | _COPIES | _CASTS or not value.args:
             return None
         views.append(value)
         value = value.args[0]
@@ -151,9 +151,9 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
     parameter = get_attribute(owner, str(value.target))
     if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2:
         return None
-    is_cast = any(_target_name(view) in _CASTS for view in views)
+    is_cast = any(operator_name(view) in _CASTS for view in views)
     num_rows, num_columns = parameter.shape
-    if all(_target_name(view) not in _VIEWS for view in views):
+    if all(operator_name(view) not in _VIEWS for view in views):
         return _Weight(str(value.target), (0, num_rows), True, False, is_cast)
     whole = torch.empty(num_rows, num_columns, device="meta")
     try:
@@ -169,7 +169,7 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
 
 def _apply_view(tensor: Any, node: fx.Node) -> Any:
     """What `node` makes of `tensor`; a symbolic size counts as 1."""
-    if _target_name(node) not in _VIEWS:
+    if operator_name(node) not in _VIEWS:
         return tensor
     args, kwargs = fx.map_arg((node.args[1:], node.kwargs), lambda _: 1)
     if node.op == "call_method":
@@ -205,7 +205,8 @@ def get_attribute(module: nn.Module, path: str) -> Any:
     return value
 
 
-def _argument(node: fx.Node, index: int, *names: str) -> Any:
+def argument(node: fx.Node, index: int, *names: str) -> Any:
+    """The argument at a position or under one of its names; None where it is not given."""
     if index < len(node.args):
         return node.args[index]
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
@@ -213,11 +214,11 @@ def _argument(node: fx.Node, index: int, *names: str) -> Any:
 
 def _name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
-        return f"aten.{_target_name(node)}"
-    return "F.linear" if node.target in _LINEAR else _target_name(node)
+        return f"aten.{operator_name(node)}"
+    return "F.linear" if node.target in LINEAR else operator_name(node)
 
 
-def _target_name(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
     """A node's operator without its namespace and overload: "transpose", for each way to call it."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.overloadpacket.__name__
@@ -226,7 +227,7 @@ def _target_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-_LINEAR = {F.linear, aten.linear.default}
+LINEAR = {F.linear, aten.linear.default}
 _ADDMM = {torch.addmm, aten.addmm.default, "addmm", torch.baddbmm, aten.baddbmm.default, "baddbmm"}
 _MATMUL = {
     torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm",
@@ -234,7 +235,7 @@ _MATMUL = {
 }  # fmt: skip
 _EINSUM = {torch.einsum, torch.functional.einsum, aten.einsum.default}
 _MATCHERS: dict[Any, Callable[[fx.Node, nn.Module], LinearNode | None]] = {
-    **dict.fromkeys(_LINEAR, _match_linear),
+    **dict.fromkeys(LINEAR, _match_linear),
     **dict.fromkeys(_ADDMM, _match_addmm),
     **dict.fromkeys(_MATMUL, _match_matmul),
     **dict.fromkeys(_EINSUM, _match_einsum),

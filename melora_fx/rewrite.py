@@ -20,12 +20,14 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .blocks import scaling_tensor
 from .capture import Capture
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs, Plan, PlannedSite, make_plan
 from .patterns import LinearNode
-from .rewritten import SITE_TAG, TENSORS, SiteRecord, install, scaling_tensor
+from .rewritten import install
+from .site import SITE_TAG, TENSORS, SiteRecord
 from .targets import ALL_LINEAR, TargetSpec, name_matches, nearest
 from .whole_model import is_exported, make_trainable
 
@@ -164,7 +166,7 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
     records, insertions = [], []
     for site in sites:
         pattern, is_transposed = site.describe().pattern, site.nodes[0].weight_is_transposed
-        record = SiteRecord(site.parameter, site.config, pattern, is_transposed, lowering="plain")
+        record = SiteRecord(site.parameter, site.config, pattern, is_transposed, site.lowering)
         _add_tensors(site, record)
         records.append(record)
         insertions += [(linear, record, site) for linear in site.nodes]

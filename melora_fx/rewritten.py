@@ -13,64 +13,20 @@ import pickle
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from .capture import copy_graph, join_path, site_name
-from .config import MELoRAConfig
+from .blocks import scaling_tensor
+from .capture import copy_graph
 from .errors import MELoRAError
-from .patterns import get_attribute
+from .lowering import lower
+from .site import SITE_TAG, SiteRecord, owner_of, without_adapters
 
-SITE_TAG = "melora_site"
-"""Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
-
-
-TENSORS = ("lora_a", "lora_b", "lora_scaling", "lora_dropout")
-"""What an adapter adds to the module that owns its weight."""
 BASE, FOLDED = "melora_adapted_graph", "melora_folded"
 """Attributes of a rewritten module while its base runs (the graph put aside) and while its weights are folded."""
-
-
-@dataclass
-class SiteRecord:
-    """What a site is, as its rewritten module keeps it. `parameter`: path of the weight below that module."""
-
-    parameter: str
-    config: MELoRAConfig
-    pattern: str
-    weight_is_transposed: bool
-    lowering: str
-
-    @property
-    def owner_path(self) -> str:
-        """Path of the module that holds the weight, below the rewritten module."""
-        return self.parameter.rpartition(".")[0]
-
-    @property
-    def parameter_name(self) -> str:
-        """Name of the weight on its owner."""
-        return self.parameter.rpartition(".")[2]
-
-    def attribute(self, kind: str) -> str:
-        """Name, on the weight's owner, of one of `TENSORS`."""
-        return self.attribute_of(self.parameter, kind)
-
-    @staticmethod
-    def attribute_of(parameter: str, kind: str) -> str:
-        """The same for a parameter that is no site yet."""
-        name = parameter.rpartition(".")[2]
-        return kind if name == "weight" else f"{name}_{kind}"
-
-    def path(self, kind: str) -> str:
-        """The same as a path below the rewritten module."""
-        return join_path(self.owner_path, self.attribute(kind))
-
-    def site_name(self, module_path: str) -> str:
-        """Name of the site in a model that has the rewritten module at `module_path`."""
-        return site_name(join_path(module_path, self.owner_path), self.parameter_name)
 
 
 class RewrittenModule(fx.GraphModule):
@@ -104,6 +60,14 @@ class RewrittenModule(fx.GraphModule):
     def adapted_graph(self) -> fx.Graph:
         """The graph with its adapters, also while the base runs in its place."""
         return vars(self).get(BASE, self.graph)
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """Makes the forward from the graph: the lowered one, and the plain one for where its nodes are needed."""
+        code = super().recompile()
+        if any(record.lowering != "plain" for record in self.melora_records):
+            lowered = fx.GraphModule(self, lower(self.graph, self, self.melora_records))
+            type(self).forward = _either(type(self).forward, type(lowered).forward)
+        return code
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RewrittenModule":
         super()._apply(fn, recurse)
@@ -196,18 +160,6 @@ def class_name(model: nn.Module) -> str:
     return inner.__dict__.get("model_class", _restored_class(inner).__name__)
 
 
-def without_adapters(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` in which every adapter's output is its base output again, and no adapter node is left."""
-    graph = copy_graph(graph)
-    for node in reversed(list(graph.nodes)):
-        if SITE_TAG not in node.meta:
-            continue
-        if node.users:  # the sum of base and adapter is the one inserted node that other nodes use
-            node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
-    return graph
-
-
 def base_program(module: RewrittenModule) -> tuple[Callable[..., Any], fx.Graph]:
     """The forward and the graph of `module` without adapters; the same each time: compiled code stays valid."""
     cls = type(module)
@@ -217,14 +169,26 @@ def base_program(module: RewrittenModule) -> tuple[Callable[..., Any], fx.Graph]
     return types.MethodType(cls.base_function, module), cls.base_graph
 
 
-def scaling_tensor(config: MELoRAConfig, like: torch.Tensor) -> torch.Tensor:
-    """s_i of each block as (N, 1, 1), of the dtype and on the device of `like`."""
-    return torch.tensor(config.scalings, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def _either(plain: Callable[..., Any], lowered: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that runs `lowered`, but `plain` where its nodes are needed."""
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (plain if _needs_plain_nodes() else lowered)(self, *args, **kwargs)
+
+    return forward
 
 
-def owner_of(module: RewrittenModule, record: SiteRecord) -> nn.Module:
-    """The module that holds the weight of `record`."""
-    return get_attribute(module, record.owner_path)
+def _needs_plain_nodes() -> bool:
+    """Whether nodes are what is asked for, as by exporters, or have a rule that the one call lacks, as `vmap` needs."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or is_fx_symbolic_tracing()
+    )
 
 
 def refuse_rewritten(model: nn.Module) -> None:

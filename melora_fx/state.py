@@ -12,11 +12,12 @@ from torch import nn
 
 from .adapter import AdapterSite, refuse_folded, require_sites, sites
 from .adapter_file import Adapter, fingerprint, fingerprint_misfit, read_adapter, write_adapter
+from .blocks import scaling_tensor
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
 from .rewrite import STATE, rewrite
-from .rewritten import class_name, scaling_tensor, unwrap
+from .rewritten import class_name, unwrap
 from .targets import nearest
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .blocks import diagonal_blocks, scaling_tensor
 from .config import MELoRAConfig
-from .rewritten import scaling_tensor
 
 _TILE_ELEMENTS = {"cpu": 1 << 19}
 """Elements of Δ in a tile by device type: 2 MiB of float32 on the CPU, measured (benchmarks/results/NOTES.md)."""
@@ -83,7 +83,7 @@ def update_tiles(
     """
     wide = torch.promote_types(torch.promote_types(lora_b.dtype, torch.float32), weight.dtype)
     rows = max(1, _tile_elements(weight.device) // weight.size(1))
-    views = diagonal_blocks(config, weight)
+    views = diagonal_blocks(weight, config.num_blocks, config.parts(weight.size(0)))
     for blocks, (part_a, part_b) in zip(views, scaled_parts(config, lora_a, lora_b, wide), strict=True):
         for block, tile_b in zip(blocks.split(rows, dim=1), part_b.split(rows, dim=1), strict=True):
             yield block, torch.bmm(tile_b, part_a, out=scratch.take("delta", block.shape, wide, weight.device))
@@ -122,15 +122,3 @@ def scaled_parts(
     scaled = scaled * scaling_tensor(config, scaled)
     sizes = [size // config.num_blocks for size in config.parts(lora_b.size(0) * lora_b.size(1))]
     yield from zip(lora_a.detach().to(dtype).chunk(len(sizes), dim=1), scaled.split(sizes, dim=1), strict=True)
-
-
-def diagonal_blocks(config: MELoRAConfig, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Views (N, O_p/N, I/N) of the blocks of `weight` (O, I) that an adapter of `config` changes, one for each part."""
-    num_blocks, (row, column), offset = config.num_blocks, weight.stride(), weight.storage_offset()
-    width, views = weight.size(1) // num_blocks, []
-    for size in config.parts(weight.size(0)):
-        height = size // num_blocks
-        strides = (height * row + width * column, row, column)
-        views.append(weight.as_strided((num_blocks, height, width), strides, offset))
-        offset += size * row
-    return views

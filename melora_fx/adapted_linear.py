@@ -1,0 +1,330 @@
+"""One linear with its adapter: what training runs in the place of the plain nodes that `rewrite` inserts.
+
+    y = x Wᵀ + b + concat_i( h_i (s_i B_i)ᵀ )        h_i = x_i A_iᵀ        g_i = y'_i s_i B_i
+
+y' is the gradient of y; x_i and y'_i are the i-th of N equal slices. The output and the gradient of x come
+
+    by slices    y = x Wᵀ + b, to the slices of which h_i (s_i B_i)ᵀ is added; x' = y' W, to the slices of which g_i A_i
+    merged       y = x (W + Δ)ᵀ + b; x' = y' (W + Δ): W + Δ is made for the moment, twice
+
+and the gradients of A and B, from h and g computed anew,
+
+    by factors   A_i' = g_iᵀ x_i        B_i' = s_i y'_iᵀ h_i                               4 T R (I + O) operations
+    by blocks    G_i = y'_iᵀ x_i        A_i' = s_i B_iᵀ G_i        B_i' = s_i G_i A_iᵀ     2 T I O / N operations
+
+None of these writes the base, and none keeps more for the backward than x.
+
+Eager mode runs an `autograd.Function`, which costs a quarter of a custom operator's call. `torch.compile` gets the
+operator `melora::adapted_linear`, which it does not look into.
+
+I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts of `split`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .blocks import diagonal_blocks
+
+WIDE = (torch.float32, torch.float64)
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    dropout: nn.Dropout | None,
+    parts: Sequence[int],
+    merge: bool,
+) -> Tensor:
+    """The adapted output (…, O), of the dtype of x Wᵀ; the adapter computes in that dtype.
+
+    Args:
+        x: (…, I).
+        weight: (O, I), of any strides. One that is no plain floating tensor (quantised, say) is left to `F.linear`.
+        bias: (O,) or None.
+        lora_a: (N, P·R, I/N).
+        lora_b: (N, O/N, R).
+        scaling: s_i, (N, 1, 1).
+        dropout: says how much of the adapter's input is dropped, and whether.
+        parts: sizes of the parts of `split`, O in all.
+        merge: whether W + Δ may be made where that is faster.
+    """
+    rate = dropout.p if dropout is not None and dropout.training else 0.0
+    seed = torch.empty((), dtype=torch.int64, device="cpu").random_() if rate else None
+    base: Tensor | None = None
+    used: Tensor | None = weight
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        base, used, bias = F.linear(x, weight, bias), None, None
+    arguments = (x, base, used, bias, lora_a, lora_b, scaling, seed, rate, parts, merge, _autocast_dtype(x))
+    if torch.compiler.is_compiling():
+        return torch.ops.melora.adapted_linear.default(*arguments)
+    return _AdaptedLinear.apply(*arguments)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that `F.linear` computes in under autocast, None outside of it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """The eager form. Its backward is made of operators that have derivatives: it can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output = _forward(*arguments)
+        _save(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, *others = _backward(gradients[0], *ctx.saved_tensors, *ctx.constants, _asked(ctx))
+        return x, gradients[0] if ctx.needs_input_grad[1] else None, *others, *[None] * 6
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, weight, _, lora_a, lora_b, scaling, seed, *ctx.constants, _ = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, seed)
+
+
+def _asked(ctx: Any) -> list[bool]:
+    """Whether the gradients of x, weight, bias, lora_a and lora_b are needed."""
+    x, _, *others = ctx.needs_input_grad[:6]
+    return [x, *others]
+
+
+def _forward(
+    x: Tensor,
+    base: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    seed: Tensor | None,
+    rate: float,
+    parts: Sequence[int],
+    merge: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Arguments as of `adapted_linear`, and `base`: x Wᵀ + b where that is given instead of the weight, `seed` and
+    `rate` of the dropout, and the `dtype` of autocast.
+    """
+    if dtype is not None:
+        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
+    scaled = lora_b * _over_kept(scaling, rate)
+    if weight is None:
+        assert base is not None
+        output = base.clone(memory_format=torch.contiguous_format)
+    elif merge and _is_merged(x, weight, lora_a, rate):
+        return F.linear(x, _merged(weight, lora_a, scaled, parts), bias).contiguous()
+    else:
+        output = F.linear(x, weight, bias).contiguous()
+    x = _cast(x, output.dtype)
+    slices = _slices(x if seed is None else x * _mask(x, seed, rate), len(lora_a))
+    for columns, part_a, part_b in _by_part(output, _cast(lora_a, output.dtype), _cast(scaled, output.dtype), parts):
+        columns.baddbmm_(_times_few(slices, part_a), part_b.mT)
+    return output
+
+
+def _backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    seed: Tensor | None,
+    rate: float,
+    parts: Sequence[int],
+    merge: bool,
+    asked: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, weight, bias, lora_a and lora_b, None where not `asked`; `gradient` is that of the output."""
+    needs_x, needs_weight, needs_bias, needs_a, needs_b = asked
+    narrow, of_y = gradient.dtype, gradient.reshape(-1, gradient.size(-1))
+    used = _cast(x, narrow)
+    mask = None if seed is None else _mask(used, seed, rate)
+    slices = _slices(used if mask is None else used * mask, len(lora_a))
+    scaling = _over_kept(scaling, rate)
+    scaled = lora_b * scaling
+    of_x = of_dropped = of_slices = None
+    by_blocks = False
+    if merge and weight is not None and _is_merged(used, weight, lora_a, rate):
+        of_x = of_y @ _merged(weight, lora_a, scaled, parts) if needs_x else None
+        by_blocks = _is_by_blocks(weight, lora_a)
+    elif needs_x:
+        of_x = x.new_zeros(len(of_y), x.size(-1), dtype=narrow) if weight is None else of_y @ _cast(weight, narrow)
+        of_dropped = of_x if mask is None else torch.zeros_like(of_x)
+        of_slices = _slices(of_dropped, len(lora_a))
+    of_a, of_b = [], []
+    for of_columns, part_a, part_b in _by_part(of_y, _cast(lora_a, narrow), _cast(scaled, narrow), parts):
+        if by_blocks:
+            of_blocks = torch.bmm(of_columns.mT, slices)
+            of_a.append(torch.bmm(part_b.mT, of_blocks))
+            of_b.append(torch.bmm(of_blocks, part_a.mT))
+            continue
+        of_hidden = _times_few(of_columns, part_b.mT)
+        of_a.append(torch.bmm(of_hidden.mT, slices))
+        of_b.append(torch.bmm(_times_few(slices, part_a).mT, of_columns).mT)
+        if of_slices is not None:
+            of_slices.baddbmm_(of_hidden, part_a)
+    if of_x is not None and of_dropped is not None and mask is not None:
+        of_x.addcmul_(of_dropped, mask.view_as(of_x))
+    return [
+        None if of_x is None else _cast(of_x.view(x.shape), x.dtype),
+        of_y.t() @ used.reshape(-1, used.size(-1)) if needs_weight else None,
+        of_y.sum(0) if needs_bias else None,
+        _cast(_joined(of_a), lora_a.dtype) if needs_a else None,
+        _cast(_joined(of_b), lora_b.dtype) * scaling if needs_b else None,
+    ]
+
+
+def _is_merged(x: Tensor, weight: Tensor, lora_a: Tensor, rate: float) -> bool:
+    """Whether making W + Δ takes less time than adding to the slices of T rows, and rounds nothing away.
+
+    Making it takes the time of 16 operations for each element, and those of Δ: measured.
+    """
+    if rate or weight.dtype not in WIDE or x.dtype != weight.dtype:
+        return False
+    (num_blocks, rank, _), (out_features, in_features) = lora_a.shape, weight.shape
+    making = in_features * out_features * (16 + 2 * rank / num_blocks)
+    num_tokens = x.numel() // in_features
+    return 3 * num_tokens * rank * (in_features + out_features) > making
+
+
+def _is_by_blocks(weight: Tensor, lora_a: Tensor) -> bool:
+    """Whether the gradients of A and B take fewer operations by blocks than by factors."""
+    (num_blocks, rank, _), (out_features, in_features) = lora_a.shape, weight.shape
+    return 2 * rank * num_blocks * (in_features + out_features) > in_features * out_features
+
+
+def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> Tensor:
+    """W + Δ (O, I), in memory of its own."""
+    merged = weight.clone()
+    blocks = diagonal_blocks(merged, len(lora_a), parts)
+    for block, (part_a, part_b) in zip(blocks, _factors(lora_a, scaled, parts), strict=True):
+        block.add_(torch.bmm(part_b, part_a))
+    return merged
+
+
+def _by_part(output: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """For each part p, its columns of `output` (…, O) as slices, A (N, R, I/N) and s B (N, O_p/N, R)."""
+    if len(parts) == 1:
+        return [(_slices(output, len(lora_a)), lora_a, scaled)]
+    columns = output.view(-1, output.size(-1)).split(list(parts), dim=1)
+    factors = zip(columns, _factors(lora_a, scaled, parts), strict=True)
+    return [(_slices(part, len(lora_a)), part_a, part_b) for part, (part_a, part_b) in factors]
+
+
+def _factors(lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> Sequence[tuple[Tensor, Tensor]]:
+    """A (N, R, I/N) and s B (N, O_p/N, R) of each part p."""
+    if len(parts) == 1:
+        return [(lora_a, scaled)]
+    sizes = [size // len(lora_a) for size in parts]
+    return list(zip(lora_a.chunk(len(parts), dim=1), scaled.split(sizes, dim=1), strict=True))
+
+
+def _slices(tensor: Tensor, num_blocks: int) -> Tensor:
+    """The slices of (…, I) as (N, T, I/N): a view, where the tokens can be viewed as one axis."""
+    features = tensor.size(-1)
+    shape = (tensor.numel() // features, num_blocks, features // num_blocks)
+    return tensor.reshape(shape).transpose(0, 1)
+
+
+def _times_few(slices: Tensor, rows: Tensor) -> Tensor:
+    """(N, T, K) times the transposed of a few rows (N, R, K): (N, T, R).
+
+    Each library has its better order of the two: with the few rows first, MKL takes half the time in 32 bits, and
+    oneDNN four times the time in 16 bits, measured.
+    """
+    if slices.dtype in WIDE:
+        return torch.bmm(rows, slices.mT).mT
+    return torch.bmm(slices, rows.mT)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The gradient of all parts in one, contiguous."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _over_kept(scaling: Tensor, rate: float) -> Tensor:
+    """s_i over the share of the input that dropout keeps."""
+    return scaling / (1 - _dropped_steps(rate) / 2**16) if rate else scaling
+
+
+def _dropped_steps(rate: float) -> int:
+    """The rate of dropout in steps of 2⁻¹⁶."""
+    return min(round(rate * 2**16), 2**16 - 1)
+
+
+def _mask(like: Tensor, seed: Tensor, rate: float) -> Tensor:
+    """1 where dropout keeps a value, else 0, as `like`; the same for the same seed.
+
+    16 random bits a value, drawn 64 at a time, and one comparison: a sixth of the time of `bernoulli_`, measured.
+    """
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()].view(like.shape)
+    return torch.ge(bits, _dropped_steps(rate) - 2**15, out=torch.empty_like(like))
+
+
+_operator = torch.library.custom_op("melora::adapted_linear", _forward, mutates_args=())
+
+
+@_operator.register_fake
+def _(x: Tensor, base: Any, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tensor, *others: Any) -> Tensor:
+    if base is not None:
+        return torch.empty_like(base, memory_format=torch.contiguous_format)
+    *_, dtype = others
+    return x.new_empty(*x.shape[:-1], weight.size(0), dtype=dtype)
+
+
+@torch.library.custom_op("melora::adapted_linear_backward", mutates_args=())
+def _backward_operator(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    seed: Tensor | None,
+    rate: float,
+    parts: Sequence[int],
+    merge: bool,
+    asked: Sequence[bool],
+) -> list[Tensor]:
+    found = _backward(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, merge, asked)
+    return [tensor for tensor in found if tensor is not None]
+
+
+@_backward_operator.register_fake
+def _(gradient: Tensor, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, *others: Any) -> list[Tensor]:
+    *_, asked = others
+    width = gradient.size(-1)
+    shapes = (x.shape, (width, x.size(-1)), (width,), lora_a.shape, lora_b.shape)
+    dtypes = (x.dtype, gradient.dtype, gradient.dtype, lora_a.dtype, lora_b.dtype)
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype, need in zip(shapes, dtypes, asked, strict=True) if need]
+
+
+def _operator_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    asked = _asked(ctx)
+    found = iter(_backward_operator(gradient, *ctx.saved_tensors, *ctx.constants, asked))
+    x, *others = [next(found) if need else None for need in asked]
+    return x, gradient if ctx.needs_input_grad[1] else None, *others, *[None] * 6
+
+
+_operator.register_autograd(_operator_gradients, setup_context=_save)

@@ -1,0 +1,116 @@
+"""The last pass: each adapter's plain nodes as one call of `adapted_linear`, which trains faster.
+
+The pass makes a graph of its own, from which the module's code is generated. The plain graph stays what is printed,
+copied, saved and exported, and what runs wherever the one call would not be understood.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+from .adapted_linear import WIDE, adapted_linear
+from .capture import copy_graph
+from .config import MELoRAConfig
+from .patterns import LINEAR, LinearNode, argument, find_linear_nodes, get_attribute, operator_name
+from .site import SITE_TAG, SiteRecord
+
+aten = torch.ops.aten
+
+
+def choose_lowering(config: MELoRAConfig, weight: nn.Parameter, nodes: Sequence[LinearNode], owner: nn.Module) -> str:
+    """The lowering of the site whose `weight` the `nodes` multiply by; `owner` holds the parameters of their graph.
+
+    "plain" where one of them cannot be written as `F.linear`; else what the configuration says, where "auto" is
+    "weight" for weights of 32 bits or more and no dropout, and "activation" for all others.
+    """
+    if config.lowering == "plain" or not _are_linears(nodes, owner):
+        return "plain"
+    if config.lowering != "auto":
+        return config.lowering
+    return "weight" if _can_be_merged(weight) and not config.dropout else "activation"
+
+
+def lowering_misfit(
+    config: MELoRAConfig, weight: nn.Parameter, nodes: Sequence[LinearNode], owner: nn.Module
+) -> str | None:
+    """Why the site cannot have the lowering that its configuration names, or None; arguments as before."""
+    if config.lowering in ("auto", "plain"):
+        return None
+    if not _are_linears(nodes, owner):
+        return f"`lowering` (={config.lowering!r}) needs a linear that is an `F.linear` of the whole weight: use 'auto'"
+    if config.lowering == "weight" and not _can_be_merged(weight):
+        kind = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+        return f"`lowering` (='weight') would round W + Δ to this {kind} in every step: use 'auto' or 'activation'"
+    return None
+
+
+def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> fx.Graph:
+    """A copy of `graph` with one call for each site of `records` that has a lowering; `owner` holds its parameters."""
+    lowered = copy_graph(graph)
+    by_parameter = {record.parameter: record for record in records if record.lowering != "plain"}
+    for linear in reversed(list(find_linear_nodes(lowered, owner))):  # one that feeds another is read before it goes
+        if linear.parameter in by_parameter:
+            _lower_node(lowered, linear, by_parameter[linear.parameter], owner)
+    return lowered
+
+
+def _lower_node(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module) -> None:
+    operands = _operands(linear, owner)
+    assert operands is not None, "`choose_lowering` leaves such a node plain"
+    out_features = get_attribute(owner, record.parameter).size(1 if record.weight_is_transposed else 0)
+    parts, may_merge = record.config.parts(out_features), record.lowering == "weight"
+    total = next(user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
+    with graph.inserting_before(total):
+        weight = graph.call_function(aten.t.default, (operands.weight,)) if operands.is_flipped else operands.weight
+        tensors = [graph.get_attr(record.path(kind)) for kind in ("lora_a", "lora_b", "lora_scaling")]
+        dropout = graph.get_attr(record.path("lora_dropout")) if record.config.dropout else None
+        arguments = (linear.input, weight, operands.bias, *tensors, dropout, parts, may_merge)
+        call = graph.call_function(adapted_linear, arguments)
+    call.meta = dict(total.meta)
+    total.replace_all_uses_with(call)
+    for node in [*_behind(graph, record), linear.node]:
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _behind(graph: fx.Graph, record: SiteRecord) -> list[fx.Node]:
+    """The site's inserted nodes, last first."""
+    return [node for node in reversed(graph.nodes) if node.meta.get(SITE_TAG) == record.parameter]
+
+
+class _Operands(NamedTuple):
+    """What `F.linear` would take for the same output. `is_flipped`: the weight stands (I, O)."""
+
+    weight: fx.Node
+    bias: fx.Node | None
+    is_flipped: bool
+
+
+def _operands(linear: LinearNode, owner: nn.Module) -> _Operands | None:
+    """None for a linear that cannot be written as `F.linear` of the whole weight, bit for bit."""
+    node = linear.node
+    if linear.rows is not None or linear.input_is_transposed:
+        return None
+    if node.target in LINEAR:
+        return _Operands(argument(node, 1, "weight"), argument(node, 2, "bias"), False)
+    name = operator_name(node)
+    if name == "addmm" and node.kwargs.get("beta", 1) == 1:
+        bias = argument(node, 0, "input", "self")
+        if getattr(get_attribute(owner, str(bias.target)), "ndim", None) == 1:
+            return _Operands(argument(node, 2, "mat2"), bias, True)
+    if name in ("mm", "matmul"):
+        right = argument(node, 1, "mat2", "other", "tensor2")
+        is_view = right.op != "get_attr" and operator_name(right) in ("t", "T", "mT", "numpy_T", "transpose")
+        if (right.args[0] if is_view else right).op == "get_attr":
+            return _Operands(right, None, True)
+    return None
+
+
+def _are_linears(nodes: Sequence[LinearNode], owner: nn.Module) -> bool:
+    return all(_operands(linear, owner) for linear in nodes)
+
+
+def _can_be_merged(weight: nn.Parameter) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype in WIDE
