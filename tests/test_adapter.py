@@ -41,7 +41,7 @@ def test_sites_describe_what_was_rewritten():
     found = melora_fx.sites(model)
     assert list(found) == ["up", "own.projection", "conv"]
     up, own, conv = found.values()
-    assert (up.config, up.pattern, up.lowering) == (config, "Linear", "plain")
+    assert (up.config, up.pattern, up.lowering) == (config, "Linear", "weight")
     assert (up.in_features, up.out_features, up.weight_is_transposed) == (IN, OUT, False)
     assert up.lora_a.shape == (3, 2 * 4, IN // 3)
     assert up.lora_b.shape == (3, OUT // 3, 4)

@@ -26,8 +26,8 @@ from melora_fx import LinearSite, MELoRAConfig, MELoRAError
 def test_report_of_sites():
     report = melora_fx.match(tower(), ["up", "conv"], MELoRAConfig(rank=2, num_blocks=3))
     assert report.sites == (
-        LinearSite("up", IN, OUT, "Linear", "plain", 2 * (IN + OUT)),
-        LinearSite("conv", OUT, IN, "Conv1D", "plain", 2 * (IN + OUT)),
+        LinearSite("up", IN, OUT, "Linear", "weight", 2 * (IN + OUT)),
+        LinearSite("conv", OUT, IN, "Conv1D", "weight", 2 * (IN + OUT)),
     )
     assert [site.name for site in report.untargeted] == ["gate", "own.projection", "head"]
     assert report.skipped == ()
@@ -53,8 +53,8 @@ def test_number_of_parameters_is_that_of_the_paper(config, count):
 def test_str_is_a_table():
     lines = str(melora_fx.match(tower(), ["up", "conv", "head"], MELoRAConfig(rank=2, num_blocks=4))).splitlines()
     assert lines[0].split() == ["site", "in", "out", "pattern", "lowering", "parameters"]
-    assert lines[1].split() == ["up", "24", "36", "Linear", "plain", "120"]
-    assert lines[2].split() == ["conv", "36", "24", "Conv1D", "plain", "120"]
+    assert lines[1].split() == ["up", "24", "36", "Linear", "weight", "120"]
+    assert lines[2].split() == ["conv", "36", "24", "Conv1D", "weight", "120"]
     assert lines[3].split() == ["gate", "24", "36", "Linear", "-", "-"]
     assert lines[1].index("24") == lines[3].index("24"), "columns are aligned"
     assert "2 sites, 240 parameters; 2 untargeted (-), 1 skipped" in lines

@@ -1,0 +1,128 @@
+"""train_step.csv as a Markdown table and as a bar chart, for benchmarks/train_step.py."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exporters.plots import import_pyplot
+
+FIELDS = (
+    "model", "mode", "targets", "num_blocks", "rank", "dtype", "dropout", "threads", "tokens", "side", "median_ms",
+    "p20_ms", "p80_ms", "ratio", "steps", "saved_bytes", "peak_memory_mib", "parameters", "compile_s", "graph_breaks",
+    "recompiles", "device", "versions", "commit", "time", "key",
+)  # fmt: skip
+_COLORS = {
+    "ours": "#2a7fc0", "ours, plain nodes": "#9cc4e4", "PEFT LoRA, equal rank": "#c0792a",
+    "PEFT LoRA, equal parameters": "#e3b98a", "PEFT BD-LoRA": "#8e5ea2", "authors' loop": "#b5383c",
+    "full fine-tuning": "#5f6b6d",
+}  # fmt: skip
+_MIB = 2**20
+
+Row = Mapping[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of an earlier run; none where there was none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_report(rows: Sequence[Row], folder: Path) -> None:
+    """Writes train_step.md and train_step.png into `folder`."""
+    if not rows:
+        return
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row["key"]), []).append(row)
+    (folder / "train_step.md").write_text(_markdown(groups))
+    _plot(groups, folder / "train_step.png")
+
+
+def label(row: Row) -> str:
+    """A cell without its model and mode: what differs from the centre."""
+    facts = [str(row["targets"]), f"{row['tokens']} tokens"]
+    if str(row["rank"]) != "8":
+        facts.append(f"rank {row['rank']}")
+    if row["dtype"] != "float32":
+        facts.append(str(row["dtype"]))
+    if float(row["dropout"]):
+        facts.append(f"dropout {row['dropout']}")
+    if str(row["threads"]) != "1":
+        facts.append(f"{row['threads']} threads")
+    return ", ".join(facts)
+
+
+def _markdown(groups: Mapping[str, list[Row]]) -> str:
+    first = next(iter(groups.values()))[0]
+    lines = [
+        "# Training steps",
+        "",
+        f"Written by `benchmarks/train_step.py`: {first['device']}; {first['versions']}; commits "
+        f"{', '.join(sorted({str(rows[0]['commit'])[:9] for rows in groups.values()}))}. Ratio: median of a step over "
+        "that of the frozen model whose input wants its gradient. Saved: what autograd keeps for the backward, above "
+        "the frozen model's. Peak: memory that one step takes, above the frozen model's.",
+        "",
+        "| model | mode | cell | side | step, ms | p20–p80 | ratio | saved, MiB | peak, MiB | parameters | compile, s "
+        "| breaks | recompiles |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for rows in groups.values():
+        floor = rows[0]
+        for row in rows:
+            cells = [
+                row["model"], row["mode"], label(row), row["side"], f"{float(row['median_ms']):.1f}",
+                f"{float(row['p20_ms']):.1f}–{float(row['p80_ms']):.1f}", f"{float(row['ratio']):.3f}",
+                _difference(row, floor, "saved_bytes", _MIB), _difference(row, floor, "peak_memory_mib", 1),
+                f"{int(row['parameters']):,}", row.get("compile_s"), row.get("graph_breaks"), row.get("recompiles"),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _difference(row: Row, floor: Row, field: str, unit: float) -> str:
+    if row.get(field) in (None, "") or floor.get(field) in (None, ""):
+        return ""
+    return f"{(float(row[field]) - float(floor[field])) / unit:.1f}"
+
+
+def _plot(groups: Mapping[str, list[Row]], path: Path) -> None:
+    """One panel for each model and mode: bars of what a step costs over the floor, in per cent of it."""
+    pyplot = import_pyplot()
+    panels: dict[str, list[list[Row]]] = {}
+    for rows in groups.values():
+        panels.setdefault(f"{rows[0]['model']}, {rows[0]['mode']}", []).append(rows)
+    heights = [sum(len(rows) for rows in cells) + len(cells) for cells in panels.values()]
+    figure, grid = pyplot.subplots(
+        len(panels), 1, figsize=(9, 1.2 + 0.17 * sum(heights) + 0.5 * len(panels)), squeeze=False,
+        gridspec_kw={"height_ratios": heights}, layout="constrained",
+    )  # fmt: skip
+    for axes, (title, cells) in zip(grid[:, 0], panels.items(), strict=True):
+        _draw(axes, title, cells)
+    names = {row["side"] for rows in groups.values() for row in rows}
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for name, color in _COLORS.items() if name in names]
+    figure.legend(handles, [name for name in _COLORS if name in names], loc="outside upper center", ncols=3, fontsize=9)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw(axes: Any, title: str, cells: Sequence[Sequence[Row]]) -> None:
+    line, ticks = 0.0, {}
+    for rows in cells:
+        sides = [row for row in rows if row["side"] in _COLORS]
+        ticks[line + (len(sides) - 1) / 2] = label(rows[0])
+        for row in sides:
+            over = 100 * (float(row["ratio"]) - 1)
+            axes.barh(line, min(max(over, 0), 130), color=_COLORS[str(row["side"])], height=0.9)
+            axes.annotate(
+                f"{over:.0f} %", (min(max(over, 0), 130), line), xytext=(3, 0), textcoords="offset points",
+                va="center", fontsize=7.5,
+            )  # fmt: skip
+            line += 1
+        line += 1
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8.5)
+    axes.set(xlim=(0, 140), ylim=(line - 0.5, -1), xlabel="time of a step above the frozen model's, %")
+    axes.spines[["top", "right"]].set_visible(False)

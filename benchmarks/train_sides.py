@@ -1,0 +1,171 @@
+"""The sides that benchmarks/train_step.py times: a model, and the ways to train it.
+
+Every side is the same model with the same sites, from a copy of its own. The input is a batch of embeddings that wants
+its gradient, so that the backward of every side, the frozen model's too, goes down to the first layer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from latency_models import minilm_folder
+from smollm2 import load_smollm2
+from torch import nn
+from transformers import AutoModel, LlamaConfig, LlamaModel
+
+import melora_fx
+from melora_fx import MELoRAConfig
+
+SEQUENCE = {"MiniLM-L6": 64, "SmolLM2-135M": 128, "Llama": 128}
+"""Tokens of one text."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained. `targets`: "centre" (the attention's projections; in MiniLM every dense layer too), "q,v" or
+    "all-linear". `llama`: hidden size, intermediate size, layers and heads of the random Llama.
+    """
+
+    model: str
+    targets: str
+    rank: int
+    dtype: str
+    dropout: float = 0.0
+    num_blocks: int = 8
+    llama: tuple[int, int, int, int] = (1024, 2816, 2, 16)
+
+    @property
+    def config(self) -> MELoRAConfig:
+        return MELoRAConfig(rank=self.rank, num_blocks=self.num_blocks, alpha=2.0 * self.rank, dropout=self.dropout)
+
+
+def base_model(setting: Setting) -> nn.Module:
+    """The model without a head, in training mode, its own dropout at 0, all its parameters frozen."""
+    if setting.model == "MiniLM-L6":
+        model = AutoModel.from_pretrained(minilm_folder(Path()), add_pooling_layer=False, hidden_dropout_prob=0.0)
+        model.config.attention_probs_dropout_prob = 0.0
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    elif setting.model == "SmolLM2-135M":
+        model = load_smollm2()[0].get_submodule("model")
+    else:
+        hidden, intermediate, layers, heads = setting.llama
+        torch.manual_seed(0)
+        model = LlamaModel(LlamaConfig(
+            hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=heads, vocab_size=128,
+        ))  # fmt: skip
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model.to(getattr(torch, setting.dtype)).train().requires_grad_(False)
+
+
+def site_names(model: nn.Module, setting: Setting) -> list[str]:
+    """The linears that every side adapts."""
+    is_bert = setting.model == "MiniLM-L6"
+    targets: str | Sequence[str] = {
+        "centre": ["query", "key", "value", "dense"] if is_bert else ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "q,v": ["query", "value"] if is_bert else ["q_proj", "v_proj"],
+        "all-linear": "all-linear",
+    }[setting.targets]
+    return [site.name for site in melora_fx.match(model, targets, setting.config).sites]
+
+
+def frozen(model: nn.Module, setting: Setting) -> nn.Module:
+    """The floor: nothing is trained."""
+    return model
+
+
+def ours(model: nn.Module, setting: Setting) -> nn.Module:
+    return melora_fx.rewrite(model, site_names(model, setting), setting.config)
+
+
+def plain(model: nn.Module, setting: Setting) -> nn.Module:
+    """Ours without a lowering: the nodes of the graph as they are printed."""
+    config = MELoRAConfig(**{**setting.config.to_dict(), "lowering": "plain"})
+    return melora_fx.rewrite(model, site_names(model, setting), config)
+
+
+def peft_equal_rank(model: nn.Module, setting: Setting) -> nn.Module:
+    return _peft(model, setting, setting.config.total_rank)
+
+
+def peft_equal_parameters(model: nn.Module, setting: Setting) -> nn.Module:
+    return _peft(model, setting, setting.rank)
+
+
+def peft_bd_lora(model: nn.Module, setting: Setting) -> nn.Module:
+    """PEFT's block-diagonal B beside an ordinary A."""
+    names = site_names(model, setting)
+    blocks = peft.BdLoraConfig(target_modules_bd_a=[], target_modules_bd_b=names, nblocks=setting.num_blocks)
+    return _peft(model, setting, setting.config.total_rank, use_bdlora=blocks)
+
+
+def _peft(model: nn.Module, setting: Setting, rank: int, **options: object) -> nn.Module:
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=site_names(model, setting), lora_dropout=setting.dropout,
+        **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return peft.get_peft_model(model, config).train()  # type: ignore[arg-type]
+
+
+class LoopLinear(nn.Module):
+    """The forward of the MELoRA authors' code, written anew: a loop over the blocks (arXiv 2402.17263, figure 2)."""
+
+    def __init__(self, base: nn.Linear, config: MELoRAConfig) -> None:
+        super().__init__()
+        self.base, self.scaling, self.size = base, config.scalings[0], base.in_features // config.num_blocks
+        rank, out_features = max(config.ranks), base.out_features // config.num_blocks
+        self.dropouts = nn.ModuleList(nn.Dropout(config.dropout) for _ in range(config.num_blocks))
+        self.lora_a = nn.ModuleList(nn.Linear(self.size, rank, bias=False) for _ in range(config.num_blocks))
+        self.lora_b = nn.ModuleList(nn.Linear(rank, out_features, bias=False) for _ in range(config.num_blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = self.base(x)
+        wide = x.to(self.lora_a[0].weight.dtype)  # type: ignore[arg-type]
+        updates = []
+        for index, (dropout, lora_a, lora_b) in enumerate(zip(self.dropouts, self.lora_a, self.lora_b, strict=True)):
+            part = wide[..., index * self.size : (index + 1) * self.size]
+            updates.append(lora_b(lora_a(dropout(part))) * self.scaling)
+        return output + torch.cat(updates, dim=-1).to(output.dtype)
+
+
+def authors_loop(model: nn.Module, setting: Setting) -> nn.Module:
+    for name in site_names(model, setting):
+        model.set_submodule(name, LoopLinear(model.get_submodule(name), setting.config))  # type: ignore[arg-type]
+    return model
+
+
+def full_fine_tuning(model: nn.Module, setting: Setting) -> nn.Module:
+    """Every parameter but the word embeddings, which the input takes the place of."""
+    model.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
+    return model
+
+
+SIDES: Mapping[str, Callable[[nn.Module, Setting], nn.Module]] = {
+    "frozen": frozen,
+    "ours": ours,
+    "ours, plain nodes": plain,
+    "PEFT LoRA, equal rank": peft_equal_rank,
+    "PEFT LoRA, equal parameters": peft_equal_parameters,
+    "PEFT BD-LoRA": peft_bd_lora,
+    "authors' loop": authors_loop,
+    "full fine-tuning": full_fine_tuning,
+}
+FEW_SIDES = ("frozen", "ours", "PEFT LoRA, equal rank")
+
+
+def make_side(name: str, setting: Setting) -> nn.Module:
+    """A model of its own for one side; no adapter's B is zero."""
+    torch.manual_seed(0)
+    model = SIDES[name](base_model(setting), setting)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_b" in parameter_name.lower():
+            nn.init.normal_(parameter, std=0.01)
+    return model

