@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx, nn
@@ -23,10 +24,15 @@ from .blocks import scaling_tensor
 from .capture import copy_graph
 from .errors import MELoRAError
 from .lowering import lower
+from .patterns import get_attribute
 from .site import SITE_TAG, SiteRecord, owner_of, without_adapters
 
 BASE, FOLDED = "melora_adapted_graph", "melora_folded"
 """Attributes of a rewritten module while its base runs (the graph put aside) and while its weights are folded."""
+
+
+_LOWERED_FORWARDS: WeakValueDictionary[Any, Callable[..., Any]] = WeakValueDictionary()
+"""Forwards of lowered graphs in use, by the code and the operators of the plain graph, and what its sites are."""
 
 
 class RewrittenModule(fx.GraphModule):
@@ -65,9 +71,18 @@ class RewrittenModule(fx.GraphModule):
         """Makes the forward from the graph: the lowered one, and the plain one for where its nodes are needed."""
         code = super().recompile()
         if any(record.lowering != "plain" for record in self.melora_records):
-            lowered = fx.GraphModule(self, lower(self.graph, self, self.melora_records))
-            type(self).forward = _either(type(self).forward, type(lowered).forward)
+            type(self).forward = _either(type(self).forward, self._lowered_forward(code))
         return code
+
+    def _lowered_forward(self, code: fx.graph.PythonCode) -> Callable[..., Any]:
+        """The forward of the lowered graph; modules of the same code share it, as layers do."""
+        sites = [(record.lowering, get_attribute(self, record.parameter).shape) for record in self.melora_records]
+        key = code.src, *((name, id(value)) for name, value in code.globals.items()), *sites
+        forward = _LOWERED_FORWARDS.get(key)
+        if forward is None:
+            graph = lower(self.graph, self, self.melora_records)
+            forward = _LOWERED_FORWARDS[key] = type(fx.GraphModule(self, graph)).forward
+        return forward
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RewrittenModule":
         super()._apply(fn, recurse)
