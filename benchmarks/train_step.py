@@ -71,32 +71,31 @@ class Cell:
 
 
 def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
-    """The cells in the order in which they are measured: those that a reader asks for first come first."""
+    """The cells, in the order in which they are measured."""
     cells = []
     for model, tokens in (("MiniLM-L6", 1024), ("SmolLM2-135M", 256), ("Llama", 512)):
         for mode in ("eager", "compiled"):
-            few = mode == "compiled" or model != "MiniLM-L6"
-            centre = Cell(
-                Setting(model, "centre", 8, "float32", llama=llama), mode, tokens=tokens,
-                sides=FEW_SIDES if few and model != "MiniLM-L6" else tuple(SIDES),
-            )  # fmt: skip
-            cells += [centre, *_variations(centre, few)]
+            setting = Setting(model, "centre", 8, "float32", llama=llama)
+            is_whole = model == "MiniLM-L6" or mode == "eager"
+            centre = Cell(setting, mode, tokens=tokens, sides=tuple(SIDES) if is_whole else FEW_SIDES)
+            cells += [centre, *_variations(centre)]
     return cells
 
 
-def _variations(centre: Cell, few: bool) -> list[Cell]:
-    setting, sides = centre.setting, FEW_SIDES if few else centre.sides
+def _variations(centre: Cell) -> list[Cell]:
+    setting, is_minilm = centre.setting, centre.setting.model == "MiniLM-L6"
+    sides = (*FEW_SIDES, "authors' loop") if is_minilm and centre.mode == "eager" else FEW_SIDES
     settings = [
         replace(setting, targets="q,v"),
         replace(setting, rank=1),
         replace(setting, dtype="bfloat16"),
         replace(setting, dropout=0.1),
     ]
-    if setting.model != "MiniLM-L6":  # whose centre is every linear
+    if not is_minilm:  # whose centre is every linear
         settings.append(replace(setting, targets="all-linear"))
     cells = [replace(centre, setting=other, sides=sides) for other in settings]
     cells.append(replace(centre, threads=2, sides=sides))
-    if setting.model == "MiniLM-L6":
+    if is_minilm:
         cells += [replace(centre, tokens=tokens, sides=FEW_SIDES) for tokens in (256, 4096, 8192)]
     return cells
 
