@@ -76,8 +76,8 @@ def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
     for model, tokens in (("MiniLM-L6", 1024), ("SmolLM2-135M", 256), ("Llama", 512)):
         for mode in ("eager", "compiled"):
             setting = Setting(model, "centre", 8, "float32", llama=llama)
-            is_whole = model == "MiniLM-L6" or mode == "eager"
-            centre = Cell(setting, mode, tokens=tokens, sides=tuple(SIDES) if is_whole else FEW_SIDES)
+            sides = tuple(SIDES) if mode == "eager" else FEW_SIDES
+            centre = Cell(setting, mode, tokens=tokens, sides=sides)
             cells += [centre, *_variations(centre)]
     return cells
 

@@ -112,12 +112,19 @@ def _load_into_plain(model: nn.Module, adapter: Adapter, example_inputs: Example
     check_shapes(adapter, plain)
     check_fingerprints(adapter, {name: fingerprint(plain[name]) for name in adapter.configs})
     _check_kept(adapter, model)
-    targets: dict[str, MELoRAConfig | None] = {f"re:{re.escape(name)}": c for name, c in adapter.configs.items()}
+    targets: dict[str, MELoRAConfig | None] = {
+        f"re:{re.escape(n)}": _for_any_base(c) for n, c in adapter.configs.items()
+    }
     rewritten = rewrite(
         model, targets, example_inputs=example_inputs, keep_trainable=[f"re:{re.escape(name)}" for name in adapter.kept]
     )
     _copy_values(rewritten, adapter)
     return rewritten
+
+
+def _for_any_base(config: MELoRAConfig) -> MELoRAConfig:
+    """The configuration for a base of any dtype: "auto" chooses the lowering "weight" where it can be."""
+    return dataclasses.replace(config, lowering="auto") if config.lowering == "weight" else config
 
 
 def _load_into_rewritten(model: nn.Module, adapter: Adapter) -> None:
@@ -175,7 +182,7 @@ def _copy_site(site: AdapterSite, config: MELoRAConfig, lora_a: torch.Tensor, lo
         dropout.p = config.dropout
     else:  # the graph has no dropout node, and values are exchanged without touching it
         config = dataclasses.replace(config, dropout=0.0)
-    site.record.config = config
+    site.record.config = dataclasses.replace(config, lowering=site.config.lowering)
 
 
 def check_fingerprints(adapter: Adapter, actual: Mapping[str, Mapping[str, Any]]) -> None:

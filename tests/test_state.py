@@ -709,3 +709,21 @@ def test_names_with_odd_characters(tmp_path):
 def assert_close_folded(folded, x, expected):
     """Folding moves float32 sums around: equal up to their rounding."""
     torch.testing.assert_close(output_of(folded, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_trained_with_the_weight_lowering_loads_onto_a_bfloat16_base(tmp_path):
+    config = MELoRAConfig(rank=2, num_blocks=3, lowering="weight")
+    model = fill(melora_fx.rewrite(tower(), "up", config))
+    melora_fx.save_adapter(model, tmp_path)
+    loaded = melora_fx.load_adapter(tower().to(torch.bfloat16), tmp_path)
+    assert melora_fx.sites(loaded)["up"].lowering == "activation"
+    assert_equal(loaded.up.lora_b, model.up.lora_b)
+
+
+def test_a_loaded_adapter_leaves_the_lowering_of_the_model(tmp_path):
+    saved = MELoRAConfig(rank=2, num_blocks=3, lowering="plain")
+    melora_fx.save_adapter(fill(melora_fx.rewrite(tower(), "up", saved)), tmp_path)
+    model = melora_fx.rewrite(tower(), "up", MELoRAConfig(rank=2, num_blocks=3, lowering="activation"))
+    melora_fx.load_adapter(model, tmp_path)
+    site = melora_fx.sites(model)["up"]
+    assert (site.lowering, site.config.lowering) == ("activation", "activation")
