@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from .blocks import diagonal_blocks
@@ -39,7 +40,7 @@ def adapted_linear(
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: Tensor,
-    dropout: nn.Dropout | None,
+    dropout: nn.Module | None,
     parts: Sequence[int],
     merge: bool,
 ) -> Tensor:
@@ -56,7 +57,7 @@ def adapted_linear(
         parts: sizes of the parts of `split`, O in all.
         merge: whether W + Δ may be made where that is faster.
     """
-    rate = dropout.p if dropout is not None and dropout.training else 0.0
+    rate = 0.0 if dropout is None else _rate(dropout)
     seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
     base: Tensor | None = None
     used: Tensor | None = weight
@@ -68,10 +69,20 @@ def adapted_linear(
     return _AdaptedLinear.apply(*arguments)
 
 
+def _rate(dropout: nn.Module) -> float:
+    """The rate that a site's `lora_dropout` asks for now."""
+    if isinstance(dropout, nn.Dropout):
+        return dropout.p if dropout.training and _dropped_steps(dropout.p) else 0.0
+    if isinstance(dropout, nn.Identity):
+        return 0.0
+    kind = type(dropout).__name__
+    raise TypeError(f"`lora_dropout` must be an nn.Dropout or nn.Identity, got {kind}: `lowering='plain'` takes any")
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that `F.linear` computes in under autocast, None outside of it."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -83,7 +94,8 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         output = _forward(*arguments)
         _save(ctx, arguments, output)
-        return output
+        # `F.linear` may give a view, which as the output of a Function could not be changed in place.
+        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -94,7 +106,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, _, weight, _, lora_a, lora_b, scaling, seed, *ctx.constants, _ = inputs
-    ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, seed)
+    ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, lora_a, lora_b, scaling, seed)
 
 
 def _asked(ctx: Any) -> list[bool]:
@@ -151,6 +163,9 @@ def _backward(
     asked: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x, weight, bias, lora_a and lora_b, None where not `asked`; `gradient` is that of the output."""
+    if gradient.device.type != "meta" and torch.is_autocast_enabled(gradient.device.type):
+        with torch.autocast(gradient.device.type, enabled=False):  # the dtypes are the forward's
+            return _backward(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, merge, asked)
     needs_x, needs_weight, needs_bias, needs_a, needs_b = asked
     narrow, of_y = gradient.dtype, gradient.reshape(-1, gradient.size(-1))
     used = _cast(x, narrow)
@@ -159,14 +174,13 @@ def _backward(
     scaling = _over_kept(scaling, rate)
     scaled = lora_b * scaling
     of_x = of_dropped = of_slices = None
-    by_blocks = False
-    if merge and weight is not None and _is_merged(used, weight, lora_a, rate):
-        of_x = of_y @ _merged(weight, lora_a, scaled, parts) if needs_x else None
-        by_blocks = _is_by_blocks(weight, lora_a)
+    if needs_x and merge and weight is not None and _is_merged(used, weight, lora_a, rate):
+        of_x = of_y @ _merged(weight, lora_a, scaled, parts)
     elif needs_x:
         of_x = x.new_zeros(len(of_y), x.size(-1), dtype=narrow) if weight is None else of_y @ _cast(weight, narrow)
         of_dropped = of_x if mask is None else torch.zeros_like(of_x)
         of_slices = _slices(of_dropped, len(lora_a))
+    by_blocks = of_slices is None and mask is None and _is_by_blocks(used, of_y, lora_a)
     of_a, of_b = [], []
     for of_columns, part_a, part_b in _by_part(of_y, _cast(lora_a, narrow), _cast(scaled, narrow), parts):
         if by_blocks:
@@ -203,10 +217,10 @@ def _is_merged(x: Tensor, weight: Tensor, lora_a: Tensor, rate: float) -> bool:
     return 3 * num_tokens * rank * (in_features + out_features) > making
 
 
-def _is_by_blocks(weight: Tensor, lora_a: Tensor) -> bool:
-    """Whether the gradients of A and B take fewer operations by blocks than by factors."""
-    (num_blocks, rank, _), (out_features, in_features) = lora_a.shape, weight.shape
-    return 2 * rank * num_blocks * (in_features + out_features) > in_features * out_features
+def _is_by_blocks(x: Tensor, of_y: Tensor, lora_a: Tensor) -> bool:
+    """Whether the gradients of A and B take fewer operations by blocks than by factors, and G rounds nothing away."""
+    (num_blocks, rank, _), in_features, out_features = lora_a.shape, x.size(-1), of_y.size(-1)
+    return x.dtype in WIDE and 2 * rank * num_blocks * (in_features + out_features) > in_features * out_features
 
 
 def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> Tensor:
@@ -264,12 +278,12 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
 
 def _over_kept(scaling: Tensor, rate: float) -> Tensor:
     """s_i over the share of the input that dropout keeps."""
-    return scaling / (1 - _dropped_steps(rate) / 2**16) if rate else scaling
+    return scaling / (1 - _dropped_steps(rate) / 2**16) if 0 < rate < 1 else scaling
 
 
 def _dropped_steps(rate: float) -> int:
-    """The rate of dropout in steps of 2⁻¹⁶."""
-    return min(round(rate * 2**16), 2**16 - 1)
+    """The rate of dropout in steps of 2⁻¹⁶; all of them for the rate 1 alone."""
+    return 2**16 if rate >= 1 else min(round(rate * 2**16), 2**16 - 1)
 
 
 def _mask(like: Tensor, seed: Tensor, rate: float) -> Tensor:
@@ -277,10 +291,12 @@ def _mask(like: Tensor, seed: Tensor, rate: float) -> Tensor:
 
     16 random bits a value, drawn 64 at a time, and one comparison: a sixth of the time of `bernoulli_`, measured.
     """
+    if like.is_meta or isinstance(like, FakeTensor):
+        return torch.empty_like(like)
     generator = torch.Generator(like.device).manual_seed(int(seed))
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()].view(like.shape)
-    return torch.ge(bits, _dropped_steps(rate) - 2**15, out=torch.empty_like(like))
+    return torch.gt(bits, _dropped_steps(rate) - 1 - 2**15, out=torch.empty_like(like))
 
 
 _operator = torch.library.custom_op("melora::adapted_linear", _forward, mutates_args=())

@@ -5,7 +5,7 @@ copied, saved and exported, and what runs wherever the one call would not be und
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -13,7 +13,7 @@ from torch import fx, nn
 from .adapted_linear import WIDE, adapted_linear
 from .capture import copy_graph
 from .config import MELoRAConfig
-from .patterns import LINEAR, LinearNode, argument, find_linear_nodes, get_attribute, operator_name
+from .patterns import CASTS, LINEAR, LinearNode, argument, find_linear_nodes, get_attribute, operator_name
 from .site import SITE_TAG, SiteRecord
 
 aten = torch.ops.aten
@@ -94,18 +94,25 @@ def _operands(linear: LinearNode, owner: nn.Module) -> _Operands | None:
     if linear.rows is not None or linear.input_is_transposed:
         return None
     if node.target in LINEAR:
-        return _Operands(argument(node, 1, "weight"), argument(node, 2, "bias"), False)
+        bias = argument(node, 2, "bias")
+        return _Operands(argument(node, 1, "weight"), bias, False) if _is_vector(bias, owner) else None
     name = operator_name(node)
     if name == "addmm" and node.kwargs.get("beta", 1) == 1:
         bias = argument(node, 0, "input", "self")
-        if getattr(get_attribute(owner, str(bias.target)), "ndim", None) == 1:
-            return _Operands(argument(node, 2, "mat2"), bias, True)
+        return _Operands(argument(node, 2, "mat2"), bias, True) if _is_vector(bias, owner) else None
     if name in ("mm", "matmul"):
         right = argument(node, 1, "mat2", "other", "tensor2")
         is_view = right.op != "get_attr" and operator_name(right) in ("t", "T", "mT", "numpy_T", "transpose")
         if (right.args[0] if is_view else right).op == "get_attr":
             return _Operands(right, None, True)
     return None
+
+
+def _is_vector(bias: Any, owner: nn.Module) -> bool:
+    """Whether a bias is none, or a parameter of one dimension, cast or not."""
+    while isinstance(bias, fx.Node) and bias.op != "get_attr" and operator_name(bias) in CASTS:
+        bias = bias.args[0]
+    return bias is None or getattr(get_attribute(owner, str(bias.target)), "ndim", None) == 1
 
 
 def _are_linears(nodes: Sequence[LinearNode], owner: nn.Module) -> bool:

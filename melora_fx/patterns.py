@@ -58,7 +58,7 @@ def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
         for user in pending.pop().users:
             if user in linear_nodes:
                 continue
-            if operator_name(user) in _VIEWS | _COPIES | _CASTS:
+            if operator_name(user) in _VIEWS | _COPIES | CASTS:
                 pending.append(user)
             else:
                 found[operator_name(user)] = None
@@ -142,7 +142,7 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
     """
     views: list[fx.Node] = []
     while isinstance(value, fx.Node) and value.op != "get_attr":
-        if operator_name(value) not in _VIEWS | _COPIES | _CASTS or not value.args:
+        if operator_name(value) not in _VIEWS | _COPIES | CASTS or not value.args:
             return None
         views.append(value)
         value = value.args[0]
@@ -151,7 +151,7 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
     parameter = get_attribute(owner, str(value.target))
     if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2:
         return None
-    is_cast = any(operator_name(view) in _CASTS for view in views)
+    is_cast = any(operator_name(view) in CASTS for view in views)
     num_rows, num_columns = parameter.shape
     if all(operator_name(view) not in _VIEWS for view in views):
         return _Weight(str(value.target), (0, num_rows), True, False, is_cast)
@@ -246,4 +246,4 @@ _VIEWS = {
     "chunk", "unbind", "select", "getitem",
 }  # fmt: skip
 _COPIES = {"contiguous", "clone", "detach", "alias"}
-_CASTS = {"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"}
+CASTS = {"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"}

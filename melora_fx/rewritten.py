@@ -31,8 +31,8 @@ BASE, FOLDED = "melora_adapted_graph", "melora_folded"
 """Attributes of a rewritten module while its base runs (the graph put aside) and while its weights are folded."""
 
 
-_LOWERED_FORWARDS: WeakValueDictionary[Any, Callable[..., Any]] = WeakValueDictionary()
-"""Forwards of lowered graphs in use, by the code and the operators of the plain graph, and what its sites are."""
+_CLASSES: WeakValueDictionary[Any, type] = WeakValueDictionary()
+"""Classes in use, by the code and the operators of their graph and what its sites are."""
 
 
 class RewrittenModule(fx.GraphModule):
@@ -68,21 +68,24 @@ class RewrittenModule(fx.GraphModule):
         return vars(self).get(BASE, self.graph)
 
     def recompile(self) -> fx.graph.PythonCode:
-        """Makes the forward from the graph: the lowered one, and the plain one for where its nodes are needed."""
-        code = super().recompile()
-        if any(record.lowering != "plain" for record in self.melora_records):
-            type(self).forward = _either(type(self).forward, self._lowered_forward(code))
-        return code
+        """Makes the forward from the graph: the lowered one, and the plain one for where its nodes are needed.
 
-    def _lowered_forward(self, code: fx.graph.PythonCode) -> Callable[..., Any]:
-        """The forward of the lowered graph; modules of the same code share it, as layers do."""
+        Modules of one code get one class, as layers have: code that Dynamo has compiled for one serves all.
+        """
+        if "forward" in vars(type(self)):
+            self.__class__ = _rewritten_class(self.restored_class)  # the class that it had may be others' too
+        code = super().recompile()
         sites = [(record.lowering, get_attribute(self, record.parameter).shape) for record in self.melora_records]
-        key = code.src, *((name, id(value)) for name, value in code.globals.items()), *sites
-        forward = _LOWERED_FORWARDS.get(key)
-        if forward is None:
-            graph = lower(self.graph, self, self.melora_records)
-            forward = _LOWERED_FORWARDS[key] = type(fx.GraphModule(self, graph)).forward
-        return forward
+        operators = [(name, id(value)) for name, value in code.globals.items()]
+        key = self.restored_class, code.src, *operators, *sites
+        if key in _CLASSES:
+            self.__class__ = _CLASSES[key]
+            return code
+        if any(record.lowering != "plain" for record in self.melora_records):
+            lowered = fx.GraphModule(self, lower(self.graph, self, self.melora_records))
+            type(self).forward = _either(type(self).forward, type(lowered).forward)
+        _CLASSES[key] = type(self)
+        return code
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RewrittenModule":
         super()._apply(fn, recurse)
@@ -191,16 +194,18 @@ def _either(plain: Callable[..., Any], lowered: Callable[..., Any]) -> Callable[
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return (plain if _needs_plain_nodes() else lowered)(self, *args, **kwargs)
 
-    return forward
+    own: Any = forward  # Dynamo counts recompiles by code object: each class gets one
+    own.__code__ = own.__code__.replace()
+    return own
 
 
 def _needs_plain_nodes() -> bool:
     """Whether nodes are what is asked for, as by exporters, or have a rule that the one call lacks, as `vmap` needs."""
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing() or is_fx_symbolic_tracing()
+    return torch.jit.is_tracing() or is_fx_symbolic_tracing()
 
 
 def refuse_rewritten(model: nn.Module) -> None:

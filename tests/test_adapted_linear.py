@@ -59,7 +59,8 @@ class Operands:
 
     @property
     def is_by_blocks(self) -> bool:
-        return self.is_merged and implementation._is_by_blocks(self.weight, self.lora_a)
+        of_y = self.weight.new_empty(1, len(self.weight))
+        return self.is_merged and implementation._is_by_blocks(self.x, of_y, self.lora_a)
 
     def __call__(self, x: Tensor | None = None) -> Tensor:
         x = self.x if x is None else x
@@ -264,6 +265,20 @@ def test_gradient_that_is_one_number_in_all_places(config, leading):
 
 
 @pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("leading", [(2, 5), (4, 30)], ids=["few", "many"])
+@pytest.mark.parametrize("config", FEW.values(), ids=FEW)
+def test_gradient_that_is_not_contiguous(config, leading, merge):
+    given = operands(config, leading, merge=merge, trained_base=True)
+    wide = given.wide()
+    for upstream in (randn(*leading[::-1], OUT, seed=9).transpose(0, 1), randn(leading[0], OUT, leading[1]).mT):
+        assert not upstream.is_contiguous()
+        ours = gradients(given(), given.leaves(), upstream)
+        for actual, expected in zip(ours, gradients(wide.dense(), wide.leaves(), upstream), strict=True):
+            assert_sums_near(actual, expected)
+            assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
 @pytest.mark.parametrize("config", FEW.values(), ids=FEW)
 @pytest.mark.parametrize("rate", [0.0, 0.5], ids=["no_dropout", "dropout"])
@@ -408,7 +423,9 @@ class Coarse(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if function is F.linear:
                 return F.linear(args[0], rounded(args[1].as_subclass(Tensor)), *args[2:])
-            if function in (Tensor.is_floating_point, Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.size):
+            if function is Tensor.detach:
+                return function(*args).as_subclass(cls)
+            if function.__name__ in ("__get__", "__set__", "size", "dim", "is_floating_point", "requires_grad_"):
                 return function(*args, **kwargs or {})
         raise AssertionError(f"{function} of a weight that only F.linear can read")
 

@@ -15,7 +15,6 @@ import torch
 from support import (
     IN,
     OUT,
-    TOWER_CONFIG,
     Form,
     Holder,
     Tied,
@@ -28,6 +27,7 @@ from support import (
     fill,
     output_of,
     randn,
+    site_update,
     tokens,
     tower,
 )
@@ -71,9 +71,14 @@ def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
 def step(model: nn.Module, x: Tensor, run: Callable[..., Tensor] | None = None) -> list[Tensor]:
     """Output, and the gradients of the input and of all that is trained."""
     x = x.detach().requires_grad_()
-    output = (run or model)(x)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [output.detach(), *torch.autograd.grad(output.float().square().mean(), [x, *trained])]
+    model.zero_grad()
+    output = model(x) if run is None else run(x)
+    output.float().square().mean().backward()
+    return [output.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
 def assert_close(actual: Any, expected: Any) -> None:
@@ -218,7 +223,7 @@ def test_merging_with_dropout_is_refused():
 
 PLAIN = {
     "matmul_swapaxes", "matmul_permute", "matmul_permute_tuple", "matmul_permute_nothing", "matmul_contiguous",
-    "view_and_back", "addmm_beta", *BATCH_FORMS, *LEFT_FORMS,
+    "view_and_back", "matmul_transpose_twice", "addmm_beta", *BATCH_FORMS, *LEFT_FORMS,
 }  # fmt: skip
 SHAPES = {
     **{name: [(IN,), (*FEW, IN), (*MANY, IN)] for name in ROW_FORMS},
@@ -397,6 +402,7 @@ def test_disabled_between_forward_and_backward_is_allowed(lowering, compiled):
         return output
 
     assert_close(step(model, x, interrupted), expected)
+    model.zero_grad()
     inputs = x.clone().requires_grad_()
     loss = run(inputs).square().mean()
     with melora_fx.disabled(model):
@@ -519,11 +525,11 @@ def test_next_forward_sees_the_change(change, mode, tmp_path):
 
 
 def losses(model: nn.Module, run: Callable[..., Tensor], steps: int = 20) -> Tensor:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     found = []
     for index in range(steps):
         optimizer.zero_grad()
-        loss = F.mse_loss(run(randn(*MANY, IN, seed=50 + index)), randn(*MANY, 6, seed=90 + index))
+        loss = F.mse_loss(run(randn(*MANY, IN, seed=index % 3)), randn(*MANY, 6, seed=50 + index % 3))
         loss.backward()
         optimizer.step()
         found.append(loss.detach())
@@ -570,14 +576,17 @@ def test_bias_of_two_dimensions_gets_its_gradient(rows, leading):
     assert_close(*found)
 
 
-def test_relu_in_place_behind_a_linear():
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_relu_in_place_behind_a_linear(mode):
     def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(inplace=True), nn.Linear(OUT, IN))
 
     for leading in ((3,), FEW, MANY):
         x = randn(*leading, IN)
-        assert_close(step(lowered(build), x), step(lowered(build, "plain"), x))
+        model = lowered(build)
+        run = compiled(model) if mode == "compiled" else model
+        assert_close(step(model, x, run), step(lowered(build, "plain"), x))
 
 
 def test_hooks_of_the_backward_see_the_gradients():
@@ -650,21 +659,53 @@ def test_autocast_is_the_same_eager_and_compiled():
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("lowering", ["weight", "activation", "plain"])
-def test_backward_inside_autocast_of_a_site_outside(lowering):
+def test_backward_inside_autocast_of_a_site_outside(lowering, mode):
     """The whole step inside autocast, but for one part of the model in full precision."""
     model, x = linear(replace(CONFIG, lowering=lowering)), randn(*FEW, IN)
     expected = step(model, x)
+    part = compiled(model) if mode == "compiled" else model
     with torch.autocast("cpu", torch.bfloat16):
 
         def run(x: Tensor) -> Tensor:
             with torch.autocast("cpu", enabled=False):
-                return model(x)
+                return part(x)
 
         found = step(model, x, run)
     assert found[0].dtype == torch.float32
     for actual, full in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, full, rtol=0, atol=2e-2 * float(full.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_autocast_inside_the_forward_and_switched_off_in_parts(mode):
+    model, x = linear(), randn(*MANY, IN)
+
+    def run(x: Tensor) -> list[Tensor]:
+        outputs = [model(x)]
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(x))
+            with torch.autocast("cpu", enabled=False):
+                outputs.append(model(x))
+        return outputs
+
+    outputs = compiled(run)(x) if mode == "compiled" else run(x)
+    assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.float32]
+    site = melora_fx.sites(model)["inner"]
+    for output in outputs:
+        assert_near(output, F.linear(x.double(), adapted_weight(site), site.owner.bias.double()))
+
+
+@pytest.mark.parametrize("lowering", ["weight", "activation", "plain"])
+def test_weight_made_in_inference_mode_can_be_trained_on(lowering):
+    """Where no gradient goes through it, as in a model's first linear."""
+    torch.manual_seed(4)
+    with torch.inference_mode():
+        inner = nn.Linear(IN, OUT)
+    model = fill(melora_fx.rewrite(Holder(inner), "inner", replace(CONFIG, lowering=lowering)))
+    model(randn(*MANY, IN)).square().mean().backward()
+    assert_close(list(adapter_gradients(model).values()), step(linear(), randn(*MANY, IN))[2:])
 
 
 def test_deterministic_algorithms():
@@ -721,18 +762,27 @@ def test_compiled_by_inductor(config):
 
 
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
-@pytest.mark.parametrize("dynamic", [None, True], ids=["static_first", "dynamic"])
-def test_steps_do_not_recompile_and_break_nothing(config, dynamic):
-    model = lowered(tower, config=config).train()
-    counter = CompileCounterWithBackend("aot_eager")
-    run = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
-    shapes = [MANY] * 3 if dynamic is None else [MANY, (3, 7), (2, 40)]
-    optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values())
-    for seed, shape in enumerate(shapes):
-        run(randn(*shape, IN, seed=seed)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert counter.frame_count == 1
+@pytest.mark.parametrize(
+    ("dynamic", "shapes"),
+    [
+        pytest.param(None, [MANY] * 3, id="one_shape"),
+        pytest.param(None, [MANY, (3, 7), (2, 40), FEW], id="shapes", marks=pytest.mark.slow),
+        pytest.param(True, [MANY, (3, 7), (2, 40), FEW], id="dynamic", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_compile_as_often_as_the_plain_nodes(config, dynamic, shapes):
+    counts = []
+    for lowering in ("auto", "plain"):
+        torch._dynamo.reset()
+        model, counter = lowered(tower, lowering, config).train(), CompileCounterWithBackend("aot_eager")
+        run = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+        optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values())
+        for seed, shape in enumerate(shapes):
+            run(randn(*shape, IN, seed=seed)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] == (1 if len(set(shapes)) == 1 else 2)  # by themselves the shapes recompile once
 
 
 def test_nothing_breaks_the_graph_of_a_hugging_face_model():
@@ -743,6 +793,66 @@ def test_nothing_breaks_the_graph_of_a_hugging_face_model():
         fill(model, seed)
         assert_close(run(**tokens())[0], model(**tokens())[0])
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("lowering", ["auto", "plain"])
+def test_more_shapes_are_compiled_than_one_code_may_have_versions(lowering):
+    """Dynamo counts the versions of a code object: 8, and then it runs eagerly, or raises where it may not."""
+    counter, x = CompileCounterWithBackend("aot_eager"), randn(*FEW, IN)
+    for index in range(torch._dynamo.config.recompile_limit + 1):
+        layers = nn.Sequential(nn.Linear(IN, OUT + 3 * index))
+        model = fill(melora_fx.rewrite(layers, "all-linear", replace(CONFIG, lowering=lowering)))
+        assert_close(torch.compile(model[0], backend=counter, fullgraph=True)(x), model(x))
+    assert counter.frame_count == torch._dynamo.config.recompile_limit + 1
+
+
+@pytest.mark.parametrize("lowering", ["auto", "plain"])
+def test_layers_compiled_one_by_one_share_their_code(lowering):
+    counter, x = CompileCounterWithBackend("aot_eager"), randn(*FEW, IN)
+    layers = nn.Sequential(*[nn.Linear(IN, IN) for _ in range(torch._dynamo.config.recompile_limit + 2)])
+    model = fill(melora_fx.rewrite(layers, "all-linear", replace(CONFIG, lowering=lowering)))
+    with torch.no_grad():
+        expected = model(x)
+        for layer in model:
+            layer.compile(backend=counter, fullgraph=True)
+        assert_close(model(x), expected)
+    assert counter.frame_count == 1
+
+
+def test_a_graph_changed_by_hand_changes_its_own_module_alone():
+    model = fill(melora_fx.rewrite(nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, IN)), "all-linear", CONFIG))
+    x = randn(*FEW, IN)
+    expected = model[1](x)
+    assert type(model[0]) is type(model[1])
+    (output,) = model[0].graph.find_nodes(op="output")
+    with model[0].graph.inserting_before(output):
+        output.args = (model[0].graph.call_function(torch.neg, (output.args[0],)),)
+    before = model[0](x)
+    model[0].recompile()
+    assert_equal(model[0](x), -before)
+    assert_equal(model[1](x), expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["weight", "dropout"])
+def test_compiled_forward_keeps_the_input_alone(config):
+    model, x = linear(config).train(), randn(*MANY, IN).requires_grad_()
+    held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    run = compiled(model)
+    run(x)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run(x)
+    assert kept.pop(x.untyped_storage().data_ptr()) == x.untyped_storage().nbytes()
+    assert sum(kept.values()) == (8 if config.dropout else 0)
+    output.sum().backward()
+    assert bool(model.inner.lora_b.grad.any())
 
 
 def test_compiled_dropout_is_seeded_and_the_backward_uses_the_forwards_mask():
@@ -784,10 +894,6 @@ def loss_of(model: nn.Module) -> Callable[..., Tensor]:
     return lambda parameters, x: torch.func.functional_call(model, parameters, (x,)).square().mean()
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, backend="aot_eager", fullgraph=True)
-
-
 MODES = {"eager": lambda function: function, "compiled": compiled}
 
 
@@ -803,8 +909,8 @@ def test_func_grad(config, mode):
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_func_vmap_over_inputs_and_over_adapters(mode):
     model, x = lowered(tower), randn(*MANY, IN)
-    assert_close(mode(torch.func.vmap(model))(x), model(x))
-    others = [{name: p * scale for name, p in trained(model).items()} for scale in (1.0, 1.2)]
+    assert_close(mode(torch.func.vmap(lambda x: model(x)))(x), model(x))
+    others = [{name: p.detach() * scale for name, p in trained(model).items()} for scale in (1.0, 1.2)]
     stacked = {name: torch.stack([other[name] for other in others]) for name in others[0]}
     found = mode(torch.func.vmap(lambda p: torch.func.functional_call(model, p, (x,))))(stacked)
     assert_close(list(found), [torch.func.functional_call(model, other, (x,)) for other in others])
@@ -864,6 +970,10 @@ def test_hessian_vector_products(config):
 def test_vectorized_jacobian(config, training):
     """Batches the backward of an ordinary forward."""
     model, x = linear(config).train(training), randn(3, IN)
+    if config.dropout and training:  # drawn anew in the backward, which `vmap` forbids
+        with pytest.raises(RuntimeError, match="random operations inside of vmap"):
+            torch.autograd.functional.jacobian(lambda x: seeded(model, x), x, vectorize=True)
+        return
     columns = torch.autograd.functional.jacobian(lambda x: seeded(model, x), x)
     assert_close(torch.autograd.functional.jacobian(lambda x: seeded(model, x), x, vectorize=True), columns)
 
@@ -991,7 +1101,6 @@ def test_tensors_without_memory_go_forward_and_backward(lowering, config, leadin
 )
 def test_conversion_after_the_rewrite(convert, leading, calls):
     model, x = linear(), randn(*leading, IN)
-    assert model.melora_records if hasattr(model, "melora_records") else True
     plain = convert(linear(replace(CONFIG, lowering="plain")))
     convert(model)
     site = melora_fx.sites(model)["inner"]
@@ -1027,8 +1136,6 @@ def test_weight_that_only_linear_can_read(leading, when):
     model.inner.weight = coarse
     site = melora_fx.sites(model)["inner"]
     assert site.lowering == ("activation" if when == "before" else "weight")
-    from support import site_update
-
     adapted = readable + site_update(site).detach()
     output = model(x)
     assert_near(output, F.linear(x.detach().double(), adapted, model.inner.bias.detach().double()))
