@@ -18,14 +18,14 @@ from transformers import AutoModel, LlamaConfig, LlamaModel
 import melora_fx
 from melora_fx import MELoRAConfig
 
-SEQUENCE = {"MiniLM-L6": 64, "SmolLM2-135M": 128, "Llama": 128}
+SEQUENCE = {"MiniLM-L6": 64, "SmolLM2-135M": 128, "Llama": 128, "Tiny": 16}
 """Tokens of one text."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is trained. `targets`: "centre" (the attention's projections; in MiniLM every dense layer too), "q,v" or
-    "all-linear". `llama`: hidden size, intermediate size, layers and heads of the random Llama.
+    "all-linear". `llama`: hidden size, intermediate size, layers and heads of the random Llama; "Tiny" is one too.
     """
 
     model: str
@@ -52,7 +52,7 @@ def base_model(setting: Setting) -> nn.Module:
     elif setting.model == "SmolLM2-135M":
         model = load_smollm2()[0].get_submodule("model")
     else:
-        hidden, intermediate, layers, heads = setting.llama
+        hidden, intermediate, layers, heads = (64, 128, 4, 4) if setting.model == "Tiny" else setting.llama
         torch.manual_seed(0)
         model = LlamaModel(LlamaConfig(
             hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,

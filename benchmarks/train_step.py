@@ -9,7 +9,7 @@ turn, step by step. The floor is the step of the frozen model whose input wants 
 fused. Columns: median, p20 and p80 of a step and the median's ratio to the floor's; bytes that autograd saves for the
 backward (eager; distinct storages that are neither parameters nor buffers); peak memory of a step above what was there
 before; parameters that are trained; of compiled models the first step's seconds, without a cache on disk, graph breaks,
-and graphs compiled after it.
+and graphs compiled after it. The cell of a tiny model shows what Python costs: nothing else takes time there.
 
 Cells that results/train_step.csv has are not measured again without --again: it can be stopped and goes on. Writes
 results/train_step.csv, train_step.md and train_step.png. An hour on two cores.
@@ -79,7 +79,7 @@ def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
             sides = tuple(SIDES) if mode == "eager" else FEW_SIDES
             centre = Cell(setting, mode, tokens=tokens, sides=sides)
             cells += [centre, *_variations(centre)]
-    return cells
+    return [*cells, Cell(Setting("Tiny", "all-linear", 8, "float32"), tokens=SEQUENCE["Tiny"])]
 
 
 def _variations(centre: Cell) -> list[Cell]:
@@ -107,6 +107,8 @@ def _variations(centre: Cell) -> list[Cell]:
 def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
     torch.set_num_threads(cell.threads)
     torch._inductor.config.force_disable_caches = True  # type: ignore[attr-defined]
+    if cell.mode == "compiled":  # what the compiler does once is no side's
+        torch.compile(nn.Linear(8, 8))(torch.randn(2, 8)).sum().backward()
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
     for name in cell.sides:
@@ -116,7 +118,8 @@ def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
     gc.disable()
-    for index in range(rounds * STEPS_PER_ROUND + 1):  # the first round warms up
+    num_steps = rounds * STEPS_PER_ROUND * (20 if cell.setting.model == "Tiny" else 1)
+    for index in range(num_steps + 1):  # the first round warms up
         for name, step in steps.items():
             elapsed = timed(step, device)
             if index:
