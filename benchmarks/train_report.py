@@ -8,9 +8,9 @@ from typing import Any
 from exporters.plots import import_pyplot
 
 FIELDS = (
-    "model", "mode", "targets", "num_blocks", "rank", "dtype", "dropout", "threads", "tokens", "side", "median_ms",
-    "p20_ms", "p80_ms", "ratio", "steps", "saved_bytes", "peak_memory_mib", "parameters", "compile_s", "graph_breaks",
-    "recompiles", "device", "versions", "commit", "time", "key",
+    "model", "mode", "targets", "num_blocks", "rank", "dtype", "dropout", "memory", "threads", "tokens", "side",
+    "median_ms", "p20_ms", "p80_ms", "ratio", "steps", "saved_bytes", "peak_memory_mib", "parameters", "compile_s",
+    "graph_breaks", "recompiles", "device", "versions", "commit", "time", "key",
 )  # fmt: skip
 _COLORS = {
     "ours": "#2a7fc0", "ours, plain nodes": "#9cc4e4", "PEFT LoRA, equal rank": "#c0792a",
@@ -50,6 +50,8 @@ def label(row: Row) -> str:
         facts.append(str(row["dtype"]))
     if float(row["dropout"]):
         facts.append(f"dropout {row['dropout']}")
+    if row["memory"]:
+        facts.append(f"memory {row['memory']}")
     if str(row["threads"]) != "1":
         facts.append(f"{row['threads']} threads")
     return ", ".join(facts)

@@ -19,6 +19,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,16 @@ STEPS_PER_ROUND = 2
 CELL_TIMEOUT_S = 600
 """A cell takes up to three minutes on a quiet machine."""
 
+_CENTRES = (
+    ("MiniLM-L6", "eager", 1024), ("MiniLM-L6", "compiled", 1024), ("Tiny", "eager", SEQUENCE["Tiny"]),
+    ("SmolLM2-135M", "eager", 256), ("Llama", "eager", 512), ("Llama", "compiled", 512),
+    ("SmolLM2-135M", "compiled", 256),
+)  # fmt: skip
+KEEP_MEMORY = dict.fromkeys(
+    ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"), str(2**30)
+)  # fmt: skip
+"""glibc then gives no memory back to the system between steps, to fault it in again; no effect elsewhere."""
+
 Row = dict[str, Any]
 Step = Callable[[], None]
 
@@ -58,12 +69,13 @@ class Cell:
     threads: int = 1
     tokens: int = 1024
     sides: tuple[str, ...] = tuple(SIDES)
+    keeps_memory: bool = False
 
     @property
     def key(self) -> str:
         """Names the cell in the CSV file."""
         where, dropout = self.setting, self.setting.dropout
-        extra = f", dropout {dropout}" if dropout else ""
+        extra = (f", dropout {dropout}" if dropout else "") + (", memory kept" if self.keeps_memory else "")
         return (
             f"{where.model}, {self.mode}, {where.targets}, rank {where.rank}, {where.dtype}, {self.threads} threads, "
             f"{self.tokens} tokens{extra}"
@@ -73,13 +85,11 @@ class Cell:
 def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
     """The cells, in the order in which they are measured."""
     cells = []
-    for model, tokens in (("MiniLM-L6", 1024), ("SmolLM2-135M", 256), ("Llama", 512)):
-        for mode in ("eager", "compiled"):
-            setting = Setting(model, "centre", 8, "float32", llama=llama)
-            sides = tuple(SIDES) if mode == "eager" else FEW_SIDES
-            centre = Cell(setting, mode, tokens=tokens, sides=sides)
-            cells += [centre, *_variations(centre)]
-    return [*cells, Cell(Setting("Tiny", "all-linear", 8, "float32"), tokens=SEQUENCE["Tiny"])]
+    for model, mode, tokens in _CENTRES:
+        setting = Setting(model, "all-linear" if model == "Tiny" else "centre", 8, "float32", llama=llama)
+        centre = Cell(setting, mode, tokens=tokens, sides=tuple(SIDES) if mode == "eager" else FEW_SIDES)
+        cells += [centre, *(() if model == "Tiny" else _variations(centre))]
+    return cells
 
 
 def _variations(centre: Cell) -> list[Cell]:
@@ -93,6 +103,8 @@ def _variations(centre: Cell) -> list[Cell]:
         cells += [replace(some, setting=replace(setting, rank=1)), replace(some, threads=2)]
     if is_eager:
         cells += [replace(some, setting=replace(setting, dropout=0.1))]
+    if is_minilm:
+        cells += [replace(some, keeps_memory=True)]
     if not is_minilm:  # whose centre is every linear
         cells += [replace(some, setting=replace(setting, targets="all-linear"))]
     else:
@@ -128,7 +140,8 @@ def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
     facts = {
         "key": cell.key, "model": cell.setting.model, "mode": cell.mode, "targets": cell.setting.targets,
         "num_blocks": cell.setting.num_blocks, "rank": cell.setting.rank, "dtype": cell.setting.dtype,
-        "dropout": cell.setting.dropout, "threads": cell.threads, "tokens": cell.tokens,
+        "dropout": cell.setting.dropout,
+        "memory": "kept" if cell.keeps_memory else "", "threads": cell.threads, "tokens": cell.tokens,
         "device": device_name(device), "versions": f"{package_versions()}, peft {peft.__version__}",
         "commit": source_commit(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
@@ -266,7 +279,10 @@ def run_cells(keys: Sequence[str], order: Sequence[str], options: argparse.Names
         command += ["--device", options.device, "--llama", options.llama]
         start = time.perf_counter()
         try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S)
+            environment = os.environ | (KEEP_MEMORY if key.endswith("memory kept") else {})
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S, env=environment
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             print(f"{key}: stopped after {CELL_TIMEOUT_S} s", flush=True)
             continue

@@ -94,8 +94,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         output = _forward(*arguments)
         _save(ctx, arguments, output)
-        # `F.linear` may give a view, which as the output of a Function could not be changed in place.
-        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+        return output.data  # no longer a view, as `F.linear` may give: a Function's output may then be changed in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -173,48 +172,57 @@ def _backward(
     slices = _slices(used if mask is None else used * mask, len(lora_a))
     scaling = _over_kept(scaling, rate)
     scaled = lora_b * scaling
-    of_x = of_dropped = of_slices = None
+    of_x = of_dropped = None
     if needs_x and merge and weight is not None and _is_merged(used, weight, lora_a, rate):
         of_x = of_y @ _merged(weight, lora_a, scaled, parts)
     elif needs_x:
         of_x = x.new_zeros(len(of_y), x.size(-1), dtype=narrow) if weight is None else of_y @ _cast(weight, narrow)
         of_dropped = of_x if mask is None else torch.zeros_like(of_x)
-        of_slices = _slices(of_dropped, len(lora_a))
-    by_blocks = of_slices is None and mask is None and _is_by_blocks(used, of_y, lora_a)
-    of_a, of_b = [], []
-    for of_columns, part_a, part_b in _by_part(of_y, _cast(lora_a, narrow), _cast(scaled, narrow), parts):
-        if by_blocks:
-            of_blocks = torch.bmm(of_columns.mT, slices)
-            of_a.append(torch.bmm(part_b.mT, of_blocks))
-            of_b.append(torch.bmm(of_blocks, part_a.mT))
-            continue
-        of_hidden = _times_few(of_columns, part_b.mT)
-        of_a.append(torch.bmm(of_hidden.mT, slices))
-        of_b.append(torch.bmm(_times_few(slices, part_a).mT, of_columns).mT)
-        if of_slices is not None:
-            of_slices.baddbmm_(of_hidden, part_a)
+    by_part = _by_part(of_y, _cast(lora_a, narrow), _cast(scaled, narrow), parts)
+    if of_dropped is None and mask is None and _is_by_blocks(used, of_y, lora_a):
+        pairs = [_gradients_by_blocks(slices, *part) for part in by_part]
+    else:
+        of_slices = None if of_dropped is None else _slices(of_dropped, len(lora_a))
+        pairs = [_gradients_by_factors(slices, *part, of_slices) for part in by_part]
     if of_x is not None and of_dropped is not None and mask is not None:
         of_x.addcmul_(of_dropped, mask.view_as(of_x))
     return [
         None if of_x is None else _cast(of_x.view(x.shape), x.dtype),
         of_y.t() @ used.reshape(-1, used.size(-1)) if needs_weight else None,
         of_y.sum(0) if needs_bias else None,
-        _cast(_joined(of_a), lora_a.dtype) if needs_a else None,
-        _cast(_joined(of_b), lora_b.dtype) * scaling if needs_b else None,
+        _cast(_joined([of_a for of_a, _ in pairs]), lora_a.dtype) if needs_a else None,
+        _cast(_joined([of_b for _, of_b in pairs]), lora_b.dtype) * scaling if needs_b else None,
     ]
+
+
+def _gradients_by_blocks(slices: Tensor, of_columns: Tensor, lora_a: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Of A (N, R, I/N) and s B (N, O_p/N, R), for one part."""
+    of_blocks = torch.bmm(of_columns.mT, slices)
+    return torch.bmm(scaled.mT, of_blocks), torch.bmm(of_blocks, lora_a.mT)
+
+
+def _gradients_by_factors(
+    slices: Tensor, of_columns: Tensor, lora_a: Tensor, scaled: Tensor, of_slices: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same; adds the adapter's gradient of x to `of_slices`, where that is asked for."""
+    of_hidden = _times_few(of_columns, scaled.mT)
+    if of_slices is not None:
+        of_slices.baddbmm_(of_hidden, lora_a)
+    of_b = torch.bmm(_times_few(slices, lora_a).mT, of_columns).mT
+    return torch.bmm(of_hidden.mT, slices), of_b
 
 
 def _is_merged(x: Tensor, weight: Tensor, lora_a: Tensor, rate: float) -> bool:
     """Whether making W + Δ takes less time than adding to the slices of T rows, and rounds nothing away.
 
-    Making it takes the time of 16 operations for each element, and those of Δ: measured.
+    By the measurements in benchmarks/results/NOTES.md: a value of the slices takes 8 + R units of time, mostly to be
+    read and written, and an element of W + Δ 20 + R / N.
     """
     if rate or weight.dtype not in WIDE or x.dtype != weight.dtype:
         return False
     (num_blocks, rank, _), (out_features, in_features) = lora_a.shape, weight.shape
-    making = in_features * out_features * (16 + 2 * rank / num_blocks)
-    num_tokens = x.numel() // in_features
-    return 3 * num_tokens * rank * (in_features + out_features) > making
+    adding = x.numel() // in_features * (in_features + out_features) * (8 + rank)
+    return adding > in_features * out_features * (20 + rank / num_blocks)
 
 
 def _is_by_blocks(x: Tensor, of_y: Tensor, lora_a: Tensor) -> bool:
@@ -232,7 +240,9 @@ def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]
     return merged
 
 
-def _by_part(output: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+def _by_part(
+    output: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each part p, its columns of `output` (…, O) as slices, A (N, R, I/N) and s B (N, O_p/N, R)."""
     if len(parts) == 1:
         return [(_slices(output, len(lora_a)), lora_a, scaled)]
@@ -299,6 +309,7 @@ def _mask(like: Tensor, seed: Tensor, rate: float) -> Tensor:
     return torch.gt(bits, _dropped_steps(rate) - 1 - 2**15, out=torch.empty_like(like))
 
 
+# `torch.compile` keeps what it has compiled on disk, by the operators' names: another signature needs another name.
 _operator = torch.library.custom_op("melora::adapted_linear", _forward, mutates_args=())
 
 

@@ -216,7 +216,7 @@ def test_second_derivatives_are_those_of_the_dense_update(config, leading, merge
 @pytest.mark.parametrize(
     ("config", "tokens", "merge"),
     [
-        pytest.param(CONFIGS["n3_r40"], 6, True, id="merged_by_blocks"),
+        pytest.param(CONFIGS["n3_r40"], 12, True, id="merged_by_blocks"),
         pytest.param(MELoRAConfig(rank=1, num_blocks=1), 90, True, id="merged_by_factors"),
         pytest.param(CONFIGS["split_ranks"], 3, False, id="split_by_slices"),
     ],

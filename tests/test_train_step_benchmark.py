@@ -40,7 +40,8 @@ def test_cells_differ_from_their_centre_in_one_factor(benchmark):
     assert len({cell.key for cell in cells}) == len(cells)
 
     def facts(cell):
-        return vars(cell.setting) | {"threads": cell.threads, "tokens": cell.tokens}
+        names = ("threads", "tokens", "keeps_memory")
+        return vars(cell.setting) | {name: getattr(cell, name) for name in names}
 
     for model in ("MiniLM-L6", "SmolLM2-135M", "Llama"):
         for mode in ("eager", "compiled"):
