@@ -42,8 +42,10 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
 
 
 def label(row: Row) -> str:
-    """A cell without its model and mode: what differs from the centre."""
-    facts = [str(row["targets"]), f"{row['tokens']} tokens"]
+    """A cell without its model and mode."""
+    is_minilm = row["model"] == "MiniLM-L6"
+    centre = "every dense layer" if is_minilm else "q,k,v,o"
+    facts = [centre if row["targets"] == "centre" else str(row["targets"]), f"{row['tokens']} tokens"]
     if str(row["rank"]) != "8":
         facts.append(f"rank {row['rank']}")
     if row["dtype"] != "float32":
@@ -59,13 +61,13 @@ def label(row: Row) -> str:
 
 def _markdown(groups: Mapping[str, list[Row]]) -> str:
     first = next(iter(groups.values()))[0]
+    commits = sorted({str(rows[0]["commit"]).removesuffix("-dirty") for rows in groups.values()})
     lines = [
         "# Training steps",
         "",
         f"Written by `benchmarks/train_step.py`: {first['device']}; {first['versions']}; commits "
-        f"{', '.join(sorted({str(rows[0]['commit'])[:9] for rows in groups.values()}))}. Ratio: median of a step over "
-        "that of the frozen model whose input wants its gradient. Saved: what autograd keeps for the backward, above "
-        "the frozen model's. Peak: memory that one step takes, above the frozen model's.",
+        f"{', '.join(commits)}. Ratio: median of a step over that of the frozen model whose input wants its "
+        "gradient. Saved: what autograd keeps for the backward, above the frozen model's. Peak: memory that one step takes, above the frozen model's.",
         "",
         "| model | mode | cell | side | step, ms | p20–p80 | ratio | saved, MiB | peak, MiB | parameters | compile, s "
         "| breaks | recompiles |",
