@@ -67,7 +67,8 @@ def _markdown(groups: Mapping[str, list[Row]]) -> str:
         "",
         f"Written by `benchmarks/train_step.py`: {first['device']}; {first['versions']}; commits "
         f"{', '.join(commits)}. Ratio: median of a step over that of the frozen model whose input wants its "
-        "gradient. Saved: what autograd keeps for the backward, above the frozen model's. Peak: memory that one step takes, above the frozen model's.",
+        "gradient. Saved: what autograd keeps for the backward, above the frozen model's. Peak: memory that one step "
+        "takes, above the frozen model's.",
         "",
         "| model | mode | cell | side | step, ms | p20–p80 | ratio | saved, MiB | peak, MiB | parameters | compile, s "
         "| breaks | recompiles |",
