@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -378,10 +379,12 @@ def test_returns_the_same_object_and_keeps_its_parts(build):
     assert all(dict(model.named_parameters())[name] is parameter for name, parameter in parameters.items())
 
 
-def test_rewritten_model_can_be_exported():
-    model, x = rewritten_tower(), randn(2, 5, IN)
+@pytest.mark.parametrize("lowering", ["plain", "auto"])
+def test_rewritten_model_is_exported_with_its_plain_nodes(lowering):
+    plain = rewritten_tower(config=replace(TOWER_CONFIG, lowering="plain"))
+    model, x = rewritten_tower(config=replace(TOWER_CONFIG, lowering=lowering)), randn(2, 5, IN)
     program = torch.export.export(model, (x,), strict=False)
-    assert_equal(output_of(program.module(), x), output_of(model, x))
+    assert_equal(output_of(program.module(), x), output_of(plain, x))
 
 
 def test_freezes_all_but_the_adapter_and_what_is_kept():
