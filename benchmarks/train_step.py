@@ -118,8 +118,9 @@ def _variations(centre: Cell) -> list[Cell]:
 
 def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
     torch.set_num_threads(cell.threads)
-    torch._inductor.config.force_disable_caches = True  # type: ignore[attr-defined]
-    if cell.mode == "compiled":  # what the compiler does once is no side's
+    if cell.mode == "compiled":
+        torch._inductor.config.force_disable_caches = True  # type: ignore[attr-defined]
+        # What the compiler does once is no side's.
         torch.compile(nn.Linear(8, 8))(torch.randn(2, 8)).sum().backward()
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
