@@ -103,11 +103,10 @@ def _variations(centre: Cell) -> list[Cell]:
         cells += [replace(some, setting=replace(setting, rank=1)), replace(some, threads=2)]
     if is_eager:
         cells += [replace(some, setting=replace(setting, dropout=0.1))]
-    if is_minilm:
-        cells += [replace(some, keeps_memory=True)]
     if not is_minilm:  # whose centre is every linear
         cells += [replace(some, setting=replace(setting, targets="all-linear"))]
     else:
+        cells += [replace(some, keeps_memory=True)]
         cells += [replace(few, tokens=tokens) for tokens in (256, 4096)]
         cells += [replace(few, tokens=8192)] if is_eager else []
     return cells

@@ -98,9 +98,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        saved: list[Any] = [*ctx.saved_tensors, *ctx.constants, _asked(ctx)]
-        x, *others = _backward(gradients[0], *saved)
-        return x, gradients[0] if ctx.needs_input_grad[1] else None, *others, *[None] * 6
+        return _all_gradients(ctx, gradients[0], _backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -108,10 +106,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, lora_a, lora_b, scaling, seed)
 
 
-def _asked(ctx: Any) -> list[bool]:
-    """Whether the gradients of x, weight, bias, lora_a and lora_b are needed."""
-    x, _, *others = ctx.needs_input_grad[:6]
-    return [x, *others]
+def _all_gradients(ctx: Any, gradient: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+    """One for each argument of `_forward`, None where none is needed; `backward` is `_backward` or its operator."""
+    needs_x, needs_base, *others = ctx.needs_input_grad[:6]
+    asked = [needs_x, *others]
+    found = iter(backward(gradient, *ctx.saved_tensors, *ctx.constants, asked))
+    x, *rest = [next(found) if need else None for need in asked]
+    return x, gradient if needs_base else None, *rest, *[None] * 6
 
 
 def _forward(
@@ -160,8 +161,8 @@ def _backward(
     parts: Sequence[int],
     merge: bool,
     asked: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of x, weight, bias, lora_a and lora_b, None where not `asked`; `gradient` is that of the output."""
+) -> list[Tensor]:
+    """The gradients of x, weight, bias, lora_a and lora_b that are `asked` for; `gradient` is that of the output."""
     if gradient.device.type != "meta" and torch.is_autocast_enabled(gradient.device.type):
         with torch.autocast(gradient.device.type, enabled=False):  # the dtypes are the forward's
             return _backward(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, merge, asked)
@@ -186,13 +187,14 @@ def _backward(
         pairs = [_gradients_by_factors(slices, *part, of_slices) for part in by_part]
     if of_x is not None and of_dropped is not None and mask is not None:
         of_x.addcmul_(of_dropped, mask.view_as(of_x))
-    return [
+    found = (
         None if of_x is None else _cast(of_x.view(x.shape), x.dtype),
         of_y.t() @ used.reshape(-1, used.size(-1)) if needs_weight else None,
         of_y.sum(0) if needs_bias else None,
         _cast(_joined([of_a for of_a, _ in pairs]), lora_a.dtype) if needs_a else None,
         _cast(_joined([of_b for _, of_b in pairs]), lora_b.dtype) * scaling if needs_b else None,
-    ]
+    )
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _gradients_by_blocks(slices: Tensor, of_columns: Tensor, lora_a: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,22 +323,7 @@ def _(x: Tensor, base: Any, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tens
     return x.new_empty(*x.shape[:-1], weight.size(0), dtype=dtype)
 
 
-@torch.library.custom_op("melora::adapted_linear_backward", mutates_args=())
-def _backward_operator(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    seed: Tensor | None,
-    rate: float,
-    parts: Sequence[int],
-    merge: bool,
-    asked: Sequence[bool],
-) -> list[Tensor]:
-    found = _backward(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, merge, asked)
-    return [tensor for tensor in found if tensor is not None]
+_backward_operator = torch.library.custom_op("melora::adapted_linear_backward", _backward, mutates_args=())
 
 
 @_backward_operator.register_fake
@@ -348,11 +335,6 @@ def _(gradient: Tensor, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, 
     return [x.new_empty(shape, dtype=dtype) for shape, dtype, need in zip(shapes, dtypes, asked, strict=True) if need]
 
 
-def _operator_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    asked = _asked(ctx)
-    found = iter(_backward_operator(gradient, *ctx.saved_tensors, *ctx.constants, asked))
-    x, *others = [next(found) if need else None for need in asked]
-    return x, gradient if ctx.needs_input_grad[1] else None, *others, *[None] * 6
-
-
-_operator.register_autograd(_operator_gradients, setup_context=_save)
+_operator.register_autograd(
+    lambda ctx, gradient: _all_gradients(ctx, gradient, _backward_operator), setup_context=_save
+)

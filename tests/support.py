@@ -6,7 +6,7 @@ the code under test. Sizes are odd on purpose: 24 → 36.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,21 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def assert_equal(actual: Any, expected: Any) -> None:
     """The same bits."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@contextmanager
+def kept_for_backward(held: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
+    """Address and bytes of each storage that autograd saves inside the block, those of `held` left out."""
+    own, kept = {tensor.untyped_storage().data_ptr() for tensor in held}, dict[int, int]()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
 
 def scalings(config: MELoRAConfig) -> list[float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import IN, OUT, TOLERANCE, assert_equal, assert_near, dense_update, randn
+from support import IN, OUT, TOLERANCE, assert_equal, assert_near, dense_update, kept_for_backward, randn
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -666,18 +666,8 @@ def test_operator_and_function_give_the_same_bits(given, options):
 def test_input_alone_is_kept_for_the_backward(options, seed_bytes):
     autocast = options.pop("autocast", False)
     given = operands(leading=(4, 30), **options)
-    scaling = given.scaling
-    held = {t.untyped_storage().data_ptr() for t in (given.weight, given.bias, given.lora_a, given.lora_b, scaling)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    tensors = (given.weight, given.bias, given.lora_a, given.lora_b, scaling)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=autocast):
+    tensors = (given.weight, given.bias, given.lora_a, given.lora_b, given.scaling)
+    with kept_for_backward(tensors) as kept, torch.autocast("cpu", enabled=autocast):
         output = adapted_linear(given.x, *tensors, given.dropout, given.parts, given.merge)
     assert kept.pop(given.x.untyped_storage().data_ptr()) == given.x.untyped_storage().nbytes()
     assert sum(kept.values()) == seed_bytes

@@ -26,6 +26,7 @@ from support import (
     bert,
     dense_copy,
     fill,
+    kept_for_backward,
     output_of,
     randn,
     site_update,
@@ -871,18 +872,9 @@ def test_a_graph_changed_by_hand_changes_its_own_module_alone():
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["weight", "dropout"])
 def test_compiled_forward_keeps_the_input_alone(config):
     model, x = linear(config).train(), randn(*MANY, IN).requires_grad_()
-    held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     run = compiled(model)
     run(x)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_for_backward([*model.parameters(), *model.buffers()]) as kept:
         output = run(x)
     assert kept.pop(x.untyped_storage().data_ptr()) == x.untyped_storage().nbytes()
     assert sum(kept.values()) == (8 if config.dropout else 0)
