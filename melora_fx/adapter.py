@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .blocks import num_matrices
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .rewritten import BASE, FOLDED, RewrittenModule, base_program, rewritten_modules
@@ -18,12 +19,14 @@ class AdapterSite:
     """One rewritten site. Its tensors are the model's own, not copies.
 
     N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split` (1 without).
+    In a stack of E matrices, the experts of a mixture, block i of expert e is number e·N + i of E·N.
 
     Attributes:
-        weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`.
-        lora_a: (N, P·R, I/N).
-        lora_b: (N, O/N, R).
-        scaling: s_i, (N, 1, 1).
+        in_features, out_features: of one matrix.
+        weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`; a stack is (E, O, I) or (E, I, O).
+        lora_a: (N, P·R, I/N), or (E·N, P·R, I/N).
+        lora_b: (N, O/N, R), or (E·N, O/N, R).
+        scaling: s_i, (N, 1, 1) or (E·N, 1, 1).
         owner: the module that holds these tensors.
         record: what the rewritten module keeps about the site.
         module: the rewritten module whose graph computes the site, often the owner itself.
@@ -50,6 +53,11 @@ class AdapterSite:
         return self.module.code
 
     @property
+    def num_experts(self) -> int:
+        """How many matrices the weight is a stack of; 1 for a matrix."""
+        return num_matrices(self.weight)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that the adapter holds beside the base: A, B and the scaling."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.lora_a, self.lora_b, self.scaling))
@@ -68,7 +76,7 @@ def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> Adapter
     """The public view of one record of the rewritten module at `path`."""
     owner = owner_of(module, record)
     weight = getattr(owner, record.parameter_name)
-    out_features, in_features = weight.shape
+    out_features, in_features = weight.shape[-2:]
     if record.weight_is_transposed:
         out_features, in_features = in_features, out_features
     return AdapterSite(

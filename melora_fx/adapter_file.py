@@ -1,9 +1,9 @@
 """Adapter folders: `adapter.safetensors`, whose header holds the configuration that is read, and a readable copy.
 
 `<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), small ranks padded with zeros, and the tensors of the
-modules kept trainable under their own names. The header's `melora` entry is JSON: format_version, versions, and for
-each site its configuration and its base weight's fingerprint and orientation. One rename decides; nothing is ever
-unpickled.
+modules kept trainable under their own names. A stack of E matrices has E·N blocks, expert by expert. The header's
+`melora` entry is JSON: format_version, versions, and for each site its configuration and its base weight's fingerprint
+and orientation. One rename decides; nothing is ever unpickled.
 """
 
 import functools
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .blocks import num_matrices
 from .config import MELoRAConfig
 from .errors import MELoRAError
 
@@ -59,23 +60,23 @@ class Adapter:
         return hash_adapter(self.configs, self.tensors)
 
     def oriented(self, site: str, weight: torch.Tensor) -> torch.Tensor:
-        """The base weight of a site as (O, I), a view of the one given.
+        """The base weight of a site as (O, I), or (E, O, I) for a stack, a view of the one given.
 
         Raises:
             MELoRAError: for a square weight in an adapter that does not say which way it lies, and where what it says
                 cannot be.
         """
-        is_transposed, is_square = self.transposed.get(site), weight.size(0) == weight.size(1)
+        is_transposed, is_square = self.transposed.get(site), weight.size(-2) == weight.size(-1)
         if is_transposed is None and is_square:
             raise MELoRAError(
                 f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter "
                 "saved by an early version does not say: load it into the model and save it again"
             )
         blocks, _, width = self.tensors[f"{site}.lora_a"].shape
-        is_wide = blocks * width != weight.size(1)
+        is_wide = blocks // num_matrices(weight) * width != weight.size(-1)
         if is_transposed not in (None, is_wide) and not is_square:
             raise MELoRAError(f"`{site}` of `{self.directory}`: what its header says of its weight belies its tensors")
-        return weight.t() if (is_transposed if is_square else is_wide) else weight
+        return weight.mT if (is_transposed if is_square else is_wide) else weight
 
     def kept_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are not an adapter's: trained heads."""
@@ -200,9 +201,8 @@ def sampled_positions(numel: int) -> torch.Tensor:
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
     """The values of a fingerprint, in float32."""
-    index = sampled_positions(weight.numel())
-    rows, columns = index // weight.size(1), index % weight.size(1)
-    return weight.detach()[rows.to(weight.device), columns.to(weight.device)].float().cpu()
+    index = sampled_positions(weight.numel()).to(weight.device)
+    return weight.detach()[torch.unravel_index(index, weight.shape)].float().cpu()
 
 
 def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
+from .experts import REMEDY
 from .patterns import get_attribute
 from .source import UNKNOWN, attributes_read_by_forward
 
@@ -63,7 +64,9 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
         try:
             captures.append(Capture(path, module, _trace(module, templates)))
         except _UntraceableError as error:
-            refused |= {site_name(path, matrix): str(error) for matrix in matrices}
+            for matrix in matrices:
+                is_stack = module.get_parameter(matrix).dim() == 3
+                refused[site_name(path, matrix)] = f"{error}, {REMEDY}" if is_stack else str(error)
     return captures, refused
 
 

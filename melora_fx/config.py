@@ -101,10 +101,15 @@ class MELoRAConfig:
             return (out_features // self.split,) * self.split
         return self.split
 
-    def adapter_shapes(self, in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of lora_a (N, P·R, I/N) and lora_b (N, O/N, R), R the largest rank of a block, P parts of `split`."""
+    def adapter_shapes(
+        self, in_features: int, out_features: int, num_experts: int = 1
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of lora_a (E·N, P·R, I/N) and lora_b (E·N, O/N, R), R the largest rank of a block, P parts of `split`,
+        E num_experts.
+        """
         blocks, rank, parts = self.num_blocks, max(self.ranks), len(self.parts(out_features))
-        return (blocks, parts * rank, in_features // blocks), (blocks, out_features // blocks, rank)
+        number = num_experts * blocks
+        return (number, parts * rank, in_features // blocks), (number, out_features // blocks, rank)
 
     def num_parameters(self, in_features: int, out_features: int) -> int:
         """Number of trainable values of one adapter of this configuration, padding not counted."""

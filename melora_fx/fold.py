@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, running_base
-from .blocks import diagonal_blocks
+from .blocks import by_matrix, diagonal_blocks
 from .errors import MELoRAError
 from .fold_report import FoldReport, make_report, measure_update
 from .rewrite import STATE, RewriteState
@@ -113,14 +113,17 @@ def folded(model: nn.Module) -> Iterator[None]:
 
 
 def changed_blocks(site: AdapterSite) -> Iterator[torch.Tensor]:
-    """Views of the blocks of the site's weight that a fold changes, one (N, O_p/N, I/N) for each part of `split`."""
-    return diagonal_blocks(oriented_weight(site), site.config.num_blocks, site.config.parts(site.out_features))
+    """Views of the blocks of the site's weight that a fold changes, one (N, O_p/N, I/N) for each part of `split`
+    and each matrix of a stack.
+    """
+    for matrix, _, _ in by_matrix(oriented_weight(site), site.lora_a, site.lora_b):
+        yield from diagonal_blocks(matrix, site.config.num_blocks, site.config.parts(site.out_features))
 
 
 def oriented_weight(site: AdapterSite) -> torch.Tensor:
-    """The site's weight as (O, I), a view."""
+    """The site's weight as (O, I) or (E, O, I), a view."""
     weight = site.weight.detach()
-    return weight.t() if site.weight_is_transposed else weight
+    return weight.mT if site.weight_is_transposed else weight
 
 
 def _refuse_unfoldable(found: dict[str, AdapterSite]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .adapter_file import Adapter
+from .blocks import by_matrix, num_matrices
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .update import Scratch, beyond_range, scaled_parts, update_tiles
@@ -28,7 +29,7 @@ class SiteFold:
         dtype: the weight's, which the sum is rounded to.
         rounding_share: share of the update that rounding takes, 0 for an update of zeros.
         max_abs_change: largest change of a value of the weight.
-        ranks: numerical rank of each block's update, block by block, for each part of `split`.
+        ranks: numerical rank of each block's update, block by block, each part of `split`, each matrix of a stack.
         total_rank: the largest that their sum can be.
     """
 
@@ -99,7 +100,7 @@ def measure_update(
     *,
     write: bool,
 ) -> SiteFold:
-    """What the update does to a weight (O, I), measured tile by tile, and done where `write` says so.
+    """What the update does to a weight (O, I) or (E, O, I), measured tile by tile, and done where `write` says so.
 
     Args: as of `update.add_update`, which gives the same bits.
 
@@ -110,19 +111,23 @@ def measure_update(
     for block, delta in update_tiles(config, weight, lora_a, lora_b, scratch):
         largest, error = _fold_tile(name, block, delta, scratch, write=write)
         change, lost = max(change, largest), math.hypot(lost, error)
-    norm, ranks = _norm_and_ranks(config, lora_a, lora_b)
+    norm, ranks = 0.0, tuple[int, ...]()
+    for _, a, b in by_matrix(weight, lora_a, lora_b):
+        own_norm, own_ranks = _norm_and_ranks(config, a, b)
+        norm, ranks = math.hypot(norm, own_norm), ranks + own_ranks
     return SiteFold(
         name=name,
         dtype=str(weight.dtype).removeprefix("torch."),
         rounding_share=lost / norm if norm else 0.0,
         max_abs_change=change,
         ranks=ranks,
-        total_rank=config.total_rank * len(config.parts(weight.size(0))),
+        total_rank=num_matrices(weight) * config.total_rank * len(config.parts(weight.size(-2))),
     )
 
 
 def fold_stored(site: str, adapter: Adapter, weight: torch.Tensor, scratch: Scratch) -> SiteFold:
-    """Merges an adapter's site into its base weight in place; the weight is given as it is stored, (O, I) or (I, O).
+    """Merges an adapter's site into its base weight in place; the weight is given as it is stored: (O, I), (I, O), or
+    a stack of such.
 
     Raises:
         MELoRAError: as `measure_update` and `Adapter.oriented`.

@@ -8,11 +8,13 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .blocks import num_matrices
 from .capture import Capture, capture_modules, join_path, site_name
 from .config import MELoRAConfig
 from .errors import MELoRAError
+from .experts import ExpertNode, find_expert_nodes
 from .lowering import choose_lowering, lowering_misfit
-from .patterns import LinearNode, find_linear_nodes, get_attribute, other_uses
+from .patterns import LinearNode, find_linear_nodes, get_attribute, operator_name, other_uses
 from .rewritten import refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 from .whole_model import capture_whole, from_program
@@ -24,11 +26,13 @@ ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear of the model.
+    """A linear of the model, or a stack of them.
 
     Attributes:
+        in_features, out_features: of one linear.
         num_parameters: trainable values that its adapter has, or would have.
         shared_with: names of other parameters of the model that are the same weight.
+        num_experts: how many linears a stack holds; each has an adapter of its own.
     """
 
     name: str
@@ -38,6 +42,7 @@ class LinearSite:
     lowering: str
     num_parameters: int
     shared_with: tuple[str, ...] = ()
+    num_experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,14 @@ class PlannedSite:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(in_features, out_features)."""
-        out_features, in_features = self.weight.shape
+        """(in_features, out_features) of the weight, or of each matrix in a stack."""
+        out_features, in_features = self.weight.shape[-2:]
         return (out_features, in_features) if self.nodes[0].weight_is_transposed else (in_features, out_features)
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the weight is a stack of; 1 for a matrix."""
+        return num_matrices(self.weight)
 
     @property
     def owner(self) -> nn.Module:
@@ -128,10 +138,11 @@ class PlannedSite:
     def describe(self) -> LinearSite:
         """The public view of this site."""
         in_features, out_features = self.shape
-        num_parameters = self.config.num_parameters(in_features, out_features)
+        num_parameters = self.num_experts * self.config.num_parameters(in_features, out_features)
         return LinearSite(
-            self.name, in_features, out_features, self._pattern, self.lowering, num_parameters, self.shared_with
-        )
+            self.name, in_features, out_features, self._pattern, self.lowering, num_parameters, self.shared_with,
+            self.num_experts,
+        )  # fmt: skip
 
     @property
     def lowering(self) -> str:
@@ -184,7 +195,7 @@ def make_plan(
     reasons |= split_up | _otherwise_used(found)
     shared = shared_parameters(captured)
     found = {name: replace(planned, shared_with=_others(shared, planned)) for name, planned in found.items()}
-    reasons |= _unmatched_stacks(captures)
+    reasons |= _unmatched_stacks(captures, found)
     if captured is not model and isinstance(model, nn.Module):
         reasons |= _never_called(model, found, config)
     reasons |= {name: _BOTH_WAYS for name, planned in found.items() if planned.is_used_both_ways}
@@ -205,8 +216,8 @@ def make_plan(
     return Plan(captured, sites, untargeted, refused, unsuitable, misfits)
 
 
-def _unmatched_stacks(captures: list[Capture]) -> dict[str, str]:
-    """The 3-D parameters that graphs use, not for convolutions: stacks of experts, for which there is no pattern."""
+def _unmatched_stacks(captures: list[Capture], found: Mapping[str, PlannedSite]) -> dict[str, str]:
+    """The stacks of matrices that graphs use in a form without a pattern; what convolutions use is none."""
     reasons = {}
     for capture in captures:
         for node in capture.graph.nodes:
@@ -217,7 +228,9 @@ def _unmatched_stacks(captures: list[Capture]) -> dict[str, str]:
                 continue
             owner, _, attribute = str(node.target).rpartition(".")
             name = site_name(join_path(capture.path, owner), attribute)
-            reasons[name] = f"a stack of matrices {tuple(parameter.shape)}: adapters of single experts are not made"
+            if name not in found:
+                users = ", ".join(sorted({operator_name(user) for user in node.users}))
+                reasons[name] = f"a stack of matrices {tuple(parameter.shape)} in a form that has no pattern: `{users}`"
     return reasons
 
 
@@ -237,7 +250,8 @@ def _otherwise_used(found: Mapping[str, PlannedSite]) -> dict[str, str]:
     reasons = {}
     for name, planned in found.items():
         nodes = [linear.node for linear in planned.nodes]
-        uses = other_uses(reads[planned.capture.graph, planned.parameter], nodes)
+        gathers = [linear.gather for linear in planned.nodes if isinstance(linear, ExpertNode) and linear.gather]
+        uses = other_uses([*reads[planned.capture.graph, planned.parameter], *gathers], [*nodes, *gathers])
         if isinstance(planned.owner, nn.Embedding):
             uses.append("embedding")
         if uses:
@@ -285,7 +299,7 @@ def _group_by_weight(captures: list[Capture], config: MELoRAConfig) -> tuple[dic
     split_up: dict[str, str] = {}
     for capture in captures:
         groups: dict[str, list[LinearNode]] = {}
-        for linear in find_linear_nodes(capture.graph, capture.module):
+        for linear in _find_nodes(capture):
             groups.setdefault(linear.parameter, []).append(linear)
         for parameter, nodes in groups.items():
             owner, _, attribute = parameter.rpartition(".")
@@ -295,6 +309,16 @@ def _group_by_weight(captures: list[Capture], config: MELoRAConfig) -> tuple[dic
                 split_up[name] = "two modules' forwards multiply by its weight: pass `example_inputs=`"
             found[name] = PlannedSite(name, capture, parameter, tuple(nodes), weight, config)
     return found, split_up
+
+
+def _find_nodes(capture: Capture) -> list[LinearNode]:
+    """The products with matrices and with stacks of them, in the order of the graph."""
+    found = [
+        *find_linear_nodes(capture.graph, capture.module),
+        *find_expert_nodes(capture.graph, capture.module),
+    ]
+    position = {node: index for index, node in enumerate(capture.graph.nodes)}
+    return sorted(found, key=lambda linear: position[linear.node])
 
 
 def _output_names(model: nn.Module, found: dict[str, PlannedSite]) -> frozenset[str]:
@@ -310,7 +334,8 @@ def _output_names(model: nn.Module, found: dict[str, PlannedSite]) -> frozenset[
 
 
 def _row(site: LinearSite, lowering: str, num_parameters: str) -> tuple[str, ...]:
-    return site.name, str(site.in_features), str(site.out_features), site.pattern, lowering, num_parameters
+    pattern = site.pattern if site.num_experts == 1 else f"{site.pattern} × {site.num_experts}"
+    return site.name, str(site.in_features), str(site.out_features), pattern, lowering, num_parameters
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

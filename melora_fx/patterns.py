@@ -8,7 +8,7 @@ A node whose weight is not a parameter is not a linear node.
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,7 +131,14 @@ def _linear_node(
         return None
     rows = None if weight.is_whole else weight.rows
     return LinearNode(
-        node, input, weight.parameter, _name(node), weight.is_transposed, rows, input_is_transposed, weight.is_cast
+        node,
+        input,
+        weight.parameter,
+        pattern_name(node),
+        weight.is_transposed,
+        rows,
+        input_is_transposed,
+        weight.is_cast,
     )
 
 
@@ -141,15 +148,9 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
     The views on the way are carried out on a tensor without memory; sizes and strides then tell which rows it shows.
     """
     views: list[fx.Node] = []
-    while isinstance(value, fx.Node) and value.op != "get_attr":
-        if operator_name(value) not in _VIEWS | _COPIES | CASTS or not value.args:
-            return None
-        views.append(value)
-        value = value.args[0]
-    if not isinstance(value, fx.Node):
-        return None
-    parameter = get_attribute(owner, str(value.target))
-    if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2:
+    value = behind_views(value, views)
+    parameter = parameter_of(value, owner, dim=2)
+    if parameter is None:
         return None
     is_cast = any(operator_name(view) in CASTS for view in views)
     num_rows, num_columns = parameter.shape
@@ -157,7 +158,7 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
         return _Weight(str(value.target), (0, num_rows), True, False, is_cast)
     whole = torch.empty(num_rows, num_columns, device="meta")
     try:
-        matrix = functools.reduce(_apply_view, reversed(views), whole)
+        matrix = apply_views(views, whole)
     except (RuntimeError, TypeError, IndexError, ValueError):
         return None
     found = _rows_shown(matrix, whole)
@@ -165,6 +166,29 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
         return None
     rows, is_transposed = found
     return _Weight(str(value.target), rows, rows == (0, num_rows), is_transposed, is_cast)
+
+
+def behind_views(value: Any, views: list[fx.Node]) -> Any:
+    """What the views, copies and casts that end in `value` begin with; they are added to `views`, last first."""
+    while isinstance(value, fx.Node) and operator_name(value) in _VIEWS | _COPIES | CASTS and value.args:
+        if operator_name(value) == "getitem" and isinstance(value.args[1], fx.Node):
+            break  # a choice of rows by their numbers is no view
+        views.append(value)
+        value = value.args[0]
+    return value
+
+
+def parameter_of(value: Any, owner: nn.Module, *, dim: int) -> nn.Parameter | None:
+    """The parameter of `dim` dimensions that a `get_attr` node gives, or None."""
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    parameter = get_attribute(owner, str(value.target))
+    return parameter if isinstance(parameter, nn.Parameter) and parameter.dim() == dim else None
+
+
+def apply_views(views: Sequence[fx.Node], tensor: torch.Tensor) -> Any:
+    """What `views`, last first, make of `tensor`; what they raise for a tensor that they do not fit."""
+    return functools.reduce(_apply_view, reversed(views), tensor)
 
 
 def _apply_view(tensor: Any, node: fx.Node) -> Any:
@@ -212,9 +236,10 @@ def argument(node: fx.Node, index: int, *names: str) -> Any:
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
 
 
-def _name(node: fx.Node) -> str:
+def pattern_name(node: fx.Node) -> str:
+    """What a report calls the node's operator: "F.linear", "aten.bmm", …"""
     if isinstance(node.target, torch._ops.OpOverload):
-        return f"aten.{operator_name(node)}"
+        return f"{node.target.namespace}.{operator_name(node)}"
     return "F.linear" if node.target in LINEAR else operator_name(node)
 
 

@@ -1,12 +1,7 @@
 """Rewrites the linear nodes of a model into frozen base + MELoRA subgraphs.
 
-    y = x Wᵀ + b  ⟶  y = x Wᵀ + b + concat_i( x_i A_iᵀ (s_i B_i)ᵀ )
-
-x_i is the i-th of N equal slices of the input, A_i (R, I/N), B_i (O/N, R). All blocks are one batched product: x as
-(N, T, I/N), A as (N, R, I/N), B as (N, O/N, R). With `split` into P parts, A is (N, P·R, I/N), part p uses its own R
-rows of it, and B's rows of one block are the rows of the parts in turn.
-
-I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts.
+`adapter_nodes.py` says what is inserted behind each node; here is everything around it: what is frozen, which tensors
+the modules get, and what is refused.
 """
 
 import functools
@@ -20,18 +15,18 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .adapter_nodes import AdapterNodes, adapter_dtype
 from .blocks import scaling_tensor
 from .capture import Capture
 from .config import MELoRAConfig
 from .errors import MELoRAError
+from .expert_nodes import ExpertNodes
+from .experts import ExpertNode
 from .match import ExampleInputs, Plan, PlannedSite, make_plan
-from .patterns import LinearNode
 from .rewritten import install
-from .site import SITE_TAG, TENSORS, SiteRecord
+from .site import TENSORS, SiteRecord
 from .targets import ALL_LINEAR, TargetSpec, name_matches, nearest
 from .whole_model import is_exported, make_trainable
-
-aten = torch.ops.aten
 
 STATE = "melora_state"
 """Attribute of a rewritten model's root: what `fold` and `save_adapter` must know beside the sites."""
@@ -172,13 +167,15 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
         insertions += [(linear, record, site) for linear in site.nodes]
     position = {node: index for index, node in enumerate(graph.nodes)}
     for linear, record, site in sorted(insertions, key=lambda insertion: -position[insertion[0].node]):
-        _AdapterNodes(graph, linear, record, site).insert()
+        kind = ExpertNodes if isinstance(linear, ExpertNode) else AdapterNodes
+        kind(graph, linear, record, site).insert()
     return records
 
 
 def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
     config, owner = site.config, site.owner
-    lora_a, lora_b = new_adapter(config, *site.shape, device=site.weight.device, dtype=adapter_dtype(site.weight))
+    device, dtype = site.weight.device, adapter_dtype(site.weight)
+    lora_a, lora_b = new_adapter(config, *site.shape, num_experts=site.num_experts, device=device, dtype=dtype)
     owner.register_parameter(record.attribute("lora_a"), nn.Parameter(lora_a))
     owner.register_parameter(record.attribute("lora_b"), nn.Parameter(lora_b))
     owner.register_buffer(record.attribute("lora_scaling"), scaling_tensor(config, lora_b), persistent=False)
@@ -186,121 +183,28 @@ def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
         owner.add_module(record.attribute("lora_dropout"), nn.Dropout(config.dropout).train(owner.training))
 
 
-def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
-    """float32, or float64 beside a float64 weight."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def new_adapter(
-    config: MELoRAConfig, in_features: int, out_features: int, *, device: Any = None, dtype: torch.dtype = torch.float32
+    config: MELoRAConfig,
+    in_features: int,
+    out_features: int,
+    *,
+    num_experts: int = 1,
+    device: Any = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A fresh adapter: lora_a (N, P·R, I/N), initialised, and lora_b (N, O/N, R), zero. Padding of small ranks is zero.
+    """A fresh adapter: lora_a (E·N, P·R, I/N), initialised, and lora_b (E·N, O/N, R), zero. Padding of small ranks is
+    zero.
 
-    R is the largest of the block ranks, P the number of parts of `split`.
+    R is the largest of the block ranks, P the number of parts of `split`, E num_experts.
     """
-    num_blocks, rank, num_parts = config.num_blocks, max(config.ranks), len(config.parts(out_features))
-    lora_a = torch.zeros(num_blocks, num_parts, rank, in_features // num_blocks, device=device, dtype=dtype)
+    a_shape, b_shape = config.adapter_shapes(in_features, out_features, num_experts)
+    lora_a = torch.zeros(a_shape, device=device, dtype=dtype)
+    blocks = lora_a.view(num_experts, config.num_blocks, -1, max(config.ranks), a_shape[2])
     for block, block_rank in enumerate(config.ranks):
-        rows = lora_a[block, :, :block_rank]
+        rows = blocks[:, block, :, :block_rank]
         if config.init == "gaussian":
             nn.init.normal_(rows, std=1 / block_rank)
         else:
-            bound = 1 / math.sqrt(in_features // num_blocks)
+            bound = 1 / math.sqrt(a_shape[2])
             nn.init.uniform_(rows, -bound, bound)
-    lora_b = torch.zeros(num_blocks, out_features // num_blocks, rank, device=device, dtype=dtype)
-    return lora_a.flatten(1, 2), lora_b
-
-
-class _AdapterNodes:
-    """Inserts one adapter behind one linear node; every inserted node carries the site's tag."""
-
-    def __init__(self, graph: fx.Graph, linear: LinearNode, record: SiteRecord, site: PlannedSite) -> None:
-        self.graph, self.linear, self.record, self.config = graph, linear, record, site.config
-        self.in_features, self.out_features = site.shape
-        parts = site.config.parts(self.out_features)
-        self.row_sizes = [size // site.config.num_blocks for size in parts]  # of each part, in one block of B
-        self.rank_sizes = [max(site.config.ranks)] * len(parts)
-        self.casts = linear.weight_is_cast or site.weight.dtype != adapter_dtype(site.weight)
-
-    def insert(self) -> None:
-        base = self.linear.node
-        with self.graph.inserting_after(base):
-            anchor = self._call("anchor", aten.alias.default, base)  # what the base's users use until the sum is there
-        base.replace_all_uses_with(anchor, delete_user_cb=lambda user: user is not anchor)
-        with self.graph.inserting_before(anchor):
-            total = self._call("adapted", aten.add.Tensor, base, self._delta(base))
-        anchor.replace_all_uses_with(total)
-        self.graph.erase_node(anchor)
-        total.meta = {**base.meta, **total.meta}
-
-    def _delta(self, base: fx.Node) -> fx.Node:
-        """The adapter's output, of the base output's shape and dtype."""
-        lora_a, lora_b, scaling = (self._get(kind) for kind in ("lora_a", "lora_b", "lora_scaling"))
-        scaled = self._call("scaled_b", aten.mul.Tensor, lora_b, scaling)
-        delta = self._left(lora_a, scaled) if self.linear.input_is_transposed else self._blockwise(lora_a, scaled, base)
-        return self._call("delta", aten.type_as.default, delta, base) if self.casts else delta
-
-    def _blockwise(self, lora_a: fx.Node, scaled: fx.Node, base: fx.Node) -> fx.Node:
-        """x Δᵀ by blocks, without Δ."""
-        shape = [-1, self.config.num_blocks, self.in_features // self.config.num_blocks]
-        blocks = self._swapped(self._call("input_blocks", aten.reshape.default, self._input(lora_a), shape), 0, 1)
-        hidden = self._call("hidden", aten.bmm.default, blocks, self._swapped(lora_a, 1, 2))
-        hiddens, scaleds = self._parts(hidden, 2, self.rank_sizes), self._parts(scaled, 1, self.row_sizes)
-        outputs = []
-        for part_hidden, part_b in zip(hiddens, scaleds, strict=True):
-            output = self._call("delta_blocks", aten.bmm.default, part_hidden, self._swapped(part_b, 1, 2))
-            outputs.append(self._swapped(output, 0, 1))
-        if len(outputs) > 1:
-            outputs = [self._call("part", aten.flatten.using_ints, output, 1) for output in outputs]
-            outputs = [self._call("parts", aten.cat.default, outputs, 1)]
-        delta = outputs[0]
-        if self.linear.rows is not None:
-            start, stop = self.linear.rows
-            flat = self._call("delta_flat", aten.reshape.default, delta, [-1, self.out_features])
-            delta = self._call("delta_rows", aten.narrow.default, flat, 1, start, stop - start)
-        return self._call("delta", aten.reshape_as.default, delta, base)
-
-    def _left(self, lora_a: fx.Node, scaled: fx.Node) -> fx.Node:
-        """Δ x, for W x: the rare form, in which x may have any number of dimensions, so Δ is made whole."""
-        rows = []
-        a_parts, b_parts = self._parts(lora_a, 1, self.rank_sizes), self._parts(scaled, 1, self.row_sizes)
-        for part_a, part_b in zip(a_parts, b_parts, strict=True):
-            blocks = self._call("delta_blocks", aten.bmm.default, part_b, part_a)
-            each = [self._call("block", aten.select.int, blocks, 0, index) for index in range(self.config.num_blocks)]
-            rows.append(self._call("block_diagonal", aten.block_diag.default, each))
-        matrix = rows[0] if len(rows) == 1 else self._call("rows", aten.cat.default, rows)
-        if self.linear.rows is not None:
-            start, stop = self.linear.rows
-            matrix = self._call("delta_rows", aten.narrow.default, matrix, 0, start, stop - start)
-        return self._call("delta", aten.matmul.default, matrix, self._input(lora_a))
-
-    def _input(self, lora_a: fx.Node) -> fx.Node:
-        """The linear's input after dropout, in the adapter's dtype."""
-        value = self.linear.input
-        if self.config.dropout:
-            value = self._tagged(self.graph.call_module(self.record.path("lora_dropout"), (value,)))
-        return self._call("wide_input", aten.type_as.default, value, lora_a) if self.casts else value
-
-    def _parts(self, value: fx.Node, dim: int, sizes: list[int]) -> list[fx.Node]:
-        """The slices along `dim` that belong to the parts of `split`; the value itself without `split`."""
-        if len(sizes) == 1:
-            return [value]
-        name = f"{value.name}_part"
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        return [
-            self._call(name, aten.narrow.default, value, dim, start, size)
-            for start, size in zip(starts, sizes, strict=True)
-        ]
-
-    def _swapped(self, value: fx.Node, first: int, second: int) -> fx.Node:
-        return self._call(f"{value.name}_t", aten.transpose.int, value, first, second)
-
-    def _call(self, name: str, operator: Any, *args: Any) -> fx.Node:
-        return self._tagged(self.graph.call_function(operator, args, name=name))
-
-    def _get(self, kind: str) -> fx.Node:
-        return self._tagged(self.graph.get_attr(self.record.path(kind)))
-
-    def _tagged(self, node: fx.Node) -> fx.Node:
-        node.meta[SITE_TAG] = self.record.parameter
-        return node
+    return lora_a, torch.zeros(b_shape, device=device, dtype=dtype)

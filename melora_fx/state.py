@@ -12,7 +12,7 @@ from torch import nn
 
 from .adapter import AdapterSite, refuse_folded, require_sites, sites
 from .adapter_file import Adapter, fingerprint, fingerprint_misfit, read_adapter, write_adapter
-from .blocks import scaling_tensor
+from .blocks import num_matrices, scaling_tensor
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
@@ -205,8 +205,8 @@ def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
     lines = []
     for name, config in adapter.configs.items():
         shapes = [tuple(adapter.tensors[f"{name}.{kind}"].shape) for kind in ("lora_a", "lora_b")]
-        out_features, in_features = weights[name].shape
-        fitting = [config.adapter_shapes(in_features, out_features), config.adapter_shapes(out_features, in_features)]
+        (rows, columns), number = weights[name].shape[-2:], num_matrices(weights[name])
+        fitting = [config.adapter_shapes(rows, columns, number), config.adapter_shapes(columns, rows, number)]
         if tuple(shapes) not in fitting:
             lines.append(
                 f"`{name}`: lora_a is {shapes[0]} and lora_b {shapes[1]}, which does not fit a weight of shape "
@@ -236,11 +236,11 @@ def _another_model(adapter: Adapter, wrong: list[str], known: list[str]) -> MELo
 
 
 def _plain_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every matrix of the model by the name that a site on it would have."""
+    """Every matrix, and stack of matrices, of the model by the name that a site on it would have."""
     return {
         name.removesuffix(".weight"): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.dim() == 2
+        if parameter.dim() in (2, 3)
     }
 
 

@@ -6,7 +6,8 @@
 this code that runs, so that a fold gives the same bits everywhere. It goes by tiles, a few rows of every block at a
 time, which stay in the processor's cache: there is never a second copy of a weight.
 
-N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split`, t rows of a tile.
+N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split`, E matrices
+of a stack, t rows of a tile.
 """
 
 import math
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .blocks import diagonal_blocks, scaling_tensor
+from .blocks import by_matrix, diagonal_blocks, scaling_tensor
 from .config import MELoRAConfig
 
 _TILE_ELEMENTS = {"cpu": 1 << 19}
@@ -52,9 +53,9 @@ def add_update(
 
     Args:
         config: the site's configuration.
-        weight: (O, I), of any strides and floating dtype.
-        lora_a: (N, P·R, I/N).
-        lora_b: (N, O/N, R).
+        weight: (O, I), of any strides and floating dtype, or a stack of such (E, O, I).
+        lora_a: (N, P·R, I/N), or (E·N, P·R, I/N).
+        lora_b: (N, O/N, R), or (E·N, O/N, R).
         scratch: memory to work in, best one for many updates.
     """
     scratch = scratch or Scratch()
@@ -81,6 +82,13 @@ def update_tiles(
 
     Args: as of `add_update`.
     """
+    for matrix, a, b in by_matrix(weight, lora_a, lora_b):
+        yield from _tiles_of_matrix(config, matrix, a, b, scratch)
+
+
+def _tiles_of_matrix(
+    config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scratch: Scratch
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     wide = torch.promote_types(torch.promote_types(lora_b.dtype, torch.float32), weight.dtype)
     rows = max(1, _tile_elements(weight.device) // weight.size(1))
     views = diagonal_blocks(weight, config.num_blocks, config.parts(weight.size(0)))
@@ -90,7 +98,7 @@ def update_tiles(
 
 
 def non_finite(config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> str | None:
-    """Why the update of a weight (O, I) is not finite, or takes it out of its dtype's range; or None.
+    """Why the update of a weight (O, I) or (E, O, I) is not finite, or takes it out of its dtype's range; or None.
 
     The weight is read only where the norms of A and B leave a doubt (no value of Δ is above s ‖A‖ ‖B‖), and where it is
     of float16.

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import copy_graph
 from .errors import MELoRAError
+from .experts import REMEDY
 from .patterns import get_attribute
 
 aten = torch.ops.aten
@@ -52,7 +53,8 @@ def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence
                 name = type(model).__name__
                 warnings.warn(f"`{name}` can be captured in eval mode only: the graph has no dropout", stacklevel=4)
     if program is None:
-        raise MELoRAError(f"torch.export cannot capture `{type(model).__name__}`: {error}") from error
+        remedy = f"pass `example_inputs=` {REMEDY}: " if _loops_over_experts(model) else ""
+        raise MELoRAError(f"torch.export cannot capture `{type(model).__name__}`: {remedy}{error}") from error
     graph_module = make_trainable(program.module(check_guards=False), _repeated_modules(model))
     _check_evaluation(model, graph_module, args, kwargs)
     graph_module.train(model.training)
@@ -60,6 +62,13 @@ def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence
     if hasattr(model, "config"):
         graph_module.config = copy.copy(model.config)
     return graph_module
+
+
+def _loops_over_experts(model: nn.Module) -> bool:
+    """Whether `model` holds stacks of experts and is set to call them one by one."""
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None))]
+    is_eager = any(getattr(config, "_experts_implementation", None) == "eager" for config in configs)
+    return is_eager and any(parameter.dim() == 3 for parameter in model.parameters())
 
 
 def _check_evaluation(

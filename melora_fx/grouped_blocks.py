@@ -1,0 +1,90 @@
+"""Block-diagonal products of rows that are sorted by expert, as one operator.
+
+    y_s = concat_i( M_ei x_si )        e: the expert of row s
+
+x_si is the i-th of N equal slices of row s. `aten._grouped_mm` could do it only block by block: it wants rows of 16
+bytes, under a compiler bfloat16 alone, and a copy of x in another order. On this operator, one product of N matrices
+for each expert that has rows, a training step over a frozen Mixtral costs a third (benchmarks/experts.py).
+
+E experts, N blocks, K and L widths of a block's input and output, S rows.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _multiply(x: Tensor, blocks: Tensor, offs: Tensor) -> Tensor:
+    """The products (S, N·L), of the dtype of `x`; zero for rows behind the last group.
+
+    Args:
+        x: (S, N·K), the rows of one expert after those of another.
+        blocks: (E·N, L, K), of the dtype of `x`.
+        offs: (E,), integers: where the rows of each expert end.
+    """
+    number = len(blocks) // len(offs)
+    output = x.new_zeros(len(x), number * blocks.size(1))
+    for expert, rows in _groups(offs):
+        matrices = blocks[expert * number : (expert + 1) * number]
+        # The few columns first: see `adapted_linear._times_few`.
+        torch.bmm(matrices, _slices(x[rows], number).mT, out=_slices(output[rows], number).mT)
+    return output
+
+
+def _matrix_gradient(gradient: Tensor, x: Tensor, offs: Tensor, number: int) -> Tensor:
+    """Gradient of `blocks` (E·N, L, K) from those of the products (S, N·L)."""
+    shape = (len(offs) * number, gradient.size(1) // number, x.size(1) // number)
+    output = x.new_zeros(shape)
+    for expert, rows in _groups(offs):
+        matrices = output[expert * number : (expert + 1) * number]
+        torch.bmm(_slices(gradient[rows], number).mT, _slices(x[rows], number), out=matrices)
+    return output
+
+
+def _groups(offs: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, and which."""
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = max(start, end)
+
+
+def _slices(rows: Tensor, number: int) -> Tensor:
+    """(S, N·K) as (N, S, K), a view."""
+    return rows.unflatten(1, (number, -1)).transpose(0, 1)
+
+
+_operator = torch.library.custom_op("melora::grouped_blocks", _multiply, mutates_args=())
+_gradient_operator = torch.library.custom_op("melora::grouped_blocks_gradient", _matrix_gradient, mutates_args=())
+
+grouped_blocks = torch.ops.melora.grouped_blocks.default
+
+
+@_operator.register_fake
+def _(x: Tensor, blocks: Tensor, offs: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), blocks.size(0) // offs.size(0) * blocks.size(1))
+
+
+@_gradient_operator.register_fake
+def _(gradient: Tensor, x: Tensor, offs: Tensor, number: int) -> Tensor:
+    return x.new_empty(offs.size(0) * number, gradient.size(1) // number, x.size(1) // number)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, blocks, offs = ctx.saved_tensors
+    needs_x, needs_blocks, _ = ctx.needs_input_grad
+    return (
+        _operator(gradient, blocks.mT, offs) if needs_x else None,
+        _gradient_operator(gradient, x, offs, len(blocks) // len(offs)) if needs_blocks else None,
+        None,
+    )
+
+
+_operator.register_autograd(_backward, setup_context=_save)
