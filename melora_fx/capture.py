@@ -66,7 +66,7 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
         except _UntraceableError as error:
             for matrix in matrices:
                 is_stack = module.get_parameter(matrix).dim() == 3
-                refused[site_name(path, matrix)] = f"{error}, {REMEDY}" if is_stack else str(error)
+                refused[site_name(path, matrix)] = f"{error}; {REMEDY}" if is_stack else str(error)
     return captures, refused
 
 

@@ -29,8 +29,8 @@ from .patterns import (
     pattern_name,
 )
 
-REMEDY = 'for a loop over experts, which depends on data, after `model.set_experts_implementation("grouped_mm")`'
-"""What is said beside "pass `example_inputs=`" of a stack that cannot be captured."""
+REMEDY = 'a loop over experts depends on data: first call `model.set_experts_implementation("grouped_mm")`'
+"""What is said of a stack that cannot be captured."""
 
 _GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 

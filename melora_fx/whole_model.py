@@ -53,7 +53,7 @@ def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence
                 name = type(model).__name__
                 warnings.warn(f"`{name}` can be captured in eval mode only: the graph has no dropout", stacklevel=4)
     if program is None:
-        remedy = f"pass `example_inputs=` {REMEDY}: " if _loops_over_experts(model) else ""
+        remedy = f"{REMEDY}: " if _loops_over_experts(model) else ""
         raise MELoRAError(f"torch.export cannot capture `{type(model).__name__}`: {remedy}{error}") from error
     graph_module = make_trainable(program.module(check_guards=False), _repeated_modules(model))
     _check_evaluation(model, graph_module, args, kwargs)

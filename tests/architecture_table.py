@@ -60,7 +60,7 @@ transformers {transformers.__version__}; `tests/test_architectures.py` checks ev
   embeddings and classification heads, and count weights that no module owns.
 * *sites in place*, *whole*: found by each capture, under the same names. Where in place has 0, PyTorch's attention
   reads its weights past their modules, and `rewrite` says so and names `example_inputs=`.
-* *refused*: stacks of expert matrices, which have no pattern; `match` lists them with the reason.
+* *refused*: by the whole capture; `match` lists them with the reason. A stack of expert matrices is one site.
 * *start*: outputs after `rewrite` bit-equal to before, both captures (nn.TransformerEncoder, nn.MultiheadAttention:
   bit-equal in training; their fused path in evaluation rounds otherwise than their own layers: within 1e-5).
 * *in effect*: sites, in place + whole, that change an output when their adapter alone is filled.

@@ -152,10 +152,11 @@ def gradient_error(name: str, *, whole: bool) -> float:
     worst = 0.0
     for name, site in melora_fx.sites(model).items():
         weight = weights[name] if site.record.parameter_name != "weight" else weights[f"{name}.weight"]
-        gradient = weight.grad.t() if site.weight_is_transposed else weight.grad
+        gradient = weight.grad.mT if site.weight_is_transposed else weight.grad
         num_blocks = site.config.num_blocks
-        for block, scaling in enumerate(scalings(site.config)):
-            part = gradient.chunk(num_blocks, 0)[block].chunk(num_blocks, 1)[block]
+        for block, scaling in enumerate(scalings(site.config) * site.num_experts):
+            own, of_expert = block % num_blocks, gradient.reshape(-1, *gradient.shape[-2:])[block // num_blocks]
+            part = of_expert.chunk(num_blocks, 0)[own].chunk(num_blocks, 1)[own]
             expected = (scaling * site.lora_b[block].t() @ part, scaling * part @ site.lora_a[block].t())
             for actual, want in zip((site.lora_a.grad[block], site.lora_b.grad[block]), expected, strict=True):
                 worst = max(worst, float((actual - want).detach().abs().max() / gradient.abs().max().clamp(min=1e-12)))

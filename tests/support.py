@@ -88,14 +88,17 @@ def dense_update(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tenso
 
 
 def site_update(site: melora_fx.AdapterSite) -> torch.Tensor:
-    """The dense update of a site, (O, I) in float64."""
-    return dense_update(site.config, site.lora_a, site.lora_b)
+    """The dense update of a site, (O, I) in float64; (E, O, I) of a stack."""
+    if site.weight.dim() == 2:
+        return dense_update(site.config, site.lora_a, site.lora_b)
+    adapters = zip(site.lora_a.chunk(len(site.weight)), site.lora_b.chunk(len(site.weight)), strict=True)
+    return torch.stack([dense_update(site.config, a, b) for a, b in adapters])
 
 
 def adapted_weight(site: melora_fx.AdapterSite) -> torch.Tensor:
-    """W + ΔW as (O, I) in float64, however the parameter is stored."""
+    """W + ΔW as (O, I), or (E, O, I), in float64, however the parameter is stored."""
     weight = site.weight.detach().double()
-    return (weight.t() if site.weight_is_transposed else weight) + site_update(site).detach()
+    return (weight.mT if site.weight_is_transposed else weight) + site_update(site).detach()
 
 
 def fill(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -106,7 +109,7 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
             a = torch.randn(site.lora_a.shape, generator=generator) / math.sqrt(site.lora_a.size(2))
             b = torch.randn(site.lora_b.shape, generator=generator) * 0.3
             rank = b.size(2)
-            for block, own in enumerate(site.config.ranks):
+            for block, own in enumerate(site.config.ranks * site.num_experts):
                 a[block].unflatten(0, (-1, rank))[:, own:] = 0
                 b[block, :, own:] = 0
             site.lora_a.copy_(a)
@@ -309,5 +312,5 @@ def dense_copy(model: nn.Module, plain: nn.Module) -> nn.Module:
         for name, site in melora_fx.sites(model).items():
             key = name if site.record.parameter_name != "weight" else f"{name}.weight"
             value = adapted_weight(site)
-            weights[key].copy_(value.t() if site.weight_is_transposed else value)
+            weights[key].copy_(value.mT if site.weight_is_transposed else value)
     return dense

@@ -171,7 +171,7 @@ ZOO: dict[str, Entry] = {
         _hf("OPTForCausalLM", "OPTConfig", vocab_size=V, hidden_size=H, num_hidden_layers=2, num_attention_heads=2,
             ffn_dim=F, max_position_embeddings=40, word_embed_proj_dim=H, **_TOKENS), _text, sites=2 * 6,
     ),
-    "Mixtral": Entry(_mixtral, _text, sites=2 * 5, refused=2 * 2),
+    "Mixtral": Entry(_mixtral, _text, sites=2 * 7),
     "T5": Entry(
         _hf("T5ForConditionalGeneration", "T5Config", vocab_size=V, d_model=H, d_kv=12, d_ff=F, num_layers=2,
             num_heads=2, decoder_start_token_id=0), _pair, sites=2 * 6 + 2 * 10,

@@ -1,0 +1,483 @@
+"""Adapters of the experts of a mixture, whose weights are stacks of matrices.
+
+The oracle multiplies each row by its own expert's dense W + Δ in float64.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from support import (
+    TOLERANCE,
+    adapted_weight,
+    assert_equal,
+    assert_near,
+    dense_copy,
+    dense_update,
+    fill,
+    output_of,
+    randn,
+    tokens,
+)
+from torch import nn
+from transformers.integrations.moe import _batched_linear, _grouped_linear
+
+import melora_fx
+from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx.grouped_blocks import grouped_blocks
+from melora_fx.update import add_update
+
+E, IN, OUT = 4, 24, 40
+CONFIG = MELoRAConfig(rank=2, num_blocks=2, alpha=3.0)
+FORMS = ("batched_mm", "grouped_mm")
+CONFIGS = {
+    "one block": MELoRAConfig(rank=3, num_blocks=1),
+    "two": CONFIG,
+    "ranks and alphas": MELoRAConfig(rank=(1, 3, 2, 1), num_blocks=4, alpha=(1.0, 2.0, 3.0, 4.0), use_rslora=True),
+    "split": MELoRAConfig(rank=2, num_blocks=2, split=2),
+    "uneven split": MELoRAConfig(rank=(1, 2), num_blocks=2, split=(8, 32)),
+}
+ROUTES = {
+    "mixed": (2, 0, 1, 2, 3, 0, 2),
+    "one without rows": (3, 1, 1, 3, 0),
+    "one with all": (1, 1, 1),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning")
+
+
+class Experts(nn.Module):
+    """A stack and its product with rows (S, IN) of the experts `ids` (S,), as transformers writes it."""
+
+    def __init__(self, form: str, *, transposed: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.form, self.transposed = form, transposed
+        shape = (E, IN, OUT) if transposed else (E, OUT, IN)
+        self.stack = nn.Parameter(randn(*shape, seed=5).mul(0.2).to(dtype))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        if self.form == "batched_mm":
+            return _batched_linear(x, self.stack[ids], is_transposed=self.transposed)
+        sorted_ids, order = torch.sort(ids)
+        offs = torch.histc(sorted_ids.float(), E, 0, E - 1).cumsum(0, dtype=torch.int32)
+        out = _grouped_linear(x[order], self.stack, offs, is_transposed=self.transposed)
+        return torch.zeros_like(out).index_copy(0, order, out)
+
+
+def inputs(route: str = "mixed", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    ids = torch.tensor(ROUTES[route])
+    return {"x": randn(len(ids), IN, seed=6, dtype=dtype), "ids": ids}
+
+
+def rewritten(form: str, config: MELoRAConfig = CONFIG, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    model = Experts(form, dtype=dtype, **options).eval()
+    return melora_fx.rewrite(model, "stack", config, example_inputs=inputs(dtype=dtype))
+
+
+def the_site(model: nn.Module) -> melora_fx.AdapterSite:
+    (site,) = melora_fx.sites(model).values()
+    return site
+
+
+def expected(model: nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Each row times its expert's W + Δ, in float64."""
+    weights = adapted_weight(the_site(model))
+    rows = [weights[i] @ x.double() for i, x in zip(given["ids"].tolist(), given["x"], strict=True)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs(form: str, dtype: torch.dtype, transposed: bool, route: str) -> None:
+    model = rewritten(form, dtype=dtype, transposed=transposed)
+    given = inputs(route, dtype)
+    assert_equal(model(**given), Experts(form, dtype=dtype, transposed=transposed)(**given).detach())
+    fill(model)
+    site = the_site(model)
+    assert (site.in_features, site.out_features, site.num_experts) == (IN, OUT, E)
+    assert site.weight_is_transposed == transposed
+    assert site.lora_a.dtype == torch.float32
+    assert_near(model(**given), expected(model, given))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_configurations_and_gradients(form: str, name: str) -> None:
+    config = CONFIGS[name]
+    model = fill(rewritten(form, config))
+    site = the_site(model)
+    assert (tuple(site.lora_a.shape), tuple(site.lora_b.shape)) == config.adapter_shapes(IN, OUT, E)
+    given = inputs()
+    given["x"].requires_grad_()
+    output = model(**given)
+    weights = randn(*output.shape, seed=8)
+    (output * weights).sum().backward()
+    dense, x = adapted_weight(site).requires_grad_(), given["x"].detach().double().requires_grad_()
+    oracle = torch.stack([dense[i] @ row for i, row in zip(given["ids"].tolist(), x, strict=True)])
+    (oracle * weights.double()).sum().backward()
+    assert_near(output, oracle)
+    assert_near(given["x"].grad, x.grad)
+    assert site.weight.grad is None
+    for kind, gradient in zip(("lora_a", "lora_b"), factor_gradients(site, dense.grad), strict=True):
+        assert_near(getattr(site, kind).grad, gradient)
+
+
+def factor_gradients(site: melora_fx.AdapterSite, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of A and B, through the dense update made with autograd from float64 copies."""
+    a, b = (tensor.detach().double().requires_grad_() for tensor in (site.lora_a, site.lora_b))
+    updates = [dense_update(site.config, *pair) for pair in zip(a.chunk(E), b.chunk(E), strict=True)]
+    return torch.autograd.grad(torch.stack(updates), (a, b), gradient)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropout_is_of_the_adapter_alone(form: str) -> None:
+    model = fill(rewritten(form, MELoRAConfig(rank=2, num_blocks=2, dropout=0.5)))
+    given = inputs()
+    assert_near(model(**given), expected(model, given))
+    model.train()
+    torch.manual_seed(0)
+    first, second = model(**given), model(**given)
+    assert not torch.equal(first, second)
+    with melora_fx.disabled(model):
+        assert_equal(model(**given), Experts(form)(**given).detach())
+
+
+def test_an_expert_without_rows_learns_nothing() -> None:
+    for form in FORMS:
+        model = fill(rewritten(form))
+        model(**inputs("one without rows")).sum().backward()
+        for gradient in (the_site(model).lora_a.grad, the_site(model).lora_b.grad):
+            by_expert = gradient.chunk(E)
+            assert not by_expert[2].any()
+            assert all(by_expert[expert].any() for expert in (0, 1, 3))
+
+
+def test_rows_behind_the_last_group_are_left_alone() -> None:
+    """As with expert parallelism, where they belong to another machine's experts and hold anything."""
+    x = randn(5, 6)
+    x[3:] = float("nan")
+    x.requires_grad_()
+    blocks, offs = randn(4, 2, 3, seed=2).requires_grad_(), torch.tensor([1, 3])
+    output = grouped_blocks(x, blocks, offs)
+    assert_equal(output[3:].detach(), torch.zeros(2, 4))
+    output.sum().backward()
+    assert blocks.grad.isfinite().all()
+    assert_equal(x.grad[3:], torch.zeros(2, 6))
+
+
+def test_the_operator_is_sound() -> None:
+    x, blocks = (randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((5, 6), (6, 4, 3)))
+    offs = torch.tensor([2, 2, 5], dtype=torch.int32)
+    torch.library.opcheck(grouped_blocks, (x, blocks, offs))
+    torch.autograd.gradcheck(lambda x, blocks: grouped_blocks(x, blocks, offs), (x, blocks))
+
+
+def test_a_stack_used_otherwise_is_refused() -> None:
+    class Normed(Experts):
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, ids) + self.stack[ids].sum()
+
+    with pytest.raises(MELoRAError, match=r"`stack` cannot be adapted: its weight is also used by `index`"):
+        melora_fx.rewrite(Normed("batched_mm"), "stack", CONFIG, example_inputs=inputs())
+
+
+def test_a_form_without_a_pattern_is_named() -> None:
+    class AllExperts(Experts):
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("si,eoi->seo", x, self.stack).sum(1)
+
+    report = melora_fx.match(AllExperts(""), lambda *_: True, CONFIG, example_inputs=inputs())
+    assert report.skipped == (("stack", "a stack of matrices (4, 40, 24) in a form that has no pattern: `einsum`"),)
+
+
+def test_lowerings() -> None:
+    """Nothing is faster than the nodes; asking for more is an error."""
+    report = melora_fx.match(Experts("grouped_mm"), "stack", CONFIG, example_inputs=inputs())
+    assert report.sites[0].lowering == "plain"
+    with pytest.raises(ValueError, match=r"`stack`: `lowering` \(='weight'\) needs a linear"):
+        rewritten("grouped_mm", MELoRAConfig(rank=2, num_blocks=2, lowering="weight"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled(form: str) -> None:
+    torch._dynamo.reset()
+    model = fill(rewritten(form))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for route in ("mixed", "one with all"):
+        given = inputs(route)
+        output = compiled(**given)
+        assert_near(output, expected(model, given))
+        output.sum().backward()
+    assert the_site(model).lora_a.grad.any()
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 36, "max_position_embeddings": 40, "num_experts_per_tok": 2, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+TARGETS = ["gate_up_proj", "down_proj"]
+
+
+def mixtral(form: str = "grouped_mm", **sizes: int) -> Any:
+    torch.manual_seed(0)
+    return _spread(hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES | sizes, num_local_experts=4)), form)
+
+
+def _spread(model: Any, form: str) -> Any:
+    """Weights large enough for every site to show."""
+    model.set_experts_implementation(form)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def whole(request: pytest.FixtureRequest) -> tuple[Any, nn.Module]:
+    """A plain model, and a rewritten whole capture of its copy with filled adapters. Tests copy before they change."""
+    plain = mixtral(request.param)
+    model = melora_fx.rewrite(copy.deepcopy(plain), TARGETS, CONFIG, example_inputs=tokens())
+    return plain, fill(model)
+
+
+def test_match_and_sites(whole: tuple[Any, nn.Module]) -> None:
+    plain, model = whole
+    report = melora_fx.match(plain, TARGETS, CONFIG, example_inputs=tokens())
+    assert [(site.in_features, site.out_features, site.num_experts) for site in report.sites] == [
+        (24, 72, 4), (36, 24, 4)
+    ]  # fmt: skip
+    assert {site.lowering for site in report.sites} == {"plain"}
+    assert " × 4 " in str(report)
+    parameters = melora_fx.adapter_parameters(model)
+    assert list(parameters) == [f"{site.name}.{kind}" for site in report.sites for kind in ("lora_a", "lora_b")]
+    assert sum(site.num_parameters for site in report.sites) == sum(p.numel() for p in parameters.values())
+
+
+def test_all_linear_has_the_experts() -> None:
+    for example_inputs in (None, tokens()):
+        report = melora_fx.match(mixtral("batched_mm"), "all-linear", CONFIG, example_inputs=example_inputs)
+        assert sum(site.num_experts for site in report.sites) == 4 + 1 + 4 + 4  # attention, router, two stacks
+
+
+def test_outputs_of_a_model(whole: tuple[Any, nn.Module]) -> None:
+    """At other lengths too; every site matters."""
+    plain, model = whole
+    model = copy.deepcopy(model)
+    for given in (tokens(), tokens(3, 7)):
+        dense = dense_copy(model, mixtral("batched_mm"))  # the grouped form does not compute in float64
+        error = (output_of(model, given).double() - output_of(dense, given)).abs().max()
+        assert error <= 1e-5 * output_of(dense, given).abs().max()
+        with melora_fx.disabled(model):
+            assert_equal(output_of(model, given), output_of(plain, given))
+
+
+def test_folds(whole: tuple[Any, nn.Module]) -> None:
+    plain, model = whole
+    model = copy.deepcopy(model)
+    expected = {name: adapted_weight(site) for name, site in melora_fx.sites(model).items()}
+    before, stacks = output_of(model, tokens()), {name: site.weight for name, site in melora_fx.sites(model).items()}
+    report = melora_fx.check_fold(model)
+    assert {site.total_rank for site in report.sites} == {E * 4}
+    assert all(sum(site.ranks) == site.total_rank for site in report.sites)
+    kept = {name: weight.clone() for name, weight in stacks.items()}
+    with melora_fx.folded(model):
+        inside = output_of(model, tokens())
+    assert_equal(stacks, kept)
+    melora_fx.fold(model)
+    assert_equal(output_of(model, tokens()), inside)
+    for name, weight in stacks.items():
+        assert_near(weight, expected[name])
+    assert (inside - before).abs().max() <= 1e-5 * before.abs().max()
+    assert set(model.state_dict()) == set(plain.state_dict())
+    assert not melora_fx.sites(model)
+
+
+def test_a_fold_of_a_stack_has_the_bits_of_its_matrices(whole: tuple[Any, nn.Module]) -> None:
+    model = copy.deepcopy(whole[1]).to(torch.bfloat16)
+    for site in melora_fx.sites(model).values():
+        a, b = site.lora_a.float().chunk(E), site.lora_b.float().chunk(E)
+        alone = [weight.detach().clone() for weight in site.weight]
+        together = site.weight.detach().clone()
+        for matrix, part_a, part_b in zip(alone, a, b, strict=True):
+            add_update(site.config, matrix, part_a, part_b)
+        add_update(site.config, together, torch.cat(a), torch.cat(b))
+        assert_equal(together, torch.stack(alone))
+
+
+def test_saves_and_loads(whole: tuple[Any, nn.Module], tmp_path: Path) -> None:
+    plain, model = whole
+    melora_fx.save_adapter(model, tmp_path)
+    expected = output_of(model, tokens())
+    loaded = melora_fx.load_adapter(copy.deepcopy(plain), tmp_path, example_inputs=tokens())
+    assert_equal(output_of(loaded, tokens()), expected)
+    other = fill(copy.deepcopy(model), seed=9)
+    assert not torch.equal(output_of(other, tokens()), expected)
+    assert_equal(output_of(melora_fx.load_adapter(other, tmp_path), tokens()), expected)
+    wrong = copy.deepcopy(plain)
+    with torch.no_grad():
+        wrong.model.layers[0].mlp.experts.down_proj[3] += 1
+    with pytest.raises(MELoRAError, match=r"experts\.down_proj`: 1\d of 64 sampled values differ"):
+        melora_fx.load_adapter(wrong, tmp_path, example_inputs=tokens())
+
+
+def test_adapters_for_another_number_of_experts(whole: tuple[Any, nn.Module], tmp_path: Path) -> None:
+    melora_fx.save_adapter(whole[1], tmp_path)
+    plain = hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_local_experts=3))
+    with pytest.raises(MELoRAError, match=r"lora_a is \(8, 2, 12\) .* does not fit a weight of shape \(3, 72, 24\)"):
+        melora_fx.load_adapter(plain, tmp_path, example_inputs=tokens())
+
+
+def test_copies_and_pickles(whole: tuple[Any, nn.Module]) -> None:
+    _, model = whole
+    expected = output_of(model, tokens())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal(output_of(other, tokens()), expected)
+        assert melora_fx.sites(other).keys() == melora_fx.sites(model).keys()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    other = fill(copy.deepcopy(model), seed=9)
+    other.load_state_dict(state)
+    assert_equal(output_of(other, tokens()), expected)
+
+
+def test_the_original_model_has_what_was_folded() -> None:
+    """A capture shares its parameters: `generate` of the model uses the merged experts."""
+    model = mixtral()
+    prompt = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(**prompt, **options)
+    graph = fill(melora_fx.rewrite(model, TARGETS, CONFIG, example_inputs=tokens()))
+    expected = output_of(graph, tokens())
+    assert_equal(model.generate(**prompt, **options), before)
+    melora_fx.fold(graph)
+    assert (output_of(model, tokens()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not torch.equal(model.generate(**prompt, **options), before)
+
+
+def test_in_place_where_a_trace_can_follow() -> None:
+    model = mixtral("batched_mm")
+    types = {name: type(module) for name, module in model.named_modules()}
+    rewritten_model = melora_fx.rewrite(model, TARGETS, CONFIG)
+    assert rewritten_model is model
+    fill(model)
+    expected = output_of(model, tokens())
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, pad_token_id=0).shape == (1, 6)
+    melora_fx.fold(model)
+    assert (output_of(model, tokens()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert {name: type(module) for name, module in model.named_modules()} == types
+
+
+@pytest.mark.parametrize("form", ["grouped_mm", "eager"])
+def test_in_place_refusals_name_the_remedy(form: str) -> None:
+    model = mixtral(form)
+    remedy = r"gate_up_proj` cannot .*pass `example_inputs=`; .*set_experts_implementation\(\"grouped_mm\"\)"
+    with pytest.raises(MELoRAError, match=remedy):
+        melora_fx.rewrite(model, TARGETS, CONFIG)
+    with pytest.warns(UserWarning, match=r"leaves 2 linears alone: .*experts\.gate_up_proj.*experts\.down_proj"):
+        melora_fx.rewrite(model, "all-linear", CONFIG)
+
+
+def test_a_loop_over_experts_is_not_captured() -> None:
+    with pytest.raises(MELoRAError, match=r"cannot capture .*: a loop over experts .*\(\"grouped_mm\"\)`: "):
+        melora_fx.rewrite(mixtral("eager"), TARGETS, CONFIG, example_inputs=tokens())
+
+
+def test_against_peft(whole: tuple[Any, nn.Module]) -> None:
+    """Ordinary LoRA of the experts: outputs, and the merged stacks."""
+    plain, _ = whole
+    config = MELoRAConfig(rank=3, num_blocks=1, alpha=6.0)
+    model = fill(melora_fx.rewrite(copy.deepcopy(plain), TARGETS, config, example_inputs=tokens()))
+    other = peft.get_peft_model(
+        copy.deepcopy(plain),
+        peft.LoraConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=[f"mlp.experts.{n}" for n in TARGETS]),
+    ).eval()
+    copy_into_peft(model, other)
+    expected, actual = output_of(other, tokens()), output_of(model, tokens())
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    stacks = {name: site.weight for name, site in melora_fx.sites(model).items()}
+    melora_fx.fold(model)
+    merged = dict(other.merge_and_unload().named_parameters())
+    for name, weight in stacks.items():
+        torch.testing.assert_close(weight.data, merged[name].data, **TOLERANCE[torch.float32])
+
+
+def copy_into_peft(model: nn.Module, other: nn.Module) -> None:
+    """PEFT holds A of all experts as (E·R, I), expert by expert, and B as (O, R·E), expert by expert in each rank."""
+    wrappers = {
+        f"{path.removeprefix('base_model.model.').replace('.base_layer', '')}.{module.parameter_name}": module
+        for path, module in other.named_modules()
+        if hasattr(module, "parameter_name")
+    }
+    with torch.no_grad():
+        for name, site in melora_fx.sites(model).items():
+            wrapper = wrappers[name]
+            wrapper.lora_A["default"].weight.copy_(site.lora_a.flatten(0, 1))
+            wrapper.lora_B["default"].weight.copy_(site.lora_b.permute(1, 2, 0).flatten(1))
+
+
+def gpt_oss(form: str) -> Any:
+    """Its stacks are (E, I, O), with a bias."""
+    torch.manual_seed(0)
+    return _spread(hf.GptOssForCausalLM(hf.GptOssConfig(**SIZES, head_dim=12, num_local_experts=4)), form)
+
+
+def qwen2_moe(form: str) -> Any:
+    sizes = SIZES | {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 12}
+    torch.manual_seed(0)
+    return _spread(hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**sizes, num_experts=4)), form)
+
+
+def qwen3_moe(form: str) -> Any:
+    torch.manual_seed(0)
+    config = hf.Qwen3MoeConfig(**SIZES, moe_intermediate_size=20, head_dim=12, num_experts=4)
+    return _spread(hf.Qwen3MoeForCausalLM(config), form)
+
+
+@pytest.mark.parametrize(
+    ("build", "form"),
+    [
+        pytest.param(build, form, marks=() if (build, form) == (gpt_oss, "grouped_mm") else pytest.mark.slow)
+        for build in (gpt_oss, qwen2_moe, qwen3_moe)
+        for form in FORMS
+    ],
+)
+def test_other_architectures(build: Callable[[str], Any], form: str) -> None:
+    plain = build(form)
+    model = melora_fx.rewrite(copy.deepcopy(plain), TARGETS, CONFIG, example_inputs=tokens())
+    assert sum(site.num_experts == 4 for site in melora_fx.sites(model).values()) == 2
+    base = output_of(plain, tokens())
+    assert_equal(output_of(model, tokens()), base)
+    fill(model)
+    dense = output_of(dense_copy(model, build("batched_mm")), tokens())
+    actual = output_of(model, tokens())
+    assert (actual.double() - dense).abs().max() <= 1e-5 * dense.abs().max()
+    assert (dense - base).abs().max() > 0.1 * base.abs().max()
+    stacks = [site for site in melora_fx.sites(model).values() if site.num_experts > 1]
+    assert {site.weight_is_transposed for site in stacks} == {build is gpt_oss}
+    melora_fx.fold(model)
+    assert (output_of(model, tokens()) - actual).abs().max() <= 1e-5 * actual.abs().max()
+
+
+@pytest.mark.slow
+def test_bfloat16_of_a_model() -> None:
+    """The base's operator is `aten._grouped_mm` there, the adapters' is not."""
+    plain = mixtral(hidden_size=32, intermediate_size=48).to(torch.bfloat16)
+    model = melora_fx.rewrite(copy.deepcopy(plain), TARGETS, CONFIG, example_inputs=tokens())
+    assert {site.pattern for site in melora_fx.sites(model).values()} == {"aten._grouped_mm"}
+    assert_equal(output_of(model, tokens()), output_of(plain, tokens()))
+    fill(model)
+    torch.compile(model, backend="aot_eager", fullgraph=True)(**tokens()).logits.float().sum().backward()
+    before = output_of(model, tokens())
+    melora_fx.fold(model)
+    assert (output_of(model, tokens()) - before).abs().max() <= 0.1 * before.abs().max()
