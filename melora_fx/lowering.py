@@ -13,6 +13,8 @@ from torch import fx, nn
 from .adapted_linear import WIDE, adapted_linear
 from .capture import copy_graph
 from .config import MELoRAConfig
+from .experts import ExpertNode, find_expert_nodes
+from .grouped_blocks import grouped_blocks
 from .patterns import CASTS, LINEAR, LinearNode, argument, find_linear_nodes, get_attribute, operator_name
 from .site import SITE_TAG, SiteRecord
 
@@ -23,10 +25,13 @@ def choose_lowering(config: MELoRAConfig, weight: nn.Parameter, nodes: Sequence[
     """The lowering of the site whose `weight` the `nodes` multiply by; `owner` holds the parameters of their graph.
 
     "plain" where one of them cannot be written as `F.linear`; else what the configuration says, where "auto" is
-    "weight" for weights of 32 bits or more and no dropout, and "activation" for all others.
+    "weight" for weights of 32 bits or more and no dropout, and "activation" for all others. Stacks of matrices know
+    "activation" alone.
     """
-    if config.lowering == "plain" or not _are_linears(nodes, owner):
+    if config.lowering == "plain" or not (_are_linears(nodes, owner) or _are_groups(nodes)):
         return "plain"
+    if _are_groups(nodes):
+        return "activation"
     if config.lowering != "auto":
         return config.lowering
     return "weight" if _can_be_merged(weight) and not config.dropout else "activation"
@@ -36,7 +41,7 @@ def lowering_misfit(
     config: MELoRAConfig, weight: nn.Parameter, nodes: Sequence[LinearNode], owner: nn.Module
 ) -> str | None:
     """Why the site cannot have the lowering that its configuration names, or None; arguments as before."""
-    if config.lowering in ("auto", "plain"):
+    if config.lowering in ("auto", "plain") or (config.lowering == "activation" and _are_groups(nodes)):
         return None
     if not _are_linears(nodes, owner):
         return f"`lowering` (={config.lowering!r}) needs a linear that is an `F.linear` of the whole weight: use 'auto'"
@@ -53,7 +58,22 @@ def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> f
     for linear in reversed(list(find_linear_nodes(lowered, owner))):  # one that feeds another is read before it goes
         if linear.parameter in by_parameter:
             _lower_node(lowered, linear, by_parameter[linear.parameter], owner)
+    for expert in list(find_expert_nodes(lowered, owner)):
+        if expert.parameter in by_parameter:
+            _lower_groups(lowered, expert)
     return lowered
+
+
+def _lower_groups(graph: fx.Graph, expert: ExpertNode) -> None:
+    """Multiplies by a stack through `grouped_blocks`, to the same bits: transformers' operator makes the gradient of
+    the stack in every backward, a third of the step, also where the stack is frozen.
+    """
+    with graph.inserting_before(expert.node):
+        matrices = graph.call_function(aten.transpose.int, (argument(expert.node, 1, "weight"), 1, 2))
+        call = graph.call_function(grouped_blocks, (expert.input, matrices, expert.choice))
+    call.meta = dict(expert.node.meta)
+    expert.node.replace_all_uses_with(call)
+    graph.erase_node(expert.node)
 
 
 def _lower_node(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module) -> None:
@@ -117,6 +137,11 @@ def _is_vector(bias: Any, owner: nn.Module) -> bool:
 
 def _are_linears(nodes: Sequence[LinearNode], owner: nn.Module) -> bool:
     return all(_operands(linear, owner) for linear in nodes)
+
+
+def _are_groups(nodes: Sequence[LinearNode]) -> bool:
+    """Whether all are products of transformers' own operator with a stack."""
+    return all(operator_name(linear.node) == "grouped_mm_fallback" for linear in nodes)
 
 
 def _can_be_merged(weight: nn.Parameter) -> bool:

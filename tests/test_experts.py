@@ -4,6 +4,7 @@ The oracle multiplies each row by its own expert's dense W + Δ in float64.
 """
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -198,12 +199,27 @@ def test_a_form_without_a_pattern_is_named() -> None:
     assert report.skipped == (("stack", "a stack of matrices (4, 40, 24) in a form that has no pattern: `einsum`"),)
 
 
-def test_lowerings() -> None:
-    """Nothing is faster than the nodes; asking for more is an error."""
-    report = melora_fx.match(Experts("grouped_mm"), "stack", CONFIG, example_inputs=inputs())
-    assert report.sites[0].lowering == "plain"
+@pytest.mark.parametrize(("form", "lowering"), [("batched_mm", "plain"), ("grouped_mm", "activation")])
+def test_lowerings(form: str, lowering: str) -> None:
+    report = melora_fx.match(Experts(form), "stack", CONFIG, example_inputs=inputs())
+    assert report.sites[0].lowering == lowering
+    assert the_site(rewritten(form)).lowering == lowering
     with pytest.raises(ValueError, match=r"`stack`: `lowering` \(='weight'\) needs a linear"):
-        rewritten("grouped_mm", MELoRAConfig(rank=2, num_blocks=2, lowering="weight"))
+        rewritten(form, dataclasses.replace(CONFIG, lowering="weight"))
+
+
+def test_the_lowered_form_has_the_plain_bits_and_no_gradient_of_the_stack() -> None:
+    plain, model = (fill(rewritten("grouped_mm", dataclasses.replace(CONFIG, lowering=n))) for n in ("plain", "auto"))
+    with torch.profiler.profile() as profile:
+        output = model(**inputs())
+        output.sum().backward()
+    expected = plain(**inputs())
+    expected.sum().backward()
+    assert_equal(output, expected)
+    for kind in ("lora_a", "lora_b"):
+        assert_equal(getattr(the_site(model), kind).grad, getattr(the_site(plain), kind).grad)
+    assert not any("grouped_mm_fallback" in event.key for event in profile.key_averages())
+    assert sum(event.count for event in profile.key_averages() if event.key.endswith("blocks_gradient")) == 2  # A, B
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -258,7 +274,6 @@ def test_match_and_sites(whole: tuple[Any, nn.Module]) -> None:
     assert [(site.in_features, site.out_features, site.num_experts) for site in report.sites] == [
         (24, 72, 4), (36, 24, 4)
     ]  # fmt: skip
-    assert {site.lowering for site in report.sites} == {"plain"}
     assert " × 4 " in str(report)
     parameters = melora_fx.adapter_parameters(model)
     assert list(parameters) == [f"{site.name}.{kind}" for site in report.sites for kind in ("lora_a", "lora_b")]
