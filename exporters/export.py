@@ -180,6 +180,8 @@ def export_onnx(
         adapter = "keep"  # the base is what the model computes now
     if adapter == "swap" and not sites(model):
         raise MELoRAError('`adapter="swap"` needs a rewritten model: its sites say where adapters go')
+    if adapter != "fold" and not is_disabled(model):
+        _refuse_grouped(model)
     options = _Options(adapter, target, precision, form, dynamic_axes, opset)
     facts = describe(model, adapter, target) | {"precision": precision}
     with show_progress(f"exporting {path.name}") as step, staging_folder(path) as staging, _prepared(model, adapter):
@@ -207,6 +209,16 @@ def export_onnx(
             (staging / f"{path.stem}.export.json").write_text(json.dumps(report, indent=2) + "\n")
             move_files(staging, path)
     return ExportReport(**report)
+
+
+def _refuse_grouped(model: nn.Module) -> None:
+    """Raises for adapters beside products of rows that are sorted by expert: there is no ONNX operator for them."""
+    grouped = [f"`{name}`" for name, site in sites(model).items() if "grouped_mm" in site.pattern]
+    if grouped:
+        raise MELoRAError(
+            f"{', '.join(grouped)}: an adapter of experts that are computed by `grouped_mm` cannot stay in a graph: "
+            'export with `adapter="fold"`, or call `model.set_experts_implementation("batched_mm")` before `rewrite`'
+        )
 
 
 def _build(

@@ -138,7 +138,7 @@ class _Weights:
         tensor = self.tensors[place.initializer]
         values = torch.frombuffer(data, dtype=_DTYPES[tensor.data_type]).view(tuple(tensor.dims))
         values = values[:, slice(*place.columns)] if place.columns else values
-        return values.t() if place.is_transposed else values
+        return values.mT if place.is_transposed else values
 
     def read(self, place: WeightPlace) -> torch.Tensor:
         """The parameter at `place`, memory-mapped where it is in a file of its own."""

@@ -134,9 +134,21 @@ def _export(model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes,
             model.__dict__.update(attributes)
     program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
     names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
-    exported = torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=names, verbose=False)
+    exported = torch.onnx.export(
+        program, dynamo=True, opset_version=opset, input_names=names, verbose=False,
+        custom_translation_table=_grouped_products(program),
+    )  # fmt: skip
     assert exported is not None
     return exported.model
+
+
+def _grouped_products(program: torch.export.ExportedProgram) -> dict[Any, Any]:
+    """How products of rows that are sorted by expert are written, where there are any: as transformers does."""
+    if not any("grouped_mm" in str(node.target) for node in program.graph.nodes):
+        return {}
+    from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE  # heavy: only where it is used
+
+    return {target: write for target, write in _ONNX_TRANSLATION_TABLE.items() if "grouped_mm" in str(target)}
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import optimizer
 from torch import nn
 
-from melora_fx import sites
+from melora_fx import adapter_parameters, sites
 from melora_fx.site import TENSORS
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -53,13 +53,14 @@ def name_weights(graph_model: onnx_ir.Model, model: nn.Module) -> dict[str, Weig
     An adapter's B stands in a graph multiplied by its scaling, s B.
 
     Returns:
-        for each matrix of the model that was found, by its parameter's name, where it lives. A matrix that cannot be
-        told from another one is left out.
+        for each matrix, or stack of matrices, of the model that was found, by its parameter's name, where it lives. One
+        that cannot be told from another is left out.
     """
     graph = graph_model.graph
     known = dict(model.named_parameters())
-    places = {name: WeightPlace(name, False) for name in graph.initializers if name in known and known[name].dim() == 2}
-    candidates = _by_shape(_named_tensors(model, known))
+    matrices = _matrices(model)
+    places = {name: WeightPlace(name, False) for name in graph.initializers if name in matrices}
+    candidates = _by_shape(_named_tensors(model, matrices))
     alike: set[frozenset[str]] = set()
     for initializer in list(graph.initializers.values()):
         if initializer.name in known or initializer.const_value is None:
@@ -73,7 +74,7 @@ def name_weights(graph_model: onnx_ir.Model, model: nn.Module) -> dict[str, Weig
             continue
         name, parameter, is_transposed = equal[0]
         initializer.name = name
-        if parameter in known and known[parameter].dim() == 2:
+        if parameter in matrices:
             places.setdefault(parameter, WeightPlace(name, is_transposed))
     for group in alike:
         if not group <= places.keys():  # the exporter has put several into one initializer
@@ -104,14 +105,23 @@ def find_tensor(initializers: Container[str], name: str) -> WeightPlace | None:
     return WeightPlace(f"{name}.T", True) if f"{name}.T" in initializers else None
 
 
+def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are matrices or stacks of them, without those of adapters."""
+    own = {id(parameter) for parameter in adapter_parameters(model).values()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() in (2, 3) and id(parameter) not in own
+    }
+
+
 def _named_tensors(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+    model: nn.Module, matrices: Mapping[str, nn.Parameter]
 ) -> Iterable[tuple[str, str, bool, torch.Tensor]]:
     """(name for the initializer, parameter, is_transposed, values) of all that an export may hold under a new name."""
-    for name, parameter in parameters.items():
-        if parameter.dim() == 2:
-            yield f"{name}.T", name, True, parameter.detach().t()
-            yield name, name, False, parameter.detach()
+    for name, parameter in matrices.items():
+        yield f"{name}.T", name, True, parameter.detach().mT
+        yield name, name, False, parameter.detach()
     for name, site in sites(model).items():
         scaled = site.lora_b.detach() * site.scaling
         for kind, value in (("lora_a", site.lora_a.detach()), ("lora_b", scaled)):

@@ -56,7 +56,7 @@ def _find_weights(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> di
     stored, lines = dict[str, StoredTensor](), []
     quantised = (checkpoint.config or {}).get("quantization_config")
     for site in adapter.configs:
-        parameter = f"{site}.weight" if f"{site}.weight" in names.keys or site not in names.keys else site
+        parameter = site if site in names.keys or site in names.converted else f"{site}.weight"
         key = names.keys.get(parameter)
         others = names.tied.get(parameter, ())
         if others:
@@ -96,10 +96,12 @@ def _find_heads(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict
 def _check_values(adapter: Adapter, stored: Mapping[str, StoredTensor]) -> None:
     """Refuses an adapter of another base, or values that are not finite; reads a few values of each weight."""
     flat = [
-        f"`{site}`: its weight has shape {tensor.shape}" for site, tensor in stored.items() if len(tensor.shape) != 2
+        f"`{site}`: its weight has shape {tensor.shape}"
+        for site, tensor in stored.items()
+        if len(tensor.shape) not in (2, 3)
     ]
     if flat:
-        raise MELoRAError(f"`{adapter.directory}` is for matrices:\n" + "\n".join(flat))
+        raise MELoRAError(f"`{adapter.directory}` is for matrices and stacks of them:\n" + "\n".join(flat))
     shapes = {site: torch.empty(tensor.shape, device="meta") for site, tensor in stored.items()}
     check_shapes(adapter, shapes)
     for site, shape in shapes.items():

@@ -30,6 +30,7 @@ from torch import nn
 from transformers.integrations.moe import _batched_linear, _grouped_linear
 
 import melora_fx
+from exporters import OrtRunner, export_onnx, fold_onnx
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.grouped_blocks import grouped_blocks
 from melora_fx.update import add_update
@@ -496,3 +497,55 @@ def test_bfloat16_of_a_model() -> None:
     before = output_of(model, tokens())
     melora_fx.fold(model)
     assert (output_of(model, tokens()) - before).abs().max() <= 0.1 * before.abs().max()
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_folds_into_a_checkpoint_that_holds_stacks(tmp_path: Path) -> None:
+    model = gpt_oss("grouped_mm")
+    model.save_pretrained(tmp_path / "base")
+    graph = fill(melora_fx.rewrite(model, TARGETS, CONFIG, example_inputs=tokens()))
+    melora_fx.save_adapter(graph, tmp_path / "adapter")
+    melora_fx.fold(graph)
+    melora_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    folded = hf.GptOssForCausalLM.from_pretrained(tmp_path / "out")
+    assert_equal(dict(folded.state_dict()), dict(model.state_dict()))
+
+
+def test_a_checkpoint_that_holds_experts_one_by_one_is_refused(whole: tuple[Any, nn.Module], tmp_path: Path) -> None:
+    plain, model = whole
+    plain.save_pretrained(tmp_path / "base")
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(MELoRAError, match=r"gate_up_proj`: the checkpoint stores its weight in another form: fold in"):
+        melora_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_unmerged_exports_that_are_refused(whole: tuple[Any, nn.Module], tmp_path: Path) -> None:
+    _, model = whole
+    site = next(iter(melora_fx.sites(model).values()))
+    if "grouped" in site.pattern:
+        for adapter in ("keep", "swap"):
+            with pytest.raises(MELoRAError, match=r"experts\.gate_up_proj`.*cannot stay in a graph: .*batched_mm"):
+                export_onnx(model, tokens(), tmp_path / "model.onnx", adapter=adapter)
+
+
+@pytest.mark.slow
+def test_exports(whole: tuple[Any, nn.Module], tmp_path: Path) -> None:
+    """Merged graphs, by an export and on disk; unmerged ones where the rows gather their matrices."""
+    plain, model = whole
+    arrays = {name: value.numpy() for name, value in tokens().items()}
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    export_onnx(plain, tokens(), tmp_path / "base.onnx")
+    fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "merged.onnx")
+    export_onnx(model, tokens(), tmp_path / "folded.onnx", adapter="fold")
+    paths = [tmp_path / "merged.onnx", tmp_path / "folded.onnx"]
+    if "grouped" not in next(iter(melora_fx.sites(model).values())).pattern:
+        export_onnx(model, tokens(), tmp_path / "unmerged.onnx", adapter="keep")
+        paths.append(tmp_path / "unmerged.onnx")
+        with pytest.raises(MELoRAError, match=r"experts\.down_proj.*cannot be inputs: export with `keep` or `fold`"):
+            export_onnx(model, tokens(), tmp_path / "swap.onnx", adapter="swap")
+    expected = output_of(model, tokens())
+    for path in paths:
+        actual = torch.from_numpy(OrtRunner(path).run(arrays)["logits"])
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
