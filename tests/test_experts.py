@@ -110,6 +110,13 @@ def test_outputs(form: str, dtype: torch.dtype, transposed: bool, route: str) ->
     assert_near(model(**given), expected(model, given))
 
 
+def test_a_module_of_ones_own_in_place() -> None:
+    model = melora_fx.rewrite(Experts("batched_mm"), "stack", CONFIG)
+    assert_near(fill(model)(**inputs()), expected(model, inputs()))
+    with pytest.raises(MELoRAError, match=r"`stack` cannot be adapted: .*pass `example_inputs=`"):
+        melora_fx.rewrite(Experts("grouped_mm"), "stack", CONFIG)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("form", FORMS)
 def test_configurations_and_gradients(form: str, name: str) -> None:

@@ -293,7 +293,8 @@ def test_every_architecture(name: str, folders: Folders) -> None:
     report = folders.fold()
     assert bits(type(model).from_pretrained(folders.out).state_dict()) == bits(expected.state_dict())
     assert {site.name: site for site in report.sites} == {site.name: site for site in checked.sites}
-    assert len(report.sites) == len(melora_fx.sites(trained)) == ZOO[name].sites
+    stacks = 4 if name == "Mixtral" else 0  # loaded anew, it computes its experts as no trace in place can follow
+    assert len(report.sites) == len(melora_fx.sites(trained)) == ZOO[name].sites - stacks
 
 
 def test_adapter_of_a_float32_base_folds_into_the_rounded_one(folders: Folders) -> None:
@@ -806,11 +807,15 @@ def test_base_of_other_shapes(folders: Folders) -> None:
     folders.assert_refused(r"(?s)does not fit the model:\n`encoder\.layer\.0\..*\(48, 48\).*\n`encoder\.layer\.1\.")
 
 
-def test_weight_that_is_not_a_matrix(folders: Folders) -> None:
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [((2, 12, 24), r".*does not fit a weight of shape \(2, 12, 24\)"), ((576,), r" its weight has shape \(576,\)")],
+)
+def test_weight_that_is_not_a_matrix(shape: tuple[int, ...], reason: str, folders: Folders) -> None:
     folders.prepare(bert(), "query")
     key = "encoder.layer.1.attention.self.query.weight"
-    edit_tensors(folders.base / SINGLE, lambda tensors: tensors.update({key: tensors[key].reshape(2, 12, 24)}))
-    folders.assert_refused(r"`encoder\.layer\.1\.attention\.self\.query`: its weight has shape \(2, 12, 24\)")
+    edit_tensors(folders.base / SINGLE, lambda tensors: tensors.update({key: tensors[key].reshape(shape)}))
+    folders.assert_refused(rf"`encoder\.layer\.1\.attention\.self\.query`:{reason}")
 
 
 def test_base_of_another_architecture(folders: Folders) -> None:
