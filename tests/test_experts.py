@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import peft
 import pytest
 import torch
 import transformers as hf
+from hypothesis import strategies as st
+from properties import exports
 from support import (
     TOLERANCE,
     adapted_weight,
@@ -187,6 +190,17 @@ def test_the_operator_is_sound() -> None:
     offs = torch.tensor([2, 2, 5], dtype=torch.int32)
     torch.library.opcheck(grouped_blocks, (x, blocks, offs))
     torch.autograd.gradcheck(lambda x, blocks: grouped_blocks(x, blocks, offs), (x, blocks))
+
+
+@hypothesis.given(data=st.data())
+def test_the_operator_against_a_loop(data: st.DataObject) -> None:
+    experts, blocks, width, height = (data.draw(st.integers(1, 4), label=name) for name in ("E", "N", "K", "L"))
+    counts = data.draw(st.lists(st.integers(0, 5), min_size=experts, max_size=experts), label="rows")
+    x, matrices = randn(sum(counts), blocks * width), randn(experts * blocks, height, width, seed=2)
+    output = grouped_blocks(x, matrices, torch.tensor(counts).cumsum(0))
+    dense = [torch.block_diag(*matrices.double()[e * blocks : (e + 1) * blocks]) for e in range(experts)]
+    rows = zip(x.double().split(counts), dense, strict=True)
+    assert_near(output, torch.cat([part @ matrix.t() for part, matrix in rows]))
 
 
 def test_a_stack_used_otherwise_is_refused() -> None:
@@ -372,6 +386,16 @@ def test_copies_and_pickles(whole: tuple[Any, nn.Module]) -> None:
     other = fill(copy.deepcopy(model), seed=9)
     other.load_state_dict(state)
     assert_equal(output_of(other, tokens()), expected)
+
+
+def test_programs_and_exports_of_the_grouped_form() -> None:
+    plain = mixtral().requires_grad_(False)
+    with melora_fx.whole_model.without_cache(plain):
+        program = torch.export.export(plain, (), tokens(), strict=False)
+    model = melora_fx.rewrite(program, TARGETS, CONFIG)
+    assert_equal(output_of(model, tokens()), output_of(plain, tokens()))
+    assert list(melora_fx.sites(model)) == [f"model.layers.0.mlp.experts.{name}" for name in TARGETS]
+    assert exports(fill(model), tokens())
 
 
 def test_the_original_model_has_what_was_folded() -> None:
