@@ -129,16 +129,9 @@ def _linear_node(
     """The node, where `weight` is the matrix that `F.linear` would take; some rows only where they are outputs."""
     if weight is None or not isinstance(input, fx.Node) or (weight.is_transposed and not weight.is_whole):
         return None
-    rows = None if weight.is_whole else weight.rows
+    rows, name = None if weight.is_whole else weight.rows, pattern_name(node)
     return LinearNode(
-        node,
-        input,
-        weight.parameter,
-        pattern_name(node),
-        weight.is_transposed,
-        rows,
-        input_is_transposed,
-        weight.is_cast,
+        node, input, weight.parameter, name, weight.is_transposed, rows, input_is_transposed, weight.is_cast
     )
 
 
