@@ -90,16 +90,21 @@ def rewrite(
     for capture, sites in _by_capture(plan.sites):
         install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
     rewritten.__dict__[STATE] = state
-    if hasattr(type(rewritten), "save_pretrained"):
-        rewritten.__dict__["save_pretrained"] = functools.partial(_save_pretrained, rewritten)
+    warn_on_save_pretrained(rewritten)
     return rewritten
+
+
+def warn_on_save_pretrained(model: nn.Module) -> None:
+    """From here on `save_pretrained` of a Hugging Face model says what it does not save as one would think."""
+    if hasattr(type(model), "save_pretrained"):
+        vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
 
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """`save_pretrained` of a model that is rewritten and not folded."""
     warnings.warn(
         "`save_pretrained` of a rewritten model writes base and adapter under names that `from_pretrained` drops: use "
-        "`melora_fx.save_adapter`, or `melora_fx.fold` first",
+        "`melora_fx.save_adapter`, or `melora_fx.fold` first; for a Trainer's checkpoints, `AdapterCheckpointCallback`",
         stacklevel=2,
     )
     return type(model).save_pretrained(model, *args, **kwargs)
