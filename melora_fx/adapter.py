@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import MELoRAConfig
 from .errors import MELoRAError
-from .rewritten import BASE, FOLDED, RewrittenModule, base_program, rewritten_modules
+from .rewritten import BASE, FOLDED, RewrittenModule, refuse_distributed, rewritten_modules, run_adapted, run_base
 from .site import SiteRecord, owner_of
 
 
@@ -90,7 +90,8 @@ def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> Adapter
 
 
 def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
-    """`sites(model)`, or MELoRAError where there are none."""
+    """`sites(model)`, or MELoRAError where there are none or `model` is distributed."""
+    refuse_distributed(model, action)
     found = sites(model)
     if not found:
         raise MELoRAError(f"`{action}` needs a rewritten model, but this {type(model).__name__} has no adapter sites")
@@ -139,17 +140,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def running_base(model: nn.Module) -> Iterator[None]:
-    """Runs every rewritten module's base: by an instance attribute `forward`, which compiled code guards, and by its
-    graph, which `torch.export` interprets.
-    """
+    """Inside the block every rewritten module runs its base."""
     switched = [module for _, module in rewritten_modules(model) if BASE not in module.__dict__]
     try:
         for module in switched:
-            forward, graph = base_program(module)
-            module.__dict__.update({"forward": forward, BASE: module.graph, "_graph": graph})
+            run_base(module)
         yield
     finally:
         for module in switched:
-            module.__dict__.pop("forward", None)
-            if BASE in module.__dict__:  # not folded meanwhile
-                module.__dict__["_graph"] = module.__dict__.pop(BASE)
+            run_adapted(module)

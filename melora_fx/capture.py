@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from .patterns import get_attribute
 from .source import UNKNOWN, attributes_read_by_forward
@@ -116,6 +117,23 @@ def _held(module: nn.Module) -> Iterator[str]:
         yield name
         if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             yield from (f"{name}.{path}" for path in _held(child))
+
+
+def derived_weights(model: nn.Module) -> dict[str, str]:
+    """The weights that a module makes from other parameters in each forward: site name → why it cannot be adapted."""
+    reason = (
+        "its weight is parametrized, pruned or normalised: a fold could not change it; make it permanent first "
+        "(`parametrize.remove_parametrizations`, `prune.remove`)"
+    )
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        names = dict.fromkeys(module.parametrizations) if parametrize.is_parametrized(module) else {}
+        names |= {name.removesuffix("_orig"): None for name in module._parameters if name.endswith("_orig")}
+        names |= {
+            name.removesuffix("_v"): None for name in module._parameters if f"{name[:-2]}_g" in module._parameters
+        }
+        found |= {site_name(path, name): reason for name in names if name != "bias"}
+    return found
 
 
 class _UntraceableError(Exception):

@@ -15,7 +15,7 @@ from .blocks import diagonal_blocks
 from .errors import MELoRAError
 from .fold_report import FoldReport, make_report, measure_update
 from .rewrite import STATE, RewriteState
-from .rewritten import FOLDED, rewritten_modules, uninstall, unwrap
+from .rewritten import FOLDED, replaced_forward, rewritten_modules, uninstall, unwrap
 from .site import TENSORS, owner_of
 from .state import adapter_of
 from .update import Scratch, add_update, non_finite
@@ -38,6 +38,7 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
     inner = unwrap(model)
     refuse_folded(model, "fold")
     _refuse_unfoldable(found)
+    _refuse_replaced_forward(found)
     shared = _shared_sites(inner, found)
     if not untie:
         _refuse_shared(shared)
@@ -127,6 +128,15 @@ def _refuse_unfoldable(found: dict[str, AdapterSite]) -> None:
     lines = [f"`{name}`: {reason}" for name, site in found.items() if (reason := _obstacle(site))]
     if lines:
         raise MELoRAError("cannot fold:\n" + "\n".join(lines))
+
+
+def _refuse_replaced_forward(found: dict[str, AdapterSite]) -> None:
+    names = [f"`{name}`" for name, site in found.items() if replaced_forward(site.module)]
+    if names:
+        raise MELoRAError(
+            f"cannot fold {', '.join(names)}: its `forward` was replaced on the instance after `rewrite`, as accelerate "
+            "does, and would keep the adapter: `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
+        )
 
 
 def _obstacle(site: AdapterSite) -> str | None:

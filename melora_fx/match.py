@@ -8,12 +8,12 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .capture import Capture, capture_modules, join_path, site_name
+from .capture import Capture, capture_modules, derived_weights, join_path, site_name
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .lowering import choose_lowering, lowering_misfit
 from .patterns import LinearNode, find_linear_nodes, get_attribute, other_uses
-from .rewritten import refuse_rewritten, unwrap
+from .rewritten import refuse_distributed, refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 from .whole_model import capture_whole, from_program
 
@@ -177,6 +177,7 @@ def make_plan(
     if isinstance(model, nn.Module):
         if unwrap(model) is not model:
             raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
+        refuse_distributed(model, "rewrite")
         refuse_rewritten(model)
     captured = _captured(model, example_inputs)
     captures, reasons = capture_modules(captured)
@@ -185,6 +186,8 @@ def make_plan(
     shared = shared_parameters(captured)
     found = {name: replace(planned, shared_with=_others(shared, planned)) for name, planned in found.items()}
     reasons |= _unmatched_stacks(captures)
+    if isinstance(model, nn.Module):
+        reasons |= derived_weights(model)
     if captured is not model and isinstance(model, nn.Module):
         reasons |= _never_called(model, found, config)
     reasons |= {name: _BOTH_WAYS for name, planned in found.items() if planned.is_used_both_ways}

@@ -28,6 +28,7 @@ from .match import ExampleInputs, Plan, PlannedSite, make_plan
 from .patterns import LinearNode
 from .rewritten import install
 from .site import SITE_TAG, TENSORS, SiteRecord
+from .stale_optimizer import watch_optimizers
 from .targets import ALL_LINEAR, TargetSpec, name_matches, nearest
 from .whole_model import is_exported, make_trainable
 
@@ -91,6 +92,7 @@ def rewrite(
         install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
     rewritten.__dict__[STATE] = state
     warn_on_save_pretrained(rewritten)
+    watch_optimizers(rewritten)
     return rewritten
 
 

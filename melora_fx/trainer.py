@@ -28,14 +28,13 @@ class AdapterCheckpointCallback(TrainerCallback):
     on. Optimizer, schedule and random states are written as ever. After the training `save_model` is again what it was.
     """
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """From here on the model saves its trained tensors alone.
 
         Raises:
             MELoRAError: for a model that is not rewritten.
         """
+        model: nn.Module = kwargs["model"]
         require_sites(model, "AdapterCheckpointCallback")
         inner = unwrap(model)
         if not hasattr(type(inner), "save_pretrained"):
@@ -46,19 +45,17 @@ class AdapterCheckpointCallback(TrainerCallback):
 
     on_train_begin = on_init_end  # a second training, or a model that the Trainer has made itself
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Replaces what the Trainer has written of a model that has no `save_pretrained`."""
-        directory = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
+        model, directory = kwargs["model"], Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
         if not hasattr(type(unwrap(model)), "save_pretrained") and (directory / SAFE_WEIGHTS_NAME).exists():
             _save_trained(model, directory)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The model saves as before."""
-        inner = unwrap(model)
+        inner = unwrap(kwargs["model"])
         vars(inner).pop(_UNSAVED, None)
         warn_on_save_pretrained(inner)
 
