@@ -134,8 +134,8 @@ def _refuse_replaced_forward(found: dict[str, AdapterSite]) -> None:
     names = [f"`{name}`" for name, site in found.items() if replaced_forward(site.module)]
     if names:
         raise MELoRAError(
-            f"cannot fold {', '.join(names)}: its `forward` was replaced on the instance after `rewrite`, as accelerate "
-            "does, and would keep the adapter: `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
+            f"cannot fold {', '.join(names)}: its `forward` was replaced on the instance after `rewrite`, as accelerate"
+            " does, and would keep the adapter: `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
         )
 
 
