@@ -9,6 +9,7 @@ from torch import nn
 
 from .config import MELoRAConfig
 from .errors import MELoRAError
+from .patterns import weight_of
 from .rewritten import BASE, FOLDED, RewrittenModule, refuse_distributed, rewritten_modules, run_adapted, run_base
 from .site import SiteRecord, owner_of
 
@@ -20,7 +21,8 @@ class AdapterSite:
     N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split` (1 without).
 
     Attributes:
-        weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`.
+        weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`; of a packed linear a tensor of that
+            shape on the meta device.
         lora_a: (N, P·R, I/N).
         lora_b: (N, O/N, R).
         scaling: s_i, (N, 1, 1).
@@ -36,7 +38,7 @@ class AdapterSite:
     in_features: int
     out_features: int
     weight_is_transposed: bool
-    weight: nn.Parameter
+    weight: torch.Tensor
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     scaling: torch.Tensor
@@ -67,7 +69,7 @@ def sites(model: nn.Module) -> dict[str, AdapterSite]:
 def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> AdapterSite:
     """The public view of one record of the rewritten module at `path`."""
     owner = owner_of(module, record)
-    weight = getattr(owner, record.parameter_name)
+    weight = weight_of(owner, record.parameter_name)
     out_features, in_features = weight.shape
     if record.weight_is_transposed:
         out_features, in_features = in_features, out_features

@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from .patterns import get_attribute
+from .quantized import is_packed_linear, packed_graph
 from .source import UNKNOWN, attributes_read_by_forward
 
 
@@ -70,6 +71,8 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
 
 def _matrices(module: nn.Module) -> list[str]:
     """Names of the module's own parameters that a linear could multiply by: 2-D, or 3-D for a stack of experts."""
+    if is_packed_linear(module):
+        return ["weight"]
     if isinstance(module, nn.Embedding):
         return []
     parameters = module.named_parameters(recurse=False)
@@ -164,6 +167,8 @@ def _trace(module: nn.Module, templates: dict[Any, fx.Graph]) -> fx.Graph:
             "its `forward` was replaced on the instance (by a dispatch or offload hook), which would bypass the "
             "adapter: remove the hook first"
         )
+    if is_packed_linear(module):
+        return packed_graph()
     key = _trace_key(module)
     if key is None or key not in templates:
         graph = _trace_forward(module)

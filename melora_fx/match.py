@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -12,7 +13,8 @@ from .capture import Capture, capture_modules, derived_weights, join_path, site_
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .lowering import choose_lowering, lowering_misfit
-from .patterns import LinearNode, find_linear_nodes, get_attribute, other_uses
+from .patterns import LinearNode, find_linear_nodes, get_attribute, other_uses, weight_of
+from .quantized import is_packed_linear
 from .rewritten import refuse_distributed, refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 from .whole_model import capture_whole, from_program
@@ -105,7 +107,7 @@ class PlannedSite:
     capture: Capture
     parameter: str
     nodes: tuple[LinearNode, ...]
-    weight: nn.Parameter
+    weight: torch.Tensor
     config: MELoRAConfig
     shared_with: tuple[str, ...] = ()
 
@@ -228,7 +230,12 @@ def _never_called(model: nn.Module, found: Mapping[str, PlannedSite], config: ME
     """The linears that the model has and that the whole capture does not use."""
     in_place, _ = _group_by_weight(capture_modules(model)[0], config)
     reason = "not in the graph: never called with these `example_inputs`, or called in a part that is exported apart"
-    return {name: reason for name in in_place if name not in found}
+    packed = "its weight is packed: it is adapted in place, without `example_inputs=`"
+    return {
+        name: packed if is_packed_linear(planned.owner) else reason
+        for name, planned in in_place.items()
+        if name not in found
+    }
 
 
 def _otherwise_used(found: Mapping[str, PlannedSite]) -> dict[str, str]:
@@ -240,7 +247,7 @@ def _otherwise_used(found: Mapping[str, PlannedSite]) -> dict[str, str]:
     reasons = {}
     for name, planned in found.items():
         nodes = [linear.node for linear in planned.nodes]
-        uses = other_uses(reads[planned.capture.graph, planned.parameter], nodes)
+        uses = other_uses(reads.get((planned.capture.graph, planned.parameter), []), nodes)
         if isinstance(planned.owner, nn.Embedding):
             uses.append("embedding")
         if uses:
@@ -293,7 +300,7 @@ def _group_by_weight(captures: list[Capture], config: MELoRAConfig) -> tuple[dic
         for parameter, nodes in groups.items():
             owner, _, attribute = parameter.rpartition(".")
             name = site_name(join_path(capture.path, owner), attribute)
-            weight = get_attribute(capture.module, parameter)
+            weight = weight_of(capture.module, parameter)
             if name in found:
                 split_up[name] = "two modules' forwards multiply by its weight: pass `example_inputs=`"
             found[name] = PlannedSite(name, capture, parameter, tuple(nodes), weight, config)

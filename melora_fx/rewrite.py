@@ -10,7 +10,6 @@ I in_features, O out_features, N num_blocks, R the largest rank of a block, T to
 """
 
 import functools
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .blocks import scaling_tensor
+from .blocks import new_adapter, scaling_tensor
 from .capture import Capture
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs, Plan, PlannedSite, make_plan
 from .patterns import LinearNode
+from .quantized import device_of
 from .rewritten import install
 from .site import SITE_TAG, TENSORS, SiteRecord
 from .stale_optimizer import watch_optimizers
@@ -36,6 +36,10 @@ aten = torch.ops.aten
 
 STATE = "melora_state"
 """Attribute of a rewritten model's root: what `fold` and `save_adapter` must know beside the sites."""
+
+
+HAS_ADAPTERS = "_hf_peft_config_loaded"
+"""Attribute of a Hugging Face model that has adapters to train."""
 
 
 @dataclass
@@ -92,6 +96,7 @@ def rewrite(
         install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
     rewritten.__dict__[STATE] = state
     warn_on_save_pretrained(rewritten)
+    _declare_adapters(rewritten)
     watch_optimizers(rewritten)
     return rewritten
 
@@ -102,6 +107,15 @@ def warn_on_save_pretrained(model: nn.Module) -> None:
         vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
 
 
+def _declare_adapters(model: nn.Module) -> None:
+    """Says of a quantised Hugging Face model that it has adapters, without which a Trainer refuses to train it.
+
+    The attribute is PEFT's; `_save_pretrained` hides it, since PEFT's format would be written.
+    """
+    if getattr(model, "is_quantized", False):
+        vars(model)[HAS_ADAPTERS] = True
+
+
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """`save_pretrained` of a model that is rewritten and not folded."""
     warnings.warn(
@@ -109,7 +123,12 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         "`melora_fx.save_adapter`, or `melora_fx.fold` first; for a Trainer's checkpoints, `AdapterCheckpointCallback`",
         stacklevel=2,
     )
-    return type(model).save_pretrained(model, *args, **kwargs)
+    declared = vars(model).pop(HAS_ADAPTERS, None)
+    try:
+        return type(model).save_pretrained(model, *args, **kwargs)
+    finally:
+        if declared:
+            _declare_adapters(model)
 
 
 def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
@@ -161,6 +180,13 @@ def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
         if not hits:
             raise ValueError(f"`keep_trainable`: {pattern!r} matches no module; nearest: {nearest(pattern, names)}")
         kept.update(dict.fromkeys(hits))
+    for name in kept:
+        parameters = model.get_submodule(name).parameters()
+        if any(type(value.detach()) is not torch.Tensor or not value.is_floating_point() for value in parameters):
+            raise ValueError(
+                f"`keep_trainable`: {name!r} is quantised and cannot be trained: leave it out of the quantisation "
+                "(`modules_to_not_convert`, `llm_int8_skip_modules`), or adapt it"
+            )
     return tuple(name for name in kept if not any(name != other and _is_within(name, other) for other in kept))
 
 
@@ -185,7 +211,9 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
 
 def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
     config, owner = site.config, site.owner
-    lora_a, lora_b = new_adapter(config, *site.shape, device=site.weight.device, dtype=adapter_dtype(site.weight))
+    lora_a, lora_b = new_adapter(
+        config, *site.shape, device=device_of(owner, site.weight), dtype=adapter_dtype(site.weight)
+    )
     owner.register_parameter(record.attribute("lora_a"), nn.Parameter(lora_a))
     owner.register_parameter(record.attribute("lora_b"), nn.Parameter(lora_b))
     owner.register_buffer(record.attribute("lora_scaling"), scaling_tensor(config, lora_b), persistent=False)
@@ -196,26 +224,6 @@ def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
 def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
     """float32, or float64 beside a float64 weight."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def new_adapter(
-    config: MELoRAConfig, in_features: int, out_features: int, *, device: Any = None, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A fresh adapter: lora_a (N, P·R, I/N), initialised, and lora_b (N, O/N, R), zero. Padding of small ranks is zero.
-
-    R is the largest of the block ranks, P the number of parts of `split`.
-    """
-    num_blocks, rank, num_parts = config.num_blocks, max(config.ranks), len(config.parts(out_features))
-    lora_a = torch.zeros(num_blocks, num_parts, rank, in_features // num_blocks, device=device, dtype=dtype)
-    for block, block_rank in enumerate(config.ranks):
-        rows = lora_a[block, :, :block_rank]
-        if config.init == "gaussian":
-            nn.init.normal_(rows, std=1 / block_rank)
-        else:
-            bound = 1 / math.sqrt(in_features // num_blocks)
-            nn.init.uniform_(rows, -bound, bound)
-    lora_b = torch.zeros(num_blocks, out_features // num_blocks, rank, device=device, dtype=dtype)
-    return lora_a.flatten(1, 2), lora_b
 
 
 class _AdapterNodes:

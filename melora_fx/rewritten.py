@@ -12,7 +12,7 @@ import inspect
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary
 
@@ -21,11 +21,12 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import parametrize
 
-from .blocks import scaling_tensor
+from .blocks import new_adapter, scaling_tensor
 from .capture import copy_graph
 from .errors import MELoRAError
 from .lowering import lower
-from .patterns import get_attribute
+from .patterns import weight_of
+from .quantized import call_base
 from .site import SITE_TAG, SiteRecord, owner_of, without_adapters
 
 BASE, FOLDED = "melora_adapted_graph", "melora_folded"
@@ -73,6 +74,11 @@ class RewrittenModule(fx.GraphModule):
         """The graph with its adapters, also while the base runs in its place."""
         return self.melora_adapted_graph or self.graph
 
+    def base_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The forward that the module had before, for a graph that calls it as its base."""
+        original: Any = self.restored_class
+        return call_base(self, original.forward, x)
+
     def recompile(self) -> fx.graph.PythonCode:
         """Makes the forward from the graph: the lowered one, and the plain one for where its nodes are needed.
 
@@ -81,7 +87,7 @@ class RewrittenModule(fx.GraphModule):
         if "forward" in vars(type(self)):
             self.__class__ = _rewritten_class(self.restored_class)  # the class that it had may be others' too
         code = super().recompile()
-        sites = [(record.lowering, get_attribute(self, record.parameter).shape) for record in self.melora_records]
+        sites = [(record.lowering, weight_of(self, record.parameter).shape) for record in self.melora_records]
         operators = [(name, id(value)) for name, value in code.globals.items()]
         key = self.restored_class, code.src, *operators, *sites
         if key in _CLASSES:
@@ -95,21 +101,45 @@ class RewrittenModule(fx.GraphModule):
         return code
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RewrittenModule":
+        late = [
+            record
+            for record in self.melora_records
+            if getattr(owner_of(self, record), record.attribute("lora_a")).is_meta
+        ]
         super()._apply(fn, recurse)
-        self.refill_scalings()
+        self._renew(late)
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_state_dict(*args, **kwargs)
-        self.refill_scalings()
+        self._renew()
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.refill_scalings()
+        self._renew()
 
-    def refill_scalings(self) -> None:
-        """Writes the scalings again, which no state holds: after a move from the meta device they are mere memory."""
+    def _renew(self, late: Iterable[SiteRecord] = ()) -> None:
+        """Writes what is mere memory after a move from the meta device: the adapters of `late`, where they have left
+        it, those that are still there although their weight is loaded, and the scalings, which no state holds.
+        """
+        for record in self.melora_records:
+            owner, names = owner_of(self, record), [record.attribute(kind) for kind in ("lora_a", "lora_b")]
+            old, weight = getattr(owner, names[0]), weight_of(self, record.parameter)
+            if record in late and not old.is_meta:
+                device = old.device
+            elif old.is_meta and not weight.is_meta:
+                device = weight.device
+            else:
+                continue
+            shape = reversed(weight.shape) if not record.weight_is_transposed else weight.shape
+            for name, fresh in zip(
+                names, new_adapter(record.config, *shape, device=device, dtype=old.dtype), strict=True
+            ):
+                setattr(owner, name, nn.Parameter(fresh, getattr(owner, name).requires_grad))
+        self._refill_scalings()
+
+    def _refill_scalings(self) -> None:
         for record in self.melora_records:
             owner, name = owner_of(self, record), record.attribute("lora_scaling")
             lora_b = getattr(owner, record.attribute("lora_b"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import assert_equal, bert_classifier, fill
+from support import assert_equal, bert_classifier, fill, in_situations
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
@@ -92,24 +92,14 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:`save_pretrained` of a rewritten model")
-@pytest.mark.parametrize(
+@in_situations(
     "callbacks",
-    [
-        pytest.param(
-            [],
-            marks=pytest.mark.situation(
-                "Trainer", "stopped, resumed from its own checkpoint", "the uninterrupted losses"
-            ),
-            id="whole",
-        ),
-        pytest.param(
-            [AdapterCheckpointCallback],
-            marks=pytest.mark.situation(
-                "Trainer", "… from a checkpoint of the adapter alone", "the uninterrupted losses"
-            ),
-            id="adapter",
-        ),
-    ],
+    "Trainer",
+    "the losses of an uninterrupted run",
+    {
+        "stopped, and resumed from its own checkpoint": [],
+        "… from a checkpoint of the adapter alone": [AdapterCheckpointCallback],
+    },
 )
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, callbacks) -> None:
     model = rewritten()
@@ -126,9 +116,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, callback
     assert_equal(state_of(resumed.model), state_of(model))
 
 
-@pytest.mark.situation(
-    "Trainer", "`AdapterCheckpointCallback`", "`checkpoint-N/` is an adapter folder without the base"
-)
+@pytest.mark.situation("Trainer", "`AdapterCheckpointCallback`", "`checkpoint-N/` is an adapter folder")
 def test_a_checkpoint_is_an_adapter_folder(tmp_path) -> None:
     model = rewritten()
     trainer, _ = trainer_of(model, tmp_path, AdapterCheckpointCallback())
@@ -141,7 +129,7 @@ def test_a_checkpoint_is_an_adapter_folder(tmp_path) -> None:
     assert_equal({name: loaded.state_dict()[name] for name in saved}, {n: model.state_dict()[n] for n in saved})
 
 
-@pytest.mark.situation("Trainer", "`load_best_model_at_end`, from checkpoints of the adapter alone", "the best adapter")
+@pytest.mark.situation("Trainer", "… and `load_best_model_at_end`", "the best adapter comes back")
 def test_the_best_adapter_comes_back_at_the_end(tmp_path) -> None:
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -210,31 +198,21 @@ def rewritten_without_dropout(lowering: str = "auto") -> nn.Module:
     return fill(model)
 
 
-@pytest.mark.parametrize(
+@in_situations(
     "options",
-    [
-        pytest.param(
-            {"label_smoothing_factor": 0.2}, id="label smoothing",
-            marks=pytest.mark.situation("Trainer", "label smoothing", "as the plain nodes train"),
-        ),
-        pytest.param(
-            {"gradient_accumulation_steps": 3}, id="accumulation",
-            marks=pytest.mark.situation("Trainer", "gradient accumulation", "as the plain nodes train"),
-        ),
-        pytest.param(
-            {"max_grad_norm": 0.05}, id="clipping",
-            marks=pytest.mark.situation("Trainer", "gradient clipping", "as the plain nodes train"),
-        ),
-        pytest.param(
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, id="reentrant",
-            marks=pytest.mark.situation("Trainer", "gradient checkpointing, reentrant", "as the plain nodes train"),
-        ),
-        pytest.param(
-            {"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="compiled",
-            marks=pytest.mark.situation("Trainer", "`torch_compile=True`", "as the plain nodes train"),
-        ),
-    ],
-)  # fmt: skip
+    "Trainer",
+    "the losses of the plain nodes",
+    {
+        "label smoothing": {"label_smoothing_factor": 0.2},
+        "gradient accumulation": {"gradient_accumulation_steps": 3},
+        "gradient clipping": {"max_grad_norm": 0.05},
+        "gradient checkpointing": {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+        "`torch_compile=True`": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    },
+)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing", "ignore:None of the inputs have requires_grad")
 def test_the_trainers_options_train_as_plain_nodes_do(tmp_path, options) -> None:
     expected = _dense_run({key: value for key, value in options.items() if "compile" not in key}, tmp_path / "plain")
@@ -253,9 +231,7 @@ def test_a_trainer_in_bfloat16(tmp_path) -> None:
     assert {parameter.dtype for parameter in melora_fx.adapter_parameters(model).values()} == {torch.float32}
 
 
-@pytest.mark.situation(
-    "Trainer", "an average of the weights swapped in for evaluation", "the average is what is evaluated"
-)
+@pytest.mark.situation("Trainer", "a moving average swapped in for evaluation", "the average is evaluated")
 def test_an_average_swapped_in_for_evaluation(tmp_path) -> None:
     class Swapped(TrainerCallback):
         """A moving average of what is trained, exchanged with it around each evaluation."""
