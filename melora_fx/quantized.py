@@ -72,18 +72,20 @@ def call_base(module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> T
     if not _wants_gradient(x):
         return forward(module, x)
     if callable(weight):  # `torch.ao`: its output claims to have a gradient, which is zero
-        return _WithGradient.apply(x, forward(module, x.detach()), lambda: weight().dequantize())
+        return _WithGradient.apply(x, None, forward(module, x.detach()), lambda: weight().dequantize())
     output = forward(module, x)
     if output.requires_grad:
         return output
-    return _WithGradient.apply(x, output, lambda: _by_unit_vectors(functools.partial(forward, module), x))
+    return _WithGradient.apply(x, None, output, lambda: _by_unit_vectors(functools.partial(forward, module), x))
 
 
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, (…, O), for a weight (O, I) that is no plain tensor, with a gradient for x whatever the kernel has."""
     if not _wants_gradient(x):
         return F.linear(x, weight, bias)
-    return _WithGradient.apply(x, F.linear(x.detach(), weight, bias), lambda: _dequantized(weight, x))
+    with torch.no_grad():
+        output = F.linear(x, weight, bias)
+    return _WithGradient.apply(x, bias, output, lambda: _dequantized(weight, x))
 
 
 def _wants_gradient(x: Tensor) -> bool:
@@ -103,18 +105,22 @@ def _by_unit_vectors(linear: Callable[[Tensor], Tensor], like: Tensor) -> Tensor
 
 
 class _WithGradient(torch.autograd.Function):
-    """The output, which is x Wᵀ + b of a quantised W, with y' W as the gradient of x.
+    """The output, which is x Wᵀ + b of a quantised W, with y' W as the gradient of x, and y' summed as that of b.
 
     Where a kernel rounds x to 8 bits, the gradient goes through as if it did not: the straight-through estimator
     (https://arxiv.org/abs/1308.3432).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, output: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, output: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        gradient, (needs_x, needs_bias, *_) = gradients[0], ctx.needs_input_grad
+        of_bias = gradient.reshape(-1, gradient.size(-1)).sum(0) if needs_bias else None
+        if not needs_x:
+            return None, of_bias, None, None
         matrix = ctx.weight()
-        return (gradients[0].to(matrix.dtype) @ matrix).to(ctx.dtype), None, None
+        return (gradient.to(matrix.dtype) @ matrix).to(ctx.dtype), of_bias, None, None
