@@ -149,7 +149,10 @@ def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
         raise MELoRAError("\n".join(taken) + "\nrename it: the adapter needs that name")
     both = [site.name for site in plan.sites if any(_is_within(site.name, name) for name in kept)]
     if both:
-        raise ValueError(f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it")
+        raise ValueError(
+            f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it; "
+            f"a mapping leaves it out, `targets={{{both[0]!r}: None, …}}`"
+        )
 
 
 def _only_named(targets: TargetSpec) -> bool:

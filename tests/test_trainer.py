@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import melora_fx
+from exporters import export_onnx
 from melora_fx import AdapterCheckpointCallback, MELoRAConfig, MELoRAError
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=3.0, dropout=0.1)
@@ -229,6 +230,18 @@ def test_a_trainer_in_bfloat16(tmp_path) -> None:
     trainer.train()
     assert all(math.isfinite(loss) for loss in losses.by_step.values())
     assert {parameter.dtype for parameter in melora_fx.adapter_parameters(model).values()} == {torch.float32}
+
+
+@pytest.mark.situation("Trainer", "… then `export_onnx`", "refused with the remedy: the graph would be under autocast")
+def test_an_export_after_a_trainer_in_bfloat16(tmp_path) -> None:
+    model = rewritten_without_dropout()
+    trainer, _ = trainer_of(model, tmp_path / "run", bf16=True, save_strategy="no")
+    trainer.train()
+    inputs = {"input_ids": torch.arange(10).view(2, 5)}
+    with pytest.raises(MELoRAError, match=r"autocast .*`accelerator\.unwrap_model\(model, keep_fp32_wrapper=False\)`"):
+        export_onnx(model, inputs, tmp_path / "graph")
+    assert not (tmp_path / "graph").exists()
+    export_onnx(trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False), inputs, tmp_path / "graph")
 
 
 @pytest.mark.situation("Trainer", "a moving average swapped in for evaluation", "the average is evaluated")
