@@ -21,11 +21,17 @@ BASE_FORWARD = "base_forward"
 
 
 def is_packed_linear(module: nn.Module) -> bool:
-    """Whether `module` has the `in_features` and `out_features` of a linear, and no matrix of floats."""
+    """Whether `module` has the `in_features` and `out_features` of a linear, and its weight in another form than floats."""
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return False
-    return not any(value.is_floating_point() and value.dim() == 2 for value in module.parameters())
+    if any(value.is_floating_point() and value.dim() == 2 for value in module.parameters()):
+        return False
+    if any(is_packed_linear(child) for child in module.children()):
+        return False  # it merely holds one
+    held = [*module.parameters(), *module.buffers()]
+    has_integers = any(not value.is_floating_point() and value.numel() > 1 for value in held)
+    return has_integers or callable(getattr(module, "weight", None))
 
 
 def packed_weight(module: Any) -> Tensor:

@@ -279,6 +279,19 @@ def test_a_packed_format_is_adapted_in_place_only() -> None:
     assert difference(rewritten[0](x).detach(), dense.detach()) < EXACT
 
 
+def test_what_only_looks_like_a_packed_linear_is_none() -> None:
+    class Sized(nn.Module):
+        def __init__(self, inner: nn.Module | None = None) -> None:
+            super().__init__()
+            self.in_features, self.out_features, self.inner = 64, 96, inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if self.inner is None else self.inner(x)
+
+    model = nn.Sequential(Sized(), Sized(Packed(nn.Linear(64, 96))), Sized(nn.Linear(96, 64)))
+    assert [site.name for site in melora_fx.match(model, "all-linear", CONFIG).sites] == ["1.inner", "2.inner"]
+
+
 def test_a_packed_forward_without_a_gradient_gets_one() -> None:
     class NoGradient(Packed):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
