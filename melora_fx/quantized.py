@@ -21,7 +21,7 @@ BASE_FORWARD = "base_forward"
 
 
 def is_packed_linear(module: nn.Module) -> bool:
-    """Whether `module` has the `in_features` and `out_features` of a linear, and its weight in another form than floats."""
+    """Whether `module` has the `in_features` and `out_features` of a linear, and its weight not as floats."""
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return False
