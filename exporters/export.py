@@ -163,6 +163,7 @@ def export_onnx(
             raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, allowed))}")
     if target == "tensorrt" and adapter == "swap":
         raise ValueError('TensorRT takes no optional inputs: `adapter="swap"` needs another target, or use "keep"')
+    _refuse_autocast(model)
     inputs = _as_keywords(model, example_inputs, dynamic_axes)
     check_dynamic_axes(inputs, dynamic_axes)
     if precision == "auto":
@@ -263,6 +264,15 @@ def _tokens(inputs: Mapping[str, Any]) -> int:
     """Number of tokens of the example: the leading two sizes of its first tensor."""
     shapes = [value.shape[:2] for value in inputs.values() if isinstance(value, torch.Tensor)]
     return shapes[0].numel() if shapes else 1
+
+
+def _refuse_autocast(model: nn.Module) -> None:
+    """Raises for a model that accelerate, or a Trainer, has put under autocast: the graph would have its casts."""
+    if "_original_forward" in vars(model):
+        raise MELoRAError(
+            "`model` runs under accelerate's autocast (`mixed_precision`, a Trainer's `bf16` or `fp16`), which a graph "
+            "would keep: call `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
+        )
 
 
 def _as_keywords(

@@ -8,6 +8,7 @@ from .match import LinearSite, MatchReport, match
 from .rewrite import rewrite
 from .adapter import AdapterSite, adapter_parameters, sites
 from .state import load_adapter, save_adapter
+from .trainer import AdapterCheckpointCallback
 from .adapter import disabled
 from .fold import check_fold, fold, folded
 from .fold_report import FoldReport, SiteFold
@@ -25,6 +26,7 @@ __all__ = [
     "adapter_parameters",
     "save_adapter",
     "load_adapter",
+    "AdapterCheckpointCallback",
     "disabled",
     "folded",
     "check_fold",

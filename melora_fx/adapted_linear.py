@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from .blocks import diagonal_blocks
+from .quantized import quantized_linear
 
 WIDE = (torch.float32, torch.float64)
 
@@ -57,13 +58,39 @@ def adapted_linear(
         parts: sizes of the parts of `split`, O in all.
         merge: whether W + Δ may be made where that is faster.
     """
+    if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():
+        return _run(x, None, weight, bias, lora_a, lora_b, scaling, dropout, parts, merge)
+    return adapted_output(x, quantized_linear(x, weight, bias), lora_a, lora_b, scaling, dropout, parts)
+
+
+def adapted_output(
+    x: Tensor,
+    base: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    dropout: nn.Module | None,
+    parts: Sequence[int],
+) -> Tensor:
+    """The same for a linear that has been computed: base, (…, O), with the adapter's output added; a new tensor."""
+    return _run(x, base, None, None, lora_a, lora_b, scaling, dropout, parts, False)
+
+
+def _run(
+    x: Tensor,
+    base: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    dropout: nn.Module | None,
+    parts: Sequence[int],
+    merge: bool,
+) -> Tensor:
     rate = 0.0 if dropout is None else _rate(dropout)
     seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
-    base: Tensor | None = None
-    used: Tensor | None = weight
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-        base, used, bias = F.linear(x, weight, bias), None, None
-    arguments = (x, base, used, bias, lora_a, lora_b, scaling, seed, rate, parts, merge, _autocast_dtype(x))
+    arguments = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, merge, _autocast_dtype(x))
     if torch.compiler.is_compiling():
         return torch.ops.melora.adapted_linear.default(*arguments)
     return _AdaptedLinear.apply(*arguments)

@@ -10,7 +10,8 @@ from torch import nn
 from .blocks import num_matrices
 from .config import MELoRAConfig
 from .errors import MELoRAError
-from .rewritten import BASE, FOLDED, RewrittenModule, base_program, rewritten_modules
+from .patterns import weight_of
+from .rewritten import BASE, FOLDED, RewrittenModule, refuse_distributed, rewritten_modules, run_adapted, run_base
 from .site import SiteRecord, owner_of
 
 
@@ -23,7 +24,8 @@ class AdapterSite:
 
     Attributes:
         in_features, out_features: of one matrix.
-        weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`; a stack is (E, O, I) or (E, I, O).
+        weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`; a stack is (E, O, I) or (E, I, O);
+            of a packed linear a tensor (O, I) on the meta device.
         lora_a: (N, P·R, I/N), or (E·N, P·R, I/N).
         lora_b: (N, O/N, R), or (E·N, O/N, R).
         scaling: s_i, (N, 1, 1) or (E·N, 1, 1).
@@ -39,7 +41,7 @@ class AdapterSite:
     in_features: int
     out_features: int
     weight_is_transposed: bool
-    weight: nn.Parameter
+    weight: torch.Tensor
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     scaling: torch.Tensor
@@ -75,7 +77,7 @@ def sites(model: nn.Module) -> dict[str, AdapterSite]:
 def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> AdapterSite:
     """The public view of one record of the rewritten module at `path`."""
     owner = owner_of(module, record)
-    weight = getattr(owner, record.parameter_name)
+    weight = weight_of(owner, record.parameter_name)
     out_features, in_features = weight.shape[-2:]
     if record.weight_is_transposed:
         out_features, in_features = in_features, out_features
@@ -98,7 +100,8 @@ def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> Adapter
 
 
 def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
-    """`sites(model)`, or MELoRAError where there are none."""
+    """`sites(model)`, or MELoRAError where there are none or `model` is distributed."""
+    refuse_distributed(model, action)
     found = sites(model)
     if not found:
         raise MELoRAError(f"`{action}` needs a rewritten model, but this {type(model).__name__} has no adapter sites")
@@ -147,17 +150,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def running_base(model: nn.Module) -> Iterator[None]:
-    """Runs every rewritten module's base: by an instance attribute `forward`, which compiled code guards, and by its
-    graph, which `torch.export` interprets.
-    """
+    """Inside the block every rewritten module runs its base."""
     switched = [module for _, module in rewritten_modules(model) if BASE not in module.__dict__]
     try:
         for module in switched:
-            forward, graph = base_program(module)
-            module.__dict__.update({"forward": forward, BASE: module.graph, "_graph": graph})
+            run_base(module)
         yield
     finally:
         for module in switched:
-            module.__dict__.pop("forward", None)
-            if BASE in module.__dict__:  # not folded meanwhile
-                module.__dict__["_graph"] = module.__dict__.pop(BASE)
+            run_adapted(module)

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,16 +176,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def fingerprint(weight: torch.Tensor, name: str | None = None) -> dict[str, Any]:
+def fingerprint(weight: torch.Tensor) -> dict[str, Any]:
     """What a base weight is recognised by: its shape, dtype, and 64 of its values in float32.
 
-    With a `name`, of the site, warns where the values cannot be read: a quantised weight, or one on the meta device.
+    The values are left out where they cannot be read: of a quantised weight, or one on the meta device.
     """
     facts: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
     if _is_readable(weight):
         return facts | {"values": _sample(weight).tolist()}
-    if name is not None:
-        warnings.warn(f"`{name}`: only the shape of its weight is recorded: it is quantised or on meta", stacklevel=3)
     return facts
 
 

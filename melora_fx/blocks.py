@@ -1,4 +1,4 @@
-"""Tensors by blocks: the views and factors that a block-diagonal update is made of.
+"""Tensors by blocks: the factors of a block-diagonal update, and the views of what it changes.
 
 A stack of E matrices, the experts of a mixture, has the tensors of E adapters one after the other: block i of expert e
 is number e·N + i. So every adapter's tensors have three dimensions, in memory and in files.
@@ -6,9 +6,12 @@ is number e·N + i. So every adapter's tensors have three dimensions, in memory 
 N num_blocks, I in_features, O out_features, P parts of `split`, O_p out_features of one part, R rank.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from .config import MELoRAConfig
 
@@ -44,3 +47,30 @@ def by_matrix(
         return
     number = len(weight)
     yield from zip(weight, lora_a.chunk(number), lora_b.chunk(number), strict=True)
+
+
+def new_adapter(
+    config: MELoRAConfig,
+    in_features: int,
+    out_features: int,
+    *,
+    num_experts: int = 1,
+    device: Any = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A fresh adapter: lora_a (E·N, P·R, I/N), initialised, and lora_b (E·N, O/N, R), zero. Padding of small ranks is
+    zero.
+
+    R is the largest of the block ranks, P the number of parts of `split`, E num_experts.
+    """
+    a_shape, b_shape = config.adapter_shapes(in_features, out_features, num_experts)
+    lora_a = torch.zeros(a_shape, device=device, dtype=dtype)
+    blocks = lora_a.view(num_experts, config.num_blocks, -1, max(config.ranks), a_shape[2])
+    for block, block_rank in enumerate(config.ranks):
+        rows = blocks[:, block, :, :block_rank]
+        if config.init == "gaussian":
+            nn.init.normal_(rows, std=1 / block_rank)
+        else:
+            bound = 1 / math.sqrt(a_shape[2])
+            nn.init.uniform_(rows, -bound, bound)
+    return lora_a, torch.zeros(b_shape, device=device, dtype=dtype)

@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from .experts import REMEDY
 from .patterns import get_attribute
+from .quantized import is_packed_linear, packed_graph
 from .source import UNKNOWN, attributes_read_by_forward
 
 
@@ -72,6 +74,8 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
 
 def _matrices(module: nn.Module) -> list[str]:
     """Names of the module's own parameters that a linear could multiply by: 2-D, or 3-D for a stack of experts."""
+    if is_packed_linear(module):
+        return ["weight"]
     if isinstance(module, nn.Embedding):
         return []
     parameters = module.named_parameters(recurse=False)
@@ -121,6 +125,23 @@ def _held(module: nn.Module) -> Iterator[str]:
             yield from (f"{name}.{path}" for path in _held(child))
 
 
+def derived_weights(model: nn.Module) -> dict[str, str]:
+    """The weights that a module makes from other parameters in each forward: site name → why it cannot be adapted."""
+    reason = (
+        "its weight is parametrized, pruned or normalised: a fold could not change it; make it permanent first "
+        "(`parametrize.remove_parametrizations`, `prune.remove`)"
+    )
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        names = dict.fromkeys(module.parametrizations) if parametrize.is_parametrized(module) else {}
+        names |= {name.removesuffix("_orig"): None for name in module._parameters if name.endswith("_orig")}
+        names |= {
+            name.removesuffix("_v"): None for name in module._parameters if f"{name[:-2]}_g" in module._parameters
+        }
+        found |= {site_name(path, name): reason for name in names if name != "bias"}
+    return found
+
+
 class _UntraceableError(Exception):
     """Why a module cannot be traced on its own."""
 
@@ -149,6 +170,8 @@ def _trace(module: nn.Module, templates: dict[Any, fx.Graph]) -> fx.Graph:
             "its `forward` was replaced on the instance (by a dispatch or offload hook), which would bypass the "
             "adapter: remove the hook first"
         )
+    if is_packed_linear(module):
+        return packed_graph()
     key = _trace_key(module)
     if key is None or key not in templates:
         graph = _trace_forward(module)

@@ -14,8 +14,9 @@ from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, runni
 from .blocks import by_matrix, diagonal_blocks
 from .errors import MELoRAError
 from .fold_report import FoldReport, make_report, measure_update
-from .rewrite import STATE, RewriteState
-from .rewritten import FOLDED, rewritten_modules, uninstall, unwrap
+from .quantized import is_packed_linear
+from .rewrite import HAS_ADAPTERS, STATE, RewriteState
+from .rewritten import FOLDED, replaced_forward, rewritten_modules, uninstall, unwrap
 from .site import TENSORS, owner_of
 from .state import adapter_of
 from .update import Scratch, add_update, non_finite
@@ -38,6 +39,7 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
     inner = unwrap(model)
     refuse_folded(model, "fold")
     _refuse_unfoldable(found)
+    _refuse_replaced_forward(found)
     shared = _shared_sites(inner, found)
     if not untie:
         _refuse_shared(shared)
@@ -132,14 +134,28 @@ def _refuse_unfoldable(found: dict[str, AdapterSite]) -> None:
         raise MELoRAError("cannot fold:\n" + "\n".join(lines))
 
 
+def _refuse_replaced_forward(found: dict[str, AdapterSite]) -> None:
+    names = [f"`{name}`" for name, site in found.items() if replaced_forward(site.module)]
+    if names:
+        raise MELoRAError(
+            f"cannot fold {', '.join(names)}: its `forward` was replaced on the instance after `rewrite`, as accelerate"
+            " does, and would keep the adapter: `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
+        )
+
+
+_DEQUANTISE = "save the adapter, load it into the dequantised base, fold, and quantise again (docs/FOLD.md)"
+
+
 def _obstacle(site: AdapterSite) -> str | None:
     """Why the site cannot be folded, or None."""
+    if is_packed_linear(site.owner):
+        return f"the weight of a {site.pattern} is packed: {_DEQUANTISE}"
     if site.record.parameter_name not in site.owner._parameters:
         return "its weight is pruned or parametrized: make it permanent first"
     weight = site.weight.detach()
     if type(weight) is not torch.Tensor or not weight.is_floating_point():
         kind = f"{type(weight).__name__} of {weight.dtype}"
-        return f"its weight is a {kind}: dequantise the base, fold, and quantise again"
+        return f"its weight is a {kind}: {_DEQUANTISE}"
     if weight.is_meta:
         return "its weight is on the meta device: load the model's weights first"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
@@ -218,6 +234,7 @@ def _remove_adapters(model: nn.Module) -> None:
         state: RewriteState | None = holder.__dict__.pop(STATE, None)
         if state:
             holder.__dict__.pop("save_pretrained", None)
+            holder.__dict__.pop(HAS_ADAPTERS, None)
         for name, requires_grad in state.requires_grad.items() if state else ():
             parameter = parameters.get(f"{holder_path}.{name}" if holder_path else name)
             if parameter is not None:

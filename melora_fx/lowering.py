@@ -8,20 +8,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .adapted_linear import WIDE, adapted_linear
+from .adapted_linear import WIDE, adapted_linear, adapted_output
 from .capture import copy_graph
 from .config import MELoRAConfig
 from .experts import ExpertNode, find_expert_nodes
 from .grouped_blocks import grouped_blocks
-from .patterns import CASTS, LINEAR, LinearNode, argument, find_linear_nodes, get_attribute, operator_name
+from .patterns import CASTS, LINEAR, LinearNode, argument, find_linear_nodes, get_attribute, operator_name, weight_of
+from .quantized import is_packed_linear, passes_gradient
 from .site import SITE_TAG, SiteRecord
 
 aten = torch.ops.aten
 
 
-def choose_lowering(config: MELoRAConfig, weight: nn.Parameter, nodes: Sequence[LinearNode], owner: nn.Module) -> str:
+def choose_lowering(config: MELoRAConfig, weight: Tensor, nodes: Sequence[LinearNode], owner: nn.Module) -> str:
     """The lowering of the site whose `weight` the `nodes` multiply by; `owner` holds the parameters of their graph.
 
     "plain" where one of them cannot be written as `F.linear`; else what the configuration says, where "auto" is
@@ -37,10 +38,10 @@ def choose_lowering(config: MELoRAConfig, weight: nn.Parameter, nodes: Sequence[
     return "weight" if _can_be_merged(weight) and not config.dropout else "activation"
 
 
-def lowering_misfit(
-    config: MELoRAConfig, weight: nn.Parameter, nodes: Sequence[LinearNode], owner: nn.Module
-) -> str | None:
+def lowering_misfit(config: MELoRAConfig, weight: Tensor, nodes: Sequence[LinearNode], owner: nn.Module) -> str | None:
     """Why the site cannot have the lowering that its configuration names, or None; arguments as before."""
+    if config.lowering == "plain" and not passes_gradient(weight):
+        return f"`lowering` (='plain') gives no gradient to what is below this {type(weight).__name__}: use 'auto'"
     if config.lowering in ("auto", "plain") or (config.lowering == "activation" and _are_groups(nodes)):
         return None
     if not _are_linears(nodes, owner):
@@ -78,16 +79,18 @@ def _lower_groups(graph: fx.Graph, expert: ExpertNode) -> None:
 
 def _lower_node(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module) -> None:
     operands = _operands(linear, owner)
-    assert operands is not None, "`choose_lowering` leaves such a node plain"
-    out_features = get_attribute(owner, record.parameter).size(1 if record.weight_is_transposed else 0)
+    out_features = weight_of(owner, record.parameter).size(1 if record.weight_is_transposed else 0)
     parts, may_merge = record.config.parts(out_features), record.lowering == "weight"
     total = next(user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
     with graph.inserting_before(total):
-        weight = graph.call_function(aten.t.default, (operands.weight,)) if operands.is_flipped else operands.weight
         tensors = [graph.get_attr(record.path(kind)) for kind in ("lora_a", "lora_b", "lora_scaling")]
         dropout = graph.get_attr(record.path("lora_dropout")) if record.config.dropout else None
-        arguments = (linear.input, weight, operands.bias, *tensors, dropout, parts, may_merge)
-        call = graph.call_function(adapted_linear, arguments)
+        if operands is None:
+            call = graph.call_function(adapted_output, (linear.input, linear.node, *tensors, dropout, parts))
+        else:
+            weight = graph.call_function(aten.t.default, (operands.weight,)) if operands.is_flipped else operands.weight
+            arguments = (linear.input, weight, operands.bias, *tensors, dropout, parts, may_merge)
+            call = graph.call_function(adapted_linear, arguments)
     call.meta = dict(total.meta)
     total.replace_all_uses_with(call)
     for node in [*_behind(graph, record), linear.node]:
@@ -109,7 +112,7 @@ class _Operands(NamedTuple):
 
 
 def _operands(linear: LinearNode, owner: nn.Module) -> _Operands | None:
-    """None for a linear that cannot be written as `F.linear` of the whole weight, bit for bit."""
+    """None for a linear that cannot be written as `F.linear` of the whole weight, bit for bit, and for a packed one."""
     node = linear.node
     if linear.rows is not None or linear.input_is_transposed:
         return None
@@ -136,7 +139,7 @@ def _is_vector(bias: Any, owner: nn.Module) -> bool:
 
 
 def _are_linears(nodes: Sequence[LinearNode], owner: nn.Module) -> bool:
-    return all(_operands(linear, owner) for linear in nodes)
+    return is_packed_linear(owner) or all(_operands(linear, owner) for linear in nodes)
 
 
 def _are_groups(nodes: Sequence[LinearNode]) -> bool:
@@ -144,5 +147,5 @@ def _are_groups(nodes: Sequence[LinearNode]) -> bool:
     return all(operator_name(linear.node) == "grouped_mm_fallback" for linear in nodes)
 
 
-def _can_be_merged(weight: nn.Parameter) -> bool:
+def _can_be_merged(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter and weight.dtype in WIDE

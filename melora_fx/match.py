@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .blocks import num_matrices
-from .capture import Capture, capture_modules, join_path, site_name
+from .capture import Capture, capture_modules, derived_weights, join_path, site_name
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .experts import ExpertNode, find_expert_nodes
 from .lowering import choose_lowering, lowering_misfit
-from .patterns import LinearNode, find_linear_nodes, get_attribute, operator_name, other_uses
-from .rewritten import refuse_rewritten, unwrap
+from .patterns import LinearNode, find_linear_nodes, get_attribute, operator_name, other_uses, weight_of
+from .quantized import is_packed_linear
+from .rewritten import refuse_distributed, refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 from .whole_model import capture_whole, from_program
 
@@ -110,7 +112,7 @@ class PlannedSite:
     capture: Capture
     parameter: str
     nodes: tuple[LinearNode, ...]
-    weight: nn.Parameter
+    weight: torch.Tensor
     config: MELoRAConfig
     shared_with: tuple[str, ...] = ()
 
@@ -188,6 +190,7 @@ def make_plan(
     if isinstance(model, nn.Module):
         if unwrap(model) is not model:
             raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
+        refuse_distributed(model, "rewrite")
         refuse_rewritten(model)
     captured = _captured(model, example_inputs)
     captures, reasons = capture_modules(captured)
@@ -196,6 +199,8 @@ def make_plan(
     shared = shared_parameters(captured)
     found = {name: replace(planned, shared_with=_others(shared, planned)) for name, planned in found.items()}
     reasons |= _unmatched_stacks(captures, found)
+    if isinstance(model, nn.Module):
+        reasons |= derived_weights(model)
     if captured is not model and isinstance(model, nn.Module):
         reasons |= _never_called(model, found, config)
     reasons |= {name: _BOTH_WAYS for name, planned in found.items() if planned.is_used_both_ways}
@@ -238,7 +243,12 @@ def _never_called(model: nn.Module, found: Mapping[str, PlannedSite], config: ME
     """The linears that the model has and that the whole capture does not use."""
     in_place, _ = _group_by_weight(capture_modules(model)[0], config)
     reason = "not in the graph: never called with these `example_inputs`, or called in a part that is exported apart"
-    return {name: reason for name in in_place if name not in found}
+    packed = "its weight is packed: it is adapted in place, without `example_inputs=`"
+    return {
+        name: packed if is_packed_linear(planned.owner) else reason
+        for name, planned in in_place.items()
+        if name not in found
+    }
 
 
 def _otherwise_used(found: Mapping[str, PlannedSite]) -> dict[str, str]:
@@ -251,7 +261,8 @@ def _otherwise_used(found: Mapping[str, PlannedSite]) -> dict[str, str]:
     for name, planned in found.items():
         nodes = [linear.node for linear in planned.nodes]
         gathers = [linear.gather for linear in planned.nodes if isinstance(linear, ExpertNode) and linear.gather]
-        uses = other_uses([*reads[planned.capture.graph, planned.parameter], *gathers], [*nodes, *gathers])
+        own_reads = reads.get((planned.capture.graph, planned.parameter), [])
+        uses = other_uses([*own_reads, *gathers], [*nodes, *gathers])
         if isinstance(planned.owner, nn.Embedding):
             uses.append("embedding")
         if uses:
@@ -304,7 +315,7 @@ def _group_by_weight(captures: list[Capture], config: MELoRAConfig) -> tuple[dic
         for parameter, nodes in groups.items():
             owner, _, attribute = parameter.rpartition(".")
             name = site_name(join_path(capture.path, owner), attribute)
-            weight = get_attribute(capture.module, parameter)
+            weight = weight_of(capture.module, parameter)
             if name in found:
                 split_up[name] = "two modules' forwards multiply by its weight: pass `example_inputs=`"
             found[name] = PlannedSite(name, capture, parameter, tuple(nodes), weight, config)

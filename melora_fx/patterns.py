@@ -16,6 +16,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from .quantized import is_packed_linear, packed_weight, run_base_forward
+
 aten = torch.ops.aten
 
 
@@ -63,6 +65,12 @@ def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
             else:
                 found[operator_name(user)] = None
     return list(found)
+
+
+def weight_of(module: nn.Module, path: str) -> torch.Tensor:
+    """The parameter at `path` below `module`; of a packed linear what stands for it."""
+    owner = get_attribute(module, path.rpartition(".")[0])
+    return packed_weight(owner) if is_packed_linear(owner) else get_attribute(module, path)
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,12 @@ def _match_einsum(node: fx.Node, owner: nn.Module) -> LinearNode | None:
         is_transposed = weight.is_transposed ^ (w_term[0] == contracted)
         return _linear_node(node, x, replace(weight, is_transposed=is_transposed))
     return None
+
+
+def _match_packed(node: fx.Node, owner: nn.Module) -> LinearNode | None:
+    x = node.args[1]
+    assert isinstance(x, fx.Node), "of `packed_graph`"
+    return LinearNode(node, x, "weight", type(owner).__name__, False)
 
 
 def _linear_node(
@@ -257,6 +271,7 @@ _MATCHERS: dict[Any, Callable[[fx.Node, nn.Module], LinearNode | None]] = {
     **dict.fromkeys(_ADDMM, _match_addmm),
     **dict.fromkeys(_MATMUL, _match_matmul),
     **dict.fromkeys(_EINSUM, _match_einsum),
+    run_base_forward: _match_packed,
 }
 _VIEWS = {
     "t", "T", "mT", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim", "unsqueeze", "squeeze",

@@ -5,7 +5,6 @@ the modules get, and what is refused.
 """
 
 import functools
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,20 +15,26 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .adapter_nodes import AdapterNodes, adapter_dtype
-from .blocks import scaling_tensor
+from .blocks import new_adapter, scaling_tensor
 from .capture import Capture
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .expert_nodes import ExpertNodes
 from .experts import ExpertNode
 from .match import ExampleInputs, Plan, PlannedSite, make_plan
+from .quantized import device_of
 from .rewritten import install
 from .site import TENSORS, SiteRecord
+from .stale_optimizer import watch_optimizers
 from .targets import ALL_LINEAR, TargetSpec, name_matches, nearest
 from .whole_model import is_exported, make_trainable
 
 STATE = "melora_state"
 """Attribute of a rewritten model's root: what `fold` and `save_adapter` must know beside the sites."""
+
+
+HAS_ADAPTERS = "_hf_peft_config_loaded"
+"""Attribute of a Hugging Face model that has adapters to train."""
 
 
 @dataclass
@@ -85,19 +90,40 @@ def rewrite(
     for capture, sites in _by_capture(plan.sites):
         install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
     rewritten.__dict__[STATE] = state
-    if hasattr(type(rewritten), "save_pretrained"):
-        rewritten.__dict__["save_pretrained"] = functools.partial(_save_pretrained, rewritten)
+    warn_on_save_pretrained(rewritten)
+    _declare_adapters(rewritten)
+    watch_optimizers(rewritten)
     return rewritten
+
+
+def warn_on_save_pretrained(model: nn.Module) -> None:
+    """From here on `save_pretrained` of a Hugging Face model says what it does not save as one would think."""
+    if hasattr(type(model), "save_pretrained"):
+        vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
+
+
+def _declare_adapters(model: nn.Module) -> None:
+    """Says of a quantised Hugging Face model that it has adapters, without which a Trainer refuses to train it.
+
+    The attribute is PEFT's; `_save_pretrained` hides it, since PEFT's format would be written.
+    """
+    if getattr(model, "is_quantized", False):
+        vars(model)[HAS_ADAPTERS] = True
 
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """`save_pretrained` of a model that is rewritten and not folded."""
     warnings.warn(
         "`save_pretrained` of a rewritten model writes base and adapter under names that `from_pretrained` drops: use "
-        "`melora_fx.save_adapter`, or `melora_fx.fold` first",
+        "`melora_fx.save_adapter`, or `melora_fx.fold` first; for a Trainer's checkpoints, `AdapterCheckpointCallback`",
         stacklevel=2,
     )
-    return type(model).save_pretrained(model, *args, **kwargs)
+    declared = vars(model).pop(HAS_ADAPTERS, None)
+    try:
+        return type(model).save_pretrained(model, *args, **kwargs)
+    finally:
+        if declared:
+            _declare_adapters(model)
 
 
 def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
@@ -118,7 +144,10 @@ def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
         raise MELoRAError("\n".join(taken) + "\nrename it: the adapter needs that name")
     both = [site.name for site in plan.sites if any(_is_within(site.name, name) for name in kept)]
     if both:
-        raise ValueError(f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it")
+        raise ValueError(
+            f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it; "
+            f"a mapping leaves it out, `targets={{{both[0]!r}: None, …}}`"
+        )
 
 
 def _only_named(targets: TargetSpec) -> bool:
@@ -149,6 +178,13 @@ def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
         if not hits:
             raise ValueError(f"`keep_trainable`: {pattern!r} matches no module; nearest: {nearest(pattern, names)}")
         kept.update(dict.fromkeys(hits))
+    for name in kept:
+        parameters = model.get_submodule(name).parameters()
+        if any(type(value.detach()) is not torch.Tensor or not value.is_floating_point() for value in parameters):
+            raise ValueError(
+                f"`keep_trainable`: {name!r} is quantised and cannot be trained: leave it out of the quantisation "
+                "(`modules_to_not_convert`, `llm_int8_skip_modules`), or adapt it"
+            )
     return tuple(name for name in kept if not any(name != other and _is_within(name, other) for other in kept))
 
 
@@ -174,37 +210,10 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
 
 def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
     config, owner = site.config, site.owner
-    device, dtype = site.weight.device, adapter_dtype(site.weight)
+    device, dtype = device_of(owner, site.weight), adapter_dtype(site.weight)
     lora_a, lora_b = new_adapter(config, *site.shape, num_experts=site.num_experts, device=device, dtype=dtype)
     owner.register_parameter(record.attribute("lora_a"), nn.Parameter(lora_a))
     owner.register_parameter(record.attribute("lora_b"), nn.Parameter(lora_b))
     owner.register_buffer(record.attribute("lora_scaling"), scaling_tensor(config, lora_b), persistent=False)
     if config.dropout:
         owner.add_module(record.attribute("lora_dropout"), nn.Dropout(config.dropout).train(owner.training))
-
-
-def new_adapter(
-    config: MELoRAConfig,
-    in_features: int,
-    out_features: int,
-    *,
-    num_experts: int = 1,
-    device: Any = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A fresh adapter: lora_a (E·N, P·R, I/N), initialised, and lora_b (E·N, O/N, R), zero. Padding of small ranks is
-    zero.
-
-    R is the largest of the block ranks, P the number of parts of `split`, E num_experts.
-    """
-    a_shape, b_shape = config.adapter_shapes(in_features, out_features, num_experts)
-    lora_a = torch.zeros(a_shape, device=device, dtype=dtype)
-    blocks = lora_a.view(num_experts, config.num_blocks, -1, max(config.ranks), a_shape[2])
-    for block, block_rank in enumerate(config.ranks):
-        rows = blocks[:, block, :, :block_rank]
-        if config.init == "gaussian":
-            nn.init.normal_(rows, std=1 / block_rank)
-        else:
-            bound = 1 / math.sqrt(a_shape[2])
-            nn.init.uniform_(rows, -bound, bound)
-    return lora_a, torch.zeros(b_shape, device=device, dtype=dtype)

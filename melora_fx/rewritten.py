@@ -8,23 +8,25 @@ metadata and hooks (they rebuild the module from its code); here both keep every
 
 import copy
 import functools
+import inspect
 import io
 import pickle
-import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.nn.utils import parametrize
 
-from .blocks import scaling_tensor
+from .blocks import new_adapter, num_matrices, scaling_tensor
 from .capture import copy_graph
 from .errors import MELoRAError
 from .lowering import lower
-from .patterns import get_attribute
+from .patterns import weight_of
+from .quantized import call_base
 from .site import SITE_TAG, SiteRecord, owner_of, without_adapters
 
 BASE, FOLDED = "melora_adapted_graph", "melora_folded"
@@ -40,6 +42,7 @@ class RewrittenModule(fx.GraphModule):
 
     melora_records: list[SiteRecord]
     restored_class: ClassVar[type]
+    melora_adapted_graph: fx.Graph | None = None  # `BASE`
     base_code: ClassVar[str] = ""
     base_function: ClassVar[Callable[..., Any]]
     base_graph: ClassVar[fx.Graph]
@@ -58,14 +61,23 @@ class RewrittenModule(fx.GraphModule):
         """What a copy takes over: all but the graph, what is made from it, and a base that runs for a while."""
         if FOLDED in vars(self):
             raise MELoRAError("a copy made inside `folded` would hold the adapter twice: copy the model outside of it")
-        passing = ["_graph", "_in_spec", "_out_spec", "_compiled_call_impl"]
-        passing += [BASE, "forward"] if BASE in vars(self) else []
+        if parametrize.is_parametrized(self):
+            raise MELoRAError(
+                f"a {self.restored_class.__name__} that was parametrized after `rewrite` cannot be copied: call "
+                "`torch.nn.utils.parametrize.remove_parametrizations` first"
+            )
+        passing = ["_graph", "_in_spec", "_out_spec", "_compiled_call_impl", BASE]
         return {key: value for key, value in vars(self).items() if key not in passing}
 
     @property
     def adapted_graph(self) -> fx.Graph:
         """The graph with its adapters, also while the base runs in its place."""
-        return vars(self).get(BASE, self.graph)
+        return self.melora_adapted_graph or self.graph
+
+    def base_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The forward that the module had before, for a graph that calls it as its base."""
+        original: Any = self.restored_class
+        return call_base(self, original.forward, x)
 
     def recompile(self) -> fx.graph.PythonCode:
         """Makes the forward from the graph: the lowered one, and the plain one for where its nodes are needed.
@@ -75,34 +87,60 @@ class RewrittenModule(fx.GraphModule):
         if "forward" in vars(type(self)):
             self.__class__ = _rewritten_class(self.restored_class)  # the class that it had may be others' too
         code = super().recompile()
-        sites = [(record.lowering, get_attribute(self, record.parameter).shape) for record in self.melora_records]
+        sites = [(record.lowering, weight_of(self, record.parameter).shape) for record in self.melora_records]
         operators = [(name, id(value)) for name, value in code.globals.items()]
         key = self.restored_class, code.src, *operators, *sites
         if key in _CLASSES:
             self.__class__ = _CLASSES[key]
             return code
+        plain = lowered = type(self).forward
         if any(record.lowering != "plain" for record in self.melora_records):
-            lowered = fx.GraphModule(self, lower(self.graph, self, self.melora_records))
-            type(self).forward = _either(type(self).forward, type(lowered).forward)
+            lowered = type(fx.GraphModule(self, lower(self.graph, self, self.melora_records))).forward
+        type(self).forward = _choosing(plain, lowered)
         _CLASSES[key] = type(self)
         return code
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RewrittenModule":
+        late = [
+            record
+            for record in self.melora_records
+            if getattr(owner_of(self, record), record.attribute("lora_a")).is_meta
+        ]
         super()._apply(fn, recurse)
-        self.refill_scalings()
+        self._renew(late)
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_state_dict(*args, **kwargs)
-        self.refill_scalings()
+        self._renew()
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.refill_scalings()
+        self._renew()
 
-    def refill_scalings(self) -> None:
-        """Writes the scalings again, which no state holds: after a move from the meta device they are mere memory."""
+    def _renew(self, late: Iterable[SiteRecord] = ()) -> None:
+        """Writes what is mere memory after a move from the meta device: the adapters of `late`, where they have left
+        it, those that are still there although their weight is loaded, and the scalings, which no state holds.
+        """
+        for record in self.melora_records:
+            owner, names = owner_of(self, record), [record.attribute(kind) for kind in ("lora_a", "lora_b")]
+            old, weight = getattr(owner, names[0]), weight_of(self, record.parameter)
+            if record in late and not old.is_meta:
+                device = old.device
+            elif old.is_meta and not weight.is_meta:
+                device = weight.device
+            else:
+                continue
+            rows, columns = weight.shape[-2:]
+            shape = (rows, columns) if record.weight_is_transposed else (columns, rows)
+            number = num_matrices(weight)
+            tensors = new_adapter(record.config, *shape, num_experts=number, device=device, dtype=old.dtype)
+            for name, fresh in zip(names, tensors, strict=True):
+                setattr(owner, name, nn.Parameter(fresh, getattr(owner, name).requires_grad))
+        self._refill_scalings()
+
+    def _refill_scalings(self) -> None:
         for record in self.melora_records:
             owner, name = owner_of(self, record), record.attribute("lora_scaling")
             lora_b = getattr(owner, record.attribute("lora_b"))
@@ -139,6 +177,8 @@ def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord]) -> Re
 def uninstall(module: RewrittenModule) -> None:
     """Gives `module` its class back. A module that was a GraphModule keeps its graph without the adapters."""
     original = _restored_class(module)
+    if not replaced_forward(module):
+        vars(module).pop("forward", None)
     graph = without_adapters(module.adapted_graph) if original is fx.GraphModule else None
     module.__dict__.pop(BASE, None)
     del module.__dict__["melora_records"]
@@ -150,6 +190,11 @@ def uninstall(module: RewrittenModule) -> None:
     for key in _graph_module_attributes():
         module.__dict__.pop(key, None)
     module.__class__ = cast("type[RewrittenModule]", original)
+
+
+def replaced_forward(module: RewrittenModule) -> bool:
+    """Whether someone has put another `forward` on the instance, around the one that the class has."""
+    return "forward" in vars(module) and getattr(module.forward, "__func__", None) is not type(module).forward
 
 
 @functools.cache
@@ -178,24 +223,38 @@ def class_name(model: nn.Module) -> str:
     return inner.__dict__.get("model_class", _restored_class(inner).__name__)
 
 
-def base_program(module: RewrittenModule) -> tuple[Callable[..., Any], fx.Graph]:
-    """The forward and the graph of `module` without adapters; the same each time: compiled code stays valid."""
+def run_base(module: RewrittenModule) -> None:
+    """`module` runs its base until `run_adapted`: its forward, and its graph, which `torch.export` interprets.
+
+    Function and graph are the same each time, so that compiled code stays valid.
+    """
     cls = type(module)
     if cls.base_code != module.code:
         base = fx.GraphModule(module, without_adapters(module.adapted_graph))
         cls.base_function, cls.base_graph, cls.base_code = type(base).forward, base.graph, module.code
-    return types.MethodType(cls.base_function, module), cls.base_graph
+    vars(module).update({BASE: module.graph, "_graph": cls.base_graph})
 
 
-def _either(plain: Callable[..., Any], lowered: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that runs `lowered`, but `plain` where its nodes are needed."""
+def run_adapted(module: RewrittenModule) -> None:
+    """Undoes `run_base`."""
+    graph = vars(module).pop(BASE, None)
+    if graph is not None:  # else it has been folded meanwhile
+        vars(module)["_graph"] = graph
+
+
+def _choosing(plain: Callable[..., Any], lowered: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that runs `lowered`, but `plain` where its nodes are needed, and the base after `run_base`."""
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.melora_adapted_graph is not None:
+            return type(self).base_function(self, *args, **kwargs)
         return (plain if _needs_plain_nodes() else lowered)(self, *args, **kwargs)
 
     own: Any = forward  # Dynamo counts recompiles by code object: each class gets one
     own.__code__ = own.__code__.replace()
+    own.__signature__ = inspect.signature(plain)
+    del own.__wrapped__  # whoever unwraps a forward, as accelerate does, must not unwrap this one
     return own
 
 
@@ -216,6 +275,22 @@ def refuse_rewritten(model: nn.Module) -> None:
             f"the model is already rewritten ({len(names)} modules, the first `{names[0]}`): `fold` it first, or "
             "`load_adapter` to change the adapter's values"
         )
+
+
+_DISTRIBUTED = ("torch.nn.parallel.", "torch.distributed.")
+
+
+def refuse_distributed(model: nn.Module, action: str) -> None:
+    """Raises MELoRAError where `model` is wrapped by DDP, FSDP or DataParallel, or has a DTensor."""
+    held = [(path, module) for path, module in model.named_modules()]
+    for path, value in [*held, *((name, parameter.detach()) for name, parameter in model.named_parameters())]:
+        kind = next((cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith(_DISTRIBUTED)), None)
+        if kind:
+            where = f"`{path}`" if path else "the model"
+            raise MELoRAError(
+                f"`{action}`: {where} is a {kind}: models that are wrapped for several devices, or sharded, are not "
+                "supported; call it with the plain model inside (`model.module`), before wrapping or sharding"
+            )
 
 
 def _rewritten_class(original: type) -> type:

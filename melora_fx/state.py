@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .blocks import num_matrices, scaling_tensor
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
+from .quantized import is_packed_linear, packed_weight
 from .rewrite import STATE, rewrite
 from .rewritten import class_name, unwrap
 from .targets import nearest
@@ -35,7 +37,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "class": class_name(model),
         "num_labels": getattr(getattr(model, "config", None), "num_labels", None),
     }
-    header = {"sites": site_entries(found), "kept": list(_kept_modules(model)), "model": model_facts}
+    entries = site_entries(found)
+    unread = [f"`{name}`" for name, entry in entries.items() if "values" not in entry["base"]]
+    if unread:
+        warnings.warn(
+            f"the base weights of {len(unread)} sites are quantised or on meta ({', '.join(unread[:3])}, …): the "
+            "adapter records their shapes alone, and will load onto any base of these",
+            stacklevel=2,
+        )
+    header = {"sites": entries, "kept": list(_kept_modules(model)), "model": model_facts}
     write_adapter(Path(directory), adapter_tensors(model), header)
 
 
@@ -46,7 +56,7 @@ def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
     return {
         name: {
             "config": site.config.to_dict(),
-            "base": fingerprint(site.weight, name),
+            "base": fingerprint(site.weight),
             "is_transposed": site.weight_is_transposed,
         }
         for name, site in found.items()
@@ -241,7 +251,7 @@ def _plain_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         name.removesuffix(".weight"): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.dim() in (2, 3)
-    }
+    } | {name: packed_weight(module) for name, module in model.named_modules() if is_packed_linear(module)}
 
 
 def _kept_modules(model: nn.Module) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -54,6 +55,15 @@ def kept_for_backward(held: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
+
+
+def in_situations(argument: str, area: str, result: str, cases: Mapping[str, Any]) -> Any:
+    """Parametrizes `argument` by the values of `cases`; each key is a row of docs/SITUATIONS.md."""
+    rows = [
+        pytest.param(value, marks=pytest.mark.situation(area, what, result), id=what.replace("`", ""))
+        for what, value in cases.items()
+    ]
+    return pytest.mark.parametrize(argument, rows)
 
 
 def scalings(config: MELoRAConfig) -> list[float]:

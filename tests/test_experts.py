@@ -120,6 +120,11 @@ def test_a_module_of_ones_own_in_place() -> None:
         melora_fx.rewrite(Experts("grouped_mm"), "stack", CONFIG)
 
 
+@pytest.mark.situation(
+    "Experts of a mixture",
+    "`grouped_mm`, `batched_mm`, by `example_inputs=`",
+    "output and gradients of the dense oracle",
+)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("form", FORMS)
 def test_configurations_and_gradients(form: str, name: str) -> None:
@@ -398,6 +403,9 @@ def test_programs_and_exports_of_the_grouped_form() -> None:
     assert exports(fill(model), tokens())
 
 
+@pytest.mark.situation(
+    "Experts of a mixture", "`fold` of a whole capture", "the model's own `generate` has the merged experts"
+)
 def test_the_original_model_has_what_was_folded() -> None:
     """A capture shares its parameters: `generate` of the model uses the merged experts."""
     model = mixtral()
@@ -412,6 +420,7 @@ def test_the_original_model_has_what_was_folded() -> None:
     assert not torch.equal(model.generate(**prompt, **options), before)
 
 
+@pytest.mark.situation("Experts of a mixture", "in place, `batched_mm`", "works")
 def test_in_place_where_a_trace_can_follow() -> None:
     model = mixtral("batched_mm")
     types = {name: type(module) for name, module in model.named_modules()}
@@ -425,6 +434,9 @@ def test_in_place_where_a_trace_can_follow() -> None:
     assert {name: type(module) for name, module in model.named_modules()} == types
 
 
+@pytest.mark.situation(
+    "Experts of a mixture", "in place, `grouped_mm` or a loop over experts", "refused with the remedy"
+)
 @pytest.mark.parametrize("form", ["grouped_mm", "eager"])
 def test_in_place_refusals_name_the_remedy(form: str) -> None:
     model = mixtral(form)
@@ -440,6 +452,9 @@ def test_a_loop_over_experts_is_not_captured() -> None:
         melora_fx.rewrite(mixtral("eager"), TARGETS, CONFIG, example_inputs=tokens())
 
 
+@pytest.mark.situation(
+    "Experts of a mixture", "beside PEFT's `target_parameters`", "the same outputs and merged stacks"
+)
 def test_against_peft(whole: tuple[Any, nn.Module]) -> None:
     """Ordinary LoRA of the experts: outputs, and the merged stacks."""
     plain, _ = whole

