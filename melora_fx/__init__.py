@@ -4,7 +4,8 @@ The names below stand in the order of a model's life.
 """
 
 from .config import MELoRAConfig
-from .match import LinearSite, MatchReport, match
+from .match import match
+from .match_report import LinearSite, MatchReport
 from .rewrite import rewrite
 from .adapter import AdapterSite, adapter_parameters, sites
 from .state import load_adapter, save_adapter

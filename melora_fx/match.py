@@ -1,6 +1,5 @@
 """The dry run: which linears of a model `rewrite` would adapt, and why not the others. Changes nothing."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,66 +14,14 @@ from .config import MELoRAConfig
 from .errors import MELoRAError
 from .experts import ExpertNode, find_expert_nodes
 from .lowering import choose_lowering, lowering_misfit
+from .match_report import LinearSite, MatchReport
 from .patterns import LinearNode, find_linear_nodes, get_attribute, operator_name, other_uses, weight_of
 from .quantized import is_packed_linear
 from .rewritten import refuse_distributed, refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 from .whole_model import capture_whole, from_program
 
-_WIDTH = 100
-
 ExampleInputs = Mapping[str, Any] | Sequence[Any]
-
-
-@dataclass(frozen=True)
-class LinearSite:
-    """A linear of the model, or a stack of them.
-
-    Attributes:
-        in_features, out_features: of one linear.
-        num_parameters: trainable values that its adapter has, or would have.
-        shared_with: names of other parameters of the model that are the same weight.
-        num_experts: how many linears a stack holds; each has an adapter of its own.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    pattern: str
-    lowering: str
-    num_parameters: int
-    shared_with: tuple[str, ...] = ()
-    num_experts: int = 1
-
-
-@dataclass(frozen=True)
-class MatchReport:
-    """What `match` found. `str()` is a table.
-
-    Attributes:
-        sites: the linears that `rewrite` would adapt.
-        untargeted: the linears that `targets` does not ask for.
-        skipped: (name, reason) of each linear that cannot be adapted.
-    """
-
-    sites: tuple[LinearSite, ...]
-    untargeted: tuple[LinearSite, ...]
-    skipped: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("site", "in", "out", "pattern", "lowering", "parameters")]
-        rows += [_row(site, site.lowering, f"{site.num_parameters:,}") for site in self.sites]
-        rows += [_row(site, "-", "-") for site in self.untargeted]
-        total = sum(site.num_parameters for site in self.sites)
-        summary = f"{len(self.sites)} sites, {total:,} parameters; {len(self.untargeted)} untargeted (-)"
-        notes = [
-            f"shared {site.name}: the same weight as {', '.join(site.shared_with)}"
-            for site in self.sites + self.untargeted
-            if site.shared_with
-        ]
-        notes += [f"skipped {name}: {reason}" for name, reason in self.skipped]
-        wrapped = [line for note in notes for line in textwrap.wrap(note, _WIDTH, subsequent_indent="  ")]
-        return "\n".join([*_aligned(rows), "", f"{summary}, {len(self.skipped)} skipped", *wrapped])
 
 
 def match(
@@ -342,23 +289,3 @@ def _output_names(model: nn.Module, found: dict[str, PlannedSite]) -> frozenset[
         for name, planned in found.items()
         if planned.weight is weight or name.split(".")[-1] == "lm_head" or is_classification_head(name)
     )
-
-
-def _row(site: LinearSite, lowering: str, num_parameters: str) -> tuple[str, ...]:
-    pattern = site.pattern if site.num_experts == 1 else f"{site.pattern} × {site.num_experts}"
-    return site.name, str(site.in_features), str(site.out_features), pattern, lowering, num_parameters
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of equal columns, names to the left and numbers to the right; long names lose their beginning."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    rows = [(name if len(name) <= widths[0] else "…" + name[1 - widths[0] :], *rest) for name, *rest in rows]
-    right = (1, 2, 5)
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
