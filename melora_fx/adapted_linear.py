@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from .blocks import diagonal_blocks
+from .errors import MELoRAError
 from .quantized import quantized_linear
 
 WIDE = (torch.float32, torch.float64)
@@ -72,8 +73,15 @@ def adapted_output(
     dropout: nn.Module | None,
     parts: Sequence[int],
 ) -> Tensor:
-    """The same for a linear that has been computed: base, (…, O), with the adapter's output added; a new tensor."""
-    return _run(x, base, None, None, lora_a, lora_b, scaling, dropout, parts, False)
+    """The same for a linear that has been computed: base, (…, O), with the adapter's output added; a new tensor.
+
+    Autocast has had its say in the base: the adapter computes in the dtype of that.
+    """
+    arguments = (x, base, None, None, lora_a, lora_b, scaling, dropout, parts, False)
+    if _autocast_dtype(x) is None:
+        return _run(*arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return _run(*arguments)
 
 
 def _run(
@@ -93,7 +101,17 @@ def _run(
     arguments = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, merge, _autocast_dtype(x))
     if torch.compiler.is_compiling():
         return torch.ops.melora.adapted_linear.default(*arguments)
-    return _AdaptedLinear.apply(*arguments)
+    try:
+        return _AdaptedLinear.apply(*arguments)
+    except RuntimeError as error:
+        out_features = lora_b.size(0) * lora_b.size(1)
+        own = weight.size(0) if weight is not None else out_features
+        if own == out_features:
+            raise
+        raise MELoRAError(
+            f"a linear of {own} output features has an adapter of {out_features}: it was resized after `rewrite` (a "
+            "vocabulary that grew?); resize the plain model, then `rewrite`"
+        ) from error
 
 
 def _rate(dropout: nn.Module) -> float:

@@ -1,5 +1,6 @@
 """Reading and switching the adapters of a rewritten model."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,10 +9,21 @@ import torch
 from torch import nn
 
 from .blocks import num_matrices
+from .capture import join_path, without_wrappers
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .patterns import weight_of
-from .rewritten import BASE, FOLDED, RewrittenModule, refuse_distributed, rewritten_modules, run_adapted, run_base
+from .rewrite import STATE, RewriteState
+from .rewritten import (
+    BASE,
+    FOLDED,
+    RewrittenModule,
+    refuse_distributed,
+    rewritten_modules,
+    run_adapted,
+    run_base,
+    unwrap,
+)
 from .site import SiteRecord, owner_of
 
 
@@ -106,6 +118,17 @@ def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
     if not found:
         raise MELoRAError(f"`{action}` needs a rewritten model, but this {type(model).__name__} has no adapter sites")
     return found
+
+
+def warn_of_lost_sites(model: nn.Module) -> None:
+    """Warns where modules that `rewrite` had adapted are no longer in `model`."""
+    found, lost = sites(model), []
+    for path, module in unwrap(model).named_modules():
+        state: RewriteState | None = module.__dict__.get(STATE)
+        names = [without_wrappers(join_path(path, name)) for name in state.sites] if state else []
+        lost += [f"`{name}`" for name in names if name not in found]
+    if lost:
+        warnings.warn(f"{', '.join(lost)}: adapted by `rewrite`, replaced or removed since", stacklevel=3)
 
 
 def is_folded(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
@@ -32,6 +32,17 @@ class Capture:
 def join_path(*parts: str) -> str:
     """Dotted name of the parts that are not empty."""
     return ".".join(part for part in parts if part)
+
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def without_wrappers(name: str) -> str:
+    """`name` as it is without the wrappers of single layers, `torch.compile`'s and `checkpoint_wrapper`'s.
+
+    Both give their layer's attributes as their own, so that the shorter name leads to the same module.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 class _OwnerTracer(fx.Tracer):
@@ -134,11 +145,12 @@ def derived_weights(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         names = dict.fromkeys(module.parametrizations) if parametrize.is_parametrized(module) else {}
-        names |= {name.removesuffix("_orig"): None for name in module._parameters if name.endswith("_orig")}
         names |= {
-            name.removesuffix("_v"): None for name in module._parameters if f"{name[:-2]}_g" in module._parameters
+            name: None
+            for name, value in vars(module).items()  # a tensor that is no parameter: a hook makes it of those
+            if isinstance(value, Tensor) and any(f"{name}{end}" in module._parameters for end in ("_orig", "_v"))
         }
-        found |= {site_name(path, name): reason for name in names if name != "bias"}
+        found |= {site_name(without_wrappers(path), name): reason for name in names if name != "bias"}
     return found
 
 
@@ -155,7 +167,7 @@ def _called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        yield path, module
+        yield without_wrappers(path), module
         if isinstance(module, fx.GraphModule):
             names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "call_module")
             children = [(name, module.get_submodule(name)) for name in names]
@@ -171,7 +183,7 @@ def _trace(module: nn.Module, templates: dict[Any, fx.Graph]) -> fx.Graph:
             "adapter: remove the hook first"
         )
     if is_packed_linear(module):
-        return packed_graph()
+        return packed_graph(module)
     key = _trace_key(module)
     if key is None or key not in templates:
         graph = _trace_forward(module)
@@ -219,8 +231,9 @@ def _trace_unchanged(module: nn.Module) -> fx.Graph:
     """The graph; what the forward or the tracer wrote on the module is put back, and is a reason to refuse."""
     holders: list[dict[str, Any]] = [module.__dict__, module._parameters, module._buffers, module._modules]
     before = [dict(holder) for holder in holders]
+    tracer = _OwnerTracer()
     try:
-        graph = _OwnerTracer().trace(module)
+        graph = tracer.trace(module)
         changed = [
             name
             for holder, old in zip(holders, before, strict=True)
@@ -228,6 +241,7 @@ def _trace_unchanged(module: nn.Module) -> fx.Graph:
             if name not in old or holder[name] is not old[name]
         ]
     finally:
+        vars(tracer).clear()  # it refers to itself, and would keep the module alive
         for holder, old in zip(holders, before, strict=True):
             holder.clear()
             holder.update(old)

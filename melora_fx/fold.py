@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, running_base
+from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, running_base, warn_of_lost_sites
 from .blocks import by_matrix, diagonal_blocks
+from .capture import join_path, without_wrappers
 from .errors import MELoRAError
 from .fold_report import FoldReport, make_report, measure_update
+from .hugging_face import detach
 from .quantized import is_packed_linear
-from .rewrite import HAS_ADAPTERS, STATE, RewriteState
+from .rewrite import STATE, RewriteState
 from .rewritten import FOLDED, replaced_forward, rewritten_modules, uninstall, unwrap
 from .site import TENSORS, owner_of
 from .state import adapter_of
@@ -38,6 +40,7 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
     found = require_sites(model, "fold")
     inner = unwrap(model)
     refuse_folded(model, "fold")
+    warn_of_lost_sites(model)
     _refuse_unfoldable(found)
     _refuse_replaced_forward(found)
     shared = _shared_sites(inner, found)
@@ -174,7 +177,7 @@ def _shared_sites(model: nn.Module, found: dict[str, AdapterSite]) -> dict[str, 
 def _in_one_memory(model: nn.Module) -> Iterator[list[str]]:
     """Groups of parameters that overlap in memory, named as sites; a module used in several places counts once."""
     spans = sorted(
-        (*_span(parameter), name.removesuffix(".weight"))
+        (*_span(parameter), without_wrappers(name).removesuffix(".weight"))
         for path, module in model.named_modules()
         for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False)
     )
@@ -229,13 +232,13 @@ def _remove_adapters(model: nn.Module) -> None:
                 if hasattr(owner, record.attribute(kind)):
                     delattr(owner, record.attribute(kind))
         uninstall(module)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = model.named_parameters(remove_duplicate=False)
+    parameters = {without_wrappers(name): parameter for name, parameter in named}
     for holder_path, holder in model.named_modules():
         state: RewriteState | None = holder.__dict__.pop(STATE, None)
         if state:
-            holder.__dict__.pop("save_pretrained", None)
-            holder.__dict__.pop(HAS_ADAPTERS, None)
+            detach(holder)
         for name, requires_grad in state.requires_grad.items() if state else ():
-            parameter = parameters.get(f"{holder_path}.{name}" if holder_path else name)
+            parameter = parameters.get(without_wrappers(join_path(holder_path, name)))
             if parameter is not None:
                 parameter.requires_grad_(requires_grad)

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .blocks import num_matrices
-from .capture import Capture, capture_modules, derived_weights, join_path, site_name
+from .capture import Capture, capture_modules, derived_weights, join_path, site_name, without_wrappers
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .experts import ExpertNode, find_expert_nodes
@@ -222,7 +222,7 @@ def shared_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+            names.setdefault(id(parameter), []).append(without_wrappers(name).removesuffix(".weight"))
     return {key: tuple(value) for key, value in names.items()}
 
 

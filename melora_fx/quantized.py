@@ -9,6 +9,7 @@ O out_features, I in_features.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +30,12 @@ def is_packed_linear(module: nn.Module) -> bool:
         return False
     if any(is_packed_linear(child) for child in module.children()):
         return False  # it merely holds one
-    held = [*module.parameters(), *module.buffers()]
-    has_integers = any(not value.is_floating_point() and value.numel() > 1 for value in held)
-    return has_integers or callable(getattr(module, "weight", None))
+    weight, held = getattr(module, "weight", None), [*module.parameters(), *module.buffers()]
+    has_integers = any(value.dtype in _INTEGERS and value.dim() == 2 for value in held)
+    return has_integers or inspect.ismethod(weight)  # as `torch.ao` has it
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def packed_weight(module: Any) -> Tensor:
@@ -39,17 +43,22 @@ def packed_weight(module: Any) -> Tensor:
     return torch.empty(module.out_features, module.in_features, dtype=torch.int8, device="meta")
 
 
-def packed_graph() -> fx.Graph:
-    """The graph of a packed linear: a call of its own forward."""
+def packed_graph(module: nn.Module) -> fx.Graph:
+    """The graph of a packed linear: a call of its own forward, with the arguments of that."""
     graph = fx.Graph()
-    x = graph.placeholder("input")
-    graph.output(graph.call_function(run_base_forward, (graph.get_attr(BASE_FORWARD), x)))
+    named = [
+        parameter
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    inputs = [graph.placeholder(parameter.name, default_value=parameter.default) for parameter in named]
+    graph.output(graph.call_function(run_base_forward, (graph.get_attr(BASE_FORWARD), *inputs)))
     return graph
 
 
-def run_base_forward(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`forward(x)`: what the base of a packed linear is in a graph."""
-    return forward(x)
+def run_base_forward(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`forward(*inputs)`, x first: what the base of a packed linear is in a graph."""
+    return forward(*inputs)
 
 
 def device_of(module: nn.Module, weight: Tensor) -> torch.device:
@@ -72,17 +81,35 @@ def passes_gradient(weight: Tensor) -> bool:
             return False
 
 
-def call_base(module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """`forward(module, x)`, with a gradient for x where the kernel has none."""
-    weight = getattr(module, "weight", None)
+def call_base(module: nn.Module, forward: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+    """`forward(module, x, *others)`, with a gradient for x where the kernel has none."""
+    weight: Any = getattr(module, "weight", None)
     if not _wants_gradient(x):
-        return forward(module, x)
-    if callable(weight):  # `torch.ao`: its output claims to have a gradient, which is zero
-        return _WithGradient.apply(x, None, forward(module, x.detach()), lambda: weight().dequantize())
-    output = forward(module, x)
-    if output.requires_grad:
+        return forward(module, x, *others)
+    if inspect.ismethod(weight):  # `torch.ao`: its output claims to have a gradient, which is zero
+        return _WithGradient.apply(x, None, forward(module, x.detach(), *others), lambda: weight().dequantize())
+    output, bias = forward(module, x, *others), getattr(module, "bias", None)
+    trained = isinstance(bias, Tensor) and bias.requires_grad
+    if output.requires_grad and not (trained and not _hangs_on(output, x)):
         return output
-    return _WithGradient.apply(x, None, output, lambda: _by_unit_vectors(functools.partial(forward, module), x))
+    matrix = functools.partial(_by_unit_vectors, lambda unit: forward(module, unit, *others), x)
+    return _WithGradient.apply(x, bias if trained else None, output.detach(), matrix)
+
+
+def _hangs_on(output: Tensor, x: Tensor) -> bool:
+    """Whether a gradient of `output` would reach `x`, in eager mode; compiled it is taken for granted."""
+    if torch.compiler.is_compiling():
+        return True
+    seen, pending = set[Any](), [output.grad_fn]
+    while pending:
+        node: Any = pending.pop()
+        if node is None or node in seen:
+            continue
+        if node is x.grad_fn or getattr(node, "variable", None) is x:
+            return True
+        seen.add(node)
+        pending.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

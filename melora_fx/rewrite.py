@@ -4,11 +4,9 @@
 the modules get, and what is refused.
 """
 
-import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -16,11 +14,12 @@ from torch.export import ExportedProgram
 
 from .adapter_nodes import AdapterNodes, adapter_dtype
 from .blocks import new_adapter, scaling_tensor
-from .capture import Capture
+from .capture import Capture, without_wrappers
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .expert_nodes import ExpertNodes
 from .experts import ExpertNode
+from .hugging_face import attach
 from .match import ExampleInputs, Plan, PlannedSite, make_plan
 from .quantized import device_of
 from .rewritten import install
@@ -33,16 +32,15 @@ STATE = "melora_state"
 """Attribute of a rewritten model's root: what `fold` and `save_adapter` must know beside the sites."""
 
 
-HAS_ADAPTERS = "_hf_peft_config_loaded"
-"""Attribute of a Hugging Face model that has adapters to train."""
-
-
 @dataclass
 class RewriteState:
-    """`requires_grad`: of every base parameter before `rewrite`. `kept`: names of the modules kept trainable."""
+    """`requires_grad`: of every base parameter before `rewrite`. `kept`: names of the modules kept trainable. `sites`:
+    names of what was adapted.
+    """
 
     requires_grad: dict[str, bool]
     kept: tuple[str, ...]
+    sites: tuple[str, ...] = ()
 
 
 def rewrite(
@@ -83,47 +81,17 @@ def rewrite(
         assert isinstance(plan.model, fx.GraphModule)
         plan = make_plan(make_trainable(plan.model), targets, config, None)
     parameters = rewritten.named_parameters(remove_duplicate=False)
-    state = RewriteState({name: parameter.requires_grad for name, parameter in parameters}, kept)
+    requires_grad = {without_wrappers(name): parameter.requires_grad for name, parameter in parameters}
+    state = RewriteState(requires_grad, kept, tuple(site.name for site in plan.sites))
     rewritten.requires_grad_(False)
     for name in kept:
         rewritten.get_submodule(name).requires_grad_(True)
     for capture, sites in _by_capture(plan.sites):
         install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
     rewritten.__dict__[STATE] = state
-    warn_on_save_pretrained(rewritten)
-    _declare_adapters(rewritten)
+    attach(rewritten)
     watch_optimizers(rewritten)
     return rewritten
-
-
-def warn_on_save_pretrained(model: nn.Module) -> None:
-    """From here on `save_pretrained` of a Hugging Face model says what it does not save as one would think."""
-    if hasattr(type(model), "save_pretrained"):
-        vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
-
-
-def _declare_adapters(model: nn.Module) -> None:
-    """Says of a quantised Hugging Face model that it has adapters, without which a Trainer refuses to train it.
-
-    The attribute is PEFT's; `_save_pretrained` hides it, since PEFT's format would be written.
-    """
-    if getattr(model, "is_quantized", False):
-        vars(model)[HAS_ADAPTERS] = True
-
-
-def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`save_pretrained` of a model that is rewritten and not folded."""
-    warnings.warn(
-        "`save_pretrained` of a rewritten model writes base and adapter under names that `from_pretrained` drops: use "
-        "`melora_fx.save_adapter`, or `melora_fx.fold` first; for a Trainer's checkpoints, `AdapterCheckpointCallback`",
-        stacklevel=2,
-    )
-    declared = vars(model).pop(HAS_ADAPTERS, None)
-    try:
-        return type(model).save_pretrained(model, *args, **kwargs)
-    finally:
-        if declared:
-            _declare_adapters(model)
 
 
 def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import parametrize
 
 from .blocks import new_adapter, num_matrices, scaling_tensor
-from .capture import copy_graph
+from .capture import copy_graph, without_wrappers
 from .errors import MELoRAError
 from .lowering import lower
 from .patterns import weight_of
@@ -74,10 +74,10 @@ class RewrittenModule(fx.GraphModule):
         """The graph with its adapters, also while the base runs in its place."""
         return self.melora_adapted_graph or self.graph
 
-    def base_forward(self, x: torch.Tensor) -> torch.Tensor:
+    def base_forward(self, *inputs: Any) -> torch.Tensor:
         """The forward that the module had before, for a graph that calls it as its base."""
         original: Any = self.restored_class
-        return call_base(self, original.forward, x)
+        return call_base(self, original.forward, *inputs)
 
     def recompile(self) -> fx.graph.PythonCode:
         """Makes the forward from the graph: the lowered one, and the plain one for where its nodes are needed.
@@ -87,6 +87,7 @@ class RewrittenModule(fx.GraphModule):
         if "forward" in vars(type(self)):
             self.__class__ = _rewritten_class(self.restored_class)  # the class that it had may be others' too
         code = super().recompile()
+        self._graph.owning_module = None  # else the two keep each other alive
         sites = [(record.lowering, weight_of(self, record.parameter).shape) for record in self.melora_records]
         operators = [(name, id(value)) for name, value in code.globals.items()]
         key = self.restored_class, code.src, *operators, *sites
@@ -95,7 +96,7 @@ class RewrittenModule(fx.GraphModule):
             return code
         plain = lowered = type(self).forward
         if any(record.lowering != "plain" for record in self.melora_records):
-            lowered = type(fx.GraphModule(self, lower(self.graph, self, self.melora_records))).forward
+            lowered = _forward_of(self, lower(self.graph, self, self.melora_records))
         type(self).forward = _choosing(plain, lowered)
         _CLASSES[key] = type(self)
         return code
@@ -208,7 +209,7 @@ def rewritten_modules(model: nn.Module) -> Iterator[tuple[str, RewrittenModule]]
     """Every rewritten module of `model` with its path."""
     for path, module in unwrap(model).named_modules():
         if isinstance(module, RewrittenModule):
-            yield path, module
+            yield without_wrappers(path), module
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -230,8 +231,8 @@ def run_base(module: RewrittenModule) -> None:
     """
     cls = type(module)
     if cls.base_code != module.code:
-        base = fx.GraphModule(module, without_adapters(module.adapted_graph))
-        cls.base_function, cls.base_graph, cls.base_code = type(base).forward, base.graph, module.code
+        cls.base_graph, cls.base_code = without_adapters(module.adapted_graph), module.code
+        cls.base_function = _forward_of(module, cls.base_graph)
     vars(module).update({BASE: module.graph, "_graph": cls.base_graph})
 
 
@@ -240,6 +241,13 @@ def run_adapted(module: RewrittenModule) -> None:
     graph = vars(module).pop(BASE, None)
     if graph is not None:  # else it has been folded meanwhile
         vars(module)["_graph"] = graph
+
+
+def _forward_of(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """The function that runs `graph` on `module`, which it does not keep alive."""
+    made = fx.GraphModule(module, graph)
+    graph.owning_module = None
+    return type(made).forward
 
 
 def _choosing(plain: Callable[..., Any], lowered: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,14 +285,15 @@ def refuse_rewritten(model: nn.Module) -> None:
         )
 
 
-_DISTRIBUTED = ("torch.nn.parallel.", "torch.distributed.")
+_DISTRIBUTED = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"}
 
 
 def refuse_distributed(model: nn.Module, action: str) -> None:
     """Raises MELoRAError where `model` is wrapped by DDP, FSDP or DataParallel, or has a DTensor."""
     held = [(path, module) for path, module in model.named_modules()]
     for path, value in [*held, *((name, parameter.detach()) for name, parameter in model.named_parameters())]:
-        kind = next((cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith(_DISTRIBUTED)), None)
+        kinds = [cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith("torch.")]
+        kind = next((name for name in kinds if name in _DISTRIBUTED), None)
         if kind:
             where = f"`{path}`" if path else "the model"
             raise MELoRAError(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .rewritten import rewritten_modules
+from .site import owner_of
 
 _models: WeakSet[nn.Module] = WeakSet()
 _checked: WeakSet[Optimizer] = WeakSet()
@@ -22,6 +23,7 @@ def watch_optimizers(model: nn.Module) -> None:
     if not _models:
         register_optimizer_step_pre_hook(_check)
     _models.add(model)
+    _checked.clear()  # one that has stepped before may hold this model
 
 
 def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -30,14 +32,15 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _checked.add(optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for model in _models:
-        if not any(rewritten_modules(model)):
-            continue  # folded meanwhile
-        own = list(model.parameters())
-        frozen = sum(id(parameter) in held for parameter in own if not parameter.requires_grad)
-        missing = sum(id(parameter) not in held for parameter in own if parameter.requires_grad)
-        if frozen and missing:
+        stale = 0
+        for _, module in rewritten_modules(model):
+            for record in module.melora_records:
+                owner = owner_of(module, record)
+                weight, lora_a = (getattr(owner, name) for name in (record.parameter_name, record.attribute("lora_a")))
+                stale += id(weight) in held and id(lora_a) not in held
+        if stale:
             warnings.warn(
-                f"this {type(optimizer).__name__} holds {frozen} parameters that `rewrite` has frozen, and lacks "
-                f"{missing} that are trained: make the optimizer after `rewrite`",
+                f"this {type(optimizer).__name__} holds the weights of {stale} linears, which `rewrite` has frozen, "
+                "and not their adapters: make the optimizer after `rewrite`",
                 stacklevel=3,  # where `step` is called
             )

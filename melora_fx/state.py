@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import AdapterSite, refuse_folded, require_sites, sites
+from .adapter import AdapterSite, refuse_folded, require_sites, sites, warn_of_lost_sites
 from .adapter_file import Adapter, fingerprint, fingerprint_misfit, read_adapter, write_adapter
 from .blocks import num_matrices, scaling_tensor
+from .capture import join_path, without_wrappers
 from .config import MELoRAConfig
 from .errors import MELoRAError
 from .match import ExampleInputs
@@ -32,6 +33,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         MELoRAError: for a plain model, or a folder that cannot be written.
     """
     found = require_sites(model, "save_adapter")
+    warn_of_lost_sites(model)
     refuse_folded(model, "save_adapter")
     model_facts = {
         "class": class_name(model),
@@ -177,7 +179,7 @@ def _copy_values(model: nn.Module, adapter: Adapter) -> None:
             _copy_site(
                 site, adapter.configs[name], adapter.tensors[f"{name}.lora_a"], adapter.tensors[f"{name}.lora_b"]
             )
-        own = unwrap(model).state_dict(keep_vars=True)
+        own = tensors_by_name(model)
         for name, tensor in adapter.kept_tensors().items():
             own[name].copy_(tensor)
 
@@ -227,7 +229,7 @@ def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def _check_kept(adapter: Adapter, model: nn.Module) -> None:
-    own = unwrap(model).state_dict()
+    own = tensors_by_name(model)
     lines = []
     for name, tensor in adapter.kept_tensors().items():
         if name not in own:
@@ -248,10 +250,19 @@ def _another_model(adapter: Adapter, wrong: list[str], known: list[str]) -> MELo
 def _plain_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every matrix, and stack of matrices, of the model by the name that a site on it would have."""
     return {
-        name.removesuffix(".weight"): parameter
+        without_wrappers(name).removesuffix(".weight"): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.dim() in (2, 3)
-    } | {name: packed_weight(module) for name, module in model.named_modules() if is_packed_linear(module)}
+    } | {
+        without_wrappers(name): packed_weight(module)
+        for name, module in model.named_modules()
+        if is_packed_linear(module)
+    }
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's own tensors under the names of its `state_dict`, without those of wrappers."""
+    return {without_wrappers(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
 
 
 def _kept_modules(model: nn.Module) -> tuple[str, ...]:
@@ -260,7 +271,7 @@ def _kept_modules(model: nn.Module) -> tuple[str, ...]:
     for path, module in unwrap(model).named_modules():
         state = module.__dict__.get(STATE)
         if state is not None:
-            names += [f"{path}.{name}" if path else name for name in state.kept]
+            names += [without_wrappers(join_path(path, name)) for name in state.kept]
     return tuple(names)
 
 
@@ -272,6 +283,6 @@ def kept_names(model: nn.Module) -> tuple[str, ...]:
 def _kept_tensors(model: nn.Module, kept: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return {
         name: tensor
-        for name, tensor in unwrap(model).state_dict().items()
+        for name, tensor in tensors_by_name(model).items()
         if any(name.startswith(f"{module}.") for module in kept)
     }
