@@ -74,6 +74,7 @@ def interrupt(trainer: Trainer) -> None:
         trainer.train()
 
 
+@pytest.mark.situation("Trainer", "interrupted (Ctrl-C), then `fold`, `save_pretrained`", "the whole model")
 @pytest.mark.parametrize("use", [interrupt, Trainer.evaluate], ids=["interrupted", "evaluated only"])
 def test_what_is_folded_after_a_trainer_is_saved_whole(use: Callable[[Trainer], Any], tmp_path) -> None:
     model = fill(rewritten())
@@ -105,6 +106,7 @@ class Lines(torch.utils.data.Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index, : self.num_labels]}
 
 
+@pytest.mark.situation("Trainer", "a tied language model, resumed from its adapter", "as uninterrupted; still tied")
 @pytest.mark.parametrize(
     ("targets", "kept"),
     [(["c_attn"], ()), (["c_attn", "lm_head"], ()), (["c_attn"], ["lm_head"])],
@@ -125,6 +127,7 @@ def test_a_tied_language_model_resumes_from_its_adapter(targets: list[str], kept
     assert losses(tmp_path / "parts", resume=True) == {step: whole[step] for step in range(4, STEPS + 1)}
 
 
+@pytest.mark.situation("Trainer", "Seq2SeqTrainer, T5, `predict_with_generate`", "trains, generates")
 def test_a_sequence_to_sequence_model_trains_evaluates_and_generates(tmp_path) -> None:
     sizes = {"vocab_size": 50, "d_model": 24, "d_kv": 12, "d_ff": 36, "num_layers": 2, "num_heads": 2}
     plain = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
@@ -147,6 +150,7 @@ def test_a_sequence_to_sequence_model_trains_evaluates_and_generates(tmp_path) -
     assert_equal(predicted[:, : expected.size(1)], expected)
 
 
+@pytest.mark.situation("Trainer", "`model_init`, two trainings", "each from its own model")
 def test_model_init_makes_a_model_for_each_training(tmp_path) -> None:
     trainer = Trainer(
         model_init=rewritten,
@@ -162,6 +166,7 @@ def test_model_init_makes_a_model_for_each_training(tmp_path) -> None:
 # Quantised bases
 
 
+@pytest.mark.situation("Bases that are not plain", "each under bfloat16 autocast", "trains, eager and compiled")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("base", QUANTIZED)
 def test_autocast_over_a_quantised_base(base: str, compiled: bool) -> None:
@@ -186,6 +191,7 @@ def test_autocast_over_a_quantised_base(base: str, compiled: bool) -> None:
         assert difference(site.lora_b.grad, factor.grad) < 5e-2
 
 
+@pytest.mark.situation("Bases that are not plain", "a bias beside one kept trainable", "the gradient of the oracle")
 @pytest.mark.parametrize("base", [name for name in QUANTIZED if name != "torch dynamic int8"])  # its bias is packed too
 def test_a_bias_beside_quantised_weights_is_trained_on_request(base: str) -> None:
     model, weights = rewritten_base(base)
@@ -308,6 +314,9 @@ def test_parameters_that_are_called_as_those_of_weight_norm() -> None:
     assert not report.skipped
 
 
+@pytest.mark.situation(
+    "Training", "`checkpoint_wrapper` around layers, before or after", "trains; the file keeps its names"
+)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_checkpoint_wrapper(before: bool, tmp_path) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(IN, OUT), nn.Tanh()), nn.Linear(OUT, IN))
@@ -353,6 +362,7 @@ def test_an_optimizer_that_has_stepped_before_the_rewrite_is_noticed() -> None:
 # Compiled, copied, shared
 
 
+@pytest.mark.situation("Training", "layers replaced by `torch.compile(layer)`", "the file keeps its names")
 def test_layers_that_are_compiled_one_by_one_do_not_change_the_file(tmp_path) -> None:
     model = fill(melora_fx.rewrite(bert(), ["query", "value"], CONFIG))
     names, expected = list(melora_fx.sites(model)), output_of(model, tokens())
@@ -417,6 +427,9 @@ def _train_in_child(model: Any, x: torch.Tensor, queue: Any) -> None:
         model.up.lora_b.add_(1.0)
 
 
+@pytest.mark.situation(
+    "Moved and copied", "`share_memory`, another process by fork or spawn", "its steps are seen here"
+)
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_shared_with_another_process(start: str) -> None:
     model, x = rewritten_tower(), randn(5, IN)
@@ -431,6 +444,7 @@ def test_shared_with_another_process(start: str) -> None:
     assert_equal(model.up.lora_b.detach(), before + 1)
 
 
+@pytest.mark.situation("Moved and copied", "`del model`", "freed at once")
 def test_a_model_is_freed_when_it_is_let_go() -> None:
     def freed(build: Callable[[], Any]) -> bool:
         model = build()
@@ -461,6 +475,7 @@ GENERATE: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.situation("Generation", "static cache, assisted, prompt lookup, several beams", "as the folded model")
 @pytest.mark.parametrize("options", GENERATE.values(), ids=GENERATE)
 def test_generate_in_rarer_ways(options: Callable[[], dict[str, Any]]) -> None:
     model = fill(melora_fx.rewrite(gpt2(), ["c_attn", "c_fc", "c_proj"], CONFIG))
@@ -470,6 +485,7 @@ def test_generate_in_rarer_ways(options: Callable[[], dict[str, Any]]) -> None:
     assert_equal(found, expected)
 
 
+@pytest.mark.situation("First hour", "`resize_token_embeddings`, head adapted", "one error that says so")
 def test_an_adapted_head_whose_vocabulary_grows_says_so() -> None:
     model = fill(melora_fx.rewrite(gpt2(), ["c_attn", "lm_head"], CONFIG))
     model.resize_token_embeddings(57)
@@ -477,6 +493,7 @@ def test_an_adapted_head_whose_vocabulary_grows_says_so() -> None:
         output_of(model, tokens())
 
 
+@pytest.mark.situation("First hour", "… with other linears adapted", "works")
 def test_a_vocabulary_that_grows_beside_the_adapters() -> None:
     model = fill(melora_fx.rewrite(gpt2(), ["c_attn"], CONFIG))
     expected = output_of(model, tokens())
