@@ -12,8 +12,6 @@ _HAS_ADAPTERS = "_hf_peft_config_loaded"
 """PEFT's word for adapters that are there to be trained; without it a Trainer refuses a quantised model."""
 _UNSAVED, _UNSAVED_BEFORE = "_keys_to_ignore_on_save", "melora_keys_to_ignore_on_save"
 """Keys that a Trainer does not miss in a checkpoint, and the model's own value of it meanwhile."""
-
-
 _OURS = (_HAS_ADAPTERS, _UNSAVED, _UNSAVED_BEFORE)
 
 
