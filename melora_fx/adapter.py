@@ -120,6 +120,18 @@ def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
     return found
 
 
+def resized(site: AdapterSite) -> str | None:
+    """Why the adapter of `site` no longer fits its weight, or None."""
+    (own_in, own_out), blocks = (site.in_features, site.out_features), site.config.num_blocks
+    in_features, out_features = blocks * site.lora_a.size(2), blocks * site.lora_b.size(1)
+    if (own_in, own_out) == (in_features, out_features):
+        return None
+    return (
+        f"its weight is ({own_out}, {own_in}) and its adapter is for ({out_features}, {in_features}): it was resized "
+        "after `rewrite` (a vocabulary that grew?); resize the plain model, then `rewrite`"
+    )
+
+
 def warn_of_lost_sites(model: nn.Module) -> None:
     """Warns where modules that `rewrite` had adapted are no longer in `model`."""
     found, lost = sites(model), []
@@ -128,7 +140,7 @@ def warn_of_lost_sites(model: nn.Module) -> None:
         names = [without_wrappers(join_path(path, name)) for name in state.sites] if state else []
         lost += [f"`{name}`" for name in names if name not in found]
     if lost:
-        warnings.warn(f"{', '.join(lost)}: adapted by `rewrite`, replaced or removed since", stacklevel=3)
+        warnings.warn(f"{', '.join(lost)}: adapted by `rewrite`, and replaced, removed or folded since", stacklevel=3)
 
 
 def is_folded(model: nn.Module) -> bool:

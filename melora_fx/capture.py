@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from .experts import REMEDY
+from .experts import IN_PLACE_REMEDY, is_experts
 from .patterns import get_attribute
 from .quantized import is_packed_linear, packed_graph
 from .source import UNKNOWN, attributes_read_by_forward
@@ -78,8 +79,7 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
             captures.append(Capture(path, module, _trace(module, templates)))
         except _UntraceableError as error:
             for matrix in matrices:
-                is_stack = module.get_parameter(matrix).dim() == 3
-                refused[site_name(path, matrix)] = f"{error}; {REMEDY}" if is_stack else str(error)
+                refused[site_name(path, matrix)] = IN_PLACE_REMEDY if is_experts(module) else str(error)
     return captures, refused
 
 
@@ -87,7 +87,7 @@ def _matrices(module: nn.Module) -> list[str]:
     """Names of the module's own parameters that a linear could multiply by: 2-D, or 3-D for a stack of experts."""
     if is_packed_linear(module):
         return ["weight"]
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | _ConvNd | parametrize.ParametrizationList):
         return []
     parameters = module.named_parameters(recurse=False)
     if any(isinstance(value, UninitializedParameter) for _, value in module.named_parameters(recurse=False)):
@@ -144,6 +144,8 @@ def derived_weights(model: nn.Module) -> dict[str, str]:
     )
     found: dict[str, str] = {}
     for path, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            continue
         names = dict.fromkeys(module.parametrizations) if parametrize.is_parametrized(module) else {}
         names |= {
             name: None

@@ -24,14 +24,21 @@ from .patterns import (
     apply_views,
     argument,
     behind_views,
+    is_view,
     operator_name,
     parameter_of,
     pattern_name,
 )
 
 REMEDY = 'a loop over experts depends on data: first call `model.set_experts_implementation("grouped_mm")`'
-"""What is said of a stack that cannot be captured."""
+"""What is said of a model that cannot be captured whole."""
+IN_PLACE_REMEDY = (
+    'its experts are chosen by data: after `model.set_experts_implementation("grouped_mm")` pass `example_inputs=`, or '
+    'adapt it in place after `model.set_experts_implementation("batched_mm")`'
+)
+"""What is said of experts that cannot be captured in place."""
 
+_PRODUCTS = {"mm", "matmul", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "linear", "tensordot"}
 _GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
 
@@ -46,6 +53,25 @@ class ExpertNode(LinearNode):
     choice: fx.Node | None = None
     is_grouped: bool = False
     gather: fx.Node | None = None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` is one of transformers' layers of experts, by what its decorator sets."""
+    return hasattr(module, "_is_expert_parallel")
+
+
+def products_with(read: fx.Node) -> list[str]:
+    """Names of the operators that multiply by what the `get_attr` node `read` gives, or by parts and views of it."""
+    found, pending, seen = dict[str, None](), [read], set[fx.Node]()
+    while pending:
+        for user in pending.pop().users:
+            name = operator_name(user)
+            if name in _PRODUCTS or name in _GROUPED:
+                found[name] = None
+            elif user not in seen and (is_view(user) or _choice(user) is not None):
+                seen.add(user)
+                pending.append(user)
+    return list(found)
 
 
 def find_expert_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[ExpertNode]:

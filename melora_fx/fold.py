@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, running_base, warn_of_lost_sites
+from .adapter import AdapterSite, is_folded, refuse_folded, require_sites, resized, running_base, warn_of_lost_sites
 from .blocks import by_matrix, diagonal_blocks
 from .capture import join_path, without_wrappers
 from .errors import MELoRAError
@@ -155,6 +155,8 @@ def _obstacle(site: AdapterSite) -> str | None:
         return f"the weight of a {site.pattern} is packed: {_DEQUANTISE}"
     if site.record.parameter_name not in site.owner._parameters:
         return "its weight is pruned or parametrized: make it permanent first"
+    if reason := resized(site):
+        return reason
     weight = site.weight.detach()
     if type(weight) is not torch.Tensor or not weight.is_floating_point():
         kind = f"{type(weight).__name__} of {weight.dtype}"
@@ -235,9 +237,8 @@ def _remove_adapters(model: nn.Module) -> None:
     named = model.named_parameters(remove_duplicate=False)
     parameters = {without_wrappers(name): parameter for name, parameter in named}
     for holder_path, holder in model.named_modules():
+        detach(holder)
         state: RewriteState | None = holder.__dict__.pop(STATE, None)
-        if state:
-            detach(holder)
         for name, requires_grad in state.requires_grad.items() if state else ():
             parameter = parameters.get(without_wrappers(join_path(holder_path, name)))
             if parameter is not None:

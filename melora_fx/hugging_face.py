@@ -10,9 +10,8 @@ from torch import nn
 _SAVE = "save_pretrained"
 _HAS_ADAPTERS = "_hf_peft_config_loaded"
 """PEFT's word for adapters that are there to be trained; without it a Trainer refuses a quantised model."""
-_UNSAVED, _UNSAVED_BEFORE = "_keys_to_ignore_on_save", "melora_keys_to_ignore_on_save"
-"""Keys that a Trainer does not miss in a checkpoint, and the model's own value of it meanwhile."""
-_OURS = (_HAS_ADAPTERS, _UNSAVED, _UNSAVED_BEFORE)
+_UNSAVED, _TIE, _BEFORE = "_keys_to_ignore_on_save", "tie_weights", "melora_before_checkpoints"
+"""Keys that a Trainer does not miss in a checkpoint, what it calls then, and the model's own of both meanwhile."""
 
 
 def attach(model: nn.Module) -> None:
@@ -35,34 +34,52 @@ def has_save_pretrained(model: nn.Module) -> bool:
 
 def leave_out(model: nn.Module, names: list[str]) -> None:
     """From here on a Trainer does not miss the tensors `names` in a checkpoint."""
-    vars(model).setdefault(_UNSAVED_BEFORE, vars(model).get(_UNSAVED))
-    vars(model)[_UNSAVED] = names
+    own = vars(model)
+    own.setdefault(_BEFORE, {name: own[name] for name in (_UNSAVED, _TIE) if name in own})
+    own[_UNSAVED] = names
+    if not hasattr(model, _TIE):
+        own[_TIE] = _nothing_to_tie
 
 
 def leave_in(model: nn.Module) -> None:
     """Undoes `leave_out`."""
-    if _UNSAVED_BEFORE in vars(model):
-        vars(model)[_UNSAVED] = vars(model).pop(_UNSAVED_BEFORE)
+    before = vars(model).pop(_BEFORE, None)
+    if before is not None:
+        for name in (_UNSAVED, _TIE):
+            vars(model).pop(name, None)
+        vars(model).update(before)
+
+
+def _nothing_to_tie(*_: Any, **__: Any) -> None:
+    """The `tie_weights` of a model that has none."""
 
 
 def detach(model: nn.Module) -> None:
-    """Takes all of it off."""
+    """Takes all of it off, and nothing that is the user's own."""
     leave_in(model)
-    for name in (_SAVE, _HAS_ADAPTERS):
-        vars(model).pop(name, None)
+    save = vars(model).get(_SAVE)
+    if isinstance(save, functools.partial) and save.func.__module__.startswith(__package__):
+        for name in (_SAVE, _HAS_ADAPTERS):
+            vars(model).pop(name, None)
 
 
 def save_and_warn(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The class's own `save_pretrained`, of the whole model, and a word of what it is not."""
+    """`save_whole`, and a word of what it is not."""
     warnings.warn(
         "`save_pretrained` of a rewritten model writes base and adapter under names that `from_pretrained` drops: use "
         "`melora_fx.save_adapter`, or `melora_fx.fold` first; for a Trainer's checkpoints, `AdapterCheckpointCallback`",
         stacklevel=3,
     )
-    attributes = dict(vars(model))
+    return save_whole(model, *args, **kwargs)
+
+
+def save_whole(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The class's own `save_pretrained`, of the whole model."""
+    own = vars(model)
+    state = {name: own[name] for name in (_HAS_ADAPTERS, _UNSAVED, _TIE, _BEFORE) if name in own}
     leave_in(model)  # else the base would be left out
-    vars(model).pop(_HAS_ADAPTERS, None)  # else PEFT's format would be written
+    own.pop(_HAS_ADAPTERS, None)  # else PEFT's format would be written
     try:
         return type(model).save_pretrained(model, *args, **kwargs)
     finally:
-        vars(model).update({name: attributes[name] for name in _OURS if name in attributes})
+        own.update(state)

@@ -12,10 +12,10 @@ from .blocks import num_matrices
 from .capture import Capture, capture_modules, derived_weights, join_path, site_name, without_wrappers
 from .config import MELoRAConfig
 from .errors import MELoRAError
-from .experts import ExpertNode, find_expert_nodes
+from .experts import ExpertNode, find_expert_nodes, products_with
 from .lowering import choose_lowering, lowering_misfit
 from .match_report import LinearSite, MatchReport
-from .patterns import LinearNode, find_linear_nodes, get_attribute, operator_name, other_uses, weight_of
+from .patterns import LinearNode, find_linear_nodes, get_attribute, other_uses, weight_of
 from .quantized import is_packed_linear
 from .rewritten import refuse_distributed, refuse_rewritten, unwrap
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
@@ -169,20 +169,19 @@ def make_plan(
 
 
 def _unmatched_stacks(captures: list[Capture], found: Mapping[str, PlannedSite]) -> dict[str, str]:
-    """The stacks of matrices that graphs use in a form without a pattern; what convolutions use is none."""
+    """The stacks of matrices that graphs multiply by in a form without a pattern."""
     reasons = {}
     for capture in captures:
         for node in capture.graph.nodes:
             parameter = get_attribute(capture.module, str(node.target)) if node.op == "get_attr" else None
             if not isinstance(parameter, nn.Parameter) or parameter.dim() != 3 or min(parameter.shape) == 1:
                 continue
-            if any("conv" in str(user.target) for user in node.users):
-                continue
+            products = products_with(node)
             owner, _, attribute = str(node.target).rpartition(".")
             name = site_name(join_path(capture.path, owner), attribute)
-            if name not in found:
-                users = ", ".join(sorted({operator_name(user) for user in node.users}))
-                reasons[name] = f"a stack of matrices {tuple(parameter.shape)} in a form that has no pattern: `{users}`"
+            if products and name not in found:
+                kind = f"a stack of matrices {tuple(parameter.shape)}"
+                reasons[name] = f"{kind} in a form that has no pattern: `{', '.join(products)}`"
     return reasons
 
 

@@ -175,9 +175,14 @@ def _weight(value: Any, owner: nn.Module) -> _Weight | None:
     return _Weight(str(value.target), rows, rows == (0, num_rows), is_transposed, is_cast)
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether `node` is a view, a copy or a cast of its first argument."""
+    return operator_name(node) in _VIEWS | _COPIES | CASTS and bool(node.args)
+
+
 def behind_views(value: Any, views: list[fx.Node]) -> Any:
     """What the views, copies and casts that end in `value` begin with; they are added to `views`, last first."""
-    while isinstance(value, fx.Node) and operator_name(value) in _VIEWS | _COPIES | CASTS and value.args:
+    while isinstance(value, fx.Node) and is_view(value):
         if operator_name(value) == "getitem" and isinstance(value.args[1], fx.Node):
             break  # a choice of rows by their numbers is no view
         views.append(value)

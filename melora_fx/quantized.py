@@ -35,7 +35,7 @@ def is_packed_linear(module: nn.Module) -> bool:
     return has_integers or inspect.ismethod(weight)  # as `torch.ao` has it
 
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
 def packed_weight(module: Any) -> Tensor:
@@ -89,11 +89,11 @@ def call_base(module: nn.Module, forward: Callable[..., Tensor], x: Tensor, *oth
     if inspect.ismethod(weight):  # `torch.ao`: its output claims to have a gradient, which is zero
         return _WithGradient.apply(x, None, forward(module, x.detach(), *others), lambda: weight().dequantize())
     output, bias = forward(module, x, *others), getattr(module, "bias", None)
-    trained = isinstance(bias, Tensor) and bias.requires_grad
-    if output.requires_grad and not (trained and not _hangs_on(output, x)):
+    is_trained = isinstance(bias, Tensor) and bias.requires_grad
+    if output.requires_grad and not (is_trained and not _hangs_on(output, x)):
         return output
     matrix = functools.partial(_by_unit_vectors, lambda unit: forward(module, unit, *others), x)
-    return _WithGradient.apply(x, bias if trained else None, output.detach(), matrix)
+    return _WithGradient.apply(x, None, output, matrix)
 
 
 def _hangs_on(output: Tensor, x: Tensor) -> bool:
@@ -140,6 +140,8 @@ def _by_unit_vectors(linear: Callable[[Tensor], Tensor], like: Tensor) -> Tensor
 class _WithGradient(torch.autograd.Function):
     """The output, which is x Wᵀ + b of a quantised W, with y' W as the gradient of x, and y' summed as that of b.
 
+    What the output hangs on itself gets its gradient too.
+
     Where a kernel rounds x to 8 bits, the gradient goes through as if it did not: the straight-through estimator
     (https://arxiv.org/abs/1308.3432).
     """
@@ -151,9 +153,10 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        gradient, (needs_x, needs_bias, *_) = gradients[0], ctx.needs_input_grad
+        gradient, (needs_x, needs_bias, needs_output, _) = gradients[0], ctx.needs_input_grad
         of_bias = gradient.reshape(-1, gradient.size(-1)).sum(0) if needs_bias else None
+        of_output = gradient if needs_output else None
         if not needs_x:
-            return None, of_bias, None, None
+            return None, of_bias, of_output, None
         matrix = ctx.weight()
-        return (gradient.to(matrix.dtype) @ matrix).to(ctx.dtype), of_bias, None, None
+        return (gradient.to(matrix.dtype) @ matrix).to(ctx.dtype), of_bias, of_output, None

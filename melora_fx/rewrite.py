@@ -84,8 +84,9 @@ def rewrite(
     requires_grad = {without_wrappers(name): parameter.requires_grad for name, parameter in parameters}
     state = RewriteState(requires_grad, kept, tuple(site.name for site in plan.sites))
     rewritten.requires_grad_(False)
+    modules = {without_wrappers(name): module for name, module in rewritten.named_modules()}
     for name in kept:
-        rewritten.get_submodule(name).requires_grad_(True)
+        modules[name].requires_grad_(True)
     for capture, sites in _by_capture(plan.sites):
         install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
     rewritten.__dict__[STATE] = state
@@ -139,7 +140,8 @@ def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
     if not isinstance(patterns, str | Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`keep_trainable` must be a name or a list of names, got {patterns!r}")
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+    modules = {without_wrappers(name): module for name, module in model.named_modules()}
+    names = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
     kept: dict[str, None] = {}
     for pattern in patterns:
         hits = [name for name in names if name_matches(pattern, name)]
@@ -147,7 +149,7 @@ def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str,
             raise ValueError(f"`keep_trainable`: {pattern!r} matches no module; nearest: {nearest(pattern, names)}")
         kept.update(dict.fromkeys(hits))
     for name in kept:
-        parameters = model.get_submodule(name).parameters()
+        parameters = modules[name].parameters()
         if any(type(value.detach()) is not torch.Tensor or not value.is_floating_point() for value in parameters):
             raise ValueError(
                 f"`keep_trainable`: {name!r} is quantised and cannot be trained: leave it out of the quantisation "

@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from .blocks import new_adapter, num_matrices, scaling_tensor
 from .capture import copy_graph, without_wrappers
 from .errors import MELoRAError
+from .grouped_blocks import grouped_blocks
 from .lowering import lower
 from .patterns import weight_of
 from .quantized import call_base
@@ -97,7 +98,7 @@ class RewrittenModule(fx.GraphModule):
         plain = lowered = type(self).forward
         if any(record.lowering != "plain" for record in self.melora_records):
             lowered = _forward_of(self, lower(self.graph, self, self.melora_records))
-        type(self).forward = _choosing(plain, lowered)
+        type(self).forward = _choosing(plain, lowered, has_forward_mode=not _uses(self.graph, grouped_blocks))
         _CLASSES[key] = type(self)
         return code
 
@@ -250,13 +251,22 @@ def _forward_of(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
     return type(made).forward
 
 
-def _choosing(plain: Callable[..., Any], lowered: Callable[..., Any]) -> Callable[..., Any]:
+def _uses(graph: fx.Graph, operator: Any) -> bool:
+    return bool(graph.find_nodes(op="call_function", target=operator))
+
+
+def _choosing(plain: Callable[..., Any], lowered: Callable[..., Any], *, has_forward_mode: bool) -> Callable[..., Any]:
     """A forward that runs `lowered`, but `plain` where its nodes are needed, and the base after `run_base`."""
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.melora_adapted_graph is not None:
             return type(self).base_function(self, *args, **kwargs)
+        if not has_forward_mode and torch.autograd.forward_ad._current_level >= 0:
+            raise MELoRAError(
+                "experts in the grouped form have no forward-mode derivatives: call "
+                '`model.set_experts_implementation("batched_mm")` before `rewrite`'
+            )
         return (plain if _needs_plain_nodes() else lowered)(self, *args, **kwargs)
 
     own: Any = forward  # Dynamo counts recompiles by code object: each class gets one

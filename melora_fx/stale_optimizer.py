@@ -36,8 +36,11 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for _, module in rewritten_modules(model):
             for record in module.melora_records:
                 owner = owner_of(module, record)
-                weight, lora_a = (getattr(owner, name) for name in (record.parameter_name, record.attribute("lora_a")))
-                stale += id(weight) in held and id(lora_a) not in held
+                weight, lora_a = (
+                    owner._parameters.get(record.parameter_name),
+                    getattr(owner, record.attribute("lora_a")),
+                )
+                stale += weight is not None and id(weight) in held and id(lora_a) not in held
         if stale:
             warnings.warn(
                 f"this {type(optimizer).__name__} holds the weights of {stale} linears, which `rewrite` has frozen, "

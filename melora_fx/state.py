@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import AdapterSite, refuse_folded, require_sites, sites, warn_of_lost_sites
+from .adapter import AdapterSite, refuse_folded, require_sites, resized, sites, warn_of_lost_sites
 from .adapter_file import Adapter, fingerprint, fingerprint_misfit, read_adapter, write_adapter
 from .blocks import num_matrices, scaling_tensor
 from .capture import join_path, without_wrappers
@@ -34,6 +34,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     found = require_sites(model, "save_adapter")
     warn_of_lost_sites(model)
+    lines = [f"`{name}`: {reason}" for name, site in found.items() if (reason := resized(site))]
+    if lines:
+        raise MELoRAError("cannot save:\n" + "\n".join(lines))
     refuse_folded(model, "save_adapter")
     model_facts = {
         "class": class_name(model),

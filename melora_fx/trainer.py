@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .adapter import adapter_parameters, require_sites
-from .hugging_face import attach, has_save_pretrained, leave_in, leave_out, save_and_warn, save_by
+from .adapter import adapter_parameters, require_sites, sites
+from .hugging_face import attach, has_save_pretrained, leave_in, leave_out, save_and_warn, save_by, save_whole
 from .rewritten import unwrap
 from .state import kept_names, save_adapter, tensors_by_name
 
@@ -37,8 +37,6 @@ class AdapterCheckpointCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         require_sites(model, "AdapterCheckpointCallback")
         inner = unwrap(model)
-        if not has_save_pretrained(inner):
-            return
         prefix = "" if inner is model else "_orig_mod."  # in the names that a compiled model is loaded by
         save_by(inner, functools.partial(_save_checkpoint, prefix=prefix))
         trained = _trained_tensors(inner, prefix)
@@ -71,7 +69,9 @@ def _save_checkpoint(
     **options: Any,
 ) -> None:
     """`save_pretrained` of a Trainer's model; without a config.json, so that no one takes the folder for a model."""
-    if not _CHECKPOINT.fullmatch(Path(save_directory).name):
+    if not sites(model):  # folded since, as a part of this model
+        save_whole(model, save_directory, is_main_process=is_main_process, **options)
+    elif not _CHECKPOINT.fullmatch(Path(save_directory).name):
         save_and_warn(model, save_directory, is_main_process=is_main_process, **options)
     elif is_main_process:
         save_adapter(model, save_directory)

@@ -440,7 +440,9 @@ def test_in_place_where_a_trace_can_follow() -> None:
 @pytest.mark.parametrize("form", ["grouped_mm", "eager"])
 def test_in_place_refusals_name_the_remedy(form: str) -> None:
     model = mixtral(form)
-    remedy = r"gate_up_proj` cannot .*pass `example_inputs=`; .*set_experts_implementation\(\"grouped_mm\"\)"
+    remedy = (
+        r"gate_up_proj` cannot .*\(\"grouped_mm\"\)` pass `example_inputs=`, .*in place after .*\(\"batched_mm\"\)`"
+    )
     with pytest.raises(MELoRAError, match=remedy):
         melora_fx.rewrite(model, TARGETS, CONFIG)
     with pytest.warns(UserWarning, match=r"leaves 2 linears alone: .*experts\.gate_up_proj.*experts\.down_proj"):
