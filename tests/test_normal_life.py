@@ -445,7 +445,7 @@ def test_shared_with_another_process(start: str) -> None:
     assert_equal(model.up.lora_b.detach(), before + 1)
 
 
-@pytest.mark.situation("Moved and copied", "`del model`", "freed at once")
+@pytest.mark.situation("Moved and copied", "`del model`, without `save_pretrained`", "freed at once")
 def test_a_model_is_freed_when_it_is_let_go() -> None:
     def freed(build: Callable[[], Any]) -> bool:
         model = build()
