@@ -32,6 +32,8 @@ from .blocks import diagonal_blocks
 from .errors import MELoRAError
 from .quantized import quantized_linear
 
+RESIZED = "it was resized after `rewrite` (a vocabulary that grew?); resize the plain model, then `rewrite`"
+"""What is said of a linear whose weight no longer fits its adapter."""
 WIDE = (torch.float32, torch.float64)
 
 
@@ -108,10 +110,7 @@ def _run(
         own = weight.size(0) if weight is not None else out_features
         if own == out_features:
             raise
-        raise MELoRAError(
-            f"a linear of {own} output features has an adapter of {out_features}: it was resized after `rewrite` (a "
-            "vocabulary that grew?); resize the plain model, then `rewrite`"
-        ) from error
+        raise MELoRAError(f"a linear of {own} output features has an adapter of {out_features}: {RESIZED}") from error
 
 
 def _rate(dropout: nn.Module) -> float:

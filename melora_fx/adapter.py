@@ -1,13 +1,14 @@
 """Reading and switching the adapters of a rewritten model."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .adapted_linear import RESIZED
 from .blocks import num_matrices
 from .capture import join_path, without_wrappers
 from .config import MELoRAConfig
@@ -126,15 +127,12 @@ def resized(site: AdapterSite) -> str | None:
     in_features, out_features = blocks * site.lora_a.size(2), blocks * site.lora_b.size(1)
     if (own_in, own_out) == (in_features, out_features):
         return None
-    return (
-        f"its weight is ({own_out}, {own_in}) and its adapter is for ({out_features}, {in_features}): it was resized "
-        "after `rewrite` (a vocabulary that grew?); resize the plain model, then `rewrite`"
-    )
+    return f"its weight is ({own_out}, {own_in}) and its adapter is for ({out_features}, {in_features}): {RESIZED}"
 
 
-def warn_of_lost_sites(model: nn.Module) -> None:
-    """Warns where modules that `rewrite` had adapted are no longer in `model`."""
-    found, lost = sites(model), []
+def warn_of_lost_sites(model: nn.Module, found: Mapping[str, AdapterSite]) -> None:
+    """Warns where modules that `rewrite` had adapted are no longer in `model`, whose sites are `found`."""
+    lost: list[str] = []
     for path, module in unwrap(model).named_modules():
         state: RewriteState | None = module.__dict__.get(STATE)
         names = [without_wrappers(join_path(path, name)) for name in state.sites] if state else []

@@ -40,7 +40,7 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
     found = require_sites(model, "fold")
     inner = unwrap(model)
     refuse_folded(model, "fold")
-    warn_of_lost_sites(model)
+    warn_of_lost_sites(model, found)
     _refuse_unfoldable(found)
     _refuse_replaced_forward(found)
     shared = _shared_sites(inner, found)

@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import io
+import itertools
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -300,16 +301,20 @@ _DISTRIBUTED = {"DistributedDataParallel", "DataParallel", "FullyShardedDataPara
 
 def refuse_distributed(model: nn.Module, action: str) -> None:
     """Raises MELoRAError where `model` is wrapped by DDP, FSDP or DataParallel, or has a DTensor."""
-    held = [(path, module) for path, module in model.named_modules()]
-    for path, value in [*held, *((name, parameter.detach()) for name, parameter in model.named_parameters())]:
+    plain = set[type]()  # each class is looked at once: `disabled` comes here in every step of some trainings
+    for path, value in itertools.chain[tuple[str, Any]](model.named_modules(), model.named_parameters()):
+        if type(value) in plain:
+            continue
         kinds = [cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith("torch.")]
         kind = next((name for name in kinds if name in _DISTRIBUTED), None)
-        if kind:
-            where = f"`{path}`" if path else "the model"
-            raise MELoRAError(
-                f"`{action}`: {where} is a {kind}: models that are wrapped for several devices, or sharded, are not "
-                "supported; call it with the plain model inside (`model.module`), before wrapping or sharding"
-            )
+        if kind is None:
+            plain.add(type(value))
+            continue
+        where = f"`{path}`" if path else "the model"
+        raise MELoRAError(
+            f"`{action}`: {where} is a {kind}: models that are wrapped for several devices, or sharded, are not "
+            "supported; call it with the plain model inside (`model.module`), before wrapping or sharding"
+        )
 
 
 def _rewritten_class(original: type) -> type:

@@ -33,7 +33,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         MELoRAError: for a plain model, or a folder that cannot be written.
     """
     found = require_sites(model, "save_adapter")
-    warn_of_lost_sites(model)
+    warn_of_lost_sites(model, found)
     lines = [f"`{name}`: {reason}" for name, site in found.items() if (reason := resized(site))]
     if lines:
         raise MELoRAError("cannot save:\n" + "\n".join(lines))

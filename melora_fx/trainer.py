@@ -37,7 +37,7 @@ class AdapterCheckpointCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         require_sites(model, "AdapterCheckpointCallback")
         inner = unwrap(model)
-        prefix = "" if inner is model else "_orig_mod."  # in the names that a compiled model is loaded by
+        prefix = _prefix(model)
         save_by(inner, functools.partial(_save_checkpoint, prefix=prefix))
         trained = _trained_tensors(inner, prefix)
         leave_out(inner, [name for name in model.state_dict() if name not in trained])
@@ -49,7 +49,7 @@ class AdapterCheckpointCallback(TrainerCallback):
         model, directory = kwargs["model"], Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
         inner = unwrap(model)
         if not has_save_pretrained(inner) and (directory / SAFE_WEIGHTS_NAME).exists():
-            _save_checkpoint(inner, directory, prefix="" if inner is model else "_orig_mod.")
+            _save_checkpoint(inner, directory, prefix=_prefix(model))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,6 +58,11 @@ class AdapterCheckpointCallback(TrainerCallback):
         inner = unwrap(kwargs["model"])
         leave_in(inner)
         attach(inner)
+
+
+def _prefix(model: nn.Module) -> str:
+    """What stands before the names in the state that `model` is loaded from: a compiled one's have one."""
+    return "" if unwrap(model) is model else "_orig_mod."
 
 
 def _save_checkpoint(

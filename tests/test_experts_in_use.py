@@ -27,7 +27,7 @@ from support import (
 from test_experts import CONFIG, FORMS, TARGETS, expected, factor_gradients, inputs, mixtral, the_site
 from test_experts import rewritten as rewritten_experts
 from test_normal_life import Caller, Lines, Packed
-from test_trainer import STEPS, Losses, StopAt, arguments, trainer_of
+from test_trainer import STEPS, StopAt, trainer_of
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
@@ -138,14 +138,7 @@ def example_with_labels() -> dict[str, torch.Tensor]:
 
 
 def losses_of(model: nn.Module, directory: Path, *callbacks: Any, resume: Any = None, **options: Any) -> list[float]:
-    losses = Losses()
-    made = Trainer(
-        model,
-        arguments(directory, **options),
-        train_dataset=Pieces(),
-        eval_dataset=Pieces(),
-        callbacks=[*callbacks, losses],
-    )
+    made, losses = trainer_of(model, directory, *callbacks, data=Pieces(), **options)
     made.train(resume_from_checkpoint=resume)
     return list(losses.by_step.values())
 

@@ -75,14 +75,14 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
 
 
 def trainer_of(
-    model: nn.Module, directory: Path, *callbacks: TrainerCallback, **options: Any
+    model: nn.Module, directory: Path, *callbacks: TrainerCallback, data: Any = None, **options: Any
 ) -> tuple[Trainer, Losses]:
-    losses = Losses()
+    losses, data = Losses(), data or Sentences()
     made = Trainer(
         model,
         arguments(directory, **options),
-        train_dataset=Sentences(),
-        eval_dataset=Sentences(),
+        train_dataset=data,
+        eval_dataset=data,
         callbacks=[*callbacks, losses],
     )
     return made, losses
