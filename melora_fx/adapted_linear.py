@@ -39,7 +39,7 @@ WIDE = (torch.float32, torch.float64)
 
 def adapted_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -47,6 +47,7 @@ def adapted_linear(
     dropout: nn.Module | None,
     parts: Sequence[int],
     merge: bool,
+    base: Tensor | None = None,
 ) -> Tensor:
     """The adapted output (…, O), of the dtype of x Wᵀ; the adapter computes in that dtype.
 
@@ -60,44 +61,13 @@ def adapted_linear(
         dropout: says how much of the adapter's input is dropped, and whether.
         parts: sizes of the parts of `split`, O in all.
         merge: whether W + Δ may be made where that is faster.
+        base: x Wᵀ + b, (…, O), where that has been computed; weight and bias are None then.
     """
-    if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():
-        return _run(x, None, weight, bias, lora_a, lora_b, scaling, dropout, parts, merge)
-    return adapted_output(x, quantized_linear(x, weight, bias), lora_a, lora_b, scaling, dropout, parts)
-
-
-def adapted_output(
-    x: Tensor,
-    base: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    dropout: nn.Module | None,
-    parts: Sequence[int],
-) -> Tensor:
-    """The same for a linear that has been computed: base, (…, O), with the adapter's output added; a new tensor.
-
-    Autocast has had its say in the base: the adapter computes in the dtype of that.
-    """
-    arguments = (x, base, None, None, lora_a, lora_b, scaling, dropout, parts, False)
-    if _autocast_dtype(x) is None:
-        return _run(*arguments)
-    with torch.autocast(x.device.type, enabled=False):
-        return _run(*arguments)
-
-
-def _run(
-    x: Tensor,
-    base: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    dropout: nn.Module | None,
-    parts: Sequence[int],
-    merge: bool,
-) -> Tensor:
+    if weight is not None and not (type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()):
+        base, weight, bias, merge = quantized_linear(x, weight, bias), None, None, False
+    if base is not None and _autocast_dtype(x) is not None:  # it has had its say in the base
+        with torch.autocast(x.device.type, enabled=False):
+            return adapted_linear(x, None, None, lora_a, lora_b, scaling, dropout, parts, False, base)
     rate = 0.0 if dropout is None else _rate(dropout)
     seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
     arguments = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, merge, _autocast_dtype(x))

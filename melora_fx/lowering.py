@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .adapted_linear import WIDE, adapted_linear, adapted_output
+from .adapted_linear import WIDE, adapted_linear
 from .capture import copy_graph
 from .config import MELoRAConfig
 from .experts import ExpertNode, find_expert_nodes
@@ -86,11 +86,11 @@ def _lower_node(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: 
         tensors = [graph.get_attr(record.path(kind)) for kind in ("lora_a", "lora_b", "lora_scaling")]
         dropout = graph.get_attr(record.path("lora_dropout")) if record.config.dropout else None
         if operands is None:
-            call = graph.call_function(adapted_output, (linear.input, linear.node, *tensors, dropout, parts))
+            arguments = (linear.input, None, None, *tensors, dropout, parts, False, linear.node)
         else:
             weight = graph.call_function(aten.t.default, (operands.weight,)) if operands.is_flipped else operands.weight
             arguments = (linear.input, weight, operands.bias, *tensors, dropout, parts, may_merge)
-            call = graph.call_function(adapted_linear, arguments)
+        call = graph.call_function(adapted_linear, arguments)
     call.meta = dict(total.meta)
     total.replace_all_uses_with(call)
     for node in [*_behind(graph, record), linear.node]:
