@@ -17,9 +17,9 @@ from typing import Any
 from latency_models import EXAMPLE, build
 
 from exporters import OrtRunner, export_onnx
-from exporters.forms import choose_form
-from exporters.graph_inputs import make_inputs
-from exporters.measure import Contender, Measurement, measure, write_csv
+from exporters.graph.forms import choose_form
+from exporters.measuring.measure import Contender, Measurement, measure, write_csv
+from exporters.runtime.graph_inputs import make_inputs
 
 RESULTS = Path(__file__).parent / "results" / "adapter_forms.csv"
 BLOCKS_AND_RANKS = ((8, 1), (8, 2), (4, 4), (8, 4), (4, 8), (8, 8), (16, 4))

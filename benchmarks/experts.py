@@ -26,8 +26,8 @@ from train_step import peak_memory_mib, saved_bytes, timed
 from transformers import MixtralConfig, MixtralModel
 
 import melora_fx
-from exporters.machine import device_name, package_versions, source_commit
-from exporters.measure import write_csv
+from exporters.measuring.machine import device_name, package_versions, source_commit
+from exporters.measuring.measure import write_csv
 from melora_fx import MELoRAConfig
 
 RESULTS = Path(__file__).parent / "results"

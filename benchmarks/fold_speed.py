@@ -39,9 +39,9 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 
 import exporters
 import melora_fx
-from exporters.machine import device_name, package_versions, source_commit
+from exporters.measuring.machine import device_name, package_versions, source_commit
 from melora_fx import MELoRAConfig
-from melora_fx.fold import changed_blocks
+from melora_fx.folding.fold import changed_blocks
 
 RESULTS = Path(__file__).parent / "results" / "fold_speed.csv"
 FIELDS = (

@@ -32,13 +32,13 @@ from latency_report import write_report
 import exporters
 import melora_fx
 from exporters import OrtRunner, TorchRunner, compare, export_onnx
-from exporters.graph_inputs import make_inputs
-from exporters.machine import package_versions
-from exporters.measure import Contender, Measurement, measure, write_csv
-from exporters.metadata import read_facts
-from exporters.swap import swap_tensors
+from exporters.adapters.ort_adapter import swap_tensors
+from exporters.measuring.machine import package_versions
+from exporters.measuring.measure import Contender, Measurement, measure, write_csv
+from exporters.onnx_files.metadata import read_facts
+from exporters.runtime.graph_inputs import make_inputs
 from melora_fx import MELoRAError
-from melora_fx.adapter_file import read_adapter
+from melora_fx.saving.adapter_file import read_adapter
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
 """Largest relative difference, by precision, between forms that compute the same."""

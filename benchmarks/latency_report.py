@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters import Latency, LatencyTable
-from exporters.plots import format_ms, plot_latency
+from exporters.measuring.plots import format_ms, plot_latency
 
 Row = dict[str, str]
 

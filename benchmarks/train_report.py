@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exporters.plots import import_pyplot
+from exporters.measuring.plots import import_pyplot
 
 FIELDS = (
     "model", "mode", "targets", "num_blocks", "rank", "dtype", "dropout", "memory", "threads", "tokens", "side",

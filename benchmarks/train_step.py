@@ -38,8 +38,8 @@ from torch import nn
 from train_report import FIELDS, read_rows, write_report
 from train_sides import FEW_SIDES, SEQUENCE, SIDES, Setting, make_side
 
-from exporters.machine import device_name, package_versions, source_commit
-from exporters.measure import write_csv
+from exporters.measuring.machine import device_name, package_versions, source_commit
+from exporters.measuring.measure import write_csv
 
 RESULTS = Path(__file__).parent / "results"
 STEPS_PER_ROUND = 2

@@ -1,13 +1,14 @@
 """exporters: what leaves torch: ONNX graphs, the runners that compute them, and what they cost."""
 
-from .compare import Comparison, Latency, LatencyTable, compare, measure_latency
+from exporters.adapters.ort_adapter import write_ort_adapter
+from exporters.measuring.compare import Comparison, Latency, LatencyTable, compare, measure_latency
+from exporters.runtime.ort_runner import OrtRunner
+from exporters.runtime.torch_runner import TorchRunner
+from exporters.tensorrt_check.check import TensorRTReport, check_tensorrt
+from exporters.triton_server.repository import TritonModel, write_triton_repository
+
 from .export import ExportReport, export_onnx
 from .fold_onnx import fold_onnx
-from .ort_runner import OrtRunner
-from .runners import TorchRunner
-from .swap import write_ort_adapter
-from .tensorrt import TensorRTReport, check_tensorrt
-from .triton import TritonModel, write_triton_repository
 
 __all__ = [
     "Comparison",

@@ -15,27 +15,27 @@ import onnx_ir
 import torch
 from torch import nn
 
+from exporters.adapters.ort_adapter import attach_defaults, distinct_values, open_inputs
+from exporters.graph.build import DynamicAxes, axes_of, build_graph, check_dynamic_axes, count_ops
+from exporters.graph.forms import FORMS, add_biases_last, write_forms
+from exporters.graph.fuse import FUSED_TARGETS, fuse
+from exporters.graph.half import to_float16
+from exporters.graph.weights import drop_inferred, drop_traces, find_tensor, fold_adapter_constants, name_weights
+from exporters.onnx_files.metadata import METADATA_KEY, describe, places_as_json
+from exporters.onnx_files.onnx_file import read_graph
+from exporters.tensorrt_check.obstacles import refuse_obstacles
 from melora_fx import MELoRAError, folded, sites
-from melora_fx.adapter import is_disabled
+from melora_fx.capture.whole_model import as_arguments
 from melora_fx.files import staging_folder, writing
-from melora_fx.match import shared_parameters
-from melora_fx.rewritten import unwrap
-from melora_fx.state import kept_names
-from melora_fx.whole_model import as_arguments
+from melora_fx.matching.plan import shared_parameters
+from melora_fx.rewriting.module import unwrap
+from melora_fx.rewriting.sites import is_disabled
+from melora_fx.saving.load import kept_names
 
-from .files import copy_configuration, keep_failed, move_files, onnx_path, show_progress
-from .forms import FORMS, add_biases_last, write_forms
-from .fuse import FUSED_TARGETS, fuse
-from .half import to_float16
-from .metadata import METADATA_KEY, describe, places_as_json
-from .onnx_file import read_graph
-from .onnx_graph import DynamicAxes, axes_of, build_graph, check_dynamic_axes, count_ops
-from .runtime import import_onnxruntime
-from .swap import attach_defaults, distinct_values, open_inputs
-from .tensorrt_nodes import refuse_obstacles
+from .export_files import copy_configuration, keep_failed, move_files, onnx_file_path, show_progress
+from .onnx_runtime import import_onnxruntime
 from .verify import Verification, check_file
 from .verify import verify as compare_with_torch
-from .weights import drop_inferred, drop_traces, find_tensor, fold_adapter_constants, name_weights
 
 ADAPTERS = ("fold", "keep", "swap")
 TARGETS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
@@ -175,7 +175,7 @@ def export_onnx(
             f"the model holds {' and '.join(sorted(half))} weights: export `model.float()`, for a half precision graph "
             'with `precision="fp16"`'
         )
-    path = onnx_path(path)
+    path = onnx_file_path(path)
     model = unwrap(model)
     if is_disabled(model):
         adapter = "keep"  # the base is what the model computes now

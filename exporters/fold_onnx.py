@@ -18,21 +18,20 @@ import torch
 from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from exporters.graph.weights import WeightPlace, find_tensor
+from exporters.onnx_files.metadata import GraphFacts, description_of, facts_of
+from exporters.onnx_files.onnx_file import all_tensors, data_files, num_uses, read_graph
 from melora_fx import FoldReport, MELoRAError, SiteFold
-from melora_fx.adapter_file import Adapter, fingerprint, read_adapter, refuse_non_finite
-from melora_fx.edited_copy import Stretch, write_edited
+from melora_fx.adapter.update import Scratch
 from melora_fx.files import staging_folder, writing
-from melora_fx.fold_report import fold_stored, make_report
-from melora_fx.state import check_fingerprints, check_shapes
-from melora_fx.targets import nearest
-from melora_fx.update import Scratch
+from melora_fx.folding.edited_copy import Stretch, write_edited
+from melora_fx.folding.report import fold_stored, make_report
+from melora_fx.matching.targets import nearest
+from melora_fx.saving.adapter_file import Adapter, fingerprint, read_adapter, refuse_non_finite
+from melora_fx.saving.load import check_fingerprints, check_shapes
 
-from . import files
-from .files import move_files, show_progress
-from .metadata import GraphFacts, description_of, facts_of
-from .model_folder import TOKENIZER_FILES
-from .onnx_file import all_tensors, data_files, num_uses, read_graph
-from .weights import WeightPlace, find_tensor
+from .example_inputs import TOKENIZER_FILES
+from .export_files import move_files, onnx_file_path, show_progress
 
 _DTYPES = {
     TensorProto.FLOAT: torch.float32,
@@ -68,7 +67,7 @@ def fold_onnx(
             an adapter already, or does not say where a weight is: it is tied, or the exporter has merged it with
             others; where the adapter is not finite, or the file cannot be written. Nothing is written then.
     """
-    source, out = files.onnx_path(onnx_path), files.onnx_path(out_path)
+    source, out = onnx_file_path(onnx_path), onnx_file_path(out_path)
     adapter = read_adapter(adapter_dir)
     graph = read_graph(source)
     facts = facts_of(graph, source)

@@ -4,16 +4,16 @@ The names below stand in the order of a model's life.
 """
 
 from .config import MELoRAConfig
-from .match import match
-from .match_report import LinearSite, MatchReport
-from .rewrite import rewrite
-from .adapter import AdapterSite, adapter_parameters, sites
-from .state import load_adapter, save_adapter
-from .trainer import AdapterCheckpointCallback
-from .adapter import disabled
-from .fold import check_fold, fold, folded
-from .fold_report import FoldReport, SiteFold
-from .fold_checkpoint import fold_checkpoint
+from melora_fx.matching.plan import match
+from melora_fx.matching.report import LinearSite, MatchReport
+from melora_fx.rewriting.rewrite import rewrite
+from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
+from melora_fx.saving.load import load_adapter, save_adapter
+from melora_fx.saving.trainer import AdapterCheckpointCallback
+from melora_fx.rewriting.sites import disabled
+from melora_fx.folding.fold import check_fold, fold, folded
+from melora_fx.folding.report import FoldReport, SiteFold
+from melora_fx.folding.fold_checkpoint import fold_checkpoint
 from .errors import MELoRAError
 
 __all__ = [

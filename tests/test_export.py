@@ -11,7 +11,7 @@ import onnx
 import onnx_ir
 import pytest
 import torch
-from support import assert_unchanged, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
+from support.models import assert_unchanged, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
 from torch import nn
 
 import melora_fx
@@ -19,8 +19,8 @@ from exporters import ExportReport, OrtRunner, TorchRunner, compare, export_onnx
 from exporters import export as export_module
 from exporters import verify as verify_module
 from melora_fx import MELoRAConfig, MELoRAError
-from melora_fx.adapter import is_disabled
-from melora_fx.adapter_file import read_adapter
+from melora_fx.rewriting.sites import is_disabled
+from melora_fx.saving.adapter_file import read_adapter
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from export_table import MODELS, Case, Row, cases, documented, measure
+from support.export_table import MODELS, Case, Row, cases, documented, measure
 
 FAST = {("BERT", "ort-cuda", "fp16", "fold")}
 SLOW = {(model, *rest) for model in MODELS for rest in (("ort-cpu", "fp32", "swap"), ("tensorrt", "fp16", "keep"))}

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import randn, rewritten_tower, tower
+from support.models import randn, rewritten_tower, tower
 
 from exporters import OrtRunner, export_onnx
 from melora_fx import MELoRAError
@@ -33,7 +33,7 @@ def test_what_a_killed_export_left_is_removed_and_a_running_ones_files_are_not(t
 FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, "tests")
-from support import assert_unchanged, randn, rewritten_tower
+from support.models import assert_unchanged, randn, rewritten_tower
 from exporters import export_onnx
 from melora_fx import MELoRAError
 
@@ -88,7 +88,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, "tests")
 import onnx
-from support import randn, rewritten_tower
+from support.models import randn, rewritten_tower
 import exporters.export, exporters.files
 from exporters import export_onnx
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from support import (
+from support.models import (
     TOWER_CONFIG,
     Tied,
     assert_equal,
@@ -25,14 +25,14 @@ from support import (
     tokens,
     tower,
 )
+from support.zoo import build
 from torch import nn
-from zoo import build
 
 import melora_fx
 from exporters import OrtRunner, export_onnx, fold_onnx
-from exporters.metadata import METADATA_KEY, read_facts
+from exporters.onnx_files.metadata import METADATA_KEY, read_facts
 from melora_fx import MELoRAConfig, MELoRAError
-from melora_fx.adapter_file import read_adapter
+from melora_fx.saving.adapter_file import read_adapter
 
 IDS = {"input_ids": tokens()["input_ids"]}
 CASES: dict[str, tuple[Any, Any, Any, MELoRAConfig]] = {

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
-from support import assert_equal, bert_classifier, output_of
+from support.models import assert_equal, bert_classifier, output_of
+from support.zoo import build
 from transformers import ViTConfig, ViTForImageClassification
-from zoo import build
 
 from exporters import export_onnx
-from exporters.model_folder import example_inputs
+from exporters.example_inputs import example_inputs
 from melora_fx import MELoRAError
-from melora_fx.model_folder import load_model
+from melora_fx.load_model import load_model
 
 
 def test_weights_are_read_or_not(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from exporters import OrtRunner
-from exporters.runtime import import_onnxruntime
+from exporters.onnx_runtime import import_onnxruntime
 from melora_fx import MELoRAError
 
 

@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from situation_table import documented
+from support.situation_table import documented
 
 _LIST = """
-from situation_table import collected
+from support.situation_table import collected
 for row in collected("--collect-only").rows.values():
     print(*row, sep="\\t")
 """

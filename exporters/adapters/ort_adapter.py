@@ -1,0 +1,218 @@
+"""Graphs whose adapters are optional inputs: one session, many adapters, of any rank.
+
+    y = x Wᵀ + b + concat_i( x_i Aᵀ_i (s_i B_i)ᵀ )      <site>.lora_a: (N, I/N, R)   <site>.lora_b: (N, R, O/N), s in it
+
+Each adapter tensor is an initializer that is also a graph input, of rank 0 by default: an empty product is zero, so
+that without an adapter the graph computes the base, bit for bit.
+
+N num_blocks, I in_features, O out_features, R the rank.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import torch
+from torch import nn
+
+from exporters.graph.weights import WeightPlace
+from exporters.onnx_files.metadata import GraphFacts, read_facts
+from exporters.onnx_runtime import Arrays, import_onnxruntime
+from melora_fx import MELoRAConfig, MELoRAError, adapter_parameters, sites
+from melora_fx.adapter.tensors import scaling_tensor
+from melora_fx.saving.adapter_file import Adapter, fingerprint_misfit, read_adapter
+from melora_fx.saving.load import kept_names
+
+
+@contextmanager
+def distinct_values(model: nn.Module) -> Iterator[None]:
+    """Inside the block the adapters and the modules kept trainable hold random values, afterwards their own again:
+    normal, of variance 1 / (values that a product sums), so that an update is about as large as its input.
+
+    Exporters store tensors of equal values once, such as the zeros of every untrained B; inputs must stay apart.
+    """
+    own = model.state_dict()
+    tensors = [*adapter_parameters(model).values(), *(own[name] for name in kept_names(model))]
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    saved = [tensor.detach().clone() for tensor in tensors]
+    try:
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in zip(tensors, saved, strict=True):
+                tensor.copy_(values)
+
+
+def open_inputs(
+    graph_model: onnx_ir.Model, model: nn.Module, kept: Mapping[str, WeightPlace | None]
+) -> dict[str, torch.Tensor]:
+    """Turns the adapters' initializers of an unmerged graph into inputs with a rank axis, and those of `kept` too.
+
+    Inputs without a default at first, so that no fusion takes them for constants.
+
+    Args:
+        graph_model: an unmerged graph whose weights have been named.
+        model: the rewritten model that it was exported from.
+        kept: where the tensors of the modules kept trainable live.
+
+    Returns:
+        the default of each new input by name, for `attach_defaults`: rank 0 for adapters, `kept`'s present values.
+
+    Raises:
+        MELoRAError: for a tensor that the exporter has folded away.
+    """
+    initializers = graph_model.graph.initializers
+    names = {f"{name}.{kind}.T": name for name in sites(model) for kind in ("lora_a", "lora_b")}
+    lost = {site for name, site in names.items() if name not in initializers}
+    lost |= {name for name, place in kept.items() if place is None}
+    if lost:
+        raise MELoRAError(
+            f"{', '.join(f'`{name}`' for name in sorted(lost))}: the exporter writes these tensors in pieces (`split`) "
+            "or folds them into others, so they cannot be inputs: export with `keep` or `fold`"
+        )
+    opened: dict[onnx_ir.Value, torch.Tensor] = {}
+    for index, name in enumerate(sites(model)):
+        for kind, rank_axis in (("lora_a", 2), ("lora_b", 1)):
+            value = initializers[f"{name}.{kind}.T"]
+            sizes = [size for size in value.shape or () if isinstance(size, int)]
+            for user in value.consumers():
+                for output in user.outputs:
+                    output.shape = None  # it had the rank that the model was rewritten with
+            value.name = f"{name}.{kind}"
+            value.shape = onnx_ir.Shape([f"rank_{index}" if axis == rank_axis else n for axis, n in enumerate(sizes)])
+            opened[value] = torch.zeros([0 if axis == rank_axis else n for axis, n in enumerate(sizes)])
+    own = model.state_dict()
+    for name, place in kept.items():
+        assert place is not None
+        opened[initializers[place.initializer]] = own[name].t() if place.is_transposed else own[name]
+    for value in opened:
+        initializers.pop(value.name or "")
+        value.const_value = None
+        graph_model.graph.inputs.append(value)
+    return {value.name or "": tensor for value, tensor in opened.items()}
+
+
+def attach_defaults(graph: onnx_ir.Graph, defaults: Mapping[str, torch.Tensor]) -> None:
+    """Makes inputs optional: an initializer of the same name is an input's default."""
+    for value in graph.inputs:
+        if value.name is not None and value.name in defaults:
+            value.const_value = onnx_ir.tensor(defaults[value.name].contiguous().clone(), name=value.name)
+            graph.register_initializer(value)
+
+
+def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
+    """An adapter's tensors by the names of a swappable graph's inputs.
+
+    Raises:
+        MELoRAError: for a graph without swappable adapters, or an adapter of another base, with other sites or blocks.
+    """
+    if facts.adapter != "swap":
+        raise MELoRAError(f'`{facts.path}` has no swappable adapters: export it with `adapter="swap"`')
+    unknown = [name for name in adapter.configs if name not in facts.configs]
+    if unknown:
+        raise MELoRAError(f"`{adapter.directory}` has sites that `{facts.path}` lacks: {', '.join(unknown)}")
+    lines = [line for name in adapter.configs if (line := _misfit(name, adapter, facts))]
+    if lines:
+        raise MELoRAError(f"`{adapter.directory}` does not fit `{facts.path}`:\n" + "\n".join(lines))
+    tensors: Arrays = {}
+    for name, config in adapter.configs.items():
+        tensors[f"{name}.lora_a"] = _array(adapter.tensors[f"{name}.lora_a"].transpose(1, 2))
+        lora_b = adapter.tensors[f"{name}.lora_b"]
+        tensors[f"{name}.lora_b"] = _array((lora_b * scaling_tensor(config, lora_b)).transpose(1, 2))
+    for name, tensor in adapter.kept_tensors().items():
+        place = facts.kept.get(name)
+        if place is None:
+            raise MELoRAError(
+                f"`{facts.path}` has no input for `{name}`, which `{adapter.directory}` has trained: export the graph "
+                "from a model that keeps it trainable"
+            )
+        tensors[place.initializer] = _array(tensor.t() if place.is_transposed else tensor)
+    return tensors
+
+
+def _misfit(name: str, adapter: Adapter, facts: GraphFacts) -> str | None:
+    config, expected = adapter.configs[name], facts.configs[name]
+    if (config.num_blocks, config.split) != (expected.num_blocks, expected.split):
+        return f"`{name}`: num_blocks {config.num_blocks} and split {config.split}, the graph's are {_cut(expected)}"
+    if name in adapter.fingerprints and (
+        reason := fingerprint_misfit(facts.fingerprints[name], adapter.fingerprints[name])
+    ):
+        return f"`{name}`: {reason}"
+    return None
+
+
+def _cut(config: MELoRAConfig) -> str:
+    return f"{config.num_blocks} and {config.split}"
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().float().numpy())
+
+
+def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: str | Path) -> None:
+    """Writes an adapter folder as an .onnx_adapter file for `onnxruntime.LoraAdapter`, for one swappable graph.
+
+    Args:
+        adapter_dir: a folder written by `melora_fx.save_adapter`.
+        onnx_path: the graph, exported with `adapter="swap"` from the same base.
+        out_path: the file to write.
+
+    Raises:
+        MELoRAError: for a graph that was not written by `export_onnx`, or is not swappable, an adapter that does not
+            fit it, or a file that cannot be written.
+    """
+    ort = import_onnxruntime()
+    facts = read_facts(onnx_path)
+    tensors = swap_tensors(read_adapter(adapter_dir), facts)
+    adapter_format = ort.AdapterFormat()
+    adapter_format.set_adapter_version(1)
+    adapter_format.set_model_version(_base_version(facts))
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()}
+    adapter_format.set_parameters(values)  # refers to the arrays, which must live until the export
+    temporary = Path(out_path).with_name(f".{Path(out_path).name}.tmp")
+    try:
+        adapter_format.export_adapter(str(temporary))
+        temporary.replace(out_path)
+    except Exception as error:  # ONNX Runtime's own exception types are private
+        raise MELoRAError(f"`{out_path}` cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_ort_adapter(path: str | Path, facts: GraphFacts) -> tuple[Any, Arrays]:
+    """An .onnx_adapter file as ONNX Runtime's own `LoraAdapter`, and its tensors by the names of the graph's inputs.
+
+    Raises:
+        MELoRAError: for a file that ONNX Runtime cannot read, a graph without swappable adapters, or an adapter that
+            was written for another base.
+    """
+    ort = import_onnxruntime()
+    try:
+        file = ort.AdapterFormat.read_adapter(str(path))
+        tensors = {name: value.numpy().copy() for name, value in file.get_parameters().items()}  # they live in `file`
+        version = file.get_model_version()
+        adapter = ort.LoraAdapter()
+        adapter.Load(str(path))
+    except Exception as error:  # ONNX Runtime's own exception types are private
+        raise MELoRAError(f"`{path}` is not an .onnx_adapter file that ONNX Runtime can read: {error}") from error
+    if facts.adapter != "swap":
+        raise MELoRAError(f'`{facts.path}` has no swappable adapters: export it with `adapter="swap"`')
+    if version != _base_version(facts):
+        raise MELoRAError(
+            f"`{path}` is for another graph or base than `{facts.path}`: write it for this one by `write_ort_adapter`"
+        )
+    return adapter, tensors
+
+
+def _base_version(facts: GraphFacts) -> int:
+    """A checksum of the base's fingerprints: the format has no place for them but its model version, 31 bits."""
+    return zlib.crc32(json.dumps(facts.fingerprints, sort_keys=True).encode()) >> 1

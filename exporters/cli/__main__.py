@@ -1,0 +1,5 @@
+"""`python -m exporters.cli` is `melora-fx`."""
+
+from .commands import main
+
+main()

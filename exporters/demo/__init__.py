@@ -1,0 +1,1 @@
+"""`melora-fx demo`: trains, folds, exports and times one model on texts."""

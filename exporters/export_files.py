@@ -1,0 +1,72 @@
+"""How an export's files come to their place: all of them or none; and its progress."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import nn
+from transformers import PretrainedConfig
+
+from melora_fx import MELoRAError
+from melora_fx.files import writing
+
+from .example_inputs import TOKENIZER_FILES
+
+
+def onnx_file_path(path: str | os.PathLike[str]) -> Path:
+    """The .onnx file that `path` means: itself, or model.onnx in a folder."""
+    path = Path(path)
+    path = path if path.suffix == ".onnx" else path / "model.onnx"
+    _refuse_folder(path)
+    return path
+
+
+def _refuse_folder(path: Path) -> None:
+    with writing(path):
+        if path.is_dir():
+            raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
+
+
+def move_files(staging: Path, path: Path) -> None:
+    """Moves the finished files beside `path`, the graph itself last: when killed, no graph has another's weights."""
+    for file in staging.iterdir():
+        _refuse_folder(path.parent / file.name)
+    path.unlink(missing_ok=True)
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == path.name):
+        os.replace(file, path.parent / file.name)
+
+
+def keep_failed(staging: Path, path: Path) -> Path:
+    """Moves the files of a refused graph into the folder NAME.failed beside `path`, for inspection."""
+    failed = path.with_suffix(".failed")
+    with writing(failed):
+        shutil.rmtree(failed, ignore_errors=True)
+        os.replace(staging, failed)
+    return failed
+
+
+def copy_configuration(model: nn.Module, folder: Path) -> tuple[str, ...]:
+    """Copies what a Hugging Face user needs beside the graph; returns notes on what is missing."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        return ()
+    config.save_pretrained(folder)
+    source = Path(config._name_or_path or "")
+    files = [source / name for name in TOKENIZER_FILES if config._name_or_path and (source / name).is_file()]
+    for file in files:
+        shutil.copy(file, folder / file.name)
+    return () if files else ("no tokenizer files: `config._name_or_path` is not a local folder that has them",)
+
+
+@contextlib.contextmanager
+def show_progress(title: str) -> Iterator[Callable[[str], None]]:
+    """A line on the terminal with the present step and the seconds so far; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title)
+        yield lambda step: progress.update(task, description=f"{title}: {step}")

@@ -1,0 +1,99 @@
+"""float16 graphs: weights and computation in half precision, inputs and outputs as they were.
+
+ONNX Runtime's own converter does it. What squares or sums values of any size on the way stays in float32: norms that no
+fusion has taken, softmax, reductions; the fused norms accumulate in float32 by themselves.
+"""
+
+import numpy as np
+import onnx_ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from exporters.onnx_runtime import import_float16
+
+FLOAT32_OPS = (
+    "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "Exp", "Log", "Softmax",
+    "LogSoftmax",
+)  # fmt: skip
+"""Operators kept in float32 besides those for which ONNX Runtime has no float16 kernel."""
+
+_STUB_BYTES = 4096
+"""Initializers above this stay out of the converter, so that memory does not grow with the model."""
+
+
+def to_float16(graph_model: onnx_ir.Model) -> onnx_ir.Model:
+    """The graph in float16, made from a float32 one that is used up; inputs and outputs keep their types.
+
+    Initializers are cast one by one when the graph is saved.
+    """
+    float16 = import_float16()
+    graph = graph_model.graph
+    keep = [value.name for value in (*graph.inputs, *graph.outputs)]
+    large = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == onnx_ir.DataType.FLOAT and tensor.nbytes > _STUB_BYTES:
+            large[name] = tensor
+            del graph.initializers[name]
+            value.const_value = None
+            graph.inputs.append(value)  # of a type that the converter changes, without a copy of its values
+    proto = float16.convert_float_to_float16(
+        onnx_ir.to_proto(graph_model),
+        keep_io_types=keep,
+        disable_shape_infer=True,
+        op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPS],
+        node_block_list=_name_between(graph),
+    )
+    converted = onnx_ir.from_proto(proto)
+    _join_float32(converted)
+    for value in [value for value in converted.graph.inputs if value.name in large]:
+        converted.graph.inputs.remove(value)
+        value.const_value = _cast(large[value.name or ""])
+        converted.graph.register_initializer(value)
+    converted.graph.sort()
+    return converted
+
+
+def _name_between(graph: onnx_ir.Graph) -> list[str]:
+    """Names of the nodes between two operators kept in float32, such as the epsilon's sum in a norm; they get one."""
+    names = []
+    for index, node in enumerate(graph):
+        before = [value.producer() for value in node.inputs if value is not None]
+        after = [user for output in node.outputs for user in output.consumers()]
+        if all(any(other is not None and other.op_type in FLOAT32_OPS for other in side) for side in (before, after)):
+            node.name = f"float32_{index}"
+            names.append(node.name)
+    return names
+
+
+def _join_float32(graph_model: onnx_ir.Model) -> None:
+    """Drops the rounding to half precision between two nodes that both compute in float32."""
+    for node in graph_model.graph:
+        narrow = node.inputs[0].producer() if _casts_to(node, onnx_ir.DataType.FLOAT) and node.inputs[0] else None
+        wide = narrow.inputs[0] if narrow is not None and _casts_to(narrow, onnx_ir.DataType.FLOAT16) else None
+        source = wide.producer() if wide is not None else None
+        if wide is None or source is None:
+            continue
+        if source.op_type in FLOAT32_OPS or (source.name or "").startswith("float32_"):
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], wide)
+    RemoveUnusedNodesPass()(graph_model)
+
+
+def _casts_to(node: onnx_ir.Node, dtype: onnx_ir.DataType) -> bool:
+    return node.op_type == "Cast" and node.attributes.get_int("to", 0) == dtype
+
+
+def _cast(tensor: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
+    """`tensor` in half precision, values beyond its range cut to it, made whenever it is read."""
+    return onnx_ir.LazyTensor(
+        lambda: onnx_ir.tensor(_rounded(tensor.numpy()), name=tensor.name),
+        dtype=onnx_ir.DataType.FLOAT16,
+        shape=onnx_ir.Shape(tensor.shape.numpy()),
+        name=tensor.name,
+    )
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    limit = np.finfo(np.float16).max
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return np.clip(half, -limit, limit, out=half)

@@ -1,0 +1,1 @@
+"""Are two runners equal, and which is faster: comparisons, latencies, tables and plots."""

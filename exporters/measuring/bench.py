@@ -1,0 +1,185 @@
+"""What the user's own graphs cost beside each other. `melora-fx bench` runs it."""
+
+import functools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from exporters.onnx_files.metadata import METADATA_KEY
+from exporters.runtime.graph_inputs import axis_roles, make_inputs
+from exporters.runtime.ort_runner import OrtRunner
+from melora_fx import MELoRAError
+
+from .compare import LatencyTable
+from .measure import Contender, Measurement, measure, write_csv
+from .plots import format_ms, import_pyplot, plot_latency
+
+_LOADS = 3
+_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What the command line gives. `sequences`: empty is 64 where the graphs have such an axis."""
+
+    graphs: tuple[Path, ...]
+    batches: tuple[int, ...] = (8,)
+    sequences: tuple[int, ...] = ()
+    axes: Mapping[str, int] = field(default_factory=dict)
+    threads: int = 1
+    rounds: int = 30
+    provider: str = "cpu"
+    max_difference: float | None = None
+    csv: Path | None = None
+    plot: Path | None = None
+
+
+def run_bench(options: BenchOptions) -> list[Measurement]:
+    """Measures the graphs at every shape, shows the table as it grows, and writes what was asked for.
+
+    Returns:
+        one row a graph and shape, in this order: shapes, and in them the graphs as they were given.
+
+    Raises:
+        ValueError: for sizes or rounds below 1, or a sequence for graphs that have none.
+        MELoRAError: for graphs that cannot be loaded or take different inputs, an axis of unknown size, outputs that
+            differ too much, or files that cannot be written; all but the outputs before anything is timed.
+    """
+    _check_options(options)
+    first = _load(options, 0)[0].runner
+    assert isinstance(first, OrtRunner)
+    shapes = _shapes(options, first)
+    feeds = [make_inputs(first, batch, sequence or 1, options.axes) for batch, sequence in shapes]
+    model, rows = _model_of(first), list[Measurement]()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("rounds", total=-(-options.rounds // _LOADS) * _LOADS * len(shapes))
+    with Live(progress, console=console, transient=True) as live:
+        for (batch, sequence), feed in zip(shapes, feeds, strict=True):
+            progress.update(task, description=_shape(batch, sequence))
+            rows += measure(
+                functools.partial(_load, options), feed, provider=options.provider, model=model,
+                batch=batch, sequence=sequence, loads=_LOADS, rounds=options.rounds,
+                max_difference=options.max_difference, on_round=lambda: progress.advance(task),
+            )  # fmt: skip
+            live.update(Group(_table(rows), progress))
+    console.print(_table(rows))
+    console.print(f"{rows[0].device}; {rows[0].rounds} rounds, in random order; {rows[0].versions}")
+    if options.csv:
+        write_csv([asdict(row) for row in rows], [item.name for item in fields(Measurement)], options.csv)
+    if options.plot:
+        panels = {_shape(*shape): LatencyTable(tuple(row.latency for row in _at(rows, shape))) for shape in shapes}
+        names = ", ".join(filter(None, (model, options.provider, _threads(options.threads))))
+        plot_latency(panels, names, options.plot)
+    return rows
+
+
+def _check_options(options: BenchOptions) -> None:
+    sizes = {
+        "batch": options.batches, "sequence": options.sequences, "axis": tuple(options.axes.values()),
+        "threads": (options.threads,), "rounds": (options.rounds,),
+    }  # fmt: skip
+    for name, values in sizes.items():
+        if any(value < (0 if name == "axis" else 1) for value in values):
+            raise ValueError(f"`{name}` (={', '.join(map(str, values))}) must be at least 1")
+    for path in (options.csv, options.plot):
+        if path and not path.parent.is_dir():
+            raise MELoRAError(f"`{path}` cannot be written: there is no folder `{path.parent}`")
+    if options.plot:
+        if options.plot.suffix not in _PLOT_SUFFIXES:
+            raise ValueError(f"`plot` (={str(options.plot)!r}) must end in one of {', '.join(_PLOT_SUFFIXES)}")
+        import_pyplot()
+
+
+def _load(options: BenchOptions, seed: int) -> list[Contender]:
+    """The graphs in the given order, loaded in a random one: what is loaded first is not always the reference."""
+    if missing := [f"`{path}`" for path in options.graphs if not path.is_file()]:
+        raise MELoRAError(f"{', '.join(missing)}: no such file")
+    order = list(range(len(options.graphs)))
+    random.Random(seed).shuffle(order)
+    runners = {
+        index: OrtRunner(options.graphs[index], provider=options.provider, threads=options.threads) for index in order
+    }
+    expected = _signature(runners[0])
+    for path, runner in zip(options.graphs, (runners[index] for index in sorted(runners)), strict=True):
+        if _signature(runner) != expected:
+            raise MELoRAError(
+                f"`{path}` takes other inputs than `{options.graphs[0]}`, so they cannot be compared: "
+                f"{_signature(runner)} and {expected}"
+            )
+    names = _names(options.graphs)
+    return [Contender(names[index], runners[index], path) for index, path in enumerate(options.graphs)]
+
+
+def _signature(runner: OrtRunner) -> dict[str, str]:
+    return {
+        value.name: f"{value.type} of {len(value.shape)} axes"
+        for value in sorted(runner.session.get_inputs(), key=lambda value: value.name)
+    }
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each graph: as much of its path as tells it from the others, a number where it comes twice."""
+    tails = [path.resolve().with_suffix("").parts for path in paths]
+    names = []
+    for tail in tails:
+        depth = 1
+        while any(other[-depth:] == tail[-depth:] and other != tail for other in tails):
+            depth += 1
+        names.append("/".join(tail[-depth:]))
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
+
+
+def _shapes(options: BenchOptions, runner: OrtRunner) -> list[tuple[int, int | None]]:
+    roles = axis_roles(runner)
+    if "batch" not in roles and len(options.batches) > 1:
+        raise ValueError(f"`{runner.path}` has a fixed batch: several of them (--batch) make no difference")
+    if "sequence" not in roles and options.sequences:
+        raise ValueError(f"`{runner.path}` has no free sequence axis: leave --sequence out")
+    sequences: tuple[int | None, ...] = (options.sequences or (64,)) if "sequence" in roles else (None,)
+    return [(batch, sequence) for batch in dict.fromkeys(options.batches) for sequence in dict.fromkeys(sequences)]
+
+
+def _model_of(runner: OrtRunner) -> str:
+    """The model's class, where `export_onnx` has written the graph."""
+    entry = runner.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    return json.loads(entry)["model"].rpartition(".")[2] if entry else ""
+
+
+def _at(rows: Sequence[Measurement], shape: tuple[int, int | None]) -> list[Measurement]:
+    return [row for row in rows if (row.batch, row.sequence) == shape]
+
+
+def _shape(batch: int, sequence: int | None) -> str:
+    return f"batch {batch}" if sequence is None else f"{batch} × {sequence} tokens"
+
+
+def _threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
+
+
+def _table(rows: Sequence[Measurement]) -> Table:
+    table = Table("graph", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("median ms", "p20–p80", "ratio", "differs by", "peak MiB", "file MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for shape in dict.fromkeys((row.batch, row.sequence) for row in rows):
+        table.add_row(f"[bold]{_shape(*shape)}[/]")
+        for row in _at(rows, shape):
+            p20_to_p80 = f"{format_ms(row.p20_ms)}–{format_ms(row.p80_ms)}"
+            difference = f"{row.max_rel_difference:.0e}" if row.max_rel_difference else "0"
+            memory = "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f}"
+            cells = (format_ms(row.median_ms), p20_to_p80, f"{row.ratio:.2f}", difference, memory)
+            table.add_row(f" {escape(row.form)}", *cells, f"{row.file_size_mib:.1f}")
+    return table

@@ -1,0 +1,112 @@
+"""What a measurement was made on and with, and what a graph takes of memory and disk."""
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from exporters.onnx_runtime import Arrays, import_onnxruntime
+from melora_fx import MELoRAError
+
+_MIB = 2**20
+
+_LOAD_AND_RUN = """
+import sys
+import numpy, onnxruntime
+
+def resident(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+path, feed_path, threads = sys.argv[1:]
+with numpy.load(feed_path) as arrays:
+    feed = dict(arrays)
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+options.intra_op_num_threads = int(threads)
+before = resident("VmRSS")
+session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+session.run(None, feed)
+print(resident("VmHWM") - before)
+"""
+"""VmHWM and not `ru_maxrss`, which a child inherits from a larger parent."""
+
+
+def peak_memory_mib(path: str | os.PathLike[str], feed: Arrays, threads: int | None) -> float | None:
+    """What loading the graph and running it on the CPU adds to the resident memory of a process, at its peak.
+
+    A process of its own holds nothing but ONNX Runtime, the inputs and the graph: of several graphs in one process
+    none could be told from the others.
+
+    Args:
+        path: the graph.
+        feed: its inputs by name.
+        threads: intra-operator threads; None leaves ONNX Runtime's default.
+
+    Returns:
+        MiB, or None on systems that do not tell (without /proc).
+
+    Raises:
+        MELoRAError: where that process fails.
+    """
+    if not Path("/proc/self/status").is_file():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        feed_path = Path(folder) / "feed.npz"
+        np.savez(feed_path, **feed)  # type: ignore[arg-type]
+        command = [sys.executable, "-c", _LOAD_AND_RUN, str(path), str(feed_path), str(threads or 0)]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise MELoRAError(f"`{path}` cannot be run in a process of its own: {reason}")
+    return int(result.stdout) * 1024 / _MIB
+
+
+def file_size_mib(path: str | os.PathLike[str]) -> float:
+    """MiB of a .onnx file and of the files that hold its external data."""
+    path = Path(path)
+    graph = onnx.load(path, load_external_data=False).graph
+    external = {entry.value for item in graph.initializer for entry in item.external_data if entry.key == "location"}
+    return sum(file.stat().st_size for file in [path, *(path.parent / name for name in external)]) / _MIB
+
+
+def device_name(provider: str) -> str:
+    """The processor's name and number of cores, or the first GPU's name for a provider that runs on one."""
+    if provider in ("cuda", "tensorrt"):
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+        with contextlib.suppress(OSError):
+            command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+            return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def package_versions() -> str:
+    """The versions of what computes, in one line."""
+    names = ("melora_fx", "torch", "transformers", "onnx")
+    runtime = import_onnxruntime().__version__
+    return "; ".join([*(f"{name} {version(name)}" for name in names), f"onnxruntime {runtime}"])
+
+
+def source_commit() -> str:
+    """The commit of this source, with "-dirty" after it where files have changed; empty outside of a checkout."""
+    file = Path(__file__)
+    git = ["git", "-C", str(file.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, check=True)
+        described = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return described.stdout.strip()

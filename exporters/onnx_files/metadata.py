@@ -1,0 +1,110 @@
+"""What an exported file says of itself: the `melora` entry of its `metadata_props`, as JSON."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto, StringStringEntryProto
+from torch import nn
+
+from exporters.graph.weights import WeightPlace
+from melora_fx import MELoRAConfig, MELoRAError, sites
+from melora_fx.rewriting.module import class_name
+from melora_fx.rewriting.sites import is_disabled
+from melora_fx.saving.adapter_file import hash_adapter
+from melora_fx.saving.load import adapter_tensors, site_entries
+
+from .onnx_file import read_graph
+
+METADATA_KEY = "melora"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """A graph's description, as read.
+
+    Attributes:
+        path: the file, for error texts.
+        adapter: "none", "fold", "keep" or "swap"; `adapter_sha256` is the identity of what it holds, or "none".
+        configs, fingerprints: of each site: its configuration, and its base weight's fingerprint.
+        weights: parameter → where it lives in the graph; without those that go by several names, or that the exporter
+            could not tell apart. `kept`: the same for the modules kept trainable.
+    """
+
+    path: Path
+    adapter: str
+    adapter_sha256: str
+    configs: dict[str, MELoRAConfig]
+    fingerprints: dict[str, dict[str, Any]]
+    weights: dict[str, WeightPlace]
+    kept: dict[str, WeightPlace]
+
+
+def describe(model: nn.Module, adapter: str, target: str) -> dict[str, Any]:
+    """The description of a graph of `model`, but for where its weights live. Fingerprints are of the base: call it
+    before folding.
+    """
+    found = {} if is_disabled(model) else sites(model)
+    configs = {name: site.config for name, site in found.items()}
+    holds_one = found and adapter != "swap"
+    return {
+        "format_version": _VERSION,
+        "model": class_name(model),
+        "adapter": adapter if found else "none",
+        "adapter_sha256": hash_adapter(configs, adapter_tensors(model)) if holds_one else "none",
+        "target": target,
+        "sites": site_entries(found),
+        "versions": {package: version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
+    }
+
+
+def places_as_json(places: dict[str, WeightPlace]) -> dict[str, Any]:
+    """Places as JSON-ready values."""
+    return {name: asdict(place) for name, place in places.items()}
+
+
+def read_facts(path: str | Path) -> GraphFacts:
+    """The description in an exported file.
+
+    Raises:
+        MELoRAError: for a file that is missing, is no ONNX graph, lacks its weights, or was not written by
+            `export_onnx`.
+    """
+    return facts_of(read_graph(path), path)
+
+
+def description_of(graph: ModelProto) -> StringStringEntryProto | None:
+    """The entry of a graph's metadata that describes it, or None."""
+    return next((entry for entry in graph.metadata_props if entry.key == METADATA_KEY), None)
+
+
+def facts_of(graph: ModelProto, path: str | Path) -> GraphFacts:
+    """The description in a graph that has been read from `path`."""
+    entry = description_of(graph)
+    if entry is None:
+        raise MELoRAError(f"`{path}` was not written by `export_onnx`: it has no `{METADATA_KEY}` entry")
+    try:
+        facts = json.loads(entry.value)
+        if facts["format_version"] > _VERSION:
+            raise MELoRAError(f"`{path}` has format_version {facts['format_version']}; this one reads up to {_VERSION}")
+        return GraphFacts(
+            path=Path(path),
+            adapter=facts["adapter"],
+            adapter_sha256=facts["adapter_sha256"],
+            configs={name: MELoRAConfig.from_dict(entry["config"]) for name, entry in facts["sites"].items()},
+            fingerprints={name: entry["base"] for name, entry in facts["sites"].items()},
+            weights=_places(facts["weights"]),
+            kept=_places(facts["kept"]),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise MELoRAError(f"`{path}`: its `{METADATA_KEY}` entry cannot be read: {error!r}") from error
+
+
+def _places(entries: dict[str, Any]) -> dict[str, WeightPlace]:
+    return {
+        name: WeightPlace(entry["initializer"], entry["is_transposed"], tuple(entry["columns"] or ()) or None)
+        for name, entry in entries.items()
+    }

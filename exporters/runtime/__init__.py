@@ -1,0 +1,1 @@
+"""Runs a graph: ONNX Runtime's providers, sessions and bindings, and torch behind the same interface."""

@@ -1,0 +1,89 @@
+"""Inputs made for a graph from what it says of itself: the names, types and axes of its inputs."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from exporters.onnx_runtime import Arrays
+from melora_fx import MELoRAError
+
+from .ort_runner import OrtRunner
+
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+_TOKEN_IDS = (3, 32)
+"""From, below: ids that every vocabulary has, above those that usually mean padding."""
+
+
+def axis_roles(runner: OrtRunner) -> frozenset[str]:
+    """Which of "batch" and "sequence" the graph's inputs leave free."""
+    roles = {_role(axis, index) for value in runner.session.get_inputs() for index, axis in enumerate(value.shape)}
+    return frozenset(role for role in roles if role)
+
+
+def make_inputs(
+    runner: OrtRunner, batch: int, sequence: int, axes: Mapping[str, int] | None = None, *, seed: int = 0
+) -> Arrays:
+    """Arrays for every input of the graph: token ids, masks of ones, positions in order, normal floats.
+
+    Args:
+        runner: the graph's.
+        batch, sequence: sizes of the axes whose names hold "batch" and "seq"; a free axis without a name counts as
+            batch where it is the first, as sequence where it is the second.
+        axes: sizes of further axes by name; they go before the rule above.
+        seed: of the random values.
+
+    Raises:
+        ValueError: for `axes` that no input has.
+        MELoRAError: for an axis whose size is not known from these, or an input of a type that none is made for.
+    """
+    free = {axis for value in runner.session.get_inputs() for axis in value.shape if isinstance(axis, str)}
+    if strangers := [f"`{name}`" for name in axes or {} if name not in free]:
+        raise ValueError(f"no input of `{runner.path}` has an axis {', '.join(strangers)}: {', '.join(sorted(free))}")
+    generator = np.random.default_rng(seed)
+    sizes, arrays, unknown = {"batch": batch, "sequence": sequence}, {}, []
+    for value in runner.session.get_inputs():
+        shape = []
+        for index, axis in enumerate(value.shape):
+            role = _role(axis, index)
+            size = axis if isinstance(axis, int) else (axes or {}).get(axis or "", sizes.get(role or "", -1))
+            if size < 0:
+                unknown.append(f"`{axis}` of `{value.name}`")
+            shape.append(size)
+        if not unknown:
+            arrays[value.name] = _values(runner, value.name, value.type, shape, generator)
+    if unknown:
+        raise MELoRAError(
+            f"`{runner.path}` has axes that are neither batch nor sequence: {', '.join(unknown)}: "
+            "give their sizes (`--axis NAME=SIZE`)"
+        )
+    return arrays
+
+
+def _role(axis: str | int | None, index: int) -> str | None:
+    """ "batch" or "sequence", or None for an axis that is fixed or has another meaning."""
+    if isinstance(axis, int):
+        return None
+    if not axis or axis.startswith("unk__"):  # ONNX Runtime's name for an axis without one
+        return ("batch", "sequence")[index] if index < 2 else None
+    if not axis.isidentifier():
+        return None
+    return "batch" if "batch" in axis.lower() else "sequence" if "seq" in axis.lower() else None
+
+
+def _values(runner: OrtRunner, name: str, kind: str, shape: list[int], generator: np.random.Generator) -> np.ndarray:
+    if kind in _FLOATS:
+        return generator.standard_normal(shape).astype(_FLOATS[kind])
+    if kind == "tensor(bool)":
+        return np.ones(shape, bool)
+    if kind not in _INTEGERS:
+        known = ", ".join([*_FLOATS, *_INTEGERS, "tensor(bool)"])
+        raise MELoRAError(f"`{name}` of `{runner.path}` is a {kind}: inputs are made of {known}")
+    dtype = _INTEGERS[kind]
+    if "mask" in name:
+        return np.ones(shape, dtype)
+    if "type_ids" in name:
+        return np.zeros(shape, dtype)
+    if "position" in name:
+        return np.broadcast_to(np.arange(shape[-1] if shape else 1, dtype=dtype), shape).copy()
+    return generator.integers(*_TOKEN_IDS, size=shape, dtype=dtype)

@@ -1,0 +1,257 @@
+"""`OrtRunner`: an ONNX file on ONNX Runtime, on the provider that was asked for or not at all."""
+
+import contextlib
+import copy
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exporters.adapters.ort_adapter import read_ort_adapter, swap_tensors
+from exporters.onnx_files.metadata import read_facts
+from exporters.onnx_files.onnx_file import (
+    axes_by_name,
+    content_hash,
+    has_optional_inputs,
+    precision_of,
+    read_graph,
+    required_inputs,
+)
+from exporters.onnx_runtime import Arrays, as_array, import_onnxruntime
+from melora_fx import MELoRAError
+from melora_fx.saving.adapter_file import read_adapter
+
+from .io_binding import ReplayBuffers, run_bound, to_device
+from .providers import Shapes, choose_provider
+from .session import HALF_CONFIG, SAVE_MEMORY_CONFIG, make_session
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter's tensors by input name; `values` the same on the device, `native` ONNX Runtime's own object."""
+
+    tensors: Arrays = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    native: Any = None
+
+
+class OrtRunner:
+    """Runs an ONNX file on ONNX Runtime; several threads may call `run` at once.
+
+    A GPU provider whose libraries are missing is an error; ONNX Runtime by itself would compute on the CPU, after a
+    line in the log, and again after a failed run. What the session does is in `describe()`.
+
+    Args:
+        path: a .onnx file; its external data lies beside it.
+        provider: "cpu", "cuda" or "tensorrt".
+        threads: number of ONNX Runtime's intra-operator threads; None leaves its default.
+        provider_options: options of the provider as ONNX Runtime documents them; they go before ours (`describe()`
+            shows all), None in place of a value leaves ONNX Runtime's default. `enable_cuda_graph` (for "tensorrt":
+            `trt_cuda_graph_enable`) replays each run, `trt_dump_ep_context_model` writes the built engine as a graph.
+        shapes: dynamic axis → (min, opt, max): TensorRT's profile, and on any provider the sizes that `run` takes; an
+            axis with one size is fixed in the session.
+        io_binding: bind inputs, outputs and adapters to the device's memory; None does so on GPUs.
+        session_config: further entries of the session's configuration, under ONNX Runtime's own keys; they go before
+            `HALF_CONFIG`, which graphs in half precision get.
+        save_memory: load and run in as little memory as ONNX Runtime's CPU can, more slowly: for a single comparison.
+
+    Raises:
+        ValueError: for an unknown provider, options that it lacks or that exclude each other, or `shapes` that do not
+            fit the graph.
+        MELoRAError: where ONNX Runtime is not installed, lacks the provider or a library of it, or cannot load the
+            file; where the file is not whole, or holds swappable adapters, which TensorRT and CUDA graphs do not take.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        provider_options: Mapping[str, Any] | None = None,
+        shapes: Shapes | None = None,
+        io_binding: bool | None = None,
+        session_config: Mapping[str, str] | None = None,
+        save_memory: bool = False,
+    ) -> None:
+        ort = import_onnxruntime()
+        self.path, self.provider, self.threads, self._shapes = Path(path), provider, threads, dict(shapes or {})
+        if not self.path.is_file():
+            raise MELoRAError(f"`{self.path}` does not exist")
+        graph = read_graph(self.path)
+        precision = precision_of(graph)
+        self._axes = axes_by_name(required_inputs(graph))
+        self.choice = choose_provider(
+            provider,
+            self.path,
+            self._axes,
+            precision=precision,
+            content=content_hash(self.path, graph) if provider == "tensorrt" else "",
+            threads=threads,
+            provider_options=provider_options,
+            shapes=shapes,
+            io_binding=io_binding,
+        )
+        if has_optional_inputs(graph) and (provider == "tensorrt" or self.choice.cuda_graph):
+            raise MELoRAError(
+                f"`{self.path}` has optional inputs (swappable adapters), which TensorRT and CUDA graphs cannot take: "
+                'export it with `adapter="fold"` or "keep", or use the provider "cuda" without a CUDA graph'
+            )
+        own_config = SAVE_MEMORY_CONFIG if save_memory else HALF_CONFIG if precision == "fp16" else {}
+        self.session_config = own_config | dict(session_config or {})
+        self.session = make_session(ort, self.path, self.choice, self.session_config, save_memory=save_memory)
+        self.input_names = [value.name for value in self.session.get_inputs()]
+        overridable = [value.name for value in self.session.get_overridable_initializers()]
+        self.adapter_names = [name for name in overridable if name not in self.input_names]
+        self.output_names = [value.name for value in self.session.get_outputs()]
+        self._adapters: dict[Path, _Adapter] = {}
+        self._fixed = _Adapter()
+        self._lock = threading.Lock()
+        self._replay: ReplayBuffers | None = None
+        if self.choice.cuda_graph:
+            self._replay = ReplayBuffers(self.session, self.choice.device, self.choice.device_id)
+
+    def run(self, inputs: Mapping[str, Any], adapter: str | os.PathLike[str] | None = None) -> Arrays:
+        """The outputs by name, for `inputs` of arrays or tensors by name; an input that the graph lacks is refused.
+
+        Args:
+            inputs: every input of the graph.
+            adapter: for a graph exported with "swap", an adapter folder or an .onnx_adapter file, read once; None
+                computes the base.
+
+        Raises:
+            ValueError: for more than one adapter.
+            MELoRAError: for a missing or unknown input, a size outside of `shapes`, an adapter that does not fit, or
+                what ONNX Runtime refuses.
+        """
+        arrays = {name: as_array(value) for name, value in inputs.items()}
+        self._check_inputs({name: array.shape for name, array in arrays.items()})
+        loaded = self._load(adapter)
+        if self._replay is not None:
+            with self._lock, self._own_errors():
+                return self._replay.run(arrays)
+        if self.choice.io_binding:
+            with self._own_errors():
+                values = self.to_device(arrays)
+            outputs = self._run_bound(values, loaded)
+            return {name: value.numpy() for name, value in outputs.items()}
+        feed, options = arrays | self._fixed.tensors, None
+        if loaded.native is None:
+            feed |= loaded.tensors
+        else:
+            options = import_onnxruntime().RunOptions()
+            options.add_active_adapter(loaded.native)
+        with self._own_errors():
+            return dict(zip(self.output_names, self.session.run(self.output_names, feed, options), strict=True))
+
+    def to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays or tensors as `onnxruntime.OrtValue`s where the session computes, for `run_on_device`."""
+        return to_device(inputs, self.choice.device, self.choice.device_id)
+
+    def run_on_device(self, values: Mapping[str, Any], adapter: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """`run` for inputs that lie on the device: `onnxruntime.OrtValue`s in and out, nothing is copied.
+
+        Raises:
+            ValueError: for more than one adapter, or with a CUDA graph, whose inputs have places of their own.
+            MELoRAError: as `run`.
+        """
+        if self._replay is not None:
+            raise ValueError("a CUDA graph keeps its inputs in places of its own: use `run`")
+        self._check_inputs({name: value.shape() for name, value in values.items()})
+        return self._run_bound(values, self._load(adapter))
+
+    def with_tensors(self, tensors: Arrays) -> "OrtRunner":
+        """A runner on the same session that gives these optional inputs with every run."""
+        runner = copy.copy(self)
+        runner._fixed = _Adapter(tensors, self.to_device(tensors))
+        return runner
+
+    def describe(self) -> dict[str, Any]:
+        """What the session is and does, ready for JSON: the provider asked for, and those that it has, in order, with
+        all options as ONNX Runtime reports them; the number of nodes that each provider has been given (None where ONNX
+        Runtime is too old to tell); threads, device and versions.
+        """
+        choice, nodes = self.choice, None
+        if hasattr(self.session, "get_provider_graph_assignment_info"):
+            nodes = dict.fromkeys(self.session.get_providers(), 0)
+            for part in self.session.get_provider_graph_assignment_info():
+                nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
+        return {
+            "graph": str(self.path),
+            "provider": choice.provider,
+            "providers": list(self.session.get_providers()),
+            "provider_options": self.session.get_provider_options(),
+            "nodes": nodes,
+            "threads": choice.threads,
+            "device": "cpu" if choice.device == "cpu" else f"{choice.device}:{choice.device_id}",
+            "io_binding": choice.io_binding,
+            "cuda_graph": choice.cuda_graph,
+            "fixed_axes": choice.fixed_axes,
+            "session_config": self.session_config,
+            "shapes": {axis: list(sizes) for axis, sizes in self._shapes.items()},
+            "onnxruntime": import_onnxruntime().__version__,
+        }
+
+    def _run_bound(self, values: Mapping[str, Any], loaded: _Adapter) -> dict[str, Any]:
+        values = {**values, **self._fixed.values, **loaded.values}
+        with self._own_errors():
+            return run_bound(self.session, values, self.output_names, self.choice.device, self.choice.device_id)
+
+    def _check_inputs(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        missing = [name for name in self.input_names if name not in shapes]
+        unknown = [name for name in shapes if name not in self.input_names]
+        if missing or unknown:
+            raise MELoRAError(
+                f"`{self.path}` takes the inputs {self.input_names}: missing {missing}, unknown {unknown}"
+            )
+        lines = []
+        for name, shape in shapes.items() if self._shapes else ():
+            for axis, size in zip(self._axes[name], shape, strict=False):
+                smallest, _, largest = self._shapes.get(str(axis), (size, size, size))
+                if not smallest <= size <= largest:
+                    lines.append(f"`{axis}` of {name} is {size}, `shapes` says {smallest} to {largest}")
+        if lines:
+            raise MELoRAError(f"`{self.path}`: " + "; ".join(lines))
+
+    def _load(self, adapter: str | os.PathLike[str] | None) -> _Adapter:
+        """An adapter that fits the graph, read at its first use."""
+        if adapter is None:
+            return _Adapter()
+        if isinstance(adapter, list | tuple):
+            raise ValueError(f"`adapter` (={adapter!r}) must be one adapter: a run computes one")
+        path = Path(adapter)
+        if path not in self._adapters:
+            facts, native = read_facts(self.path), None
+            if path.is_dir():
+                tensors = swap_tensors(read_adapter(path), facts)
+            else:
+                native, tensors = read_ort_adapter(path, facts)
+            self._check_fit(path, tensors)
+            self._adapters[path] = _Adapter(tensors, self.to_device(tensors), native)
+        return self._adapters[path]
+
+    def _check_fit(self, path: Path, tensors: Arrays) -> None:
+        """Refuses tensors that are not the graph's optional inputs, in name, shape or type."""
+        expected = {value.name: value for value in self.session.get_overridable_initializers()}
+        unknown = [name for name in tensors if name not in expected]
+        if unknown:
+            raise MELoRAError(f"`{path}` is for another graph than `{self.path}`, which has no inputs {unknown}")
+        sizes: dict[str, int] = {}
+        lines = []
+        for name, array in tensors.items():
+            axes = expected[name].shape
+            free = {axis: size for axis, size in zip(axes, array.shape, strict=False) if isinstance(axis, str)}
+            right = tuple(sizes.setdefault(axis, free[axis]) if axis in free else axis for axis in axes)
+            if len(axes) != array.ndim or right != array.shape:
+                lines.append(f"`{name}` has the shape {array.shape}, the graph's is ({', '.join(map(str, axes))})")
+        if lines:
+            raise MELoRAError(f"`{path}` is for another graph than `{self.path}`: " + "; ".join(lines))
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's own exception types are private
+            raise MELoRAError(f"ONNX Runtime cannot run `{self.path}`: {error}") from error

@@ -1,0 +1,43 @@
+"""One interface for everything that computes the model: `run(inputs) -> outputs`, both dicts of NumPy arrays."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from exporters.graph.build import named_outputs
+from exporters.onnx_runtime import Arrays
+
+
+class Runner(Protocol):
+    """What `compare` and `measure_latency` need. `threads`: intra-operator threads, None for the default."""
+
+    threads: int | None
+
+    def run(self, inputs: Mapping[str, Any]) -> Arrays: ...
+
+
+class TorchRunner:
+    """Runs a torch module as it is, in its present mode, without gradients.
+
+    Args:
+        model: the module, or a function of it; called with the inputs as keyword arguments.
+        threads: number of torch's intra-operator threads during a run; None leaves torch's own.
+    """
+
+    def __init__(self, model: Callable[..., Any], *, threads: int | None = None) -> None:
+        self.model, self.threads = model, threads
+
+    def run(self, inputs: Mapping[str, Any]) -> Arrays:
+        """The outputs by name, for `inputs` of arrays or tensors by name."""
+        tensors = {name: torch.as_tensor(value) for name, value in inputs.items()}
+        before = torch.get_num_threads()
+        if self.threads is not None and self.threads != before:
+            torch.set_num_threads(self.threads)
+        try:
+            with torch.no_grad():
+                outputs = named_outputs(self.model(**tensors))
+        finally:
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)
+        return {name: output.detach().cpu().numpy() for name, output in outputs.items()}

@@ -1,0 +1,1 @@
+"""What keeps a graph from building in TensorRT."""

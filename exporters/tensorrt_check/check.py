@@ -1,0 +1,147 @@
+"""`check_tensorrt`: what keeps a graph from becoming a TensorRT engine, and how to build it where nothing does.
+
+Nothing here needs TensorRT or a GPU; the graph is compared with what is known of TensorRT's parser.
+
+Sources, read in November 2026:
+`trtexec`: https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/command-line-programs.html
+types of TensorRT 11: https://docs.nvidia.com/deeplearning/tensorrt/11.4.1/api/migration/tensorrt-10x-to-11x-trtexec.html
+"""
+
+import os
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import ModelProto, TensorProto
+
+from exporters.onnx_files.onnx_file import axes_by_name, content_hash, precision_of, read_graph, required_inputs
+from exporters.runtime.providers import Shapes, profile_shapes, tensorrt_options
+from melora_fx import MELoRAError
+
+from .obstacles import Obstacle, find_obstacles, group_obstacles
+from .operators import TABLE, UNCHECKED
+
+
+@dataclass(frozen=True)
+class TensorRTReport:
+    """Whether TensorRT builds a graph as a whole, and with what.
+
+    Attributes:
+        path: the .onnx file; `num_nodes` is how many nodes its main graph has.
+        obstacles: everything that would not build, node by node; `ok` is whether there is none.
+        notes: what holds in some versions only, or cannot be seen in the graph.
+        profile: the smallest, usual and largest shape of each input, as "input_ids:1x16,attention_mask:1x16" under
+            "min", "opt" and "max"; empty where all shapes are fixed.
+        trtexec: the command that builds an engine of it, one argument each.
+        provider_options: for ONNX Runtime's TensorrtExecutionProvider.
+    """
+
+    path: str
+    num_nodes: int
+    obstacles: tuple[Obstacle, ...]
+    notes: tuple[str, ...]
+    profile: dict[str, str]
+    trtexec: tuple[str, ...]
+    provider_options: dict[str, str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.obstacles
+
+    def __str__(self) -> str:
+        verdict = "TensorRT builds the whole of it" if self.ok else "TensorRT would not build all of it"
+        lines = [f"{self.path}: {self.num_nodes} nodes", f"  {verdict}, by {TABLE}"]
+        for label, texts in (("no", group_obstacles(self.obstacles)), ("note", self.notes)):
+            for text in texts:
+                lines += textwrap.wrap(text, 100, initial_indent=f"  {label:6}", subsequent_indent=" " * 8)
+        lines += [f"  {kind:6}{shapes}" for kind, shapes in self.profile.items()]
+        lines += ["", "  " + " \\\n    ".join(map(shlex.quote, self.trtexec)), "", "  TensorrtExecutionProvider:"]
+        lines += [f"    {name} = {value}" for name, value in self.provider_options.items()]
+        return "\n".join(lines)
+
+
+def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> TensorRTReport:
+    """Checks, without TensorRT, that it builds the whole of a graph, and says with which profile and options.
+
+    Args:
+        onnx_path: a .onnx file; its weights lie beside it.
+        shapes: smallest, usual and largest size of each dynamic axis, such as `{"batch": (1, 8, 32)}`.
+
+    Raises:
+        ValueError: for `shapes` that do not fit the inputs' axes.
+        MELoRAError: for a file that is missing or is no ONNX graph, missing or short weight files, and inputs that have
+            axes without a name.
+    """
+    path = Path(onnx_path)
+    model = read_graph(path)
+    inputs = axes_by_name(required_inputs(model))
+    if unnamed := [name for name, axes in inputs.items() if "?" in axes]:
+        raise MELoRAError(f"`{path}`: {', '.join(unnamed)} has a dynamic axis without a name, so no range can be given")
+    profile = {key.split("_")[2]: value for key, value in profile_shapes(inputs, shapes).items()}
+    return TensorRTReport(
+        path=str(path),
+        num_nodes=len(model.graph.node),
+        obstacles=find_obstacles(model),
+        notes=tuple(_notes(model)),
+        profile=profile,
+        trtexec=_trtexec(path, profile),
+        provider_options=tensorrt_options(
+            path, inputs, precision=precision_of(model), shapes=shapes, content=content_hash(path, model)
+        ),
+    )
+
+
+def parse_shapes(texts: Sequence[str]) -> Shapes:
+    """Ranges from a command line: `["batch=1:8:32", "sequence=128"]`, min:opt:max or one size for all three.
+
+    Raises:
+        ValueError: for a text of another form, and an axis that is given twice.
+    """
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for text in texts:
+        found = re.fullmatch(r"\s*([^=\s]+)\s*=\s*(\d+)(?::(\d+):(\d+))?\s*", text)
+        if found is None:
+            raise ValueError(f"`{text}` is not AXIS=MIN:OPT:MAX, such as batch=1:8:32")
+        axis, low, usual, high = found.groups()
+        if axis in shapes:
+            raise ValueError(f"the axis `{axis}` is given twice")
+        shapes[axis] = (int(low), int(usual or low), int(high or low))
+        if not 1 <= shapes[axis][0] <= shapes[axis][1] <= shapes[axis][2]:
+            raise ValueError(f"`{text}`: sizes must be 1 or more, smallest, usual and largest in this order")
+    return shapes
+
+
+def _trtexec(path: Path, profile: dict[str, str]) -> tuple[str, ...]:
+    """The types of the graph are kept: asked for with --stronglyTyped in TensorRT 10, always so in TensorRT 11."""
+    return (
+        "trtexec",
+        f"--onnx={path}",
+        *(f"--{kind}Shapes={shapes}" for kind, shapes in profile.items()),
+        "--stronglyTyped",
+        f"--saveEngine={path.with_suffix('.plan')}",
+        f"--timingCacheFile={path.with_suffix('.timing')}",
+        "--skipInference",
+    )
+
+
+def _notes(model: ModelProto) -> Iterator[str]:
+    inputs = required_inputs(model)
+    kinds = {"INT64": TensorProto.INT64, "BOOL": TensorProto.BOOL}
+    ends = {
+        kind: [value.name for value in (*inputs, *model.graph.output) if value.type.tensor_type.elem_type == code]
+        for kind, code in kinds.items()
+    }
+    if ends["INT64"] or any(tensor.data_type == TensorProto.INT64 for tensor in model.graph.initializer):
+        of = f" ({', '.join(ends['INT64'])})" if ends["INT64"] else ""
+        yield f"INT64{of}: a type of TensorRT 10; TensorRT 8 casts it to INT32 and clamps"
+    if ends["BOOL"]:
+        yield f"BOOL ({', '.join(ends['BOOL'])}): a type of TensorRT 10, for inputs and outputs too"
+    if precision_of(model) == "fp16":
+        yield "float16: the graph's own types are kept; --fp16 is for float32 graphs and is gone in TensorRT 11"
+    else:
+        yield "float32: TensorRT multiplies in TF32 where the GPU can; add --noTF32 to compare with other runtimes"
+    for op_type in sorted({node.op_type for node in model.graph.node} & UNCHECKED.keys()):
+        yield f"{op_type}: {UNCHECKED[op_type]}; this cannot be checked here"

@@ -1,0 +1,74 @@
+"""What a site is, as graphs and modules record it.
+
+The inserted nodes of a graph carry the tag of their site; the module that runs the graph keeps one record for each.
+"""
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from melora_fx.capture.modules import copy_graph, join_path, site_name
+from melora_fx.config import MELoRAConfig
+from melora_fx.patterns.linear import get_attribute
+
+SITE_TAG = "melora_site"
+"""Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
+
+TENSORS = ("lora_a", "lora_b", "lora_scaling", "lora_dropout")
+"""What an adapter adds to the module that owns its weight."""
+
+
+@dataclass
+class SiteRecord:
+    """What a site is, as its rewritten module keeps it. `parameter`: path of the weight below that module."""
+
+    parameter: str
+    config: MELoRAConfig
+    pattern: str
+    weight_is_transposed: bool
+    lowering: str
+
+    @property
+    def owner_path(self) -> str:
+        """Path of the module that holds the weight, below the rewritten module."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
+    def parameter_name(self) -> str:
+        """Name of the weight on its owner."""
+        return self.parameter.rpartition(".")[2]
+
+    def attribute(self, kind: str) -> str:
+        """Name, on the weight's owner, of one of `TENSORS`."""
+        return self.attribute_of(self.parameter, kind)
+
+    @staticmethod
+    def attribute_of(parameter: str, kind: str) -> str:
+        """The same for a parameter that is no site yet."""
+        name = parameter.rpartition(".")[2]
+        return kind if name == "weight" else f"{name}_{kind}"
+
+    def path(self, kind: str) -> str:
+        """The same as a path below the rewritten module."""
+        return join_path(self.owner_path, self.attribute(kind))
+
+    def site_name(self, module_path: str) -> str:
+        """Name of the site in a model that has the rewritten module at `module_path`."""
+        return site_name(join_path(module_path, self.owner_path), self.parameter_name)
+
+
+def owner_of(module: nn.Module, record: SiteRecord) -> nn.Module:
+    """The module that holds the weight of `record`."""
+    return get_attribute(module, record.owner_path)
+
+
+def without_adapters(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` in which every adapter's output is its base output again, and no adapter node is left."""
+    graph = copy_graph(graph)
+    for node in reversed(list(graph.nodes)):
+        if SITE_TAG not in node.meta:
+            continue
+        if node.users:  # the sum of base and adapter is the one inserted node that other nodes use
+            node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    return graph

@@ -1,0 +1,133 @@
+"""The update of one weight, and how it is added: the one place where either is computed.
+
+    W' = W + Δ      Δ = blockdiag(s_1 B_1 A_1, …, s_N B_N A_N)
+
+Δ and the sum are in float32 or wider and rounded once to the weight's dtype. In memory, on disk and in ONNX files it is
+this code that runs, so that a fold gives the same bits everywhere. It goes by tiles, a few rows of every block at a
+time, which stay in the processor's cache: there is never a second copy of a weight.
+
+N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split`, E matrices
+of a stack, t rows of a tile.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from melora_fx.config import MELoRAConfig
+
+from .tensors import by_matrix, diagonal_blocks, scaling_tensor
+
+_TILE_ELEMENTS = {"cpu": 1 << 19}
+"""Elements of Δ in a tile by device type: 2 MiB of float32 on the CPU, measured (benchmarks/results/NOTES.md)."""
+_TILE_ELEMENTS_ELSEWHERE = 1 << 24
+
+
+class Scratch:
+    """Memory for the tiles of many updates: with fresh memory for each, page faults would cost more than the sums."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def take(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Uninitialised memory, which the next call with this name gives out again."""
+        key, size = (name, dtype, device), shape.numel()
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[key] = torch.empty(max(size, _tile_elements(device)), dtype=dtype, device=device)
+        return buffer[:size].view(shape)
+
+
+def _tile_elements(device: torch.device) -> int:
+    return _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ELSEWHERE)
+
+
+def add_update(
+    config: MELoRAConfig,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scratch: Scratch | None = None,
+) -> None:
+    """Adds the update to `weight` in place; only its N diagonal blocks, 1/N of it, are read and written.
+
+    Args:
+        config: the site's configuration.
+        weight: (O, I), of any strides and floating dtype, or a stack of such (E, O, I).
+        lora_a: (N, P·R, I/N), or (E·N, P·R, I/N).
+        lora_b: (N, O/N, R), or (E·N, O/N, R).
+        scratch: memory to work in, best one for many updates.
+    """
+    scratch = scratch or Scratch()
+    for block, delta in update_tiles(config, weight, lora_a, lora_b, scratch):
+        if block.dtype == delta.dtype:
+            block.add_(delta)
+        else:
+            block.copy_(add_widened(delta, block, scratch))
+
+
+def add_widened(delta: torch.Tensor, block: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """W + Δ of a tile in the dtype of `delta`, which becomes it; still to be rounded."""
+    # Copied before it is converted: a conversion that reads short rows from memory takes twice the time of both.
+    copied = scratch.take("copied", block.shape, block.dtype, block.device).copy_(block)
+    return delta.add_(scratch.take("widened", block.shape, delta.dtype, block.device).copy_(copied))
+
+
+def update_tiles(
+    config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scratch: Scratch
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs (view of rows of `weight` in its blocks, their update in float32 or wider), both (N, t, I/N).
+
+    The update lives in `scratch`: it is gone when the next one is asked for.
+
+    Args: as of `add_update`.
+    """
+    for matrix, a, b in by_matrix(weight, lora_a, lora_b):
+        yield from _tiles_of_matrix(config, matrix, a, b, scratch)
+
+
+def _tiles_of_matrix(
+    config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scratch: Scratch
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    wide = torch.promote_types(torch.promote_types(lora_b.dtype, torch.float32), weight.dtype)
+    rows = max(1, _tile_elements(weight.device) // weight.size(1))
+    views = diagonal_blocks(weight, config.num_blocks, config.parts(weight.size(0)))
+    for blocks, (part_a, part_b) in zip(views, scaled_parts(config, lora_a, lora_b, wide), strict=True):
+        for block, tile_b in zip(blocks.split(rows, dim=1), part_b.split(rows, dim=1), strict=True):
+            yield block, torch.bmm(tile_b, part_a, out=scratch.take("delta", block.shape, wide, weight.device))
+
+
+def non_finite(config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> str | None:
+    """Why the update of a weight (O, I) or (E, O, I) is not finite, or takes it out of its dtype's range; or None.
+
+    The weight is read only where the norms of A and B leave a doubt (no value of Δ is above s ‖A‖ ‖B‖), and where it is
+    of float16.
+    """
+    norms = [float(torch.linalg.vector_norm(tensor.detach())) for tensor in (lora_a, lora_b)]
+    if not all(map(math.isfinite, norms)) and not all(tensor.isfinite().all() for tensor in (lora_a, lora_b)):
+        return "its adapter holds NaN or infinity"
+    reach = math.prod(norms) * max(config.scalings)
+    if reach < torch.finfo(weight.dtype).max / 2 and weight.dtype != torch.float16:
+        return None
+    scratch = Scratch()
+    for block, delta in update_tiles(config, weight.detach(), lora_a, lora_b, scratch):
+        rounded = add_widened(delta, block, scratch).to(block.dtype)
+        if not (torch.isfinite(rounded) | ~torch.isfinite(block)).all():
+            return beyond_range(weight.dtype)
+    return None
+
+
+def beyond_range(dtype: torch.dtype) -> str:
+    """What is said of a sum that is not finite."""
+    return f"the sum of weight and update is beyond the range of {str(dtype).removeprefix('torch.')}"
+
+
+def scaled_parts(
+    config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A (N, R, I/N) and s B (N, O_p/N, R) of each part p of `config.split`, without gradients."""
+    scaled = lora_b.detach().to(dtype)
+    scaled = scaled * scaling_tensor(config, scaled)
+    sizes = [size // config.num_blocks for size in config.parts(lora_b.size(0) * lora_b.size(1))]
+    yield from zip(lora_a.detach().to(dtype).chunk(len(sizes), dim=1), scaled.split(sizes, dim=1), strict=True)

@@ -1,0 +1,1 @@
+"""Merges adapters into weights, in memory and in checkpoints on disk, and reports what rounding takes."""

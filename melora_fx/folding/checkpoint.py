@@ -1,0 +1,226 @@
+"""Hugging Face checkpoints on disk: which safetensors file holds which tensor, and which parameter of a model that is.
+
+Only headers are read. A file is 8 bytes of the header's length, the header in JSON (dtype, shape and place of each
+tensor), and the tensors' bytes one after the other.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from melora_fx.errors import MELoRAError
+from melora_fx.load_model import load_model
+from melora_fx.saving.adapter_file import sampled_positions
+
+SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
+METADATA = "__metadata__"
+FOLDED_KEY = "melora"
+"""Key in the metadata of a folded safetensors file: JSON that says which adapter it holds."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that weights can be folded in, by their names in safetensors headers."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: bytes `start` to `stop` of `file`; `dtype` by its safetensors name."""
+
+    key: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As of `adapter_file.fingerprint`; only its values are read."""
+        dtype, data = DTYPES[self.dtype], bytearray()
+        with self.file.open("rb", buffering=0) as file:
+            for position in sampled_positions(math.prod(self.shape)).tolist():
+                file.seek(self.start + position * dtype.itemsize)
+                data += file.read(dtype.itemsize)
+        values = torch.frombuffer(data, dtype=dtype).tolist()
+        return {"shape": list(self.shape), "dtype": str(dtype).removeprefix("torch."), "values": values}
+
+    def view(self, data: memoryview) -> torch.Tensor:
+        """The tensor in `data`, which are its bytes."""
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder.
+
+    Attributes:
+        directory: the folder.
+        files: the weight files: name → metadata of its header.
+        tensors: all tensors by key, file by file in the order of their bytes.
+        index: the index of a sharded checkpoint, or None.
+        config: config.json, or None.
+    """
+
+    directory: Path
+    files: dict[str, dict[str, str]]
+    tensors: dict[str, StoredTensor]
+    index: dict[str, Any] | None
+    config: dict[str, Any] | None
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        MELoRAError: where it has no safetensors weights, or a file is missing, truncated or corrupt.
+    """
+    single, index = directory / SINGLE_FILE, None
+    if single.is_file():
+        names = [SINGLE_FILE]
+    elif (directory / INDEX_FILE).is_file():
+        index = _read_json(directory / INDEX_FILE)
+        names = _file_names(directory / INDEX_FILE, index)
+        if missing := [name for name in names if not (directory / name).is_file()]:
+            raise MELoRAError(f"`{directory}` lacks {', '.join(map(repr, missing))}, which its index names")
+    else:
+        raise MELoRAError(
+            f"`{directory}` has neither {SINGLE_FILE} nor {INDEX_FILE}: load the model and `save_pretrained` it, which "
+            "writes safetensors"
+        )
+    files: dict[str, dict[str, str]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        files[name], stored = _read_header(directory / name)
+        tensors |= stored
+    if index and (lost := sorted(index["weight_map"].keys() - tensors.keys())):
+        raise MELoRAError(f"`{directory / INDEX_FILE}` names {', '.join(map(repr, lost))}, which no file has")
+    config = _read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else None
+    return Checkpoint(directory, files, tensors, index, config)
+
+
+def _file_names(path: Path, index: dict[str, Any]) -> list[str]:
+    """The files that an index names, all of them in its own folder."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata", {}), dict):
+        raise MELoRAError(f"`{path}` is no index of safetensors files: it needs a `weight_map` from tensors to files")
+    wrong = [name for name in weight_map.values() if not isinstance(name, str) or not name or Path(name).name != name]
+    if wrong:
+        raise MELoRAError(f"`{path}` names {wrong[0]!r}, which is no file of its own folder")
+    return sorted(set(weight_map.values()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MELoRAError(f"`{path}` cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise MELoRAError(f"`{path}` cannot be read: it holds no JSON object")
+    return content
+
+
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """A file's metadata, and its tensors in the order of their bytes."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # checks the header and the length of the file
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
+    metadata = header.pop(METADATA, {})
+    tensors = {}
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[key] = StoredTensor(key, path, entry["dtype"], tuple(entry["shape"]), start, stop)
+    return metadata, tensors
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of a tensor, but for its place: `size` in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+
+
+def serialise(tensor: torch.Tensor) -> tuple[Entry, bytes]:
+    """A tensor's entry in a header, and its bytes."""
+    file = save({"tensor": tensor.contiguous()})
+    length = int.from_bytes(file[:8], "little")
+    entry, data = json.loads(file[8 : 8 + length])["tensor"], file[8 + length :]
+    return Entry(entry["dtype"], tuple(entry["shape"]), len(data)), data
+
+
+def make_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file whose tensors lie one after the other."""
+    header: dict[str, Any] = {METADATA: dict(metadata)}
+    offset = 0
+    for key, entry in entries.items():
+        header[key] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": (offset, offset + entry.size),
+        }
+        offset += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How a model's parameters are called in a checkpoint.
+
+    Attributes:
+        keys: parameter → key.
+        converted: parameters that are stored in another form, several keys in one or one in several.
+        tied: parameters that share their memory with others in the model: name → the others.
+    """
+
+    keys: dict[str, str]
+    converted: frozenset[str]
+    tied: dict[str, tuple[str, ...]]
+
+
+def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | None) -> KeyMap:
+    """How the parameters of a model class are called in a checkpoint, by transformers' own rules.
+
+    The class is built on the meta device, without weights. Where transformers does not know it, names are keys.
+
+    Raises:
+        MELoRAError: where the checkpoint is of a model that this class is not for.
+    """
+    if checkpoint.config is None or not hasattr(transformers, class_name or ""):
+        return KeyMap({key: key for key in checkpoint.tensors}, frozenset(), {})
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    model = load_model(checkpoint.directory, with_weights=False, class_name=class_name, num_labels=num_labels)
+    own = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    keys, converted = dict[str, str](), set[str]()
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):  # some rules count on the order
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if name not in own and key in own:  # a rule for older checkpoints, which have other keys
+            name, pattern = key, None
+        if pattern is None:
+            keys[name] = key
+        else:
+            first, *others = by_pattern[pattern].target_patterns
+            converted |= {name, *(name.replace(first, other) for other in others)}
+    groups: dict[str, set[str]] = {}
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        groups.setdefault(source, {source}).add(name)
+    tied = {name: tuple(sorted(group - {name})) for group in groups.values() for name in group}
+    return KeyMap(keys, frozenset(converted), tied)

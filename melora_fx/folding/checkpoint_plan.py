@@ -1,0 +1,111 @@
+"""What a fold on disk changes in a checkpoint, decided and checked before anything is written."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from melora_fx.errors import MELoRAError
+from melora_fx.matching.targets import nearest
+from melora_fx.saving.adapter_file import Adapter, refuse_non_finite
+from melora_fx.saving.load import check_fingerprints, check_shapes
+
+from .checkpoint import DTYPES, FOLDED_KEY, Checkpoint, KeyMap, StoredTensor, map_keys
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """What becomes of the tensors of a checkpoint; those that are not named here stay.
+
+    Attributes:
+        weights: site → where its weight is stored.
+        heads: key → tensor that takes the place of the checkpoint's, or is added.
+    """
+
+    weights: dict[str, StoredTensor]
+    heads: dict[str, torch.Tensor]
+
+
+def plan_fold(checkpoint: Checkpoint, adapter: Adapter) -> FoldPlan:
+    """Where an adapter belongs in a checkpoint. Only headers and a few values of each weight are read.
+
+    Raises:
+        MELoRAError: where the checkpoint holds an adapter already, is not the adapter's base, or stores a weight in a
+            form that cannot be folded into; for an adapter that is not finite.
+    """
+    _refuse_folded(checkpoint)
+    names = map_keys(checkpoint, adapter.model.get("class"), adapter.model.get("num_labels"))
+    weights = _find_weights(checkpoint, adapter, names)
+    _check_values(adapter, weights)
+    return FoldPlan(weights, _find_heads(checkpoint, adapter, names))
+
+
+def _refuse_folded(checkpoint: Checkpoint) -> None:
+    for name, metadata in checkpoint.files.items():
+        if FOLDED_KEY in metadata:
+            sha256 = re.search(r"[0-9a-f]{12}", metadata[FOLDED_KEY])
+            which = f" (sha256 {sha256[0]}…)" if sha256 else ""
+            raise MELoRAError(
+                f"`{checkpoint.directory / name}` holds an adapter already{which}: fold into the base that it was made "
+                "from"
+            )
+
+
+def _find_weights(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict[str, StoredTensor]:
+    """Where each site's weight is stored."""
+    stored, lines = dict[str, StoredTensor](), []
+    quantised = (checkpoint.config or {}).get("quantization_config")
+    for site in adapter.configs:
+        parameter = site if site in names.keys or site in names.converted else f"{site}.weight"
+        key = names.keys.get(parameter)
+        others = names.tied.get(parameter, ())
+        if others:
+            lines.append(
+                f"`{site}` shares its weight with {', '.join(map(repr, others))}: fold in memory, "
+                "`fold(model, untie=True)`, and save"
+            )
+        elif key is None and parameter in names.converted:
+            lines.append(f"`{site}`: the checkpoint stores its weight in another form: fold in memory, and save")
+        elif key is None:
+            lines.append(f"`{site}`: the checkpoint has no such weight; nearest: {nearest(site, list(names.keys))}")
+        elif quantised or checkpoint.tensors[key].dtype not in DTYPES:
+            lines.append(
+                f"`{site}`: its weight is quantised ({checkpoint.tensors[key].dtype}): dequantise the base, fold, and "
+                "quantise again"
+            )
+        else:
+            stored[site] = checkpoint.tensors[key]
+    if lines:
+        raise MELoRAError(f"`{adapter.directory}` cannot be folded into `{checkpoint.directory}`:\n" + "\n".join(lines))
+    return stored
+
+
+def _find_heads(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict[str, torch.Tensor]:
+    """The tensors that were kept trainable, by key: a tied one under all keys that it has, a new one by its name."""
+    heads, lines = dict[str, torch.Tensor](), []
+    for name, tensor in adapter.kept_tensors().items():
+        if name in names.converted:
+            lines.append(f"`{name}`: the checkpoint stores it in another form: fold in memory, and save")
+        keys = [names.keys[own] for own in (name, *names.tied.get(name, ())) if own in names.keys]
+        heads |= dict.fromkeys(keys or [name], tensor)
+    if lines:
+        raise MELoRAError(f"`{adapter.directory}` cannot be folded into `{checkpoint.directory}`:\n" + "\n".join(lines))
+    return heads
+
+
+def _check_values(adapter: Adapter, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuses an adapter of another base, or values that are not finite; reads a few values of each weight."""
+    flat = [
+        f"`{site}`: its weight has shape {tensor.shape}"
+        for site, tensor in stored.items()
+        if len(tensor.shape) not in (2, 3)
+    ]
+    if flat:
+        raise MELoRAError(f"`{adapter.directory}` is for matrices and stacks of them:\n" + "\n".join(flat))
+    shapes = {site: torch.empty(tensor.shape, device="meta") for site, tensor in stored.items()}
+    check_shapes(adapter, shapes)
+    for site, shape in shapes.items():
+        adapter.oriented(site, shape)
+    check_fingerprints(adapter, {site: tensor.fingerprint() for site, tensor in stored.items()})
+    refuse_non_finite(adapter)

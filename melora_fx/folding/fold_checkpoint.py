@@ -1,0 +1,236 @@
+"""`fold_checkpoint`: an adapter merged into a checkpoint on disk, at about the speed of copying it.
+
+No model is loaded. Each weight file is copied, and the weights that the adapter changes are changed on the way.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from melora_fx.adapter.update import Scratch
+from melora_fx.errors import MELoRAError
+from melora_fx.files import staging_folder, writing
+from melora_fx.saving.adapter_file import Adapter, read_adapter
+
+from .checkpoint import (
+    CONFIG_FILE,
+    FOLDED_KEY,
+    INDEX_FILE,
+    Checkpoint,
+    Entry,
+    StoredTensor,
+    make_header,
+    open_checkpoint,
+    serialise,
+)
+from .checkpoint_plan import plan_fold
+from .edited_copy import Stretch, write_edited
+from .report import FoldReport, SiteFold, fold_stored, make_report
+
+_OTHER_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
+)  # fmt: skip
+_OTHER_FOLDERS = ("onnx", "openvino", "original", "coreml")
+"""Suffixes in the checkpoint's own folder, and folders in it, that hold the base's weights in other forms."""
+
+
+def fold_checkpoint(
+    base_dir: str | os.PathLike[str], adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]
+) -> FoldReport:
+    """Merges an adapter into a Hugging Face checkpoint on disk; the base is not changed.
+
+    The base is one safetensors file or several with an index. All other files are copied, but those that hold the
+    base's weights in other forms. A trained head goes into the weights and config.json. A process that is killed
+    leaves no `out_dir`, only a hidden folder beside it that the next fold to this place removes. There is no way back
+    from a folded checkpoint: keep the base.
+
+    Peak memory is that of a few of the largest weights that the adapter changes.
+
+    Args:
+        base_dir: the checkpoint that the adapter was trained on, in any floating dtype.
+        adapter_dir: a folder written by `save_adapter`.
+        out_dir: the folder to write; it must be empty, or not there.
+
+    Returns:
+        what the rounding to the checkpoint's dtype has taken, site by site. Warns where it is much.
+
+    Raises:
+        MELoRAError: where the checkpoint or the adapter cannot be read, belong to different models, the checkpoint
+            holds an adapter already, or a weight is tied, quantised or stored in another form; where the adapter is not
+            finite, or `out_dir` cannot be written. Nothing is written then.
+    """
+    base, out = Path(base_dir), Path(out_dir)
+    adapter = read_adapter(adapter_dir)
+    checkpoint = open_checkpoint(base)
+    _refuse_place(base, out)
+    plan = plan_fold(checkpoint, adapter)
+    copied, notes = _other_files(checkpoint)
+    measured: list[SiteFold] = []
+    scratch = Scratch()
+    changes = {
+        tensor.key: partial(_fold_bytes, name, adapter, tensor, scratch, measured)
+        for name, tensor in plan.weights.items()
+    }
+    total = sum(file.stat().st_size for file in (base / name for name in checkpoint.files))
+    sha256 = adapter.sha256
+    with staging_folder(out) as staging, writing(out), _progress(f"folding {out.name}", total) as advance:
+        made = staging / "folder"  # not the staging folder itself, which only its owner may read
+        made.mkdir()
+        for name in copied:
+            _copy_file(base / name, made / name)
+        written = _write_weights(checkpoint, made, changes, plan.heads, sha256, advance)
+        _write_index(checkpoint, made, written, sha256)
+        _write_config(checkpoint, made, adapter)
+        os.replace(made, out)
+    return make_report(measured, sha256, notes)
+
+
+def _refuse_place(base: Path, out: Path) -> None:
+    with writing(out):  # the system may refuse the very name
+        occupied = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
+    if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
+        raise MELoRAError(
+            f"`{out}` is the base's own folder, or in it: a fold needs one of its own, and keeps the base"
+        )
+    if occupied:
+        raise MELoRAError(f"`{out}` exists already: remove it, or name another folder")
+
+
+def _fold_bytes(
+    site: str, adapter: Adapter, tensor: StoredTensor, scratch: Scratch, measured: list[SiteFold], data: memoryview
+) -> None:
+    """Folds the weight in `data`, and notes what that did."""
+    measured.append(fold_stored(site, adapter, tensor.view(data), scratch))
+
+
+def _write_weights(
+    checkpoint: Checkpoint,
+    made: Path,
+    changes: Mapping[str, Callable[[memoryview], None]],
+    heads: Mapping[str, torch.Tensor],
+    adapter_sha256: str,
+    advance: Callable[[int], object],
+) -> dict[str, dict[str, Entry]]:
+    """Writes the weight files; returns what each holds. New tensors go into the last file."""
+    written: dict[str, dict[str, Entry]] = {}
+    files: dict[Path, list[Stretch | bytes]] = {}
+    added = [key for key in heads if key not in checkpoint.tensors]
+    for file, metadata in checkpoint.files.items():
+        entries: dict[str, Entry] = {}
+        pieces: list[Stretch | bytes] = []
+        held = [tensor for tensor in checkpoint.tensors.values() if tensor.file.name == file]
+        for tensor in held:
+            if tensor.key not in heads:
+                entries[tensor.key] = Entry(tensor.dtype, tensor.shape, tensor.stop - tensor.start)
+                _append(pieces, Stretch(tensor.file, tensor.start, tensor.stop, changes.get(tensor.key)))
+        for key in [tensor.key for tensor in held if tensor.key in heads] + (
+            added if file == max(checkpoint.files) else []
+        ):
+            entries[key], data = serialise(heads[key])
+            pieces.append(data)
+        facts = {"format": "pt"} | metadata | {FOLDED_KEY: json.dumps({"adapter_sha256": adapter_sha256})}
+        files[made / file] = [make_header(entries, facts), *pieces]
+        written[file] = entries
+    write_edited(files, advance)
+    return written
+
+
+def _append(pieces: list[Stretch | bytes], stretch: Stretch) -> None:
+    """Adds a stretch; one that only continues the last one makes it longer."""
+    last = pieces[-1] if pieces else None
+    if isinstance(last, Stretch) and not last.change and not stretch.change and last.stop == stretch.start:
+        pieces[-1] = Stretch(last.source, last.start, stretch.stop)
+    else:
+        pieces.append(stretch)
+
+
+def _write_index(
+    checkpoint: Checkpoint, made: Path, written: Mapping[str, Mapping[str, Entry]], adapter_sha256: str
+) -> None:
+    if checkpoint.index is None:
+        return
+    entries = [entry for held in written.values() for entry in held.values()]
+    metadata = checkpoint.index.get("metadata", {}) | {"total_size": sum(entry.size for entry in entries)}
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(entry.shape) for entry in entries)
+    metadata["melora_adapter_sha256"] = adapter_sha256
+    weight_map = {key: file for file, held in written.items() for key in held}
+    index = checkpoint.index | {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(made / INDEX_FILE, index)
+
+
+def _write_config(checkpoint: Checkpoint, made: Path, adapter: Adapter) -> None:
+    """Copies config.json; with a trained head, the class that has it and its number of labels stand there."""
+    class_name, num_labels = adapter.model.get("class"), adapter.model.get("num_labels")
+    if checkpoint.config is None:
+        return
+    config = dict(checkpoint.config)
+    if adapter.kept and class_name:
+        config["architectures"] = [class_name]
+        if num_labels and num_labels != len(config.get("id2label") or ("", "")):  # two labels where nothing is said
+            labels = {index: f"LABEL_{index}" for index in range(num_labels)}
+            config |= {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+    if config == checkpoint.config:
+        _copy_file(checkpoint.directory / CONFIG_FILE, made / CONFIG_FILE)
+    else:
+        _write_json(made / CONFIG_FILE, config)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise MELoRAError(f"`{source}` cannot be read: {error.strerror}") from error
+    with file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
+    """The files to copy as they are, by their paths in the folder, and notes that name the others."""
+    copied, weights, hidden = [], [], []
+    ours = {*checkpoint.files, CONFIG_FILE, *([INDEX_FILE] if checkpoint.index else [])}
+    for path in sorted(checkpoint.directory.iterdir()):
+        if path.name in ours:
+            continue
+        if path.name.startswith("."):
+            hidden.append(path.name)
+        elif path.is_dir() and path.name not in _OTHER_FOLDERS:
+            below = (Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names)
+            copied += sorted(file.relative_to(checkpoint.directory) for file in below)
+        elif path.is_dir() or path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json"):
+            weights.append(path.name)
+        else:
+            copied.append(path.relative_to(checkpoint.directory))
+    reasons = {"they hold the base's weights": weights, "they are hidden": hidden}
+    return copied, [f"not copied, as {reason}: {', '.join(names)}" for reason, names in reasons.items() if names]
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar on the terminal that is told how many bytes have been written; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield partial(progress.advance, task)

@@ -1,0 +1,165 @@
+"""The matcher for mixtures of experts whose weights are one stack of matrices (E, O, I), or (E, I, O).
+
+Row s of an input belongs to one expert e:  y_s = W_e x_s.  Two forms are found, as transformers writes them:
+
+    "batched_mm":  bmm(stack[ids], x.unsqueeze(-1))     ids (S,): the expert of each row
+    "grouped_mm":  grouped_mm(x, stackᵀ, offs)          offs (E,): where the rows of each expert end; x sorted by expert
+
+and both with transposed stacks. The eager form, a loop over the experts that were chosen, depends on data: there is no
+graph of it.
+
+E experts, I in_features, O out_features, S rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .linear import (
+    CASTS,
+    LinearNode,
+    apply_views,
+    argument,
+    behind_views,
+    is_view,
+    operator_name,
+    parameter_of,
+    pattern_name,
+)
+
+REMEDY = 'a loop over experts depends on data: first call `model.set_experts_implementation("grouped_mm")`'
+"""What is said of a model that cannot be captured whole."""
+IN_PLACE_REMEDY = (
+    'its experts are chosen by data: after `model.set_experts_implementation("grouped_mm")` pass `example_inputs=`, or '
+    'adapt it in place after `model.set_experts_implementation("batched_mm")`'
+)
+"""What is said of experts that cannot be captured in place."""
+
+_PRODUCTS = {"mm", "matmul", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "linear", "tensordot"}
+_GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+
+
+@dataclass(frozen=True)
+class ExpertNode(LinearNode):
+    """One product with a stack of matrices.
+
+    `input`: (S, I), (S, I, 1) or (S, 1, I). `choice`: the experts of the rows (S,), or with `is_grouped` the ends of
+    their groups (E,). `gather`: the node that gathers the rows' matrices; None where none are.
+    """
+
+    choice: fx.Node | None = None
+    is_grouped: bool = False
+    gather: fx.Node | None = None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` is one of transformers' layers of experts, by what its decorator sets."""
+    return hasattr(module, "_is_expert_parallel")
+
+
+def products_with(read: fx.Node) -> list[str]:
+    """Names of the operators that multiply by what the `get_attr` node `read` gives, or by parts and views of it."""
+    found, pending, seen = dict[str, None](), [read], set[fx.Node]()
+    while pending:
+        for user in pending.pop().users:
+            name = operator_name(user)
+            if name in _PRODUCTS or name in _GROUPED:
+                found[name] = None
+            elif user not in seen and (is_view(user) or _choice(user) is not None):
+                seen.add(user)
+                pending.append(user)
+    return list(found)
+
+
+def find_expert_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[ExpertNode]:
+    """The products with stacks in `graph`, in order; `owner` holds the parameters that its `get_attr` nodes name."""
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        name, expert = operator_name(node), None
+        if name == "bmm":
+            expert = _match_gathered(node, owner)
+        elif name in _GROUPED:
+            expert = _match_grouped(node, owner)
+        if expert is not None:
+            yield expert
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A stack in a graph, perhaps one matrix gathered for each row. `is_transposed`: it shows the transposes."""
+
+    parameter: str
+    is_transposed: bool
+    is_cast: bool
+    gather: fx.Node | None
+
+
+def _match_gathered(node: fx.Node, owner: nn.Module) -> ExpertNode | None:
+    """`bmm(stack[ids], x (S, I, 1))`, or `bmm(x (S, 1, I), stack[ids])`."""
+    left, right = argument(node, 0, "self", "input"), argument(node, 1, "mat2")
+    for stack_side, x, dims, is_left in ((left, right, (-1, 2), True), (right, left, (1, -2), False)):
+        stack = _stack(stack_side, owner)
+        if stack is None or stack.gather is None or not _is_row(x, dims):
+            continue
+        choice = _choice(stack.gather)
+        is_transposed = stack.is_transposed if is_left else not stack.is_transposed
+        return ExpertNode(
+            node, x, stack.parameter, pattern_name(node), is_transposed, weight_is_cast=stack.is_cast, choice=choice,
+            gather=stack.gather,
+        )  # fmt: skip
+    return None
+
+
+def _match_grouped(node: fx.Node, owner: nn.Module) -> ExpertNode | None:
+    """`grouped_mm(x (S, I), stack (E, I, O), offs (E,))`."""
+    x, choice = argument(node, 0, "self", "mat_a", "input"), argument(node, 2, "offs")
+    stack = _stack(argument(node, 1, "mat2", "mat_b", "weight"), owner)
+    others = (argument(node, 3, "bias"), argument(node, 4, "out_dtype"))
+    if stack is None or stack.gather is not None or others != (None, None):
+        return None
+    if not isinstance(x, fx.Node) or not isinstance(choice, fx.Node):
+        return None
+    return ExpertNode(
+        node, x, stack.parameter, pattern_name(node), not stack.is_transposed, weight_is_cast=stack.is_cast,
+        choice=choice, is_grouped=True,
+    )  # fmt: skip
+
+
+def _stack(value: Any, owner: nn.Module) -> _Stack | None:
+    """The stack that `value` shows whole, or matrices of it, with no other view than a transposition; or None."""
+    views: list[fx.Node] = []
+    value, gather = behind_views(value, views), None
+    if isinstance(value, fx.Node) and _choice(value) is not None:
+        gather, value = value, behind_views(value.args[0], views)
+    parameter = parameter_of(value, owner, dim=3)
+    if parameter is None:
+        return None
+    whole = torch.empty(parameter.shape, device="meta")
+    try:
+        shown = apply_views(views, whole)
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        return None
+    is_cast = any(operator_name(view) in CASTS for view in views)
+    for is_transposed, expected in ((False, whole), (True, whole.mT)):
+        if (shown.shape, shown.stride()) == (expected.shape, expected.stride()):
+            return _Stack(str(value.target), is_transposed, is_cast, gather)
+    return None
+
+
+def _choice(node: fx.Node) -> fx.Node | None:
+    """The numbers by which `node` gathers along the first dimension, or None where it does something else."""
+    if operator_name(node) not in ("index", "getitem") or len(node.args) < 2:
+        return None
+    index = node.args[1]
+    if isinstance(index, list | tuple) and len(index) == 1:
+        index = index[0]
+    return index if isinstance(index, fx.Node) else None
+
+
+def _is_row(x: Any, dims: tuple[int, int]) -> bool:
+    """Whether `x` is made of one row for each matrix, by an `unsqueeze` of one of the dimensions `dims`."""
+    return isinstance(x, fx.Node) and operator_name(x) == "unsqueeze" and argument(x, 1, "dim") in dims

@@ -1,0 +1,121 @@
+"""The nodes that are inserted behind a linear node: plain ATen, differentiable, for any exporter.
+
+    y = x Wᵀ + b  ⟶  y = x Wᵀ + b + concat_i( x_i A_iᵀ (s_i B_i)ᵀ )
+
+x_i is the i-th of N equal slices of the input, A_i (R, I/N), B_i (O/N, R). All blocks are one batched product: x as
+(N, T, I/N), A as (N, R, I/N), B as (N, O/N, R). With `split` into P parts, A is (N, P·R, I/N), part p uses its own R
+rows of it, and B's rows of one block are the rows of the parts in turn.
+
+I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from melora_fx.adapter.site import SITE_TAG, SiteRecord
+from melora_fx.matching.plan import PlannedSite
+from melora_fx.patterns.linear import LinearNode
+
+aten = torch.ops.aten
+
+
+def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
+    """float32, or float64 beside a float64 weight."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class AdapterNodes:
+    """Inserts one adapter behind one linear node; every inserted node carries the site's tag."""
+
+    def __init__(self, graph: fx.Graph, linear: LinearNode, record: SiteRecord, site: PlannedSite) -> None:
+        self.graph, self.linear, self.record, self.config = graph, linear, record, site.config
+        self.in_features, self.out_features = site.shape
+        parts = site.config.parts(self.out_features)
+        self.row_sizes = [size // site.config.num_blocks for size in parts]  # of each part, in one block of B
+        self.rank_sizes = [max(site.config.ranks)] * len(parts)
+        self.casts = linear.weight_is_cast or site.weight.dtype != adapter_dtype(site.weight)
+
+    def insert(self) -> None:
+        base = self.linear.node
+        with self.graph.inserting_after(base):
+            anchor = self._call("anchor", aten.alias.default, base)  # what the base's users use until the sum is there
+        base.replace_all_uses_with(anchor, delete_user_cb=lambda user: user is not anchor)
+        with self.graph.inserting_before(anchor):
+            total = self._call("adapted", aten.add.Tensor, base, self._delta(base))
+        anchor.replace_all_uses_with(total)
+        self.graph.erase_node(anchor)
+        total.meta = {**base.meta, **total.meta}
+
+    def _delta(self, base: fx.Node) -> fx.Node:
+        """The adapter's output, of the base output's shape and dtype."""
+        lora_a, lora_b, scaling = (self._get(kind) for kind in ("lora_a", "lora_b", "lora_scaling"))
+        scaled = self._call("scaled_b", aten.mul.Tensor, lora_b, scaling)
+        delta = self._left(lora_a, scaled) if self.linear.input_is_transposed else self._blockwise(lora_a, scaled, base)
+        return self._call("delta", aten.type_as.default, delta, base) if self.casts else delta
+
+    def _blockwise(self, lora_a: fx.Node, scaled: fx.Node, base: fx.Node) -> fx.Node:
+        """x Δᵀ by blocks, without Δ."""
+        shape = [-1, self.config.num_blocks, self.in_features // self.config.num_blocks]
+        blocks = self._swapped(self._call("input_blocks", aten.reshape.default, self._input(lora_a), shape), 0, 1)
+        hidden = self._call("hidden", aten.bmm.default, blocks, self._swapped(lora_a, 1, 2))
+        hiddens, scaleds = self._parts(hidden, 2, self.rank_sizes), self._parts(scaled, 1, self.row_sizes)
+        outputs = []
+        for part_hidden, part_b in zip(hiddens, scaleds, strict=True):
+            output = self._call("delta_blocks", aten.bmm.default, part_hidden, self._swapped(part_b, 1, 2))
+            outputs.append(self._swapped(output, 0, 1))
+        if len(outputs) > 1:
+            outputs = [self._call("part", aten.flatten.using_ints, output, 1) for output in outputs]
+            outputs = [self._call("parts", aten.cat.default, outputs, 1)]
+        delta = outputs[0]
+        if self.linear.rows is not None:
+            start, stop = self.linear.rows
+            flat = self._call("delta_flat", aten.reshape.default, delta, [-1, self.out_features])
+            delta = self._call("delta_rows", aten.narrow.default, flat, 1, start, stop - start)
+        return self._call("delta", aten.reshape_as.default, delta, base)
+
+    def _left(self, lora_a: fx.Node, scaled: fx.Node) -> fx.Node:
+        """Δ x, for W x: the rare form, in which x may have any number of dimensions, so Δ is made whole."""
+        rows = []
+        a_parts, b_parts = self._parts(lora_a, 1, self.rank_sizes), self._parts(scaled, 1, self.row_sizes)
+        for part_a, part_b in zip(a_parts, b_parts, strict=True):
+            blocks = self._call("delta_blocks", aten.bmm.default, part_b, part_a)
+            each = [self._call("block", aten.select.int, blocks, 0, index) for index in range(self.config.num_blocks)]
+            rows.append(self._call("block_diagonal", aten.block_diag.default, each))
+        matrix = rows[0] if len(rows) == 1 else self._call("rows", aten.cat.default, rows)
+        if self.linear.rows is not None:
+            start, stop = self.linear.rows
+            matrix = self._call("delta_rows", aten.narrow.default, matrix, 0, start, stop - start)
+        return self._call("delta", aten.matmul.default, matrix, self._input(lora_a))
+
+    def _input(self, lora_a: fx.Node) -> fx.Node:
+        """The linear's input after dropout, in the adapter's dtype."""
+        value = self.linear.input
+        if self.config.dropout:
+            value = self._tagged(self.graph.call_module(self.record.path("lora_dropout"), (value,)))
+        return self._call("wide_input", aten.type_as.default, value, lora_a) if self.casts else value
+
+    def _parts(self, value: fx.Node, dim: int, sizes: list[int]) -> list[fx.Node]:
+        """The slices along `dim` that belong to the parts of `split`; the value itself without `split`."""
+        if len(sizes) == 1:
+            return [value]
+        name = f"{value.name}_part"
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        return [
+            self._call(name, aten.narrow.default, value, dim, start, size)
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+
+    def _swapped(self, value: fx.Node, first: int, second: int) -> fx.Node:
+        return self._call(f"{value.name}_t", aten.transpose.int, value, first, second)
+
+    def _call(self, name: str, operator: Any, *args: Any) -> fx.Node:
+        return self._tagged(self.graph.call_function(operator, args, name=name))
+
+    def _get(self, kind: str) -> fx.Node:
+        return self._tagged(self.graph.get_attr(self.record.path(kind)))
+
+    def _tagged(self, node: fx.Node) -> fx.Node:
+        node.meta[SITE_TAG] = self.record.parameter
+        return node

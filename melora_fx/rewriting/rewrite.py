@@ -1,0 +1,190 @@
+"""Rewrites the linear nodes of a model into frozen base + MELoRA subgraphs.
+
+`adapter_nodes.py` says what is inserted behind each node; here is everything around it: what is frozen, which tensors
+the modules get, and what is refused.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from melora_fx.adapter.site import TENSORS, SiteRecord
+from melora_fx.adapter.tensors import new_adapter, scaling_tensor
+from melora_fx.capture.modules import Capture, without_wrappers
+from melora_fx.capture.packed import device_of
+from melora_fx.capture.whole_model import is_exported, make_trainable
+from melora_fx.config import MELoRAConfig
+from melora_fx.errors import MELoRAError
+from melora_fx.matching.plan import ExampleInputs, Plan, PlannedSite, make_plan
+from melora_fx.matching.targets import ALL_LINEAR, TargetSpec, name_matches, nearest
+from melora_fx.patterns.experts import ExpertNode
+
+from .adapter_nodes import AdapterNodes, adapter_dtype
+from .expert_nodes import ExpertNodes
+from .hugging_face import attach
+from .module import install
+from .stale_optimizer import watch_optimizers
+
+STATE = "melora_state"
+"""Attribute of a rewritten model's root: what `fold` and `save_adapter` must know beside the sites."""
+
+
+@dataclass
+class RewriteState:
+    """`requires_grad`: of every base parameter before `rewrite`. `kept`: names of the modules kept trainable. `sites`:
+    names of what was adapted.
+    """
+
+    requires_grad: dict[str, bool]
+    kept: tuple[str, ...]
+    sites: tuple[str, ...] = ()
+
+
+def rewrite(
+    model: nn.Module | ExportedProgram,
+    targets: TargetSpec,
+    config: MELoRAConfig = MELoRAConfig(),
+    *,
+    example_inputs: ExampleInputs | None = None,
+    keep_trainable: str | Sequence[str] = (),
+) -> nn.Module:
+    """The model with an adapter beside each linear that `targets` names, and everything else frozen.
+
+    The output is at first that of the base, bit for bit. Errors come before anything is changed.
+
+    Args:
+        model: an nn.Module is changed in place and returned; an ExportedProgram gives a GraphModule.
+        targets: a name or list of names; an ordered mapping of name to MELoRAConfig, or to None to leave a linear
+            alone (first match wins); or a callable (name, module) -> bool. A name matches a site when equal to it or
+            to its dotted suffix; with `* ? [` it is a glob on the whole name; after `re:` a regular expression for the
+            whole name; "all-linear" is every linear but output embeddings and classification heads.
+        config: the adapter's configuration, where `targets` gives none of its own.
+        example_inputs: captures the whole model by `torch.export` and returns a GraphModule that shares the model's
+            parameters: a dict of keyword arguments or a tuple of positional ones; batch and sequence stay dynamic.
+        keep_trainable: names, as in `targets`, of modules that stay trainable and are saved with the adapter.
+
+    Raises:
+        ValueError, TypeError: for a name that matches nothing, or features that the blocks do not divide.
+        MELoRAError: for a model already rewritten or compiled, one that cannot be captured, or a named linear that
+            cannot be adapted.
+    """
+    plan = make_plan(model, targets, config, example_inputs)
+    rewritten, kept = plan.model, _kept_modules(plan.model, keep_trainable)
+    _refuse(plan, kept)
+    if plan.unsuitable and not _only_named(targets):
+        names = ", ".join(f"`{name}` ({reason})" for name, reason in plan.unsuitable.items())
+        warnings.warn(f"`rewrite` leaves {len(plan.unsuitable)} linears alone: {names}", stacklevel=2)
+    if is_exported(plan.model):  # the user's own, planned as it is so that errors come before any change
+        assert isinstance(plan.model, fx.GraphModule)
+        plan = make_plan(make_trainable(plan.model), targets, config, None)
+    parameters = rewritten.named_parameters(remove_duplicate=False)
+    requires_grad = {without_wrappers(name): parameter.requires_grad for name, parameter in parameters}
+    state = RewriteState(requires_grad, kept, tuple(site.name for site in plan.sites))
+    rewritten.requires_grad_(False)
+    modules = {without_wrappers(name): module for name, module in rewritten.named_modules()}
+    for name in kept:
+        modules[name].requires_grad_(True)
+    for capture, sites in _by_capture(plan.sites):
+        install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
+    rewritten.__dict__[STATE] = state
+    attach(rewritten)
+    watch_optimizers(rewritten)
+    return rewritten
+
+
+def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
+    """Raises for what was asked for and cannot be done; all offenders at once."""
+    if plan.misfits:
+        raise ValueError("\n".join(f"`{name}`: {reason}" for name, reason in plan.misfits.items()))
+    if plan.refused:
+        raise MELoRAError("\n".join(f"`{name}` cannot be adapted: {reason}" for name, reason in plan.refused.items()))
+    if not plan.sites:
+        raise MELoRAError("no linear can be adapted:\n" + "\n".join(f"`{n}`: {r}" for n, r in plan.unsuitable.items()))
+    taken = [
+        f"`{site.name}`: its module already has `{attribute}`"
+        for site in plan.sites
+        for attribute in (SiteRecord.attribute_of(site.parameter, kind) for kind in TENSORS)
+        if hasattr(site.owner, attribute)
+    ]
+    if taken:
+        raise MELoRAError("\n".join(taken) + "\nrename it: the adapter needs that name")
+    both = [site.name for site in plan.sites if any(_is_within(site.name, name) for name in kept)]
+    if both:
+        raise ValueError(
+            f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it; "
+            f"a mapping leaves it out, `targets={{{both[0]!r}: None, …}}`"
+        )
+
+
+def _only_named(targets: TargetSpec) -> bool:
+    """Whether every target is a name, a glob or an expression: then linears that none of them names are not missed."""
+    return not callable(targets) and ALL_LINEAR not in ([targets] if isinstance(targets, str) else targets)
+
+
+def _is_within(name: str, module: str) -> bool:
+    """Whether `name` is the module's or below it."""
+    return name == module or name.startswith(f"{module}.")
+
+
+def _by_capture(sites: list[PlannedSite]) -> list[tuple[Capture, list[PlannedSite]]]:
+    groups: dict[int, tuple[Capture, list[PlannedSite]]] = {}
+    for site in sites:
+        groups.setdefault(id(site.capture), (site.capture, []))[1].append(site)
+    return list(groups.values())
+
+
+def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(patterns, str | Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"`keep_trainable` must be a name or a list of names, got {patterns!r}")
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    modules = {without_wrappers(name): module for name, module in model.named_modules()}
+    names = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
+    kept: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [name for name in names if name_matches(pattern, name)]
+        if not hits:
+            raise ValueError(f"`keep_trainable`: {pattern!r} matches no module; nearest: {nearest(pattern, names)}")
+        kept.update(dict.fromkeys(hits))
+    for name in kept:
+        parameters = modules[name].parameters()
+        if any(type(value.detach()) is not torch.Tensor or not value.is_floating_point() for value in parameters):
+            raise ValueError(
+                f"`keep_trainable`: {name!r} is quantised and cannot be trained: leave it out of the quantisation "
+                "(`modules_to_not_convert`, `llm_int8_skip_modules`), or adapt it"
+            )
+    return tuple(name for name in kept if not any(name != other and _is_within(name, other) for other in kept))
+
+
+def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]:
+    """Adds the adapters' tensors to the weights' owners and their nodes to the graph.
+
+    Last node first: where one linear feeds another, the later adapter's input is still the plain output then, and
+    becomes the adapted one with all its other users.
+    """
+    records, insertions = [], []
+    for site in sites:
+        pattern, is_transposed = site.describe().pattern, site.nodes[0].weight_is_transposed
+        record = SiteRecord(site.parameter, site.config, pattern, is_transposed, site.lowering)
+        _add_tensors(site, record)
+        records.append(record)
+        insertions += [(linear, record, site) for linear in site.nodes]
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for linear, record, site in sorted(insertions, key=lambda insertion: -position[insertion[0].node]):
+        kind = ExpertNodes if isinstance(linear, ExpertNode) else AdapterNodes
+        kind(graph, linear, record, site).insert()
+    return records
+
+
+def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
+    config, owner = site.config, site.owner
+    device, dtype = device_of(owner, site.weight), adapter_dtype(site.weight)
+    lora_a, lora_b = new_adapter(config, *site.shape, num_experts=site.num_experts, device=device, dtype=dtype)
+    owner.register_parameter(record.attribute("lora_a"), nn.Parameter(lora_a))
+    owner.register_parameter(record.attribute("lora_b"), nn.Parameter(lora_b))
+    owner.register_buffer(record.attribute("lora_scaling"), scaling_tensor(config, lora_b), persistent=False)
+    if config.dropout:
+        owner.add_module(record.attribute("lora_dropout"), nn.Dropout(config.dropout).train(owner.training))

@@ -1,0 +1,195 @@
+"""Reading and switching the adapters of a rewritten model."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from melora_fx.adapter.site import SiteRecord, owner_of
+from melora_fx.adapter.tensors import num_matrices
+from melora_fx.capture.modules import join_path, without_wrappers
+from melora_fx.config import MELoRAConfig
+from melora_fx.errors import MELoRAError
+from melora_fx.lowering.adapted_linear import RESIZED
+from melora_fx.patterns.linear import weight_of
+
+from .module import (
+    BASE,
+    FOLDED,
+    RewrittenModule,
+    refuse_distributed,
+    rewritten_modules,
+    run_adapted,
+    run_base,
+    unwrap,
+)
+from .rewrite import STATE, RewriteState
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    """One rewritten site. Its tensors are the model's own, not copies.
+
+    N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split` (1 without).
+    In a stack of E matrices, the experts of a mixture, block i of expert e is number e·N + i of E·N.
+
+    Attributes:
+        in_features, out_features: of one matrix.
+        weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`; a stack is (E, O, I) or (E, I, O);
+            of a packed linear a tensor (O, I) on the meta device.
+        lora_a: (N, P·R, I/N), or (E·N, P·R, I/N).
+        lora_b: (N, O/N, R), or (E·N, O/N, R).
+        scaling: s_i, (N, 1, 1) or (E·N, 1, 1).
+        owner: the module that holds these tensors.
+        record: what the rewritten module keeps about the site.
+        module: the rewritten module whose graph computes the site, often the owner itself.
+    """
+
+    name: str
+    config: MELoRAConfig
+    pattern: str
+    lowering: str
+    in_features: int
+    out_features: int
+    weight_is_transposed: bool
+    weight: torch.Tensor
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    scaling: torch.Tensor
+    owner: nn.Module
+    record: SiteRecord
+    module: RewrittenModule
+
+    @property
+    def code(self) -> str:
+        """The Python code of the graph that computes the site."""
+        return self.module.code
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the weight is a stack of; 1 for a matrix."""
+        return num_matrices(self.weight)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the adapter holds beside the base: A, B and the scaling."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.lora_a, self.lora_b, self.scaling))
+
+
+def sites(model: nn.Module) -> dict[str, AdapterSite]:
+    """The rewritten sites of `model` by name, in the model's order; empty for a plain model."""
+    return {
+        record.site_name(path): make_site(path, module, record)
+        for path, module in rewritten_modules(model)
+        for record in module.melora_records
+    }
+
+
+def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> AdapterSite:
+    """The public view of one record of the rewritten module at `path`."""
+    owner = owner_of(module, record)
+    weight = weight_of(owner, record.parameter_name)
+    out_features, in_features = weight.shape[-2:]
+    if record.weight_is_transposed:
+        out_features, in_features = in_features, out_features
+    return AdapterSite(
+        name=record.site_name(path),
+        config=record.config,
+        pattern=record.pattern,
+        lowering=record.lowering,
+        in_features=in_features,
+        out_features=out_features,
+        weight_is_transposed=record.weight_is_transposed,
+        weight=weight,
+        lora_a=getattr(owner, record.attribute("lora_a")),
+        lora_b=getattr(owner, record.attribute("lora_b")),
+        scaling=getattr(owner, record.attribute("lora_scaling")),
+        owner=owner,
+        record=record,
+        module=module,
+    )
+
+
+def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
+    """`sites(model)`, or MELoRAError where there are none or `model` is distributed."""
+    refuse_distributed(model, action)
+    found = sites(model)
+    if not found:
+        raise MELoRAError(f"`{action}` needs a rewritten model, but this {type(model).__name__} has no adapter sites")
+    return found
+
+
+def resized(site: AdapterSite) -> str | None:
+    """Why the adapter of `site` no longer fits its weight, or None."""
+    (own_in, own_out), blocks = (site.in_features, site.out_features), site.config.num_blocks
+    in_features, out_features = blocks * site.lora_a.size(2), blocks * site.lora_b.size(1)
+    if (own_in, own_out) == (in_features, out_features):
+        return None
+    return f"its weight is ({own_out}, {own_in}) and its adapter is for ({out_features}, {in_features}): {RESIZED}"
+
+
+def warn_of_lost_sites(model: nn.Module, found: Mapping[str, AdapterSite]) -> None:
+    """Warns where modules that `rewrite` had adapted are no longer in `model`, whose sites are `found`."""
+    lost: list[str] = []
+    for path, module in unwrap(model).named_modules():
+        state: RewriteState | None = module.__dict__.get(STATE)
+        names = [without_wrappers(join_path(path, name)) for name in state.sites] if state else []
+        lost += [f"`{name}`" for name in names if name not in found]
+    if lost:
+        warnings.warn(f"{', '.join(lost)}: adapted by `rewrite`, and replaced, removed or folded since", stacklevel=3)
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Whether `model` is inside a `folded` block."""
+    return any(FOLDED in module.__dict__ for _, module in rewritten_modules(model))
+
+
+def is_disabled(model: nn.Module) -> bool:
+    """Whether `model` is inside a `disabled` block."""
+    return not is_folded(model) and any(BASE in module.__dict__ for _, module in rewritten_modules(model))
+
+
+def refuse_folded(model: nn.Module, action: str) -> None:
+    """Raises MELoRAError inside a `folded` block."""
+    if is_folded(model):
+        raise MELoRAError(f"`{action}` inside `folded` would take the merged weights for the base: call it outside")
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters, `<site>.lora_a` and `<site>.lora_b`: what an optimizer should be given."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name, site in sites(model).items():
+        parameters |= {f"{name}.lora_a": site.lora_a, f"{name}.lora_b": site.lora_b}
+    return parameters
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block `model` computes the base's outputs, bit for bit, whatever the adapters hold.
+
+    Modules kept trainable stay as they are. Compiled code stays valid: a first use compiles the base once, later uses
+    reuse it.
+
+    Raises:
+        MELoRAError: for a model without sites, and inside `folded`, where the weights are not the base's.
+    """
+    require_sites(model, "disabled")
+    refuse_folded(model, "disabled")
+    with running_base(model):
+        yield
+
+
+@contextmanager
+def running_base(model: nn.Module) -> Iterator[None]:
+    """Inside the block every rewritten module runs its base."""
+    switched = [module for _, module in rewritten_modules(model) if BASE not in module.__dict__]
+    try:
+        for module in switched:
+            run_base(module)
+        yield
+    finally:
+        for module in switched:
+            run_adapted(module)

@@ -1,0 +1,215 @@
+"""Adapter folders: `adapter.safetensors`, whose header holds the configuration that is read, and a readable copy.
+
+`<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), small ranks padded with zeros, and the tensors of the
+modules kept trainable under their own names. A stack of E matrices has E·N blocks, expert by expert. The header's
+`melora` entry is JSON: format_version, versions, and for each site its configuration and its base weight's fingerprint
+and orientation. One rename decides; nothing is ever unpickled.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from melora_fx.adapter.tensors import num_matrices
+from melora_fx.config import MELoRAConfig
+from melora_fx.errors import MELoRAError
+
+FORMAT_VERSION = 1
+TENSORS_FILE = "adapter.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_HEADER_KEY = "melora"
+_FINGERPRINT_VALUES = 64
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder as read: everything that any consumer of it needs, without a model.
+
+    Attributes:
+        directory: where it came from, for error texts.
+        configs: configuration of each site.
+        fingerprints: of each site's base weight; a site without one is not checked.
+        transposed: whether each site's base weight is (I, O); a site without an entry was saved before this was.
+        kept: names of the modules that were kept trainable.
+        model: class of the model that it was trained in and its number of labels, as far as known.
+        tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
+    """
+
+    directory: Path
+    configs: dict[str, MELoRAConfig]
+    fingerprints: dict[str, dict[str, Any]]
+    transposed: dict[str, bool]
+    kept: tuple[str, ...]
+    model: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The adapter's identity: see `hash_adapter`."""
+        return hash_adapter(self.configs, self.tensors)
+
+    def oriented(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+        """The base weight of a site as (O, I), or (E, O, I) for a stack, a view of the one given.
+
+        Raises:
+            MELoRAError: for a square weight in an adapter that does not say which way it lies, and where what it says
+                cannot be.
+        """
+        is_transposed, is_square = self.transposed.get(site), weight.size(-2) == weight.size(-1)
+        if is_transposed is None and is_square:
+            raise MELoRAError(
+                f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter "
+                "saved by an early version does not say: load it into the model and save it again"
+            )
+        blocks, _, width = self.tensors[f"{site}.lora_a"].shape
+        is_wide = blocks // num_matrices(weight) * width != weight.size(-1)
+        if is_transposed not in (None, is_wide) and not is_square:
+            raise MELoRAError(f"`{site}` of `{self.directory}`: what its header says of its weight belies its tensors")
+        return weight.mT if (is_transposed if is_square else is_wide) else weight
+
+    def kept_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are not an adapter's: trained heads."""
+        own = {f"{name}.{kind}" for name in self.configs for kind in ("lora_a", "lora_b")}
+        return {name: tensor for name, tensor in self.tensors.items() if name not in own}
+
+
+def hash_adapter(configs: Mapping[str, MELoRAConfig], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the sites' configurations and all tensors: the same for a model and for its adapter folder."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps({name: configs[name].to_dict() for name in sorted(configs)}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
+    """An adapter folder, checked.
+
+    Raises:
+        MELoRAError: where the folder or its file is missing, truncated, corrupt, or of another format.
+    """
+    path = Path(directory) / TENSORS_FILE
+    if not path.is_file():
+        raise MELoRAError(f"`{directory}` is not an adapter folder: it has no {TENSORS_FILE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_HEADER_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
+    if text is None:
+        raise MELoRAError(f"`{path}` was not written by `save_adapter`: its header has no `{_HEADER_KEY}` entry")
+    try:
+        header = json.loads(text)
+        version = header["format_version"]
+        if version > FORMAT_VERSION:
+            raise MELoRAError(f"`{path}` has format_version {version}; this melora_fx reads up to {FORMAT_VERSION}")
+        configs = {name: MELoRAConfig.from_dict(entry["config"]) for name, entry in header["sites"].items()}
+        fingerprints = {name: entry["base"] for name, entry in header["sites"].items() if entry.get("base")}
+        transposed = {
+            name: entry["is_transposed"] for name, entry in header["sites"].items() if "is_transposed" in entry
+        }
+        adapter = Adapter(
+            Path(directory), configs, fingerprints, transposed, tuple(header["kept"]), header["model"], tensors
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MELoRAError(f"the header of `{path}` cannot be read: {type(error).__name__}: {error}") from error
+    missing = [f"{name}.{kind}" for name in configs for kind in ("lora_a", "lora_b") if f"{name}.{kind}" not in tensors]
+    if missing:
+        raise MELoRAError(f"`{path}` lacks the tensors {', '.join(map(repr, missing))}")
+    return adapter
+
+
+def refuse_non_finite(adapter: Adapter) -> None:
+    """Raises MELoRAError for an adapter that holds NaN or infinity, and names the tensors."""
+    wrong = [
+        name for name, value in adapter.tensors.items() if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if wrong:
+        raise MELoRAError(f"`{adapter.directory}` holds NaN or infinity in {', '.join(map(repr, wrong))}")
+
+
+def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    """Writes an adapter folder; made where there is none. A crash leaves the old files or the new ones.
+
+    Args:
+        directory: the folder.
+        tensors: as in `Adapter.tensors`.
+        header: "sites", "kept" and "model"; format and versions are added.
+
+    Raises:
+        MELoRAError: for a folder that cannot be written.
+    """
+    versions = {"torch": torch.__version__, "melora_fx": importlib.metadata.version("melora_fx")}
+    text = json.dumps({"format_version": FORMAT_VERSION, "versions": versions} | header, indent=2)
+    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
+        metadata = {"format": "pt", _HEADER_KEY: text}
+        write_atomically(directory / TENSORS_FILE, lambda path: save_file(contiguous, path, metadata))
+    except OSError as error:
+        raise MELoRAError(f"`{directory}` cannot be written: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path beside `path`, flushes it to the disk, and renames it to `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(weight: torch.Tensor) -> dict[str, Any]:
+    """What a base weight is recognised by: its shape, dtype, and 64 of its values in float32.
+
+    The values are left out where they cannot be read: of a quantised weight, or one on the meta device.
+    """
+    facts: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
+    if _is_readable(weight):
+        return facts | {"values": _sample(weight).tolist()}
+    return facts
+
+
+def _is_readable(weight: torch.Tensor) -> bool:
+    return not weight.is_meta and type(weight.detach()) is torch.Tensor and weight.is_floating_point()
+
+
+def sampled_positions(numel: int) -> torch.Tensor:
+    """Where a fingerprint's values stand in a flattened weight: at even distances."""
+    return torch.linspace(0, numel - 1, _FINGERPRINT_VALUES, dtype=torch.float64).long()
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """The values of a fingerprint, in float32."""
+    index = sampled_positions(weight.numel()).to(weight.device)
+    return weight.detach()[torch.unravel_index(index, weight.shape)].float().cpu()
+
+
+def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """Why two fingerprints are not of one weight, or None; values may differ by the coarser dtype's rounding."""
+    if list(actual["shape"]) != list(expected["shape"]):
+        return f"its shape is {actual['shape']}, the adapter's base had {expected['shape']}"
+    if "values" not in expected or "values" not in actual:
+        return None
+    limits = [torch.finfo(getattr(torch, facts["dtype"])) for facts in (actual, expected)]
+    coarser, tiny = max(limit.eps for limit in limits), max(limit.smallest_normal for limit in limits)
+    values, sample = torch.as_tensor(expected["values"]), torch.as_tensor(actual["values"])
+    wrong = int((~((values - sample).abs() <= coarser * values.abs() + tiny)).sum())
+    return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None

@@ -1,0 +1,107 @@
+"""`transformers.Trainer` writes checkpoints of what is trained, and not of the base beside it."""
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from melora_fx.rewriting.hugging_face import (
+    attach,
+    has_save_pretrained,
+    leave_in,
+    leave_out,
+    save_and_warn,
+    save_by,
+    save_whole,
+)
+from melora_fx.rewriting.module import unwrap
+from melora_fx.rewriting.sites import adapter_parameters, require_sites, sites
+
+from .load import kept_names, save_adapter, tensors_by_name
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+class AdapterCheckpointCallback(TrainerCallback):
+    """Lets a `Trainer` write only what it trains into its checkpoints: `Trainer(…, callbacks=[this])`.
+
+    `checkpoint-N/` is an adapter folder, which `load_adapter` takes. It has the same tensors a second time, in
+    `model.safetensors` under the model's own names: from those `resume_from_checkpoint` and `load_best_model_at_end` go
+    on. Optimizer, schedule and random states are written as ever, and so is what `save_model` writes elsewhere.
+    """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """From here on the model saves its trained tensors alone, in folders called checkpoint-N.
+
+        Raises:
+            MELoRAError: for a model that is not rewritten.
+        """
+        model: nn.Module = kwargs["model"]
+        require_sites(model, "AdapterCheckpointCallback")
+        inner = unwrap(model)
+        prefix = _prefix(model)
+        save_by(inner, functools.partial(_save_checkpoint, prefix=prefix))
+        trained = _trained_tensors(inner, prefix)
+        leave_out(inner, [name for name in model.state_dict() if name not in trained])
+
+    on_train_begin = on_init_end  # a second training, or a model that the Trainer has made itself
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Replaces what the Trainer has written of a model that has no `save_pretrained`."""
+        model, directory = kwargs["model"], Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
+        inner = unwrap(model)
+        if not has_save_pretrained(inner) and (directory / SAFE_WEIGHTS_NAME).exists():
+            _save_checkpoint(inner, directory, prefix=_prefix(model))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The model saves as before."""
+        inner = unwrap(kwargs["model"])
+        leave_in(inner)
+        attach(inner)
+
+
+def _prefix(model: nn.Module) -> str:
+    """What stands before the names in the state that `model` is loaded from: a compiled one's have one."""
+    return "" if unwrap(model) is model else "_orig_mod."
+
+
+def _save_checkpoint(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    *,
+    prefix: str,
+    is_main_process: bool = True,
+    **options: Any,
+) -> None:
+    """`save_pretrained` of a Trainer's model; without a config.json, so that no one takes the folder for a model."""
+    if not sites(model):  # folded since, as a part of this model
+        save_whole(model, save_directory, is_main_process=is_main_process, **options)
+    elif not _CHECKPOINT.fullmatch(Path(save_directory).name):
+        save_and_warn(model, save_directory, is_main_process=is_main_process, **options)
+    elif is_main_process:
+        save_adapter(model, save_directory)
+        save_file(_trained_tensors(model, prefix), Path(save_directory, SAFE_WEIGHTS_NAME), {"format": "pt"})
+
+
+def _trained_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """What `model.state_dict()` has of the adapters and of the modules kept trainable, `prefix` before each name;
+    copies.
+    """
+    named = tensors_by_name(model)
+    wanted = {id(tensor) for tensor in adapter_parameters(model).values()} | {
+        id(named[key]) for key in kept_names(model)
+    }
+    return {
+        f"{prefix}{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if id(tensor) in wanted
+    }

@@ -1,0 +1,138 @@
+"""The update of a weight, tile by tile: against the dense oracle, on every layout, and the same bits in each."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.models import assert_equal, assert_near, dense_update, randn
+
+from melora_fx import MELoRAConfig
+from melora_fx.adapter import update
+from melora_fx.adapter.update import Scratch, add_update, non_finite, update_tiles
+
+CONFIG = MELoRAConfig(rank=(1, 4, 2), num_blocks=3, alpha=(1.0, 0.5, 4.0))
+IN, OUT = 24, 36
+
+
+def factors(config: MELoRAConfig, in_features: int = IN, out_features: int = OUT) -> tuple[torch.Tensor, torch.Tensor]:
+    shapes = config.adapter_shapes(in_features, out_features)
+    return randn(*shapes[0], seed=1), randn(*shapes[1], seed=2)
+
+
+@pytest.fixture(params=[1, 100, 1 << 19], ids=["rows", "small_tiles", "one_tile"])
+def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(update._TILE_ELEMENTS, "cpu", request.param)
+
+
+LAYOUTS = {
+    "rows": lambda weight: weight.clone(),
+    "transposed": lambda weight: weight.t().contiguous().t(),
+    "columns_of_a_larger": lambda weight: torch.cat([weight, weight, weight], dim=1)[:, IN : 2 * IN],
+    "rows_of_a_larger_transposed": lambda weight: torch.cat([weight, weight]).t().contiguous().t()[OUT:],
+}
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gets_the_same_bits_and_nothing_beside_it_changes(layout: str, dtype: torch.dtype) -> None:
+    base, (lora_a, lora_b) = randn(OUT, IN, seed=3).to(dtype), factors(CONFIG)
+    weight = LAYOUTS[layout](base)
+    around = weight.untyped_storage().nbytes() // weight.element_size() - weight.numel()
+    whole = torch.empty(0, dtype=dtype).set_(weight.untyped_storage())
+    before = whole.clone()
+    add_update(CONFIG, weight, lora_a, lora_b)
+    exact = base.double() + dense_update(CONFIG, lora_a, lora_b)
+    assert_near(weight, exact)
+    expected = base.clone()
+    for block, delta in update_tiles(CONFIG, expected, lora_a, lora_b, Scratch()):
+        wide = torch.promote_types(dtype, torch.float32)
+        block.copy_(block.to(wide) + delta.to(wide))
+    assert_equal(weight, expected)
+    assert int((whole != before).sum()) <= OUT * IN // 3
+    assert around == 0 or not torch.equal(whole, before)
+
+
+@given(
+    num_blocks=st.integers(1, 5), rank=st.integers(1, 4), height=st.integers(1, 9), width=st.integers(1, 9),
+    parts=st.integers(1, 3), tile=st.integers(1, 60),
+)  # fmt: skip
+def test_any_shape_and_any_tile(num_blocks: int, rank: int, height: int, width: int, parts: int, tile: int) -> None:
+    config = MELoRAConfig(rank=rank, num_blocks=num_blocks, alpha=3.0, split=parts)
+    in_features, out_features = num_blocks * width, parts * num_blocks * height
+    lora_a, lora_b = factors(config, in_features, out_features)
+    weight = randn(out_features, in_features)
+    expected = weight.double() + dense_update(config, lora_a, lora_b)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(update._TILE_ELEMENTS, "cpu", tile)
+        add_update(config, weight, lora_a, lora_b)
+    assert_near(weight, expected)
+
+
+def test_scratch_is_reused_and_grows() -> None:
+    scratch, device = Scratch(), torch.device("cpu")
+    first = scratch.take("delta", torch.Size((2, 3)), torch.float32, device)
+    second = scratch.take("delta", torch.Size((3,)), torch.float32, device)
+    assert first.data_ptr() == second.data_ptr()
+    assert scratch.take("other", torch.Size((3,)), torch.float32, device).data_ptr() != first.data_ptr()
+    assert scratch.take("delta", torch.Size((1 << 20,)), torch.float32, device).numel() == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "reason"),
+    [
+        (torch.float16, 1.0, None),
+        (torch.float16, 1e5, "beyond the range of float16"),
+        (torch.bfloat16, 1e5, None),
+        (torch.bfloat16, 1e20, "beyond the range of bfloat16"),
+        (torch.float32, 1e20, "beyond the range of float32"),
+        (torch.float64, 1e20, None),
+        (torch.float32, float("nan"), "NaN or infinity"),
+        (torch.float32, float("inf"), "NaN or infinity"),
+    ],
+)
+def test_what_is_not_finite_is_told_before_it_is_added(dtype: torch.dtype, size: float, reason: str | None) -> None:
+    lora_a, lora_b = factors(CONFIG)
+    lora_a[0], lora_b[0, 0, 0] = abs(size) if size < 1e10 else 1e20, size
+    weight = randn(OUT, IN, seed=3).to(dtype)
+    found = non_finite(CONFIG, weight, lora_a, lora_b)
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_a_base_that_is_not_finite_is_the_bases_own_matter() -> None:
+    weight = randn(OUT, IN, seed=3).half()
+    weight[0, 0] = float("inf")
+    assert non_finite(CONFIG, weight, *factors(CONFIG)) is None
+
+
+IN_PLACE = """
+import sys, torch
+from melora_fx import MELoRAConfig
+from melora_fx.adapter.update import add_update
+
+def resident(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) // 1024
+
+torch.set_num_threads(1)
+config = MELoRAConfig(rank=4, num_blocks=1)
+weight = torch.randn(6144, 6144).to(getattr(torch, sys.argv[1]))
+lora_a, lora_b = torch.randn(1, 4, 6144), torch.randn(1, 6144, 4)
+add_update(config, weight[:64], lora_a, lora_b[:, :64])
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before = resident("VmRSS")
+add_update(config, weight, lora_a, lora_b)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell resident memory")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_block_that_is_the_whole_weight_takes_no_second_copy(dtype: str) -> None:
+    command = [sys.executable, "-c", IN_PLACE, dtype]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 16, "MiB, beside a weight of 144 or 72"

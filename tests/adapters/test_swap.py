@@ -1,0 +1,182 @@
+"""One session, many adapters: optional inputs of any rank, and ONNX Runtime's own adapter files."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support.models import bert_classifier, fill, gpt2, output_of, randn, rewritten_tower, tokens, tower
+from torch import nn
+
+import melora_fx
+from exporters import OrtRunner, TorchRunner, export_onnx, write_ort_adapter
+from melora_fx import MELoRAConfig, MELoRAError
+
+CONFIG = MELoRAConfig(rank=2, num_blocks=3)
+
+
+def adapted(seed: int, rank: int = 2, targets: object = "all-linear") -> nn.Module:
+    model = melora_fx.rewrite(bert_classifier(), targets, MELoRAConfig(rank, 3), keep_trainable="classifier")
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.add_(randn(*parameter.shape, seed=seed))
+    return fill(model, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A swappable graph and, as folders and files, adapters of ranks 1 to 9 that were never in the exported model."""
+    folder = tmp_path_factory.mktemp("swap")
+    report = export_onnx(adapted(0), tokens(), folder / "swap.onnx", adapter="swap")
+    assert report.num_adapter_inputs == 2 * 13 + 2
+    for seed, rank in enumerate((1, 2, 9), start=1):
+        melora_fx.save_adapter(adapted(seed, rank), folder / f"adapter{seed}")
+        write_ort_adapter(folder / f"adapter{seed}", folder / "swap.onnx", folder / f"adapter{seed}.onnx_adapter")
+    melora_fx.save_adapter(adapted(4, targets=["query"]), folder / "adapter4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runner(folder: Path) -> OrtRunner:
+    return OrtRunner(folder / "swap.onnx")
+
+
+def test_without_an_adapter_it_is_the_base_bit_for_bit(runner: OrtRunner, tmp_path: Path) -> None:
+    model = adapted(0)
+    with melora_fx.disabled(model):
+        export_onnx(model, tokens(), tmp_path / "base.onnx", adapter="keep", verify=False)
+    inputs = tokens(3, 7)
+    np.testing.assert_array_equal(runner.run(inputs)["logits"], OrtRunner(tmp_path / "base.onnx").run(inputs)["logits"])
+
+
+@pytest.mark.parametrize("suffix", ["", ".onnx_adapter"], ids=["folder", "file"])
+@pytest.mark.parametrize(("seed", "rank"), [(1, 1), (2, 2), (3, 9)])
+def test_any_adapter_of_any_rank(runner: OrtRunner, folder: Path, seed: int, rank: int, suffix: str) -> None:
+    inputs = tokens(2, 6)
+    expected = TorchRunner(adapted(seed, rank)).run(inputs)["logits"]
+    actual = runner.run(inputs, adapter=folder / f"adapter{seed}{suffix}")["logits"]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(actual - runner.run(inputs)["logits"]).max() > 0.1
+
+
+def test_an_adapter_of_some_sites_leaves_the_others_at_the_base(runner: OrtRunner, folder: Path) -> None:
+    inputs = tokens(2, 6)
+    expected = TorchRunner(adapted(4, targets=["query"])).run(inputs)["logits"]
+    np.testing.assert_allclose(
+        runner.run(inputs, adapter=folder / "adapter4")["logits"], expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_many_runs_from_four_threads_each_get_their_adapter(runner: OrtRunner, folder: Path) -> None:
+    inputs = tokens(1, 4)
+    names = [folder / f"adapter{seed}{suffix}" for seed in (1, 2, 3) for suffix in ("", ".onnx_adapter")]
+    expected = {name: runner.run(inputs, adapter=name)["logits"] for name in names}
+    wrong: list[Path] = []
+
+    def work(start: int) -> None:
+        for step in range(250):
+            name = names[(start + step) % len(names)]
+            if not np.array_equal(runner.run(inputs, adapter=name)["logits"], expected[name]):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_graphs_inputs_are_documented(folder: Path) -> None:
+    graph = onnx.load(folder / "swap.onnx", load_external_data=False).graph
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in graph.input
+    }
+    query = "bert.encoder.layer.0.attention.self.query"
+    assert shapes[f"{query}.lora_a"] == [3, 8, "rank_0"]
+    assert shapes[f"{query}.lora_b"] == [3, "rank_0", 8]
+    initializers = {item.name: list(item.dims) for item in graph.initializer}
+    assert initializers[f"{query}.lora_a"] == [3, 8, 0]
+
+
+@pytest.fixture(scope="module")
+def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tower")
+    model = rewritten_tower()
+    export_onnx(model, {"x": randn(2, 24)}, folder / "swap.onnx", adapter="swap")
+    export_onnx(model, {"x": randn(2, 24)}, folder / "keep.onnx", adapter="keep")
+    melora_fx.save_adapter(model, folder / "adapter")
+    write_ort_adapter(folder / "adapter", folder / "swap.onnx", folder / "adapter.onnx_adapter")
+    return folder
+
+
+def test_an_adapter_of_another_graph_is_refused(runner: OrtRunner, tower_folder: Path) -> None:
+    with pytest.raises(MELoRAError, match=r"has sites that .* lacks: up, gate"):
+        runner.run(tokens(), adapter=tower_folder / "adapter")
+    with pytest.raises(MELoRAError, match="is for another graph"):
+        runner.run(tokens(), adapter=tower_folder / "adapter.onnx_adapter")
+
+
+def test_an_adapter_of_another_base_is_refused(tower_folder: Path, tmp_path: Path) -> None:
+    other = rewritten_tower()
+    with torch.no_grad():
+        other.gate.weight.mul_(1.5)
+    melora_fx.save_adapter(other, tmp_path / "other")
+    with pytest.raises(MELoRAError, match=r"`gate`: \d+ of 64 sampled values differ"):
+        OrtRunner(tower_folder / "swap.onnx").run({"x": randn(2, 24)}, adapter=tmp_path / "other")
+
+
+def test_other_blocks_are_refused(tower_folder: Path, tmp_path: Path) -> None:
+    other = fill(melora_fx.rewrite(tower(), "up", MELoRAConfig(rank=2, num_blocks=2)))
+    melora_fx.save_adapter(other, tmp_path)
+    with pytest.raises(MELoRAError, match="`up`: num_blocks 2 and split None, the graph's are 3 and None"):
+        OrtRunner(tower_folder / "swap.onnx").run({"x": randn(2, 24)}, adapter=tmp_path)
+
+
+def test_a_graph_without_swappable_adapters_is_refused(tower_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(MELoRAError, match='export it with `adapter="swap"`'):
+        OrtRunner(tower_folder / "keep.onnx").run({"x": randn(2, 24)}, adapter=tower_folder / "adapter")
+    with pytest.raises(MELoRAError, match="no swappable adapters"):
+        write_ort_adapter(tower_folder / "adapter", tower_folder / "keep.onnx", tmp_path / "a.onnx_adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_adapter_file_is_refused(tower_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx_adapter").write_bytes(b"nonsense")
+    with pytest.raises(MELoRAError, match=r"not an \.onnx_adapter file"):
+        OrtRunner(tower_folder / "swap.onnx").run({"x": randn(2, 24)}, adapter=tmp_path / "a.onnx_adapter")
+
+
+def test_an_untrained_model_is_swappable_too(tmp_path: Path) -> None:
+    """Its tensors are equal zeros, which exporters store once."""
+    base = rewritten_classifier(fill_seed=None)
+    export_onnx(base, tokens(), tmp_path, adapter="swap")
+    trained = rewritten_classifier(fill_seed=5)
+    with torch.no_grad():
+        trained.classifier.bias.fill_(0.5)
+    melora_fx.save_adapter(trained, tmp_path / "adapter")
+    runner = OrtRunner(tmp_path / "model.onnx")
+    for adapter, model in ((None, base), (tmp_path / "adapter", trained)):
+        actual = runner.run(tokens(), adapter=adapter)["logits"]
+        np.testing.assert_allclose(actual, output_of(model, tokens()), rtol=1e-4, atol=1e-5)
+
+
+def rewritten_classifier(fill_seed: int | None) -> Any:
+    model = melora_fx.rewrite(bert_classifier(), "query", CONFIG, keep_trainable="classifier")
+    return model if fill_seed is None else fill(model, fill_seed)
+
+
+def test_parts_of_packed_projections_cannot_be_inputs(tmp_path: Path) -> None:
+    model = fill(melora_fx.rewrite(gpt2(), "c_attn", MELoRAConfig(rank=2, num_blocks=3, split=3)))
+    with pytest.raises(MELoRAError, match=r"`transformer\.h\.0\.attn\.c_attn`.*pieces"):
+        export_onnx(model, tokens(), tmp_path, adapter="swap")
+    assert not list(tmp_path.iterdir())
+
+
+def test_swap_needs_sites(tmp_path: Path) -> None:
+    with pytest.raises(MELoRAError, match="needs a rewritten model"):
+        export_onnx(tower(), {"x": randn(2, 24)}, tmp_path, adapter="swap")

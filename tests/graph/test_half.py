@@ -1,0 +1,77 @@
+"""float16 graphs: types, numbers, and values that half precision cannot hold."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support.models import bert_classifier, fill, tokens
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import melora_fx
+from exporters import OrtRunner, export_onnx
+from exporters.runtime.session import HALF_CONFIG
+from melora_fx import MELoRAConfig
+
+FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
+@pytest.mark.parametrize("target", ["portable", "ort-cuda"])
+def test_weights_are_half_and_inputs_and_outputs_as_they_were(adapter: str, target: str, tmp_path: Path) -> None:
+    model = fill(melora_fx.rewrite(bert_classifier(), "all-linear", MELoRAConfig(rank=2, num_blocks=3)))
+    report = export_onnx(model, tokens(), tmp_path, adapter=adapter, target=target, precision="fp16")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    inputs = {value.name for value in graph.input}
+    large = [item for item in graph.initializer if np.prod(item.dims) > 20 and item.name not in inputs]
+    assert {item.data_type for item in large} - {onnx.TensorProto.INT64} == {FLOAT16}
+    assert {value.type.tensor_type.elem_type for value in graph.output} == {FLOAT}
+    assert report.max_rel_error is not None
+    assert 1e-6 < report.max_rel_error < 1e-2
+    if adapter == "swap":
+        kinds = {v.type.tensor_type.elem_type for v in graph.input if "lora" in v.name}
+        assert kinds == {FLOAT}
+
+
+def test_norms_of_large_activations_do_not_overflow(tmp_path: Path) -> None:
+    """Activations of 1,000, whose squares half precision cannot hold, as language models have them."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1000 / model.model.embed_tokens.weight.abs().max())
+    for target in ("portable", "ort-cuda"):
+        export_onnx(model, tokens(), tmp_path / f"{target}.onnx", target=target, precision="fp16")
+
+
+def test_values_beyond_the_range_are_cut_to_it(tmp_path: Path) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((64, 64), 1e6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight
+
+    export_onnx(Wide(), {"x": torch.zeros(2, 64)}, tmp_path, precision="fp16", verify=False)
+    x = np.zeros((2, 64), np.float32)
+    x[:, 0] = 1e-3
+    np.testing.assert_allclose(OrtRunner(tmp_path / "model.onnx").run({"x": x})["output"], 65.5, rtol=1e-2)
+
+
+def test_a_transposed_input_of_a_product(tmp_path: Path) -> None:
+    """Without `HALF_CONFIG` ONNX Runtime 1.32 ends the process when it loads this graph on an x86 CPU."""
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(24, 48)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+    export_onnx(Sequence(), {"x": torch.randn(2, 6, 24)}, tmp_path, precision="fp16")
+    runner = OrtRunner(tmp_path / "model.onnx", session_config={"session.intra_op.allow_spinning": "0"})
+    assert runner.describe()["session_config"] == HALF_CONFIG | {"session.intra_op.allow_spinning": "0"}

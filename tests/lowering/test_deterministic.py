@@ -1,0 +1,41 @@
+"""The same export twice gives the same bytes, in processes that hash strings differently."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPORTS = """
+import itertools, sys
+sys.path.insert(0, "tests")
+from support.models import bert_classifier, fill, tokens
+import melora_fx
+from exporters import export_onnx
+
+config = melora_fx.MELoRAConfig(rank=2, num_blocks=3)
+model = fill(melora_fx.rewrite(bert_classifier(), "all-linear", config, keep_trainable="classifier"))
+for target, adapter in itertools.product(("portable", "ort-cpu", "ort-cuda", "tensorrt"), ("fold", "keep", "swap")):
+    if (target, adapter) != ("tensorrt", "swap"):
+        export_onnx(model, tokens(), f"{target}-{adapter}", target=target, adapter=adapter, verify=False)
+"""
+
+
+@pytest.mark.slow
+def test_every_export_has_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    for seed in ("1", "77"):
+        (tmp_path / seed).mkdir()
+        (tmp_path / seed / "tests").symlink_to(root / "tests")
+        variables = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}
+        subprocess.run([sys.executable, "-W", "ignore", "-c", EXPORTS], cwd=tmp_path / seed, env=variables, check=True)
+    folders = [folder.name for folder in (tmp_path / "1").iterdir() if not folder.is_symlink()]
+    assert len(folders) == 11
+    for folder in folders:
+        first, second = (tmp_path / seed / folder for seed in ("1", "77"))
+        for file in ("model.onnx", "model.onnx.data", "config.json"):
+            assert (first / file).read_bytes() == (second / file).read_bytes(), f"{folder}/{file}"
+        reports = [json.loads((each / "model.export.json").read_text()) | {"seconds": 0} for each in (first, second)]
+        assert reports[0] == reports[1], folder

@@ -1,0 +1,46 @@
+"""Pictures: what stands in them, read from matplotlib's own objects."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot
+
+from exporters import Latency, LatencyTable
+from exporters.measuring.plots import format_ms, plot_latency
+
+
+def table(**ratios: float) -> LatencyTable:
+    return LatencyTable(
+        tuple(Latency(name, 10 * ratio, 9.9 * ratio, 10.5 * ratio, ratio, 9, 1) for name, ratio in ratios.items())
+    )
+
+
+def test_one_panel_a_table_on_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    plot_latency({"one": table(base=1, merged=1.02), "two": table(base=1, other=2.5)}, "title", tmp_path / "a.png")
+    figure = pyplot.gcf()
+    first, second = (axes for axes in figure.axes if axes.get_visible())
+    assert [axes.get_title(loc="left") for axes in (first, second)] == ["one", "two"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["base", "merged", "other"]
+    assert first.get_xlim() == second.get_xlim()
+    low, high = first.get_xlim()
+    assert low < 0.99
+    assert high > 2.5 * 1.05
+    assert [text.get_text() for text in first.texts] == ["1.00 ×  10.0 ms", "1.02 ×  10.2 ms"]
+    assert "title" in figure.get_suptitle()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
+def test_a_missing_panel_leaves_a_gap(tmp_path: Path) -> None:
+    plot_latency({str(index): table(base=1, merged=1.1) for index in range(4)}, "four", tmp_path / "four.svg")
+    assert (tmp_path / "four.svg").stat().st_size > 1000
+    assert not pyplot.get_fignums()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0123, "0.0123"), (1.234, "1.23"), (12.34, "12.3"), (123.4, "123"), (1234.5, "1234")]
+)
+def test_three_digits_or_more(value: float, text: str) -> None:
+    assert format_ms(value) == text

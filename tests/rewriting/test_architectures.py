@@ -1,0 +1,74 @@
+"""Every architecture of docs/ARCHITECTURES.md has the properties that its row says."""
+
+import pytest
+import torch
+from support.architecture_table import TABLE, counts_of, documented
+from support.models import assert_equal, fill
+from support.properties import Row, measure, num_compilations, outputs, rewritten
+from support.zoo import ZOO, build
+
+GRADIENT_BOUND, FOLD_BOUND = 1e-9, 1e-5  # float64, and float32 relative to the largest output
+
+pytestmark = pytest.mark.filterwarnings(  # torch's own
+    "ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+
+
+_QUICK = ("ALBERT", "GPT-2", "Mixtral", "ViT", "nn.MultiheadAttention, cross", "x @ self.w.T + self.b")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ZOO],
+)
+def test_properties(name: str) -> None:
+    entry, row = ZOO[name], measure(name)
+    in_place = entry.sites if entry.in_place is None else entry.in_place
+    assert (row.in_place, row.whole, row.refused) == (in_place, entry.sites, entry.refused)
+    assert row.effective == (in_place, entry.sites), "a site whose adapter changes nothing"
+    assert row.starts_equal
+    assert row.gradient_error <= GRADIENT_BOUND
+    assert row.fold_error <= FOLD_BOUND
+    assert row.restored
+    assert row.exports
+    assert row.graphs
+    assert counts_of(row) == documented()[name], f"run: PYTHONPATH=tests python -m support.architecture_table > {TABLE}"
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name.startswith("nn.")])
+def test_torchs_own_attention_in_training(name: str) -> None:
+    """Without the fast path of evaluation, and without dropout, the whole capture is bit-equal in training too."""
+    plain, inputs = build(name)
+    plain.requires_grad_(False)  # torch computes a product with a strided input otherwise when the weight is trained
+    model = rewritten(name, whole=True).train()
+    assert_equal(outputs(model, inputs), outputs(plain.train(), inputs))
+    fill(model)
+    assert not torch.allclose(outputs(model, inputs)[0], outputs(plain, inputs)[0], atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
+@pytest.mark.parametrize("name", ZOO)
+def test_compiles_like_the_plain_model(name: str, whole: bool) -> None:
+    if not whole and ZOO[name].in_place == 0:
+        pytest.skip("refused in place: example_inputs= serves it")
+    check_compilation(name, whole, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.inductor])
+def test_compiles_with_inductor(name: str) -> None:
+    check_compilation(name, False, "inductor")
+
+
+def check_compilation(name: str, whole: bool, backend: str) -> None:
+    plain, inputs = build(name)
+    own, _ = num_compilations(plain, inputs, backend)
+    compilations, error = num_compilations(fill(rewritten(name, whole=whole)), inputs, backend)
+    assert compilations <= own
+    assert error <= 1e-4
+
+
+def test_the_table_lists_every_architecture() -> None:
+    assert list(documented()) == list(ZOO)
+    assert isinstance(measure("x @ self.w.T + self.b"), Row)
