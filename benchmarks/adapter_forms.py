@@ -3,8 +3,8 @@
     python benchmarks/adapter_forms.py [--seconds 12]
 
 MiniLM-L6, adapters in every linear, one thread; the base graph and both forms run in turn. Writes
-benchmarks/results/adapter_forms.csv, which the rule in `exporters.forms.choose_form` stands on, and prints what that
-rule picks and what the better pick would have saved.
+benchmarks/results/adapter_forms.csv, which the rule in `exporters.graph.forms.choose_form` stands on, and prints what
+that rule picks and what the better pick would have saved.
 """
 
 import argparse

@@ -90,7 +90,7 @@ def base_model(cell: Cell) -> Any:
 
 
 def captured(cell: Cell, embeddings: torch.Tensor) -> nn.Module:
-    return melora_fx.whole_model.capture_whole(base_model(cell), {"inputs_embeds": embeddings.detach()})
+    return melora_fx.capture.whole_model.capture_whole(base_model(cell), {"inputs_embeds": embeddings.detach()})
 
 
 def ours(cell: Cell, embeddings: torch.Tensor) -> nn.Module:

@@ -1,13 +1,15 @@
 """exporters: what leaves torch: ONNX graphs, the runners that compute them, and what they cost."""
 
 from exporters.adapters.ort_adapter import write_ort_adapter
-from exporters.measuring.compare import Comparison, Latency, LatencyTable, compare, measure_latency
+from exporters.measuring.compare import Comparison, compare
+from exporters.measuring.latency import Latency, LatencyTable, measure_latency
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import TorchRunner
 from exporters.tensorrt_check.check import TensorRTReport, check_tensorrt
 from exporters.triton_server.repository import TritonModel, write_triton_repository
 
-from .export import ExportReport, export_onnx
+from .export import export_onnx
+from .export_report import ExportReport
 from .fold_onnx import fold_onnx
 
 __all__ = [

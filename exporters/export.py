@@ -6,8 +6,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,96 +15,29 @@ import onnx_ir
 import torch
 from torch import nn
 
-from exporters.adapters.ort_adapter import attach_defaults, distinct_values, open_inputs
-from exporters.graph.build import DynamicAxes, axes_of, build_graph, check_dynamic_axes, count_ops
-from exporters.graph.forms import FORMS, add_biases_last, write_forms
-from exporters.graph.fuse import FUSED_TARGETS, fuse
-from exporters.graph.half import to_float16
-from exporters.graph.weights import drop_inferred, drop_traces, find_tensor, fold_adapter_constants, name_weights
-from exporters.onnx_files.metadata import METADATA_KEY, describe, places_as_json
+from exporters.graph.axes import DynamicAxes, axes_of, check_dynamic_axes
+from exporters.graph.build import count_ops
+from exporters.graph.forms import FORMS
+from exporters.graph.passes import ExportOptions, build_for_target
+from exporters.onnx_files.metadata import METADATA_KEY, describe
 from exporters.onnx_files.onnx_file import read_graph
 from exporters.tensorrt_check.obstacles import refuse_obstacles
 from melora_fx import MELoRAError, folded, sites
-from melora_fx.capture.whole_model import as_arguments
+from melora_fx.capture.example_inputs import as_arguments
 from melora_fx.files import staging_folder, writing
-from melora_fx.matching.plan import shared_parameters
-from melora_fx.rewriting.module import unwrap
+from melora_fx.names import unwrap
 from melora_fx.rewriting.sites import is_disabled
-from melora_fx.saving.load import kept_names
 
 from .export_files import copy_configuration, keep_failed, move_files, onnx_file_path, show_progress
+from .export_report import ExportReport
 from .onnx_runtime import import_onnxruntime
+from .private import runs_under_accelerate
 from .verify import Verification, check_file
 from .verify import verify as compare_with_torch
 
 ADAPTERS = ("fold", "keep", "swap")
 TARGETS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16")
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written and how near it is to torch.
-
-    Attributes:
-        path: the .onnx file; `files` lists every file written, names relative to its folder.
-        adapter: "none", "fold", "keep" or "swap": what the graph holds.
-        forms: number of unmerged sites by form, "block" or "dense".
-        op_counts: number of nodes by operator type.
-        inputs, outputs: name → axes, a number for a fixed size or a name for a dynamic one.
-        num_adapter_inputs: number of optional inputs that an adapter's tensors go to.
-        compared: what was compared with torch, in words; empty without `verify`.
-        max_abs_error, max_rel_error: the worst of those comparisons; None where nothing was compared.
-        notes: what the user should know, such as missing tokenizer files.
-        seconds: time that the whole export took.
-    """
-
-    path: str
-    files: tuple[str, ...]
-    adapter: str
-    target: str
-    precision: str
-    forms: dict[str, int]
-    opset: int
-    num_nodes: int
-    op_counts: dict[str, int]
-    inputs: dict[str, tuple[int | str, ...]]
-    num_adapter_inputs: int
-    outputs: dict[str, tuple[int | str, ...]]
-    compared: tuple[str, ...]
-    max_abs_error: float | None
-    max_rel_error: float | None
-    notes: tuple[str, ...]
-    seconds: float
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{count} {name}" for name, count in list(self.op_counts.items())[:6])
-        lines = [
-            f"{self.path}: {self.target}, {self.precision}, opset {self.opset}, {self.seconds:.1f} s",
-            f"  {self.num_nodes} nodes: {counts}, …",
-        ]
-        lines += [f"  in   {name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items()]
-        if self.num_adapter_inputs:
-            lines.append(f"  in   {self.num_adapter_inputs} optional tensors of an adapter, of any rank")
-        lines += [f"  out  {name} ({', '.join(map(str, axes))})" for name, axes in self.outputs.items()]
-        if self.forms:
-            lines.append("  unmerged sites: " + ", ".join(f"{count} {form}" for form, count in self.forms.items()))
-        if self.max_abs_error is not None:
-            lines.append(
-                f"  equal to torch in {len(self.compared)} comparisons: "
-                f"max abs error {self.max_abs_error:.1e}, relative {self.max_rel_error:.1e}"
-            )
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
-
-
-@dataclass(frozen=True)
-class _Options:
-    adapter: str
-    target: str
-    precision: str
-    form: str
-    dynamic_axes: DynamicAxes
-    opset: int | None
 
 
 def export_onnx(
@@ -183,10 +116,10 @@ def export_onnx(
         raise MELoRAError('`adapter="swap"` needs a rewritten model: its sites say where adapters go')
     if adapter != "fold" and not is_disabled(model):
         _refuse_grouped(model)
-    options = _Options(adapter, target, precision, form, dynamic_axes, opset)
+    options = ExportOptions(adapter, target, precision, form, dynamic_axes, opset)
     facts = describe(model, adapter, target) | {"precision": precision}
     with show_progress(f"exporting {path.name}") as step, staging_folder(path) as staging, _prepared(model, adapter):
-        graph_model, found = _build(model, inputs, options, step)
+        graph_model, found = build_for_target(model, inputs, options, step)
         facts |= found
         graph_model.metadata_props[METADATA_KEY] = json.dumps(facts)
         step("writing")
@@ -222,53 +155,9 @@ def _refuse_grouped(model: nn.Module) -> None:
         )
 
 
-def _build(
-    model: nn.Module, inputs: dict[str, Any], options: _Options, step: Callable[[str], None]
-) -> tuple[onnx_ir.Model, dict[str, Any]]:
-    """The finished graph, and what its description says of it beside `describe`. The passes in their order."""
-    step("translating the model")
-    swaps = options.adapter == "swap"
-    with distinct_values(model) if swaps else contextlib.nullcontext():
-        graph_model = build_graph(model, inputs, dynamic_axes=options.dynamic_axes, opset=options.opset)
-        fold_adapter_constants(graph_model, model)
-        weights = name_weights(graph_model, model)
-    kept = {name: find_tensor(graph_model.graph.initializers, name) for name in kept_names(model)}
-    drop_traces(graph_model)
-    keeps = options.adapter == "keep" and not is_disabled(model)
-    forms = write_forms(graph_model, model, options.form, _tokens(inputs)) if keeps else {}
-    if keeps or swaps:
-        add_biases_last(graph_model, model)
-    defaults = open_inputs(graph_model, model, kept) if swaps else {}
-    step("fusing")
-    weights = fuse(graph_model, options.target, weights)
-    if options.precision == "fp16":
-        graph_model = to_float16(graph_model)
-    if options.precision == "fp16" or options.target in FUSED_TARGETS:
-        drop_inferred(graph_model)
-    attach_defaults(graph_model.graph, defaults)
-    shared = _shared(model)
-    return graph_model, {
-        "forms": forms,
-        "weights": places_as_json({name: place for name, place in weights.items() if name not in shared}),
-        "kept": places_as_json({name: place for name, place in kept.items() if place}),
-    }
-
-
-def _shared(model: nn.Module) -> set[str]:
-    """Names of the parameters that other parameters of the model are too: a fold into one would change the others."""
-    users = shared_parameters(model)
-    return {name for name, parameter in model.named_parameters() if len(users[id(parameter)]) > 1}
-
-
-def _tokens(inputs: Mapping[str, Any]) -> int:
-    """Number of tokens of the example: the leading two sizes of its first tensor."""
-    shapes = [value.shape[:2] for value in inputs.values() if isinstance(value, torch.Tensor)]
-    return shapes[0].numel() if shapes else 1
-
-
 def _refuse_autocast(model: nn.Module) -> None:
     """Raises for a model that accelerate, or a Trainer, has put under autocast: the graph would have its casts."""
-    if "_original_forward" in vars(model):
+    if runs_under_accelerate(model):
         raise MELoRAError(
             "`model` runs under accelerate's autocast (`mixed_precision`, a Trainer's `bf16` or `fp16`), which a graph "
             "would keep: call `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"

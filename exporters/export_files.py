@@ -15,6 +15,7 @@ from melora_fx import MELoRAError
 from melora_fx.files import writing
 
 from .example_inputs import TOKENIZER_FILES
+from .private import folder_of
 
 
 def onnx_file_path(path: str | os.PathLike[str]) -> Path:
@@ -55,8 +56,8 @@ def copy_configuration(model: nn.Module, folder: Path) -> tuple[str, ...]:
     if not isinstance(config, PretrainedConfig):
         return ()
     config.save_pretrained(folder)
-    source = Path(config._name_or_path or "")
-    files = [source / name for name in TOKENIZER_FILES if config._name_or_path and (source / name).is_file()]
+    source = folder_of(config)
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()] if source else []
     for file in files:
         shutil.copy(file, folder / file.name)
     return () if files else ("no tokenizer files: `config._name_or_path` is not a local folder that has them",)

@@ -5,42 +5,32 @@ node is touched.
 """
 
 import json
-import mmap
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from onnx import ModelProto, TensorProto
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from onnx.external_data_helper import uses_external_data
 
-from exporters.graph.weights import WeightPlace, find_tensor
 from exporters.onnx_files.metadata import GraphFacts, description_of, facts_of
-from exporters.onnx_files.onnx_file import all_tensors, data_files, num_uses, read_graph
+from exporters.onnx_files.onnx_file import all_tensors, num_uses, read_graph
+from exporters.onnx_files.weight_bytes import TORCH_DTYPES, Change, WeightBytes, span_of
+from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from melora_fx import FoldReport, MELoRAError, SiteFold
 from melora_fx.adapter.update import Scratch
 from melora_fx.files import staging_folder, writing
-from melora_fx.folding.edited_copy import Stretch, write_edited
-from melora_fx.folding.report import fold_stored, make_report
+from melora_fx.folding.measured import fold_stored
+from melora_fx.folding.report import make_report
 from melora_fx.matching.targets import nearest
-from melora_fx.saving.adapter_file import Adapter, fingerprint, read_adapter, refuse_non_finite
-from melora_fx.saving.load import check_fingerprints, check_shapes
+from melora_fx.saving.adapter_file import Adapter, read_adapter, refuse_non_finite
+from melora_fx.saving.checks import check_fingerprints, check_shapes
+from melora_fx.saving.fingerprint import fingerprint
 
 from .example_inputs import TOKENIZER_FILES
 from .export_files import move_files, onnx_file_path, show_progress
-
-_DTYPES = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.FLOAT16: torch.float16,
-    TensorProto.BFLOAT16: torch.bfloat16,
-    TensorProto.DOUBLE: torch.float64,
-}
-
-_Change = Callable[[torch.Tensor], object]
 
 
 def fold_onnx(
@@ -82,7 +72,7 @@ def fold_onnx(
         )
     if out.resolve() == source.resolve():
         raise MELoRAError(f"`{out}` is the base's own graph: a fold keeps it, name another file")
-    weights = _Weights(source, graph)
+    weights = WeightBytes(source, graph)
     places = _places(adapter, facts)
     _check(adapter, weights, places)
     measured: list[SiteFold] = []
@@ -120,103 +110,15 @@ def _places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
     return places
 
 
-@dataclass
-class _Weights:
-    """The initializers of a graph, and what is to be done to them."""
-
-    path: Path
-    graph: ModelProto
-    changes: dict[str, list[tuple[WeightPlace, _Change]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.tensors = {tensor.name: tensor for tensor in self.graph.graph.initializer}
-        self.files = data_files(self.path, self.graph)
-
-    def view(self, place: WeightPlace, data: memoryview) -> torch.Tensor:
-        """The parameter at `place` as it lies in the model, a view of its initializer's bytes."""
-        tensor = self.tensors[place.initializer]
-        values = torch.frombuffer(data, dtype=_DTYPES[tensor.data_type]).view(tuple(tensor.dims))
-        values = values[:, slice(*place.columns)] if place.columns else values
-        return values.mT if place.is_transposed else values
-
-    def read(self, place: WeightPlace) -> torch.Tensor:
-        """The parameter at `place`, memory-mapped where it is in a file of its own."""
-        tensor = self.tensors[place.initializer]
-        if not uses_external_data(tensor):
-            return self.view(place, memoryview(bytearray(tensor.raw_data)))
-        location, start, stop = _span(tensor)
-        with self.files[location].open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self.view(place, memoryview(mapped)[start:stop])
-
-    def change(self, place: WeightPlace, change: _Change) -> None:
-        """Notes that the parameter at `place` is to be changed when the graph is written."""
-        self.changes.setdefault(place.initializer, []).append((place, change))
-
-    def write(self, path: Path, facts: str) -> None:
-        """Writes the graph with its changed weights and its new description; its external data in one file."""
-        names = {
-            location: f"{path.name}.data" if not index else f"{path.name}.data.{index}"
-            for index, location in enumerate(self.files)
-        }
-        stretches: dict[str, list[Stretch]] = {location: [] for location in self.files}
-        for name, changes in self.changes.items():
-            tensor = self.tensors[name]
-            if uses_external_data(tensor):
-                location, start, stop = _span(tensor)
-                edit = partial(self._apply, changes)
-                stretches[location].append(Stretch(self.files[location], start, stop, edit))
-            else:
-                data = bytearray(tensor.raw_data)
-                self._apply(changes, memoryview(data))
-                tensor.raw_data = bytes(data)
-        write_edited(
-            {
-                path.parent / names[location]: _with_the_rest(self.files[location], changing)
-                for location, changing in stretches.items()
-            },
-            lambda _: None,
-        )
-        for tensor in all_tensors(self.graph.graph):
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = names[entry.value]
-        entry = description_of(self.graph)
-        assert entry is not None
-        entry.value = facts
-        path.write_bytes(self.graph.SerializeToString())
-
-    def _apply(self, changes: list[tuple[WeightPlace, _Change]], data: memoryview) -> None:
-        for place, change in changes:
-            change(self.view(place, data))
-
-
-def _span(tensor: TensorProto) -> tuple[str, int, int]:
-    """(location, first byte, end) of a tensor's external data."""
-    info = ExternalDataInfo(tensor)
-    start = info.offset or 0
-    return info.location, start, start + (info.length or 0)
-
-
-def _with_the_rest(file: Path, changing: list[Stretch]) -> list[Stretch | bytes]:
-    """All of a file: the stretches that change, and those between them that do not."""
-    pieces: list[Stretch | bytes] = []
-    end = 0
-    for stretch in sorted(changing, key=lambda stretch: stretch.start):
-        pieces += [Stretch(file, end, stretch.start), stretch]
-        end = stretch.stop
-    return [*pieces, Stretch(file, end, file.stat().st_size)]
-
-
-def _check(adapter: Adapter, weights: _Weights, places: Mapping[str, WeightPlace]) -> None:
+def _check(adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace]) -> None:
     """Refuses an adapter of another base, values that are not finite, and weights that are not floating point."""
     kinds = {site: weights.tensors[place.initializer].data_type for site, place in places.items()}
-    wrong = [f"`{site}`: {TensorProto.DataType.Name(kind)}" for site, kind in kinds.items() if kind not in _DTYPES]
+    wrong = [f"`{site}`: {TensorProto.DataType.Name(kind)}" for site, kind in kinds.items() if kind not in TORCH_DTYPES]
     if wrong:
         raise MELoRAError(f"weights of `{weights.path}` are quantised, fold before quantising:\n" + "\n".join(wrong))
-    spans = Counter(_span(tensor) for tensor in all_tensors(weights.graph.graph) if uses_external_data(tensor))
+    spans = Counter(span_of(tensor) for tensor in all_tensors(weights.graph.graph) if uses_external_data(tensor))
     changed = {site: weights.tensors[place.initializer] for site, place in places.items()}
-    shared = [site for site, tensor in changed.items() if uses_external_data(tensor) and spans[_span(tensor)] > 1]
+    shared = [site for site, tensor in changed.items() if uses_external_data(tensor) and spans[span_of(tensor)] > 1]
     if shared:
         raise MELoRAError(
             f"`{weights.path}` keeps the weights of {', '.join(map(repr, shared))} in the bytes of other tensors too: "
@@ -234,9 +136,9 @@ def _fold_weight(
     measured.append(fold_stored(site, adapter, parameter, scratch))
 
 
-def _heads(adapter: Adapter, facts: GraphFacts, weights: _Weights) -> list[tuple[WeightPlace, _Change]]:
+def _heads(adapter: Adapter, facts: GraphFacts, weights: WeightBytes) -> list[tuple[WeightPlace, Change]]:
     """Where the tensors that were kept trainable are in the graph, and their exchange."""
-    found, lines = list[tuple[WeightPlace, _Change]](), []
+    found, lines = list[tuple[WeightPlace, Change]](), []
     for name, tensor in adapter.kept_tensors().items():
         if not tensor.is_floating_point():  # counters of a normalisation are in no graph
             continue
@@ -260,7 +162,7 @@ def _exchange(tensor: torch.Tensor, parameter: torch.Tensor) -> None:
     parameter.copy_(tensor.clamp(-limit, limit))
 
 
-def _new_facts(graph: ModelProto, adapter: Adapter, weights: _Weights, places: Mapping[str, WeightPlace]) -> str:
+def _new_facts(graph: ModelProto, adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace]) -> str:
     """The description of the folded graph: the base's, and which adapter it holds."""
     entry = description_of(graph)
     assert entry is not None

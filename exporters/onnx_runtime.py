@@ -29,13 +29,3 @@ def import_onnxruntime() -> Any:
 def as_array(value: Any) -> np.ndarray:
     """An array or a tensor as an array, in the same memory where it can be."""
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-
-
-def import_float16() -> Any:
-    """ONNX Runtime's float16 converter, a module.
-
-    Raises:
-        MELoRAError: where ONNX Runtime is not installed; names the extras.
-    """
-    import_onnxruntime()
-    return importlib.import_module("onnxruntime.transformers.float16")

@@ -11,14 +11,16 @@ import onnx
 import torch
 from torch import nn
 
-from exporters.adapters.ort_adapter import distinct_values, swap_tensors
+from exporters.adapters.ort_adapter import swap_tensors
+from exporters.graph.swap_inputs import distinct_values
 from exporters.measuring.compare import compare
 from exporters.onnx_files.metadata import read_facts
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import TorchRunner
 from melora_fx import MELoRAError, disabled
-from melora_fx.capture.whole_model import in_mode, without_cache
-from melora_fx.saving.load import adapter_of
+from melora_fx.capture.training_mode import in_mode
+from melora_fx.capture.whole_model import without_cache
+from melora_fx.saving.save import adapter_of
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest relative error against torch in float32 that an export of each precision may have."""

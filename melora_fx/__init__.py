@@ -4,11 +4,12 @@ The names below stand in the order of a model's life.
 """
 
 from .config import MELoRAConfig
-from melora_fx.matching.plan import match
+from melora_fx.matching.match import match
 from melora_fx.matching.report import LinearSite, MatchReport
 from melora_fx.rewriting.rewrite import rewrite
 from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
-from melora_fx.saving.load import load_adapter, save_adapter
+from melora_fx.saving.load import load_adapter
+from melora_fx.saving.save import save_adapter
 from melora_fx.saving.trainer import AdapterCheckpointCallback
 from melora_fx.rewriting.sites import disabled
 from melora_fx.folding.fold import check_fold, fold, folded

@@ -16,8 +16,8 @@ from torch import nn
 
 import melora_fx
 from exporters import ExportReport, OrtRunner, TorchRunner, compare, export_onnx
-from exporters import export as export_module
 from exporters import verify as verify_module
+from exporters.graph import passes as passes_module
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.rewriting.sites import is_disabled
 from melora_fx.saving.adapter_file import read_adapter
@@ -213,7 +213,7 @@ def test_an_interrupted_export_leaves_the_model_and_the_old_file(
     model = rewritten_tower().train()
     model.norm.eval()
     (tmp_path / "model.onnx").write_text("old")
-    module = {"fuse": export_module, "save": onnx_ir, "compare": verify_module}[step]
+    module = {"fuse": passes_module, "save": onnx_ir, "compare": verify_module}[step]
     monkeypatch.setattr(module, step, interrupt)
     with pytest.raises(KeyboardInterrupt), assert_unchanged(model):
         export_onnx(model, (randn(2, 24),), tmp_path, adapter=adapter)

@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import melora_fx
 from exporters.export import export_onnx
-from exporters.measuring.compare import LatencyTable, compare, measure_latency
+from exporters.measuring.compare import compare
+from exporters.measuring.latency import LatencyTable, measure_latency
 from exporters.measuring.plots import import_pyplot, plot_latency
 from exporters.onnx_runtime import import_onnxruntime
 from exporters.runtime.ort_runner import OrtRunner

@@ -10,18 +10,16 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir
-from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-from melora_fx import MELoRAError
+from exporters.onnx_files.weight_place import WeightPlace
+from exporters.private import fuse_for_onnxruntime
 
-from .build import quiet
-from .weights import WeightPlace, add_initializer
+from .clean import quiet
+from .stand_ins import STAND_IN_TYPE, joined_name, matrix_of, read_off, side_by_side, stand_in
+from .weights import add_initializer
 
 FUSED_TARGETS = {"ort-cpu": "cpu", "ort-cuda": "cuda"}
 """Target → the provider whose fusions it gets."""
-
-_STAND_IN_TYPE = onnx_ir.DataType.UINT8
-_NUMBER_BYTES = 4
 
 
 def fuse(graph_model: onnx_ir.Model, target: str, places: Mapping[str, WeightPlace]) -> dict[str, WeightPlace]:
@@ -42,19 +40,19 @@ def fuse(graph_model: onnx_ir.Model, target: str, places: Mapping[str, WeightPla
         return dict(places)
     graph = graph_model.graph
     names = dict.fromkeys(place.initializer for place in places.values())
-    tensors = {name: tensor for name in names if (tensor := _matrix(graph, name)) is not None}
+    tensors = {name: tensor for name in names if (tensor := matrix_of(graph, name)) is not None}
     for number, name in enumerate(tensors, start=1):
-        graph.initializers[name].const_value = _stand_in(number, tensors[name])
+        graph.initializers[name].const_value = stand_in(number, tensors[name])
     with quiet():  # shape inference refuses the stand-ins' type; no fusion needs it
         fuse_for_onnxruntime(graph_model, FUSED_TARGETS[target])
     _flatten_attentions(graph)
     packed: dict[str, tuple[onnx_ir.Value, tuple[int, int]]] = {}
     for value in list(graph.initializers.values()):
-        if value.const_value is None or value.const_value.dtype != _STAND_IN_TYPE:
+        if value.const_value is None or value.const_value.dtype != STAND_IN_TYPE:
             continue
-        columns = _read_off(value, tensors)
+        columns = read_off(value, tensors)
         parts = [tensors[name] for name in columns]
-        tensor = parts[0] if len(parts) == 1 else _side_by_side(parts, _joined([*columns]))
+        tensor = parts[0] if len(parts) == 1 else side_by_side(parts, joined_name([*columns]))
         value.const_value, value.type = tensor, onnx_ir.TensorType(tensor.dtype)
         value.shape = onnx_ir.Shape(tensor.shape.numpy())
         if len(parts) > 1:
@@ -96,70 +94,3 @@ def _is_attention(node: onnx_ir.Node | None) -> bool:
 
 def _place_in(found: tuple[onnx_ir.Value, tuple[int, int]] | None, place: WeightPlace) -> WeightPlace:
     return place if found is None else WeightPlace(found[0].name or "", place.is_transposed, found[1])
-
-
-def _matrix(graph: onnx_ir.Graph, name: str) -> onnx_ir.TensorProtocol | None:
-    """The initializer's tensor, where a stand-in can take its place."""
-    tensor = graph.initializers[name].const_value if name in graph.initializers else None
-    if tensor is None or len(tensor.shape) != 2 or tensor.shape.numpy()[1] < _NUMBER_BYTES:
-        return None
-    return tensor
-
-
-def _stand_in(number: int, tensor: onnx_ir.TensorProtocol) -> onnx_ir.TensorProtocol:
-    rows, width = tensor.shape.numpy()
-    return onnx_ir.tensor(np.broadcast_to(_row(number, width), (rows, width)), name=tensor.name)
-
-
-def _row(number: int, width: int) -> np.ndarray:
-    row = np.zeros(width, np.uint8)
-    row[:_NUMBER_BYTES] = np.frombuffer(number.to_bytes(_NUMBER_BYTES, "little"), np.uint8)
-    return row
-
-
-def _read_off(value: onnx_ir.Value, tensors: Mapping[str, onnx_ir.TensorProtocol]) -> dict[str, tuple[int, int]]:
-    """The weights whose stand-ins `value` holds side by side: name → its columns."""
-    assert value.const_value is not None
-    array, names = value.const_value.numpy(), [*tensors]
-    row = array[0] if array.ndim == 2 else array
-    found: dict[str, tuple[int, int]] = {}
-    start = 0
-    while start < row.size:
-        number = int.from_bytes(row[start : start + _NUMBER_BYTES].tobytes(), "little")
-        width = tensors[names[number - 1]].shape.numpy()[1] if 0 < number <= len(names) else 0
-        if not width or not np.array_equal(row[start : start + width], _row(number, width)) or (array != row).any():
-            raise MELoRAError(
-                f"ONNX Runtime's fusions made `{value.name}` of weights, in a way that is not known here: export for "
-                '`target="portable"`, which ONNX Runtime runs too'
-            )
-        found[names[number - 1]] = (start, start + width)
-        start += width
-    return found
-
-
-def _side_by_side(parts: list[onnx_ir.TensorProtocol], name: str) -> onnx_ir.LazyTensor:
-    """[W_1 | W_2 | …], put together whenever it is read."""
-    rows, width = parts[0].shape.numpy()[0], sum(part.shape.numpy()[1] for part in parts)
-    return onnx_ir.LazyTensor(
-        lambda: onnx_ir.tensor(np.concatenate([part.numpy() for part in parts], axis=1), name=name),
-        dtype=parts[0].dtype,
-        shape=onnx_ir.Shape((rows, width)),
-        name=name,
-    )
-
-
-def _joined(names: list[str]) -> str:
-    """`a.query.weight.T`, `a.key.weight.T` → `a.{query,key}.weight.T`."""
-    paths = [name.split(".") for name in names]
-    first = _common(paths)
-    last = _common([path[first:][::-1] for path in paths])
-    middles = [".".join(path[first : len(path) - last]) for path in paths]
-    end = len(paths[0]) - last
-    return ".".join([*paths[0][:first], f"{{{','.join(middles)}}}", *paths[0][end:]])
-
-
-def _common(paths: list[list[str]]) -> int:
-    """Number of leading components that all paths share."""
-    return next(
-        (index for index, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths))
-    )

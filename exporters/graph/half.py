@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporters.onnx_runtime import import_float16
+from exporters.onnx_runtime import import_onnxruntime
+from exporters.private import float16_converter
 
 FLOAT32_OPS = (
     "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "Exp", "Log", "Softmax",
@@ -25,7 +26,8 @@ def to_float16(graph_model: onnx_ir.Model) -> onnx_ir.Model:
 
     Initializers are cast one by one when the graph is saved.
     """
-    float16 = import_float16()
+    import_onnxruntime()  # its error names the extras
+    float16 = float16_converter()
     graph = graph_model.graph
     keep = [value.name for value in (*graph.inputs, *graph.outputs)]
     large = {}

@@ -5,10 +5,8 @@ initializer gets the parameter's name again, with `.T` where it is transposed. I
 several parameters have the same ones, by the module in which the exporter saw it used.
 """
 
-import ast
 import sys
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir
@@ -17,25 +15,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import optimizer
 from torch import nn
 
+from exporters.onnx_files.weight_place import WeightPlace
+from exporters.private import name_scopes
 from melora_fx import adapter_parameters, sites
 from melora_fx.adapter.site import TENSORS
-
-_SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-@dataclass(frozen=True)
-class WeightPlace:
-    """Where a parameter lives in a graph.
-
-    Attributes:
-        initializer: its name.
-        is_transposed: it holds the transpose.
-        columns: (start, stop) of the parameter, in an initializer that holds several side by side.
-    """
-
-    initializer: str
-    is_transposed: bool
-    columns: tuple[int, int] | None = None
 
 
 def add_initializer(graph: onnx_ir.Graph, name: str, array: np.ndarray) -> onnx_ir.Value:
@@ -98,13 +81,6 @@ def fold_adapter_constants(graph_model: onnx_ir.Model, model: nn.Module) -> None
     RemoveUnusedNodesPass()(graph_model)
 
 
-def find_tensor(initializers: Container[str], name: str) -> WeightPlace | None:
-    """Where the parameter `name` lives in a graph with these initializers, whose weights have been named, or None."""
-    if name in initializers:
-        return WeightPlace(name, False)
-    return WeightPlace(f"{name}.T", True) if f"{name}.T" in initializers else None
-
-
 def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are matrices or stacks of them, without those of adapters."""
     own = {id(parameter) for parameter in adapter_parameters(model).values()}
@@ -152,33 +128,4 @@ def _holding(initializer: onnx_ir.Value, candidates: _Candidates) -> list[tuple[
 
 def _scopes(value: onnx_ir.Value) -> set[str]:
     """Paths of the modules in whose forward the users of `value` stand."""
-    return {
-        str(scope) for user in value.consumers() for scope in ast.literal_eval(user.metadata_props.get(_SCOPES, "[]"))
-    }
-
-
-def drop_traces(graph_model: onnx_ir.Model) -> None:
-    """Removes what the exporters note on nodes and values: source lines and paths of the exporting machine."""
-    for graph in graph_model.graphs():
-        graph.metadata_props.clear()
-        for node in graph:
-            node.metadata_props.clear()
-            for output in node.outputs:
-                output.metadata_props.clear()
-        for value in [*graph.inputs, *graph.initializers.values()]:
-            value.metadata_props.clear()
-
-
-def drop_inferred(graph_model: onnx_ir.Model) -> None:
-    """Removes types and shapes of values inside the graph: fusions and conversions leave stale ones, and runtimes infer
-    them anyway. Those of initializers become their tensors'.
-    """
-    for graph in graph_model.graphs():
-        for node in graph:
-            for output in node.outputs:
-                if not output.is_graph_output():
-                    output.type, output.shape = None, None
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if tensor is not None and not value.is_graph_input():
-                value.type, value.shape = onnx_ir.TensorType(tensor.dtype), onnx_ir.Shape(tensor.shape.numpy())
+    return {scope for user in value.consumers() for scope in name_scopes(user)}

@@ -19,7 +19,7 @@ from exporters.runtime.graph_inputs import axis_roles, make_inputs
 from exporters.runtime.ort_runner import OrtRunner
 from melora_fx import MELoRAError
 
-from .compare import LatencyTable
+from .latency import LatencyTable
 from .measure import Contender, Measurement, measure, write_csv
 from .plots import format_ms, import_pyplot, plot_latency
 

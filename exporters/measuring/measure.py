@@ -13,7 +13,8 @@ from exporters.onnx_runtime import Arrays
 from exporters.runtime.torch_runner import Runner
 from melora_fx import MELoRAError
 
-from .compare import Latency, compare, summarize, time_rounds
+from .compare import compare
+from .latency import Latency, summarize, time_rounds
 from .machine import device_name, file_size_mib, package_versions, peak_memory_mib, source_commit
 
 

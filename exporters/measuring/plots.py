@@ -8,7 +8,7 @@ from typing import Any
 
 from melora_fx import MELoRAError
 
-from .compare import Latency, LatencyTable
+from .latency import Latency, LatencyTable
 
 _COLORS = ("#5f6b6d", "#2a7fc0", "#c0792a", "#3d9970", "#8e5ea2", "#b5383c", "#7f8c1d", "#20848c")
 _MAX_COLUMNS = 3

@@ -9,14 +9,14 @@ from typing import Any
 from onnx import ModelProto, StringStringEntryProto
 from torch import nn
 
-from exporters.graph.weights import WeightPlace
 from melora_fx import MELoRAConfig, MELoRAError, sites
 from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import is_disabled
 from melora_fx.saving.adapter_file import hash_adapter
-from melora_fx.saving.load import adapter_tensors, site_entries
+from melora_fx.saving.save import adapter_tensors, site_entries
 
 from .onnx_file import read_graph
+from .weight_place import WeightPlace
 
 METADATA_KEY = "melora"
 _VERSION = 1

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from exporters.onnx_runtime import Arrays
+from exporters.private import is_nameless_axis
 from melora_fx import MELoRAError
 
 from .ort_runner import OrtRunner
@@ -64,7 +65,7 @@ def _role(axis: str | int | None, index: int) -> str | None:
     """ "batch" or "sequence", or None for an axis that is fixed or has another meaning."""
     if isinstance(axis, int):
         return None
-    if not axis or axis.startswith("unk__"):  # ONNX Runtime's name for an axis without one
+    if axis is None or is_nameless_axis(axis):
         return ("batch", "sequence")[index] if index < 2 else None
     if not axis.isidentifier():
         return None

@@ -20,6 +20,7 @@ from exporters.onnx_files.onnx_file import (
     required_inputs,
 )
 from exporters.onnx_runtime import Arrays, as_array, import_onnxruntime
+from exporters.private import node_counts
 from melora_fx import MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
@@ -173,17 +174,13 @@ class OrtRunner:
         all options as ONNX Runtime reports them; the number of nodes that each provider has been given (None where ONNX
         Runtime is too old to tell); threads, device and versions.
         """
-        choice, nodes = self.choice, None
-        if hasattr(self.session, "get_provider_graph_assignment_info"):
-            nodes = dict.fromkeys(self.session.get_providers(), 0)
-            for part in self.session.get_provider_graph_assignment_info():
-                nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
+        choice = self.choice
         return {
             "graph": str(self.path),
             "provider": choice.provider,
             "providers": list(self.session.get_providers()),
             "provider_options": self.session.get_provider_options(),
-            "nodes": nodes,
+            "nodes": node_counts(self.session),
             "threads": choice.threads,
             "device": "cpu" if choice.device == "cpu" else f"{choice.device}:{choice.device_id}",
             "io_binding": choice.io_binding,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from exporters.private import provider_library
 from melora_fx import MELoRAError
 
 from .providers import CUDA, TENSORRT, ProviderChoice
@@ -48,7 +49,7 @@ def require_provider(ort: Any, name: str) -> None:
             'pip uninstall onnxruntime, then pip install "melora_fx[gpu]"; of onnxruntime and onnxruntime-gpu only one '
             "may be installed, they share a folder"
         )
-    library = _provider_library(ort, name)
+    library = provider_library(ort, _LIBRARIES[name]) if name in _LIBRARIES else None
     if library is None or not library.is_file():
         return
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it lacks, needed or not
@@ -61,12 +62,6 @@ def require_provider(ort: Any, name: str) -> None:
     except OSError as error:
         if missing := re.match(r"(\S+): cannot open shared object file", str(error)):
             raise MELoRAError(f"{name} cannot be loaded: {missing[1]} is missing; {_remedy(missing[1])}") from error
-
-
-def _provider_library(ort: Any, name: str) -> Path | None:
-    if name not in _LIBRARIES:
-        return None
-    return Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{_LIBRARIES[name]}.so"
 
 
 def _remedy(library: str) -> str:

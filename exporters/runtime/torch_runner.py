@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from exporters.graph.build import named_outputs
+from exporters.graph.outputs import named_outputs
 from exporters.onnx_runtime import Arrays
 
 

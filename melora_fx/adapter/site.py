@@ -5,14 +5,16 @@ The inserted nodes of a graph carry the tag of their site; the module that runs 
 
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import nn
 
-from melora_fx.capture.modules import copy_graph, join_path, site_name
 from melora_fx.config import MELoRAConfig
-from melora_fx.patterns.linear import get_attribute
+from melora_fx.names import get_attribute, join_path, site_name
 
 SITE_TAG = "melora_site"
 """Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
+
+RECORDS = "melora_records"
+"""Attribute of every rewritten module: the records of its sites."""
 
 TENSORS = ("lora_a", "lora_b", "lora_scaling", "lora_dropout")
 """What an adapter adds to the module that owns its weight."""
@@ -60,15 +62,3 @@ class SiteRecord:
 def owner_of(module: nn.Module, record: SiteRecord) -> nn.Module:
     """The module that holds the weight of `record`."""
     return get_attribute(module, record.owner_path)
-
-
-def without_adapters(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` in which every adapter's output is its base output again, and no adapter node is left."""
-    graph = copy_graph(graph)
-    for node in reversed(list(graph.nodes)):
-        if SITE_TAG not in node.meta:
-            continue
-        if node.users:  # the sum of base and adapter is the one inserted node that other nodes use
-            node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
-    return graph

@@ -6,7 +6,10 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 
-from torch import nn
+from torch import fx, nn
+
+from melora_fx.names import get_attribute
+from melora_fx.torch_private import registered
 
 UNKNOWN = "?"
 _TESTS = {"isinstance", "type", "hasattr"}
@@ -61,3 +64,39 @@ def _attribute_chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
             yield tuple(reversed(chain))
         elif chain[-1] == "weight" and not _HARMLESS & set(chain):
             yield UNKNOWN, "weight"
+
+
+def bypassed_children(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The modules below `module` whose tensors its forward reads instead of calling them, and the reason to refuse.
+
+    Where the source does not tell which one is read, these are all that `module` holds, in lists or not.
+    """
+    if isinstance(module, fx.GraphModule) or not registered(module)[2]:
+        return
+    forward = f"`{type(module).__name__}.forward`"
+    remedy = "which would bypass the adapter: pass `example_inputs=`"
+    for chain in attributes_read_by_forward(type(module)):  # type: ignore[arg-type]  # classes are hashable
+        if chain[0] == UNKNOWN:
+            for path in _held(module):
+                yield path, f"{forward} reads weights of modules that its source does not name, {remedy}"
+        for index in range(1, len(chain)):
+            child, value = (
+                get_attribute(module, ".".join(chain[:index])),
+                get_attribute(module, ".".join(chain[: index + 1])),
+            )
+            if not isinstance(child, nn.Module):
+                break
+            if isinstance(value, nn.Parameter) and value.dim() > 1:
+                yield ".".join(chain[:index]), f"{forward} reads its weight without calling it, {remedy}"
+            elif (
+                inspect.ismethod(value) and value.__func__ not in vars(nn.Module).values() and chain[index] != "forward"
+            ):
+                yield ".".join(chain[:index]), f"{forward} calls its `{chain[index]}`, {remedy}"
+
+
+def _held(module: nn.Module) -> Iterator[str]:
+    """Paths of the children, those in containers included."""
+    for name, child in module.named_children():
+        yield name
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            yield from (f"{name}.{path}" for path in _held(child))

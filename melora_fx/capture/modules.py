@@ -4,47 +4,21 @@ A GraphModule is taken as it is, and below it only the modules that its graph ca
 a whole model; the matcher and the rewriter take both alike.
 """
 
-import copy
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from melora_fx.patterns.experts import IN_PLACE_REMEDY, is_experts
-from melora_fx.patterns.linear import get_attribute
+from melora_fx.names import join_path, site_name, without_wrappers
+from melora_fx.torch_private import is_constant_of_trace, is_convolution, is_experts_layer, registered
 
-from .bypassed import UNKNOWN, attributes_read_by_forward
+from .bypassed import bypassed_children
+from .expert_layers import IN_PLACE_REMEDY
+from .graphs import Capture, copy_graph
 from .packed import is_packed_linear, packed_graph
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A graph and the module it stands for. `path` is the module's dotted name in the model; the root's is ""."""
-
-    path: str
-    module: nn.Module
-    graph: fx.Graph
-
-
-def join_path(*parts: str) -> str:
-    """Dotted name of the parts that are not empty."""
-    return ".".join(part for part in parts if part)
-
-
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-
-
-def without_wrappers(name: str) -> str:
-    """`name` as it is without the wrappers of single layers, `torch.compile`'s and `checkpoint_wrapper`'s.
-
-    Both give their layer's attributes as their own, so that the shorter name leads to the same module.
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 class _OwnerTracer(fx.Tracer):
@@ -69,7 +43,7 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
         if isinstance(module, fx.GraphModule):
             captures.append(Capture(path, module, copy_graph(module.graph)))
             continue
-        for child, reason in _bypassed_children(module):
+        for child, reason in bypassed_children(module):
             refused |= {
                 site_name(join_path(path, child), name): reason for name in _matrices(module.get_submodule(child))
             }
@@ -80,7 +54,7 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
             captures.append(Capture(path, module, _trace(module, templates)))
         except _UntraceableError as error:
             for matrix in matrices:
-                refused[site_name(path, matrix)] = IN_PLACE_REMEDY if is_experts(module) else str(error)
+                refused[site_name(path, matrix)] = IN_PLACE_REMEDY if is_experts_layer(module) else str(error)
     return captures, refused
 
 
@@ -88,73 +62,12 @@ def _matrices(module: nn.Module) -> list[str]:
     """Names of the module's own parameters that a linear could multiply by: 2-D, or 3-D for a stack of experts."""
     if is_packed_linear(module):
         return ["weight"]
-    if isinstance(module, nn.Embedding | _ConvNd | parametrize.ParametrizationList):
+    if isinstance(module, nn.Embedding | parametrize.ParametrizationList) or is_convolution(module):
         return []
     parameters = module.named_parameters(recurse=False)
     if any(isinstance(value, UninitializedParameter) for _, value in module.named_parameters(recurse=False)):
         return []  # a lazy module has no matrix yet
     return [name for name, value in parameters if value.dim() == 2 or (value.dim() == 3 and min(value.shape) > 1)]
-
-
-def site_name(owner: str, parameter: str) -> str:
-    """Name of the site whose weight is `parameter` of the module at `owner`."""
-    return owner if owner and parameter == "weight" else join_path(owner, parameter)
-
-
-def _bypassed_children(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The modules below `module` whose tensors its forward reads instead of calling them, and the reason to refuse.
-
-    Where the source does not tell which one is read, these are all that `module` holds, in lists or not.
-    """
-    if isinstance(module, fx.GraphModule) or not module._modules:
-        return
-    forward = f"`{type(module).__name__}.forward`"
-    remedy = "which would bypass the adapter: pass `example_inputs=`"
-    for chain in attributes_read_by_forward(type(module)):  # type: ignore[arg-type]  # classes are hashable
-        if chain[0] == UNKNOWN:
-            for path in _held(module):
-                yield path, f"{forward} reads weights of modules that its source does not name, {remedy}"
-        for index in range(1, len(chain)):
-            child, value = (
-                get_attribute(module, ".".join(chain[:index])),
-                get_attribute(module, ".".join(chain[: index + 1])),
-            )
-            if not isinstance(child, nn.Module):
-                break
-            if isinstance(value, nn.Parameter) and value.dim() > 1:
-                yield ".".join(chain[:index]), f"{forward} reads its weight without calling it, {remedy}"
-            elif (
-                inspect.ismethod(value) and value.__func__ not in vars(nn.Module).values() and chain[index] != "forward"
-            ):
-                yield ".".join(chain[:index]), f"{forward} calls its `{chain[index]}`, {remedy}"
-
-
-def _held(module: nn.Module) -> Iterator[str]:
-    """Paths of the children, those in containers included."""
-    for name, child in module.named_children():
-        yield name
-        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            yield from (f"{name}.{path}" for path in _held(child))
-
-
-def derived_weights(model: nn.Module) -> dict[str, str]:
-    """The weights that a module makes from other parameters in each forward: site name → why it cannot be adapted."""
-    reason = (
-        "its weight is parametrized, pruned or normalised: a fold could not change it; make it permanent first "
-        "(`parametrize.remove_parametrizations`, `prune.remove`)"
-    )
-    found: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, _ConvNd):
-            continue
-        names = dict.fromkeys(module.parametrizations) if parametrize.is_parametrized(module) else {}
-        names |= {
-            name: None
-            for name, value in vars(module).items()  # a tensor that is no parameter: a hook makes it of those
-            if isinstance(value, Tensor) and any(f"{name}{end}" in module._parameters for end in ("_orig", "_v"))
-        }
-        found |= {site_name(without_wrappers(path), name): reason for name in names if name != "bias"}
-    return found
 
 
 class _UntraceableError(Exception):
@@ -198,12 +111,13 @@ def _trace(module: nn.Module, templates: dict[Any, fx.Graph]) -> fx.Graph:
 
 def _trace_key(module: nn.Module) -> Any:
     """What a forward can depend on, for modules that hold parameters and plain values only; None for the others."""
-    if module._modules or module._buffers:
+    own, buffers, children = registered(module)
+    if children or buffers:
         return None
     values = {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
     if not all(isinstance(value, int | float | str | None) for value in values.values()):
         return None
-    parameters = tuple((name, value is None or value.shape) for name, value in module._parameters.items())
+    parameters = tuple((name, value is None or value.shape) for name, value in own.items())
     return type(module), parameters, tuple(sorted(values.items(), key=lambda item: item[0]))
 
 
@@ -232,7 +146,7 @@ def _trace_forward(module: nn.Module) -> fx.Graph:
 
 def _trace_unchanged(module: nn.Module) -> fx.Graph:
     """The graph; what the forward or the tracer wrote on the module is put back, and is a reason to refuse."""
-    holders: list[dict[str, Any]] = [module.__dict__, module._parameters, module._buffers, module._modules]
+    holders: list[dict[str, Any]] = [module.__dict__, *registered(module)]
     before = [dict(holder) for holder in holders]
     tracer = _OwnerTracer()
     try:
@@ -249,7 +163,7 @@ def _trace_unchanged(module: nn.Module) -> fx.Graph:
             holder.clear()
             holder.update(old)
     if changed:
-        what = "makes tensors" if changed[0].startswith("_tensor_constant") else f"sets {', '.join(map(repr, changed))}"
+        what = "makes tensors" if is_constant_of_trace(changed[0]) else f"sets {', '.join(map(repr, changed))}"
         raise _UntraceableError(f"its forward {what}, which a trace would do once and for all: pass `example_inputs=`")
     return graph
 
@@ -264,14 +178,3 @@ def _trace_in_other_mode(module: nn.Module) -> fx.Graph:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A graph of its own with the same nodes, names, node metadata and code generation."""
-    copied = fx.Graph(tracer_cls=graph._tracer_cls)
-    output = copied.graph_copy(graph, {}, return_output_node=True)
-    assert isinstance(output, tuple), "a captured graph has an output node"
-    value, original = output
-    copied.output(value, type_expr=original.type).meta = copy.copy(original.meta)
-    copied.set_codegen(graph._codegen)
-    return copied

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
+from torch.export import ExportedProgram
 
 from melora_fx.errors import MELoRAError
-from melora_fx.patterns.experts import REMEDY, is_experts
-from melora_fx.patterns.linear import get_attribute
+from melora_fx.names import get_attribute
+from melora_fx.torch_private import clear_export_hooks, follows_mode, tree_leaves, tree_map
 
-from .modules import copy_graph
-
-aten = torch.ops.aten
+from .example_inputs import all_dynamic, as_arguments, check_input_sizes, frozen_sizes
+from .expert_layers import REMEDY, loops_over_experts
+from .training_mode import follow_training_mode, in_mode
 
 
 def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]) -> fx.GraphModule:
@@ -36,16 +35,13 @@ def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence
             the capture, made in training mode, does not.
     """
     args, kwargs = as_arguments(example_inputs)
-    moded = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-    other = [
-        name for name, each in model.named_modules() if isinstance(each, moded) and each.training != model.training
-    ]
+    other = [name for name, each in model.named_modules() if follows_mode(each) and each.training != model.training]
     if other:
         raise MELoRAError(
             f"some modules are not in the model's own mode (training={model.training}): {', '.join(other[:5])}; one "
             "graph has one mode: call `.train()` or `.eval()` on the whole model first"
         )
-    shapes = pytree.tree_map(all_dynamic, kwargs or args)
+    shapes = tree_map(all_dynamic, kwargs or args)
     with without_cache(model):
         program, error = _export_in_mode(model, True, args, kwargs, shapes)
         if program is None:
@@ -54,7 +50,7 @@ def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence
                 name = type(model).__name__
                 warnings.warn(f"`{name}` can be captured in eval mode only: the graph has no dropout", stacklevel=4)
     if program is None:
-        remedy = f"{REMEDY}: " if _loops_over_experts(model) else ""
+        remedy = f"{REMEDY}: " if loops_over_experts(model) else ""
         raise MELoRAError(f"torch.export cannot capture `{type(model).__name__}`: {remedy}{error}") from error
     graph_module = make_trainable(program.module(check_guards=False), _repeated_modules(model))
     _check_evaluation(model, graph_module, args, kwargs)
@@ -63,13 +59,6 @@ def capture_whole(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence
     if hasattr(model, "config"):
         graph_module.config = copy.copy(model.config)
     return graph_module
-
-
-def _loops_over_experts(model: nn.Module) -> bool:
-    """Whether `model` has layers of experts and is set to call them one by one."""
-    configs = [config for module in model.modules() if (config := getattr(module, "config", None))]
-    is_eager = any(getattr(config, "_experts_implementation", None) == "eager" for config in configs)
-    return is_eager and any(is_experts(module) for module in model.modules())
 
 
 def _check_evaluation(
@@ -104,7 +93,7 @@ def _near(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _leaves(outputs: Any) -> list[Any]:
-    return pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+    return tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
 
 
 def from_program(program: ExportedProgram) -> fx.GraphModule:
@@ -125,13 +114,10 @@ def make_trainable(graph_module: fx.GraphModule, repeated: Mapping[str, str] | N
     that has another size than the export froze.
     """
     _name_by_user(graph_module, repeated or {})
-    graph_module._forward_pre_hooks.clear()
-    graph_module._forward_pre_hooks_with_kwargs.clear()
-    graph_module._forward_hooks.clear()
-    graph_module._forward_hooks_always_called.clear()
+    clear_export_hooks(graph_module)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    graph_module.__dict__["input_sizes"] = {node.name: _sizes(node.meta.get("val")) for node in placeholders}
-    graph_module.register_forward_pre_hook(_check_input_sizes, with_kwargs=True)
+    graph_module.__dict__["input_sizes"] = {node.name: frozen_sizes(node.meta.get("val")) for node in placeholders}
+    graph_module.register_forward_pre_hook(check_input_sizes, with_kwargs=True)
     return follow_training_mode(graph_module)
 
 
@@ -180,125 +166,6 @@ def _owner_path(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0])
 
 
-def _sizes(value: Any) -> tuple[int | None, ...] | None:
-    """The sizes of an input that the export froze, None for each dynamic one; None for what is not a tensor."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    return tuple(size if isinstance(size, int) else size.node.maybe_as_int() for size in value.shape)
-
-
-def _check_input_sizes(graph_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling():
-        return
-    sizes = graph_module.__dict__["input_sizes"]
-    for name, value in [*zip(sizes, args, strict=False), *kwargs.items()]:
-        frozen = sizes.get(name)
-        if frozen is None or not isinstance(value, torch.Tensor):
-            continue
-        fits = len(frozen) == value.dim() and all(
-            want in (None, got) for want, got in zip(frozen, value.shape, strict=True)
-        )
-        if not fits:
-            raise MELoRAError(
-                f"input `{name}` has shape {tuple(value.shape)}, but the capture is for "
-                f"({', '.join('any' if size is None else str(size) for size in frozen)}): "
-                "capture again with `example_inputs` of that shape"
-            )
-
-
-def follow_training_mode(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Makes an exported module trainable: what the export froze about the mode follows `.train()` and `.eval()` again,
-    and its checks of dtypes, which `.to(dtype)` would break, go.
-    """
-    for module in [each for each in graph_module.modules() if isinstance(each, fx.GraphModule)]:
-        module.graph = _following_graph(module)
-    for name in ("train", "eval"):  # an exported module carries its own, which raise
-        graph_module.__dict__.pop(name, None)
-    return graph_module
-
-
-def _following_graph(graph_module: fx.GraphModule) -> fx.Graph:
-    """The graph with dropout, attention dropout and batch norm as calls of modules, which are added."""
-    graph = copy_graph(graph_module.graph)
-    for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
-        elif argument := _mode_argument(node):
-            index, eval_value = argument
-            if len(node.args) <= index or node.args[index] == eval_value:
-                continue
-            name = f"{node.name}_by_mode"
-            graph_module.add_submodule(name, FollowsMode(str(node.target), index, node.args[index], eval_value))
-            with graph.inserting_before(node):
-                call = graph.call_module(name, node.args, node.kwargs)
-            call.meta = copy.copy(node.meta)
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
-    return graph
-
-
-def _mode_argument(node: fx.Node) -> tuple[int, float] | None:
-    """Position of the argument that the mode decides, and its value in evaluation."""
-    if node.target is aten.add_.Tensor and str(node.args[0]).endswith("num_batches_tracked"):
-        return 1, 0  # batch norm counts batches in training only
-    return _MODE_ARGUMENTS.get(node.target)
-
-
-class FollowsMode(nn.Module):
-    """Calls an ATen operator with its argument `index` set by the training flag: `train_value` or `eval_value`."""
-
-    def __init__(self, operator: str, index: int, train_value: float, eval_value: float) -> None:
-        super().__init__()
-        self.operator, self.index, self.train_value, self.eval_value = operator, index, train_value, eval_value
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        _, packet, overload = self.operator.split(".")
-        value = self.train_value if self.training else self.eval_value
-        call = getattr(getattr(aten, packet), overload)
-        return call(*args[: self.index], value, *args[self.index + 1 :], **kwargs)
-
-    def extra_repr(self) -> str:
-        return f"{self.operator}, argument {self.index}: {self.train_value} in training, else {self.eval_value}"
-
-
-_MODE_ARGUMENTS: dict[Any, tuple[int, float]] = {
-    aten.dropout.default: (2, False),
-    aten.feature_dropout.default: (2, False),
-    aten.alpha_dropout.default: (2, False),
-    aten.feature_alpha_dropout.default: (2, False),
-    aten.rrelu.default: (3, False),
-    aten.scaled_dot_product_attention.default: (4, 0.0),
-    aten.batch_norm.default: (5, False),
-}
-"""Operator → position of the argument that the mode decides, and its value in evaluation."""
-
-
-def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`example_inputs` as positional and keyword arguments; with `double` a batch of one, which would be frozen, is
-    doubled.
-    """
-    if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
-    elif isinstance(example_inputs, tuple | list):
-        args, kwargs = tuple(example_inputs), {}
-    else:
-        kind = type(example_inputs).__name__
-        raise TypeError(f"`example_inputs` must be a dict of keyword or a tuple of positional arguments, got {kind}")
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if double and tensors and all(tensor.size(0) == 1 for tensor in tensors):
-        args, kwargs = pytree.tree_map(_doubled, (args, kwargs))
-    return args, kwargs
-
-
-def _doubled(leaf: Any) -> Any:
-    return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
-
-
-def all_dynamic(leaf: Any) -> Any:
-    """The `dynamic_shapes` entry of one input that leaves every dimension to the export."""
-    return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
-
-
 def _export_in_mode(
     model: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> tuple[ExportedProgram | None, Exception | None]:
@@ -308,18 +175,6 @@ def _export_in_mode(
             return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
         except Exception as error:  # the model's own forward can raise anything
             return None, error
-
-
-@contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in train or eval mode; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

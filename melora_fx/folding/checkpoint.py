@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from melora_fx.errors import MELoRAError
-from melora_fx.load_model import load_model
-from melora_fx.saving.adapter_file import sampled_positions
+from melora_fx.saving.fingerprint import sampled_positions
 
 SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
 METADATA = "__metadata__"
@@ -173,54 +171,3 @@ def make_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> by
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-@dataclass(frozen=True)
-class KeyMap:
-    """How a model's parameters are called in a checkpoint.
-
-    Attributes:
-        keys: parameter → key.
-        converted: parameters that are stored in another form, several keys in one or one in several.
-        tied: parameters that share their memory with others in the model: name → the others.
-    """
-
-    keys: dict[str, str]
-    converted: frozenset[str]
-    tied: dict[str, tuple[str, ...]]
-
-
-def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | None) -> KeyMap:
-    """How the parameters of a model class are called in a checkpoint, by transformers' own rules.
-
-    The class is built on the meta device, without weights. Where transformers does not know it, names are keys.
-
-    Raises:
-        MELoRAError: where the checkpoint is of a model that this class is not for.
-    """
-    if checkpoint.config is None or not hasattr(transformers, class_name or ""):
-        return KeyMap({key: key for key in checkpoint.tensors}, frozenset(), {})
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    model = load_model(checkpoint.directory, with_weights=False, class_name=class_name, num_labels=num_labels)
-    own = model.state_dict()
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    keys, converted = dict[str, str](), set[str]()
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):  # some rules count on the order
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-        if name not in own and key in own:  # a rule for older checkpoints, which have other keys
-            name, pattern = key, None
-        if pattern is None:
-            keys[name] = key
-        else:
-            first, *others = by_pattern[pattern].target_patterns
-            converted |= {name, *(name.replace(first, other) for other in others)}
-    groups: dict[str, set[str]] = {}
-    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
-        groups.setdefault(source, {source}).add(name)
-    tied = {name: tuple(sorted(group - {name})) for group in groups.values() for name in group}
-    return KeyMap(keys, frozenset(converted), tied)

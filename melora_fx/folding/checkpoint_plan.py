@@ -9,9 +9,10 @@ import torch
 from melora_fx.errors import MELoRAError
 from melora_fx.matching.targets import nearest
 from melora_fx.saving.adapter_file import Adapter, refuse_non_finite
-from melora_fx.saving.load import check_fingerprints, check_shapes
+from melora_fx.saving.checks import check_fingerprints, check_shapes
 
-from .checkpoint import DTYPES, FOLDED_KEY, Checkpoint, KeyMap, StoredTensor, map_keys
+from .checkpoint import DTYPES, FOLDED_KEY, Checkpoint, StoredTensor
+from .checkpoint_keys import KeyMap, map_keys
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch import nn
 from melora_fx.adapter.site import TENSORS, owner_of
 from melora_fx.adapter.tensors import by_matrix, diagonal_blocks
 from melora_fx.adapter.update import Scratch, add_update, non_finite
-from melora_fx.capture.modules import join_path, without_wrappers
 from melora_fx.capture.packed import is_packed_linear
 from melora_fx.errors import MELoRAError
+from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.hugging_face import detach
-from melora_fx.rewriting.module import FOLDED, replaced_forward, rewritten_modules, uninstall, unwrap
+from melora_fx.rewriting.module import FOLDED, replaced_forward, rewritten_modules, uninstall
 from melora_fx.rewriting.rewrite import STATE, RewriteState
 from melora_fx.rewriting.sites import (
     AdapterSite,
@@ -28,9 +28,12 @@ from melora_fx.rewriting.sites import (
     running_base,
     warn_of_lost_sites,
 )
-from melora_fx.saving.load import adapter_of
+from melora_fx.saving.save import adapter_of
+from melora_fx.torch_private import preserve_versions, registered
 
-from .report import FoldReport, make_report, measure_update
+from .measured import measure_update
+from .report import FoldReport, make_report
+from .shared_memory import in_one_memory
 
 
 def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
@@ -103,27 +106,25 @@ def folded(model: nn.Module) -> Iterator[None]:
     _refuse_unfoldable(found)
     _refuse_shared(_shared_sites(unwrap(model), found))
     weights = {name: oriented_weight(site) for name, site in found.items()}
+    tracked = [weight for weight in weights.values() if not weight.is_inference()]
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     scratch = Scratch()
-    tracked = tuple(weight for weight in weights.values() if not weight.is_inference())
-    versions = tuple(weight._version for weight in tracked)
-    try:
-        with torch.no_grad():
-            for name, site in found.items():
-                saved += [(block, block.clone()) for block in changed_blocks(site)]
-                add_update(site.config, weights[name], site.lora_a, site.lora_b, scratch)
-        for site in found.values():
-            site.module.__dict__[FOLDED] = True
-        with running_base(model):
-            yield
-    finally:
-        for site in found.values():
-            site.module.__dict__.pop(FOLDED, None)
-        with torch.no_grad():
-            for block, original in saved:
-                block.copy_(original)
-        # The bits are what a pending backward has saved: autograd may go on.
-        torch._C._autograd._unsafe_set_version_counter(tracked, versions)
+    with preserve_versions(tracked):  # the bits come back: graphs recorded before may be backpropagated afterwards
+        try:
+            with torch.no_grad():
+                for name, site in found.items():
+                    saved += [(block, block.clone()) for block in changed_blocks(site)]
+                    add_update(site.config, weights[name], site.lora_a, site.lora_b, scratch)
+            for site in found.values():
+                site.module.__dict__[FOLDED] = True
+            with running_base(model):
+                yield
+        finally:
+            for site in found.values():
+                site.module.__dict__.pop(FOLDED, None)
+            with torch.no_grad():
+                for block, original in saved:
+                    block.copy_(original)
 
 
 def changed_blocks(site: AdapterSite) -> Iterator[torch.Tensor]:
@@ -162,7 +163,7 @@ def _obstacle(site: AdapterSite) -> str | None:
     """Why the site cannot be folded, or None."""
     if is_packed_linear(site.owner):
         return f"the weight of a {site.pattern} is packed: {_DEQUANTISE}"
-    if site.record.parameter_name not in site.owner._parameters:
+    if site.record.parameter_name not in registered(site.owner)[0]:
         return "its weight is pruned or parametrized: make it permanent first"
     if reason := resized(site):
         return reason
@@ -180,41 +181,9 @@ def _obstacle(site: AdapterSite) -> str | None:
 def _shared_sites(model: nn.Module, found: dict[str, AdapterSite]) -> dict[str, list[str]]:
     """The sites whose weight is in part another parameter of the model too: site name → names of the others."""
     shared: dict[str, list[str]] = {}
-    for names in _in_one_memory(model):
+    for names in in_one_memory(model):
         shared |= {name: [other for other in names if other != name] for name in names if name in found}
     return shared
-
-
-def _in_one_memory(model: nn.Module) -> Iterator[list[str]]:
-    """Groups of parameters that overlap in memory, named as sites; a module used in several places counts once."""
-    spans = sorted(
-        (*_span(parameter), without_wrappers(name).removesuffix(".weight"))
-        for path, module in model.named_modules()
-        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False)
-    )
-    group: list[str] = []
-    group_end = (-1, 0)
-    for device, start, end, name in spans:
-        if group and (device, start) < group_end:
-            group.append(name)
-        else:
-            if len(group) > 1:
-                yield group
-            group, group_end = [name], (device, end)
-        group_end = max(group_end, (device, end))
-    if len(group) > 1:
-        yield group
-
-
-def _span(parameter: torch.Tensor) -> tuple[int, int, int]:
-    """(device's number, first byte, end) of the memory that a parameter lives in; itself, where it has none."""
-    tensor = parameter.detach()
-    if type(tensor) is not torch.Tensor or tensor.is_meta or not tensor.numel():
-        return -2, id(parameter), id(parameter) + 1
-    last = tensor.numel() - 1
-    if not tensor.is_contiguous():
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.get_device(), tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _refuse_shared(shared: dict[str, list[str]]) -> None:

@@ -35,7 +35,8 @@ from .checkpoint import (
 )
 from .checkpoint_plan import plan_fold
 from .edited_copy import Stretch, write_edited
-from .report import FoldReport, SiteFold, fold_stored, make_report
+from .measured import fold_stored
+from .report import FoldReport, SiteFold, make_report
 
 _OTHER_WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",

@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from melora_fx.adapter.tensors import diagonal_blocks
-from melora_fx.capture.packed import quantized_linear
 from melora_fx.errors import MELoRAError
+
+from .dropout import dropout_mask, dropout_rate, over_kept
+from .quantized_gradient import quantized_linear
 
 RESIZED = "it was resized after `rewrite` (a vocabulary that grew?); resize the plain model, then `rewrite`"
 """What is said of a linear whose weight no longer fits its adapter."""
@@ -68,7 +69,7 @@ def adapted_linear(
     if base is not None and _autocast_dtype(x) is not None:  # it has had its say in the base
         with torch.autocast(x.device.type, enabled=False):
             return adapted_linear(x, None, None, lora_a, lora_b, scaling, dropout, parts, False, base)
-    rate = 0.0 if dropout is None else _rate(dropout)
+    rate = 0.0 if dropout is None else dropout_rate(dropout)
     seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
     arguments = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, merge, _autocast_dtype(x))
     if torch.compiler.is_compiling():
@@ -81,16 +82,6 @@ def adapted_linear(
         if own == out_features:
             raise
         raise MELoRAError(f"a linear of {own} output features has an adapter of {out_features}: {RESIZED}") from error
-
-
-def _rate(dropout: nn.Module) -> float:
-    """The rate that a site's `lora_dropout` asks for now."""
-    if isinstance(dropout, nn.Dropout):
-        return dropout.p if dropout.training and _dropped_steps(dropout.p) else 0.0
-    if isinstance(dropout, nn.Identity):
-        return 0.0
-    kind = type(dropout).__name__
-    raise TypeError(f"`lora_dropout` must be an nn.Dropout or nn.Identity, got {kind}: `lowering='plain'` takes any")
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -148,7 +139,7 @@ def _forward(
     """
     if dtype is not None:
         x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
-    scaled = lora_b * _over_kept(scaling, rate)
+    scaled = lora_b * over_kept(scaling, rate)
     if weight is None:
         assert base is not None
         output = base.clone(memory_format=torch.contiguous_format)
@@ -157,7 +148,7 @@ def _forward(
     else:
         output = F.linear(x, weight, bias).contiguous()
     x = _cast(x, output.dtype)
-    slices = _slices(x if seed is None else x * _mask(x, seed, rate), len(lora_a))
+    slices = _slices(x if seed is None else x * dropout_mask(x, seed, rate), len(lora_a))
     for columns, part_a, part_b in _by_part(output, _cast(lora_a, output.dtype), _cast(scaled, output.dtype), parts):
         columns.baddbmm_(_times_few(slices, part_a), part_b.mT)
     return output
@@ -183,9 +174,9 @@ def _backward(
     needs_x, needs_weight, needs_bias, needs_a, needs_b = asked
     narrow, of_y = gradient.dtype, gradient.reshape(-1, gradient.size(-1))
     used = _cast(x, narrow)
-    mask = None if seed is None else _mask(used, seed, rate)
+    mask = None if seed is None else dropout_mask(used, seed, rate)
     slices = _slices(used if mask is None else used * mask, len(lora_a))
-    scaling = _over_kept(scaling, rate)
+    scaling = over_kept(scaling, rate)
     scaled = lora_b * scaling
     of_x = of_dropped = None
     if needs_x and merge and weight is not None and _is_merged(used, weight, lora_a, rate):
@@ -300,29 +291,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _over_kept(scaling: Tensor, rate: float) -> Tensor:
-    """s_i over the share of the input that dropout keeps."""
-    return scaling / (1 - _dropped_steps(rate) / 2**16) if 0 < rate < 1 else scaling
-
-
-def _dropped_steps(rate: float) -> int:
-    """The rate of dropout in steps of 2⁻¹⁶; all of them for the rate 1 alone."""
-    return 2**16 if rate >= 1 else min(round(rate * 2**16), 2**16 - 1)
-
-
-def _mask(like: Tensor, seed: Tensor, rate: float) -> Tensor:
-    """1 where dropout keeps a value, else 0, as `like`; the same for the same seed.
-
-    16 random bits a value, drawn 64 at a time, and one comparison: a sixth of the time of `bernoulli_`, measured.
-    """
-    if like.is_meta or isinstance(like, FakeTensor):
-        return torch.empty_like(like)
-    generator = torch.Generator(like.device).manual_seed(int(seed))
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()].view(like.shape)
-    return torch.gt(bits, _dropped_steps(rate) - 1 - 2**15, out=torch.empty_like(like))
 
 
 # `torch.compile` keeps what it has compiled on disk, by the operators' names: another signature needs another name.

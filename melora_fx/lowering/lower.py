@@ -4,62 +4,22 @@ The pass makes a graph of its own, from which the module's code is generated. Th
 copied, saved and exported, and what runs wherever the one call would not be understood.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from melora_fx.adapter.site import SITE_TAG, SiteRecord
-from melora_fx.capture.modules import copy_graph
-from melora_fx.capture.packed import is_packed_linear, passes_gradient
-from melora_fx.config import MELoRAConfig
+from melora_fx.capture.graphs import copy_graph
 from melora_fx.patterns.experts import ExpertNode, find_expert_nodes
-from melora_fx.patterns.linear import (
-    CASTS,
-    LINEAR,
-    LinearNode,
-    argument,
-    find_linear_nodes,
-    get_attribute,
-    operator_name,
-    weight_of,
-)
+from melora_fx.patterns.linear import find_linear_nodes
+from melora_fx.patterns.node import LinearNode, argument, weight_of
 
-from .adapted_linear import WIDE, adapted_linear
+from .adapted_linear import adapted_linear
+from .choice import operands_of
 from .grouped_blocks import grouped_blocks
 
 aten = torch.ops.aten
-
-
-def choose_lowering(config: MELoRAConfig, weight: Tensor, nodes: Sequence[LinearNode], owner: nn.Module) -> str:
-    """The lowering of the site whose `weight` the `nodes` multiply by; `owner` holds the parameters of their graph.
-
-    "plain" where one of them cannot be written as `F.linear`; else what the configuration says, where "auto" is
-    "weight" for weights of 32 bits or more and no dropout, and "activation" for all others. Stacks of matrices know
-    "activation" alone.
-    """
-    if config.lowering == "plain" or not (_are_linears(nodes, owner) or _are_groups(nodes)):
-        return "plain"
-    if _are_groups(nodes):
-        return "activation"
-    if config.lowering != "auto":
-        return config.lowering
-    return "weight" if _can_be_merged(weight) and not config.dropout else "activation"
-
-
-def lowering_misfit(config: MELoRAConfig, weight: Tensor, nodes: Sequence[LinearNode], owner: nn.Module) -> str | None:
-    """Why the site cannot have the lowering that its configuration names, or None; arguments as before."""
-    if config.lowering == "plain" and not passes_gradient(weight):
-        return f"`lowering` (='plain') gives no gradient to what is below this {type(weight).__name__}: use 'auto'"
-    if config.lowering in ("auto", "plain") or (config.lowering == "activation" and _are_groups(nodes)):
-        return None
-    if not _are_linears(nodes, owner):
-        return f"`lowering` (={config.lowering!r}) needs a linear that is an `F.linear` of the whole weight: use 'auto'"
-    if config.lowering == "weight" and not _can_be_merged(weight):
-        kind = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
-        return f"`lowering` (='weight') would round W + Δ to this {kind} in every step: use 'auto' or 'activation'"
-    return None
 
 
 def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> fx.Graph:
@@ -88,7 +48,7 @@ def _lower_groups(graph: fx.Graph, expert: ExpertNode) -> None:
 
 
 def _lower_node(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module) -> None:
-    operands = _operands(linear, owner)
+    operands = operands_of(linear, owner)
     out_features = weight_of(owner, record.parameter).size(1 if record.weight_is_transposed else 0)
     parts, may_merge = record.config.parts(out_features), record.lowering == "weight"
     total = next(user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
@@ -111,51 +71,3 @@ def _lower_node(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: 
 def _behind(graph: fx.Graph, record: SiteRecord) -> list[fx.Node]:
     """The site's inserted nodes, last first."""
     return [node for node in reversed(graph.nodes) if node.meta.get(SITE_TAG) == record.parameter]
-
-
-class _Operands(NamedTuple):
-    """What `F.linear` would take for the same output. `is_flipped`: the weight stands (I, O)."""
-
-    weight: fx.Node
-    bias: fx.Node | None
-    is_flipped: bool
-
-
-def _operands(linear: LinearNode, owner: nn.Module) -> _Operands | None:
-    """None for a linear that cannot be written as `F.linear` of the whole weight, bit for bit, and for a packed one."""
-    node = linear.node
-    if linear.rows is not None or linear.input_is_transposed:
-        return None
-    if node.target in LINEAR:
-        bias = argument(node, 2, "bias")
-        return _Operands(argument(node, 1, "weight"), bias, False) if _is_vector(bias, owner) else None
-    name = operator_name(node)
-    if name == "addmm" and node.kwargs.get("beta", 1) == 1:
-        bias = argument(node, 0, "input", "self")
-        return _Operands(argument(node, 2, "mat2"), bias, True) if _is_vector(bias, owner) else None
-    if name in ("mm", "matmul"):
-        right = argument(node, 1, "mat2", "other", "tensor2")
-        is_view = right.op != "get_attr" and operator_name(right) in ("t", "T", "mT", "numpy_T", "transpose")
-        if (right.args[0] if is_view else right).op == "get_attr":
-            return _Operands(right, None, True)
-    return None
-
-
-def _is_vector(bias: Any, owner: nn.Module) -> bool:
-    """Whether a bias is none, or a parameter of one dimension, cast or not."""
-    while isinstance(bias, fx.Node) and bias.op != "get_attr" and operator_name(bias) in CASTS:
-        bias = bias.args[0]
-    return bias is None or getattr(get_attribute(owner, str(bias.target)), "ndim", None) == 1
-
-
-def _are_linears(nodes: Sequence[LinearNode], owner: nn.Module) -> bool:
-    return is_packed_linear(owner) or all(_operands(linear, owner) for linear in nodes)
-
-
-def _are_groups(nodes: Sequence[LinearNode]) -> bool:
-    """Whether all are products of transformers' own operator with a stack."""
-    return all(operator_name(linear.node) == "grouped_mm_fallback" for linear in nodes)
-
-
-def _can_be_merged(weight: Tensor) -> bool:
-    return type(weight) is nn.Parameter and weight.dtype in WIDE

@@ -18,25 +18,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .linear import (
-    CASTS,
-    LinearNode,
-    apply_views,
-    argument,
-    behind_views,
-    is_view,
-    operator_name,
-    parameter_of,
-    pattern_name,
-)
-
-REMEDY = 'a loop over experts depends on data: first call `model.set_experts_implementation("grouped_mm")`'
-"""What is said of a model that cannot be captured whole."""
-IN_PLACE_REMEDY = (
-    'its experts are chosen by data: after `model.set_experts_implementation("grouped_mm")` pass `example_inputs=`, or '
-    'adapt it in place after `model.set_experts_implementation("batched_mm")`'
-)
-"""What is said of experts that cannot be captured in place."""
+from .node import LinearNode, argument, operator_name, parameter_of, pattern_name
+from .views import CASTS, apply_views, behind_views, is_view
 
 _PRODUCTS = {"mm", "matmul", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "linear", "tensordot"}
 _GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
@@ -53,11 +36,6 @@ class ExpertNode(LinearNode):
     choice: fx.Node | None = None
     is_grouped: bool = False
     gather: fx.Node | None = None
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether `module` is one of transformers' layers of experts, by what its decorator sets."""
-    return hasattr(module, "_is_expert_parallel")
 
 
 def products_with(read: fx.Node) -> list[str]:

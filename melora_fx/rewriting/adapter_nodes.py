@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from melora_fx.adapter.site import SITE_TAG, SiteRecord
-from melora_fx.matching.plan import PlannedSite
-from melora_fx.patterns.linear import LinearNode
+from melora_fx.matching.linears import PlannedSite
+from melora_fx.patterns.node import LinearNode
 
 aten = torch.ops.aten
 

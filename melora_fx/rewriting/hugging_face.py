@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from melora_fx.torch_private import HAS_ADAPTERS, KEYS_NOT_SAVED
+
 _SAVE = "save_pretrained"
-_HAS_ADAPTERS = "_hf_peft_config_loaded"
-"""PEFT's word for adapters that are there to be trained; without it a Trainer refuses a quantised model."""
-_UNSAVED, _TIE, _BEFORE = "_keys_to_ignore_on_save", "tie_weights", "melora_before_checkpoints"
-"""Keys that a Trainer does not miss in a checkpoint, what it calls then, and the model's own of both meanwhile."""
+_TIE, _BEFORE = "tie_weights", "melora_before_checkpoints"
+"""What a Trainer calls when it has loaded a checkpoint; the model's own of that and of `KEYS_NOT_SAVED` meanwhile."""
 
 
 class _OwnSave(functools.partial[Any]):
@@ -22,7 +22,7 @@ def attach(model: nn.Module) -> None:
     """From here on `save_pretrained` warns, and a quantised model says that it has adapters."""
     save_by(model, save_and_warn)
     if getattr(model, "is_quantized", False):
-        vars(model)[_HAS_ADAPTERS] = True
+        vars(model)[HAS_ADAPTERS] = True
 
 
 def save_by(model: nn.Module, save: Callable[..., Any]) -> None:
@@ -39,8 +39,8 @@ def has_save_pretrained(model: nn.Module) -> bool:
 def leave_out(model: nn.Module, names: list[str]) -> None:
     """From here on a Trainer does not miss the tensors `names` in a checkpoint."""
     own = vars(model)
-    own.setdefault(_BEFORE, {name: own[name] for name in (_UNSAVED, _TIE) if name in own})
-    own[_UNSAVED] = names
+    own.setdefault(_BEFORE, {name: own[name] for name in (KEYS_NOT_SAVED, _TIE) if name in own})
+    own[KEYS_NOT_SAVED] = names
     if not hasattr(model, _TIE):
         own[_TIE] = _nothing_to_tie
 
@@ -49,7 +49,7 @@ def leave_in(model: nn.Module) -> None:
     """Undoes `leave_out`."""
     before = vars(model).pop(_BEFORE, None)
     if before is not None:
-        for name in (_UNSAVED, _TIE):
+        for name in (KEYS_NOT_SAVED, _TIE):
             vars(model).pop(name, None)
         vars(model).update(before)
 
@@ -62,7 +62,7 @@ def detach(model: nn.Module) -> None:
     """Takes all of it off, and nothing that is the user's own."""
     leave_in(model)
     if isinstance(vars(model).get(_SAVE), _OwnSave):
-        for name in (_SAVE, _HAS_ADAPTERS):
+        for name in (_SAVE, HAS_ADAPTERS):
             vars(model).pop(name, None)
 
 
@@ -79,9 +79,9 @@ def save_and_warn(model: Any, *args: Any, **kwargs: Any) -> Any:
 def save_whole(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The class's own `save_pretrained`, of the whole model."""
     own = vars(model)
-    state = {name: own[name] for name in (_HAS_ADAPTERS, _UNSAVED, _TIE, _BEFORE) if name in own}
+    state = {name: own[name] for name in (HAS_ADAPTERS, KEYS_NOT_SAVED, _TIE, _BEFORE) if name in own}
     leave_in(model)  # else the base would be left out
-    own.pop(_HAS_ADAPTERS, None)  # else PEFT's format would be written
+    own.pop(HAS_ADAPTERS, None)  # else PEFT's format would be written
     try:
         return type(model).save_pretrained(model, *args, **kwargs)
     finally:

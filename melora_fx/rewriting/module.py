@@ -8,28 +8,27 @@ metadata and hooks (they rebuild the module from its code); here both keep every
 
 import copy
 import functools
-import inspect
-import io
-import itertools
-import pickle
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import fx, nn
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import parametrize
 
-from melora_fx.adapter.site import SITE_TAG, SiteRecord, owner_of, without_adapters
+from melora_fx.adapter.site import SiteRecord, owner_of
 from melora_fx.adapter.tensors import new_adapter, num_matrices, scaling_tensor
-from melora_fx.capture.modules import copy_graph, without_wrappers
-from melora_fx.capture.packed import call_base
+from melora_fx.capture.graphs import copy_graph
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.grouped_blocks import grouped_blocks
 from melora_fx.lowering.lower import lower
-from melora_fx.patterns.linear import weight_of
+from melora_fx.lowering.quantized_gradient import call_base
+from melora_fx.names import unwrap, without_wrappers
+from melora_fx.patterns.node import weight_of
+from melora_fx.torch_private import GRAPH_SPECS, MADE_FROM_GRAPH, put_graph, registered
+
+from .graph_pickle import dump_graph, load_graph
+from .running import choosing_forward, forward_of, uses, without_adapters
 
 BASE, FOLDED = "melora_adapted_graph", "melora_folded"
 """Attributes of a rewritten module while its base runs (the graph put aside) and while its weights are folded."""
@@ -37,6 +36,10 @@ BASE, FOLDED = "melora_adapted_graph", "melora_folded"
 
 _CLASSES: WeakValueDictionary[Any, type] = WeakValueDictionary()
 """Classes in use, by the code and the operators of their graph and what its sites are."""
+
+
+_GRAPH = "melora_graph"
+"""Key of the pickled graph in a pickled module's state."""
 
 
 class RewrittenModule(fx.GraphModule):
@@ -57,7 +60,7 @@ class RewrittenModule(fx.GraphModule):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (_restored_class(self),), self._own_state() | {"_graph": _dump_graph(self.adapted_graph)}
+        return _blank, (_restored_class(self),), self._own_state() | {_GRAPH: dump_graph(self.adapted_graph)}
 
     def _own_state(self) -> dict[str, Any]:
         """What a copy takes over: all but the graph, what is made from it, and a base that runs for a while."""
@@ -68,7 +71,7 @@ class RewrittenModule(fx.GraphModule):
                 f"a {self.restored_class.__name__} that was parametrized after `rewrite` cannot be copied: call "
                 "`torch.nn.utils.parametrize.remove_parametrizations` first"
             )
-        passing = ["_graph", "_in_spec", "_out_spec", "_compiled_call_impl", BASE]
+        passing = [*MADE_FROM_GRAPH, BASE]
         return {key: value for key, value in vars(self).items() if key not in passing}
 
     @property
@@ -89,7 +92,7 @@ class RewrittenModule(fx.GraphModule):
         if "forward" in vars(type(self)):
             self.__class__ = _rewritten_class(self.restored_class)  # the class that it had may be others' too
         code = super().recompile()
-        self._graph.owning_module = None  # else the two keep each other alive
+        self.graph.owning_module = None  # else the two keep each other alive
         sites = [(record.lowering, weight_of(self, record.parameter).shape) for record in self.melora_records]
         operators = [(name, id(value)) for name, value in code.globals.items()]
         key = self.restored_class, code.src, *operators, *sites
@@ -98,8 +101,8 @@ class RewrittenModule(fx.GraphModule):
             return code
         plain = lowered = type(self).forward
         if any(record.lowering != "plain" for record in self.melora_records):
-            lowered = _forward_of(self, lower(self.graph, self, self.melora_records))
-        type(self).forward = _choosing(plain, lowered, has_forward_mode=not _uses(self.graph, grouped_blocks))
+            lowered = forward_of(self, lower(self.graph, self, self.melora_records))
+        type(self).forward = choosing_forward(plain, lowered, has_forward_mode=not uses(self.graph, grouped_blocks))
         _CLASSES[key] = type(self)
         return code
 
@@ -148,11 +151,12 @@ class RewrittenModule(fx.GraphModule):
             owner, name = owner_of(self, record), record.attribute("lora_scaling")
             lora_b = getattr(owner, record.attribute("lora_b"))
             scaling = scaling_tensor(record.config, lora_b)
-            buffer = owner._buffers[name]
+            buffers = registered(owner)[1]
+            buffer = buffers[name]
             if buffer is not None and buffer.device == lora_b.device:
                 buffer.data.copy_(scaling)
             else:
-                owner._buffers[name] = scaling
+                buffers[name] = scaling
 
     def __copy__(self) -> "RewrittenModule":
         copied = _blank(_restored_class(self))
@@ -161,7 +165,7 @@ class RewrittenModule(fx.GraphModule):
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        graph = _load_graph(state.pop("_graph"))
+        graph = load_graph(state.pop(_GRAPH))
         super().__setstate__(state)
         self.graph = graph
 
@@ -204,7 +208,7 @@ def replaced_forward(module: RewrittenModule) -> bool:
 def _graph_module_attributes() -> tuple[str, ...]:
     """What a GraphModule has and a plain module has not."""
     plain = fx.GraphModule(nn.Module(), fx.Graph())
-    return *(vars(plain).keys() - vars(nn.Module()).keys()), "_in_spec", "_out_spec"
+    return *(vars(plain).keys() - vars(nn.Module()).keys()), *GRAPH_SPECS
 
 
 def rewritten_modules(model: nn.Module) -> Iterator[tuple[str, RewrittenModule]]:
@@ -212,12 +216,6 @@ def rewritten_modules(model: nn.Module) -> Iterator[tuple[str, RewrittenModule]]
     for path, module in unwrap(model).named_modules():
         if isinstance(module, RewrittenModule):
             yield without_wrappers(path), module
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside a `torch.compile` wrapper, or `model` itself."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def class_name(model: nn.Module) -> str:
@@ -234,87 +232,16 @@ def run_base(module: RewrittenModule) -> None:
     cls = type(module)
     if cls.base_code != module.code:
         cls.base_graph, cls.base_code = without_adapters(module.adapted_graph), module.code
-        cls.base_function = _forward_of(module, cls.base_graph)
-    vars(module).update({BASE: module.graph, "_graph": cls.base_graph})
+        cls.base_function = forward_of(module, cls.base_graph)
+    vars(module)[BASE] = module.graph
+    put_graph(module, cls.base_graph)
 
 
 def run_adapted(module: RewrittenModule) -> None:
     """Undoes `run_base`."""
     graph = vars(module).pop(BASE, None)
     if graph is not None:  # else it has been folded meanwhile
-        vars(module)["_graph"] = graph
-
-
-def _forward_of(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """The function that runs `graph` on `module`, which it does not keep alive."""
-    made = fx.GraphModule(module, graph)
-    graph.owning_module = None
-    return type(made).forward
-
-
-def _uses(graph: fx.Graph, operator: Any) -> bool:
-    return bool(graph.find_nodes(op="call_function", target=operator))
-
-
-def _choosing(plain: Callable[..., Any], lowered: Callable[..., Any], *, has_forward_mode: bool) -> Callable[..., Any]:
-    """A forward that runs `lowered`, but `plain` where its nodes are needed, and the base after `run_base`."""
-
-    @functools.wraps(plain)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.melora_adapted_graph is not None:
-            return type(self).base_function(self, *args, **kwargs)
-        if not has_forward_mode and torch.autograd.forward_ad._current_level >= 0:
-            raise MELoRAError(
-                "experts in the grouped form have no forward-mode derivatives: call "
-                '`model.set_experts_implementation("batched_mm")` before `rewrite`'
-            )
-        return (plain if _needs_plain_nodes() else lowered)(self, *args, **kwargs)
-
-    own: Any = forward  # Dynamo counts recompiles by code object: each class gets one
-    own.__code__ = own.__code__.replace()
-    own.__signature__ = inspect.signature(plain)
-    del own.__wrapped__  # whoever unwraps a forward, as accelerate does, must not unwrap this one
-    return own
-
-
-def _needs_plain_nodes() -> bool:
-    """Whether nodes are what is asked for, as by exporters, or have a rule that the one call lacks, as `vmap` needs."""
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return True
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch.jit.is_tracing() or is_fx_symbolic_tracing()
-
-
-def refuse_rewritten(model: nn.Module) -> None:
-    """Raises MELoRAError where `model` has been rewritten."""
-    names = [path or type(module).__name__ for path, module in rewritten_modules(model)]
-    if names:
-        raise MELoRAError(
-            f"the model is already rewritten ({len(names)} modules, the first `{names[0]}`): `fold` it first, or "
-            "`load_adapter` to change the adapter's values"
-        )
-
-
-_DISTRIBUTED = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"}
-
-
-def refuse_distributed(model: nn.Module, action: str) -> None:
-    """Raises MELoRAError where `model` is wrapped by DDP, FSDP or DataParallel, or has a DTensor."""
-    plain = set[type]()  # each class is looked at once: `disabled` comes here in every step of some trainings
-    for path, value in itertools.chain[tuple[str, Any]](model.named_modules(), model.named_parameters()):
-        if type(value) in plain:
-            continue
-        kinds = [cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith("torch.")]
-        kind = next((name for name in kinds if name in _DISTRIBUTED), None)
-        if kind is None:
-            plain.add(type(value))
-            continue
-        where = f"`{path}`" if path else "the model"
-        raise MELoRAError(
-            f"`{action}`: {where} is a {kind}: models that are wrapped for several devices, or sharded, are not "
-            "supported; call it with the plain model inside (`model.module`), before wrapping or sharding"
-        )
+        put_graph(module, graph)
 
 
 def _rewritten_class(original: type) -> type:
@@ -332,32 +259,3 @@ def _restored_class(module: nn.Module) -> type:
 def _blank(original: type) -> Any:
     cls: Any = _rewritten_class(original)
     return object.__new__(cls)
-
-
-class _GraphPickler(pickle.Pickler):
-    """Pickles ATen operators, which have no pickling of their own, by name."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, torch._ops.OpOverload):
-            return _resolve_operator, (obj._schema.name, obj._overloadname)
-        return NotImplemented
-
-
-def _resolve_operator(name: str, overload: str) -> Any:
-    namespace, _, packet = name.partition("::")
-    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-
-
-def _dump_graph(graph: fx.Graph) -> bytes:
-    graph = copy_graph(graph)
-    for node in graph.nodes:  # example values and stack traces of the export cannot all be pickled
-        node.meta = {SITE_TAG: node.meta[SITE_TAG]} if SITE_TAG in node.meta else {}
-    buffer = io.BytesIO()
-    _GraphPickler(buffer).dump(graph)
-    return buffer.getvalue()
-
-
-def _load_graph(dumped: bytes) -> fx.Graph:
-    with warnings.catch_warnings():  # torch warns of its own deprecated class when a tree specification is restored
-        warnings.simplefilter("ignore", FutureWarning)
-        return pickle.loads(dumped)

@@ -14,13 +14,16 @@ from torch.export import ExportedProgram
 
 from melora_fx.adapter.site import TENSORS, SiteRecord
 from melora_fx.adapter.tensors import new_adapter, scaling_tensor
-from melora_fx.capture.modules import Capture, without_wrappers
+from melora_fx.capture.example_inputs import ExampleInputs
+from melora_fx.capture.graphs import Capture
 from melora_fx.capture.packed import device_of
 from melora_fx.capture.whole_model import is_exported, make_trainable
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
-from melora_fx.matching.plan import ExampleInputs, Plan, PlannedSite, make_plan
+from melora_fx.matching.linears import PlannedSite
+from melora_fx.matching.plan import Plan, make_plan
 from melora_fx.matching.targets import ALL_LINEAR, TargetSpec, name_matches, nearest
+from melora_fx.names import without_wrappers
 from melora_fx.patterns.experts import ExpertNode
 
 from .adapter_nodes import AdapterNodes, adapter_dtype

@@ -10,22 +10,14 @@ from torch import nn
 
 from melora_fx.adapter.site import SiteRecord, owner_of
 from melora_fx.adapter.tensors import num_matrices
-from melora_fx.capture.modules import join_path, without_wrappers
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.adapted_linear import RESIZED
-from melora_fx.patterns.linear import weight_of
+from melora_fx.matching.refusals import refuse_distributed
+from melora_fx.names import join_path, unwrap, without_wrappers
+from melora_fx.patterns.node import weight_of
 
-from .module import (
-    BASE,
-    FOLDED,
-    RewrittenModule,
-    refuse_distributed,
-    rewritten_modules,
-    run_adapted,
-    run_base,
-    unwrap,
-)
+from .module import BASE, FOLDED, RewrittenModule, rewritten_modules, run_adapted, run_base
 from .rewrite import STATE, RewriteState
 
 

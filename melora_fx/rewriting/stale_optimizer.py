@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from melora_fx.adapter.site import owner_of
+from melora_fx.torch_private import registered
 
 from .module import rewritten_modules
 
@@ -38,7 +39,7 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             for record in module.melora_records:
                 owner = owner_of(module, record)
                 weight, lora_a = (
-                    owner._parameters.get(record.parameter_name),
+                    registered(owner)[0].get(record.parameter_name),
                     getattr(owner, record.attribute("lora_a")),
                 )
                 stale += weight is not None and id(weight) in held and id(lora_a) not in held

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from melora_fx.adapter.tensors import num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
+from melora_fx.files import write_atomically
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _HEADER_KEY = "melora"
-_FINGERPRINT_VALUES = 64
 
 
 @dataclass(frozen=True)
@@ -162,54 +162,3 @@ def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dic
         write_atomically(directory / TENSORS_FILE, lambda path: save_file(contiguous, path, metadata))
     except OSError as error:
         raise MELoRAError(f"`{directory}` cannot be written: {error.strerror or error}") from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `path`, flushes it to the disk, and renames it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def fingerprint(weight: torch.Tensor) -> dict[str, Any]:
-    """What a base weight is recognised by: its shape, dtype, and 64 of its values in float32.
-
-    The values are left out where they cannot be read: of a quantised weight, or one on the meta device.
-    """
-    facts: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
-    if _is_readable(weight):
-        return facts | {"values": _sample(weight).tolist()}
-    return facts
-
-
-def _is_readable(weight: torch.Tensor) -> bool:
-    return not weight.is_meta and type(weight.detach()) is torch.Tensor and weight.is_floating_point()
-
-
-def sampled_positions(numel: int) -> torch.Tensor:
-    """Where a fingerprint's values stand in a flattened weight: at even distances."""
-    return torch.linspace(0, numel - 1, _FINGERPRINT_VALUES, dtype=torch.float64).long()
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """The values of a fingerprint, in float32."""
-    index = sampled_positions(weight.numel()).to(weight.device)
-    return weight.detach()[torch.unravel_index(index, weight.shape)].float().cpu()
-
-
-def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """Why two fingerprints are not of one weight, or None; values may differ by the coarser dtype's rounding."""
-    if list(actual["shape"]) != list(expected["shape"]):
-        return f"its shape is {actual['shape']}, the adapter's base had {expected['shape']}"
-    if "values" not in expected or "values" not in actual:
-        return None
-    limits = [torch.finfo(getattr(torch, facts["dtype"])) for facts in (actual, expected)]
-    coarser, tiny = max(limit.eps for limit in limits), max(limit.smallest_normal for limit in limits)
-    values, sample = torch.as_tensor(expected["values"]), torch.as_tensor(actual["values"])
-    wrong = int((~((values - sample).abs() <= coarser * values.abs() + tiny)).sum())
-    return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from melora_fx.names import unwrap
 from melora_fx.rewriting.hugging_face import (
     attach,
     has_save_pretrained,
@@ -21,10 +22,9 @@ from melora_fx.rewriting.hugging_face import (
     save_by,
     save_whole,
 )
-from melora_fx.rewriting.module import unwrap
 from melora_fx.rewriting.sites import adapter_parameters, require_sites, sites
 
-from .load import kept_names, save_adapter, tensors_by_name
+from .save import kept_names, save_adapter, tensors_by_name
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 

@@ -120,4 +120,4 @@ def test_the_report_names_the_adapter(tmp_path) -> None:
     melora_fx.save_adapter(model, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert melora_fx.check_fold(model).adapter_sha256 == melora_fx.adapter_file.read_adapter(tmp_path).sha256
+        assert melora_fx.check_fold(model).adapter_sha256 == melora_fx.saving.adapter_file.read_adapter(tmp_path).sha256

@@ -7,7 +7,9 @@ import torch
 from support.models import randn
 from torch import nn
 
-from exporters.graph.build import axes_of, build_graph, count_ops, named_outputs
+from exporters.graph.axes import axes_of
+from exporters.graph.build import build_graph, count_ops
+from exporters.graph.outputs import named_outputs
 from melora_fx import MELoRAError
 
 

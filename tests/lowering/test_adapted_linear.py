@@ -450,13 +450,13 @@ def test_bias_beside_such_a_weight_is_added_once_and_gets_its_gradient():
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The masks that were used, in order."""
     used: list[Tensor] = []
-    original = implementation._mask
+    original = implementation.dropout_mask
 
     def recording(*args: Any) -> Tensor:
         used.append(original(*args))
         return used[-1]
 
-    monkeypatch.setattr(implementation, "_mask", recording)
+    monkeypatch.setattr(implementation, "dropout_mask", recording)
     return used
 
 
@@ -491,7 +491,7 @@ def test_second_derivatives_under_dropout(masks):
 @pytest.mark.parametrize("rate", [0.001, 0.05, 0.5, 0.9, 0.999])
 def test_mask_drops_the_given_share_of_every_column(rate, dtype):
     num_tokens = 40_001
-    mask = implementation._mask(torch.empty(num_tokens, IN, dtype=dtype), torch.tensor(7), rate).double()
+    mask = implementation.dropout_mask(torch.empty(num_tokens, IN, dtype=dtype), torch.tensor(7), rate).double()
     assert mask.shape == (num_tokens, IN)
     sigma = math.sqrt(rate * (1 - rate))
     assert abs(float(mask.mean()) - (1 - rate)) < 5 * sigma / math.sqrt(mask.numel())
@@ -499,7 +499,7 @@ def test_mask_drops_the_given_share_of_every_column(rate, dtype):
 
 
 def test_mask_is_independent_between_blocks_columns_and_tokens():
-    mask = implementation._mask(torch.empty(40_000, IN), torch.tensor(7), 0.5).double() * 2 - 1
+    mask = implementation.dropout_mask(torch.empty(40_000, IN), torch.tensor(7), 0.5).double() * 2 - 1
     sigma = 1 / math.sqrt(len(mask))
     correlation = mask.T @ mask / len(mask) - torch.eye(IN)
     assert float(correlation.abs().max()) < 5 * sigma
@@ -508,7 +508,7 @@ def test_mask_is_independent_between_blocks_columns_and_tokens():
 
 
 def test_mask_is_another_for_another_seed():
-    first, second = (implementation._mask(torch.empty(1000, IN), torch.tensor(seed), 0.5) for seed in (1, 2))
+    first, second = (implementation.dropout_mask(torch.empty(1000, IN), torch.tensor(seed), 0.5) for seed in (1, 2))
     assert abs(float((first == second).double().mean()) - 0.5) < 5 * 0.5 / math.sqrt(first.numel())
 
 

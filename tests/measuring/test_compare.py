@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from exporters import compare, measure_latency
-from exporters.measuring.compare import time_rounds
+from exporters.measuring.latency import time_rounds
 from melora_fx import MELoRAError
 
 

@@ -8,8 +8,8 @@ from onnx import helper
 from support.models import TOWER_CONFIG, TOWER_SITES, randn, rewritten_tower
 
 from exporters import export_onnx
-from exporters.graph.weights import WeightPlace
 from exporters.onnx_files.metadata import METADATA_KEY, read_facts
+from exporters.onnx_files.weight_place import WeightPlace
 from melora_fx import MELoRAError
 
 

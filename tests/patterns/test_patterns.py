@@ -57,7 +57,7 @@ def test_matrix_times_weight(options, form):
 @pytest.mark.parametrize(("options", "form"), BATCH_FORMS.values(), ids=BATCH_FORMS)
 def test_batch_times_weight(options, form, whole):
     model, x = Holder(Form(form, **options)), randn(2, 5, IN)
-    check(melora_fx.whole_model.capture_whole(model, (x,)) if whole else model, x)
+    check(melora_fx.capture.whole_model.capture_whole(model, (x,)) if whole else model, x)
 
 
 def test_rows_of_a_weight_for_different_inputs():

@@ -329,5 +329,5 @@ def test_an_output_named_like_an_input(tmp_path) -> None:
 def test_the_adapter_of_a_whole_capture_names_the_models_class(tmp_path) -> None:
     model = melora_fx.rewrite(bert_classifier(), "query", MELoRAConfig(rank=2, num_blocks=3), example_inputs=tokens())
     melora_fx.save_adapter(model, tmp_path)
-    assert melora_fx.adapter_file.read_adapter(tmp_path).model["class"] == "BertForSequenceClassification"
+    assert melora_fx.saving.adapter_file.read_adapter(tmp_path).model["class"] == "BertForSequenceClassification"
     assert np.isfinite(output_of(model, tokens()).numpy()).all()

@@ -1,0 +1,58 @@
+"""What an export wrote, and how near it is to torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how near it is to torch.
+
+    Attributes:
+        path: the .onnx file; `files` lists every file written, names relative to its folder.
+        adapter: "none", "fold", "keep" or "swap": what the graph holds.
+        forms: number of unmerged sites by form, "block" or "dense".
+        op_counts: number of nodes by operator type.
+        inputs, outputs: name → axes, a number for a fixed size or a name for a dynamic one.
+        num_adapter_inputs: number of optional inputs that an adapter's tensors go to.
+        compared: what was compared with torch, in words; empty without `verify`.
+        max_abs_error, max_rel_error: the worst of those comparisons; None where nothing was compared.
+        notes: what the user should know, such as missing tokenizer files.
+        seconds: time that the whole export took.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    adapter: str
+    target: str
+    precision: str
+    forms: dict[str, int]
+    opset: int
+    num_nodes: int
+    op_counts: dict[str, int]
+    inputs: dict[str, tuple[int | str, ...]]
+    num_adapter_inputs: int
+    outputs: dict[str, tuple[int | str, ...]]
+    compared: tuple[str, ...]
+    max_abs_error: float | None
+    max_rel_error: float | None
+    notes: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in list(self.op_counts.items())[:6])
+        lines = [
+            f"{self.path}: {self.target}, {self.precision}, opset {self.opset}, {self.seconds:.1f} s",
+            f"  {self.num_nodes} nodes: {counts}, …",
+        ]
+        lines += [f"  in   {name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items()]
+        if self.num_adapter_inputs:
+            lines.append(f"  in   {self.num_adapter_inputs} optional tensors of an adapter, of any rank")
+        lines += [f"  out  {name} ({', '.join(map(str, axes))})" for name, axes in self.outputs.items()]
+        if self.forms:
+            lines.append("  unmerged sites: " + ", ".join(f"{count} {form}" for form, count in self.forms.items()))
+        if self.max_abs_error is not None:
+            lines.append(
+                f"  equal to torch in {len(self.compared)} comparisons: "
+                f"max abs error {self.max_abs_error:.1e}, relative {self.max_rel_error:.1e}"
+            )
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])

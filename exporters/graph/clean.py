@@ -1,0 +1,54 @@
+"""What exporters and passes leave in a graph, taken away; and what they print, kept from the user."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir
+
+
+def drop_traces(graph_model: onnx_ir.Model) -> None:
+    """Removes what the exporters note on nodes and values: source lines and paths of the exporting machine."""
+    for graph in graph_model.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            for output in node.outputs:
+                output.metadata_props.clear()
+        for value in [*graph.inputs, *graph.initializers.values()]:
+            value.metadata_props.clear()
+
+
+def drop_inferred(graph_model: onnx_ir.Model) -> None:
+    """Removes types and shapes of values inside the graph: fusions and conversions leave stale ones, and runtimes infer
+    them anyway. Those of initializers become their tensors'.
+    """
+    for graph in graph_model.graphs():
+        for node in graph:
+            for output in node.outputs:
+                if not output.is_graph_output():
+                    output.type, output.shape = None, None
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and not value.is_graph_input():
+                value.type, value.shape = onnx_ir.TensorType(tensor.dtype), onnx_ir.Shape(tensor.shape.numpy())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the progress, notices and deprecations of exporters and graph passes from the user; errors are raised, not
+    logged.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers.exporters", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

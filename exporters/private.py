@@ -1,0 +1,99 @@
+"""What the exporters borrow of torch, transformers, accelerate and ONNX Runtime that they do not document.
+
+One function or name for each; an upgrade that takes one away breaks this file, and `tests/test_private.py`, which calls
+every one. Each says why the documented way does not do, and the version that it was first seen to work with.
+"""
+
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def name_scopes(node: onnx_ir.Node) -> list[str]:
+    """Paths of the modules in whose forward a node of torch's exporter stood, outermost first; the names of their
+    parameters are lost where it folds them. torch 2.11.
+    """
+    return [str(scope) for scope in ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))]
+
+
+def export_by_transformers(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any, opset: int | None) -> Any:
+    """The `onnx_ir.Model` of a Hugging Face model.
+
+    The exporter leaves its replacement of `forward` on the instance: the instance's attributes are put back.
+    transformers 5.23.
+    """
+    from transformers.exporters import OnnxConfig, OnnxExporter  # heavy: only where it is used
+
+    config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
+    attributes = dict(vars(model))
+    try:
+        return OnnxExporter().export(model, dict(inputs), config).program
+    finally:
+        model.__dict__.clear()
+        model.__dict__.update(attributes)
+
+
+def grouped_translations() -> dict[Any, Any]:
+    """How transformers writes products of rows that are sorted by expert in ONNX: torch's exporter has no translation
+    of their operators. transformers 5.23.
+    """
+    from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE  # heavy: only where it is used
+
+    return {target: write for target, write in _ONNX_TRANSLATION_TABLE.items() if "grouped_mm" in str(target)}
+
+
+def fuse_for_onnxruntime(graph_model: onnx_ir.Model, provider: str) -> None:
+    """transformers' fusions into ONNX Runtime's own operators, in place; its exporter runs them only on graphs that it
+    has just made, before weights have names. `provider`: "cpu" or "cuda". transformers 5.23.
+    """
+    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime  # heavy: only where it is used
+
+    fuse_for_onnxruntime(graph_model, provider)
+
+
+def folder_of(config: PretrainedConfig) -> Path | None:
+    """Where a model's configuration was loaded from, a local folder or a name on a hub; None for one that was made.
+    transformers 5.23.
+    """
+    return Path(config._name_or_path) if config._name_or_path else None
+
+
+def runs_under_accelerate(model: nn.Module) -> bool:
+    """Whether accelerate, or a Trainer, has put the model's forward under autocast. accelerate 1.1."""
+    return "_original_forward" in vars(model)
+
+
+def float16_converter() -> Any:
+    """ONNX Runtime's module that converts graphs to half precision, which ships with the package outside of its
+    documented API. onnxruntime 1.23.
+    """
+    return importlib.import_module("onnxruntime.transformers.float16")
+
+
+def provider_library(ort: Any, name: str) -> Path:
+    """The shared library of a GPU provider, "cuda" or "tensorrt", in the package's folder: loading it says what it
+    lacks, where ONNX Runtime writes a line to its log. onnxruntime 1.23.
+    """
+    return Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
+
+
+def is_nameless_axis(axis: str | None) -> bool:
+    """Whether a session's input has no name for an axis: ONNX Runtime makes one up. onnxruntime 1.23."""
+    return not axis or axis.startswith("unk__")
+
+
+def node_counts(session: Any) -> dict[str, int] | None:
+    """How many nodes each provider of a session has been given; None where ONNX Runtime is too old to tell. The session
+    must have been made with `session.record_ep_graph_assignment_info`. onnxruntime 1.24.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return None
+    counts = dict.fromkeys(session.get_providers(), 0)
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
+    return counts

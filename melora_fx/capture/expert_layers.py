@@ -1,0 +1,22 @@
+"""transformers' layers of experts: how they are told, and what lets them be captured."""
+
+from torch import nn
+
+from melora_fx.torch_private import experts_implementation, is_experts_layer
+
+REMEDY = 'a loop over experts depends on data: first call `model.set_experts_implementation("grouped_mm")`'
+"""What is said of a model that cannot be captured whole."""
+
+
+IN_PLACE_REMEDY = (
+    'its experts are chosen by data: after `model.set_experts_implementation("grouped_mm")` pass `example_inputs=`, or '
+    'adapt it in place after `model.set_experts_implementation("batched_mm")`'
+)
+"""What is said of experts that cannot be captured in place."""
+
+
+def loops_over_experts(model: nn.Module) -> bool:
+    """Whether `model` has layers of experts and is set to call them one by one."""
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None))]
+    is_eager = any(experts_implementation(config) == "eager" for config in configs)
+    return is_eager and any(is_experts_layer(module) for module in model.modules())

@@ -1,0 +1,92 @@
+"""Graphs that follow `.train()` and `.eval()` again, and models that are in one mode for a while."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .graphs import copy_graph
+
+aten = torch.ops.aten
+
+
+def follow_training_mode(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Makes an exported module trainable: what the export froze about the mode follows `.train()` and `.eval()` again,
+    and its checks of dtypes, which `.to(dtype)` would break, go.
+    """
+    for module in [each for each in graph_module.modules() if isinstance(each, fx.GraphModule)]:
+        module.graph = _following_graph(module)
+    for name in ("train", "eval"):  # an exported module carries its own, which raise
+        graph_module.__dict__.pop(name, None)
+    return graph_module
+
+
+def _following_graph(graph_module: fx.GraphModule) -> fx.Graph:
+    """The graph with dropout, attention dropout and batch norm as calls of modules, which are added."""
+    graph = copy_graph(graph_module.graph)
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif argument := _mode_argument(node):
+            index, eval_value = argument
+            if len(node.args) <= index or node.args[index] == eval_value:
+                continue
+            name = f"{node.name}_by_mode"
+            graph_module.add_submodule(name, FollowsMode(str(node.target), index, node.args[index], eval_value))
+            with graph.inserting_before(node):
+                call = graph.call_module(name, node.args, node.kwargs)
+            call.meta = copy.copy(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+    return graph
+
+
+def _mode_argument(node: fx.Node) -> tuple[int, float] | None:
+    """Position of the argument that the mode decides, and its value in evaluation."""
+    if node.target is aten.add_.Tensor and str(node.args[0]).endswith("num_batches_tracked"):
+        return 1, 0  # batch norm counts batches in training only
+    return _MODE_ARGUMENTS.get(node.target)
+
+
+class FollowsMode(nn.Module):
+    """Calls an ATen operator with its argument `index` set by the training flag: `train_value` or `eval_value`."""
+
+    def __init__(self, operator: str, index: int, train_value: float, eval_value: float) -> None:
+        super().__init__()
+        self.operator, self.index, self.train_value, self.eval_value = operator, index, train_value, eval_value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _, packet, overload = self.operator.split(".")
+        value = self.train_value if self.training else self.eval_value
+        call = getattr(getattr(aten, packet), overload)
+        return call(*args[: self.index], value, *args[self.index + 1 :], **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.operator}, argument {self.index}: {self.train_value} in training, else {self.eval_value}"
+
+
+_MODE_ARGUMENTS: dict[Any, tuple[int, float]] = {
+    aten.dropout.default: (2, False),
+    aten.feature_dropout.default: (2, False),
+    aten.alpha_dropout.default: (2, False),
+    aten.feature_alpha_dropout.default: (2, False),
+    aten.rrelu.default: (3, False),
+    aten.scaled_dot_product_attention.default: (4, 0.0),
+    aten.batch_norm.default: (5, False),
+}
+"""Operator → position of the argument that the mode decides, and its value in evaluation."""
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in train or eval mode; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

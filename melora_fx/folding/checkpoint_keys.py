@@ -1,0 +1,50 @@
+"""How a model's parameters are called in a checkpoint, by transformers' own rules."""
+
+from dataclasses import dataclass
+
+import transformers
+
+from melora_fx.load_model import load_model
+from melora_fx.torch_private import checkpoint_names, tied_weights
+
+from .checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How a model's parameters are called in a checkpoint.
+
+    Attributes:
+        keys: parameter → key.
+        converted: parameters that are stored in another form, several keys in one or one in several.
+        tied: parameters that share their memory with others in the model: name → the others.
+    """
+
+    keys: dict[str, str]
+    converted: frozenset[str]
+    tied: dict[str, tuple[str, ...]]
+
+
+def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | None) -> KeyMap:
+    """How the parameters of a model class are called in a checkpoint, by transformers' own rules.
+
+    The class is built on the meta device, without weights. Where transformers does not know it, names are keys.
+
+    Raises:
+        MELoRAError: where the checkpoint is of a model that this class is not for.
+    """
+    if checkpoint.config is None or not hasattr(transformers, class_name or ""):
+        return KeyMap({key: key for key in checkpoint.tensors}, frozenset(), {})
+    model = load_model(checkpoint.directory, with_weights=False, class_name=class_name, num_labels=num_labels)
+    keys: dict[str, str] = {}
+    converted: set[str] = set()
+    for key, name, targets in checkpoint_names(model, checkpoint.tensors):
+        if targets:
+            converted.update(targets)
+        else:
+            keys[name] = key
+    groups: dict[str, set[str]] = {}
+    for name, source in tied_weights(model).items():
+        groups.setdefault(source, {source}).add(name)
+    tied = {name: tuple(sorted(group - {name})) for group in groups.values() for name in group}
+    return KeyMap(keys, frozenset(converted), tied)

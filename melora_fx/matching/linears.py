@@ -1,0 +1,115 @@
+"""The linears of captured graphs, one entry a weight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from melora_fx.adapter.tensors import num_matrices
+from melora_fx.capture.graphs import Capture
+from melora_fx.config import MELoRAConfig
+from melora_fx.lowering.choice import choose_lowering, lowering_misfit
+from melora_fx.names import get_attribute, join_path, site_name
+from melora_fx.patterns.experts import find_expert_nodes
+from melora_fx.patterns.linear import find_linear_nodes
+from melora_fx.patterns.node import LinearNode, weight_of
+
+from .report import LinearSite
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One weight and every node that multiplies by it. `parameter` is its path below the captured module.
+
+    `shared_with`: the names of other parameters of the model that are the same weight.
+    """
+
+    name: str
+    capture: Capture
+    parameter: str
+    nodes: tuple[LinearNode, ...]
+    weight: torch.Tensor
+    config: MELoRAConfig
+    shared_with: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in_features, out_features) of the weight, or of each matrix in a stack."""
+        out_features, in_features = self.weight.shape[-2:]
+        return (out_features, in_features) if self.nodes[0].weight_is_transposed else (in_features, out_features)
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the weight is a stack of; 1 for a matrix."""
+        return num_matrices(self.weight)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the weight."""
+        return get_attribute(self.capture.module, self.parameter.rpartition(".")[0])
+
+    @property
+    def is_used_both_ways(self) -> bool:
+        """Whether some nodes take the weight as (out, in) and others as (in, out)."""
+        return len({node.weight_is_transposed for node in self.nodes}) > 1
+
+    def describe(self) -> LinearSite:
+        """The public view of this site."""
+        in_features, out_features = self.shape
+        num_parameters = self.num_experts * self.config.num_parameters(in_features, out_features)
+        return LinearSite(
+            self.name, in_features, out_features, self._pattern, self.lowering, num_parameters, self.shared_with,
+            self.num_experts,
+        )  # fmt: skip
+
+    @property
+    def lowering(self) -> str:
+        """How the site is computed in training."""
+        return choose_lowering(self.config, self.weight, self.nodes, self.capture.module)
+
+    def misfit(self, config: MELoRAConfig) -> str | None:
+        """Why this configuration cannot adapt this linear, or None."""
+        return config.misfit(*self.shape) or lowering_misfit(config, self.weight, self.nodes, self.capture.module)
+
+    @property
+    def _pattern(self) -> str:
+        kind = type(self.owner).__name__
+        is_module = kind in ("Linear", "Conv1D") and self.capture.module is self.owner
+        return kind if is_module else self.nodes[0].pattern
+
+
+def other_names(shared: Mapping[int, tuple[str, ...]], planned: PlannedSite) -> tuple[str, ...]:
+    return tuple(name for name in shared.get(id(planned.weight), ()) if name != planned.name)
+
+
+def group_by_weight(captures: list[Capture], config: MELoRAConfig) -> tuple[dict[str, PlannedSite], dict[str, str]]:
+    """Every linear of the captured graphs by name; a weight that several nodes multiply by is one site.
+
+    Returns:
+        the linears, and those that stand in two graphs, with the reason why they cannot be adapted.
+    """
+    found: dict[str, PlannedSite] = {}
+    split_up: dict[str, str] = {}
+    for capture in captures:
+        groups: dict[str, list[LinearNode]] = {}
+        for linear in _find_nodes(capture):
+            groups.setdefault(linear.parameter, []).append(linear)
+        for parameter, nodes in groups.items():
+            owner, _, attribute = parameter.rpartition(".")
+            name = site_name(join_path(capture.path, owner), attribute)
+            weight = weight_of(capture.module, parameter)
+            if name in found:
+                split_up[name] = "two modules' forwards multiply by its weight: pass `example_inputs=`"
+            found[name] = PlannedSite(name, capture, parameter, tuple(nodes), weight, config)
+    return found, split_up
+
+
+def _find_nodes(capture: Capture) -> list[LinearNode]:
+    """The products with matrices and with stacks of them, in the order of the graph."""
+    found = [
+        *find_linear_nodes(capture.graph, capture.module),
+        *find_expert_nodes(capture.graph, capture.module),
+    ]
+    position = {node: index for index, node in enumerate(capture.graph.nodes)}
+    return sorted(found, key=lambda linear: position[linear.node])

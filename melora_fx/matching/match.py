@@ -1,0 +1,35 @@
+"""`match`, the dry run: which linears of a model `rewrite` would adapt, and why not the others. Changes nothing."""
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from melora_fx.capture.example_inputs import ExampleInputs
+from melora_fx.config import MELoRAConfig
+
+from .plan import make_plan
+from .report import MatchReport
+from .targets import TargetSpec
+
+
+def match(
+    model: nn.Module | ExportedProgram,
+    targets: TargetSpec,
+    config: MELoRAConfig = MELoRAConfig(),
+    *,
+    example_inputs: ExampleInputs | None = None,
+) -> MatchReport:
+    """What `rewrite` with the same arguments would do, without doing it.
+
+    Args:
+        model, targets, config, example_inputs: as in `rewrite`.
+
+    Raises:
+        ValueError, TypeError: for `targets` that match nothing or have no accepted form.
+        MELoRAError: where the model cannot be captured.
+    """
+    plan = make_plan(model, targets, config, example_inputs)
+    return MatchReport(
+        sites=tuple(planned.describe() for planned in plan.sites),
+        untargeted=tuple(planned.describe() for planned in plan.untargeted),
+        skipped=tuple((plan.refused | plan.unsuitable | plan.misfits).items()),
+    )

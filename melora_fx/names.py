@@ -1,0 +1,48 @@
+"""Dotted names: of modules, parameters and sites, and what stands at them."""
+
+from typing import Any
+
+from torch import nn
+
+from .torch_private import WRAPPED
+
+
+def join_path(*parts: str) -> str:
+    """Dotted name of the parts that are not empty."""
+    return ".".join(part for part in parts if part)
+
+
+def without_wrappers(name: str) -> str:
+    """`name` as it is without the wrappers of single layers, `torch.compile`'s and `checkpoint_wrapper`'s.
+
+    Both give their layer's attributes as their own, so that the shorter name leads to the same module.
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def site_name(owner: str, parameter: str) -> str:
+    """Name of the site whose weight is `parameter` of the module at `owner`."""
+    return owner if owner and parameter == "weight" else join_path(owner, parameter)
+
+
+def get_attribute(module: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path below `module` ("" is `module` itself), or None where there is none."""
+    value: Any = module
+    for name in path.split(".") if path else ():
+        value = getattr(value, name, None)
+    return value
+
+
+def shared_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """For each parameter of `model`, by id, all names it goes by; a module used in several places counts once."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(without_wrappers(name).removesuffix(".weight"))
+    return {key: tuple(value) for key, value in names.items()}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a `torch.compile` wrapper, or `model` itself."""
+    inner = getattr(model, WRAPPED[0], None)
+    return inner if isinstance(inner, nn.Module) else model

@@ -1,0 +1,65 @@
+"""Does an adapter belong to this model: names, shapes, and the fingerprints of the base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from melora_fx.adapter.tensors import num_matrices
+from melora_fx.errors import MELoRAError
+from melora_fx.matching.targets import nearest
+
+from .adapter_file import Adapter
+from .fingerprint import fingerprint_misfit
+from .save import tensors_by_name
+
+
+def check_fingerprints(adapter: Adapter, actual: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises MELoRAError where a base weight is not the one that the adapter was trained on.
+
+    Args:
+        adapter: the adapter.
+        actual: site → fingerprint of the weight that is there.
+    """
+    lines = []
+    for name, expected in adapter.fingerprints.items():
+        if reason := fingerprint_misfit(actual[name], expected):
+            lines.append(f"`{name}`: {reason}")
+    if lines:
+        raise MELoRAError(f"`{adapter.directory}` was trained on another base model:\n" + "\n".join(lines))
+
+
+def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises MELoRAError where a base weight, by its site's name, has not the shape that the adapter is for."""
+    lines = []
+    for name, config in adapter.configs.items():
+        shapes = [tuple(adapter.tensors[f"{name}.{kind}"].shape) for kind in ("lora_a", "lora_b")]
+        (rows, columns), number = weights[name].shape[-2:], num_matrices(weights[name])
+        fitting = [config.adapter_shapes(rows, columns, number), config.adapter_shapes(columns, rows, number)]
+        if tuple(shapes) not in fitting:
+            lines.append(
+                f"`{name}`: lora_a is {shapes[0]} and lora_b {shapes[1]}, which does not fit a weight of shape "
+                f"{tuple(weights[name].shape)} and the adapter's own configuration {config}"
+            )
+    if lines:
+        raise MELoRAError(f"`{adapter.directory}` does not fit the model:\n" + "\n".join(lines))
+
+
+def check_kept(adapter: Adapter, model: nn.Module) -> None:
+    own = tensors_by_name(model)
+    lines = []
+    for name, tensor in adapter.kept_tensors().items():
+        if name not in own:
+            lines.append(f"`{name}`: the model has no such tensor")
+        elif own[name].shape != tensor.shape:
+            lines.append(f"`{name}`: saved as {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
+    if lines:
+        raise MELoRAError(f"the trained modules of `{adapter.directory}` do not fit the model:\n" + "\n".join(lines))
+
+
+def another_model(adapter: Adapter, wrong: list[str], known: list[str]) -> MELoRAError:
+    lines = [f"`{name}`; nearest: {nearest(name, known)}" for name in wrong]
+    return MELoRAError(
+        f"`{adapter.directory}` is for another model; it has sites that this one lacks:\n" + "\n".join(lines)
+    )

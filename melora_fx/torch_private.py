@@ -1,0 +1,203 @@
+"""What melora_fx borrows of torch and transformers that they do not document: one function or name for each.
+
+An upgrade that takes one away breaks this file, and `tests/test_private.py`, which calls every one. Each says why the
+documented way does not do, and the version that it was first seen to work with.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Where `torch.compile` and `checkpoint_wrapper` keep the module that they wrap; both show its attributes as their own.
+They have no accessor for it. torch 2.11."""
+
+
+def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The dicts that hold the module's own parameters, buffers and children, to be read, compared and put back.
+
+    `named_parameters` and its kin leave out entries of None and repeated ones, and give no way to undo. torch 2.11.
+    """
+    return module._parameters, module._buffers, module._modules
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether `module` is a convolution of any kind: the common base class has no public name. torch 2.11."""
+    return isinstance(module, _ConvNd)
+
+
+def follows_mode(module: nn.Module) -> bool:
+    """Whether `module` is a dropout or a batch norm of any kind: their base classes have no public name. torch 2.11."""
+    return isinstance(module, _DropoutNd | _BatchNorm)
+
+
+DERIVED_SUFFIXES = ("_orig", "_v")
+"""What pruning and `weight_norm` append to the parameter that they make a weight of. torch 2.11."""
+
+
+def empty_graph_like(graph: fx.Graph) -> fx.Graph:
+    """A graph without nodes that generates its code as `graph` does, pytrees of inputs and outputs included.
+
+    `copy.deepcopy` keeps them too, but copies node metadata deeply, example tensors among it. torch 2.11.
+    """
+    empty = fx.Graph(tracer_cls=graph._tracer_cls)
+    empty.set_codegen(graph._codegen)
+    return empty
+
+
+def is_operator(target: Any) -> TypeGuard["torch._ops.OpOverload"]:
+    """Whether a node calls one overload of a registered operator; the class has no public name. torch 2.11."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def operator_key(operator: Any) -> tuple[str, str]:
+    """("namespace::packet", "overload") of a registered operator, which has no pickling of its own. torch 2.11."""
+    return operator._schema.name, operator._overloadname
+
+
+def is_constant_of_trace(name: str) -> bool:
+    """Whether `fx.Tracer` has put this attribute on a module, for a tensor made in its forward. torch 2.11."""
+    return name.startswith("_tensor_constant")
+
+
+GRAPH_SPECS = ("_in_spec", "_out_spec")
+"""Attributes that a GraphModule may set when it generates its code. torch 2.11."""
+
+MADE_FROM_GRAPH = ("_graph", *GRAPH_SPECS, "_compiled_call_impl")
+"""Attributes of a GraphModule that it makes anew from its graph, and that a copy must not take over. torch 2.11."""
+
+
+def put_graph(module: fx.GraphModule, graph: fx.Graph) -> None:
+    """`module.graph` is `graph` from here on, and its code stays as it is: the setter would generate it. torch 2.11."""
+    vars(module)["_graph"] = graph
+
+
+def clear_export_hooks(module: nn.Module) -> None:
+    """Removes every forward hook: those of `ExportedProgram.module()` cannot be pickled, and it gives no handles to
+    them. torch 2.11.
+    """
+    for hooks in (
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks,
+        module._forward_hooks_always_called,
+    ):
+        hooks.clear()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether `tensor` has no values, as under `torch.compile` and `torch.export`. torch 2.11."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def in_one_storage(first: Tensor, second: Tensor) -> bool:
+    """Whether one is a view of the other: addresses do not tell on the meta device. torch 2.11."""
+    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
+
+
+def preserve_versions(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """After the block autograd takes the tensors for unchanged: whoever writes in it must put the bits back.
+
+    `.data` hides a write too, but also from the backward of what was computed inside the block. torch 2.11.
+    """
+    return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open; `forward_ad` does not say. torch 2.11."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def in_functorch() -> bool:
+    """Whether a transform of `torch.func` (grad, vmap, jvp) is running. torch 2.11."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_fx_trace() -> bool:
+    """Whether `fx.Tracer` is tracing now. torch 2.11."""
+    return is_fx_symbolic_tracing()
+
+
+# Nested inputs and outputs are flattened by `torch.utils._pytree`, as `torch.export` itself does it.
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree` with `function` of each leaf in its place. torch 2.11."""
+    return _pytree.tree_map(function, tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves in order. torch 2.11."""
+    return _pytree.tree_leaves(tree)
+
+
+def tree_paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """(path, leaf) of each leaf; a step is a mapping's key, a sequence's index or a field's name. torch 2.11."""
+    return [
+        (tuple(str(next(getattr(key, k) for k in ("key", "idx", "name") if hasattr(key, k))) for key in path), leaf)
+        for path, leaf in _pytree.tree_flatten_with_path(tree)[0]
+    ]
+
+
+HAS_ADAPTERS = "_hf_peft_config_loaded"
+"""Attribute by which a model says that it has adapters to train: without it a Trainer refuses a quantised one, and with
+it `save_pretrained` writes PEFT's format. transformers 5.23."""
+
+KEYS_NOT_SAVED = "_keys_to_ignore_on_save"
+"""Attribute that lists the keys which a Trainer does not miss in a checkpoint. transformers 5.23."""
+
+
+def is_experts_layer(module: nn.Module) -> bool:
+    """Whether `module` is one of transformers' layers of experts, by what its decorator sets. transformers 5.23."""
+    return hasattr(module, "_is_expert_parallel")
+
+
+def experts_implementation(config: Any) -> str | None:
+    """The form in which a configuration's experts are computed, as `set_experts_implementation` has set it; there is no
+    getter. transformers 5.23.
+    """
+    return getattr(config, "_experts_implementation", None)
+
+
+def checkpoint_names(model: Any, keys: Iterable[str]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What `from_pretrained` would do with the keys of a checkpoint: (key, parameter, further parameters) of each.
+
+    The third is empty where the key's tensor becomes the parameter as it is; else it lists all parameters that it is
+    converted into, together with other keys. transformers has no function that says this without loading.
+    transformers 5.23.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping  # heavy: only where it is used
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    own = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found = []
+    for key in sorted(keys, key=dot_natural_key):  # some rules count on the order
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if name not in own and key in own:  # a rule for older checkpoints, which have other keys
+            name, pattern = key, None
+        converted: tuple[str, ...] = ()
+        if pattern is not None:
+            first, *others = by_pattern[pattern].target_patterns
+            converted = (name, *(name.replace(first, other) for other in others))
+        found.append((key, name, converted))
+    return found
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """Name of each parameter that a model ties → the one that it is tied to; known before any weight is. transformers
+    5.23.
+    """
+    return getattr(model, "all_tied_weights_keys", {})

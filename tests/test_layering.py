@@ -1,0 +1,118 @@
+"""Rooms import only what stands above them in the list; nothing imports in a circle."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = {
+    "melora_fx": (
+        "errors", "config", "torch_private", "names", "files", "load_model", "adapter", "capture", "patterns",
+        "lowering", "matching", "rewriting", "saving", "folding", "__init__",
+    ),
+    "exporters": (
+        "onnx_runtime", "example_inputs", "export_report", "export_files", "private", "onnx_files", "adapters",
+        "graph", "runtime", "fold_onnx", "measuring", "tensorrt_check", "triton_server", "verify", "export",
+        "demo", "cli", "__init__",
+    ),
+}  # fmt: skip
+FORBIDDEN = {"melora_fx": {"exporters", "onnx", "onnx_ir", "onnxruntime", "onnxscript"}, "exporters": set[str]()}
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """Dotted name of a file; a folder's `__init__` keeps it."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {module_of(path) for package in ORDER for path in files(package)}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of what a file imports, also inside of functions: modules, and names in modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            own = module_of(path).split(".")[: -node.level] if node.level else []
+            base = ".".join([*own, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def resolve(name: str) -> str | None:
+    """The module of ours that an imported name is, or stands in; None for those of others."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        for module in (".".join(parts[:end]), ".".join([*parts[:end], "__init__"])):
+            if module in MODULES:
+                return module
+    return None
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_every_room_stands_in_the_list(package: str) -> None:
+    assert {room_of(module_of(path)) for path in files(package)} == set(ORDER[package])
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_rooms_import_only_what_stands_above_them(package: str) -> None:
+    floor = {room: number for number, room in enumerate(ORDER[package])}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files(package)
+        for name in imports(path)
+        if (module := resolve(name)) is not None
+        and module.split(".")[0] == package
+        and floor[room_of(module)] > floor[room_of(module_of(path))]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_the_library_needs_no_exporter(package: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files(package)
+        for name in imports(path)
+        if name.split(".")[0] in FORBIDDEN[package]
+    ]
+    assert wrong == []
+
+
+def test_no_import_circle() -> None:
+    """Between files; `graphlib` raises, and names the circle."""
+    needs = {
+        module_of(path): {module for name in imports(path) if (module := resolve(name)) and module != module_of(path)}
+        for package in ORDER
+        for path in files(package)
+    }
+    assert len(list(TopologicalSorter(needs).static_order())) == len(MODULES)
+
+
+def test_no_test_file_imports_another() -> None:
+    tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")} | {"conftest"}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in imports(path)
+        if name.split(".")[0] in tests
+    ]
+    assert wrong == []
+
+
+def test_sizes() -> None:
+    """A file can be read in one sitting, a folder at one glance; tests and benchmarks aside."""
+    paths = [path for package in ORDER for path in files(package)]
+    assert {path: n for path in paths if (n := len(path.read_text().splitlines())) > 300} == {}
+    folders = {path.parent for path in paths}
+    assert {folder: n for folder in folders if (n := len(list(folder.glob("*.py"))) - 1) > 16} == {}
