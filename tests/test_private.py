@@ -1,0 +1,331 @@
+"""Every internal that the packages borrow does what its one function says: an upgrade breaks here first."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+import transformers
+from support.models import IN, OUT, bert_classifier, gpt2, randn
+from torch import fx, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
+
+from exporters import private
+from exporters.graph.clean import quiet
+from melora_fx import torch_private
+
+aten = torch.ops.aten
+MIXTRAL = transformers.MixtralConfig(
+    hidden_size=IN,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=OUT,
+    vocab_size=50,
+    num_local_experts=2,
+)
+
+
+@pytest.mark.parametrize("module", [torch_private, private], ids=["torch_private", "private"])
+def test_every_name_is_called_here(module: Any) -> None:
+    tree = ast.parse(inspect.getsource(module))
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    names += [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
+    text = Path(__file__).read_text()
+    short = module.__name__.rpartition(".")[2]
+    assert [name for name in names if not re.search(rf"\b{short}\.{name}\b", text)] == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_wrapped() -> None:
+    plain = nn.Linear(IN, OUT)
+    wrappers = (torch.compile(plain), checkpoint_wrapper(plain))
+    inner = [getattr(wrapper, name) for wrapper, name in zip(wrappers, torch_private.WRAPPED, strict=True)]
+    assert all(module is plain for module in inner)
+
+
+def test_registered() -> None:
+    module = nn.BatchNorm1d(3)
+    module.extra = nn.ReLU()
+    module.register_parameter("nothing", None)
+    parameters, buffers, children = torch_private.registered(module)
+    assert list(parameters) == ["weight", "bias", "nothing"]
+    assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+    assert list(children) == ["extra"]
+    del parameters["nothing"]
+    assert not hasattr(module, "nothing"), "the dicts are the module's own"
+
+
+def test_kinds_of_modules() -> None:
+    convolutions = [nn.Conv1d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1)]
+    by_mode = [nn.Dropout(), nn.AlphaDropout(), nn.Dropout2d(), nn.BatchNorm1d(1), nn.SyncBatchNorm(1)]
+    other = [nn.Linear(1, 1), nn.LayerNorm(1)]
+    assert [torch_private.is_convolution(module) for module in convolutions + other] == [True] * 3 + [False] * 2
+    assert [torch_private.follows_mode(module) for module in by_mode + other] == [True] * 5 + [False] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_derived_suffixes() -> None:
+    pruned = prune.l1_unstructured(nn.Linear(IN, OUT), "weight", 0.5)
+    normed = nn.utils.weight_norm(nn.Linear(IN, OUT))
+    names = [f"weight{suffix}" for suffix in torch_private.DERIVED_SUFFIXES]
+    for module, name in zip((pruned, normed), names, strict=True):
+        assert name in dict(module.named_parameters())
+
+
+def exported(model: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
+    return torch.export.export(model, inputs).module()
+
+
+def test_an_empty_graph_takes_and_returns_the_same_trees() -> None:
+    class Pairs(nn.Module):
+        def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"sum": pair[0] + pair[1]}
+
+    pair = (randn(2), randn(2, seed=2))
+    module = torch.export.export(Pairs(), (pair,)).module(check_guards=False)
+    graph = torch_private.empty_graph_like(module.graph)
+    assert len(graph.nodes) == 0
+    values: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, values))
+    torch.testing.assert_close(fx.GraphModule(module, graph)(pair), {"sum": pair[0] + pair[1]})
+
+
+def test_operators() -> None:
+    assert torch_private.is_operator(aten.add.Tensor)
+    assert not torch_private.is_operator(torch.add)
+    assert torch_private.operator_key(aten.add.Tensor) == ("aten::add", "Tensor")
+    assert torch_private.operator_key(aten.mm.default) == ("aten::mm", "default")
+
+
+def test_constants_of_a_trace() -> None:
+    class Makes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.ones(2)
+
+    module = Makes()
+    fx.Tracer().trace(module)
+    (made,) = [name for name in vars(module) if torch_private.is_constant_of_trace(name)]
+    assert torch.equal(getattr(module, made), torch.ones(2))
+
+
+def test_a_graph_is_put_without_new_code() -> None:
+    module, other = fx.symbolic_trace(nn.Tanh()), fx.symbolic_trace(nn.ReLU())
+    code = module.code
+    torch_private.put_graph(module, other.graph)
+    assert module.graph is other.graph
+    assert module.code == code
+    made = {name for name in torch_private.MADE_FROM_GRAPH if hasattr(module, name)}
+    assert {"_graph", "_compiled_call_impl"} <= made
+    pairs = exported(nn.Linear(IN, OUT), randn(2, IN))
+    assert [hasattr(pairs, name) for name in torch_private.GRAPH_SPECS] == [True, True]
+
+
+def test_export_hooks_are_cleared() -> None:
+    module = exported(nn.Linear(IN, OUT), randn(2, IN))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        module(randn(3, IN))
+    torch_private.clear_export_hooks(module)
+    assert module._forward_pre_hooks == {}
+    module.register_forward_hook(lambda *_: None, always_call=True)
+    torch_private.clear_export_hooks(module)
+    assert (module._forward_hooks, module._forward_hooks_always_called) == ({}, {})
+
+
+def test_fake_tensors() -> None:
+    seen: list[bool] = []
+
+    class Looks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch_private.is_fake(x))
+            return x + 1
+
+    torch.export.export(Looks(), (randn(2),), strict=False)
+    assert seen == [True]
+    assert torch_private.is_fake(torch.empty(1, device="meta"))
+    assert not torch_private.is_fake(randn(2))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_storages(device: str) -> None:
+    first, second = torch.empty(4, 6, device=device), torch.empty(4, 6, device=device)
+    assert torch_private.in_one_storage(first, first[1:].t())
+    assert not torch_private.in_one_storage(first, second)
+
+
+def test_versions_are_preserved() -> None:
+    weight = nn.Parameter(randn(3, 3))
+    loss = (weight * weight).sum()
+    with torch_private.preserve_versions([weight]), torch.no_grad():
+        weight.mul_(2)
+        weight.div_(2)
+    loss.backward()
+    torch.testing.assert_close(weight.grad, 2 * weight.detach())
+
+
+def test_transforms_are_seen() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append((torch_private.in_functorch(), torch_private.in_forward_mode()))
+        return x.sum()
+
+    look(randn(2))
+    torch.func.grad(look)(randn(2))
+    with torch.autograd.forward_ad.dual_level():
+        look(randn(2))
+    assert seen == [(False, False), (True, False), (False, True)]
+
+
+def test_an_fx_trace_is_seen() -> None:
+    seen: list[bool] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_private.in_fx_trace())
+        return x
+
+    look(randn(2))
+    fx.symbolic_trace(look)
+    assert seen == [False, True]
+
+
+def test_trees() -> None:
+    tree = {"a": [1, {"b": 2}], "c": (3,)}
+    assert torch_private.tree_map(lambda leaf: leaf * 10, tree) == {"a": [10, {"b": 20}], "c": (30,)}
+    assert torch_private.tree_leaves(tree) == [1, 2, 3]
+    assert torch_private.tree_paths(tree) == [(("a", "0"), 1), (("a", "1", "b"), 2), (("c", "0"), 3)]
+
+
+def test_names_that_transformers_reads() -> None:
+    trainer = inspect.getsource(transformers.trainer)
+    assert torch_private.KEYS_NOT_SAVED in trainer
+    assert torch_private.HAS_ADAPTERS in trainer + inspect.getsource(transformers.trainer_utils)
+    assert torch_private.HAS_ADAPTERS in inspect.getsource(transformers.modeling_utils)
+
+
+def test_experts() -> None:
+    model = transformers.MixtralForCausalLM(MIXTRAL)
+    layers = [name for name, module in model.named_modules() if torch_private.is_experts_layer(module)]
+    assert layers == ["model.layers.0.mlp.experts"]
+    model.set_experts_implementation("batched_mm")
+    assert torch_private.experts_implementation(model.config) == "batched_mm"
+    assert torch_private.experts_implementation(gpt2().config) in (None, "eager", "grouped_mm")
+
+
+def test_names_in_checkpoints() -> None:
+    model = bert_classifier()
+    keys = [*model.state_dict()]
+    assert {(key, name) for key, name, _ in torch_private.checkpoint_names(model, keys)} == {(key, key) for key in keys}
+    assert torch_private.checkpoint_names(model, ["bert.embeddings.LayerNorm.gamma"]) == [
+        ("bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight", ())
+    ]
+    stored = [f"model.layers.0.block_sparse_moe.experts.{expert}.w{i}.weight" for expert in (0, 1) for i in (1, 2, 3)]
+    with torch.device("meta"):
+        found = torch_private.checkpoint_names(transformers.MixtralForCausalLM(MIXTRAL), stored)
+    converted = {name for *_, names in found for name in names}
+    assert converted == {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+
+
+def test_tied_weights() -> None:
+    assert torch_private.tied_weights(gpt2()) == {"lm_head.weight": "transformer.wte.weight"}
+    assert torch_private.tied_weights(nn.Linear(IN, OUT)) == {}
+
+
+class Scaled(nn.Module):
+    """A linear under a name, so that its node has a scope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(IN, OUT)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * 2
+
+
+def test_scopes_of_nodes() -> None:
+    with quiet():
+        program = torch.onnx.export(Scaled().eval(), (randn(2, IN),), dynamo=True, verbose=False)
+    scopes = {node.op_type: private.name_scopes(node) for node in program.model.graph}
+    assert "inner" in scopes["Gemm"]
+    assert "inner" not in scopes["Mul"]
+    assert private.name_scopes(onnx_ir.node("Relu", [])) == []
+
+
+def test_an_export_leaves_the_instance_alone() -> None:
+    model = bert_classifier()
+    before = dict(vars(model))
+    tokens = torch.arange(8).view(2, 4)
+    shapes = {"input_ids": {0: torch.export.Dim.AUTO}}
+    with quiet():
+        graph = private.export_by_transformers(model, {"input_ids": tokens}, shapes, None).graph
+    assert [value.name for value in graph.inputs] == ["input_ids"]
+    assert vars(model) == before
+
+
+def test_translations_of_grouped_products() -> None:
+    found = private.grouped_translations()
+    assert any("grouped_mm_fallback" in str(target) for target in found)
+    assert all(callable(write) for write in found.values())
+
+
+def test_fusions() -> None:
+    model = bert_classifier()
+    with quiet():
+        graph_model = private.export_by_transformers(model, {"input_ids": torch.arange(8).view(2, 4)}, None, None)
+    private.fuse_for_onnxruntime(graph_model, "cpu")
+    assert "com.microsoft" in {node.domain for node in graph_model.graph}
+
+
+def test_folders_of_configurations(tmp_path: Path) -> None:
+    model = bert_classifier()
+    assert private.folder_of(model.config) is None
+    model.config.save_pretrained(tmp_path)
+    assert private.folder_of(transformers.AutoConfig.from_pretrained(tmp_path)) == tmp_path
+
+
+def test_accelerate_is_seen() -> None:
+    model = nn.Linear(IN, OUT)
+    assert not private.runs_under_accelerate(model)
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    assert private.runs_under_accelerate(prepared)
+
+
+def small_graph(folder: Path) -> Path:
+    """y = x w, with an axis without a name."""
+    text = '<ir_version: 9, opset_import: ["" : 20]> g (float[?, 2] x) => (float[?, 3] y) { y = MatMul (x, w) }'
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((2, 3), np.float32), "w"))
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_the_float16_converter(tmp_path: Path) -> None:
+    converter = private.float16_converter()
+    half = converter.convert_float_to_float16(onnx.load(small_graph(tmp_path)))
+    assert {tensor.data_type for tensor in half.graph.initializer} == {onnx.TensorProto.FLOAT16}
+    assert "ArrayFeatureExtractor" in converter.DEFAULT_OP_BLOCK_LIST
+
+
+def test_libraries_of_providers() -> None:
+    path = private.provider_library(onnxruntime, "cuda")
+    assert path.parent.is_dir()
+    assert path.is_file() == ("CUDAExecutionProvider" in onnxruntime.get_available_providers())
+
+
+def test_nodes_and_nameless_axes_of_sessions(tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(small_graph(tmp_path), options, providers=["CPUExecutionProvider"])
+    assert private.node_counts(session) == {"CPUExecutionProvider": 1}
+    assert private.node_counts(object()) is None
+    assert private.is_nameless_axis(session.get_inputs()[0].shape[0])
+    assert not private.is_nameless_axis("batch")
