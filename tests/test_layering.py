@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = {
+_ROOMS = {
     "melora_fx": """
         errors config torch_private names files load_model
         adapter capture patterns lowering matching rewriting saving folding __init__
-    """.split(),
+    """,
     "exporters": """
         onnx_runtime private example_inputs export_report export_files
         onnx_files adapters graph runtime fold_onnx measuring tensorrt_check triton_server
         verify export demo cli __init__
-    """.split(),
+    """,
 }
+ORDER = {package: rooms.split() for package, rooms in _ROOMS.items()}
 LIBRARIES = {"torch", "nn", "fx", "transformers", "accelerate", "onnx", "onnx_ir", "onnxruntime", "ort"}
 FORBIDDEN = {"melora_fx": {"exporters", "onnx", "onnx_ir", "onnxruntime", "onnxscript"}, "exporters": set[str]()}
 
