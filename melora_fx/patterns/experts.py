@@ -40,7 +40,9 @@ class ExpertNode(LinearNode):
 
 def products_with(read: fx.Node) -> list[str]:
     """Names of the operators that multiply by what the `get_attr` node `read` gives, or by parts and views of it."""
-    found, pending, seen = dict[str, None](), [read], set[fx.Node]()
+    found: dict[str, None] = {}
+    seen: set[fx.Node] = set()
+    pending = [read]
     while pending:
         for user in pending.pop().users:
             name = operator_name(user)
@@ -57,7 +59,8 @@ def find_expert_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[ExpertNode]
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        name, expert = operator_name(node), None
+        name = operator_name(node)
+        expert: ExpertNode | None = None
         if name == "bmm":
             expert = _match_gathered(node, owner)
         elif name in _GROUPED:
@@ -78,41 +81,56 @@ class _Stack:
 
 def _match_gathered(node: fx.Node, owner: nn.Module) -> ExpertNode | None:
     """`bmm(stack[ids], x (S, I, 1))`, or `bmm(x (S, 1, I), stack[ids])`."""
-    left, right = argument(node, 0, "self", "input"), argument(node, 1, "mat2")
+    left = argument(node, 0, "self", "input")
+    right = argument(node, 1, "mat2")
     for stack_side, x, dims, is_left in ((left, right, (-1, 2), True), (right, left, (1, -2), False)):
         stack = _stack(stack_side, owner)
         if stack is None or stack.gather is None or not _is_row(x, dims):
             continue
-        choice = _choice(stack.gather)
-        is_transposed = stack.is_transposed if is_left else not stack.is_transposed
         return ExpertNode(
-            node, x, stack.parameter, pattern_name(node), is_transposed, weight_is_cast=stack.is_cast, choice=choice,
+            node=node,
+            input=x,
+            parameter=stack.parameter,
+            pattern=pattern_name(node),
+            weight_is_transposed=stack.is_transposed if is_left else not stack.is_transposed,
+            weight_is_cast=stack.is_cast,
+            choice=_choice(stack.gather),
             gather=stack.gather,
-        )  # fmt: skip
+        )
     return None
 
 
 def _match_grouped(node: fx.Node, owner: nn.Module) -> ExpertNode | None:
     """`grouped_mm(x (S, I), stack (E, I, O), offs (E,))`."""
-    x, choice = argument(node, 0, "self", "mat_a", "input"), argument(node, 2, "offs")
+    x = argument(node, 0, "self", "mat_a", "input")
     stack = _stack(argument(node, 1, "mat2", "mat_b", "weight"), owner)
-    others = (argument(node, 3, "bias"), argument(node, 4, "out_dtype"))
-    if stack is None or stack.gather is not None or others != (None, None):
+    group_ends = argument(node, 2, "offs")
+    bias = argument(node, 3, "bias")
+    out_dtype = argument(node, 4, "out_dtype")
+    if stack is None or stack.gather is not None or bias is not None or out_dtype is not None:
         return None
-    if not isinstance(x, fx.Node) or not isinstance(choice, fx.Node):
+    if not isinstance(x, fx.Node) or not isinstance(group_ends, fx.Node):
         return None
     return ExpertNode(
-        node, x, stack.parameter, pattern_name(node), not stack.is_transposed, weight_is_cast=stack.is_cast,
-        choice=choice, is_grouped=True,
-    )  # fmt: skip
+        node=node,
+        input=x,
+        parameter=stack.parameter,
+        pattern=pattern_name(node),
+        weight_is_transposed=not stack.is_transposed,
+        weight_is_cast=stack.is_cast,
+        choice=group_ends,
+        is_grouped=True,
+    )
 
 
 def _stack(value: Any, owner: nn.Module) -> _Stack | None:
     """The stack that `value` shows whole, or matrices of it, with no other view than a transposition; or None."""
     views: list[fx.Node] = []
-    value, gather = behind_views(value, views), None
+    gather: fx.Node | None = None
+    value = behind_views(value, views)
     if isinstance(value, fx.Node) and _choice(value) is not None:
-        gather, value = value, behind_views(value.args[0], views)
+        gather = value
+        value = behind_views(gather.args[0], views)
     parameter = parameter_of(value, owner, dim=3)
     if parameter is None:
         return None

@@ -60,25 +60,28 @@ def _match_einsum(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     terms = inputs.split(",")
     if not len(operands) == len(terms) == 2:
         return None
-    for x, x_term, w, w_term in (
-        (operands[0], terms[0], operands[1], terms[1]),
-        (operands[1], terms[1], operands[0], terms[0]),
-    ):
-        weight, contracted = view_of_parameter(w, owner), x_term[-1:]
-        new = w_term.replace(contracted, "")
-        if weight is None or len(w_term) != 2 or len(new) != 1 or len(set(x_term + new)) != len(x_term) + 1:
+    for x, w in ((0, 1), (1, 0)):
+        weight = view_of_parameter(operands[w], owner)
+        if weight is None or not _is_product(terms[x], terms[w], output):
             continue
-        if output != x_term[:-1] + new:
-            continue
-        is_transposed = weight.is_transposed ^ (w_term[0] == contracted)
-        return _linear_node(node, x, replace(weight, is_transposed=is_transposed))
+        contracts_first = terms[w][0] == terms[x][-1]
+        is_transposed = weight.is_transposed ^ contracts_first
+        return _linear_node(node, operands[x], replace(weight, is_transposed=is_transposed))
     return None
+
+
+def _is_product(x_term: str, w_term: str, output: str) -> bool:
+    """Whether the last letter of `x_term` is contracted with a matrix, whose other letter is new and comes last."""
+    new = w_term.replace(x_term[-1:], "")
+    has_new_letter = len(w_term) == 2 and len(new) == 1
+    letters_differ = len(set(x_term + new)) == len(x_term) + 1
+    return has_new_letter and letters_differ and output == x_term[:-1] + new
 
 
 def _match_packed(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     x = node.args[1]
     assert isinstance(x, fx.Node), "of `packed_graph`"
-    return LinearNode(node, x, "weight", type(owner).__name__, False)
+    return LinearNode(node, x, parameter="weight", pattern=type(owner).__name__, weight_is_transposed=False)
 
 
 def _linear_node(
@@ -87,22 +90,28 @@ def _linear_node(
     """The node, where `weight` is the matrix that `F.linear` would take; some rows only where they are outputs."""
     if weight is None or not isinstance(input, fx.Node) or (weight.is_transposed and not weight.is_whole):
         return None
-    rows, name = None if weight.is_whole else weight.rows, pattern_name(node)
     return LinearNode(
-        node, input, weight.parameter, name, weight.is_transposed, rows, input_is_transposed, weight.is_cast
+        node=node,
+        input=input,
+        parameter=weight.parameter,
+        pattern=pattern_name(node),
+        weight_is_transposed=weight.is_transposed,
+        rows=None if weight.is_whole else weight.rows,
+        input_is_transposed=input_is_transposed,
+        weight_is_cast=weight.is_cast,
     )
 
 
 _ADDMM = {torch.addmm, aten.addmm.default, "addmm", torch.baddbmm, aten.baddbmm.default, "baddbmm"}
-_MATMUL = {
-    torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm",
-    aten.matmul.default, aten.mm.default, aten.bmm.default,
-}  # fmt: skip
+_MATMUL = {torch.matmul, aten.matmul.default, operator.matmul, "matmul"}
+_MM = {torch.mm, aten.mm.default, "mm", torch.bmm, aten.bmm.default, "bmm"}
 _EINSUM = {torch.einsum, torch.functional.einsum, aten.einsum.default}
+
 _MATCHERS: dict[Any, Callable[[fx.Node, nn.Module], LinearNode | None]] = {
     **dict.fromkeys(LINEAR, _match_linear),
     **dict.fromkeys(_ADDMM, _match_addmm),
-    **dict.fromkeys(_MATMUL, _match_matmul),
+    **dict.fromkeys(_MATMUL | _MM, _match_matmul),
     **dict.fromkeys(_EINSUM, _match_einsum),
     run_base_forward: _match_packed,
 }
+"""Target of a node → what makes a linear node of it: operators, functions, and names of methods."""

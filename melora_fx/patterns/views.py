@@ -12,19 +12,33 @@ from melora_fx.torch_private import in_one_storage
 
 from .node import operator_name, parameter_of
 
+_TRANSPOSITIONS = {"t", "T", "mT", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim"}
+_RESHAPES = {"unsqueeze", "squeeze", "expand", "view", "reshape", "_unsafe_view", "flatten", "unflatten"}
+_CUTS = {"narrow", "slice", "split", "split_with_sizes", "chunk", "unbind", "select", "getitem"}
+_VIEWS = _TRANSPOSITIONS | _RESHAPES | _CUTS
+_COPIES = {"contiguous", "clone", "detach", "alias"}
+
+CASTS = {"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"}
+"""Names of the operators that change a tensor's dtype."""
+
+_SAME_VALUES = _VIEWS | _COPIES | CASTS
+"""Names of the operators behind which a weight is still the weight, or rows of it."""
+
 
 def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
     """Names of the operators that use what the `get_attr` nodes `reads` give beside the linear `nodes`."""
-    linear_nodes, found = set(nodes), dict[str, None]()
+    linear_nodes = set(nodes)
+    found: dict[str, None] = {}
     pending = list(reads)
     while pending:
         for user in pending.pop().users:
             if user in linear_nodes:
                 continue
-            if operator_name(user) in _VIEWS | _COPIES | CASTS:
+            name = operator_name(user)
+            if name in _SAME_VALUES:
                 pending.append(user)
             else:
-                found[operator_name(user)] = None
+                found[name] = None
     return list(found)
 
 
@@ -70,7 +84,7 @@ def view_of_parameter(value: Any, owner: nn.Module) -> WeightView | None:
 
 def is_view(node: fx.Node) -> bool:
     """Whether `node` is a view, a copy or a cast of its first argument."""
-    return operator_name(node) in _VIEWS | _COPIES | CASTS and bool(node.args)
+    return operator_name(node) in _SAME_VALUES and bool(node.args)
 
 
 def behind_views(value: Any, views: list[fx.Node]) -> Any:
@@ -105,10 +119,12 @@ def _rows_shown(matrix: Any, whole: torch.Tensor) -> tuple[tuple[int, int], bool
         return None
     if not in_one_storage(matrix, whole):
         return None
-    if any(size != 1 and stride != 0 for size, stride in zip(matrix.shape[:-2], matrix.stride()[:-2], strict=True)):
+    batch = zip(matrix.shape[:-2], matrix.stride()[:-2], strict=True)
+    if any(size != 1 and stride != 0 for size, stride in batch):  # not one matrix, expanded
         return None
     num_columns = whole.size(1)
-    sizes, strides = matrix.shape[-2:], matrix.stride()[-2:]
+    sizes = matrix.shape[-2:]
+    strides = matrix.stride()[-2:]
     for is_transposed, across, along in ((False, 0, 1), (True, 1, 0)):
         shows_columns = sizes[along] == num_columns and (num_columns == 1 or strides[along] == 1)
         shows_rows = sizes[across] == 1 or strides[across] == num_columns
@@ -116,16 +132,3 @@ def _rows_shown(matrix: Any, whole: torch.Tensor) -> tuple[tuple[int, int], bool
             start = matrix.storage_offset() // num_columns
             return (start, start + sizes[across]), is_transposed
     return None
-
-
-_VIEWS = {
-    "t", "T", "mT", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim", "unsqueeze", "squeeze",
-    "expand", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "narrow", "slice", "split", "split_with_sizes",
-    "chunk", "unbind", "select", "getitem",
-}  # fmt: skip
-
-
-_COPIES = {"contiguous", "clone", "detach", "alias"}
-
-
-CASTS = {"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"}
