@@ -18,8 +18,7 @@ from exporters.onnx_files.metadata import read_facts
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import TorchRunner
 from melora_fx import MELoRAError, disabled
-from melora_fx.capture.training_mode import in_mode
-from melora_fx.capture.whole_model import without_cache
+from melora_fx.capture.model_settings import in_mode, without_cache
 from melora_fx.saving.save import adapter_of
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}

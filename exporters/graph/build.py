@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from exporters.private import export_by_transformers, grouped_translations
 from melora_fx import MELoRAError
 from melora_fx.capture.example_inputs import all_dynamic
-from melora_fx.capture.training_mode import in_mode
-from melora_fx.capture.whole_model import without_cache
+from melora_fx.capture.model_settings import in_mode, without_cache
 from melora_fx.torch_private import tree_map
 
 from .axes import DynamicAxes, name_axes, refuse_fixed_axes

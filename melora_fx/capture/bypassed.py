@@ -5,6 +5,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx, nn
 
@@ -12,8 +13,13 @@ from melora_fx.names import get_attribute
 from melora_fx.torch_private import registered
 
 UNKNOWN = "?"
+"""Stands for an owner that the source does not name."""
+
 _TESTS = {"isinstance", "type", "hasattr"}
+"""Functions that ask only what their arguments are."""
+
 _HARMLESS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "numel"}
+"""Attributes that tell nothing of a tensor's values."""
 
 
 @functools.cache
@@ -25,11 +31,12 @@ def attributes_read_by_forward(cls: type[nn.Module]) -> tuple[tuple[str, ...], .
     gives (UNKNOWN, "weight"). Found in the source; a class without source gives nothing.
     """
     paths: dict[tuple[str, ...], None] = {}
-    pending, seen = ["forward"], set()
+    seen: set[str] = set()
+    pending = ["forward"]
     while pending:
         name = pending.pop()
         method = getattr(cls, name, None)
-        if name in seen or not callable(method) or method in vars(nn.Module).values():
+        if name in seen or not callable(method) or _is_of_every_module(method):
             continue
         seen.add(name)
         for chain in _attribute_chains(_tree(method)):
@@ -40,6 +47,7 @@ def attributes_read_by_forward(cls: type[nn.Module]) -> tuple[tuple[str, ...], .
 
 
 def _tree(method: object) -> ast.AST:
+    """The syntax of a method's source; empty without source."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(method)))  # type: ignore[arg-type]
     except (OSError, TypeError, SyntaxError):
@@ -48,22 +56,34 @@ def _tree(method: object) -> ast.AST:
 
 def _attribute_chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
     """The longest attribute accesses: `self.a.b.c` gives ("a", "b", "c"), `something.weight` (UNKNOWN, "weight")."""
-    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _TESTS:
-            inner |= {id(argument) for argument in call.args}
+    passed_over = {id(node) for node in _inner_or_tested(tree)}
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or id(node) in inner:
+        if not isinstance(node, ast.Attribute) or id(node) in passed_over:
             continue
-        chain: list[str] = []
-        value: ast.expr = node
-        while isinstance(value, ast.Attribute):
-            chain.append(value.attr)
-            value = value.value
-        if isinstance(value, ast.Name) and value.id == "self":
-            yield tuple(reversed(chain))
-        elif chain[-1] == "weight" and not _HARMLESS & set(chain):
+        start, chain = _unchained(node)
+        if isinstance(start, ast.Name) and start.id == "self":
+            yield chain
+        elif chain[0] == "weight" and not _HARMLESS & set(chain):
             yield UNKNOWN, "weight"
+
+
+def _inner_or_tested(tree: ast.AST) -> Iterator[ast.expr]:
+    """What an attribute is read of, as it belongs to a longer chain, and what a call merely asks the kind of."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _TESTS:
+            yield from node.args
+
+
+def _unchained(node: ast.Attribute) -> tuple[ast.expr, tuple[str, ...]]:
+    """What a chain of attributes begins with, and their names in order."""
+    chain: list[str] = []
+    value: ast.expr = node
+    while isinstance(value, ast.Attribute):
+        chain.append(value.attr)
+        value = value.value
+    return value, tuple(reversed(chain))
 
 
 def bypassed_children(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -73,25 +93,33 @@ def bypassed_children(module: nn.Module) -> Iterator[tuple[str, str]]:
     """
     if isinstance(module, fx.GraphModule) or not registered(module)[2]:
         return
-    forward = f"`{type(module).__name__}.forward`"
-    remedy = "which would bypass the adapter: pass `example_inputs=`"
     for chain in attributes_read_by_forward(type(module)):  # type: ignore[arg-type]  # classes are hashable
-        if chain[0] == UNKNOWN:
-            for path in _held(module):
-                yield path, f"{forward} reads weights of modules that its source does not name, {remedy}"
-        for index in range(1, len(chain)):
-            child, value = (
-                get_attribute(module, ".".join(chain[:index])),
-                get_attribute(module, ".".join(chain[: index + 1])),
-            )
-            if not isinstance(child, nn.Module):
-                break
-            if isinstance(value, nn.Parameter) and value.dim() > 1:
-                yield ".".join(chain[:index]), f"{forward} reads its weight without calling it, {remedy}"
-            elif (
-                inspect.ismethod(value) and value.__func__ not in vars(nn.Module).values() and chain[index] != "forward"
-            ):
-                yield ".".join(chain[:index]), f"{forward} calls its `{chain[index]}`, {remedy}"
+        for path, what in _bypassed_by_chain(module, chain):
+            forward = f"`{type(module).__name__}.forward`"
+            yield path, f"{forward} {what}, which would bypass the adapter: pass `example_inputs=`"
+
+
+def _bypassed_by_chain(module: nn.Module, chain: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Path of each module that one chain of attributes reads from, and what the forward does there."""
+    if chain[0] == UNKNOWN:
+        yield from ((path, "reads weights of modules that its source does not name") for path in _held(module))
+        return
+    for index in range(1, len(chain)):
+        path = ".".join(chain[:index])
+        child = get_attribute(module, path)
+        if not isinstance(child, nn.Module):
+            return
+        name = chain[index]
+        value = getattr(child, name, None)
+        if isinstance(value, nn.Parameter) and value.dim() > 1:
+            yield path, "reads its weight without calling it"
+        elif inspect.ismethod(value) and name != "forward" and not _is_of_every_module(value.__func__):
+            yield path, f"calls its `{name}`"
+
+
+def _is_of_every_module(function: Any) -> bool:
+    """Whether it is one of `nn.Module`'s own, as `parameters` or `train`."""
+    return function in vars(nn.Module).values()
 
 
 def _held(module: nn.Module) -> Iterator[str]:

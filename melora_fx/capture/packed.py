@@ -28,9 +28,9 @@ def is_packed_linear(module: nn.Module) -> bool:
         return False
     if any(is_packed_linear(child) for child in module.children()):
         return False  # it merely holds one
-    weight, held = getattr(module, "weight", None), [*module.parameters(), *module.buffers()]
+    held = [*module.parameters(), *module.buffers()]
     has_integers = any(value.dtype in _INTEGERS and value.dim() == 2 for value in held)
-    return has_integers or inspect.ismethod(weight)  # as `torch.ao` has it
+    return has_integers or inspect.ismethod(getattr(module, "weight", None))  # as `torch.ao` has it
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)

@@ -1,8 +1,6 @@
-"""Graphs that follow `.train()` and `.eval()` again, and models that are in one mode for a while."""
+"""Exported graphs that follow `.train()` and `.eval()` again."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,18 +28,27 @@ def _following_graph(graph_module: fx.GraphModule) -> fx.Graph:
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif argument := _mode_argument(node):
-            index, eval_value = argument
-            if len(node.args) <= index or node.args[index] == eval_value:
-                continue
+        elif follower := _follower(node):
             name = f"{node.name}_by_mode"
-            graph_module.add_submodule(name, FollowsMode(str(node.target), index, node.args[index], eval_value))
+            graph_module.add_submodule(name, follower)
             with graph.inserting_before(node):
                 call = graph.call_module(name, node.args, node.kwargs)
             call.meta = copy.copy(node.meta)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
     return graph
+
+
+def _follower(node: fx.Node) -> "FollowsMode | None":
+    """The module that takes the node's place, or None where the node does the same in both modes."""
+    argument = _mode_argument(node)
+    if argument is None:
+        return None
+    index, eval_value = argument
+    if len(node.args) <= index or node.args[index] == eval_value:
+        return None
+    train_value: Any = node.args[index]
+    return FollowsMode(str(node.target), index, train_value, eval_value)
 
 
 def _mode_argument(node: fx.Node) -> tuple[int, float] | None:
@@ -56,7 +63,10 @@ class FollowsMode(nn.Module):
 
     def __init__(self, operator: str, index: int, train_value: float, eval_value: float) -> None:
         super().__init__()
-        self.operator, self.index, self.train_value, self.eval_value = operator, index, train_value, eval_value
+        self.operator = operator
+        self.index = index
+        self.train_value = train_value
+        self.eval_value = eval_value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         _, packet, overload = self.operator.split(".")
@@ -78,15 +88,3 @@ _MODE_ARGUMENTS: dict[Any, tuple[int, float]] = {
     aten.batch_norm.default: (5, False),
 }
 """Operator → position of the argument that the mode decides, and its value in evaluation."""
-
-
-@contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in train or eval mode; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -327,7 +327,7 @@ def test_copies_and_pickles(whole: tuple[Any, nn.Module]) -> None:
 
 def test_programs_and_exports_of_the_grouped_form() -> None:
     plain = mixtral().requires_grad_(False)
-    with melora_fx.capture.whole_model.without_cache(plain):
+    with melora_fx.capture.model_settings.without_cache(plain):
         program = torch.export.export(plain, (), tokens(), strict=False)
     model = melora_fx.rewrite(program, TARGETS, CONFIG)
     assert_equal(output_of(model, tokens()), output_of(plain, tokens()))

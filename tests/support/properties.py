@@ -41,7 +41,7 @@ class Row:
 
 def outputs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """The floating-point outputs, without the cache."""
-    with melora_fx.capture.whole_model.without_cache(model):
+    with melora_fx.capture.model_settings.without_cache(model):
         result = model(**inputs)
     leaves = pytree.tree_leaves(dict(result) if isinstance(result, Mapping) else result)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
@@ -118,7 +118,7 @@ def graphs_agree(name: str, sites: set[str]) -> bool:
 
 
 def _export(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:
-    with melora_fx.capture.whole_model.without_cache(model):
+    with melora_fx.capture.model_settings.without_cache(model):
         return torch.export.export(model, (), dict(inputs), strict=False)
 
 
