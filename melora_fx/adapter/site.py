@@ -13,7 +13,7 @@ from melora_fx.names import get_attribute, join_path, site_name
 SITE_TAG = "melora_site"
 """Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
 
-RECORDS = "melora_records"
+RECORDS_ATTRIBUTE = "melora_records"
 """Attribute of every rewritten module: the records of its sites."""
 
 TENSORS = ("lora_a", "lora_b", "lora_scaling", "lora_dropout")
@@ -22,7 +22,7 @@ TENSORS = ("lora_a", "lora_b", "lora_scaling", "lora_dropout")
 
 @dataclass
 class SiteRecord:
-    """What a site is, as its rewritten module keeps it. `parameter`: path of the weight below that module."""
+    """Recorded in the rewritten module: one site of its graph. `parameter`: path of the weight below that module."""
 
     parameter: str
     config: MELoRAConfig

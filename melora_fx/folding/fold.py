@@ -17,8 +17,9 @@ from melora_fx.capture.packed import is_packed_linear
 from melora_fx.errors import MELoRAError
 from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.hugging_face import detach
-from melora_fx.rewriting.module import FOLDED, replaced_forward, rewritten_modules, uninstall
-from melora_fx.rewriting.rewrite import STATE, RewriteState
+from melora_fx.rewriting.module import replaced_forward, rewritten_modules, uninstall
+from melora_fx.rewriting.rewrite_state import REWRITE_STATE_ATTRIBUTE, RewriteState
+from melora_fx.rewriting.running import FOLDED_ATTRIBUTE
 from melora_fx.rewriting.sites import (
     AdapterSite,
     is_folded,
@@ -116,12 +117,12 @@ def folded(model: nn.Module) -> Iterator[None]:
                     saved += [(block, block.clone()) for block in changed_blocks(site)]
                     add_update(site.config, weights[name], site.lora_a, site.lora_b, scratch)
             for site in found.values():
-                site.module.__dict__[FOLDED] = True
+                site.module.__dict__[FOLDED_ATTRIBUTE] = True
             with running_base(model):
                 yield
         finally:
             for site in found.values():
-                site.module.__dict__.pop(FOLDED, None)
+                site.module.__dict__.pop(FOLDED_ATTRIBUTE, None)
             with torch.no_grad():
                 for block, original in saved:
                     block.copy_(original)
@@ -216,7 +217,7 @@ def _remove_adapters(model: nn.Module) -> None:
     parameters = {without_wrappers(name): parameter for name, parameter in named}
     for holder_path, holder in model.named_modules():
         detach(holder)
-        state: RewriteState | None = holder.__dict__.pop(STATE, None)
+        state: RewriteState | None = holder.__dict__.pop(REWRITE_STATE_ATTRIBUTE, None)
         for name, requires_grad in state.requires_grad.items() if state else ():
             parameter = parameters.get(without_wrappers(join_path(holder_path, name)))
             if parameter is not None:

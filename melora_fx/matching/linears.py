@@ -1,7 +1,7 @@
 """The linears of captured graphs, one entry a weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from melora_fx.adapter.tensors import num_matrices
 from melora_fx.capture.graphs import Capture
 from melora_fx.config import MELoRAConfig
 from melora_fx.lowering.choice import choose_lowering, lowering_misfit
-from melora_fx.names import get_attribute, join_path, site_name
+from melora_fx.names import get_attribute, join_path, shared_parameters, site_name
 from melora_fx.patterns.experts import find_expert_nodes
 from melora_fx.patterns.linear import find_linear_nodes
 from melora_fx.patterns.node import LinearNode, weight_of
@@ -20,9 +20,10 @@ from .report import LinearSite
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One weight and every node that multiplies by it. `parameter` is its path below the captured module.
+    """Planned by `match`: one weight of a captured graph and every node that multiplies by it.
 
-    `shared_with`: the names of other parameters of the model that are the same weight.
+    `parameter`: path of the weight below the captured module. `shared_with`: names of other parameters of the model
+    that are the same weight.
     """
 
     name: str
@@ -59,9 +60,15 @@ class PlannedSite:
         in_features, out_features = self.shape
         num_parameters = self.num_experts * self.config.num_parameters(in_features, out_features)
         return LinearSite(
-            self.name, in_features, out_features, self._pattern, self.lowering, num_parameters, self.shared_with,
-            self.num_experts,
-        )  # fmt: skip
+            name=self.name,
+            in_features=in_features,
+            out_features=out_features,
+            pattern=self.pattern,
+            lowering=self.lowering,
+            num_parameters=num_parameters,
+            shared_with=self.shared_with,
+            num_experts=self.num_experts,
+        )
 
     @property
     def lowering(self) -> str:
@@ -73,14 +80,11 @@ class PlannedSite:
         return config.misfit(*self.shape) or lowering_misfit(config, self.weight, self.nodes, self.capture.module)
 
     @property
-    def _pattern(self) -> str:
+    def pattern(self) -> str:
+        """What a report calls it: the class of a linear module, else the operator."""
         kind = type(self.owner).__name__
         is_module = kind in ("Linear", "Conv1D") and self.capture.module is self.owner
         return kind if is_module else self.nodes[0].pattern
-
-
-def other_names(shared: Mapping[int, tuple[str, ...]], planned: PlannedSite) -> tuple[str, ...]:
-    return tuple(name for name in shared.get(id(planned.weight), ()) if name != planned.name)
 
 
 def group_by_weight(captures: list[Capture], config: MELoRAConfig) -> tuple[dict[str, PlannedSite], dict[str, str]]:
@@ -103,6 +107,16 @@ def group_by_weight(captures: list[Capture], config: MELoRAConfig) -> tuple[dict
                 split_up[name] = "two modules' forwards multiply by its weight: pass `example_inputs=`"
             found[name] = PlannedSite(name, capture, parameter, tuple(nodes), weight, config)
     return found, split_up
+
+
+def with_shared_names(found: Mapping[str, PlannedSite], model: nn.Module) -> dict[str, PlannedSite]:
+    """The linears with the other names that `model` has for their weights."""
+    names_by_weight = shared_parameters(model)
+    named = {}
+    for name, planned in found.items():
+        names = names_by_weight.get(id(planned.weight), ())
+        named[name] = replace(planned, shared_with=tuple(other for other in names if other != name))
+    return named
 
 
 def _find_nodes(capture: Capture) -> list[LinearNode]:

@@ -1,6 +1,7 @@
 """Why a linear cannot be adapted: site name → reason."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -9,8 +10,9 @@ from melora_fx.capture.graphs import Capture
 from melora_fx.capture.modules import capture_modules
 from melora_fx.capture.packed import is_packed_linear
 from melora_fx.config import MELoRAConfig
-from melora_fx.names import get_attribute, join_path, site_name, without_wrappers
+from melora_fx.names import join_path, site_name, without_wrappers
 from melora_fx.patterns.experts import ExpertNode, products_with
+from melora_fx.patterns.node import parameter_of
 from melora_fx.patterns.views import other_uses
 from melora_fx.torch_private import DERIVED_SUFFIXES, is_convolution, registered
 
@@ -21,15 +23,15 @@ def unmatched_stacks(captures: list[Capture], found: Mapping[str, PlannedSite]) 
     """The stacks of matrices that graphs multiply by in a form without a pattern."""
     reasons = {}
     for capture in captures:
-        for node in capture.graph.nodes:
-            parameter = get_attribute(capture.module, str(node.target)) if node.op == "get_attr" else None
-            if not isinstance(parameter, nn.Parameter) or parameter.dim() != 3 or min(parameter.shape) == 1:
+        for node in capture.graph.find_nodes(op="get_attr"):
+            stack = parameter_of(node, capture.module, dim=3)
+            if stack is None or min(stack.shape) == 1:
                 continue
             products = products_with(node)
             owner, _, attribute = str(node.target).rpartition(".")
             name = site_name(join_path(capture.path, owner), attribute)
             if products and name not in found:
-                kind = f"a stack of matrices {tuple(parameter.shape)}"
+                kind = f"a stack of matrices {tuple(stack.shape)}"
                 reasons[name] = f"{kind} in a form that has no pattern: `{', '.join(products)}`"
     return reasons
 
@@ -48,10 +50,7 @@ def never_called(model: nn.Module, found: Mapping[str, PlannedSite], config: MEL
 
 def otherwise_used(found: Mapping[str, PlannedSite]) -> dict[str, str]:
     """The linears whose weight has another use too: beside that, an adapter could not be folded."""
-    reads: dict[tuple[fx.Graph, str], list[fx.Node]] = {}
-    for graph in {planned.capture.graph for planned in found.values()}:
-        for node in graph.find_nodes(op="get_attr"):
-            reads.setdefault((graph, str(node.target)), []).append(node)
+    reads = _reads_of_parameters({planned.capture.graph for planned in found.values()})
     reasons = {}
     for name, planned in found.items():
         nodes = [linear.node for linear in planned.nodes]
@@ -65,7 +64,19 @@ def otherwise_used(found: Mapping[str, PlannedSite]) -> dict[str, str]:
     return reasons
 
 
-BOTH_WAYS = "the graph multiplies by this weight and by its transpose: one adapter cannot serve both"
+def _reads_of_parameters(graphs: Iterable[fx.Graph]) -> dict[tuple[fx.Graph, str], list[fx.Node]]:
+    """The `get_attr` nodes by graph and target."""
+    reads: dict[tuple[fx.Graph, str], list[fx.Node]] = {}
+    for graph in graphs:
+        for node in graph.find_nodes(op="get_attr"):
+            reads.setdefault((graph, str(node.target)), []).append(node)
+    return reads
+
+
+def used_both_ways(found: Mapping[str, PlannedSite]) -> dict[str, str]:
+    """The linears whose weight some nodes take as it is and others transposed."""
+    reason = "the graph multiplies by this weight and by its transpose: one adapter cannot serve both"
+    return {name: reason for name, planned in found.items() if planned.is_used_both_ways}
 
 
 def derived_weights(model: nn.Module) -> dict[str, str]:
@@ -78,12 +89,18 @@ def derived_weights(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         if is_convolution(module):
             continue
-        own = registered(module)[0]
-        names = dict.fromkeys(module.parametrizations) if parametrize.is_parametrized(module) else {}
-        names |= {
-            name: None
-            for name, value in vars(module).items()  # a tensor that is no parameter: a hook makes it of those
-            if isinstance(value, Tensor) and any(f"{name}{suffix}" in own for suffix in DERIVED_SUFFIXES)
-        }
+        names = _derived_names(module)
         found |= {site_name(without_wrappers(path), name): reason for name in names if name != "bias"}
     return found
+
+
+def _derived_names(module: nn.Module) -> list[str]:
+    """Names of the module's tensors that it makes from its parameters."""
+    own, _, _ = registered(module)
+    parametrized: Any = module.parametrizations if parametrize.is_parametrized(module) else ()
+    made_by_hooks = [
+        name
+        for name, value in vars(module).items()  # a tensor that is no parameter
+        if isinstance(value, Tensor) and any(f"{name}{suffix}" in own for suffix in DERIVED_SUFFIXES)
+    ]
+    return [*parametrized, *made_by_hooks]

@@ -1,4 +1,4 @@
-"""The dry run: which linears of a model `rewrite` would adapt, and why not the others. Changes nothing."""
+"""From a model to a plan: capture it, find its linears and their obstacles, choose by `targets`. Changes nothing."""
 
 from dataclasses import dataclass, replace
 
@@ -10,10 +10,10 @@ from melora_fx.capture.modules import capture_modules
 from melora_fx.capture.whole_model import capture_whole, from_program
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
-from melora_fx.names import get_attribute, shared_parameters, unwrap
+from melora_fx.names import get_attribute, unwrap
 
-from .linears import PlannedSite, group_by_weight, other_names
-from .obstacles import BOTH_WAYS, derived_weights, never_called, otherwise_used, unmatched_stacks
+from .linears import PlannedSite, group_by_weight, with_shared_names
+from .obstacles import derived_weights, never_called, otherwise_used, unmatched_stacks, used_both_ways
 from .refusals import refuse_distributed, refuse_rewritten
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 
@@ -39,56 +39,73 @@ def make_plan(
     model: nn.Module | ExportedProgram, targets: TargetSpec, config: MELoRAConfig, example_inputs: ExampleInputs | None
 ) -> Plan:
     """Captures, matches and chooses; nothing of `model` is changed. Errors as in `match`."""
+    _refuse(model, config)
+    captured = _captured(model, example_inputs)
+    found, obstacles = _find_linears(model, captured, config)
+    original = model if isinstance(model, nn.Module) else captured
+    owners = {name: _owner(original, name) for name in [*found, *obstacles]}
+    chosen = resolve_targets(targets, config, owners, _output_names(original, found))
+    asked_for = {name for name in obstacles if name in chosen and names_one_by_one(targets, name)}
+    misfits = {name: reason for name in found if name in chosen and (reason := found[name].misfit(chosen[name]))}
+    return Plan(
+        model=captured,
+        sites=[
+            replace(planned, config=chosen[name])
+            for name, planned in found.items()
+            if name in chosen and name not in misfits
+        ],
+        untargeted=[planned for name, planned in found.items() if name not in chosen],
+        refused={name: reason for name, reason in obstacles.items() if name in asked_for},
+        unsuitable={name: reason for name, reason in obstacles.items() if name not in asked_for},
+        misfits=misfits,
+    )
+
+
+def _refuse(model: nn.Module | ExportedProgram, config: MELoRAConfig) -> None:
+    """Raises for arguments of other types, and for models that are refused whole."""
     if not isinstance(config, MELoRAConfig):
         raise TypeError(f"`config` must be a MELoRAConfig, got {config!r}")
-    if not isinstance(model, nn.Module | ExportedProgram):
+    if isinstance(model, ExportedProgram):
+        return
+    if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module or an ExportedProgram, got {type(model).__name__}")
+    if unwrap(model) is not model:
+        raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
+    refuse_distributed(model, "rewrite")
+    refuse_rewritten(model)
+
+
+def _captured(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None) -> nn.Module:
+    """The model whose graphs are read: `model` itself, or the whole capture of it."""
+    if isinstance(model, ExportedProgram):
+        return from_program(model)
+    if example_inputs is None or isinstance(model, fx.GraphModule):
+        return model
+    return capture_whole(model, example_inputs)
+
+
+def _find_linears(
+    model: nn.Module | ExportedProgram, captured: nn.Module, config: MELoRAConfig
+) -> tuple[dict[str, PlannedSite], dict[str, str]]:
+    """The linears that can be adapted, and name → obstacle of those that cannot. Of two obstacles the later counts."""
+    captures, obstacles = capture_modules(captured)
+    found, in_two_forwards = group_by_weight(captures, config)
+    obstacles |= in_two_forwards
+    obstacles |= otherwise_used(found)
+    obstacles |= unmatched_stacks(captures, found)
     if isinstance(model, nn.Module):
-        if unwrap(model) is not model:
-            raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
-        refuse_distributed(model, "rewrite")
-        refuse_rewritten(model)
-    captured = _captured(model, example_inputs)
-    captures, reasons = capture_modules(captured)
-    found, split_up = group_by_weight(captures, config)
-    reasons |= split_up | otherwise_used(found)
-    shared = shared_parameters(captured)
-    found = {name: replace(planned, shared_with=other_names(shared, planned)) for name, planned in found.items()}
-    reasons |= unmatched_stacks(captures, found)
-    if isinstance(model, nn.Module):
-        reasons |= derived_weights(model)
-    if captured is not model and isinstance(model, nn.Module):
-        reasons |= never_called(model, found, config)
-    reasons |= {name: BOTH_WAYS for name, planned in found.items() if planned.is_used_both_ways}
-    found = {name: planned for name, planned in found.items() if name not in reasons}
-    original = model if isinstance(model, nn.Module) else captured
-    owners = {name: _owner(original, name) for name in [*found, *reasons]}
-    chosen = resolve_targets(targets, config, owners, _output_names(original, found))
-    sites, untargeted, misfits = [], [], {}
-    for name, planned in found.items():
-        if name not in chosen:
-            untargeted.append(planned)
-        elif reason := planned.misfit(chosen[name]):
-            misfits[name] = reason
-        else:
-            sites.append(replace(planned, config=chosen[name]))
-    refused = {name: reason for name, reason in reasons.items() if name in chosen and names_one_by_one(targets, name)}
-    unsuitable = {name: reason for name, reason in reasons.items() if name not in refused}
-    return Plan(captured, sites, untargeted, refused, unsuitable, misfits)
+        obstacles |= derived_weights(model)
+        if captured is not model:
+            obstacles |= never_called(model, found, config)
+    obstacles |= used_both_ways(found)
+    found = with_shared_names(found, captured)
+    return {name: planned for name, planned in found.items() if name not in obstacles}, obstacles
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
     """The module that owns the weight of the site `name`: the site itself, or what stands before the parameter."""
     owner = get_attribute(model, name)
     return owner if isinstance(owner, nn.Module) else model.get_submodule(name.rpartition(".")[0])
-
-
-def _captured(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None) -> nn.Module:
-    if isinstance(model, ExportedProgram):
-        return from_program(model)
-    if example_inputs is None or isinstance(model, fx.GraphModule):
-        return model
-    return capture_whole(model, example_inputs)
 
 
 def _output_names(model: nn.Module, found: dict[str, PlannedSite]) -> frozenset[str]:

@@ -8,7 +8,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear of the model, or a stack of them.
+    """Public, in a MatchReport: a linear of the model, or a stack of them.
 
     Attributes:
         in_features, out_features: of one linear.

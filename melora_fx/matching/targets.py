@@ -47,7 +47,8 @@ def resolve_targets(
             raise ValueError(f"the `targets` callable chose none of the {len(owners)} linears: {_some(list(owners))}")
         return chosen
     rules = _rules(targets, config)
-    chosen, matched = {}, set()
+    chosen = {}
+    matched: set[str] = set()
     for name in owners:
         hits = [pattern for pattern in rules if _rule_matches(pattern, name, outputs)]
         matched.update(hits)

@@ -30,11 +30,14 @@ class AdapterNodes:
     """Inserts one adapter behind one linear node; every inserted node carries the site's tag."""
 
     def __init__(self, graph: fx.Graph, linear: LinearNode, record: SiteRecord, site: PlannedSite) -> None:
-        self.graph, self.linear, self.record, self.config = graph, linear, record, site.config
+        self.graph = graph
+        self.linear = linear
+        self.record = record
+        self.config = site.config
         self.in_features, self.out_features = site.shape
         parts = site.config.parts(self.out_features)
         self.row_sizes = [size // site.config.num_blocks for size in parts]  # of each part, in one block of B
-        self.rank_sizes = [max(site.config.ranks)] * len(parts)
+        self.rank_sizes = [max(site.config.ranks)] * len(parts)  # of each part, in one block of A
         self.casts = linear.weight_is_cast or site.weight.dtype != adapter_dtype(site.weight)
 
     def insert(self) -> None:
@@ -50,19 +53,25 @@ class AdapterNodes:
 
     def _delta(self, base: fx.Node) -> fx.Node:
         """The adapter's output, of the base output's shape and dtype."""
-        lora_a, lora_b, scaling = (self._get(kind) for kind in ("lora_a", "lora_b", "lora_scaling"))
-        scaled = self._call("scaled_b", aten.mul.Tensor, lora_b, scaling)
-        delta = self._left(lora_a, scaled) if self.linear.input_is_transposed else self._blockwise(lora_a, scaled, base)
+        lora_a = self._get("lora_a")
+        lora_b = self._get("lora_b")
+        scaling = self._get("lora_scaling")
+        scaled_b = self._call("scaled_b", aten.mul.Tensor, lora_b, scaling)
+        if self.linear.input_is_transposed:
+            delta = self._left(lora_a, scaled_b)
+        else:
+            delta = self._blockwise(lora_a, scaled_b, base)
         return self._call("delta", aten.type_as.default, delta, base) if self.casts else delta
 
-    def _blockwise(self, lora_a: fx.Node, scaled: fx.Node, base: fx.Node) -> fx.Node:
+    def _blockwise(self, lora_a: fx.Node, scaled_b: fx.Node, base: fx.Node) -> fx.Node:
         """x Δᵀ by blocks, without Δ."""
         shape = [-1, self.config.num_blocks, self.in_features // self.config.num_blocks]
         blocks = self._swapped(self._call("input_blocks", aten.reshape.default, self._input(lora_a), shape), 0, 1)
         hidden = self._call("hidden", aten.bmm.default, blocks, self._swapped(lora_a, 1, 2))
-        hiddens, scaleds = self._parts(hidden, 2, self.rank_sizes), self._parts(scaled, 1, self.row_sizes)
+        hiddens = self._parts(hidden, 2, self.rank_sizes)
+        b_parts = self._parts(scaled_b, 1, self.row_sizes)
         outputs = []
-        for part_hidden, part_b in zip(hiddens, scaleds, strict=True):
+        for part_hidden, part_b in zip(hiddens, b_parts, strict=True):
             output = self._call("delta_blocks", aten.bmm.default, part_hidden, self._swapped(part_b, 1, 2))
             outputs.append(self._swapped(output, 0, 1))
         if len(outputs) > 1:
@@ -75,10 +84,11 @@ class AdapterNodes:
             delta = self._call("delta_rows", aten.narrow.default, flat, 1, start, stop - start)
         return self._call("delta", aten.reshape_as.default, delta, base)
 
-    def _left(self, lora_a: fx.Node, scaled: fx.Node) -> fx.Node:
+    def _left(self, lora_a: fx.Node, scaled_b: fx.Node) -> fx.Node:
         """Δ x, for W x: the rare form, in which x may have any number of dimensions, so Δ is made whole."""
         rows = []
-        a_parts, b_parts = self._parts(lora_a, 1, self.rank_sizes), self._parts(scaled, 1, self.row_sizes)
+        a_parts = self._parts(lora_a, 1, self.rank_sizes)
+        b_parts = self._parts(scaled_b, 1, self.row_sizes)
         for part_a, part_b in zip(a_parts, b_parts, strict=True):
             blocks = self._call("delta_blocks", aten.bmm.default, part_b, part_a)
             each = [self._call("block", aten.select.int, blocks, 0, index) for index in range(self.config.num_blocks)]

@@ -24,27 +24,29 @@ class ExpertNodes(AdapterNodes):
 
     linear: ExpertNode
 
-    def _blockwise(self, lora_a: fx.Node, scaled: fx.Node, base: fx.Node) -> fx.Node:
+    def _blockwise(self, lora_a: fx.Node, scaled_b: fx.Node, base: fx.Node) -> fx.Node:
         if self.linear.is_grouped:
-            return self._grouped(lora_a, scaled)
-        return self._call("delta", aten.reshape_as.default, self._gathered(lora_a, scaled), base)
+            return self._grouped(lora_a, scaled_b)
+        return self._call("delta", aten.reshape_as.default, self._gathered(lora_a, scaled_b), base)
 
-    def _gathered(self, lora_a: fx.Node, scaled: fx.Node) -> fx.Node:
+    def _gathered(self, lora_a: fx.Node, scaled_b: fx.Node) -> fx.Node:
         """The update of each row (S, O) from the blocks of its own expert."""
-        a, b = self._by_expert("a", lora_a), self._by_expert("b", scaled)  # (E, N, P·R, I/N), (E, N, O/N, R)
+        a = self._by_expert("a", lora_a)  # (E, N, P·R, I/N)
+        b = self._by_expert("b", scaled_b)  # (E, N, O/N, R)
         row_a = self._call("row_a", aten.index.Tensor, a, [self.linear.choice])
         row_b = self._call("row_b", aten.index.Tensor, b, [self.linear.choice])
         shape = [-1, self.config.num_blocks, self.in_features // self.config.num_blocks, 1]
         blocks = self._call("input_blocks", aten.reshape.default, self._input(lora_a), shape)
         hidden = self._call("hidden", aten.matmul.default, row_a, blocks)  # (S, N, P·R, 1)
-        hiddens, row_bs = self._parts(hidden, 2, self.rank_sizes), self._parts(row_b, 2, self.row_sizes)
+        hiddens = self._parts(hidden, 2, self.rank_sizes)
+        b_parts = self._parts(row_b, 2, self.row_sizes)
         outputs = [
             self._call("delta_blocks", aten.matmul.default, part_b, part_hidden)
-            for part_hidden, part_b in zip(hiddens, row_bs, strict=True)
+            for part_hidden, part_b in zip(hiddens, b_parts, strict=True)
         ]
         return self._joined(outputs)
 
-    def _grouped(self, lora_a: fx.Node, scaled: fx.Node) -> fx.Node:
+    def _grouped(self, lora_a: fx.Node, scaled_b: fx.Node) -> fx.Node:
         """The update of each row (S, O), of rows sorted by expert."""
         hidden = self._call("hidden", grouped_blocks, self._input(lora_a), lora_a, self.linear.choice)  # (S, N·P·R)
         hiddens = [hidden]
@@ -52,9 +54,10 @@ class ExpertNodes(AdapterNodes):
             blocks = self._call("blocks", aten.unflatten.int, hidden, 1, [self.config.num_blocks, -1])
             parts = self._parts(blocks, 2, self.rank_sizes)
             hiddens = [self._call("hidden_part", aten.flatten.using_ints, part, 1) for part in parts]
+        b_parts = self._parts(scaled_b, 1, self.row_sizes)
         outputs = [
             self._call("delta_part", grouped_blocks, part_hidden, part_b, self.linear.choice)
-            for part_hidden, part_b in zip(hiddens, self._parts(scaled, 1, self.row_sizes), strict=True)
+            for part_hidden, part_b in zip(hiddens, b_parts, strict=True)
         ]
         return self._joined(outputs)
 

@@ -1,4 +1,4 @@
-"""Graphs as bytes: ATen operators have no pickling of their own."""
+"""Graphs as bytes, for the pickles of rewritten modules."""
 
 import io
 import pickle
@@ -28,6 +28,7 @@ def _resolve_operator(name: str, overload: str) -> Any:
 
 
 def dump_graph(graph: fx.Graph) -> bytes:
+    """The graph without the metadata of its nodes but for the tags of sites."""
     graph = copy_graph(graph)
     for node in graph.nodes:  # example values and stack traces of the export cannot all be pickled
         node.meta = {SITE_TAG: node.meta[SITE_TAG]} if SITE_TAG in node.meta else {}
@@ -37,6 +38,7 @@ def dump_graph(graph: fx.Graph) -> bytes:
 
 
 def load_graph(dumped: bytes) -> fx.Graph:
+    """The inverse of `dump_graph`."""
     with warnings.catch_warnings():  # torch warns of its own deprecated class when a tree specification is restored
         warnings.simplefilter("ignore", FutureWarning)
         return pickle.loads(dumped)

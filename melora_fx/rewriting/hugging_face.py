@@ -10,8 +10,12 @@ from torch import nn
 from melora_fx.torch_private import HAS_ADAPTERS, KEYS_NOT_SAVED
 
 _SAVE = "save_pretrained"
-_TIE, _BEFORE = "tie_weights", "melora_before_checkpoints"
-"""What a Trainer calls when it has loaded a checkpoint; the model's own of that and of `KEYS_NOT_SAVED` meanwhile."""
+
+_TIE = "tie_weights"
+"""What a Trainer calls when it has loaded a checkpoint."""
+
+_BEFORE = "melora_before_checkpoints"
+"""Attribute that keeps the model's own `KEYS_NOT_SAVED` and `_TIE` between `leave_out` and `leave_in`."""
 
 
 class _OwnSave(functools.partial[Any]):

@@ -6,9 +6,7 @@ the modules get, and what is refused.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -22,29 +20,17 @@ from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.matching.linears import PlannedSite
 from melora_fx.matching.plan import Plan, make_plan
-from melora_fx.matching.targets import ALL_LINEAR, TargetSpec, name_matches, nearest
+from melora_fx.matching.targets import ALL_LINEAR, TargetSpec
 from melora_fx.names import without_wrappers
 from melora_fx.patterns.experts import ExpertNode
 
 from .adapter_nodes import AdapterNodes, adapter_dtype
 from .expert_nodes import ExpertNodes
 from .hugging_face import attach
+from .keep_trainable import is_within, kept_modules
 from .module import install
+from .rewrite_state import REWRITE_STATE_ATTRIBUTE, RewriteState
 from .stale_optimizer import watch_optimizers
-
-STATE = "melora_state"
-"""Attribute of a rewritten model's root: what `fold` and `save_adapter` must know beside the sites."""
-
-
-@dataclass
-class RewriteState:
-    """`requires_grad`: of every base parameter before `rewrite`. `kept`: names of the modules kept trainable. `sites`:
-    names of what was adapted.
-    """
-
-    requires_grad: dict[str, bool]
-    kept: tuple[str, ...]
-    sites: tuple[str, ...] = ()
 
 
 def rewrite(
@@ -76,24 +62,20 @@ def rewrite(
             cannot be adapted.
     """
     plan = make_plan(model, targets, config, example_inputs)
-    rewritten, kept = plan.model, _kept_modules(plan.model, keep_trainable)
+    rewritten = plan.model
+    kept = kept_modules(rewritten, keep_trainable)
     _refuse(plan, kept)
     if plan.unsuitable and not _only_named(targets):
         names = ", ".join(f"`{name}` ({reason})" for name, reason in plan.unsuitable.items())
         warnings.warn(f"`rewrite` leaves {len(plan.unsuitable)} linears alone: {names}", stacklevel=2)
-    if is_exported(plan.model):  # the user's own, planned as it is so that errors come before any change
-        assert isinstance(plan.model, fx.GraphModule)
-        plan = make_plan(make_trainable(plan.model), targets, config, None)
-    parameters = rewritten.named_parameters(remove_duplicate=False)
-    requires_grad = {without_wrappers(name): parameter.requires_grad for name, parameter in parameters}
-    state = RewriteState(requires_grad, kept, tuple(site.name for site in plan.sites))
-    rewritten.requires_grad_(False)
-    modules = {without_wrappers(name): module for name, module in rewritten.named_modules()}
-    for name in kept:
-        modules[name].requires_grad_(True)
+    if is_exported(rewritten):  # the user's own, planned as it is so that errors come before any change
+        assert isinstance(rewritten, fx.GraphModule)
+        plan = make_plan(make_trainable(rewritten), targets, config, None)
+    state = RewriteState(_requires_grad(rewritten), kept, tuple(site.name for site in plan.sites))
+    _freeze(rewritten, kept)
     for capture, sites in _by_capture(plan.sites):
         install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
-    rewritten.__dict__[STATE] = state
+    vars(rewritten)[REWRITE_STATE_ATTRIBUTE] = state
     attach(rewritten)
     watch_optimizers(rewritten)
     return rewritten
@@ -115,7 +97,7 @@ def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
     ]
     if taken:
         raise MELoRAError("\n".join(taken) + "\nrename it: the adapter needs that name")
-    both = [site.name for site in plan.sites if any(_is_within(site.name, name) for name in kept)]
+    both = [site.name for site in plan.sites if any(is_within(site.name, name) for name in kept)]
     if both:
         raise ValueError(
             f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it; "
@@ -128,38 +110,26 @@ def _only_named(targets: TargetSpec) -> bool:
     return not callable(targets) and ALL_LINEAR not in ([targets] if isinstance(targets, str) else targets)
 
 
-def _is_within(name: str, module: str) -> bool:
-    """Whether `name` is the module's or below it."""
-    return name == module or name.startswith(f"{module}.")
+def _requires_grad(model: nn.Module) -> dict[str, bool]:
+    """Of each parameter under each of its names."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {without_wrappers(name): parameter.requires_grad for name, parameter in parameters}
+
+
+def _freeze(model: nn.Module, kept: tuple[str, ...]) -> None:
+    """Freezes `model` but for the modules `kept`."""
+    model.requires_grad_(False)
+    modules = {without_wrappers(name): module for name, module in model.named_modules()}
+    for name in kept:
+        modules[name].requires_grad_(True)
 
 
 def _by_capture(sites: list[PlannedSite]) -> list[tuple[Capture, list[PlannedSite]]]:
+    """Each capture that has sites, with these."""
     groups: dict[int, tuple[Capture, list[PlannedSite]]] = {}
     for site in sites:
         groups.setdefault(id(site.capture), (site.capture, []))[1].append(site)
     return list(groups.values())
-
-
-def _kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(patterns, str | Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"`keep_trainable` must be a name or a list of names, got {patterns!r}")
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    modules = {without_wrappers(name): module for name, module in model.named_modules()}
-    names = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
-    kept: dict[str, None] = {}
-    for pattern in patterns:
-        hits = [name for name in names if name_matches(pattern, name)]
-        if not hits:
-            raise ValueError(f"`keep_trainable`: {pattern!r} matches no module; nearest: {nearest(pattern, names)}")
-        kept.update(dict.fromkeys(hits))
-    for name in kept:
-        parameters = modules[name].parameters()
-        if any(type(value.detach()) is not torch.Tensor or not value.is_floating_point() for value in parameters):
-            raise ValueError(
-                f"`keep_trainable`: {name!r} is quantised and cannot be trained: leave it out of the quantisation "
-                "(`modules_to_not_convert`, `llm_int8_skip_modules`), or adapt it"
-            )
-    return tuple(name for name in kept if not any(name != other and _is_within(name, other) for other in kept))
 
 
 def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]:
@@ -168,10 +138,10 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
     Last node first: where one linear feeds another, the later adapter's input is still the plain output then, and
     becomes the adapted one with all its other users.
     """
-    records, insertions = [], []
+    records = []
+    insertions = []
     for site in sites:
-        pattern, is_transposed = site.describe().pattern, site.nodes[0].weight_is_transposed
-        record = SiteRecord(site.parameter, site.config, pattern, is_transposed, site.lowering)
+        record = _record_of(site)
         _add_tensors(site, record)
         records.append(record)
         insertions += [(linear, record, site) for linear in site.nodes]
@@ -182,10 +152,27 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
     return records
 
 
+def _record_of(site: PlannedSite) -> SiteRecord:
+    return SiteRecord(
+        parameter=site.parameter,
+        config=site.config,
+        pattern=site.pattern,
+        weight_is_transposed=site.nodes[0].weight_is_transposed,
+        lowering=site.lowering,
+    )
+
+
 def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
-    config, owner = site.config, site.owner
-    device, dtype = device_of(owner, site.weight), adapter_dtype(site.weight)
-    lora_a, lora_b = new_adapter(config, *site.shape, num_experts=site.num_experts, device=device, dtype=dtype)
+    """Adds the adapter's parameters, its scaling and its dropout to the module that owns the weight."""
+    config = site.config
+    owner = site.owner
+    lora_a, lora_b = new_adapter(
+        config,
+        *site.shape,
+        num_experts=site.num_experts,
+        device=device_of(owner, site.weight),
+        dtype=adapter_dtype(site.weight),
+    )
     owner.register_parameter(record.attribute("lora_a"), nn.Parameter(lora_a))
     owner.register_parameter(record.attribute("lora_b"), nn.Parameter(lora_b))
     owner.register_buffer(record.attribute("lora_scaling"), scaling_tensor(config, lora_b), persistent=False)

@@ -1,17 +1,27 @@
-"""What a rewritten module runs: the plain graph, the lowered one, or the base's."""
+"""Which graph a rewritten module runs: the plain one, the lowered one, or its base's.
 
-import functools
-import inspect
+The plain graph has the adapters as nodes; it is what is printed, copied, saved and exported. The lowered one has one
+call for each adapter and trains faster. The base's graph has no adapters and runs inside `disabled` and `folded`.
+"""
+
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from melora_fx.adapter.site import SITE_TAG
+from melora_fx.adapter.site import SITE_TAG, SiteRecord
 from melora_fx.capture.graphs import copy_graph
 from melora_fx.errors import MELoRAError
-from melora_fx.torch_private import in_forward_mode, in_functorch, in_fx_trace
+from melora_fx.lowering.grouped_blocks import grouped_blocks
+from melora_fx.lowering.lower import lower
+from melora_fx.torch_private import in_forward_mode, in_functorch, in_fx_trace, put_graph
+
+ADAPTED_GRAPH_ATTRIBUTE = "melora_adapted_graph"
+"""Attribute of a rewritten module while its base runs: its graph with the adapters, which waits there."""
+
+FOLDED_ATTRIBUTE = "melora_folded"
+"""Attribute of a rewritten module while its weights are folded."""
 
 
 def without_adapters(graph: fx.Graph) -> fx.Graph:
@@ -26,23 +36,47 @@ def without_adapters(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def forward_of(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """The function that runs `graph` on `module`, which it does not keep alive."""
-    made = fx.GraphModule(module, graph)
-    graph.owning_module = None
-    return type(made).forward
+def adapted_graph(module: fx.GraphModule) -> fx.Graph:
+    """The graph of a rewritten module with its adapters, also while the base runs in its place."""
+    return vars(module).get(ADAPTED_GRAPH_ATTRIBUTE) or module.graph
 
 
-def uses(graph: fx.Graph, operator: Any) -> bool:
-    return bool(graph.find_nodes(op="call_function", target=operator))
+def run_base(module: fx.GraphModule) -> None:
+    """The rewritten `module` runs its base until `run_adapted`: its forward, and its graph, which `torch.export`
+    interprets.
+
+    Function and graph belong to the class and are the same each time, so that compiled code stays valid.
+    """
+    cls: Any = type(module)
+    if cls.base_code != module.code:
+        cls.base_graph = without_adapters(adapted_graph(module))
+        cls.base_code = module.code
+        cls.base_function = _forward_of(module, cls.base_graph)
+    vars(module)[ADAPTED_GRAPH_ATTRIBUTE] = module.graph
+    put_graph(module, cls.base_graph)
+
+
+def run_adapted(module: fx.GraphModule) -> None:
+    """Undoes `run_base`."""
+    graph = vars(module).pop(ADAPTED_GRAPH_ATTRIBUTE, None)
+    if graph is not None:  # else it has been folded meanwhile
+        put_graph(module, graph)
 
 
 def choosing_forward(
-    plain: Callable[..., Any], lowered: Callable[..., Any], *, has_forward_mode: bool
+    module: fx.GraphModule, plain: Callable[..., Any], records: list[SiteRecord]
 ) -> Callable[..., Any]:
-    """A forward that runs `lowered`, but `plain` where its nodes are needed, and the base after `run_base`."""
+    """A forward for `module` and all of its class, which chooses among the three graphs in each call.
 
-    @functools.wraps(plain)
+    Args:
+        plain: the function of the plain graph.
+        records: the sites of the module, which say how it is lowered.
+    """
+    lowered = plain
+    if any(record.lowering != "plain" for record in records):
+        lowered = _forward_of(module, lower(module.graph, module, records))
+    has_forward_mode = not module.graph.find_nodes(op="call_function", target=grouped_blocks)
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.melora_adapted_graph is not None:
             return type(self).base_function(self, *args, **kwargs)
@@ -53,11 +87,7 @@ def choosing_forward(
             )
         return (plain if _needs_plain_nodes() else lowered)(self, *args, **kwargs)
 
-    own: Any = forward  # Dynamo counts recompiles by code object: each class gets one
-    own.__code__ = own.__code__.replace()
-    own.__signature__ = inspect.signature(plain)
-    del own.__wrapped__  # whoever unwraps a forward, as accelerate does, must not unwrap this one
-    return own
+    return forward
 
 
 def _needs_plain_nodes() -> bool:
@@ -67,3 +97,10 @@ def _needs_plain_nodes() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return torch.jit.is_tracing() or in_fx_trace()
+
+
+def _forward_of(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """The function that runs `graph` on `module`, which it does not keep alive."""
+    made = fx.GraphModule(module, graph)
+    graph.owning_module = None
+    return type(made).forward

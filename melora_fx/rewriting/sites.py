@@ -17,13 +17,14 @@ from melora_fx.matching.refusals import refuse_distributed
 from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.patterns.node import weight_of
 
-from .module import BASE, FOLDED, RewrittenModule, rewritten_modules, run_adapted, run_base
-from .rewrite import STATE, RewriteState
+from .module import RewrittenModule, rewritten_modules
+from .rewrite_state import REWRITE_STATE_ATTRIBUTE, RewriteState
+from .running import ADAPTED_GRAPH_ATTRIBUTE, FOLDED_ATTRIBUTE, run_adapted, run_base
 
 
 @dataclass(frozen=True)
 class AdapterSite:
-    """One rewritten site. Its tensors are the model's own, not copies.
+    """Public: one site of a rewritten model. Its tensors are the model's own, not copies.
 
     N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split` (1 without).
     In a stack of E matrices, the experts of a mixture, block i of expert e is number e·N + i of E·N.
@@ -84,9 +85,8 @@ def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> Adapter
     """The public view of one record of the rewritten module at `path`."""
     owner = owner_of(module, record)
     weight = weight_of(owner, record.parameter_name)
-    out_features, in_features = weight.shape[-2:]
-    if record.weight_is_transposed:
-        out_features, in_features = in_features, out_features
+    rows, columns = weight.shape[-2:]
+    in_features, out_features = (rows, columns) if record.weight_is_transposed else (columns, rows)
     return AdapterSite(
         name=record.site_name(path),
         config=record.config,
@@ -116,18 +116,19 @@ def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
 
 def resized(site: AdapterSite) -> str | None:
     """Why the adapter of `site` no longer fits its weight, or None."""
-    (own_in, own_out), blocks = (site.in_features, site.out_features), site.config.num_blocks
-    in_features, out_features = blocks * site.lora_a.size(2), blocks * site.lora_b.size(1)
-    if (own_in, own_out) == (in_features, out_features):
+    in_features = site.config.num_blocks * site.lora_a.size(2)
+    out_features = site.config.num_blocks * site.lora_b.size(1)
+    if (site.in_features, site.out_features) == (in_features, out_features):
         return None
-    return f"its weight is ({own_out}, {own_in}) and its adapter is for ({out_features}, {in_features}): {RESIZED}"
+    weight_shape = (site.out_features, site.in_features)
+    return f"its weight is {weight_shape} and its adapter is for {(out_features, in_features)}: {RESIZED}"
 
 
 def warn_of_lost_sites(model: nn.Module, found: Mapping[str, AdapterSite]) -> None:
     """Warns where modules that `rewrite` had adapted are no longer in `model`, whose sites are `found`."""
     lost: list[str] = []
     for path, module in unwrap(model).named_modules():
-        state: RewriteState | None = module.__dict__.get(STATE)
+        state: RewriteState | None = vars(module).get(REWRITE_STATE_ATTRIBUTE)
         names = [without_wrappers(join_path(path, name)) for name in state.sites] if state else []
         lost += [f"`{name}`" for name in names if name not in found]
     if lost:
@@ -136,12 +137,12 @@ def warn_of_lost_sites(model: nn.Module, found: Mapping[str, AdapterSite]) -> No
 
 def is_folded(model: nn.Module) -> bool:
     """Whether `model` is inside a `folded` block."""
-    return any(FOLDED in module.__dict__ for _, module in rewritten_modules(model))
+    return any(FOLDED_ATTRIBUTE in vars(module) for _, module in rewritten_modules(model))
 
 
 def is_disabled(model: nn.Module) -> bool:
     """Whether `model` is inside a `disabled` block."""
-    return not is_folded(model) and any(BASE in module.__dict__ for _, module in rewritten_modules(model))
+    return not is_folded(model) and any(_runs_base(module) for _, module in rewritten_modules(model))
 
 
 def refuse_folded(model: nn.Module, action: str) -> None:
@@ -177,7 +178,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def running_base(model: nn.Module) -> Iterator[None]:
     """Inside the block every rewritten module runs its base."""
-    switched = [module for _, module in rewritten_modules(model) if BASE not in module.__dict__]
+    switched = [module for _, module in rewritten_modules(model) if not _runs_base(module)]
     try:
         for module in switched:
             run_base(module)
@@ -185,3 +186,7 @@ def running_base(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             run_adapted(module)
+
+
+def _runs_base(module: RewrittenModule) -> bool:
+    return ADAPTED_GRAPH_ATTRIBUTE in vars(module)

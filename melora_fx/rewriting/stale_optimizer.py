@@ -38,10 +38,8 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for _, module in rewritten_modules(model):
             for record in module.melora_records:
                 owner = owner_of(module, record)
-                weight, lora_a = (
-                    registered(owner)[0].get(record.parameter_name),
-                    getattr(owner, record.attribute("lora_a")),
-                )
+                weight = registered(owner)[0].get(record.parameter_name)
+                lora_a = getattr(owner, record.attribute("lora_a"))
                 stale += weight is not None and id(weight) in held and id(lora_a) not in held
         if stale:
             warnings.warn(

@@ -12,7 +12,7 @@ from torch import nn
 from melora_fx.errors import MELoRAError
 from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.module import class_name
-from melora_fx.rewriting.rewrite import STATE
+from melora_fx.rewriting.rewrite_state import REWRITE_STATE_ATTRIBUTE
 from melora_fx.rewriting.sites import AdapterSite, refuse_folded, require_sites, resized, sites, warn_of_lost_sites
 
 from .adapter_file import Adapter, write_adapter
@@ -96,7 +96,7 @@ def kept_modules(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that were kept trainable."""
     names: list[str] = []
     for path, module in unwrap(model).named_modules():
-        state = module.__dict__.get(STATE)
+        state = module.__dict__.get(REWRITE_STATE_ATTRIBUTE)
         if state is not None:
             names += [without_wrappers(join_path(path, name)) for name in state.kept]
     return tuple(names)

@@ -1,0 +1,69 @@
+"""Adapters of modules that were rewritten on the meta device: their values come when their weights do.
+
+A move from the meta device gives memory without values, and a loaded base state has no adapters in it.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from melora_fx.adapter.site import SiteRecord, owner_of
+from melora_fx.adapter.tensors import new_adapter, num_matrices, scaling_tensor
+from melora_fx.patterns.node import weight_of
+from melora_fx.torch_private import registered
+
+
+def on_meta_device(module: nn.Module, records: Iterable[SiteRecord]) -> list[SiteRecord]:
+    """The sites of `module` whose adapter is on the meta device."""
+    return [record for record in records if _tensor(module, record, "lora_a").is_meta]
+
+
+def renew_adapters(module: nn.Module, records: Iterable[SiteRecord], moved: Iterable[SiteRecord] = ()) -> None:
+    """Initialises the adapters of `module` that are mere memory, and fills its scalings, which no state holds.
+
+    Mere memory are those of `moved` that have left the meta device, and those still there whose weight is loaded.
+    """
+    for record in records:
+        lora_a = _tensor(module, record, "lora_a")
+        weight = weight_of(module, record.parameter)
+        if record in moved and not lora_a.is_meta:
+            _renew(module, record, weight, lora_a.device)
+        elif lora_a.is_meta and not weight.is_meta:
+            _renew(module, record, weight, weight.device)
+    for record in records:
+        _refill_scaling(module, record)
+
+
+def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: torch.device) -> None:
+    """Gives the site fresh parameters on `device`."""
+    owner = owner_of(module, record)
+    rows, columns = weight.shape[-2:]
+    in_features, out_features = (rows, columns) if record.weight_is_transposed else (columns, rows)
+    lora_a, lora_b = new_adapter(
+        record.config,
+        in_features,
+        out_features,
+        num_experts=num_matrices(weight),
+        device=device,
+        dtype=_tensor(module, record, "lora_a").dtype,
+    )
+    for kind, fresh in (("lora_a", lora_a), ("lora_b", lora_b)):
+        old = _tensor(module, record, kind)
+        setattr(owner, record.attribute(kind), nn.Parameter(fresh, old.requires_grad))
+
+
+def _refill_scaling(module: nn.Module, record: SiteRecord) -> None:
+    lora_b = _tensor(module, record, "lora_b")
+    scaling = scaling_tensor(record.config, lora_b)
+    _, buffers, _ = registered(owner_of(module, record))
+    name = record.attribute("lora_scaling")
+    buffer = buffers[name]
+    if buffer is not None and buffer.device == lora_b.device:
+        buffer.data.copy_(scaling)
+    else:
+        buffers[name] = scaling
+
+
+def _tensor(module: nn.Module, record: SiteRecord, kind: str) -> torch.Tensor:
+    return getattr(owner_of(module, record), record.attribute(kind))
