@@ -6,20 +6,18 @@ tensor), and the tensors' bytes one after the other.
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from melora_fx.errors import MELoRAError
 from melora_fx.saving.fingerprint import sampled_positions
+from melora_fx.saving.tensor_file import METADATA
 
 SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
-METADATA = "__metadata__"
 FOLDED_KEY = "melora"
 """Key in the metadata of a folded safetensors file: JSON that says which adapter it holds."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -138,36 +136,3 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         tensors[key] = StoredTensor(key, path, entry["dtype"], tuple(entry["shape"]), start, stop)
     return metadata, tensors
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a header says of a tensor, but for its place: `size` in bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
-
-
-def serialise(tensor: torch.Tensor) -> tuple[Entry, bytes]:
-    """A tensor's entry in a header, and its bytes."""
-    file = save({"tensor": tensor.contiguous()})
-    length = int.from_bytes(file[:8], "little")
-    entry, data = json.loads(file[8 : 8 + length])["tensor"], file[8 + length :]
-    return Entry(entry["dtype"], tuple(entry["shape"]), len(data)), data
-
-
-def make_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file whose tensors lie one after the other."""
-    header: dict[str, Any] = {METADATA: dict(metadata)}
-    offset = 0
-    for key, entry in entries.items():
-        header[key] = {
-            "dtype": entry.dtype,
-            "shape": entry.shape,
-            "data_offsets": (offset, offset + entry.size),
-        }
-        offset += entry.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

@@ -21,18 +21,9 @@ from melora_fx.adapter.update import Scratch
 from melora_fx.errors import MELoRAError
 from melora_fx.files import staging_folder, writing
 from melora_fx.saving.adapter_file import Adapter, read_adapter
+from melora_fx.saving.tensor_file import Entry, make_header, serialise
 
-from .checkpoint import (
-    CONFIG_FILE,
-    FOLDED_KEY,
-    INDEX_FILE,
-    Checkpoint,
-    Entry,
-    StoredTensor,
-    make_header,
-    open_checkpoint,
-    serialise,
-)
+from .checkpoint import CONFIG_FILE, FOLDED_KEY, INDEX_FILE, Checkpoint, StoredTensor, open_checkpoint
 from .checkpoint_plan import plan_fold
 from .edited_copy import Stretch, write_edited
 from .measured import fold_stored

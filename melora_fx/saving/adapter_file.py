@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from melora_fx.adapter.tensors import num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.files import write_atomically
+
+from .tensor_file import write_tensors
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "adapter.safetensors"
@@ -144,6 +145,8 @@ def refuse_non_finite(adapter: Adapter) -> None:
 def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
     """Writes an adapter folder; made where there is none. A crash leaves the old files or the new ones.
 
+    One adapter gives the same bytes each time.
+
     Args:
         directory: the folder.
         tensors: as in `Adapter.tensors`.
@@ -154,11 +157,11 @@ def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dic
     """
     versions = {"torch": torch.__version__, "melora_fx": importlib.metadata.version("melora_fx")}
     text = json.dumps({"format_version": FORMAT_VERSION, "versions": versions} | header, indent=2)
-    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", _HEADER_KEY: text}
+    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
-        metadata = {"format": "pt", _HEADER_KEY: text}
-        write_atomically(directory / TENSORS_FILE, lambda path: save_file(contiguous, path, metadata))
+        write_atomically(directory / TENSORS_FILE, lambda path: write_tensors(path, on_cpu, metadata))
     except OSError as error:
         raise MELoRAError(f"`{directory}` cannot be written: {error.strerror or error}") from error

@@ -20,9 +20,10 @@ from transformers import BertModel, GPT2Model
 from transformers.core_model_loading import GroupWeightRename, Transpose, WeightConverter, WeightRenaming
 
 from melora_fx import MELoRAError
-from melora_fx.folding.checkpoint import Checkpoint, Entry, make_header, open_checkpoint, serialise
+from melora_fx.folding.checkpoint import Checkpoint, open_checkpoint
 from melora_fx.folding.checkpoint_keys import KeyMap, map_keys
 from melora_fx.saving.fingerprint import fingerprint
+from melora_fx.saving.tensor_file import Entry, make_header, serialise
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
