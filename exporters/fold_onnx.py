@@ -25,8 +25,8 @@ from melora_fx.files import staging_folder, writing
 from melora_fx.folding.measured import fold_stored
 from melora_fx.folding.report import make_report
 from melora_fx.matching.targets import nearest
-from melora_fx.saving.adapter_file import Adapter, read_adapter, refuse_non_finite
-from melora_fx.saving.checks import check_fingerprints, check_shapes
+from melora_fx.saving.adapter_file import Adapter, read_adapter
+from melora_fx.saving.checks import check_fingerprints, check_shapes, refuse_non_finite
 from melora_fx.saving.fingerprint import fingerprint
 
 from .example_inputs import TOKENIZER_FILES

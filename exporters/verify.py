@@ -19,7 +19,7 @@ from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import TorchRunner
 from melora_fx import MELoRAError, disabled
 from melora_fx.capture.model_settings import in_mode, without_cache
-from melora_fx.saving.save import adapter_of
+from melora_fx.saving.model_adapter import adapter_of
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest relative error against torch in float32 that an export of each precision may have."""

@@ -13,7 +13,7 @@ from exporters.onnx_files.metadata import places_as_json
 from exporters.onnx_files.weight_place import find_tensor
 from melora_fx.names import shared_parameters
 from melora_fx.rewriting.sites import is_disabled
-from melora_fx.saving.save import kept_names
+from melora_fx.saving.model_adapter import kept_names
 
 from .axes import DynamicAxes
 from .build import build_graph

@@ -9,7 +9,7 @@ from torch import nn
 
 from exporters.onnx_files.weight_place import WeightPlace
 from melora_fx import MELoRAError, adapter_parameters, sites
-from melora_fx.saving.save import kept_names
+from melora_fx.saving.model_adapter import kept_names
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from melora_fx import MELoRAConfig, MELoRAError, sites
 from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import is_disabled
 from melora_fx.saving.adapter_file import hash_adapter
-from melora_fx.saving.save import adapter_tensors, site_entries
+from melora_fx.saving.model_adapter import adapter_tensors, site_entries
 
 from .onnx_file import read_graph
 from .weight_place import WeightPlace

@@ -8,8 +8,8 @@ import torch
 
 from melora_fx.errors import MELoRAError
 from melora_fx.matching.targets import nearest
-from melora_fx.saving.adapter_file import Adapter, refuse_non_finite
-from melora_fx.saving.checks import check_fingerprints, check_shapes
+from melora_fx.saving.adapter_file import Adapter
+from melora_fx.saving.checks import check_fingerprints, check_shapes, refuse_non_finite
 
 from .checkpoint import DTYPES, FOLDED_KEY, Checkpoint, StoredTensor
 from .checkpoint_keys import KeyMap, map_keys

@@ -29,7 +29,7 @@ from melora_fx.rewriting.sites import (
     running_base,
     warn_of_lost_sites,
 )
-from melora_fx.saving.save import adapter_of
+from melora_fx.saving.model_adapter import adapter_of
 from melora_fx.torch_private import preserve_versions, registered
 
 from .measured import measure_update

@@ -66,7 +66,8 @@ class Adapter:
             MELoRAError: for a square weight in an adapter that does not say which way it lies, and where what it says
                 cannot be.
         """
-        is_transposed, is_square = self.transposed.get(site), weight.size(-2) == weight.size(-1)
+        is_transposed = self.transposed.get(site)
+        is_square = weight.size(-2) == weight.size(-1)
         if is_transposed is None and is_square:
             raise MELoRAError(
                 f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter "
@@ -76,7 +77,8 @@ class Adapter:
         is_wide = blocks // num_matrices(weight) * width != weight.size(-1)
         if is_transposed not in (None, is_wide) and not is_square:
             raise MELoRAError(f"`{site}` of `{self.directory}`: what its header says of its weight belies its tensors")
-        return weight.mT if (is_transposed if is_square else is_wide) else weight
+        lies_transposed = is_transposed if is_square else is_wide
+        return weight.mT if lies_transposed else weight
 
     def kept_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are not an adapter's: trained heads."""
@@ -104,6 +106,20 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
     path = Path(directory) / TENSORS_FILE
     if not path.is_file():
         raise MELoRAError(f"`{directory}` is not an adapter folder: it has no {TENSORS_FILE}")
+    text, tensors = _read_file(path)
+    try:
+        adapter = _parse(json.loads(text), tensors, path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MELoRAError(f"the header of `{path}` cannot be read: {type(error).__name__}: {error}") from error
+    needed = [f"{name}.{kind}" for name in adapter.configs for kind in ("lora_a", "lora_b")]
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise MELoRAError(f"`{path}` lacks the tensors {', '.join(map(repr, missing))}")
+    return adapter
+
+
+def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The header's text and the tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_HEADER_KEY)
@@ -112,34 +128,24 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
         raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
     if text is None:
         raise MELoRAError(f"`{path}` was not written by `save_adapter`: its header has no `{_HEADER_KEY}` entry")
-    try:
-        header = json.loads(text)
-        version = header["format_version"]
-        if version > FORMAT_VERSION:
-            raise MELoRAError(f"`{path}` has format_version {version}; this melora_fx reads up to {FORMAT_VERSION}")
-        configs = {name: MELoRAConfig.from_dict(entry["config"]) for name, entry in header["sites"].items()}
-        fingerprints = {name: entry["base"] for name, entry in header["sites"].items() if entry.get("base")}
-        transposed = {
-            name: entry["is_transposed"] for name, entry in header["sites"].items() if "is_transposed" in entry
-        }
-        adapter = Adapter(
-            Path(directory), configs, fingerprints, transposed, tuple(header["kept"]), header["model"], tensors
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MELoRAError(f"the header of `{path}` cannot be read: {type(error).__name__}: {error}") from error
-    missing = [f"{name}.{kind}" for name in configs for kind in ("lora_a", "lora_b") if f"{name}.{kind}" not in tensors]
-    if missing:
-        raise MELoRAError(f"`{path}` lacks the tensors {', '.join(map(repr, missing))}")
-    return adapter
+    return text, tensors
 
 
-def refuse_non_finite(adapter: Adapter) -> None:
-    """Raises MELoRAError for an adapter that holds NaN or infinity, and names the tensors."""
-    wrong = [
-        name for name, value in adapter.tensors.items() if value.is_floating_point() and not value.isfinite().all()
-    ]
-    if wrong:
-        raise MELoRAError(f"`{adapter.directory}` holds NaN or infinity in {', '.join(map(repr, wrong))}")
+def _parse(header: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Adapter:
+    """The adapter of a header; what is wrong with the header shows as a KeyError, TypeError, … of its use."""
+    version = header["format_version"]
+    if version > FORMAT_VERSION:
+        raise MELoRAError(f"`{path}` has format_version {version}; this melora_fx reads up to {FORMAT_VERSION}")
+    entries = header["sites"].items()
+    return Adapter(
+        directory=path.parent,
+        configs={name: MELoRAConfig.from_dict(entry["config"]) for name, entry in entries},
+        fingerprints={name: entry["base"] for name, entry in entries if entry.get("base")},
+        transposed={name: entry["is_transposed"] for name, entry in entries if "is_transposed" in entry},
+        kept=tuple(header["kept"]),
+        model=header["model"],
+        tensors=tensors,
+    )
 
 
 def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Does an adapter belong to this model: names, shapes, and the fingerprints of the base."""
+"""Refuses adapters that do not belong to a model, by names, shapes and fingerprints, or that are not finite."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,33 @@ from melora_fx.matching.targets import nearest
 
 from .adapter_file import Adapter
 from .fingerprint import fingerprint_misfit
-from .save import tensors_by_name
+from .model_adapter import tensors_by_name
+
+
+def check_sites(adapter: Adapter, known: Collection[str]) -> None:
+    """Raises MELoRAError where the adapter has a site that is not among the `known` names of the model."""
+    lines = [f"`{name}`; nearest: {nearest(name, list(known))}" for name in adapter.configs if name not in known]
+    if lines:
+        raise MELoRAError(
+            f"`{adapter.directory}` is for another model; it has sites that this one lacks:\n" + "\n".join(lines)
+        )
+
+
+def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises MELoRAError where a base weight, by its site's name, has not the shape that the adapter is for."""
+    lines = []
+    for name, config in adapter.configs.items():
+        shapes = [tuple(adapter.tensors[f"{name}.{kind}"].shape) for kind in ("lora_a", "lora_b")]
+        rows, columns = weights[name].shape[-2:]
+        number = num_matrices(weights[name])
+        fitting = [config.adapter_shapes(rows, columns, number), config.adapter_shapes(columns, rows, number)]
+        if tuple(shapes) not in fitting:
+            lines.append(
+                f"`{name}`: lora_a is {shapes[0]} and lora_b {shapes[1]}, which does not fit a weight of shape "
+                f"{tuple(weights[name].shape)} and the adapter's own configuration {config}"
+            )
+    if lines:
+        raise MELoRAError(f"`{adapter.directory}` does not fit the model:\n" + "\n".join(lines))
 
 
 def check_fingerprints(adapter: Adapter, actual: Mapping[str, Mapping[str, Any]]) -> None:
@@ -30,23 +56,8 @@ def check_fingerprints(adapter: Adapter, actual: Mapping[str, Mapping[str, Any]]
         raise MELoRAError(f"`{adapter.directory}` was trained on another base model:\n" + "\n".join(lines))
 
 
-def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raises MELoRAError where a base weight, by its site's name, has not the shape that the adapter is for."""
-    lines = []
-    for name, config in adapter.configs.items():
-        shapes = [tuple(adapter.tensors[f"{name}.{kind}"].shape) for kind in ("lora_a", "lora_b")]
-        (rows, columns), number = weights[name].shape[-2:], num_matrices(weights[name])
-        fitting = [config.adapter_shapes(rows, columns, number), config.adapter_shapes(columns, rows, number)]
-        if tuple(shapes) not in fitting:
-            lines.append(
-                f"`{name}`: lora_a is {shapes[0]} and lora_b {shapes[1]}, which does not fit a weight of shape "
-                f"{tuple(weights[name].shape)} and the adapter's own configuration {config}"
-            )
-    if lines:
-        raise MELoRAError(f"`{adapter.directory}` does not fit the model:\n" + "\n".join(lines))
-
-
 def check_kept(adapter: Adapter, model: nn.Module) -> None:
+    """Raises MELoRAError where a tensor of the trained modules is not in the model, or has another shape there."""
     own = tensors_by_name(model)
     lines = []
     for name, tensor in adapter.kept_tensors().items():
@@ -58,8 +69,10 @@ def check_kept(adapter: Adapter, model: nn.Module) -> None:
         raise MELoRAError(f"the trained modules of `{adapter.directory}` do not fit the model:\n" + "\n".join(lines))
 
 
-def another_model(adapter: Adapter, wrong: list[str], known: list[str]) -> MELoRAError:
-    lines = [f"`{name}`; nearest: {nearest(name, known)}" for name in wrong]
-    return MELoRAError(
-        f"`{adapter.directory}` is for another model; it has sites that this one lacks:\n" + "\n".join(lines)
-    )
+def refuse_non_finite(adapter: Adapter) -> None:
+    """Raises MELoRAError for an adapter that holds NaN or infinity, and names the tensors."""
+    wrong = [
+        name for name, value in adapter.tensors.items() if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if wrong:
+        raise MELoRAError(f"`{adapter.directory}` holds NaN or infinity in {', '.join(map(repr, wrong))}")

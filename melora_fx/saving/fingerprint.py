@@ -1,11 +1,11 @@
-"""What a base weight is recognised by."""
+"""Fingerprints of base weights: shape, dtype and a few values, which another base would not have."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-_FINGERPRINT_VALUES = 64
+_NUM_VALUES = 64
 
 
 def fingerprint(weight: torch.Tensor) -> dict[str, Any]:
@@ -19,13 +19,25 @@ def fingerprint(weight: torch.Tensor) -> dict[str, Any]:
     return facts
 
 
-def _is_readable(weight: torch.Tensor) -> bool:
-    return not weight.is_meta and type(weight.detach()) is torch.Tensor and weight.is_floating_point()
+def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """Why two fingerprints are not of one weight, or None; values may differ by the coarser dtype's rounding."""
+    if list(actual["shape"]) != list(expected["shape"]):
+        return f"its shape is {actual['shape']}, the adapter's base had {expected['shape']}"
+    if "values" not in expected or "values" not in actual:
+        return None
+    limits = [torch.finfo(getattr(torch, facts["dtype"])) for facts in (actual, expected)]
+    eps = max(limit.eps for limit in limits)
+    tiny = max(limit.smallest_normal for limit in limits)
+    values = torch.as_tensor(expected["values"])
+    sample = torch.as_tensor(actual["values"])
+    is_close = (values - sample).abs() <= eps * values.abs() + tiny
+    wrong = int((~is_close).sum())
+    return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None
 
 
 def sampled_positions(numel: int) -> torch.Tensor:
     """Where a fingerprint's values stand in a flattened weight: at even distances."""
-    return torch.linspace(0, numel - 1, _FINGERPRINT_VALUES, dtype=torch.float64).long()
+    return torch.linspace(0, numel - 1, _NUM_VALUES, dtype=torch.float64).long()
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
@@ -34,14 +46,5 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach()[torch.unravel_index(index, weight.shape)].float().cpu()
 
 
-def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """Why two fingerprints are not of one weight, or None; values may differ by the coarser dtype's rounding."""
-    if list(actual["shape"]) != list(expected["shape"]):
-        return f"its shape is {actual['shape']}, the adapter's base had {expected['shape']}"
-    if "values" not in expected or "values" not in actual:
-        return None
-    limits = [torch.finfo(getattr(torch, facts["dtype"])) for facts in (actual, expected)]
-    coarser, tiny = max(limit.eps for limit in limits), max(limit.smallest_normal for limit in limits)
-    values, sample = torch.as_tensor(expected["values"]), torch.as_tensor(actual["values"])
-    wrong = int((~((values - sample).abs() <= coarser * values.abs() + tiny)).sum())
-    return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None
+def _is_readable(weight: torch.Tensor) -> bool:
+    return not weight.is_meta and type(weight.detach()) is torch.Tensor and weight.is_floating_point()

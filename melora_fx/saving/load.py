@@ -1,4 +1,4 @@
-"""Saves and loads the adapters of a model."""
+"""`load_adapter`: a plain model is rewritten; in a rewritten one values are exchanged. All is checked before."""
 
 import dataclasses
 import os
@@ -17,9 +17,9 @@ from melora_fx.rewriting.rewrite import rewrite
 from melora_fx.rewriting.sites import AdapterSite, refuse_folded, sites
 
 from .adapter_file import Adapter, read_adapter
-from .checks import another_model, check_fingerprints, check_kept, check_shapes
+from .checks import check_fingerprints, check_kept, check_shapes, check_sites
 from .fingerprint import fingerprint
-from .save import kept_names, tensors_by_name
+from .model_adapter import kept_names, tensors_by_name
 
 
 def load_adapter(
@@ -51,18 +51,15 @@ def load_adapter(
 
 def _load_into_plain(model: nn.Module, adapter: Adapter, example_inputs: ExampleInputs | None) -> nn.Module:
     plain = _plain_weights(model)
-    unknown = [name for name in adapter.configs if name not in plain]
-    if unknown:
-        raise another_model(adapter, unknown, list(plain))
+    check_sites(adapter, plain)
     check_shapes(adapter, plain)
     check_fingerprints(adapter, {name: fingerprint(plain[name]) for name in adapter.configs})
     check_kept(adapter, model)
     targets: dict[str, MELoRAConfig | None] = {
-        f"re:{re.escape(n)}": _for_any_base(c) for n, c in adapter.configs.items()
+        f"re:{re.escape(name)}": _for_any_base(config) for name, config in adapter.configs.items()
     }
-    rewritten = rewrite(
-        model, targets, example_inputs=example_inputs, keep_trainable=[f"re:{re.escape(name)}" for name in adapter.kept]
-    )
+    kept = [f"re:{re.escape(name)}" for name in adapter.kept]
+    rewritten = rewrite(model, targets, example_inputs=example_inputs, keep_trainable=kept)
     _copy_values(rewritten, adapter)
     return rewritten
 
@@ -74,31 +71,13 @@ def _for_any_base(config: MELoRAConfig) -> MELoRAConfig:
 
 def _load_into_rewritten(model: nn.Module, adapter: Adapter) -> None:
     found = sites(model)
-    wrong = [name for name in adapter.configs if name not in found]
-    if wrong:
-        raise another_model(adapter, wrong, list(found))
+    check_sites(adapter, found)
     absent = [name for name in found if name not in adapter.configs]
     if absent:
         raise MELoRAError(f"`{adapter.directory}` has nothing for these sites of the model: {', '.join(absent)}")
     for name, site in found.items():
-        config, saved = site.config, adapter.configs[name]
-        for key in ("num_blocks", "split"):
-            if getattr(config, key) != getattr(saved, key):
-                raise MELoRAError(
-                    f"`{name}`: the adapter's `{key}` (={getattr(saved, key)}) is not the model's "
-                    f"(={getattr(config, key)}): `fold` or rebuild the model, then load into the plain one"
-                )
-        if max(saved.ranks) > site.lora_b.size(2):
-            raise MELoRAError(
-                f"`{name}`: the adapter's rank {max(saved.ranks)} is above the {site.lora_b.size(2)} that the model "
-                "was rewritten with: load into a plain model"
-            )
-    kept, saved_kept = set(kept_names(model)), set(adapter.kept_tensors())
-    if kept != saved_kept:
-        raise MELoRAError(
-            f"`{adapter.directory}` keeps {sorted(saved_kept - kept) or 'nothing'} trainable that the model does not, "
-            f"and lacks {sorted(kept - saved_kept) or 'nothing'}: one head would stay where another belongs"
-        )
+        _refuse_other_blocks(name, site, adapter.configs[name])
+    _refuse_other_heads(model, adapter)
     weights = {name: site.weight for name, site in found.items()}
     check_shapes(adapter, weights)
     check_fingerprints(adapter, {name: fingerprint(weight) for name, weight in weights.items()})
@@ -106,19 +85,47 @@ def _load_into_rewritten(model: nn.Module, adapter: Adapter) -> None:
     _copy_values(model, adapter)
 
 
+def _refuse_other_blocks(name: str, site: AdapterSite, saved: MELoRAConfig) -> None:
+    """Raises MELoRAError where the saved blocks do not fit into the site's tensors."""
+    for key in ("num_blocks", "split"):
+        if getattr(site.config, key) != getattr(saved, key):
+            raise MELoRAError(
+                f"`{name}`: the adapter's `{key}` (={getattr(saved, key)}) is not the model's "
+                f"(={getattr(site.config, key)}): `fold` or rebuild the model, then load into the plain one"
+            )
+    if max(saved.ranks) > site.lora_b.size(2):
+        raise MELoRAError(
+            f"`{name}`: the adapter's rank {max(saved.ranks)} is above the {site.lora_b.size(2)} that the model "
+            "was rewritten with: load into a plain model"
+        )
+
+
+def _refuse_other_heads(model: nn.Module, adapter: Adapter) -> None:
+    """Raises MELoRAError where the adapter has not the trained modules that the model has."""
+    kept = set(kept_names(model))
+    saved = set(adapter.kept_tensors())
+    if kept != saved:
+        raise MELoRAError(
+            f"`{adapter.directory}` keeps {sorted(saved - kept) or 'nothing'} trainable that the model does not, "
+            f"and lacks {sorted(kept - saved) or 'nothing'}: one head would stay where another belongs"
+        )
+
+
 def _copy_values(model: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for name, site in sites(model).items():
-            _copy_site(
-                site, adapter.configs[name], adapter.tensors[f"{name}.lora_a"], adapter.tensors[f"{name}.lora_b"]
-            )
+            lora_a = adapter.tensors[f"{name}.lora_a"]
+            lora_b = adapter.tensors[f"{name}.lora_b"]
+            _copy_site(site, adapter.configs[name], lora_a, lora_b)
         own = tensors_by_name(model)
         for name, tensor in adapter.kept_tensors().items():
             own[name].copy_(tensor)
 
 
 def _copy_site(site: AdapterSite, config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
-    rank, num_parts = lora_b.size(2), len(config.parts(site.out_features))
+    """Puts values and configuration in the place of the site's own; what the saved ranks leave over becomes zero."""
+    rank = lora_b.size(2)
+    num_parts = len(config.parts(site.out_features))
     site.lora_a.zero_().unflatten(1, (num_parts, -1))[:, :, :rank].copy_(lora_a.unflatten(1, (num_parts, -1)))
     site.lora_b.zero_()[:, :, :rank].copy_(lora_b)
     site.scaling.copy_(scaling_tensor(config, site.scaling))
@@ -132,12 +139,14 @@ def _copy_site(site: AdapterSite, config: MELoRAConfig, lora_a: torch.Tensor, lo
 
 def _plain_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every matrix, and stack of matrices, of the model by the name that a site on it would have."""
-    return {
+    matrices = {
         without_wrappers(name).removesuffix(".weight"): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.dim() in (2, 3)
-    } | {
+    }
+    packed = {
         without_wrappers(name): packed_weight(module)
         for name, module in model.named_modules()
         if is_packed_linear(module)
     }
+    return {**matrices, **packed}

@@ -24,7 +24,8 @@ from melora_fx.rewriting.hugging_face import (
 )
 from melora_fx.rewriting.sites import adapter_parameters, require_sites, sites
 
-from .save import kept_names, save_adapter, tensors_by_name
+from .model_adapter import kept_names, tensors_by_name
+from .save import save_adapter
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -55,7 +56,8 @@ class AdapterCheckpointCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Replaces what the Trainer has written of a model that has no `save_pretrained`."""
-        model, directory = kwargs["model"], Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
+        model = kwargs["model"]
+        directory = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
         inner = unwrap(model)
         if not has_save_pretrained(inner) and (directory / SAFE_WEIGHTS_NAME).exists():
             _save_checkpoint(inner, directory, prefix=_prefix(model))
@@ -97,9 +99,8 @@ def _trained_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
     copies.
     """
     named = tensors_by_name(model)
-    wanted = {id(tensor) for tensor in adapter_parameters(model).values()} | {
-        id(named[key]) for key in kept_names(model)
-    }
+    trained = [*adapter_parameters(model).values(), *(named[name] for name in kept_names(model))]
+    wanted = {id(tensor) for tensor in trained}
     return {
         f"{prefix}{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict(keep_vars=True).items()

@@ -24,7 +24,7 @@ from exporters.adapters.ort_adapter import swap_tensors
 from exporters.measuring.machine import file_size_mib
 from exporters.onnx_files.metadata import read_facts
 from melora_fx import MELoRAConfig, MELoRAError
-from melora_fx.saving.save import adapter_of
+from melora_fx.saving.model_adapter import adapter_of
 from support.models import fill
 from support.zoo import ZOO, build
 

@@ -1,0 +1,93 @@
+"""What of a rewritten model belongs to its adapter: the tensors of sites and of modules kept trainable, by name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from melora_fx.errors import MELoRAError
+from melora_fx.names import join_path, unwrap, without_wrappers
+from melora_fx.rewriting.rewrite_state import REWRITE_STATE_ATTRIBUTE
+from melora_fx.rewriting.sites import AdapterSite, sites
+
+from .adapter_file import Adapter
+from .fingerprint import fingerprint
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of a rewritten model as if it had been saved and read; base weights are not checked."""
+    return Adapter(
+        directory=Path(),
+        configs={name: site.config for name, site in sites(model).items()},
+        fingerprints={},
+        transposed={},
+        kept=kept_modules(model),
+        model={},
+        tensors=adapter_tensors(model),
+    )
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What an adapter folder of `model` holds: `<site>.lora_a`, `<site>.lora_b`, and the modules kept trainable.
+
+    Cut to the largest rank of each site's configuration: an adapter that was loaded into a larger one is as it was.
+    """
+    tensors = _kept_tensors(model)
+    for name, site in sites(model).items():
+        rank = max(site.config.ranks)
+        num_parts = len(site.config.parts(site.out_features))
+        lora_a = site.lora_a.detach()
+        lora_b = site.lora_b.detach()
+        tensors[f"{name}.lora_a"] = lora_a.unflatten(1, (num_parts, -1))[:, :, :rank].flatten(1, 2)
+        tensors[f"{name}.lora_b"] = lora_b[:, :, :rank]
+        if lora_b[:, :, rank:].any():
+            raise MELoRAError(
+                f"`{name}` holds values beyond its rank {rank}: an optimizer that remembers the larger adapter from "
+                "before `load_adapter` has written there; make a new optimizer after loading"
+            )
+    return tensors
+
+
+def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
+    """What files say of each site, as JSON-ready values: its configuration, and its base weight's fingerprint and
+    orientation.
+    """
+    return {
+        name: {
+            "config": site.config.to_dict(),
+            "base": fingerprint(site.weight),
+            "is_transposed": site.weight_is_transposed,
+        }
+        for name, site in found.items()
+    }
+
+
+def kept_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that were kept trainable."""
+    names: list[str] = []
+    for path, module in unwrap(model).named_modules():
+        state = module.__dict__.get(REWRITE_STATE_ATTRIBUTE)
+        if state is not None:
+            names += [without_wrappers(join_path(path, name)) for name in state.kept]
+    return tuple(names)
+
+
+def kept_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the tensors of the modules that were kept trainable."""
+    return tuple(_kept_tensors(model))
+
+
+def _kept_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    kept = kept_modules(model)
+    return {
+        name: tensor
+        for name, tensor in tensors_by_name(model).items()
+        if any(name.startswith(f"{module}.") for module in kept)
+    }
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's own tensors under the names of its `state_dict`, without those of wrappers."""
+    return {without_wrappers(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
