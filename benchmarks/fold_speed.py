@@ -41,7 +41,7 @@ import exporters
 import melora_fx
 from exporters.measuring.machine import device_name, package_versions, source_commit
 from melora_fx import MELoRAConfig
-from melora_fx.folding.fold import changed_blocks
+from melora_fx.folding.site_weight import changed_blocks
 
 RESULTS = Path(__file__).parent / "results" / "fold_speed.csv"
 FIELDS = (

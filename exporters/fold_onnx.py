@@ -22,7 +22,7 @@ from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from melora_fx import FoldReport, MELoRAError, SiteFold
 from melora_fx.adapter.update import Scratch
 from melora_fx.files import staging_folder, writing
-from melora_fx.folding.measured import fold_stored
+from melora_fx.folding.measured_fold import fold_and_measure
 from melora_fx.folding.report import make_report
 from melora_fx.matching.targets import nearest
 from melora_fx.saving.adapter_file import Adapter, read_adapter
@@ -133,7 +133,7 @@ def _check(adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPl
 def _fold_weight(
     site: str, adapter: Adapter, scratch: Scratch, measured: list[SiteFold], parameter: torch.Tensor
 ) -> None:
-    measured.append(fold_stored(site, adapter, parameter, scratch))
+    measured.append(fold_and_measure(site, adapter, parameter, scratch))
 
 
 def _heads(adapter: Adapter, facts: GraphFacts, weights: WeightBytes) -> list[tuple[WeightPlace, Change]]:

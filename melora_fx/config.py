@@ -107,9 +107,12 @@ class MELoRAConfig:
         """Shapes of lora_a (E·N, P·R, I/N) and lora_b (E·N, O/N, R), R the largest rank of a block, P parts of `split`,
         E num_experts.
         """
-        blocks, rank, parts = self.num_blocks, max(self.ranks), len(self.parts(out_features))
-        number = num_experts * blocks
-        return (number, parts * rank, in_features // blocks), (number, out_features // blocks, rank)
+        blocks = self.num_blocks
+        rank = max(self.ranks)
+        num_parts = len(self.parts(out_features))
+        lora_a = (num_experts * blocks, num_parts * rank, in_features // blocks)
+        lora_b = (num_experts * blocks, out_features // blocks, rank)
+        return lora_a, lora_b
 
     def num_parameters(self, in_features: int, out_features: int) -> int:
         """Number of trainable values of one adapter of this configuration, padding not counted."""
@@ -136,20 +139,17 @@ class MELoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The eight fields as JSON-ready values."""
-        return {
-            name: list(value) if isinstance(value := getattr(self, name), tuple) else value
-            for name, item in self.__dataclass_fields__.items()
-            if item.init
-        }
+        values = {name: getattr(self, name) for name, item in self.__dataclass_fields__.items() if item.init}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "MELoRAConfig":
         """The inverse of `to_dict`."""
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-        return cls(**values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def _set(config: MELoRAConfig, name: str, value: Any) -> None:
+    """Sets a field of the frozen object while it is made."""
     object.__setattr__(config, name, value)
 
 

@@ -1,7 +1,6 @@
-"""Hugging Face checkpoints on disk: which safetensors file holds which tensor, and which parameter of a model that is.
+"""Hugging Face checkpoints on disk: which safetensors file holds which tensor, and where.
 
-Only headers are read. A file is 8 bytes of the header's length, the header in JSON (dtype, shape and place of each
-tensor), and the tensors' bytes one after the other.
+Only headers are read; `saving/tensor_file.py` says how a file is laid out.
 """
 
 import json
@@ -17,7 +16,9 @@ from melora_fx.errors import MELoRAError
 from melora_fx.saving.fingerprint import sampled_positions
 from melora_fx.saving.tensor_file import METADATA
 
-SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
 FOLDED_KEY = "melora"
 """Key in the metadata of a folded safetensors file: JSON that says which adapter it holds."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,8 +37,9 @@ class StoredTensor:
     stop: int
 
     def fingerprint(self) -> dict[str, Any]:
-        """As of `adapter_file.fingerprint`; only its values are read."""
-        dtype, data = DTYPES[self.dtype], bytearray()
+        """As of `saving.fingerprint.fingerprint`; of the tensor only the sampled values are read."""
+        dtype = DTYPES[self.dtype]
+        data = bytearray()
         with self.file.open("rb", buffering=0) as file:
             for position in sampled_positions(math.prod(self.shape)).tolist():
                 file.seek(self.start + position * dtype.itemsize)
@@ -75,8 +77,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         MELoRAError: where it has no safetensors weights, or a file is missing, truncated or corrupt.
     """
-    single, index = directory / SINGLE_FILE, None
-    if single.is_file():
+    index = None
+    if (directory / SINGLE_FILE).is_file():
         names = [SINGLE_FILE]
     elif (directory / INDEX_FILE).is_file():
         index = _read_json(directory / INDEX_FILE)

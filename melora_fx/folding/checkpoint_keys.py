@@ -1,4 +1,4 @@
-"""How a model's parameters are called in a checkpoint, by transformers' own rules."""
+"""From the names of a model's parameters to the keys of a checkpoint, by transformers' own rules."""
 
 from dataclasses import dataclass
 

@@ -43,6 +43,7 @@ def plan_fold(checkpoint: Checkpoint, adapter: Adapter) -> FoldPlan:
 
 
 def _refuse_folded(checkpoint: Checkpoint) -> None:
+    """Raises MELoRAError for a checkpoint that `fold_checkpoint` has written."""
     for name, metadata in checkpoint.files.items():
         if FOLDED_KEY in metadata:
             sha256 = re.search(r"[0-9a-f]{12}", metadata[FOLDED_KEY])
@@ -55,7 +56,8 @@ def _refuse_folded(checkpoint: Checkpoint) -> None:
 
 def _find_weights(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict[str, StoredTensor]:
     """Where each site's weight is stored."""
-    stored, lines = dict[str, StoredTensor](), []
+    stored: dict[str, StoredTensor] = {}
+    lines: list[str] = []
     quantised = (checkpoint.config or {}).get("quantization_config")
     for site in adapter.configs:
         parameter = site if site in names.keys or site in names.converted else f"{site}.weight"
@@ -84,7 +86,8 @@ def _find_weights(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> di
 
 def _find_heads(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict[str, torch.Tensor]:
     """The tensors that were kept trainable, by key: a tied one under all keys that it has, a new one by its name."""
-    heads, lines = dict[str, torch.Tensor](), []
+    heads: dict[str, torch.Tensor] = {}
+    lines: list[str] = []
     for name, tensor in adapter.kept_tensors().items():
         if name in names.converted:
             lines.append(f"`{name}`: the checkpoint stores it in another form: fold in memory, and save")

@@ -6,8 +6,7 @@ No model is loaded. Each weight file is copied, and the weights that the adapter
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,14 +25,9 @@ from melora_fx.saving.tensor_file import Entry, make_header, serialise
 from .checkpoint import CONFIG_FILE, FOLDED_KEY, INDEX_FILE, Checkpoint, StoredTensor, open_checkpoint
 from .checkpoint_plan import plan_fold
 from .edited_copy import Stretch, write_edited
-from .measured import fold_stored
+from .measured_fold import fold_and_measure
+from .other_files import copy_file, find_other_files
 from .report import FoldReport, SiteFold, make_report
-
-_OTHER_WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
-)  # fmt: skip
-_OTHER_FOLDERS = ("onnx", "openvino", "original", "coreml")
-"""Suffixes in the checkpoint's own folder, and folders in it, that hold the base's weights in other forms."""
 
 
 def fold_checkpoint(
@@ -61,12 +55,13 @@ def fold_checkpoint(
             holds an adapter already, or a weight is tied, quantised or stored in another form; where the adapter is not
             finite, or `out_dir` cannot be written. Nothing is written then.
     """
-    base, out = Path(base_dir), Path(out_dir)
+    base = Path(base_dir)
+    out = Path(out_dir)
     adapter = read_adapter(adapter_dir)
     checkpoint = open_checkpoint(base)
     _refuse_place(base, out)
     plan = plan_fold(checkpoint, adapter)
-    copied, notes = _other_files(checkpoint)
+    copied, notes = find_other_files(checkpoint)
     measured: list[SiteFold] = []
     scratch = Scratch()
     changes = {
@@ -79,7 +74,7 @@ def fold_checkpoint(
         made = staging / "folder"  # not the staging folder itself, which only its owner may read
         made.mkdir()
         for name in copied:
-            _copy_file(base / name, made / name)
+            copy_file(base / name, made / name)
         written = _write_weights(checkpoint, made, changes, plan.heads, sha256, advance)
         _write_index(checkpoint, made, written, sha256)
         _write_config(checkpoint, made, adapter)
@@ -88,6 +83,7 @@ def fold_checkpoint(
 
 
 def _refuse_place(base: Path, out: Path) -> None:
+    """Raises MELoRAError where `out` is taken, or belongs to the base."""
     with writing(out):  # the system may refuse the very name
         occupied = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
@@ -102,7 +98,7 @@ def _fold_bytes(
     site: str, adapter: Adapter, tensor: StoredTensor, scratch: Scratch, measured: list[SiteFold], data: memoryview
 ) -> None:
     """Folds the weight in `data`, and notes what that did."""
-    measured.append(fold_stored(site, adapter, tensor.view(data), scratch))
+    measured.append(fold_and_measure(site, adapter, tensor.view(data), scratch))
 
 
 def _write_weights(
@@ -116,25 +112,37 @@ def _write_weights(
     """Writes the weight files; returns what each holds. New tensors go into the last file."""
     written: dict[str, dict[str, Entry]] = {}
     files: dict[Path, list[Stretch | bytes]] = {}
-    added = [key for key in heads if key not in checkpoint.tensors]
+    new_keys = [key for key in heads if key not in checkpoint.tensors]
+    last_file = max(checkpoint.files)
     for file, metadata in checkpoint.files.items():
-        entries: dict[str, Entry] = {}
-        pieces: list[Stretch | bytes] = []
         held = [tensor for tensor in checkpoint.tensors.values() if tensor.file.name == file]
-        for tensor in held:
-            if tensor.key not in heads:
-                entries[tensor.key] = Entry(tensor.dtype, tensor.shape, tensor.stop - tensor.start)
-                _append(pieces, Stretch(tensor.file, tensor.start, tensor.stop, changes.get(tensor.key)))
-        for key in [tensor.key for tensor in held if tensor.key in heads] + (
-            added if file == max(checkpoint.files) else []
-        ):
-            entries[key], data = serialise(heads[key])
-            pieces.append(data)
+        keys = [tensor.key for tensor in held if tensor.key in heads]
+        if file == last_file:
+            keys += new_keys
+        own_heads = {key: heads[key] for key in keys}
+        entries, pieces = _lay_out([tensor for tensor in held if tensor.key not in heads], changes, own_heads)
         facts = {"format": "pt"} | metadata | {FOLDED_KEY: json.dumps({"adapter_sha256": adapter_sha256})}
         files[made / file] = [make_header(entries, facts), *pieces]
         written[file] = entries
     write_edited(files, advance)
     return written
+
+
+def _lay_out(
+    stored: Sequence[StoredTensor],
+    changes: Mapping[str, Callable[[memoryview], None]],
+    heads: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, Entry], list[Stretch | bytes]]:
+    """What one file consists of: tensors of the base, changed or as they are, and heads after them."""
+    entries: dict[str, Entry] = {}
+    pieces: list[Stretch | bytes] = []
+    for tensor in stored:
+        entries[tensor.key] = Entry(tensor.dtype, tensor.shape, tensor.stop - tensor.start)
+        _append(pieces, Stretch(tensor.file, tensor.start, tensor.stop, changes.get(tensor.key)))
+    for key, head in heads.items():
+        entries[key], data = serialise(head)
+        pieces.append(data)
+    return entries, pieces
 
 
 def _append(pieces: list[Stretch | bytes], stretch: Stretch) -> None:
@@ -149,6 +157,7 @@ def _append(pieces: list[Stretch | bytes], stretch: Stretch) -> None:
 def _write_index(
     checkpoint: Checkpoint, made: Path, written: Mapping[str, Mapping[str, Entry]], adapter_sha256: str
 ) -> None:
+    """Writes the index of a sharded checkpoint; another has none."""
     if checkpoint.index is None:
         return
     entries = [entry for held in written.values() for entry in held.values()]
@@ -163,9 +172,10 @@ def _write_index(
 
 def _write_config(checkpoint: Checkpoint, made: Path, adapter: Adapter) -> None:
     """Copies config.json; with a trained head, the class that has it and its number of labels stand there."""
-    class_name, num_labels = adapter.model.get("class"), adapter.model.get("num_labels")
     if checkpoint.config is None:
         return
+    class_name = adapter.model.get("class")
+    num_labels = adapter.model.get("num_labels")
     config = dict(checkpoint.config)
     if adapter.kept and class_name:
         config["architectures"] = [class_name]
@@ -173,43 +183,13 @@ def _write_config(checkpoint: Checkpoint, made: Path, adapter: Adapter) -> None:
             labels = {index: f"LABEL_{index}" for index in range(num_labels)}
             config |= {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
     if config == checkpoint.config:
-        _copy_file(checkpoint.directory / CONFIG_FILE, made / CONFIG_FILE)
+        copy_file(checkpoint.directory / CONFIG_FILE, made / CONFIG_FILE)
     else:
         _write_json(made / CONFIG_FILE, config)
 
 
-def _copy_file(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file = source.open("rb")
-    except OSError as error:
-        raise MELoRAError(f"`{source}` cannot be read: {error.strerror}") from error
-    with file, target.open("wb") as copy:
-        shutil.copyfileobj(file, copy)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """The files to copy as they are, by their paths in the folder, and notes that name the others."""
-    copied, weights, hidden = [], [], []
-    ours = {*checkpoint.files, CONFIG_FILE, *([INDEX_FILE] if checkpoint.index else [])}
-    for path in sorted(checkpoint.directory.iterdir()):
-        if path.name in ours:
-            continue
-        if path.name.startswith("."):
-            hidden.append(path.name)
-        elif path.is_dir() and path.name not in _OTHER_FOLDERS:
-            below = (Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names)
-            copied += sorted(file.relative_to(checkpoint.directory) for file in below)
-        elif path.is_dir() or path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json"):
-            weights.append(path.name)
-        else:
-            copied.append(path.relative_to(checkpoint.directory))
-    reasons = {"they hold the base's weights": weights, "they are hidden": hidden}
-    return copied, [f"not copied, as {reason}: {', '.join(names)}" for reason, names in reasons.items() if names]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a fold rounds away, measured site by site, and the report of it.
+"""The report of what a fold rounds away, site by site.
 
 The share of an update that the weight's dtype rounds away is ‖round(W+Δ) − (W+Δ)‖ / ‖Δ‖, over the blocks it changes.
 """
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 LARGE_SHARE = 0.25
 """Above this share a report warns."""
-_SHOWN = 20
+_NUM_SHOWN = 20
+"""How many sites a table shows."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,13 @@ class FoldReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        rows = [("site", "dtype", "rounded away", "max change", "rank")]
-        rows += [
-            (
-                site.name, site.dtype, _percent(site.rounding_share), f"{site.max_abs_change:.1e}",
-                f"{sum(site.ranks)} of {site.total_rank}",
-            )
-            for site in self.sites[:_SHOWN]
-        ]  # fmt: skip
+        rows: list[tuple[str, ...]] = [("site", "dtype", "rounded away", "max change", "rank")]
+        rows += [_cells(site) for site in self.sites[:_NUM_SHOWN]]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
-        if hidden := self.sites[_SHOWN:]:
+        if hidden := self.sites[_NUM_SHOWN:]:
             lines.append(f"… and {len(hidden)} sites with less, {_percent(hidden[0].rounding_share)} at most")
         remedy = self.remedy()
         return "\n".join([*lines, *([remedy] if remedy else []), *(f"note: {note}" for note in self.notes)])
@@ -77,10 +72,6 @@ class FoldReport:
         )
 
 
-def _percent(share: float) -> str:
-    return "<0.01%" if 0 < share < 5e-5 else f"{share:.2%}"
-
-
 def make_report(measured: Iterable[SiteFold], adapter_sha256: str, notes: Iterable[str] = ()) -> FoldReport:
     """The report of these sites, which warns where a remedy is needed."""
     sites = tuple(sorted(measured, key=lambda site: -site.rounding_share))
@@ -88,3 +79,18 @@ def make_report(measured: Iterable[SiteFold], adapter_sha256: str, notes: Iterab
     if remedy := report.remedy():
         warnings.warn(remedy, stacklevel=3)
     return report
+
+
+def _cells(site: SiteFold) -> tuple[str, ...]:
+    """The row of a site in the table."""
+    return (
+        site.name,
+        site.dtype,
+        _percent(site.rounding_share),
+        f"{site.max_abs_change:.1e}",
+        f"{sum(site.ranks)} of {site.total_rank}",
+    )
+
+
+def _percent(share: float) -> str:
+    return "<0.01%" if 0 < share < 5e-5 else f"{share:.2%}"

@@ -1,4 +1,4 @@
-"""Parameters that overlap in memory."""
+"""Which sites have weights that overlap in memory with other parameters."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,18 @@ import torch
 from torch import nn
 
 from melora_fx.names import without_wrappers
+from melora_fx.rewriting.sites import AdapterSite
 
 
-def in_one_memory(model: nn.Module) -> Iterator[list[str]]:
+def shared_sites(model: nn.Module, found: dict[str, AdapterSite]) -> dict[str, list[str]]:
+    """The sites whose weight is in part another parameter of the model too: site name → names of the others."""
+    shared: dict[str, list[str]] = {}
+    for names in _in_one_memory(model):
+        shared |= {name: [other for other in names if other != name] for name in names if name in found}
+    return shared
+
+
+def _in_one_memory(model: nn.Module) -> Iterator[list[str]]:
     """Groups of parameters that overlap in memory, named as sites; a module used in several places counts once."""
     spans = sorted(
         (*_span(parameter), without_wrappers(name).removesuffix(".weight"))
@@ -23,7 +32,8 @@ def in_one_memory(model: nn.Module) -> Iterator[list[str]]:
         else:
             if len(group) > 1:
                 yield group
-            group, group_end = [name], (device, end)
+            group = [name]
+            group_end = (device, end)
         group_end = max(group_end, (device, end))
     if len(group) > 1:
         yield group
@@ -37,4 +47,5 @@ def _span(parameter: torch.Tensor) -> tuple[int, int, int]:
     last = tensor.numel() - 1
     if not tensor.is_contiguous():
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.get_device(), tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    start = tensor.data_ptr()
+    return tensor.get_device(), start, start + (last + 1) * tensor.element_size()

@@ -1,0 +1,60 @@
+"""What a fold in memory must refuse: weights that cannot be changed, or that others use."""
+
+import torch
+
+from melora_fx.adapter.update import non_finite
+from melora_fx.capture.packed import is_packed_linear
+from melora_fx.errors import MELoRAError
+from melora_fx.rewriting.module import replaced_forward
+from melora_fx.rewriting.sites import AdapterSite, resized
+from melora_fx.torch_private import registered
+
+from .site_weight import oriented_weight
+
+_DEQUANTISE = "save the adapter, load it into the dequantised base, fold, and quantise again (docs/FOLD.md)"
+
+
+def refuse_unfoldable(found: dict[str, AdapterSite]) -> None:
+    """Raises MELoRAError for weights that cannot be changed, and for sums that would not be finite."""
+    lines = [f"`{name}`: {reason}" for name, site in found.items() if (reason := _obstacle(site))]
+    if lines:
+        raise MELoRAError("cannot fold:\n" + "\n".join(lines))
+
+
+def refuse_replaced_forward(found: dict[str, AdapterSite]) -> None:
+    """Raises MELoRAError for modules whose forward a fold could not take the adapter out of."""
+    names = [f"`{name}`" for name, site in found.items() if replaced_forward(site.module)]
+    if names:
+        raise MELoRAError(
+            f"cannot fold {', '.join(names)}: its `forward` was replaced on the instance after `rewrite`, as accelerate"
+            " does, and would keep the adapter: `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
+        )
+
+
+def refuse_shared(shared: dict[str, list[str]]) -> None:
+    """Raises MELoRAError where `shared_sites` has found any."""
+    if not shared:
+        return
+    lines = [f"`{name}` shares its weight with {', '.join(map(repr, users))}" for name, users in shared.items()]
+    raise MELoRAError(
+        "\n".join(lines) + "\nfolding would change those too: `fold(model, untie=True)` copies the weight first"
+    )
+
+
+def _obstacle(site: AdapterSite) -> str | None:
+    """Why the site cannot be folded, or None."""
+    if is_packed_linear(site.owner):
+        return f"the weight of a {site.pattern} is packed: {_DEQUANTISE}"
+    if site.record.parameter_name not in registered(site.owner)[0]:
+        return "its weight is pruned or parametrized: make it permanent first"
+    if reason := resized(site):
+        return reason
+    weight = site.weight.detach()
+    if type(weight) is not torch.Tensor or not weight.is_floating_point():
+        kind = f"{type(weight).__name__} of {weight.dtype}"
+        return f"its weight is a {kind}: {_DEQUANTISE}"
+    if weight.is_meta:
+        return "its weight is on the meta device: load the model's weights first"
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        return "its weight was made in `torch.inference_mode`: load the model outside of it, or fold inside"
+    return non_finite(site.config, oriented_weight(site), site.lora_a, site.lora_b)
