@@ -187,7 +187,8 @@ def checkpoint_names(model: Any, keys: Iterable[str]) -> list[tuple[str, str, tu
     for key in sorted(keys, key=dot_natural_key):  # some rules count on the order
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
         if name not in own and key in own:  # a rule for older checkpoints, which have other keys
-            name, pattern = key, None
+            name = key
+            pattern = None
         converted: tuple[str, ...] = ()
         if pattern is not None:
             first, *others = by_pattern[pattern].target_patterns
