@@ -145,7 +145,10 @@ class MELoRAConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "MELoRAConfig":
         """The inverse of `to_dict`."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**values)
 
 
 def _set(config: MELoRAConfig, name: str, value: Any) -> None:

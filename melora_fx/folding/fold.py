@@ -59,9 +59,11 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
         refuse_shared(shared)
     for name in shared:
         _untie(inner, found[name])
+    if shared:
+        found = require_sites(model, "fold")  # with the weights of their own
     scratch = Scratch()
     with torch.no_grad():
-        for site in (require_sites(model, "fold") if shared else found).values():
+        for site in found.values():
             add_update(site.config, oriented_weight(site), site.lora_a, site.lora_b, scratch)
     _remove_adapters(inner)
     return model
