@@ -11,7 +11,7 @@ from melora_fx.names import get_attribute
 from melora_fx.patterns.node import LINEAR, LinearNode, argument, operator_name
 from melora_fx.patterns.views import CASTS
 
-from .adapted_linear import WIDE
+from .cost import WIDE
 from .quantized_gradient import passes_gradient
 
 

@@ -31,7 +31,7 @@ def _multiply(x: Tensor, blocks: Tensor, offs: Tensor) -> Tensor:
             torch.mm(x[rows], blocks[expert].t(), out=output[rows])  # the bits of transformers' operator
             continue
         matrices = blocks[expert * number : (expert + 1) * number]
-        # The few columns first: see `adapted_linear._times_few`.
+        # The few columns first: see `times_few_rows`.
         torch.bmm(matrices, _slices(x[rows], number).mT, out=_slices(output[rows], number).mT)
     return output
 

@@ -56,12 +56,12 @@ class Operands:
 
     @property
     def is_merged(self) -> bool:
-        return self.merge and implementation._is_merged(self.x, self.weight, self.lora_a, 0.0)
+        return self.merge and implementation.is_merged(self.x, self.weight, self.lora_a, 0.0)
 
     @property
     def is_by_blocks(self) -> bool:
         of_y = self.weight.new_empty(1, len(self.weight))
-        return self.is_merged and implementation._is_by_blocks(self.x, of_y, self.lora_a)
+        return self.is_merged and implementation.is_by_blocks(self.x, of_y, self.lora_a)
 
     def __call__(self, x: Tensor | None = None) -> Tensor:
         x = self.x if x is None else x

@@ -1,0 +1,34 @@
+"""Which of two ways to compute the same takes less time, and rounds nothing away.
+
+I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens.
+"""
+
+import torch
+from torch import Tensor
+
+WIDE = (torch.float32, torch.float64)
+"""The dtypes in which W + Δ and G of `adapted_linear` keep what training adds."""
+
+
+def is_merged(x: Tensor, weight: Tensor, lora_a: Tensor, rate: float) -> bool:
+    """Whether making W + Δ takes less time than adding to the slices of T rows, and rounds nothing away.
+
+    By the measurements in benchmarks/results/NOTES.md: a value of the slices takes 8 + R units of time, mostly to be
+    read and written, and an element of W + Δ 20 + R / N.
+    """
+    if rate or weight.dtype not in WIDE or x.dtype != weight.dtype:
+        return False
+    num_blocks, rank, _ = lora_a.shape
+    out_features, in_features = weight.shape
+    num_tokens = x.numel() // in_features
+    adding = num_tokens * (in_features + out_features) * (8 + rank)
+    merging = in_features * out_features * (20 + rank / num_blocks)
+    return adding > merging
+
+
+def is_by_blocks(x: Tensor, of_y: Tensor, lora_a: Tensor) -> bool:
+    """Whether the gradients of A and B take fewer operations by blocks than by factors, and G rounds nothing away."""
+    num_blocks, rank, _ = lora_a.shape
+    in_features = x.size(-1)
+    out_features = of_y.size(-1)
+    return x.dtype in WIDE and 2 * rank * num_blocks * (in_features + out_features) > in_features * out_features
