@@ -32,9 +32,9 @@ from melora_fx.errors import MELoRAError
 
 from .cost import is_by_blocks, is_merged
 from .dropout import dropout_mask, dropout_rate, over_kept
+from .gradients import gradient_by_slices, gradients_by_blocks, gradients_by_factors
 from .quantized_gradient import quantized_linear
-from .gradients import gradient_of_x, gradients_by_blocks, gradients_by_factors, gradients_of_hidden, rows_of
-from .slices import by_part, cast, factors_by_part, join_parts, slices_of, times_few_rows
+from .slices import by_part, cast, factors_by_part, few_rows_times, join_parts, slices_of
 
 RESIZED = "it was resized after `rewrite` (a vocabulary that grew?); resize the plain model, then `rewrite`"
 """What is said of a linear whose weight no longer fits its adapter."""
@@ -75,7 +75,7 @@ def adapted_linear(
             return adapted_linear(x, None, None, lora_a, lora_b, scaling, dropout, parts, False, base)
     rate = 0.0 if dropout is None else dropout_rate(dropout)
     seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
-    inputs = _Inputs(x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, merge, dtype)
+    inputs = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, merge, dtype)
     if torch.compiler.is_compiling():
         return torch.ops.melora.adapted_linear.default(*inputs)
     try:
@@ -101,31 +101,21 @@ def _refuse_resized(weight: Tensor | None, lora_b: Tensor, error: RuntimeError) 
         raise MELoRAError(f"a linear of {own} output features has an adapter of {out_features}: {RESIZED}") from error
 
 
-class _Inputs(NamedTuple):
-    """One value for each input of `_forward`, in its order: the input, whether it needs a gradient, or its gradient."""
+class _InputGradients(NamedTuple):
+    """What autograd wants of a backward: one gradient for each input of `_forward`, in its order."""
 
-    x: Any
-    base: Any
-    weight: Any
-    bias: Any
-    lora_a: Any
-    lora_b: Any
-    scaling: Any = None
-    seed: Any = None
-    rate: Any = None
-    parts: Any = None
-    merge: Any = None
-    dtype: Any = None
-
-
-class _Gradients(NamedTuple):
-    """One value for each gradient that `_backward` computes, in its order: whether it is asked for, or the gradient."""
-
-    x: Any
-    weight: Any
-    bias: Any
-    lora_a: Any
-    lora_b: Any
+    x: Tensor | None = None
+    base: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: None = None
+    seed: None = None
+    rate: None = None
+    parts: None = None
+    merge: None = None
+    dtype: None = None
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -139,28 +129,23 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _gradients_of_inputs(ctx, gradients[0], _backward)
+        return _input_gradients(ctx, gradients[0], _backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps what `_gradients_of_inputs` reads; the weight only if the gradient of x is needed."""
-    given = _Inputs(*inputs)
-    needs_x, *_ = ctx.needs_input_grad
-    weight = given.weight if needs_x else None
-    ctx.save_for_backward(given.x, weight, given.lora_a, given.lora_b, given.scaling, given.seed)
-    ctx.rate = given.rate
-    ctx.parts = given.parts
-    ctx.merge = given.merge
+    """Keeps what `_backward` takes, in its order; the weight only if the gradient of x is needed."""
+    x, _base, weight, _bias, lora_a, lora_b, scaling, seed, rate, parts, merge, _dtype = inputs
+    needs_x = ctx.needs_input_grad[0]
+    ctx.save_for_backward(x, weight if needs_x else None, lora_a, lora_b, scaling, seed)
+    ctx.constants = (rate, parts, merge)
 
 
-def _gradients_of_inputs(ctx: Any, gradient: Tensor, backward: Callable[..., list[Tensor]]) -> _Inputs:
-    """The gradients that are needed, None for other inputs; `backward` is `_backward` or its operator."""
-    needs = _Inputs(*ctx.needs_input_grad)
-    asked = [needs.x, needs.weight, needs.bias, needs.lora_a, needs.lora_b]
-    x, weight, lora_a, lora_b, scaling, seed = ctx.saved_tensors
-    found = iter(backward(gradient, x, weight, lora_a, lora_b, scaling, seed, ctx.rate, ctx.parts, ctx.merge, asked))
-    of = _Gradients(*[next(found) if is_asked else None for is_asked in asked])
-    return _Inputs(of.x, gradient if needs.base else None, of.weight, of.bias, of.lora_a, of.lora_b)
+def _input_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., _InputGradients]) -> _InputGradients:
+    """The gradients that are needed; `backward` is `_backward`, or `_backward_by_operator`."""
+    needs_x, needs_base, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+    asked = [needs_x, needs_weight, needs_bias, needs_a, needs_b]
+    found = backward(gradient, *ctx.saved_tensors, *ctx.constants, asked)
+    return found._replace(base=gradient) if needs_base else found
 
 
 def _forward(
@@ -192,8 +177,8 @@ def _forward(
         output = F.linear(x, weight, bias).contiguous()
     x = cast(x, output.dtype)
     slices = slices_of(x if seed is None else x * dropout_mask(x, seed, rate), len(lora_a))
-    for part in by_part(output, lora_a, scaled, parts):
-        part.columns.baddbmm_(times_few_rows(slices, part.lora_a), part.scaled.mT)
+    for columns, part_a, part_b in by_part(output, lora_a, scaled, parts):
+        columns.baddbmm_(few_rows_times(part_a, slices).mT, part_b.mT)
     return output
 
 
@@ -209,34 +194,35 @@ def _backward(
     parts: Sequence[int],
     merge: bool,
     asked: Sequence[bool],
-) -> list[Tensor]:
+) -> _InputGradients:
     """The gradients of x, weight, bias, lora_a and lora_b that are `asked` for; `gradient` is that of the output."""
     if gradient.device.type != "meta" and torch.is_autocast_enabled(gradient.device.type):
         with torch.autocast(gradient.device.type, enabled=False):  # the dtypes are the forward's
             return _backward(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, merge, asked)
-    asks = _Gradients(*asked)
+    needs_x, needs_weight, needs_bias, needs_a, needs_b = asked
+    of_y = gradient.reshape(-1, gradient.size(-1))
+    used = cast(x, gradient.dtype)
+    mask = None if seed is None else dropout_mask(used, seed, rate)
+    slices = slices_of(used if mask is None else used * mask, len(lora_a))
     share = over_kept(scaling, rate)
     scaled = lora_b * share
-    used = cast(x, gradient.dtype)
-    rows = rows_of(gradient, used, None if seed is None else dropout_mask(used, seed, rate), lora_a, scaled, parts)
+    of_parts = by_part(of_y, lora_a, scaled, parts)
     of_x = None
-    if asks.x and merge and weight is not None and is_merged(used, weight, lora_a, rate):
-        of_x = rows.of_y @ _merged(weight, lora_a, scaled, parts)
-    if (of_x is not None or not asks.x) and seed is None and is_by_blocks(used, rows.of_y, lora_a):
-        pairs = [gradients_by_blocks(rows.slices, part) for part in rows.parts]
+    if needs_x and merge and weight is not None and is_merged(used, weight, lora_a, rate):
+        of_x = of_y @ _merged(weight, lora_a, scaled, parts)
+    if (of_x is not None or not needs_x) and mask is None and is_by_blocks(used, of_y, lora_a):
+        pairs = [gradients_by_blocks(slices, part) for part in of_parts]
     else:
-        of_hidden = gradients_of_hidden(rows)
-        pairs = [gradients_by_factors(rows.slices, *each) for each in zip(rows.parts, of_hidden, strict=True)]
-        if asks.x and of_x is None:
-            of_x = gradient_of_x(rows, weight, of_hidden)
-    found = _Gradients(
-        x=None if of_x is None else cast(of_x.view(x.shape), x.dtype),
-        weight=rows.of_y.t() @ rows.x.reshape(-1, x.size(-1)) if asks.weight else None,
-        bias=rows.of_y.sum(0) if asks.bias else None,
-        lora_a=cast(join_parts([of_a for of_a, _ in pairs]), lora_a.dtype) if asks.lora_a else None,
-        lora_b=cast(join_parts([of_b for _, of_b in pairs]), lora_b.dtype) * share if asks.lora_b else None,
-    )
-    return [of_input for of_input in found if of_input is not None]
+        of_hidden = [few_rows_times(part_b.mT, columns) for columns, _, part_b in of_parts]
+        pairs = [gradients_by_factors(slices, part, of_h) for part, of_h in zip(of_parts, of_hidden, strict=True)]
+        if needs_x and of_x is None:
+            of_x = gradient_by_slices(of_y, weight, used, mask, of_parts, of_hidden)
+    of_x = None if of_x is None else cast(of_x.view(x.shape), x.dtype)
+    of_weight = of_y.t() @ used.reshape(-1, used.size(-1)) if needs_weight else None
+    of_bias = of_y.sum(0) if needs_bias else None
+    of_a = cast(join_parts([of_a for of_a, _ in pairs]), lora_a.dtype) if needs_a else None
+    of_b = cast(join_parts([of_b for _, of_b in pairs]), lora_b.dtype) * share if needs_b else None
+    return _InputGradients(of_x, None, of_weight, of_bias, of_a, of_b)
 
 
 def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> Tensor:
@@ -248,28 +234,46 @@ def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]
     return merged
 
 
-# `torch.compile` keeps what it has compiled on disk, by the operators' names: another signature needs another name.
+# `torch.compile` keeps what it has compiled on disk, by the operators' names: another schema needs another name.
 _operator = torch.library.custom_op("melora::adapted_linear", _forward, mutates_args=())
-_backward_operator = torch.library.custom_op("melora::adapted_linear_backward", _backward, mutates_args=())
 
 
 @_operator.register_fake
-def _(*arguments: Any) -> Tensor:
-    inputs = _Inputs(*arguments)
-    if inputs.base is not None:
-        return torch.empty_like(inputs.base, memory_format=torch.contiguous_format)
-    return inputs.x.new_empty(*inputs.x.shape[:-1], inputs.weight.size(0), dtype=inputs.dtype)
+def _(x: Tensor, base: Any, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tensor, *others: Any) -> Tensor:
+    if base is not None:
+        return torch.empty_like(base, memory_format=torch.contiguous_format)
+    *_, dtype = others
+    return x.new_empty(*x.shape[:-1], weight.size(0), dtype=dtype)
+
+
+@torch.library.custom_op(
+    "melora::adapted_linear_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? seed, "
+    "float rate, SymInt[] parts, bool merge, bool[] asked) -> Tensor[]",
+)
+def _backward_operator(*arguments: Any) -> list[Tensor]:
+    """Those of the gradients of x, weight, bias, lora_a and lora_b that are asked for, in this order."""
+    return [found for found in _backward(*arguments) if found is not None]
 
 
 @_backward_operator.register_fake
 def _(gradient: Tensor, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, *others: Any) -> list[Tensor]:
     *_, asked = others
     width = gradient.size(-1)
-    shapes = _Gradients(x.shape, (width, x.size(-1)), (width,), lora_a.shape, lora_b.shape)
-    dtypes = _Gradients(x.dtype, gradient.dtype, gradient.dtype, lora_a.dtype, lora_b.dtype)
+    shapes = (x.shape, (width, x.size(-1)), (width,), lora_a.shape, lora_b.shape)
+    dtypes = (x.dtype, gradient.dtype, gradient.dtype, lora_a.dtype, lora_b.dtype)
     return [x.new_empty(shape, dtype=dtype) for shape, dtype, need in zip(shapes, dtypes, asked, strict=True) if need]
 
 
+def _backward_by_operator(*arguments: Any) -> _InputGradients:
+    """`_backward` of the same arguments, by its operator."""
+    *_, asked = arguments
+    found = iter(_backward_operator(*arguments))
+    names = ("x", "weight", "bias", "lora_a", "lora_b")
+    return _InputGradients(**{name: next(found) for name, is_asked in zip(names, asked, strict=True) if is_asked})
+
+
 _operator.register_autograd(
-    lambda ctx, gradient: _gradients_of_inputs(ctx, gradient, _backward_operator), setup_context=_save
+    lambda ctx, gradient: _input_gradients(ctx, gradient, _backward_by_operator), setup_context=_save
 )
