@@ -1,7 +1,7 @@
-"""Tensors by blocks: the factors of a block-diagonal update, and the views of what it changes.
+"""An adapter's tensors: their shapes and initial values, and the views of a weight that their update changes.
 
 A stack of E matrices, the experts of a mixture, has the tensors of E adapters one after the other: block i of expert e
-is number e·N + i. So every adapter's tensors have three dimensions, in memory and in files.
+is number e·N + i. So an adapter's tensors always have three dimensions, in memory and in files.
 
 N num_blocks, I in_features, O out_features, P parts of `split`, O_p out_features of one part, R rank.
 """
@@ -18,7 +18,8 @@ from melora_fx.config import MELoRAConfig
 
 def diagonal_blocks(weight: torch.Tensor, num_blocks: int, parts: Sequence[int]) -> Iterator[torch.Tensor]:
     """Views (N, O_p/N, I/N) of the blocks of `weight` (O, I) that an adapter changes, one for each part."""
-    (row, column), offset = weight.stride(), weight.storage_offset()
+    row, column = weight.stride()
+    offset = weight.storage_offset()
     width = weight.size(1) // num_blocks
     for size in parts:
         height = size // num_blocks
@@ -58,10 +59,9 @@ def new_adapter(
     device: Any = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A fresh adapter: lora_a (E·N, P·R, I/N), initialised, and lora_b (E·N, O/N, R), zero. Padding of small ranks is
-    zero.
+    """A fresh adapter: lora_a (E·N, P·R, I/N), initialised, and lora_b (E·N, O/N, R), zero.
 
-    R is the largest of the block ranks, P the number of parts of `split`, E num_experts.
+    The rows of lora_a that pad a block of a rank below R, the largest, are zero too. E is num_experts.
     """
     a_shape, b_shape = config.adapter_shapes(in_features, out_features, num_experts)
     lora_a = torch.zeros(a_shape, device=device, dtype=dtype)

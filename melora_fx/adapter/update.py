@@ -2,12 +2,12 @@
 
     W' = W + Δ      Δ = blockdiag(s_1 B_1 A_1, …, s_N B_N A_N)
 
-Δ and the sum are in float32 or wider and rounded once to the weight's dtype. In memory, on disk and in ONNX files it is
-this code that runs, so that a fold gives the same bits everywhere. It goes by tiles, a few rows of every block at a
-time, which stay in the processor's cache: there is never a second copy of a weight.
+Δ and the sum are computed in float32 or wider and rounded once to the weight's dtype. Folds in memory, on disk and in
+ONNX files all run this code, so they give the same bits. It goes tile by tile, a few rows of every block at a time: a
+tile stays in the processor's cache, and a weight is never copied whole.
 
-N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split`, E matrices
-of a stack, t rows of a tile.
+N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split`, E matrices of a stack,
+t rows of a tile.
 """
 
 import math
@@ -25,14 +25,15 @@ _TILE_ELEMENTS_ELSEWHERE = 1 << 24
 
 
 class Scratch:
-    """Memory for the tiles of many updates: with fresh memory for each, page faults would cost more than the sums."""
+    """Memory for the tiles of many updates; fresh memory for each would cost more in page faults than the sums do."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
     def take(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Uninitialised memory, which the next call with this name gives out again."""
-        key, size = (name, dtype, device), shape.numel()
+        """Uninitialised memory, which the next call with the same name hands out again."""
+        key = (name, dtype, device)
+        size = shape.numel()
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[key] = torch.empty(max(size, _tile_elements(device)), dtype=dtype, device=device)
@@ -68,7 +69,7 @@ def add_update(
 
 
 def add_widened(delta: torch.Tensor, block: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """W + Δ of a tile in the dtype of `delta`, which becomes it; still to be rounded."""
+    """W + Δ of a tile, in place in `delta` and in its dtype: not yet rounded to that of `block`."""
     # Copied before it is converted: a conversion that reads short rows from memory takes twice the time of both.
     copied = scratch.take("copied", block.shape, block.dtype, block.device).copy_(block)
     return delta.add_(scratch.take("widened", block.shape, delta.dtype, block.device).copy_(copied))
@@ -79,7 +80,7 @@ def update_tiles(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs (view of rows of `weight` in its blocks, their update in float32 or wider), both (N, t, I/N).
 
-    The update lives in `scratch`: it is gone when the next one is asked for.
+    The update lives in `scratch`: the next tile overwrites it.
 
     Args: as of `add_update`.
     """
@@ -90,6 +91,7 @@ def update_tiles(
 def _tiles_of_matrix(
     config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scratch: Scratch
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`update_tiles` of one matrix (O, I)."""
     wide = torch.promote_types(torch.promote_types(lora_b.dtype, torch.float32), weight.dtype)
     rows = max(1, _tile_elements(weight.device) // weight.size(1))
     views = diagonal_blocks(weight, config.num_blocks, config.parts(weight.size(0)))
@@ -101,8 +103,7 @@ def _tiles_of_matrix(
 def non_finite(config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> str | None:
     """Why the update of a weight (O, I) or (E, O, I) is not finite, or takes it out of its dtype's range; or None.
 
-    The weight is read only where the norms of A and B leave a doubt (no value of Δ is above s ‖A‖ ‖B‖), and where it is
-    of float16.
+    The weight is read only if the norms of A and B leave a doubt (no value of Δ is above s ‖A‖ ‖B‖), or in float16.
     """
     norms = [float(torch.linalg.vector_norm(tensor.detach())) for tensor in (lora_a, lora_b)]
     if not all(map(math.isfinite, norms)) and not all(tensor.isfinite().all() for tensor in (lora_a, lora_b)):
@@ -119,7 +120,7 @@ def non_finite(config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor,
 
 
 def beyond_range(dtype: torch.dtype) -> str:
-    """What is said of a sum that is not finite."""
+    """The error text for a sum that is not finite in `dtype`."""
     return f"the sum of weight and update is beyond the range of {str(dtype).removeprefix('torch.')}"
 
 

@@ -133,18 +133,21 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps what `_backward` takes, in its order; the weight only if the gradient of x is needed."""
+    """Keeps what `_input_gradients` reads; the weight only if the gradient of x is needed."""
     x, _base, weight, _bias, lora_a, lora_b, scaling, seed, rate, parts, merge, _dtype = inputs
     needs_x = ctx.needs_input_grad[0]
     ctx.save_for_backward(x, weight if needs_x else None, lora_a, lora_b, scaling, seed)
-    ctx.constants = (rate, parts, merge)
+    ctx.rate = rate
+    ctx.parts = parts
+    ctx.merge = merge
 
 
 def _input_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., _InputGradients]) -> _InputGradients:
     """The gradients that are needed; `backward` is `_backward`, or `_backward_by_operator`."""
     needs_x, needs_base, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     asked = [needs_x, needs_weight, needs_bias, needs_a, needs_b]
-    found = backward(gradient, *ctx.saved_tensors, *ctx.constants, asked)
+    x, weight, lora_a, lora_b, scaling, seed = ctx.saved_tensors
+    found = backward(gradient, x, weight, lora_a, lora_b, scaling, seed, ctx.rate, ctx.parts, ctx.merge, asked)
     return found._replace(base=gradient) if needs_base else found
 
 
@@ -162,7 +165,7 @@ def _forward(
     merge: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """The output; arguments as of `adapted_linear`, `seed` and `rate` of the dropout, and the `dtype` of autocast."""
+    """The output. Arguments as of `adapted_linear`; `seed` and `rate` are the dropout's, `dtype` is autocast's."""
     if dtype is not None:
         x = cast(x, dtype)
         weight = cast(weight, dtype)
@@ -201,11 +204,11 @@ def _backward(
             return _backward(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, merge, asked)
     needs_x, needs_weight, needs_bias, needs_a, needs_b = asked
     of_y = gradient.reshape(-1, gradient.size(-1))
-    used = cast(x, gradient.dtype)
+    used = cast(x, gradient.dtype)  # x as the forward used it
     mask = None if seed is None else dropout_mask(used, seed, rate)
     slices = slices_of(used if mask is None else used * mask, len(lora_a))
-    share = over_kept(scaling, rate)
-    scaled = lora_b * share
+    scaling = over_kept(scaling, rate)
+    scaled = lora_b * scaling
     of_parts = by_part(of_y, lora_a, scaled, parts)
     of_x = None
     if needs_x and merge and weight is not None and is_merged(used, weight, lora_a, rate):
@@ -221,7 +224,7 @@ def _backward(
     of_weight = of_y.t() @ used.reshape(-1, used.size(-1)) if needs_weight else None
     of_bias = of_y.sum(0) if needs_bias else None
     of_a = cast(join_parts([of_a for of_a, _ in pairs]), lora_a.dtype) if needs_a else None
-    of_b = cast(join_parts([of_b for _, of_b in pairs]), lora_b.dtype) * share if needs_b else None
+    of_b = cast(join_parts([of_b for _, of_b in pairs]), lora_b.dtype) * scaling if needs_b else None
     return _InputGradients(of_x, None, of_weight, of_bias, of_a, of_b)
 
 

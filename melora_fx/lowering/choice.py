@@ -18,9 +18,9 @@ from .quantized_gradient import passes_gradient
 def choose_lowering(config: MELoRAConfig, weight: Tensor, nodes: Sequence[LinearNode], owner: nn.Module) -> str:
     """The lowering of the site whose `weight` the `nodes` multiply by; `owner` holds the parameters of their graph.
 
-    "plain" where one of them cannot be written as `F.linear`; else what the configuration says, where "auto" is
-    "weight" for weights of 32 bits or more and no dropout, and "activation" for all others. Stacks of matrices know
-    "activation" alone.
+    "plain" if one of the nodes cannot be written as `F.linear`, and otherwise what the configuration says. There "auto"
+    means "weight" for weights of 32 bits or more without dropout, and "activation" for all others. A stack of matrices
+    is always "activation".
     """
     if config.lowering == "plain" or not (_are_linears(nodes, owner) or _are_groups(nodes)):
         return "plain"
@@ -46,7 +46,7 @@ def lowering_misfit(config: MELoRAConfig, weight: Tensor, nodes: Sequence[Linear
 
 
 class Operands(NamedTuple):
-    """What `F.linear` would take for the same output. `is_flipped`: the weight stands (I, O)."""
+    """What `F.linear` would take for the same output. `is_flipped`: the weight is stored as (I, O)."""
 
     weight: fx.Node
     bias: fx.Node | None
@@ -54,7 +54,7 @@ class Operands(NamedTuple):
 
 
 def operands_of(linear: LinearNode, owner: nn.Module) -> Operands | None:
-    """None for a linear that cannot be written as `F.linear` of the whole weight, bit for bit, and for a packed one."""
+    """The operands of `F.linear` for the same bits, or None if it cannot compute them from the whole weight."""
     node = linear.node
     if linear.rows is not None or linear.input_is_transposed:
         return None
@@ -74,20 +74,22 @@ def operands_of(linear: LinearNode, owner: nn.Module) -> Operands | None:
 
 
 def _is_vector(bias: Any, owner: nn.Module) -> bool:
-    """Whether a bias is none, or a parameter of one dimension, cast or not."""
+    """Whether a bias is absent, or a parameter of one dimension, cast or not."""
     while isinstance(bias, fx.Node) and bias.op != "get_attr" and operator_name(bias) in CASTS:
         bias = bias.args[0]
     return bias is None or getattr(get_attribute(owner, str(bias.target)), "ndim", None) == 1
 
 
 def _are_linears(nodes: Sequence[LinearNode], owner: nn.Module) -> bool:
+    """Whether `adapted_linear` can run all of them: each is an `F.linear`, or the owner is a packed linear."""
     return is_packed_linear(owner) or all(operands_of(linear, owner) for linear in nodes)
 
 
 def _are_groups(nodes: Sequence[LinearNode]) -> bool:
-    """Whether all are products of transformers' own operator with a stack."""
+    """Whether all are products with a stack by transformers' own operator."""
     return all(operator_name(linear.node) == "grouped_mm_fallback" for linear in nodes)
 
 
 def _can_be_merged(weight: Tensor) -> bool:
+    """Whether W + Δ can be computed without rounding it to fewer than 32 bits."""
     return type(weight) is nn.Parameter and weight.dtype in WIDE

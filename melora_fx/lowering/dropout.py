@@ -17,19 +17,19 @@ def dropout_rate(dropout: nn.Module) -> float:
 
 
 def over_kept(scaling: Tensor, rate: float) -> Tensor:
-    """s_i over the share of the input that dropout keeps."""
+    """s_i divided by the share of the input that dropout keeps."""
     return scaling / (1 - _dropped_steps(rate) / 2**16) if 0 < rate < 1 else scaling
 
 
 def _dropped_steps(rate: float) -> int:
-    """The rate of dropout in steps of 2⁻¹⁶; all of them for the rate 1 alone."""
+    """The rate of dropout in steps of 2⁻¹⁶; 2¹⁶ only for a rate of 1."""
     return 2**16 if rate >= 1 else min(round(rate * 2**16), 2**16 - 1)
 
 
 def dropout_mask(like: Tensor, seed: Tensor, rate: float) -> Tensor:
-    """1 where dropout keeps a value, else 0, as `like`; the same for the same seed.
+    """1 where dropout keeps a value, else 0: a tensor as `like`, the same for the same seed.
 
-    16 random bits a value, drawn 64 at a time, and one comparison: a sixth of the time of `bernoulli_`, measured.
+    Compares 16 random bits a value, drawn 64 at a time, which takes a sixth of the time of `bernoulli_` (measured).
     """
     if is_fake(like):
         return torch.empty_like(like)

@@ -2,9 +2,9 @@
 
     y_s = concat_i( M_ei x_si )        e: the expert of row s
 
-x_si is the i-th of N equal slices of row s. `aten._grouped_mm` could do it only block by block: it wants rows of 16
-bytes, under a compiler bfloat16 alone, and a copy of x in another order; and as many small products as there are blocks
-of experts take twice the time of this operator's, one of N matrices for each expert that has rows.
+x_si is the i-th of N equal slices of row s. The operator computes one batched product of N matrices for each expert
+that has rows. `aten._grouped_mm` could only go block by block, which takes twice the time, and it needs rows of 16
+bytes, a copy of x in another order and, under a compiler, bfloat16.
 
 E experts, N blocks, K and L widths of a block's input and output, S rows.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .slices import slices_of
 
 
 def _multiply(x: Tensor, blocks: Tensor, offs: Tensor) -> Tensor:
@@ -31,8 +33,8 @@ def _multiply(x: Tensor, blocks: Tensor, offs: Tensor) -> Tensor:
             torch.mm(x[rows], blocks[expert].t(), out=output[rows])  # the bits of transformers' operator
             continue
         matrices = blocks[expert * number : (expert + 1) * number]
-        # The few columns first: see `times_few_rows`.
-        torch.bmm(matrices, _slices(x[rows], number).mT, out=_slices(output[rows], number).mT)
+        # The small matrices first, as in `few_rows_times`.
+        torch.bmm(matrices, slices_of(x[rows], number).mT, out=slices_of(output[rows], number).mT)
     return output
 
 
@@ -42,22 +44,17 @@ def _matrix_gradient(gradient: Tensor, x: Tensor, offs: Tensor, number: int) -> 
     output = x.new_zeros(shape)
     for expert, rows in _groups(offs):
         matrices = output[expert * number : (expert + 1) * number]
-        torch.bmm(_slices(gradient[rows], number).mT, _slices(x[rows], number), out=matrices)
+        torch.bmm(slices_of(gradient[rows], number).mT, slices_of(x[rows], number), out=matrices)
     return output
 
 
 def _groups(offs: Tensor) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and which."""
+    """Each expert that has rows, and where they are."""
     start = 0
     for expert, end in enumerate(offs.tolist()):
         if end > start:
             yield expert, slice(start, end)
         start = max(start, end)
-
-
-def _slices(rows: Tensor, number: int) -> Tensor:
-    """(S, N·K) as (N, S, K), a view."""
-    return rows.unflatten(1, (number, -1)).transpose(0, 1)
 
 
 _operator = torch.library.custom_op("melora::grouped_blocks", _multiply, mutates_args=())

@@ -26,7 +26,7 @@ def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> f
     """A copy of `graph` with one call for each site of `records` that has a lowering; `owner` holds its parameters."""
     lowered = copy_graph(graph)
     by_parameter = {record.parameter: record for record in records if record.lowering != "plain"}
-    for linear in reversed(list(find_linear_nodes(lowered, owner))):  # one that feeds another is read before it goes
+    for linear in reversed(list(find_linear_nodes(lowered, owner))):  # an earlier one may erase its input
         if linear.parameter in by_parameter:
             _lower_node(lowered, linear, by_parameter[linear.parameter], owner)
     for expert in list(find_expert_nodes(lowered, owner)):
@@ -36,8 +36,10 @@ def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> f
 
 
 def _lower_groups(graph: fx.Graph, expert: ExpertNode) -> None:
-    """Multiplies by a stack through `grouped_blocks`, to the same bits: transformers' operator makes the gradient of
-    the stack in every backward, a third of the step, also where the stack is frozen.
+    """Multiplies by a stack through `grouped_blocks`, to the same bits.
+
+    The backward of transformers' operator always computes the gradient of the stack, which takes a third of the step,
+    even if the stack is frozen.
     """
     with graph.inserting_before(expert.node):
         matrices = graph.call_function(aten.transpose.int, (argument(expert.node, 1, "weight"), 1, 2))
@@ -48,9 +50,11 @@ def _lower_groups(graph: fx.Graph, expert: ExpertNode) -> None:
 
 
 def _lower_node(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module) -> None:
+    """Replaces a linear and its adapter by one call; a linear that is no `F.linear` stays, as the base of that."""
     operands = operands_of(linear, owner)
     out_features = weight_of(owner, record.parameter).size(1 if record.weight_is_transposed else 0)
-    parts, may_merge = record.config.parts(out_features), record.lowering == "weight"
+    parts = record.config.parts(out_features)
+    may_merge = record.lowering == "weight"
     total = next(user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
     with graph.inserting_before(total):
         tensors = [graph.get_attr(record.path(kind)) for kind in ("lora_a", "lora_b", "lora_scaling")]
@@ -69,5 +73,5 @@ def _lower_node(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: 
 
 
 def _behind(graph: fx.Graph, record: SiteRecord) -> list[fx.Node]:
-    """The site's inserted nodes, last first."""
+    """The nodes that `rewrite` inserted for the site, last first."""
     return [node for node in reversed(graph.nodes) if node.meta.get(SITE_TAG) == record.parameter]

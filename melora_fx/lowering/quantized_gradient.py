@@ -25,12 +25,13 @@ def passes_gradient(weight: Tensor) -> bool:
 
 def call_base(module: nn.Module, forward: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
     """`forward(module, x, *others)`, with a gradient for x where the kernel has none."""
-    weight: Any = getattr(module, "weight", None)
     if not _wants_gradient(x):
         return forward(module, x, *others)
+    weight: Any = getattr(module, "weight", None)
     if inspect.ismethod(weight):  # `torch.ao`: its output claims to have a gradient, which is zero
         return _WithGradient.apply(x, None, forward(module, x.detach(), *others), lambda: weight().dequantize())
-    output, bias = forward(module, x, *others), getattr(module, "bias", None)
+    output = forward(module, x, *others)
+    bias = getattr(module, "bias", None)
     is_trained = isinstance(bias, Tensor) and bias.requires_grad
     if output.requires_grad and not (is_trained and not _hangs_on(output, x)):
         return output
@@ -39,10 +40,11 @@ def call_base(module: nn.Module, forward: Callable[..., Tensor], x: Tensor, *oth
 
 
 def _hangs_on(output: Tensor, x: Tensor) -> bool:
-    """Whether a gradient of `output` would reach `x`, in eager mode; compiled it is taken for granted."""
+    """Whether a gradient of `output` would reach `x`; under `torch.compile`, which cannot look, this is assumed."""
     if torch.compiler.is_compiling():
         return True
-    seen, pending = set[Any](), [output.grad_fn]
+    seen = set[Any]()
+    pending = [output.grad_fn]
     while pending:
         node: Any = pending.pop()
         if node is None or node in seen:
@@ -68,34 +70,35 @@ def _wants_gradient(x: Tensor) -> bool:
 
 
 def _dequantized(weight: Tensor, like: Tensor) -> Tensor:
+    """The weight (O, I) as floats, by its own `dequantize` or by products; x as `like`."""
     own = type(weight).dequantize is not Tensor.dequantize
     return weight.dequantize() if own else _by_unit_vectors(lambda x: F.linear(x, weight), like)
 
 
 def _by_unit_vectors(linear: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The matrix (O, I) of a linear that shows it in no other way; x as `like`, (…, I)."""
+    """The matrix (O, I) of a linear that only its products show, from those of unit vectors; x as `like`, (…, I)."""
     unit = torch.eye(like.size(-1), dtype=like.dtype, device=like.device)
     with torch.no_grad():
         return (linear(unit) - linear(torch.zeros_like(unit[:1]))).t()
 
 
 class _WithGradient(torch.autograd.Function):
-    """The output, which is x Wᵀ + b of a quantised W, with y' W as the gradient of x, and y' summed as that of b.
+    """Returns x Wᵀ + b of a quantised W as it was computed, and gives x the gradient y' W and b the sum of y'.
 
-    What the output hangs on itself gets its gradient too.
-
-    Where a kernel rounds x to 8 bits, the gradient goes through as if it did not: the straight-through estimator
-    (https://arxiv.org/abs/1308.3432).
+    The output passes y' on to its own graph too. If the kernel rounds x to 8 bits, the gradient ignores the rounding:
+    the straight-through estimator (https://arxiv.org/abs/1308.3432).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, output: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-        ctx.weight, ctx.dtype = weight, x.dtype
+        ctx.weight = weight
+        ctx.dtype = x.dtype
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        gradient, (needs_x, needs_bias, needs_output, _) = gradients[0], ctx.needs_input_grad
+        gradient = gradients[0]
+        needs_x, needs_bias, needs_output, _ = ctx.needs_input_grad
         of_bias = gradient.reshape(-1, gradient.size(-1)).sum(0) if needs_bias else None
         of_output = gradient if needs_output else None
         if not needs_x:
