@@ -68,7 +68,8 @@ def export_onnx(
             that of a typical run where `form` is "auto".
         path: the .onnx file, or a folder, in which it is called model.onnx.
         adapter: "fold" exports the merged weights, "keep" the adapters as nodes of the graph, "swap" these nodes with
-            the adapters as optional inputs, of any rank: without any the graph computes the base.
+            the adapters as optional inputs, of any rank: without any the graph computes the base. Inside `disabled`
+            "fold" and "keep" export the base.
         target: "portable": standard ONNX operators only; "ort-cpu", "ort-cuda": ONNX Runtime's fused operators for that
             provider; "tensorrt": only what TensorRT builds.
         precision: "fp32"; "fp16": weights and computation in half precision, inputs and outputs unchanged; "auto":
@@ -80,9 +81,9 @@ def export_onnx(
 
     Raises:
         ValueError, TypeError: for an option or inputs of no accepted form.
-        MELoRAError: where the model cannot be folded, or has no sites for "swap"; where it cannot be exported, or not
-            with these dynamic axes or for this target; where the folder cannot be written, ONNX Runtime is not
-            installed, or the graph is not equal to torch. No file of an earlier export is touched then.
+        MELoRAError: where the model cannot be folded, or has no sites for "swap" or is inside `disabled` then; where it
+            cannot be exported, or not with these dynamic axes or for this target; where the folder cannot be written,
+            ONNX Runtime is not installed, or the graph is not equal to torch. No file of an earlier export is touched.
     """
     start = time.perf_counter()
     choices = (
@@ -110,6 +111,10 @@ def export_onnx(
         )
     path = onnx_file_path(path)
     model = unwrap(model)
+    if adapter == "swap" and is_disabled(model):
+        raise MELoRAError(
+            '`adapter="swap"` makes inputs of the adapters, which `disabled` has switched off: export outside of the block'
+        )
     if is_disabled(model):
         adapter = "keep"  # the base is what the model computes now
     if adapter == "swap" and not sites(model):

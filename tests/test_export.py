@@ -163,6 +163,24 @@ def test_unknown_options_name_the_known_ones(tmp_path: Path, options: dict[str, 
     assert not list(tmp_path.iterdir())
 
 
+def test_swap_is_refused_inside_disabled(tmp_path: Path, model: nn.Module) -> None:
+    with (
+        melora_fx.disabled(model),
+        assert_unchanged(model),
+        pytest.raises(MELoRAError, match=r'`adapter="swap"` .*`disabled`.*: export outside of the block'),
+    ):
+        export_onnx(model, tokens(), tmp_path / "new", adapter="swap")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("adapter", ["fold", "keep"])
+def test_inside_disabled_the_others_export_the_base(adapter: str, tmp_path: Path, base_report: ExportReport) -> None:
+    model = fill(melora_fx.rewrite(bert_classifier(), "all-linear", CONFIG))
+    with melora_fx.disabled(model):
+        report = export_onnx(model, tokens(), tmp_path, adapter=adapter, verify=False)
+    assert (report.adapter, report.op_counts) == ("none", base_report.op_counts)
+
+
 def test_a_model_that_cannot_be_exported_leaves_nothing(tmp_path: Path) -> None:
     class Branching(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
