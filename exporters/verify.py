@@ -1,7 +1,7 @@
 """Is an exported file sound, and does ONNX Runtime compute with it what torch computes?"""
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 
 from exporters.adapters.ort_adapter import swap_tensors
 from exporters.graph.swap_inputs import distinct_values
-from exporters.measuring.compare import compare
+from exporters.measuring.compare import Comparison, compare
 from exporters.onnx_files.metadata import read_facts
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import TorchRunner
@@ -23,7 +23,6 @@ from melora_fx.saving.model_adapter import adapter_of
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest relative error against torch in float32 that an export of each precision may have."""
-
 
 _RUNTIME_OPS = ("SimplifiedLayerNormalization",)
 
@@ -63,30 +62,36 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], path: Path, precision: s
         MELoRAError: where an error is above `TOLERANCES`, or ONNX Runtime cannot run the file.
     """
     runner = OrtRunner(path, save_memory=True)
-    axes = {value.name: value.shape for value in runner.session.get_inputs()}
     constants = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
-    inputs = {name: value for name, value in inputs.items() if name not in constants}
+    tensors = {name: value for name, value in inputs.items() if name not in constants}
     torch_runner = TorchRunner(partial(model, **constants))
-    compared, abs_errors, rel_errors = [], [0.0], [0.0]
+    comparisons: dict[str, Comparison] = {}
     with in_mode(model, training=False), without_cache(model):
-        for name, trial in _trials(torch_runner, inputs, axes):
+        for size, trial in _trials(torch_runner, tensors, _axes(runner)):
             for adapter, context in _adapters(model, runner):
+                words = f"{size}, {adapter} adapter" if adapter else size
                 with context:
                     own = swap_tensors(adapter_of(model), read_facts(path)) if adapter in ("own", "random") else {}
                     comparison = compare(runner.with_tensors(own), torch_runner, trial)
-                words = name if adapter == "as it is" else f"{name}, {adapter} adapter"
                 if not comparison.max_rel_error <= TOLERANCES[precision]:
                     raise MELoRAError(f"the ONNX graph is not equal to torch at {words}: {comparison}")
-                compared.append(words)
-                abs_errors.append(comparison.max_abs_error)
-                rel_errors.append(comparison.max_rel_error)
-    return Verification(tuple(compared), max(abs_errors), max(rel_errors))
+                comparisons[words] = comparison
+    return Verification(
+        compared=tuple(comparisons),
+        max_abs_error=max((comparison.max_abs_error for comparison in comparisons.values()), default=0.0),
+        max_rel_error=max((comparison.max_rel_error for comparison in comparisons.values()), default=0.0),
+    )
 
 
-def _adapters(model: nn.Module, runner: OrtRunner) -> Iterator[tuple[str, Any]]:
-    """What to compare with: (word, context in which torch computes it)."""
+def _axes(runner: OrtRunner) -> dict[str, list[Any]]:
+    """Each input's axes: a size, or the name of a dynamic axis."""
+    return {value.name: value.shape for value in runner.session.get_inputs()}
+
+
+def _adapters(model: nn.Module, runner: OrtRunner) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    """The adapters to compare with, and the contexts in which torch computes with them; "" for a graph that is one."""
     if not runner.adapter_names:
-        yield "as it is", nullcontext()
+        yield "", nullcontext()
         return
     yield "no", disabled(model)
     yield "own", nullcontext()
@@ -103,19 +108,23 @@ def _trials(
         for index, axis in enumerate(shape)
         if isinstance(axis, str)
     }
-    sizes = [example, example | dict.fromkeys(example.keys() & {"batch"}, 1)]
-    for axis, size in example.items():
-        sizes += [example | {axis: other} for other in (size + 1, max(2, size // 2))]
-    for number, trial_sizes in enumerate(dict(s) for s in dict.fromkeys(tuple(s.items()) for s in sizes)):
-        trial = _resized(inputs, axes, trial_sizes)
-        if number and not _accepts(torch_runner, trial):
-            continue
-        yield " ".join(f"{axis}={size}" for axis, size in trial_sizes.items()) or "the example", trial
+    for number, sizes in enumerate(_trial_sizes(example)):
+        trial = _resized(inputs, axes, sizes)
+        if number == 0 or _accepts(torch_runner, trial):
+            yield " ".join(f"{axis}={size}" for axis, size in sizes.items()) or "the example", trial
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2 and mask.size(1) > 1:
         padded = mask.clone()
         padded[0, mask.size(1) // 2 :] = 0
         yield "padding", {**inputs, "attention_mask": padded}
+
+
+def _trial_sizes(example: dict[str, int]) -> list[dict[str, int]]:
+    """The example's sizes, a batch of one, and one more and half of each dynamic axis; none twice."""
+    trials = [example, example | dict.fromkeys(example.keys() & {"batch"}, 1)]
+    for axis, size in example.items():
+        trials += [example | {axis: size + 1}, example | {axis: max(2, size // 2)}]
+    return [sizes for index, sizes in enumerate(trials) if sizes not in trials[:index]]
 
 
 def _accepts(torch_runner: TorchRunner, inputs: Mapping[str, torch.Tensor]) -> bool:

@@ -1,9 +1,7 @@
-"""Graphs whose adapters are optional inputs: one session, many adapters, of any rank.
+"""Adapters for ONNX Runtime: as arrays for a swappable graph's inputs, and as .onnx_adapter files.
 
-    y = x Wᵀ + b + concat_i( x_i Aᵀ_i (s_i B_i)ᵀ )      <site>.lora_a: (N, I/N, R)   <site>.lora_b: (N, R, O/N), s in it
-
-Each adapter tensor is an initializer that is also a graph input, of rank 0 by default: an empty product is zero, so
-that without an adapter the graph computes the base, bit for bit.
+A swappable graph takes A transposed, (N, I/N, R), and B transposed and scaled, (N, R, O/N); what it computes with them
+stands in `exporters/graph/swap_inputs.py`. An .onnx_adapter file holds these arrays under the names of the inputs.
 
 N num_blocks, I in_features, O out_features, R the rank.
 """
@@ -18,7 +16,7 @@ import torch
 
 from exporters.onnx_files.metadata import GraphFacts, read_facts
 from exporters.onnx_runtime import Arrays, import_onnxruntime
-from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import scaling_tensor
 from melora_fx.saving.adapter_file import Adapter, read_adapter
 from melora_fx.saving.fingerprint import fingerprint_misfit
@@ -30,47 +28,14 @@ def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
     Raises:
         MELoRAError: for a graph without swappable adapters, or an adapter of another base, with other sites or blocks.
     """
-    if facts.adapter != "swap":
-        raise MELoRAError(f'`{facts.path}` has no swappable adapters: export it with `adapter="swap"`')
+    _refuse_unswappable(facts)
     unknown = [name for name in adapter.configs if name not in facts.configs]
     if unknown:
         raise MELoRAError(f"`{adapter.directory}` has sites that `{facts.path}` lacks: {', '.join(unknown)}")
-    lines = [line for name in adapter.configs if (line := _misfit(name, adapter, facts))]
-    if lines:
-        raise MELoRAError(f"`{adapter.directory}` does not fit `{facts.path}`:\n" + "\n".join(lines))
-    tensors: Arrays = {}
-    for name, config in adapter.configs.items():
-        tensors[f"{name}.lora_a"] = _array(adapter.tensors[f"{name}.lora_a"].transpose(1, 2))
-        lora_b = adapter.tensors[f"{name}.lora_b"]
-        tensors[f"{name}.lora_b"] = _array((lora_b * scaling_tensor(config, lora_b)).transpose(1, 2))
-    for name, tensor in adapter.kept_tensors().items():
-        place = facts.kept.get(name)
-        if place is None:
-            raise MELoRAError(
-                f"`{facts.path}` has no input for `{name}`, which `{adapter.directory}` has trained: export the graph "
-                "from a model that keeps it trainable"
-            )
-        tensors[place.initializer] = _array(tensor.t() if place.is_transposed else tensor)
-    return tensors
-
-
-def _misfit(name: str, adapter: Adapter, facts: GraphFacts) -> str | None:
-    config, expected = adapter.configs[name], facts.configs[name]
-    if (config.num_blocks, config.split) != (expected.num_blocks, expected.split):
-        return f"`{name}`: num_blocks {config.num_blocks} and split {config.split}, the graph's are {_cut(expected)}"
-    if name in adapter.fingerprints and (
-        reason := fingerprint_misfit(facts.fingerprints[name], adapter.fingerprints[name])
-    ):
-        return f"`{name}`: {reason}"
-    return None
-
-
-def _cut(config: MELoRAConfig) -> str:
-    return f"{config.num_blocks} and {config.split}"
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.detach().float().numpy())
+    misfits = [misfit for name in adapter.configs if (misfit := _misfit(name, adapter, facts))]
+    if misfits:
+        raise MELoRAError(f"`{adapter.directory}` does not fit `{facts.path}`:\n" + "\n".join(misfits))
+    return _site_tensors(adapter) | _kept_tensors(adapter, facts)
 
 
 def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: str | Path) -> None:
@@ -86,6 +51,7 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
             fit it, or a file that cannot be written.
     """
     ort = import_onnxruntime()
+    out_path = Path(out_path)
     facts = read_facts(onnx_path)
     tensors = swap_tensors(read_adapter(adapter_dir), facts)
     adapter_format = ort.AdapterFormat()
@@ -93,7 +59,7 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
     adapter_format.set_model_version(_base_version(facts))
     values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()}
     adapter_format.set_parameters(values)  # refers to the arrays, which must live until the export
-    temporary = Path(out_path).with_name(f".{Path(out_path).name}.tmp")
+    temporary = out_path.with_name(f".{out_path.name}.tmp")
     try:
         adapter_format.export_adapter(str(temporary))
         temporary.replace(out_path)
@@ -119,13 +85,60 @@ def read_ort_adapter(path: str | Path, facts: GraphFacts) -> tuple[Any, Arrays]:
         adapter.Load(str(path))
     except Exception as error:  # ONNX Runtime's own exception types are private
         raise MELoRAError(f"`{path}` is not an .onnx_adapter file that ONNX Runtime can read: {error}") from error
-    if facts.adapter != "swap":
-        raise MELoRAError(f'`{facts.path}` has no swappable adapters: export it with `adapter="swap"`')
+    _refuse_unswappable(facts)
     if version != _base_version(facts):
         raise MELoRAError(
             f"`{path}` is for another graph or base than `{facts.path}`: write it for this one by `write_ort_adapter`"
         )
     return adapter, tensors
+
+
+def _refuse_unswappable(facts: GraphFacts) -> None:
+    if facts.adapter != "swap":
+        raise MELoRAError(f'`{facts.path}` has no swappable adapters: export it with `adapter="swap"`')
+
+
+def _site_tensors(adapter: Adapter) -> Arrays:
+    tensors: Arrays = {}
+    for name, config in adapter.configs.items():
+        lora_a = adapter.tensors[f"{name}.lora_a"]
+        lora_b = adapter.tensors[f"{name}.lora_b"]
+        tensors[f"{name}.lora_a"] = _array(lora_a.mT)
+        tensors[f"{name}.lora_b"] = _array((lora_b * scaling_tensor(config, lora_b)).mT)
+    return tensors
+
+
+def _kept_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
+    """What was trained beside the sites, by the names of the graph's inputs."""
+    tensors: Arrays = {}
+    for name, tensor in adapter.kept_tensors().items():
+        place = facts.kept.get(name)
+        if place is None:
+            raise MELoRAError(
+                f"`{facts.path}` has no input for `{name}`, which `{adapter.directory}` has trained: export the graph "
+                "from a model that keeps it trainable"
+            )
+        tensors[place.initializer] = _array(tensor.t() if place.is_transposed else tensor)
+    return tensors
+
+
+def _misfit(name: str, adapter: Adapter, facts: GraphFacts) -> str | None:
+    """Why one site of an adapter does not fit the graph's, or None."""
+    config = adapter.configs[name]
+    expected = facts.configs[name]
+    if (config.num_blocks, config.split) != (expected.num_blocks, expected.split):
+        return (
+            f"`{name}`: num_blocks {config.num_blocks} and split {config.split}, "
+            f"the graph's are {expected.num_blocks} and {expected.split}"
+        )
+    if name not in adapter.fingerprints:
+        return None
+    reason = fingerprint_misfit(facts.fingerprints[name], adapter.fingerprints[name])
+    return f"`{name}`: {reason}" if reason else None
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().float().numpy())
 
 
 def _base_version(facts: GraphFacts) -> int:

@@ -12,6 +12,18 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from melora_fx import MELoRAError
 
+_ELEMENT_BYTES = {
+    "FLOAT": 4,
+    "DOUBLE": 8,
+    "FLOAT16": 2,
+    "BFLOAT16": 2,
+    "INT64": 8,
+    "INT32": 4,
+    "INT8": 1,
+    "UINT8": 1,
+    "BOOL": 1,
+}
+
 
 def read_graph(path: str | os.PathLike[str]) -> ModelProto:
     """The graph in an ONNX file without its external data, which has been checked to be there.
@@ -36,20 +48,22 @@ def data_files(path: str | os.PathLike[str], model: ModelProto) -> dict[str, Pat
     Raises:
         MELoRAError: names every file that leads out of the graph's folder, is missing, or has been cut short.
     """
-    folder, ends = Path(path).parent, dict[str, int]()
+    folder = Path(path).parent
+    ends: dict[str, int] = {}
     for tensor in all_tensors(model.graph):
         if uses_external_data(tensor):
             info = ExternalDataInfo(tensor)
             end = (info.offset or 0) + max(info.length or 0, _size_in_bytes(tensor))
             ends[info.location] = max(end, ends.get(info.location, 0))
-    lines = [line for location, end in ends.items() if (line := _fault(folder, location, end))]
-    if lines:
-        raise MELoRAError(f"the weights of `{path}` cannot be read: " + "; ".join(lines))
+    faults = [fault for location, end in ends.items() if (fault := _fault(folder, location, end))]
+    if faults:
+        raise MELoRAError(f"the weights of `{path}` cannot be read: " + "; ".join(faults))
     return {location: folder / location for location in ends}
 
 
 def _fault(folder: Path, location: str, end: int) -> str | None:
-    places = PurePosixPath(location), PureWindowsPath(location)
+    """What is wrong with a file of external data that has to reach to byte `end`; None where it does."""
+    places = (PurePosixPath(location), PureWindowsPath(location))
     if not location or any(place.is_absolute() or place.drive or ".." in place.parts for place in places):
         return f"`{location}` leads out of the graph's folder"
     file = folder / location
@@ -69,22 +83,9 @@ def all_tensors(graph: GraphProto) -> Iterator[TensorProto]:
                 yield from all_tensors(subgraph)
 
 
-_BYTES = {
-    "FLOAT": 4,
-    "DOUBLE": 8,
-    "FLOAT16": 2,
-    "BFLOAT16": 2,
-    "INT64": 8,
-    "INT32": 4,
-    "INT8": 1,
-    "UINT8": 1,
-    "BOOL": 1,
-}
-
-
 def _size_in_bytes(tensor: TensorProto) -> int:
     """Bytes that a tensor takes; 0 for rarer types, whose length the graph tells."""
-    return math.prod(tensor.dims) * _BYTES.get(TensorProto.DataType.Name(tensor.data_type), 0)
+    return math.prod(tensor.dims) * _ELEMENT_BYTES.get(TensorProto.DataType.Name(tensor.data_type), 0)
 
 
 def num_uses(graph: GraphProto, name: str) -> int:

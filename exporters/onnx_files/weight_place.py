@@ -1,4 +1,4 @@
-"""Where a parameter lives in a graph."""
+"""Where a parameter lives in a graph: which initializer, or which columns of one, and whether transposed."""
 
 from collections.abc import Container
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ class WeightPlace:
     """Where a parameter lives in a graph.
 
     Attributes:
-        initializer: its name.
-        is_transposed: it holds the transpose.
-        columns: (start, stop) of the parameter, in an initializer that holds several side by side.
+        initializer: the name of the initializer that holds it.
+        is_transposed: whether it is held transposed, as a product x Wᵀ takes it.
+        columns: (start, stop) in an initializer that holds several parameters side by side; None where it holds one.
     """
 
     initializer: str
@@ -23,4 +23,5 @@ def find_tensor(initializers: Container[str], name: str) -> WeightPlace | None:
     """Where the parameter `name` lives in a graph with these initializers, whose weights have been named, or None."""
     if name in initializers:
         return WeightPlace(name, False)
-    return WeightPlace(f"{name}.T", True) if f"{name}.T" in initializers else None
+    transposed = f"{name}.T"
+    return WeightPlace(transposed, True) if transposed in initializers else None
