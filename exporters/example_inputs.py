@@ -8,10 +8,19 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "preprocessor_config.json",
-)  # fmt: skip
+)
+"""What turns a user's data into a model's inputs; `preprocessor_config.json` is that of images and sound."""
 
 
 def example_inputs(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:

@@ -8,25 +8,19 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from torch import nn
-from transformers import PretrainedConfig
 
 from melora_fx import MELoRAError
 from melora_fx.files import writing
-
-from .example_inputs import TOKENIZER_FILES
-from .private import folder_of
 
 
 def onnx_file_path(path: str | os.PathLike[str]) -> Path:
     """The .onnx file that `path` means: itself, or model.onnx in a folder."""
     path = Path(path)
-    path = path if path.suffix == ".onnx" else path / "model.onnx"
-    _refuse_folder(path)
-    return path
+    return path if path.suffix == ".onnx" else path / "model.onnx"
 
 
-def _refuse_folder(path: Path) -> None:
+def refuse_folder(path: Path) -> None:
+    """Raises a MELoRAError for a path that is a folder, or too long to be a file."""
     with writing(path):
         if path.is_dir():
             raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
@@ -35,7 +29,7 @@ def _refuse_folder(path: Path) -> None:
 def move_files(staging: Path, path: Path) -> None:
     """Moves the finished files beside `path`, the graph itself last: when killed, no graph has another's weights."""
     for file in staging.iterdir():
-        _refuse_folder(path.parent / file.name)
+        refuse_folder(path.parent / file.name)
     path.unlink(missing_ok=True)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == path.name):
         os.replace(file, path.parent / file.name)
@@ -48,19 +42,6 @@ def keep_failed(staging: Path, path: Path) -> Path:
         shutil.rmtree(failed, ignore_errors=True)
         os.replace(staging, failed)
     return failed
-
-
-def copy_configuration(model: nn.Module, folder: Path) -> tuple[str, ...]:
-    """Copies what a Hugging Face user needs beside the graph; returns notes on what is missing."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, PretrainedConfig):
-        return ()
-    config.save_pretrained(folder)
-    source = folder_of(config)
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()] if source else []
-    for file in files:
-        shutil.copy(file, folder / file.name)
-    return () if files else ("no tokenizer files: `config._name_or_path` is not a local folder that has them",)
 
 
 @contextlib.contextmanager

@@ -6,15 +6,16 @@ node is touched.
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import uses_external_data
 
+from exporters.onnx_files.companions import copy_companions
 from exporters.onnx_files.metadata import GraphFacts, description_of, facts_of
 from exporters.onnx_files.onnx_file import all_tensors, num_uses, read_graph
 from exporters.onnx_files.weight_bytes import TORCH_DTYPES, Change, WeightBytes, span_of
@@ -29,8 +30,7 @@ from melora_fx.saving.adapter_file import Adapter, read_adapter
 from melora_fx.saving.checks import check_fingerprints, check_shapes, refuse_non_finite
 from melora_fx.saving.fingerprint import fingerprint
 
-from .example_inputs import TOKENIZER_FILES
-from .export_files import move_files, onnx_file_path, show_progress
+from .export_files import move_files, onnx_file_path, refuse_folder, show_progress
 
 
 def fold_onnx(
@@ -57,10 +57,34 @@ def fold_onnx(
             an adapter already, or does not say where a weight is: it is tied, or the exporter has merged it with
             others; where the adapter is not finite, or the file cannot be written. Nothing is written then.
     """
-    source, out = onnx_file_path(onnx_path), onnx_file_path(out_path)
+    source = onnx_file_path(onnx_path)
+    out = onnx_file_path(out_path)
+    refuse_folder(source)
+    refuse_folder(out)
     adapter = read_adapter(adapter_dir)
     graph = read_graph(source)
     facts = facts_of(graph, source)
+    _refuse_graph(facts, source, out)
+    weights = WeightBytes(source, graph)
+    places = _site_places(adapter, facts)
+    _refuse_weights(weights, places)
+    _refuse_adapter(adapter, weights, places)
+    measured: list[SiteFold] = []
+    scratch = Scratch()
+    for site, place in places.items():
+        weights.change(place, partial(_fold_weight, site, adapter, scratch, measured))
+    for place, exchange in _head_changes(adapter, facts, weights):
+        weights.change(place, exchange)
+    with show_progress(f"folding into {out.name}"), staging_folder(out) as staging, writing(out):
+        weights.write(staging / out.name, _new_facts(graph, adapter, weights, places))
+        if source.parent.resolve() != out.parent.resolve():
+            copy_companions(source.parent, staging)
+        move_files(staging, out)
+    return make_report(measured, adapter.sha256)
+
+
+def _refuse_graph(facts: GraphFacts, source: Path, out: Path) -> None:
+    """Raises for a graph that is not the base's alone, and for one that would be overwritten."""
     if facts.adapter == "fold":
         raise MELoRAError(
             f"`{source}` holds an adapter already (sha256 {facts.adapter_sha256[:12]}…): fold into the base's graph"
@@ -72,28 +96,12 @@ def fold_onnx(
         )
     if out.resolve() == source.resolve():
         raise MELoRAError(f"`{out}` is the base's own graph: a fold keeps it, name another file")
-    weights = WeightBytes(source, graph)
-    places = _places(adapter, facts)
-    _check(adapter, weights, places)
-    measured: list[SiteFold] = []
-    scratch = Scratch()
-    for site, place in places.items():
-        weights.change(place, partial(_fold_weight, site, adapter, scratch, measured))
-    for place, exchange in _heads(adapter, facts, weights):
-        weights.change(place, exchange)
-    with show_progress(f"folding into {out.name}"), staging_folder(out) as staging, writing(out):
-        weights.write(staging / out.name, _new_facts(graph, adapter, weights, places))
-        if source.parent.resolve() != out.parent.resolve():
-            for name in ("config.json", *TOKENIZER_FILES):
-                if (source.parent / name).is_file():
-                    shutil.copyfile(source.parent / name, staging / name)
-        move_files(staging, out)
-    return make_report(measured, adapter.sha256)
 
 
-def _places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
+def _site_places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
     """Where each site's weight is in the graph."""
-    places, lines = dict[str, WeightPlace](), []
+    places: dict[str, WeightPlace] = {}
+    lines = []
     for site in adapter.configs:
         place = facts.weights.get(f"{site}.weight", facts.weights.get(site))
         if place is not None:
@@ -110,20 +118,29 @@ def _places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
     return places
 
 
-def _check(adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace]) -> None:
-    """Refuses an adapter of another base, values that are not finite, and weights that are not floating point."""
-    kinds = {site: weights.tensors[place.initializer].data_type for site, place in places.items()}
-    wrong = [f"`{site}`: {TensorProto.DataType.Name(kind)}" for site, kind in kinds.items() if kind not in TORCH_DTYPES]
-    if wrong:
-        raise MELoRAError(f"weights of `{weights.path}` are quantised, fold before quantising:\n" + "\n".join(wrong))
+def _refuse_weights(weights: WeightBytes, places: Mapping[str, WeightPlace]) -> None:
+    """Raises for weights of sites that are not floating point, or whose bytes are other tensors' too."""
+    tensors = {site: weights.tensors[place.initializer] for site, place in places.items()}
+    quantised = [
+        f"`{site}`: {TensorProto.DataType.Name(tensor.data_type)}"
+        for site, tensor in tensors.items()
+        if tensor.data_type not in TORCH_DTYPES
+    ]
+    if quantised:
+        raise MELoRAError(
+            f"weights of `{weights.path}` are quantised, fold before quantising:\n" + "\n".join(quantised)
+        )
     spans = Counter(span_of(tensor) for tensor in all_tensors(weights.graph.graph) if uses_external_data(tensor))
-    changed = {site: weights.tensors[place.initializer] for site, place in places.items()}
-    shared = [site for site, tensor in changed.items() if uses_external_data(tensor) and spans[span_of(tensor)] > 1]
+    shared = [site for site, tensor in tensors.items() if uses_external_data(tensor) and spans[span_of(tensor)] > 1]
     if shared:
         raise MELoRAError(
             f"`{weights.path}` keeps the weights of {', '.join(map(repr, shared))} in the bytes of other tensors too: "
             "export the base again"
         )
+
+
+def _refuse_adapter(adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace]) -> None:
+    """Raises for an adapter of another base, and for values that are not finite."""
     found = {site: weights.read(place) for site, place in places.items()}
     check_shapes(adapter, found)
     check_fingerprints(adapter, {site: fingerprint(weight) for site, weight in found.items()})
@@ -136,9 +153,10 @@ def _fold_weight(
     measured.append(fold_and_measure(site, adapter, parameter, scratch))
 
 
-def _heads(adapter: Adapter, facts: GraphFacts, weights: WeightBytes) -> list[tuple[WeightPlace, Change]]:
+def _head_changes(adapter: Adapter, facts: GraphFacts, weights: WeightBytes) -> list[tuple[WeightPlace, Change]]:
     """Where the tensors that were kept trainable are in the graph, and their exchange."""
-    found, lines = list[tuple[WeightPlace, Change]](), []
+    found: list[tuple[WeightPlace, Change]] = []
+    lines = []
     for name, tensor in adapter.kept_tensors().items():
         if not tensor.is_floating_point():  # counters of a normalisation are in no graph
             continue

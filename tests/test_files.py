@@ -87,9 +87,9 @@ def test_odd_paths_work(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, "tests")
-import onnx
+import onnx_ir
 from support.models import randn, rewritten_tower
-import exporters.export, exporters.files
+import exporters.export, exporters.graph.passes, exporters.verify
 from exporters import export_onnx
 
 path, step = sys.argv[1:]
@@ -103,8 +103,8 @@ if step == "moving":
     os.replace = replace_all_but_the_last
 else:
     module, name = {
-        "translating": (exporters.export, "name_weights"),
-        "writing": (onnx, "save"),
+        "translating": (exporters.graph.passes, "build_graph"),
+        "writing": (onnx_ir, "save"),
         "comparing": (exporters.verify, "compare"),
         "moving_starts": (exporters.export, "move_files"),
     }[step]

@@ -15,8 +15,9 @@ import melora_fx
 from exporters.adapters.ort_adapter import write_ort_adapter
 from exporters.demo.demo import DemoOptions, run_demo
 from exporters.example_inputs import example_inputs
-from exporters.export import TARGETS, export_onnx
+from exporters.export import export_onnx
 from exporters.fold_onnx import fold_onnx
+from exporters.graph.options import TARGETS
 from exporters.measuring.bench import BenchOptions, run_bench
 from exporters.tensorrt_check.check import check_tensorrt, parse_shapes
 from exporters.triton_server.repository import write_triton_repository

@@ -12,8 +12,18 @@ from melora_fx import MELoRAError
 DynamicAxes = Literal["auto"] | Mapping[str, Mapping[int, str]]
 """Axes that stay dynamic: "auto" for all that the model leaves free, or input name → {axis: name}."""
 
+_AXIS_NAMES = ("batch", "sequence")
+"""Of the axes 0 and 1, where `dynamic_axes` gives none."""
 
-def check_dynamic_axes(inputs: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:
+
+def refuse_malformed_axes(dynamic_axes: Any) -> None:
+    """Raises a ValueError for what is neither "auto" nor a mapping of mappings."""
+    is_mapping = isinstance(dynamic_axes, Mapping)
+    if dynamic_axes != "auto" and not (is_mapping and all(isinstance(axes, Mapping) for axes in dynamic_axes.values())):
+        raise ValueError(f'`dynamic_axes` (={dynamic_axes!r}) must be "auto" or input name → {{axis: name}}')
+
+
+def refuse_wrong_axes(inputs: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:
     """Raises a ValueError for axes of inputs that are not there, and for names that cannot be theirs."""
     if isinstance(dynamic_axes, str):
         return
@@ -36,7 +46,7 @@ def check_dynamic_axes(inputs: Mapping[str, Any], dynamic_axes: DynamicAxes) -> 
 
 
 def refuse_fixed_axes(graph: onnx_ir.Graph, dynamic_axes: DynamicAxes) -> None:
-    """Raises for axes that were to be dynamic and that the export has fixed."""
+    """Raises a MELoRAError for axes that were to be dynamic and that the export has fixed."""
     if isinstance(dynamic_axes, str):
         return
     lines = []
@@ -49,34 +59,42 @@ def refuse_fixed_axes(graph: onnx_ir.Graph, dynamic_axes: DynamicAxes) -> None:
         raise MELoRAError("these axes cannot be dynamic:\n" + "\n".join(lines))
 
 
-def name_axes(graph: onnx_ir.Graph, examples: dict[str, Any], dynamic_axes: DynamicAxes) -> None:
+def name_axes(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:
     """Renames the symbols of dynamic axes, in every shape of the graph: `batch` for axis 0, `sequence` for axis 1,
     or as `dynamic_axes` says.
 
     Where axis 1 has several sizes in the examples, the later ones take the input's name as prefix.
     """
-    names: dict[str, str] = {}
-    taken: dict[str, int] = {}
-    for value in graph.inputs:
-        example = examples.get(value.name or "")
-        for axis, size in enumerate(value.shape or ()):
-            if (
-                isinstance(size, int)
-                or example is None
-                or not (size.value or "1").isidentifier()
-                or size.value in names
-            ):
-                continue
-            name = ("batch", "sequence")[axis] if axis < 2 else f"axis_{axis}"
-            if not isinstance(dynamic_axes, str):
-                names[str(size.value)] = dynamic_axes[value.name or ""].get(axis, name)
-                continue
-            if taken.setdefault(name, example.size(axis)) != example.size(axis):
-                name = f"{value.name}_{name}"
-            names[str(size.value)] = name
+    names = _names_of_symbols(graph, examples, dynamic_axes)
     for value in _values(graph):
         if value.shape is not None:
             value.shape = onnx_ir.Shape([_renamed(size, names) for size in value.shape])
+
+
+def _names_of_symbols(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic_axes: DynamicAxes) -> dict[str, str]:
+    """The exporter's symbol, such as `s77` → the axis's name."""
+    names: dict[str, str] = {}
+    size_of: dict[str, int] = {}
+    for value in graph.inputs:
+        input_name = value.name or ""
+        example = examples.get(input_name)
+        for axis, size in enumerate(value.shape or ()):
+            symbol = _symbol(size)
+            if symbol is None or symbol in names or example is None:
+                continue
+            name = _AXIS_NAMES[axis] if axis < len(_AXIS_NAMES) else f"axis_{axis}"
+            if not isinstance(dynamic_axes, str):
+                name = dynamic_axes[input_name].get(axis, name)
+            elif size_of.setdefault(name, example.size(axis)) != example.size(axis):
+                name = f"{input_name}_{name}"
+            names[symbol] = name
+    return names
+
+
+def _symbol(size: int | onnx_ir.SymbolicDim) -> str | None:
+    """The symbol of a dynamic axis; None for a fixed size and for one that is computed from others."""
+    symbol = None if isinstance(size, int) else size.value
+    return str(symbol) if symbol is not None and symbol.isidentifier() else None
 
 
 def _values(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
@@ -85,9 +103,11 @@ def _values(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
         yield from node.outputs
 
 
-def _renamed(size: int | onnx_ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
-    if isinstance(size, int) or size.value is None:
-        return size if isinstance(size, int) else None
+def _renamed(size: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(size, int):
+        return size
+    if size.value is None:
+        return None
     if size.value.isdigit():  # the exporter writes an axis that the model has fixed as a symbol called "12"
         return int(size.value)
     return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(size.value))

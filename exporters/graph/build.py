@@ -4,6 +4,7 @@ The graph's inputs, outputs and dynamic axes get the names that a user of the mo
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import onnx_ir
@@ -40,58 +41,57 @@ def build_graph(
         MELoRAError: where the model or the exporter fails, its own message is given; for an axis that the model fixes.
     """
     with in_mode(model, training=False), without_cache(model), torch.no_grad():
-        try:
-            outputs = model(**inputs)
-        except Exception as error:  # the model's own forward can raise anything
-            raise MELoRAError(
-                f"`{type(model).__name__}` does not take `example_inputs`: {type(error).__name__}: {error}"
-            ) from error
-        outputs = named_outputs(outputs)
-        try:
-            with quiet():
-                graph_model = _export(model, inputs, dynamic_axes, opset)
-        except Exception as error:  # exporters raise many kinds
-            raise MELoRAError(f"`{type(model).__name__}` cannot be exported: {_reason(error)}") from error
-    graph = graph_model.graph
-    if len(graph.outputs) != len(outputs):
-        raise MELoRAError(
-            f"the export has {len(graph.outputs)} outputs, the model {len(outputs)}: {', '.join(outputs)}"
-        )
-    taken = {value.name for value in graph.inputs}
-    for value, name in zip(graph.outputs, outputs, strict=True):
-        value.name = f"{name}_output" if name in taken else name
+        outputs = _run(model, inputs)
+        graph_model = _export(model, inputs, dynamic_axes, opset)
+    _name_outputs(graph_model.graph, outputs)
     if opset is not None and graph_model.opset_imports[""] != opset:
         raise MELoRAError(f"the exporter cannot write opset {opset}: it gave {graph_model.opset_imports['']}")
-    refuse_fixed_axes(graph, dynamic_axes)
-    name_axes(graph, inputs, dynamic_axes)
+    refuse_fixed_axes(graph_model.graph, dynamic_axes)
+    name_axes(graph_model.graph, inputs, dynamic_axes)
     return graph_model
 
 
-def _reason(error: BaseException) -> str:
-    """The exporter's message; torch's outermost one advises torch's developers, those below it say what happened."""
-    causes = [error]
-    while isinstance(causes[-1], torch.onnx.errors.OnnxExporterError) and causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    return "; ".join(f"{type(cause).__name__}: {cause}" for cause in causes[1:][-2:] or causes)
+def _run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's outputs by name."""
+    try:
+        outputs = model(**inputs)
+    except Exception as error:  # the model's own forward can raise anything
+        raise MELoRAError(
+            f"`{type(model).__name__}` does not take `example_inputs`: {type(error).__name__}: {error}"
+        ) from error
+    return named_outputs(outputs)
 
 
 def _export(model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes, opset: int | None) -> onnx_ir.Model:
+    try:
+        with quiet():
+            shapes = _dynamic_shapes(inputs, dynamic_axes)
+            if isinstance(model, PreTrainedModel):
+                return export_by_transformers(model, inputs, shapes, opset)
+            return _export_by_torch(model, inputs, shapes, opset)
+    except Exception as error:  # exporters raise many kinds
+        raise MELoRAError(f"`{type(model).__name__}` cannot be exported: {_reason(error)}") from error
+
+
+def _dynamic_shapes(inputs: dict[str, Any], dynamic_axes: DynamicAxes) -> dict[str, Any]:
+    """`dynamic_shapes` as `torch.export` takes them."""
     if isinstance(dynamic_axes, str):
-        shapes = tree_map(all_dynamic, inputs)
-    else:
-        shapes = {
-            name: dict.fromkeys(dynamic_axes.get(name, {}), Dim.AUTO) if isinstance(value, torch.Tensor) else None
-            for name, value in inputs.items()
-        }
-    if isinstance(model, PreTrainedModel):
-        return export_by_transformers(model, inputs, shapes, opset)
+        return tree_map(all_dynamic, inputs)
+    return {
+        name: dict.fromkeys(dynamic_axes.get(name, {}), Dim.AUTO) if isinstance(value, torch.Tensor) else None
+        for name, value in inputs.items()
+    }
+
+
+def _export_by_torch(
+    model: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any], opset: int | None
+) -> onnx_ir.Model:
     program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
-    names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
     exported = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=opset,
-        input_names=names,
+        input_names=[name for name, value in inputs.items() if isinstance(value, torch.Tensor)],
         verbose=False,
         custom_translation_table=_grouped_products(program),
     )
@@ -104,6 +104,24 @@ def _grouped_products(program: torch.export.ExportedProgram) -> dict[Any, Any]:
     if not any("grouped_mm" in str(node.target) for node in program.graph.nodes):
         return {}
     return grouped_translations()
+
+
+def _reason(error: BaseException) -> str:
+    """The exporter's message; torch's outermost one advises torch's developers, those below it say what happened."""
+    causes = [error]
+    while isinstance(causes[-1], torch.onnx.errors.OnnxExporterError) and causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return "; ".join(f"{type(cause).__name__}: {cause}" for cause in causes[1:][-2:] or causes)
+
+
+def _name_outputs(graph: onnx_ir.Graph, names: Iterable[str]) -> None:
+    """Gives the graph's outputs the names of the model's; one that is an input's name too gets `_output` after it."""
+    names = list(names)
+    if len(graph.outputs) != len(names):
+        raise MELoRAError(f"the export has {len(graph.outputs)} outputs, the model {len(names)}: {', '.join(names)}")
+    taken = {value.name for value in graph.inputs}
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = f"{name}_output" if name in taken else name
 
 
 def count_ops(graph_model: onnx_ir.Model) -> dict[str, int]:

@@ -8,10 +8,14 @@ from collections.abc import Iterator
 
 import onnx_ir
 
+from .graph_export import GraphExport
 
-def drop_traces(graph_model: onnx_ir.Model) -> None:
+_LOGGERS = ("torch.onnx", "transformers.exporters", "onnxscript", "onnx_ir")
+
+
+def drop_traces(export: GraphExport) -> None:
     """Removes what the exporters note on nodes and values: source lines and paths of the exporting machine."""
-    for graph in graph_model.graphs():
+    for graph in export.graph_model.graphs():
         graph.metadata_props.clear()
         for node in graph:
             node.metadata_props.clear()
@@ -21,19 +25,23 @@ def drop_traces(graph_model: onnx_ir.Model) -> None:
             value.metadata_props.clear()
 
 
-def drop_inferred(graph_model: onnx_ir.Model) -> None:
-    """Removes types and shapes of values inside the graph: fusions and conversions leave stale ones, and runtimes infer
-    them anyway. Those of initializers become their tensors'.
+def drop_inferred(export: GraphExport) -> None:
+    """Removes types and shapes of values inside the graph where a pass has left stale ones; runtimes infer them anyway.
+    Those of initializers become their tensors'.
     """
-    for graph in graph_model.graphs():
+    if not export.options.has_stale_types:
+        return
+    for graph in export.graph_model.graphs():
         for node in graph:
             for output in node.outputs:
                 if not output.is_graph_output():
-                    output.type, output.shape = None, None
+                    output.type = None
+                    output.shape = None
         for value in graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and not value.is_graph_input():
-                value.type, value.shape = onnx_ir.TensorType(tensor.dtype), onnx_ir.Shape(tensor.shape.numpy())
+                value.type = onnx_ir.TensorType(tensor.dtype)
+                value.shape = onnx_ir.Shape(tensor.shape.numpy())
 
 
 @contextlib.contextmanager
@@ -41,7 +49,7 @@ def quiet() -> Iterator[None]:
     """Keeps the progress, notices and deprecations of exporters and graph passes from the user; errors are raised, not
     logged.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers.exporters", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

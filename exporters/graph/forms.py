@@ -6,17 +6,16 @@
 N num_blocks, R the largest rank of a block, I in_features, O out_features, T tokens.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import onnx_ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch import nn
 
-from melora_fx import sites
-
+from .graph_export import GraphExport
 from .weights import add_initializer
-
-FORMS = ("auto", "block", "dense")
 
 
 def choose_form(num_blocks: int, rank: int, tokens: int) -> str:
@@ -33,66 +32,78 @@ def choose_form(num_blocks: int, rank: int, tokens: int) -> str:
     return "dense" if num_blocks == 1 or num_blocks * rank <= limit else "block"
 
 
-def write_forms(graph_model: onnx_ir.Model, model: nn.Module, form: str, tokens: int) -> dict[str, str]:
-    """Rewrites the updates of an unmerged graph, whose weights have been named, into the chosen forms.
+def write_forms(export: GraphExport) -> None:
+    """Rewrites the updates of an unmerged graph, whose weights have been named, into the chosen forms, and notes them
+    in `export.forms`.
 
     A site that the exporter wrote in another way than one block product (the parts of `split`, a product with the
     weight on the left) stays as it is.
-
-    Args:
-        graph_model: the graph.
-        model: the rewritten model that it was exported from.
-        form: "block", "dense", or "auto": for each site the faster one.
-        tokens: T of a typical run.
-
-    Returns:
-        the form of each site.
     """
-    forms = {}
-    for name, site in sites(model).items():
-        wanted = choose_form(site.config.num_blocks, max(site.config.ranks), tokens) if form == "auto" else form
-        forms[name] = "dense" if wanted == "dense" and _write_dense(graph_model.graph, name) else "block"
-    RemoveUnusedNodesPass()(graph_model)
-    return forms
+    if export.holds != "keep":
+        return
+    tokens = _num_tokens(export.inputs)
+    for name, site in export.sites.items():
+        wanted = export.options.form
+        if wanted == "auto":
+            wanted = choose_form(site.config.num_blocks, max(site.config.ranks), tokens)
+        is_dense = wanted == "dense" and _write_dense(export.graph, name)
+        export.forms[name] = "dense" if is_dense else "block"
+    RemoveUnusedNodesPass()(export.graph_model)
 
 
-def add_biases_last(graph_model: onnx_ir.Model, model: nn.Module) -> None:
+def add_biases_last(export: GraphExport) -> None:
     """Turns (x Wᵀ + bias) + update into (x Wᵀ + update) + bias at the sites of an unmerged graph.
 
     ONNX Runtime's fused activations and normalisations take the bias before them in, as in the base's graph: with an
     update of zero they compute the base bit for bit.
     """
-    graph = graph_model.graph
-    for name in sites(model):
-        bias = graph.initializers.get(f"{name}.bias")
+    if export.holds not in ("keep", "swap"):
+        return
+    for name in export.sites:
+        bias = export.graph.initializers.get(f"{name}.bias")
         if bias is None:
             continue
         for biased in [node for node in bias.consumers() if node.op_type == "Add"]:
-            product, (output,) = next(value for value in biased.inputs if value is not bias), biased.outputs
-            total = _only_user(output, "Add")
-            if total is None or product is None:
-                continue
-            update = next(value for value in total.inputs if value is not output)
-            first = onnx_ir.node("Add", [product, update])
-            last = onnx_ir.node("Add", [first.outputs[0], bias])
-            for node in (first, last):
-                node.outputs[0].type, node.outputs[0].shape = total.outputs[0].type, total.outputs[0].shape
-            graph.insert_before(total, [first, last])
-            onnx_ir.convenience.replace_nodes_and_values(
-                graph, total, [biased, total], [], [total.outputs[0]], [last.outputs[0]]
-            )
+            _add_last(export.graph, biased, bias)
+
+
+def _num_tokens(inputs: Mapping[str, Any]) -> int:
+    """Number of tokens of the example: the leading two sizes of its first tensor."""
+    shapes = [value.shape[:2] for value in inputs.values() if isinstance(value, torch.Tensor)]
+    return shapes[0].numel() if shapes else 1
+
+
+def _add_last(graph: onnx_ir.Graph, biased: onnx_ir.Node, bias: onnx_ir.Value) -> None:
+    """Moves the bias that the node `biased` adds behind the update that is added next, if one is."""
+    output = biased.outputs[0]
+    product = next(value for value in biased.inputs if value is not bias)
+    total = _only_user(output, "Add")
+    if total is None or product is None:
+        return
+    update = next(value for value in total.inputs if value is not output)
+    first = onnx_ir.node("Add", [product, update])
+    last = onnx_ir.node("Add", [first.outputs[0], bias])
+    for node in (first, last):
+        node.outputs[0].type = total.outputs[0].type
+        node.outputs[0].shape = total.outputs[0].shape
+    graph.insert_before(total, [first, last])
+    onnx_ir.convenience.replace_nodes_and_values(
+        graph, total, [biased, total], [], [total.outputs[0]], [last.outputs[0]]
+    )
 
 
 def _write_dense(graph: onnx_ir.Graph, name: str) -> bool:
     """Replaces one site's block products; False where they do not stand as expected."""
-    a, b = (graph.initializers.get(f"{name}.{kind}.T") for kind in ("lora_a", "lora_b"))
-    chain = _block_chain(a, b) if a is not None and b is not None else None
+    lora_a = graph.initializers.get(f"{name}.lora_a.T")
+    lora_b = graph.initializers.get(f"{name}.lora_b.T")
+    chain = _block_chain(lora_a, lora_b) if lora_a is not None and lora_b is not None else None
     if chain is None:
         return False
     x, update = chain
-    hidden = _matmul(x, graph, f"{name}.lora_a.blockdiag.T", _block_diagonal(a))
-    output = _matmul(hidden.outputs[0], graph, f"{name}.lora_b.blockdiag.T", _block_diagonal(b))
-    output.outputs[0].name, update.name = update.name, None
+    hidden = _matmul(x, graph, f"{name}.lora_a.blockdiag.T", _block_diagonal(lora_a))
+    output = _matmul(hidden.outputs[0], graph, f"{name}.lora_b.blockdiag.T", _block_diagonal(lora_b))
+    output.outputs[0].name = update.name
+    update.name = None
     producer = update.producer()
     assert producer is not None
     graph.insert_before(producer, [hidden, output])
@@ -100,9 +111,10 @@ def _write_dense(graph: onnx_ir.Graph, name: str) -> bool:
     return True
 
 
-def _block_chain(a: onnx_ir.Value, b: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value] | None:
+def _block_chain(lora_a: onnx_ir.Value, lora_b: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value] | None:
     """(x, update) of Reshape → Transpose → MatMul A → MatMul B → Transpose → Reshape."""
-    first, second = _only_user(a), _only_user(b)
+    first = _only_user(lora_a)
+    second = _only_user(lora_b)
     if first is None or second is None or second.inputs[0] is not first.outputs[0]:
         return None
     into_blocks = _producer(first.inputs[0], "Transpose")

@@ -1,12 +1,8 @@
 """ONNX Runtime's own operators for one of its providers, and where the weights are afterwards.
 
 transformers' `fuse_for_onnxruntime` does the fusing. It packs the weights of products that share an input side by side
-into one, as q, k and v of an attention. It never looks at their values, so each weight goes through it as a stand-in:
-one byte an element, its number in the first bytes of every row. Packed ones are then read off, named after all that
-they hold, and put together when the graph is saved: no weight is copied, and equal weights are told apart.
+into one, as q, k and v of an attention; numbered stand-ins (`stand_ins.py`) go through it in the weights' place.
 """
-
-from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir
@@ -15,54 +11,37 @@ from exporters.onnx_files.weight_place import WeightPlace
 from exporters.private import fuse_for_onnxruntime
 
 from .clean import quiet
-from .stand_ins import STAND_IN_TYPE, joined_name, matrix_of, read_off, side_by_side, stand_in
+from .graph_export import GraphExport
+from .options import FUSED_TARGETS
+from .stand_ins import PackedPlace, put_stand_ins, take_stand_ins
 from .weights import add_initializer
 
-FUSED_TARGETS = {"ort-cpu": "cpu", "ort-cuda": "cuda"}
-"""Target → the provider whose fusions it gets."""
 
-
-def fuse(graph_model: onnx_ir.Model, target: str, places: Mapping[str, WeightPlace]) -> dict[str, WeightPlace]:
-    """Fuses the graph in place; the other targets' graphs stay as they are.
-
-    Args:
-        graph_model: a graph whose weights have been named.
-        target: as for `export_onnx`.
-        places: where the parameters live before.
-
-    Returns:
-        where they live afterwards.
+def fuse(export: GraphExport) -> None:
+    """Fuses the graph, whose weights have been named, for the targets that have fusions, and brings `export.weights` up
+    to date.
 
     Raises:
         MELoRAError: where the fusions did something to a weight that is not known here.
     """
-    if target not in FUSED_TARGETS:
-        return dict(places)
-    graph = graph_model.graph
-    names = dict.fromkeys(place.initializer for place in places.values())
-    tensors = {name: tensor for name in names if (tensor := matrix_of(graph, name)) is not None}
-    for number, name in enumerate(tensors, start=1):
-        graph.initializers[name].const_value = stand_in(number, tensors[name])
+    provider = FUSED_TARGETS.get(export.options.target)
+    if provider is None:
+        return
+    names = dict.fromkeys(place.initializer for place in export.weights.values())
+    weights = put_stand_ins(export.graph, [*names])
     with quiet():  # shape inference refuses the stand-ins' type; no fusion needs it
-        fuse_for_onnxruntime(graph_model, FUSED_TARGETS[target])
-    _flatten_attentions(graph)
-    packed: dict[str, tuple[onnx_ir.Value, tuple[int, int]]] = {}
-    for value in list(graph.initializers.values()):
-        if value.const_value is None or value.const_value.dtype != STAND_IN_TYPE:
-            continue
-        columns = read_off(value, tensors)
-        parts = [tensors[name] for name in columns]
-        tensor = parts[0] if len(parts) == 1 else side_by_side(parts, joined_name([*columns]))
-        value.const_value, value.type = tensor, onnx_ir.TensorType(tensor.dtype)
-        value.shape = onnx_ir.Shape(tensor.shape.numpy())
-        if len(parts) > 1:
-            value.name = tensor.name
-            packed |= {name: (value, span) for name, span in columns.items()}
-    return {
+        fuse_for_onnxruntime(export.graph_model, provider)
+    _flatten_attentions(export.graph)
+    packed = take_stand_ins(export.graph, weights)
+    export.weights = {
         parameter: _place_in(packed.get(place.initializer), place)
-        for parameter, place in places.items()
-        if place.initializer in packed or place.initializer in graph.initializers
+        for parameter, place in export.weights.items()
+        if place.initializer in packed or place.initializer in export.graph.initializers
     }
+
+
+def _place_in(packed: PackedPlace | None, place: WeightPlace) -> WeightPlace:
+    return place if packed is None else WeightPlace(packed.initializer, place.is_transposed, packed.columns)
 
 
 def _flatten_attentions(graph: onnx_ir.Graph) -> None:
@@ -90,7 +69,3 @@ def _is_attention(node: onnx_ir.Node | None) -> bool:
         shape = node.inputs[1].const_value if node.inputs[1] is not None else None
         return shape is not None and shape.size == 3
     return node.op_type in ("MultiHeadAttention", "GroupQueryAttention", "Attention")
-
-
-def _place_in(found: tuple[onnx_ir.Value, tuple[int, int]] | None, place: WeightPlace) -> WeightPlace:
-    return place if found is None else WeightPlace(found[0].name or "", place.is_transposed, found[1])

@@ -4,6 +4,8 @@ ONNX Runtime's own converter does it. What squares or sums values of any size on
 fusion has taken, softmax, reductions; the fused norms accumulate in float32 by themselves.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -11,25 +13,52 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from exporters.onnx_runtime import import_onnxruntime
 from exporters.private import float16_converter
 
+from .graph_export import GraphExport
+
 FLOAT32_OPS = (
-    "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "Exp", "Log", "Softmax",
+    "Pow",
+    "Sqrt",
+    "Reciprocal",
+    "ReduceMean",
+    "ReduceSum",
+    "ReduceL2",
+    "ReduceSumSquare",
+    "Exp",
+    "Log",
+    "Softmax",
     "LogSoftmax",
-)  # fmt: skip
+)
 """Operators kept in float32 besides those for which ONNX Runtime has no float16 kernel."""
+
+_FLOAT32_PREFIX = "float32_"
+"""Begins the names of the nodes between two such operators, which stay in float32 too."""
 
 _STUB_BYTES = 4096
 """Initializers above this stay out of the converter, so that memory does not grow with the model."""
 
 
-def to_float16(graph_model: onnx_ir.Model) -> onnx_ir.Model:
-    """The graph in float16, made from a float32 one that is used up; inputs and outputs keep their types.
+def to_float16(export: GraphExport) -> None:
+    """Puts a float16 graph in the place of the float32 one where half precision was asked for; inputs and outputs keep
+    their types.
 
     Initializers are cast one by one when the graph is saved.
     """
+    if export.options.precision != "fp16":
+        return
     import_onnxruntime()  # its error names the extras
-    float16 = float16_converter()
-    graph = graph_model.graph
+    graph = export.graph
     keep = [value.name for value in (*graph.inputs, *graph.outputs)]
+    large = _set_aside_large(graph)
+    export.graph_model = _convert(export.graph_model, keep)
+    _join_float32(export.graph_model)
+    _put_back_in_half(export.graph, large)
+    export.graph.sort()
+
+
+def _set_aside_large(graph: onnx_ir.Graph) -> dict[str, onnx_ir.TensorProtocol]:
+    """Makes inputs of the large initializers, whose type the converter changes without a copy of their values; returns
+    these.
+    """
     large = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
@@ -37,22 +66,28 @@ def to_float16(graph_model: onnx_ir.Model) -> onnx_ir.Model:
             large[name] = tensor
             del graph.initializers[name]
             value.const_value = None
-            graph.inputs.append(value)  # of a type that the converter changes, without a copy of its values
+            graph.inputs.append(value)
+    return large
+
+
+def _convert(graph_model: onnx_ir.Model, keep: Sequence[str | None]) -> onnx_ir.Model:
+    """A float16 graph, made by ONNX Runtime; the inputs and outputs in `keep` keep their types."""
+    float16 = float16_converter()
     proto = float16.convert_float_to_float16(
         onnx_ir.to_proto(graph_model),
         keep_io_types=keep,
         disable_shape_infer=True,
         op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPS],
-        node_block_list=_name_between(graph),
+        node_block_list=_name_between(graph_model.graph),
     )
-    converted = onnx_ir.from_proto(proto)
-    _join_float32(converted)
-    for value in [value for value in converted.graph.inputs if value.name in large]:
-        converted.graph.inputs.remove(value)
+    return onnx_ir.from_proto(proto)
+
+
+def _put_back_in_half(graph: onnx_ir.Graph, large: dict[str, onnx_ir.TensorProtocol]) -> None:
+    for value in [value for value in graph.inputs if value.name in large]:
+        graph.inputs.remove(value)
         value.const_value = _cast(large[value.name or ""])
-        converted.graph.register_initializer(value)
-    converted.graph.sort()
-    return converted
+        graph.register_initializer(value)
 
 
 def _name_between(graph: onnx_ir.Graph) -> list[str]:
@@ -61,10 +96,14 @@ def _name_between(graph: onnx_ir.Graph) -> list[str]:
     for index, node in enumerate(graph):
         before = [value.producer() for value in node.inputs if value is not None]
         after = [user for output in node.outputs for user in output.consumers()]
-        if all(any(other is not None and other.op_type in FLOAT32_OPS for other in side) for side in (before, after)):
-            node.name = f"float32_{index}"
+        if _any_in_float32(before) and _any_in_float32(after):
+            node.name = f"{_FLOAT32_PREFIX}{index}"
             names.append(node.name)
     return names
+
+
+def _any_in_float32(nodes: Sequence[onnx_ir.Node | None]) -> bool:
+    return any(node is not None and node.op_type in FLOAT32_OPS for node in nodes)
 
 
 def _join_float32(graph_model: onnx_ir.Model) -> None:
@@ -75,7 +114,7 @@ def _join_float32(graph_model: onnx_ir.Model) -> None:
         source = wide.producer() if wide is not None else None
         if wide is None or source is None:
             continue
-        if source.op_type in FLOAT32_OPS or (source.name or "").startswith("float32_"):
+        if source.op_type in FLOAT32_OPS or (source.name or "").startswith(_FLOAT32_PREFIX):
             onnx_ir.convenience.replace_all_uses_with(node.outputs[0], wide)
     RemoveUnusedNodesPass()(graph_model)
 

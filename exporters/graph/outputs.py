@@ -10,18 +10,25 @@ from melora_fx.torch_private import tree_paths
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a model's output by name: its fields' names, else `output` or `output_0`, `output_1`, …"""
+    """The tensors of a model's output by name: its fields' names, else `output` or `output_0`, `output_1`, …
+
+    Raises:
+        MELoRAError: for an output without any tensor.
+    """
     if isinstance(outputs, torch.Tensor):
         return {"output": outputs}
     named = {}
-    for keys, leaf in tree_paths(_plain(outputs)):
+    for keys, leaf in tree_paths(_without_empty_fields(outputs)):
         if isinstance(leaf, torch.Tensor):
-            named["_".join(("output", *keys) if keys[0].isdigit() else keys)] = leaf
+            path = ("output", *keys) if keys[0].isdigit() else keys
+            named["_".join(path)] = leaf
     if not named:
         raise MELoRAError(f"the model returns no tensor that has a name, but a {type(outputs).__name__}")
     return named
 
 
-def _plain(outputs: Any) -> Any:
-    """Hugging Face outputs as dicts, without their empty fields."""
-    return {k: v for k, v in outputs.items() if v is not None} if isinstance(outputs, Mapping) else outputs
+def _without_empty_fields(outputs: Any) -> Any:
+    """Hugging Face outputs as dicts, without the fields that are None."""
+    if not isinstance(outputs, Mapping):
+        return outputs
+    return {name: value for name, value in outputs.items() if value is not None}

@@ -1,15 +1,31 @@
-"""placeholder"""
+"""Adapters as optional inputs of a graph: one session, many adapters, of any rank.
 
-from collections.abc import Iterator, Mapping
+    y = x Wᵀ + b + concat_i( x_i Aᵀ_i (s_i B_i)ᵀ )      <site>.lora_a: (N, I/N, R)   <site>.lora_b: (N, R, O/N), s in it
+
+Each adapter tensor is an initializer that is also a graph input, of rank 0 by default: an empty product is zero, so
+that without an adapter the graph computes the base, bit for bit. The tensors of modules kept trainable become inputs
+too, with their present values as default.
+
+Three steps: the model is exported with random adapters (`distinct_values`), their initializers become inputs before any
+fusion can take them for constants (`open_inputs`), and the inputs get their defaults at the end (`attach_defaults`).
+
+N num_blocks, I in_features, O out_features, R the rank.
+"""
+
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import onnx_ir
 import torch
 from torch import nn
 
-from exporters.onnx_files.weight_place import WeightPlace
-from melora_fx import MELoRAError, adapter_parameters, sites
+from melora_fx import MELoRAError, adapter_parameters
 from melora_fx.saving.model_adapter import kept_names
+
+from .graph_export import GraphExport
+
+_RANK_AXES = {"lora_a": 2, "lora_b": 1}
+"""Which axis of an input is the rank."""
 
 
 @contextmanager
@@ -35,58 +51,74 @@ def distinct_values(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(values)
 
 
-def open_inputs(
-    graph_model: onnx_ir.Model, model: nn.Module, kept: Mapping[str, WeightPlace | None]
-) -> dict[str, torch.Tensor]:
-    """Turns the adapters' initializers of an unmerged graph into inputs with a rank axis, and those of `kept` too.
+def open_inputs(export: GraphExport) -> None:
+    """Turns the adapters' initializers of a swappable graph, whose weights have been named, into inputs with a rank
+    axis, and those of the modules kept trainable too.
 
-    Inputs without a default at first, so that no fusion takes them for constants.
-
-    Args:
-        graph_model: an unmerged graph whose weights have been named.
-        model: the rewritten model that it was exported from.
-        kept: where the tensors of the modules kept trainable live.
-
-    Returns:
-        the default of each new input by name, for `attach_defaults`: rank 0 for adapters, `kept`'s present values.
+    They are inputs without a default at first, so that no fusion takes them for constants; `export.defaults` gets it.
 
     Raises:
         MELoRAError: for a tensor that the exporter has folded away.
     """
-    initializers = graph_model.graph.initializers
-    names = {f"{name}.{kind}.T": name for name in sites(model) for kind in ("lora_a", "lora_b")}
-    lost = {site for name, site in names.items() if name not in initializers}
-    lost |= {name for name, place in kept.items() if place is None}
+    if export.holds != "swap":
+        return
+    _refuse_lost(export)
+    opened = _adapter_inputs(export) | _kept_inputs(export)
+    for value in opened:
+        export.graph.initializers.pop(value.name or "")
+        value.const_value = None
+        export.graph.inputs.append(value)
+    export.defaults = {value.name or "": tensor for value, tensor in opened.items()}
+
+
+def attach_defaults(export: GraphExport) -> None:
+    """Makes inputs optional: an initializer of the same name is an input's default."""
+    for value in export.graph.inputs:
+        default = export.defaults.get(value.name or "")
+        if default is not None:
+            value.const_value = onnx_ir.tensor(default.contiguous().clone(), name=value.name)
+            export.graph.register_initializer(value)
+
+
+def _refuse_lost(export: GraphExport) -> None:
+    lost = {
+        site for site in export.sites if any(f"{site}.{kind}.T" not in export.graph.initializers for kind in _RANK_AXES)
+    }
+    lost |= {name for name, place in export.kept.items() if place is None}
     if lost:
         raise MELoRAError(
             f"{', '.join(f'`{name}`' for name in sorted(lost))}: the exporter writes these tensors in pieces (`split`) "
             "or folds them into others, so they cannot be inputs: export with `keep` or `fold`"
         )
-    opened: dict[onnx_ir.Value, torch.Tensor] = {}
-    for index, name in enumerate(sites(model)):
-        for kind, rank_axis in (("lora_a", 2), ("lora_b", 1)):
-            value = initializers[f"{name}.{kind}.T"]
+
+
+def _adapter_inputs(export: GraphExport) -> dict[onnx_ir.Value, torch.Tensor]:
+    """The adapters' values, named and shaped as inputs, and their defaults of rank 0."""
+    inputs = {}
+    for index, site in enumerate(export.sites):
+        for kind, rank_axis in _RANK_AXES.items():
+            value = export.graph.initializers[f"{site}.{kind}.T"]
             sizes = [size for size in value.shape or () if isinstance(size, int)]
-            for user in value.consumers():
-                for output in user.outputs:
-                    output.shape = None  # it had the rank that the model was rewritten with
-            value.name = f"{name}.{kind}"
+            _forget_shapes_after(value)
+            value.name = f"{site}.{kind}"
             value.shape = onnx_ir.Shape([f"rank_{index}" if axis == rank_axis else n for axis, n in enumerate(sizes)])
-            opened[value] = torch.zeros([0 if axis == rank_axis else n for axis, n in enumerate(sizes)])
-    own = model.state_dict()
-    for name, place in kept.items():
+            inputs[value] = torch.zeros([0 if axis == rank_axis else n for axis, n in enumerate(sizes)])
+    return inputs
+
+
+def _forget_shapes_after(value: onnx_ir.Value) -> None:
+    """Drops the shapes of what is computed from `value`: they have the rank that the model was rewritten with."""
+    for user in value.consumers():
+        for output in user.outputs:
+            output.shape = None
+
+
+def _kept_inputs(export: GraphExport) -> dict[onnx_ir.Value, torch.Tensor]:
+    """The values of the tensors of the modules kept trainable, and their present values."""
+    own = export.model.state_dict()
+    inputs = {}
+    for name, place in export.kept.items():
         assert place is not None
-        opened[initializers[place.initializer]] = own[name].t() if place.is_transposed else own[name]
-    for value in opened:
-        initializers.pop(value.name or "")
-        value.const_value = None
-        graph_model.graph.inputs.append(value)
-    return {value.name or "": tensor for value, tensor in opened.items()}
-
-
-def attach_defaults(graph: onnx_ir.Graph, defaults: Mapping[str, torch.Tensor]) -> None:
-    """Makes inputs optional: an initializer of the same name is an input's default."""
-    for value in graph.inputs:
-        if value.name is not None and value.name in defaults:
-            value.const_value = onnx_ir.tensor(defaults[value.name].contiguous().clone(), name=value.name)
-            graph.register_initializer(value)
+        value = export.graph.initializers[place.initializer]
+        inputs[value] = own[name].t() if place.is_transposed else own[name]
+    return inputs

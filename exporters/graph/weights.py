@@ -6,7 +6,8 @@ several parameters have the same ones, by the module in which the exporter saw i
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir
@@ -15,70 +16,92 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import optimizer
 from torch import nn
 
-from exporters.onnx_files.weight_place import WeightPlace
+from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from exporters.private import name_scopes
-from melora_fx import adapter_parameters, sites
+from melora_fx import adapter_parameters
 from melora_fx.adapter.site import TENSORS
+from melora_fx.saving.model_adapter import kept_names
+
+from .graph_export import GraphExport
+
+
+class Candidate(NamedTuple):
+    """What an initializer may hold: the values of `parameter` or their transpose, and the `name` that it gets then."""
+
+    name: str
+    parameter: str
+    is_transposed: bool
+    values: torch.Tensor
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
 
 
 def add_initializer(graph: onnx_ir.Graph, name: str, array: np.ndarray) -> onnx_ir.Value:
     """A new initializer of the graph."""
     tensor = onnx_ir.tensor(array, name=name)
-    shape, kind = onnx_ir.Shape(array.shape), onnx_ir.TensorType(tensor.dtype)
-    value = onnx_ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+    value = onnx_ir.Value(
+        name=name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
 
-def name_weights(graph_model: onnx_ir.Model, model: nn.Module) -> dict[str, WeightPlace]:
-    """Renames the initializers that hold a matrix or an adapter tensor of `model`; the model's values are present ones.
-
-    An adapter's B stands in a graph multiplied by its scaling, s B.
-
-    Returns:
-        for each matrix, or stack of matrices, of the model that was found, by its parameter's name, where it lives. One
-        that cannot be told from another is left out.
-    """
-    graph = graph_model.graph
-    known = dict(model.named_parameters())
-    matrices = _matrices(model)
-    places = {name: WeightPlace(name, False) for name in graph.initializers if name in matrices}
-    candidates = _by_shape(_named_tensors(model, matrices))
-    alike: set[frozenset[str]] = set()
-    for initializer in list(graph.initializers.values()):
-        if initializer.name in known or initializer.const_value is None:
-            continue
-        equal = _holding(initializer, candidates)
-        if len({parameter for _, parameter, _ in equal}) > 1:
-            alike.add(frozenset(parameter for _, parameter, _ in equal))
-            scopes = _scopes(initializer)
-            equal = [found for found in equal if found[1].rpartition(".")[0] in scopes]
-        if len({parameter for _, parameter, _ in equal}) != 1 or equal[0][0] in graph.initializers:
-            continue
-        name, parameter, is_transposed = equal[0]
-        initializer.name = name
-        if parameter in matrices:
-            places.setdefault(parameter, WeightPlace(name, is_transposed))
-    for group in alike:
-        if not group <= places.keys():  # the exporter has put several into one initializer
-            places = {name: place for name, place in places.items() if name not in group}
-    return dict(sorted(places.items()))
-
-
-def fold_adapter_constants(graph_model: onnx_ir.Model, model: nn.Module) -> None:
+def fold_adapter_constants(export: GraphExport) -> None:
     """Carries out s·B and the transpositions of adapter tensors: the exporters leave large ones in the graph."""
-    initializers = graph_model.graph.initializers
-    names = {f"{site}.{kind}" for site in sites(model) for kind in TENSORS}
-    constant = {initializers[name] for name in names if name in initializers}
+    initializers = export.graph.initializers
+    names = {f"{site}.{kind}" for site in export.sites for kind in TENSORS}
+    constants = {initializers[name] for name in names if name in initializers}
     nodes = set()
-    for node in graph_model.graph:
-        if node.inputs and all(value in constant for value in node.inputs):
+    for node in export.graph:
+        if node.inputs and all(value in constants for value in node.inputs):
             nodes.add(node)
-            constant.update(node.outputs)
+            constants.update(node.outputs)
     optimizer.fold_constants(
-        graph_model, onnx_shape_inference=False, output_size_limit=sys.maxsize, should_fold=lambda node: node in nodes
+        export.graph_model,
+        onnx_shape_inference=False,
+        output_size_limit=sys.maxsize,
+        should_fold=lambda node: node in nodes,
     )
-    RemoveUnusedNodesPass()(graph_model)
+    RemoveUnusedNodesPass()(export.graph_model)
+
+
+def name_weights(export: GraphExport) -> None:
+    """Renames the initializers that hold a matrix or an adapter tensor of the model, whose values are still those that
+    were exported, and notes in `export.weights` where each matrix, or stack of matrices, lives.
+
+    An adapter's B stands in a graph multiplied by its scaling, s B. A matrix that cannot be told from another is left
+    out.
+    """
+    initializers = export.graph.initializers
+    parameters = dict(export.model.named_parameters())
+    matrices = _matrices(export.model)
+    places = {name: WeightPlace(name, False) for name in initializers if name in matrices}
+    candidates = _by_shape(_candidates(export, matrices))
+    alike: set[frozenset[str]] = set()
+    for initializer in list(initializers.values()):
+        if initializer.name in parameters or initializer.const_value is None:
+            continue
+        equal = _equal_candidates(initializer, candidates)
+        if len(_parameters(equal)) > 1:
+            alike.add(_parameters(equal))
+            scopes = _scopes(initializer)
+            equal = [candidate for candidate in equal if candidate.module in scopes]
+        if len(_parameters(equal)) != 1 or equal[0].name in initializers:
+            continue
+        found = equal[0]
+        initializer.name = found.name
+        if found.parameter in matrices:
+            places.setdefault(found.parameter, WeightPlace(found.name, found.is_transposed))
+    export.weights = dict(sorted(_without_merged(places, alike).items()))
+
+
+def find_kept_tensors(export: GraphExport) -> None:
+    """Notes in `export.kept` where the tensors of the modules kept trainable live."""
+    initializers = export.graph.initializers
+    export.kept = {name: find_tensor(initializers, name) for name in kept_names(export.model)}
 
 
 def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -91,41 +114,53 @@ def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _named_tensors(
-    model: nn.Module, matrices: Mapping[str, nn.Parameter]
-) -> Iterable[tuple[str, str, bool, torch.Tensor]]:
-    """(name for the initializer, parameter, is_transposed, values) of all that an export may hold under a new name."""
+def _candidates(export: GraphExport, matrices: Mapping[str, nn.Parameter]) -> Iterator[Candidate]:
+    """All that an export may hold under a new name; the transpose first, which is what products take."""
     for name, parameter in matrices.items():
-        yield f"{name}.T", name, True, parameter.detach().mT
-        yield name, name, False, parameter.detach()
-    for name, site in sites(model).items():
-        scaled = site.lora_b.detach() * site.scaling
-        for kind, value in (("lora_a", site.lora_a.detach()), ("lora_b", scaled)):
-            yield f"{name}.{kind}.T", f"{name}.{kind}", True, value.transpose(1, 2)
-            yield f"{name}.{kind}", f"{name}.{kind}", False, value
+        yield Candidate(f"{name}.T", name, True, parameter.detach().mT)
+        yield Candidate(name, name, False, parameter.detach())
+    for site_name, site in export.sites.items():
+        tensors = {"lora_a": site.lora_a.detach(), "lora_b": site.lora_b.detach() * site.scaling}
+        for kind, values in tensors.items():
+            name = f"{site_name}.{kind}"
+            yield Candidate(f"{name}.T", name, True, values.mT)
+            yield Candidate(name, name, False, values)
 
 
-_Candidates = dict[tuple[int, ...], list[tuple[str, str, bool, torch.Tensor]]]
-
-
-def _by_shape(tensors: Iterable[tuple[str, str, bool, torch.Tensor]]) -> _Candidates:
-    grouped: _Candidates = {}
-    for candidate in tensors:
-        grouped.setdefault(tuple(candidate[3].shape), []).append(candidate)
+def _by_shape(candidates: Iterator[Candidate]) -> dict[tuple[int, ...], list[Candidate]]:
+    grouped: dict[tuple[int, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        grouped.setdefault(tuple(candidate.values.shape), []).append(candidate)
     return grouped
 
 
-def _holding(initializer: onnx_ir.Value, candidates: _Candidates) -> list[tuple[str, str, bool]]:
-    """(new name, parameter, is_transposed) of each candidate whose values `initializer` has."""
+def _equal_candidates(
+    initializer: onnx_ir.Value, candidates: Mapping[tuple[int, ...], list[Candidate]]
+) -> list[Candidate]:
+    """The candidates whose values `initializer` has."""
     tensor = initializer.const_value
     assert tensor is not None
     same_shape = candidates.get(tuple(tensor.shape.numpy()), [])
     if not same_shape or len(tensor.shape) < 2:
         return []
     values = torch.from_numpy(np.array(tensor.numpy()))
-    return [(name, parameter, flag) for name, parameter, flag, value in same_shape if torch.equal(value, values)]
+    return [candidate for candidate in same_shape if torch.equal(candidate.values, values)]
+
+
+def _parameters(candidates: list[Candidate]) -> frozenset[str]:
+    return frozenset(candidate.parameter for candidate in candidates)
 
 
 def _scopes(value: onnx_ir.Value) -> set[str]:
     """Paths of the modules in whose forward the users of `value` stand."""
     return {scope for user in value.consumers() for scope in name_scopes(user)}
+
+
+def _without_merged(places: dict[str, WeightPlace], alike: set[frozenset[str]]) -> dict[str, WeightPlace]:
+    """`places` without the groups of equal parameters that have fewer initializers than members: the exporter has put
+    several into one, and whoever edits that one would change them all.
+    """
+    for group in alike:
+        if not group <= places.keys():
+            places = {name: place for name, place in places.items() if name not in group}
+    return places

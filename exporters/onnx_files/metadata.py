@@ -11,7 +11,6 @@ from torch import nn
 
 from melora_fx import MELoRAConfig, MELoRAError, sites
 from melora_fx.rewriting.module import class_name
-from melora_fx.rewriting.sites import is_disabled
 from melora_fx.saving.adapter_file import hash_adapter
 from melora_fx.saving.model_adapter import adapter_tensors, site_entries
 
@@ -28,10 +27,13 @@ class GraphFacts:
 
     Attributes:
         path: the file, for error texts.
-        adapter: "none", "fold", "keep" or "swap"; `adapter_sha256` is the identity of what it holds, or "none".
-        configs, fingerprints: of each site: its configuration, and its base weight's fingerprint.
+        adapter: "none", "fold", "keep" or "swap": which adapters the graph has.
+        adapter_sha256: the identity of the adapter that it holds, or "none".
+        configs: site → its configuration.
+        fingerprints: site → its base weight's fingerprint.
         weights: parameter → where it lives in the graph; without those that go by several names, or that the exporter
-            could not tell apart. `kept`: the same for the modules kept trainable.
+            could not tell apart.
+        kept: the same for the tensors of the modules kept trainable.
     """
 
     path: Path
@@ -43,18 +45,22 @@ class GraphFacts:
     kept: dict[str, WeightPlace]
 
 
-def describe(model: nn.Module, adapter: str, target: str) -> dict[str, Any]:
-    """The description of a graph of `model`, but for where its weights live. Fingerprints are of the base: call it
-    before folding.
+def describe(model: nn.Module, holds: str, target: str) -> dict[str, Any]:
+    """The description of a graph of `model`, but for where its weights live.
+
+    Args:
+        model: the model, before it is folded: fingerprints are of the base.
+        holds: "none", "fold", "keep" or "swap": which adapters the graph has.
+        target: as for `export_onnx`.
     """
-    found = {} if is_disabled(model) else sites(model)
+    found = {} if holds == "none" else sites(model)
     configs = {name: site.config for name, site in found.items()}
-    holds_one = found and adapter != "swap"
+    has_identity = holds in ("fold", "keep")  # a swappable graph holds no adapter of its own
     return {
         "format_version": _VERSION,
         "model": class_name(model),
-        "adapter": adapter if found else "none",
-        "adapter_sha256": hash_adapter(configs, adapter_tensors(model)) if holds_one else "none",
+        "adapter": holds,
+        "adapter_sha256": hash_adapter(configs, adapter_tensors(model)) if has_identity else "none",
         "target": target,
         "sites": site_entries(found),
         "versions": {package: version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
@@ -104,7 +110,12 @@ def facts_of(graph: ModelProto, path: str | Path) -> GraphFacts:
 
 
 def _places(entries: dict[str, Any]) -> dict[str, WeightPlace]:
+    """The inverse of `places_as_json`."""
     return {
-        name: WeightPlace(entry["initializer"], entry["is_transposed"], tuple(entry["columns"] or ()) or None)
+        name: WeightPlace(
+            initializer=entry["initializer"],
+            is_transposed=entry["is_transposed"],
+            columns=tuple(entry["columns"] or ()) or None,
+        )
         for name, entry in entries.items()
     }

@@ -14,7 +14,7 @@ from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 import melora_fx
 from exporters import ExportReport, OrtRunner, compare, export_onnx
 from exporters.graph.build import build_graph, count_ops
-from exporters.graph.fuse import FUSED_TARGETS
+from exporters.graph.options import FUSED_TARGETS
 from exporters.onnx_files.metadata import read_facts
 from melora_fx import MELoRAConfig
 
