@@ -78,9 +78,10 @@ def export_onnx(
 
     Raises:
         ValueError, TypeError: for an option or inputs of no accepted form.
-        MELoRAError: where the model cannot be folded, or has no sites for "swap" or is inside `disabled` then; where it
+        MELoRAError: where the model cannot be folded; for "swap" inside `disabled` or without sites; where the model
             cannot be exported, or not with these dynamic axes or for this target; where the folder cannot be written,
-            ONNX Runtime is not installed, or the graph is not equal to torch. No file of an earlier export is touched.
+            ONNX Runtime is not installed, or the graph is not equal to torch. No file of an earlier export is touched
+            then.
     """
     start = time.perf_counter()
     options = ExportOptions(
