@@ -29,7 +29,7 @@ def drop_inferred(export: GraphExport) -> None:
     """Removes types and shapes of values inside the graph where a pass has left stale ones; runtimes infer them anyway.
     Those of initializers become their tensors'.
     """
-    if not export.options.has_stale_types:
+    if not export.options.leaves_stale_types:
         return
     for graph in export.graph_model.graphs():
         for node in graph:

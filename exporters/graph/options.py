@@ -34,6 +34,8 @@ class ExportOptions:
     verify: bool
 
     @property
-    def has_stale_types(self) -> bool:
-        """Whether fusions or the conversion to half precision leave types and shapes that are no longer right."""
+    def leaves_stale_types(self) -> bool:
+        """Whether the graph goes through fusions or the conversion to half precision, which leave types and shapes that
+        are no longer right.
+        """
         return self.precision == "fp16" or self.target in FUSED_TARGETS

@@ -12,10 +12,10 @@ An attention with the products x Wq, x Wk and x Wv, each W of 2 rows and 5 colum
                      1 0 0 0 0 2 0 0 0 0 3 0 0 0 0
     read     at column 0 stands number 1, five columns wide; at 5 number 2, at 10 number 3:
              q.weight.T → (0, 5), k.weight.T → (5, 10), v.weight.T → (10, 15)
-    taken    val_7 is called {q,k,v}.weight.T and becomes [Wq | Wk | Wv], put together when the graph is saved
+    taken    val_7 = [Wq | Wk | Wv], put together when the graph is saved, under the name {q,k,v}.weight.T
 
-No weight is copied on the way, and weights of equal values are told apart. A row that is anything else than whole
-stand-ins, one after the other and the same in every row, is an error.
+No weight is copied on the way, and weights of equal values are told apart. An initializer whose rows differ, or are
+anything else than whole stand-ins one after the other, is an error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ _NUMBER_BYTES = 4
 
 
 class PackedPlace(NamedTuple):
-    """The columns, first and end, of an initializer in which a weight lies beside others."""
+    """The initializer in which a weight lies beside others, and its columns there: (start, stop)."""
 
     initializer: str
     columns: tuple[int, int]
