@@ -27,7 +27,7 @@ import onnx_ir
 from melora_fx import MELoRAError
 
 _DTYPE = onnx_ir.DataType.UINT8
-"""No weight has it, so that stand-ins are known by it."""
+"""By which stand-ins are known: the weights that they stand for are floating point."""
 
 _NUMBER_BYTES = 4
 
