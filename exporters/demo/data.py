@@ -8,7 +8,9 @@ from pathlib import Path
 
 from melora_fx import MELoRAError
 
-_MIN_WORDS, _MIN_UTTERANCES, _HELD_OUT = 3, 40, 0.2
+_MIN_WORDS = 3
+_MIN_UTTERANCES = 40
+_HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
