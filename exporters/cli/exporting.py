@@ -1,0 +1,92 @@
+"""`melora-fx export`: a base and an adapter as an ONNX graph, and what else the runtime needs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import melora_fx
+from exporters.example_inputs import example_inputs
+from exporters.export import TARGETS, export_onnx
+from exporters.export_report import ExportReport
+from exporters.runtime.providers import Shapes
+from exporters.tensorrt_check.check import check_tensorrt, parse_shapes
+from exporters.triton_server.repository import write_triton_repository
+from melora_fx.load_model import load_model
+from melora_fx.saving.adapter_file import read_adapter
+
+_DEFAULT_SHAPES = {"batch": (1, 8, 32), "sequence": (16, 64, 128)}
+_SHAPES_TEXT = ", ".join(f"{axis}={low}:{usual}:{high}" for axis, (low, usual, high) in _DEFAULT_SHAPES.items())
+_TRITON_PROVIDERS = {"portable": "cpu", "ort-cpu": "cpu", "ort-cuda": "cuda", "tensorrt": "tensorrt"}
+
+_AdapterDir = Annotated[
+    Path | None, typer.Argument(help="Adapter folder, as save_adapter writes it; default: the base alone.")
+]
+_BaseOf = Annotated[
+    Path | None, typer.Option(help="Without an adapter: one whose model class and head the graph gets, for fold-onnx.")
+]
+_Adapter = Annotated[str, typer.Option(help='"fold": merged; "keep": unmerged; "swap": adapters as inputs.')]
+_Shapes = Annotated[
+    list[str] | None,
+    typer.Option(help="For TensorRT and Triton, AXIS=MIN:OPT:MAX; may be repeated. Default: " + _SHAPES_TEXT),
+]
+_Triton = Annotated[
+    Path | None, typer.Option(help="Also write the graph into this Triton Inference Server model repository.")
+]
+
+
+def export(
+    model_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder: the adapter's base.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file, or a folder.")],
+    adapter_dir: _AdapterDir = None,
+    base_of: _BaseOf = None,
+    adapter: _Adapter = "fold",
+    target: Annotated[str, typer.Option(help=f"Runtime to export for: {', '.join(TARGETS)}.")] = "portable",
+    precision: Annotated[str, typer.Option(help='"fp32", "fp16", or "auto": fp16 for ort-cuda.')] = "auto",
+    form: Annotated[str, typer.Option(help='Unmerged updates: "block", "dense", or "auto": the faster.')] = "auto",
+    verify: Annotated[bool, typer.Option(help="Compare the graph with torch.")] = True,
+    shapes: _Shapes = None,
+    triton: _Triton = None,
+) -> None:
+    """Write a base model and an adapter as an ONNX graph that has been compared with torch."""
+    asked = parse_shapes(shapes or [])
+    model = _load_adapted(model_dir, adapter_dir, base_of)
+    report = export_onnx(
+        model,
+        example_inputs(model, model_dir),
+        out,
+        adapter=adapter,
+        target=target,
+        precision=precision,
+        form=form,
+        verify=verify,
+    )
+    print(report)
+    ranges = _ranges(report, asked)
+    if target == "tensorrt":
+        print(check_tensorrt(report.path, shapes=ranges))
+    if triton is not None:
+        print(write_triton_repository(report.path, triton, shapes=ranges, provider=_TRITON_PROVIDERS[target]))
+
+
+def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | None) -> Any:
+    """The base with the adapter; or the base alone, with the class and head of the model that `base_of` adapts."""
+    if adapter_dir is not None and base_of is not None:
+        raise ValueError("`--base-of` is for graphs without an adapter: leave it out, or the adapter")
+    source = adapter_dir or base_of
+    saved = read_adapter(source) if source else None
+    facts = saved.model if saved else {}
+    model = load_model(model_dir, class_name=facts.get("class"), num_labels=facts.get("num_labels"))
+    if adapter_dir is not None:
+        melora_fx.load_adapter(model, adapter_dir)
+    elif saved is not None:  # a new head's zeros would be optimised away, and fold-onnx would have no place for its own
+        model.load_state_dict(saved.kept_tensors(), strict=False)
+    return model
+
+
+def _ranges(report: ExportReport, asked: Shapes) -> Shapes:
+    """The ranges asked for with the default ones; if none are, the default ones of the graph's own axes."""
+    if asked:
+        return {**_DEFAULT_SHAPES, **asked}
+    free = {axis for axes in report.inputs.values() for axis in axes}
+    return {axis: sizes for axis, sizes in _DEFAULT_SHAPES.items() if axis in free}

@@ -1,0 +1,42 @@
+"""`melora-fx fold` and `melora-fx fold-onnx`: an adapter merged into a base on disk, without building the model."""
+
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import melora_fx
+from exporters.fold_onnx import fold_onnx
+from melora_fx import FoldReport
+
+from .options import AdapterDir
+
+
+def fold(
+    base_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder: the adapter's base; it is not changed.")],
+    adapter_dir: AdapterDir,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; empty, or not there.")],
+) -> None:
+    """Merge an adapter into a model folder on disk, and say what rounding takes of it."""
+    _print_fold(melora_fx.fold_checkpoint, base_dir, adapter_dir, out)
+
+
+def fold_into_onnx(
+    graph: Annotated[Path, typer.Argument(help="The base's graph, as melora-fx export writes it without an adapter.")],
+    adapter_dir: AdapterDir,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file to write, or a folder.")],
+) -> None:
+    """Merge an adapter into a base graph that was exported once, without building the model."""
+    _print_fold(fold_onnx, graph, adapter_dir, out)
+
+
+def _print_fold(function: Callable[[Path, Path, Path], FoldReport], base: Path, adapter_dir: Path, out: Path) -> None:
+    """Folds, and prints where to and what was lost; the report says what its warning would."""
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        report = function(base, adapter_dir, out)
+    print(f"{report}\n{out}: holds adapter {report.adapter_sha256[:12]}…, {time.perf_counter() - start:.1f} s")

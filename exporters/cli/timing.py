@@ -1,0 +1,46 @@
+"""`melora-fx bench`: the user's own graphs against each other."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exporters.measuring.bench import BenchOptions, run_bench
+
+from .options import axis_sizes, split_numbers
+
+
+def bench(
+    graphs: Annotated[list[Path], typer.Argument(help="ONNX files with equal inputs; the first is the reference.")],
+    batch: Annotated[list[str], typer.Option(help="Batch sizes: 1,8; may be repeated.")] = ["8"],  # noqa: B006
+    sequence: Annotated[
+        list[str] | None,
+        typer.Option(help="Lengths: 16,128; may be repeated. Default: 64 where there is such an axis."),
+    ] = None,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="Size of another free axis: NAME=SIZE; may be repeated.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of one run.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each graph at each shape.")] = 30,
+    provider: Annotated[str, typer.Option(help="What runs the graphs: cpu, cuda or tensorrt.")] = "cpu",
+    max_difference: Annotated[
+        float | None, typer.Option(help="Refuse graphs whose outputs differ by more (relative) from the first one's.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture to this file (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Time ONNX graphs against each other: in turn, in random order, medians and ratios to the first."""
+    run_bench(
+        BenchOptions(
+            graphs=tuple(graphs),
+            batches=split_numbers("batch", batch),
+            sequences=split_numbers("sequence", sequence or []),
+            axes=axis_sizes(axis or []),
+            threads=threads,
+            rounds=rounds,
+            provider=provider,
+            max_difference=max_difference,
+            csv=csv,
+            plot=plot,
+        )
+    )
