@@ -38,27 +38,37 @@ def make_inputs(
         ValueError: for `axes` that no input has.
         MELoRAError: for an axis whose size is not known from these, or an input of a type that none is made for.
     """
-    free = {axis for value in runner.session.get_inputs() for axis in value.shape if isinstance(axis, str)}
-    if strangers := [f"`{name}`" for name in axes or {} if name not in free]:
-        raise ValueError(f"no input of `{runner.path}` has an axis {', '.join(strangers)}: {', '.join(sorted(free))}")
+    shapes = _input_shapes(runner, {"batch": batch, "sequence": sequence}, axes or {})
     generator = np.random.default_rng(seed)
-    sizes, arrays, unknown = {"batch": batch, "sequence": sequence}, {}, []
-    for value in runner.session.get_inputs():
-        shape = []
+    return {
+        value.name: _values(runner, value.name, value.type, shapes[value.name], generator)
+        for value in runner.session.get_inputs()
+    }
+
+
+def _input_shapes(
+    runner: OrtRunner, size_by_role: Mapping[str, int], size_by_name: Mapping[str, int]
+) -> dict[str, list[int]]:
+    """The shape of each input, its free axes sized by name or else by role."""
+    inputs = runner.session.get_inputs()
+    free = {axis for value in inputs for axis in value.shape if isinstance(axis, str)}
+    if strangers := [f"`{name}`" for name in size_by_name if name not in free]:
+        raise ValueError(f"no input of `{runner.path}` has an axis {', '.join(strangers)}: {', '.join(sorted(free))}")
+    shapes: dict[str, list[int]] = {value.name: [] for value in inputs}
+    unknown = []
+    for value in inputs:
         for index, axis in enumerate(value.shape):
-            role = _role(axis, index)
-            size = axis if isinstance(axis, int) else (axes or {}).get(axis or "", sizes.get(role or "", -1))
+            by_role = size_by_role.get(_role(axis, index) or "", -1)
+            size = axis if isinstance(axis, int) else size_by_name.get(axis or "", by_role)
             if size < 0:
                 unknown.append(f"`{axis}` of `{value.name}`")
-            shape.append(size)
-        if not unknown:
-            arrays[value.name] = _values(runner, value.name, value.type, shape, generator)
+            shapes[value.name].append(size)
     if unknown:
         raise MELoRAError(
             f"`{runner.path}` has axes that are neither batch nor sequence: {', '.join(unknown)}: "
             "give their sizes (`--axis NAME=SIZE`)"
         )
-    return arrays
+    return shapes
 
 
 def _role(axis: str | int | None, index: int) -> str | None:
@@ -67,9 +77,11 @@ def _role(axis: str | int | None, index: int) -> str | None:
         return None
     if axis is None or is_nameless_axis(axis):
         return ("batch", "sequence")[index] if index < 2 else None
-    if not axis.isidentifier():
+    if not axis.isidentifier():  # an expression of other axes
         return None
-    return "batch" if "batch" in axis.lower() else "sequence" if "seq" in axis.lower() else None
+    if "batch" in axis.lower():
+        return "batch"
+    return "sequence" if "seq" in axis.lower() else None
 
 
 def _values(runner: OrtRunner, name: str, kind: str, shape: list[int], generator: np.random.Generator) -> np.ndarray:

@@ -54,7 +54,9 @@ class ReplayBuffers:
         unknown = [value.name for value in session.get_outputs() if not all(isinstance(n, int) for n in value.shape)]
         if unknown:
             raise MELoRAError(f"a CUDA graph needs outputs of fixed shapes, these are not: {', '.join(unknown)}")
-        self._session, self._device, self._device_id = session, device, device_id
+        self._session = session
+        self._device = device
+        self._device_id = device_id
         self._binding = session.io_binding()
         self._inputs: dict[str, Any] = {}
         self._outputs = {

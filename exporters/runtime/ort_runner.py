@@ -26,7 +26,7 @@ from melora_fx.saving.adapter_file import read_adapter
 
 from .io_binding import ReplayBuffers, run_bound, to_device
 from .providers import Shapes, choose_provider
-from .session import HALF_CONFIG, SAVE_MEMORY_CONFIG, make_session
+from .session import default_config, make_session
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ class OrtRunner:
         save_memory: bool = False,
     ) -> None:
         ort = import_onnxruntime()
-        self.path, self.provider, self.threads, self._shapes = Path(path), provider, threads, dict(shapes or {})
+        self.path = Path(path)
+        self.provider = provider
+        self.threads = threads
+        self._shapes = dict(shapes or {})
         if not self.path.is_file():
             raise MELoRAError(f"`{self.path}` does not exist")
         graph = read_graph(self.path)
@@ -95,18 +98,14 @@ class OrtRunner:
             shapes=shapes,
             io_binding=io_binding,
         )
-        if has_optional_inputs(graph) and (provider == "tensorrt" or self.choice.cuda_graph):
-            raise MELoRAError(
-                f"`{self.path}` has optional inputs (swappable adapters), which TensorRT and CUDA graphs cannot take: "
-                'export it with `adapter="fold"` or "keep", or use the provider "cuda" without a CUDA graph'
-            )
-        own_config = SAVE_MEMORY_CONFIG if save_memory else HALF_CONFIG if precision == "fp16" else {}
-        self.session_config = own_config | dict(session_config or {})
+        if has_optional_inputs(graph):
+            self._check_takes_optional_inputs()
+        self.session_config = default_config(precision, save_memory=save_memory) | dict(session_config or {})
         self.session = make_session(ort, self.path, self.choice, self.session_config, save_memory=save_memory)
         self.input_names = [value.name for value in self.session.get_inputs()]
+        self.output_names = [value.name for value in self.session.get_outputs()]
         overridable = [value.name for value in self.session.get_overridable_initializers()]
         self.adapter_names = [name for name in overridable if name not in self.input_names]
-        self.output_names = [value.name for value in self.session.get_outputs()]
         self._adapters: dict[Path, _Adapter] = {}
         self._fixed = _Adapter()
         self._lock = threading.Lock()
@@ -138,14 +137,7 @@ class OrtRunner:
                 values = self.to_device(arrays)
             outputs = self._run_bound(values, loaded)
             return {name: value.numpy() for name, value in outputs.items()}
-        feed, options = arrays | self._fixed.tensors, None
-        if loaded.native is None:
-            feed |= loaded.tensors
-        else:
-            options = import_onnxruntime().RunOptions()
-            options.add_active_adapter(loaded.native)
-        with self._own_errors():
-            return dict(zip(self.output_names, self.session.run(self.output_names, feed, options), strict=True))
+        return self._run_unbound(arrays, loaded)
 
     def to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Arrays or tensors as `onnxruntime.OrtValue`s where the session computes, for `run_on_device`."""
@@ -191,10 +183,29 @@ class OrtRunner:
             "onnxruntime": import_onnxruntime().__version__,
         }
 
+    def _run_unbound(self, arrays: Arrays, loaded: _Adapter) -> Arrays:
+        feed = arrays | self._fixed.tensors
+        options = None
+        if loaded.native is None:
+            feed |= loaded.tensors
+        else:
+            options = import_onnxruntime().RunOptions()
+            options.add_active_adapter(loaded.native)
+        with self._own_errors():
+            outputs = self.session.run(self.output_names, feed, options)
+        return dict(zip(self.output_names, outputs, strict=True))
+
     def _run_bound(self, values: Mapping[str, Any], loaded: _Adapter) -> dict[str, Any]:
         values = {**values, **self._fixed.values, **loaded.values}
         with self._own_errors():
             return run_bound(self.session, values, self.output_names, self.choice.device, self.choice.device_id)
+
+    def _check_takes_optional_inputs(self) -> None:
+        if self.provider == "tensorrt" or self.choice.cuda_graph:
+            raise MELoRAError(
+                f"`{self.path}` has optional inputs (swappable adapters), which TensorRT and CUDA graphs cannot take: "
+                'export it with `adapter="fold"` or "keep", or use the provider "cuda" without a CUDA graph'
+            )
 
     def _check_inputs(self, shapes: Mapping[str, Sequence[int]]) -> None:
         missing = [name for name in self.input_names if name not in shapes]
@@ -220,7 +231,8 @@ class OrtRunner:
             raise ValueError(f"`adapter` (={adapter!r}) must be one adapter: a run computes one")
         path = Path(adapter)
         if path not in self._adapters:
-            facts, native = read_facts(self.path), None
+            facts = read_facts(self.path)
+            native = None
             if path.is_dir():
                 tensors = swap_tensors(read_adapter(path), facts)
             else:

@@ -24,7 +24,9 @@ Shapes = Mapping[str, tuple[int, int, int]]
 Axes = Mapping[str, tuple[int | str, ...]]
 """Input of a graph → its axes, each a size or the name of a dynamic axis."""
 
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 PROVIDERS = {"cpu": (CPU,), "cuda": (CUDA, CPU), "tensorrt": (TENSORRT, CUDA, CPU)}
 """Ours → ONNX Runtime's, first choice first; each takes the nodes that those before it leave."""
 
@@ -136,15 +138,16 @@ def tensorrt_options(
     Raises:
         ValueError: for `shapes` that do not fit the inputs.
     """
-    folder = f"{graph.stem}.tensorrt"
+    folder = graph.absolute().with_name(f"{graph.stem}.tensorrt")
     identity = json.dumps([content, sorted((shapes or {}).items())])
+    digest = hashlib.sha256(identity.encode()).hexdigest()
     options = {
         "trt_engine_cache_enable": "True",
-        # in an EP context model the engine's place is noted, and has to be relative to that model
-        "trt_engine_cache_path": folder if ep_context else str(graph.absolute().with_name(folder)),
-        "trt_engine_cache_prefix": f"{graph.stem}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+        # an EP context model notes the engine's path, which has to be relative to that model
+        "trt_engine_cache_path": folder.name if ep_context else str(folder),
+        "trt_engine_cache_prefix": f"{graph.stem}_{digest[:16]}",
         "trt_timing_cache_enable": "True",
-        "trt_timing_cache_path": str(graph.absolute().with_name(folder)),
+        "trt_timing_cache_path": str(folder),
     }
     if precision == "fp16":
         # without the second, a layer norm's squares and sums overflow in half precision
@@ -193,11 +196,12 @@ def choose_provider(
     if shapes is not None:
         check_shapes(inputs, shapes, all_axes=False)
     given = {name: None if value is None else str(value) for name, value in (provider_options or {}).items()}
-    fixed = {axis: sizes[0] for axis, sizes in (shapes or {}).items() if sizes[0] == sizes[2]}
+    fixed = {axis: smallest for axis, (smallest, _, largest) in (shapes or {}).items() if smallest == largest}
+    is_bound = provider != "cpu" if io_binding is None else io_binding
     cuda_graph = _is_on(given.get(_CUDA_GRAPH.get(provider, "")))
-    io_binding = provider != "cpu" if io_binding is None else io_binding
     if cuda_graph:
-        _check_cuda_graph(_CUDA_GRAPH[provider], inputs, fixed, io_binding)
+        _check_cuda_graph(_CUDA_GRAPH[provider], inputs, fixed, is_bound)
+
     options = {CPU: {}, CUDA: cuda_options(inputs)}
     if provider == "tensorrt":
         options[TENSORRT] = tensorrt_options(
@@ -209,19 +213,23 @@ def choose_provider(
             ep_context=_is_on(given.get("trt_dump_ep_context_model")),
         )
         options[CUDA] |= {name: value for name, value in given.items() if name == "device_id" and value}
-    names = PROVIDERS[provider]
-    kept = {name: value for name, value in options[names[0]].items() if name not in given}
-    options[names[0]] = kept | {name: value for name, value in given.items() if value is not None}
+    first, *others = PROVIDERS[provider]
     return ProviderChoice(
         provider=provider,
-        providers=tuple((name, options[name]) for name in names),
+        providers=((first, _merge_options(options[first], given)), *((name, options[name]) for name in others)),
         device="cpu" if provider == "cpu" else "cuda",
         device_id=int(given.get("device_id") or 0),
         threads=threads,
         fixed_axes=fixed,
-        io_binding=io_binding,
+        io_binding=is_bound,
         cuda_graph=cuda_graph,
     )
+
+
+def _merge_options(ours: Mapping[str, str], given: Mapping[str, str | None]) -> dict[str, str]:
+    """Our options with the given ones before them; None takes ours away."""
+    kept = {name: value for name, value in ours.items() if name not in given}
+    return kept | {name: value for name, value in given.items() if value is not None}
 
 
 def _check_arguments(provider: str, threads: int | None, options: Mapping[str, Any]) -> None:
@@ -236,8 +244,8 @@ def _check_arguments(provider: str, threads: int | None, options: Mapping[str, A
 
 
 def _check_cuda_graph(option: str, inputs: Axes, fixed: Mapping[str, int], io_binding: bool) -> None:
-    free = list(dict.fromkeys(axis for axes in _with_fixed_axes(inputs, fixed).values() for axis in axes))
-    free = [axis for axis in free if isinstance(axis, str)]
+    axes = dict.fromkeys(axis for axes in _with_fixed_axes(inputs, fixed).values() for axis in axes)
+    free = [axis for axis in axes if isinstance(axis, str)]
     if free:
         raise ValueError(
             f"`{option}` replays a run at the sizes of the first: fix {', '.join(map(repr, free))} by `shapes`, "

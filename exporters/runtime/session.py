@@ -29,6 +29,13 @@ SAVE_MEMORY_CONFIG = {
 _LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
 
 
+def default_config(precision: str, *, save_memory: bool) -> dict[str, str]:
+    """Session configuration for a graph in "fp32" or "fp16"."""
+    if save_memory:
+        return SAVE_MEMORY_CONFIG
+    return HALF_CONFIG if precision == "fp16" else {}
+
+
 def require_provider(ort: Any, name: str) -> None:
     """Loads what a provider needs; without that ONNX Runtime would log a line and compute on the CPU.
 
@@ -86,18 +93,7 @@ def make_session(
     """
     for name, _ in choice.providers:
         require_provider(ort, name)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    for key, value in (config or {}).items():
-        options.add_session_config_entry(key, value)
-    if save_memory:
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    if choice.threads is not None:
-        options.intra_op_num_threads = choice.threads
-    for axis, size in choice.fixed_axes.items():
-        options.add_free_dimension_override_by_name(axis, size)
+    options = _session_options(ort, choice, config or {}, save_memory)
     try:
         # `enable_fallback`: else it prints what failed and tries again on the CPU, now and at every run
         session = ort.InferenceSession(str(path), options, providers=[*choice.providers], enable_fallback=0)
@@ -112,6 +108,23 @@ def make_session(
             f"{', '.join(session.get_providers())}: a library of it is missing, or there is no GPU; its log names it"
         )
     return session
+
+
+def _session_options(ort: Any, choice: ProviderChoice, config: Mapping[str, str], save_memory: bool) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    if save_memory:
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if choice.threads is not None:
+        options.intra_op_num_threads = choice.threads
+    for axis, size in choice.fixed_axes.items():
+        options.add_free_dimension_override_by_name(axis, size)
+    return options
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,8 @@ class TorchRunner:
     """
 
     def __init__(self, model: Callable[..., Any], *, threads: int | None = None) -> None:
-        self.model, self.threads = model, threads
+        self.model = model
+        self.threads = threads
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """The outputs by name, for `inputs` of arrays or tensors by name."""
