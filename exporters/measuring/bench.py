@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from exporters.onnx_files.metadata import METADATA_KEY
+from exporters.onnx_runtime import Arrays
 from exporters.runtime.graph_inputs import axis_roles, make_inputs
 from exporters.runtime.ort_runner import OrtRunner
 from melora_fx import MELoRAError
@@ -25,6 +26,9 @@ from .plots import format_ms, import_pyplot, plot_latency
 
 _LOADS = 3
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+Shape = tuple[int, int | None]
+"""Batch, and sequence where the graphs have such an axis."""
 
 console = Console()
 
@@ -60,36 +64,52 @@ def run_bench(options: BenchOptions) -> list[Measurement]:
     first = _load(options, 0)[0].runner
     assert isinstance(first, OrtRunner)
     shapes = _shapes(options, first)
-    feeds = [make_inputs(first, batch, sequence or 1, options.axes) for batch, sequence in shapes]
-    model, rows = _model_of(first), list[Measurement]()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console)
-    task = progress.add_task("rounds", total=-(-options.rounds // _LOADS) * _LOADS * len(shapes))
-    with Live(progress, console=console, transient=True) as live:
-        for (batch, sequence), feed in zip(shapes, feeds, strict=True):
-            progress.update(task, description=_shape(batch, sequence))
-            rows += measure(
-                functools.partial(_load, options), feed, provider=options.provider, model=model,
-                batch=batch, sequence=sequence, loads=_LOADS, rounds=options.rounds,
-                max_difference=options.max_difference, on_round=lambda: progress.advance(task),
-            )  # fmt: skip
-            live.update(Group(_table(rows), progress))
+    feeds = {(batch, sequence): make_inputs(first, batch, sequence or 1, options.axes) for batch, sequence in shapes}
+    rows = _measure_shapes(options, feeds, _model_of(first))
     console.print(_table(rows))
     console.print(f"{rows[0].device}; {rows[0].rounds} rounds, in random order; {rows[0].versions}")
     if options.csv:
         write_csv([asdict(row) for row in rows], [item.name for item in fields(Measurement)], options.csv)
     if options.plot:
         panels = {_shape(*shape): LatencyTable(tuple(row.latency for row in _at(rows, shape))) for shape in shapes}
-        names = ", ".join(filter(None, (model, options.provider, _threads(options.threads))))
-        plot_latency(panels, names, options.plot)
+        title = ", ".join(filter(None, (rows[0].model, options.provider, _threads(options.threads))))
+        plot_latency(panels, title, options.plot)
+    return rows
+
+
+def _measure_shapes(options: BenchOptions, feeds: Mapping[Shape, Arrays], model: str) -> list[Measurement]:
+    """The rows of every shape; the table grows on the screen."""
+    rows: list[Measurement] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("rounds", total=-(-options.rounds // _LOADS) * _LOADS * len(feeds))
+    with Live(progress, console=console, transient=True) as live:
+        for (batch, sequence), feed in feeds.items():
+            progress.update(task, description=_shape(batch, sequence))
+            rows += measure(
+                functools.partial(_load, options),
+                feed,
+                provider=options.provider,
+                model=model,
+                batch=batch,
+                sequence=sequence,
+                loads=_LOADS,
+                rounds=options.rounds,
+                max_difference=options.max_difference,
+                on_round=lambda: progress.advance(task),
+            )
+            live.update(Group(_table(rows), progress))
     return rows
 
 
 def _check_options(options: BenchOptions) -> None:
     sizes = {
-        "batch": options.batches, "sequence": options.sequences, "axis": tuple(options.axes.values()),
-        "threads": (options.threads,), "rounds": (options.rounds,),
-    }  # fmt: skip
+        "batch": options.batches,
+        "sequence": options.sequences,
+        "axis": tuple(options.axes.values()),
+        "threads": (options.threads,),
+        "rounds": (options.rounds,),
+    }
     for name, values in sizes.items():
         if any(value < (0 if name == "axis" else 1) for value in values):
             raise ValueError(f"`{name}` (={', '.join(map(str, values))}) must be at least 1")
@@ -142,7 +162,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
 
 
-def _shapes(options: BenchOptions, runner: OrtRunner) -> list[tuple[int, int | None]]:
+def _shapes(options: BenchOptions, runner: OrtRunner) -> list[Shape]:
     roles = axis_roles(runner)
     if "batch" not in roles and len(options.batches) > 1:
         raise ValueError(f"`{runner.path}` has a fixed batch: several of them (--batch) make no difference")
@@ -158,7 +178,7 @@ def _model_of(runner: OrtRunner) -> str:
     return json.loads(entry)["model"].rpartition(".")[2] if entry else ""
 
 
-def _at(rows: Sequence[Measurement], shape: tuple[int, int | None]) -> list[Measurement]:
+def _at(rows: Sequence[Measurement], shape: Shape) -> list[Measurement]:
     return [row for row in rows if (row.batch, row.sequence) == shape]
 
 

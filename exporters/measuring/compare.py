@@ -42,10 +42,12 @@ def compare(runner_a: Runner, runner_b: Runner, inputs: Mapping[str, Any]) -> Co
     Raises:
         MELoRAError: where the outputs have different names or shapes.
     """
-    outputs_a, outputs_b = runner_a.run(inputs), runner_b.run(inputs)
+    outputs_a = runner_a.run(inputs)
+    outputs_b = runner_b.run(inputs)
     if outputs_a.keys() != outputs_b.keys():
         raise MELoRAError(f"the outputs have different names: {[*outputs_a]} and {[*outputs_b]}")
-    abs_errors, rel_errors = {}, {}
+    abs_errors = {}
+    rel_errors = {}
     for name, expected in outputs_b.items():
         if outputs_a[name].shape != expected.shape:
             raise MELoRAError(f"output `{name}` has the shapes {outputs_a[name].shape} and {expected.shape}")
@@ -54,7 +56,9 @@ def compare(runner_a: Runner, runner_b: Runner, inputs: Mapping[str, Any]) -> Co
 
 
 def _errors(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+    """(absolute, relative), of which the relative is the absolute where nothing expected is above zero."""
+    actual = actual.astype(np.float64)
+    expected = expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
         same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
         difference = np.where(same, 0.0, np.abs(actual - expected))

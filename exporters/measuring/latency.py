@@ -105,12 +105,13 @@ def time_rounds(
         for _ in range(warmup):
             runner.run(inputs)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
-    order, shuffle = list(runners), random.Random(seed).shuffle
+    order = list(runners)
+    generator = random.Random(seed)
     begin = time.perf_counter()
     for index in range(rounds):
         if index and time.perf_counter() - begin > max_seconds:
             break
-        shuffle(order)
+        generator.shuffle(order)
         for name in order:
             start = time.perf_counter()
             runners[name].run(inputs)

@@ -70,8 +70,14 @@ class Measurement:
     def latency(self) -> Latency:
         """The row that a `LatencyTable` has for it."""
         return Latency(
-            self.form, self.median_ms, self.p20_ms, self.p80_ms, self.ratio, self.rounds, self.threads
-        )  # fmt: skip
+            name=self.form,
+            median_ms=self.median_ms,
+            p20_ms=self.p20_ms,
+            p80_ms=self.p80_ms,
+            ratio=self.ratio,
+            rounds=self.rounds,
+            threads=self.threads,
+        )
 
 
 def measure(
@@ -117,25 +123,32 @@ def measure(
             contenders = []  # frees memory for the next load
             contenders = load(index)
         timed = time_rounds(
-            {each.form: each.runner for each in contenders}, inputs, rounds=-(-rounds // loads),
-            warmup=1 + (index > 0), max_seconds=max_seconds / loads, seed=index, on_round=on_round,
-        )  # fmt: skip
+            {each.form: each.runner for each in contenders},
+            inputs,
+            rounds=-(-rounds // loads),
+            warmup=1 + (index > 0),
+            max_seconds=max_seconds / loads,
+            seed=index,
+            on_round=on_round,
+        )
         for form, times in timed.items():
             seconds[form] += times
     table = summarize(seconds, contenders[0].runner.threads)
-    device, versions, commit = device_name(provider), package_versions(), source_commit()
+    origin = _origin_columns(provider)
     return [
         Measurement(
-            provider=provider, form=each.form, model=model, batch=batch, sequence=sequence, threads=row.threads,
-            median_ms=round(row.median_ms, 4), p20_ms=round(row.p20_ms, 4), p80_ms=round(row.p80_ms, 4),
-            ratio=round(row.ratio, 4), rounds=row.rounds, max_rel_difference=differences[each.form],
+            provider=provider,
+            model=model,
+            batch=batch,
+            sequence=sequence,
+            max_rel_difference=differences[each.form],
             peak_memory_mib=memory[each.form],
             file_size_mib=None if each.path is None else round(file_size_mib(each.path), 2),
-            versions=versions, device=device, commit=commit,
-            time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **_latency_columns(row),
+            **origin,
         )
         for each, row in zip(contenders, table.rows, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _differences(
@@ -152,6 +165,29 @@ def _differences(
                 f"(relative): {', '.join(far)}"
             )
     return differences
+
+
+def _latency_columns(row: Latency) -> dict[str, Any]:
+    """The columns of a `Measurement` that its `latency` gives back."""
+    return {
+        "form": row.name,
+        "threads": row.threads,
+        "median_ms": round(row.median_ms, 4),
+        "p20_ms": round(row.p20_ms, 4),
+        "p80_ms": round(row.p80_ms, 4),
+        "ratio": round(row.ratio, 4),
+        "rounds": row.rounds,
+    }
+
+
+def _origin_columns(provider: str) -> dict[str, Any]:
+    """The columns of a `Measurement` that say what it was made with, on and when."""
+    return {
+        "versions": package_versions(),
+        "device": device_name(provider),
+        "commit": source_commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def _peak_memory(contender: Contender, inputs: Mapping[str, Any], provider: str) -> float | None:

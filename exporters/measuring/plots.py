@@ -48,27 +48,38 @@ def plot_latency(panels: Mapping[str, LatencyTable], title: str, path: str | os.
     """
     pyplot = import_pyplot()
     names = list(dict.fromkeys(row.name for table in panels.values() for row in table.rows))
-    num_columns = min(len(panels), _MAX_COLUMNS)
-    num_rows = -(-len(panels) // num_columns)
-    size = (7.5 if num_columns == 1 else 1.8 + 3.4 * num_columns, 1.1 + num_rows * (0.65 + 0.3 * len(names)))
-    figure, grid = pyplot.subplots(
-        num_rows, num_columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
+    figure, grid = _make_grid(pyplot, len(panels), len(names))
     for axes, (panel, table) in zip(grid.flat, panels.items(), strict=False):
         axes.set_title(panel, fontsize=10, loc="left")
         _draw(axes, table, names)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    for column in range(num_columns):  # the lowest panel of each column carries the scale
-        lowest = [axes for axes in grid[:, column] if axes.get_visible()][-1]
+    for column in grid.T:  # the lowest panel of each column carries the scale
+        lowest = [axes for axes in column if axes.get_visible()][-1]
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel(f"time ÷ time of {names[0]}")
-    low, high = _range(panels)
-    grid[0, 0].set(xlim=(low, high), ylim=(len(names) - 0.4, -0.6))
+    grid[0, 0].set(xlim=_range(panels), ylim=(len(names) - 0.4, -0.6))
     grid[0, 0].set_yticks(range(len(names)), names)
     figure.suptitle(f"{title}\nleft is faster; dot: median, bar: p20 to p80", fontsize=11)
     figure.savefig(Path(path), dpi=150)
     pyplot.close(figure)
+
+
+def _make_grid(pyplot: Any, num_panels: int, num_lines: int) -> tuple[Any, Any]:
+    """(figure, panels (rows, columns)), as large as its lines need; all panels share their axes."""
+    num_columns = min(num_panels, _MAX_COLUMNS)
+    num_rows = -(-num_panels // num_columns)
+    width = 7.5 if num_columns == 1 else 1.8 + 3.4 * num_columns
+    height = 1.1 + num_rows * (0.65 + 0.3 * num_lines)
+    return pyplot.subplots(
+        num_rows,
+        num_columns,
+        figsize=(width, height),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
 
 
 def _draw(axes: Any, table: LatencyTable, names: list[str]) -> None:
@@ -80,9 +91,14 @@ def _draw(axes: Any, table: LatencyTable, names: list[str]) -> None:
         axes.hlines(line, row.p20_ms / reference, row.p80_ms / reference, color=color, linewidth=5, alpha=0.35)
         axes.plot(row.ratio, line, "o", color=color, markersize=6, zorder=3)
         axes.annotate(
-            f"{row.ratio:.2f} ×  {format_ms(row.median_ms)} ms", (1.02, line), xycoords=("axes fraction", "data"),
-            va="center", fontsize=8.5, color=color, annotation_clip=False,
-        )  # fmt: skip
+            f"{row.ratio:.2f} ×  {format_ms(row.median_ms)} ms",
+            (1.02, line),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8.5,
+            color=color,
+            annotation_clip=False,
+        )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e3e6e7", linewidth=0.8)
@@ -97,5 +113,7 @@ def _range(panels: Mapping[str, LatencyTable]) -> tuple[float, float]:
         return min(row.ratio, row.p20_ms / reference), max(row.ratio, row.p80_ms / reference)
 
     ends = [ratios(row) for table in panels.values() for row in table.rows]
-    low, high = min(0.95, *(end[0] for end in ends)), max(1.1, *(end[1] for end in ends))
-    return low - 0.03 * (high - low), high + 0.03 * (high - low)
+    low = min(0.95, *(end[0] for end in ends))
+    high = max(1.1, *(end[1] for end in ends))
+    margin = 0.03 * (high - low)
+    return low - margin, high + margin

@@ -32,17 +32,17 @@ def bench(folder: Path, *arguments: object) -> Result:
 
 
 def test_all_shapes_of_all_graphs(folder: Path, tmp_path: Path) -> None:
-    result = bench(
-        folder, "keep.onnx", "copy.onnx", "other/keep.onnx", "--batch", "1,2", "--sequence", 4, "--sequence", 6,
-        "--rounds", 3, "--csv", tmp_path / "b.csv", "--plot", tmp_path / "b.png",
-    )  # fmt: skip
+    graphs = ("keep.onnx", "copy.onnx", "other/keep.onnx")
+    shapes = ("--batch", "1,2", "--sequence", 4, "--sequence", 6)
+    files = ("--csv", tmp_path / "b.csv", "--plot", tmp_path / "b.png")
+    result = bench(folder, *graphs, *shapes, "--rounds", 3, *files)
     assert result.returncode == 0, result.stderr
     with (tmp_path / "b.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = [f"{folder.name}/keep", "copy", "other/keep"]
-    shapes = [("1", "4"), ("1", "6"), ("2", "4"), ("2", "6")]
+    measured = [("1", "4"), ("1", "6"), ("2", "4"), ("2", "6")]
     assert [(row["batch"], row["sequence"], row["form"]) for row in rows] == [
-        (*shape, name) for shape in shapes for name in names
+        (*shape, name) for shape in measured for name in names
     ]
     assert {row["model"] for row in rows} == {"BertForSequenceClassification"}
     assert all(float(row["max_rel_difference"]) == 0 for row in rows[1::3]), "the copy"

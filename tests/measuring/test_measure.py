@@ -39,8 +39,14 @@ def rows_of(contenders: list[Contender], **options: Any) -> list[Measurement]:
     inputs: Mapping[str, np.ndarray] = {"x": randn(3, 24).numpy()}
     options = {"loads": 1, "rounds": 3} | options
     return measure(
-        lambda index: contenders, inputs, provider="cpu", model="Tower", batch=3, sequence=None, **options
-    )  # fmt: skip
+        lambda index: contenders,
+        inputs,
+        provider="cpu",
+        model="Tower",
+        batch=3,
+        sequence=None,
+        **options,
+    )
 
 
 def test_a_row_a_contender(contenders: list[Contender]) -> None:
