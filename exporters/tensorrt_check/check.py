@@ -128,17 +128,13 @@ def _trtexec(path: Path, profile: dict[str, str]) -> tuple[str, ...]:
 
 
 def _notes(model: ModelProto) -> Iterator[str]:
-    inputs = required_inputs(model)
-    kinds = {"INT64": TensorProto.INT64, "BOOL": TensorProto.BOOL}
-    ends = {
-        kind: [value.name for value in (*inputs, *model.graph.output) if value.type.tensor_type.elem_type == code]
-        for kind, code in kinds.items()
-    }
-    if ends["INT64"] or any(tensor.data_type == TensorProto.INT64 for tensor in model.graph.initializer):
-        of = f" ({', '.join(ends['INT64'])})" if ends["INT64"] else ""
+    ends = (*required_inputs(model), *model.graph.output)
+    int64 = [value.name for value in ends if value.type.tensor_type.elem_type == TensorProto.INT64]
+    if int64 or any(tensor.data_type == TensorProto.INT64 for tensor in model.graph.initializer):
+        of = f" ({', '.join(int64)})" if int64 else ""
         yield f"INT64{of}: a type of TensorRT 10; TensorRT 8 casts it to INT32 and clamps"
-    if ends["BOOL"]:
-        yield f"BOOL ({', '.join(ends['BOOL'])}): a type of TensorRT 10, for inputs and outputs too"
+    if booleans := [value.name for value in ends if value.type.tensor_type.elem_type == TensorProto.BOOL]:
+        yield f"BOOL ({', '.join(booleans)}): a type of TensorRT 10, for inputs and outputs too"
     if precision_of(model) == "fp16":
         yield "float16: the graph's own types are kept; --fp16 is for float32 graphs and is gone in TensorRT 11"
     else:

@@ -71,9 +71,9 @@ def group_obstacles(obstacles: tuple[Obstacle, ...]) -> list[str]:
         grouped.setdefault((obstacle.op_type, obstacle.reason), []).append(obstacle.node)
     lines = []
     for (op_type, reason), nodes in grouped.items():
-        names = ", ".join(f"`{name}`" for name in nodes[:2] if name) + (
-            f" and {len(nodes) - 2} more" * (len(nodes) > 2)
-        )
+        names = ", ".join(f"`{name}`" for name in nodes[:2] if name)
+        if len(nodes) > 2:
+            names += f" and {len(nodes) - 2} more"
         lines.append(f"{op_type} {names}: {reason}" if names else f"{op_type}: {reason}")
     return lines
 
@@ -94,9 +94,10 @@ def refuse_obstacles(model: ModelProto, name: str) -> None:
 
 def _walk(graph: GraphProto, tensors: _Tensors, path: str) -> Iterator[Obstacle]:
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    tensors.constants.update(initializers)
-    tensors.types.update((name, TensorProto.DataType.Name(tensor.data_type)) for name, tensor in initializers.items())
-    tensors.ranks.update((name, len(tensor.dims)) for name, tensor in initializers.items())
+    for name, tensor in initializers.items():
+        tensors.constants[name] = tensor
+        tensors.types[name] = TensorProto.DataType.Name(tensor.data_type)
+        tensors.ranks[name] = len(tensor.dims)
     for value in (*graph.input, *graph.output, *graph.value_info):
         _note(value, tensors)
     if not path:
@@ -127,9 +128,8 @@ def _check_inputs(graph: GraphProto, initializers: dict[str, TensorProto], tenso
             elif not value.type.HasField("tensor_type"):
                 yield Obstacle(value.name, kind, "not a tensor")
             elif tensors.types.get(value.name) not in IO_TYPES:
-                yield Obstacle(
-                    value.name, kind, f"{tensors.types.get(value.name, 'no type')}: TensorRT does not take it"
-                )
+                element_type = tensors.types.get(value.name, "no type")
+                yield Obstacle(value.name, kind, f"{element_type}: TensorRT does not take it")
 
 
 def _full_type(node: NodeProto) -> str:
@@ -142,11 +142,9 @@ def _reasons(node: NodeProto, tensors: _Tensors) -> Iterator[str]:
         return
     if node.op_type in VALUE_SHAPED:
         yield "the shape of its output depends on values, not on shapes"
-    deciding = [place for place in SHAPE_INPUTS.get(node.op_type, ()) if _input(node, place) in tensors.from_values]
-    if node.op_type == "Loop":
-        deciding = [place for place in (0, 1) if _input(node, place) in tensors.from_values and _has_scan_outputs(node)]
+    deciding = [name for name in _shape_inputs(node) if name in tensors.from_values]
     if deciding:
-        names = ", ".join(f"`{_input(node, place)}`" for place in deciding)
+        names = ", ".join(f"`{name}`" for name in deciding)
         yield f"the values of {names} decide the shape of its output; only shapes and constants may"
     if node.op_type not in TYPES:
         yield f"not among the operators of {TABLE}"
@@ -158,8 +156,12 @@ def _reasons(node: NodeProto, tensors: _Tensors) -> Iterator[str]:
             yield reason
 
 
-def _has_scan_outputs(node: NodeProto) -> bool:
-    return len(node.output) > len(node.input) - 2  # a Loop's inputs are trip count, condition and what it carries
+def _shape_inputs(node: NodeProto) -> list[str]:
+    """The inputs whose values decide the shape of the node's output."""
+    if node.op_type != "Loop":
+        return [_input(node, place) for place in SHAPE_INPUTS.get(node.op_type, ())]
+    has_scan_outputs = len(node.output) > len(node.input) - 2  # beside trip count and condition: what it carries
+    return [_input(node, place) for place in (0, 1)] if has_scan_outputs else []
 
 
 def _main_types(node: NodeProto, tensors: _Tensors) -> set[str]:
@@ -196,37 +198,43 @@ def _input(node: NodeProto, place: int) -> str:
 
 def _violation(node: NodeProto, restriction: Restriction, tensors: _Tensors) -> str | None:
     """How a node breaks a restriction, in words, or None."""
-    kind, place, allowed = restriction.kind, restriction.place, restriction.allowed
+    place = restriction.place
     if isinstance(place, str):
-        values = next((_values(attribute) for attribute in node.attribute if attribute.name == place), ())
-        if all(value in allowed for value in values):
-            return None
-        choice = f"must be {' or '.join(map(str, allowed))}" if allowed else "is not supported"
-        return f"its attribute `{place}` (={', '.join(map(str, values))}) {choice}"
-    if kind == "no_output":
+        return _attribute_violation(node, place, restriction.allowed)
+    if restriction.kind == "no_output":
         given = place < len(node.output) and node.output[place]
         return f"its output {place}, `{node.output[place]}`, is not supported" if given else None
     name = _input(node, place)
     if not name:
         return None
-    if kind == "no_input":
+    if restriction.kind == "no_input":
         return f"its input {place}, `{name}`, is not supported"
-    if kind == "rank":
+    return _input_violation(name, restriction, tensors)
+
+
+def _attribute_violation(node: NodeProto, name: str, allowed: tuple[Any, ...]) -> str | None:
+    values = next((_values(attribute) for attribute in node.attribute if attribute.name == name), ())
+    if all(value in allowed for value in values):
+        return None
+    choice = f"must be {' or '.join(map(str, allowed))}" if allowed else "is not supported"
+    return f"its attribute `{name}` (={', '.join(map(str, values))}) {choice}"
+
+
+def _input_violation(name: str, restriction: Restriction, tensors: _Tensors) -> str | None:
+    allowed = restriction.allowed
+    if restriction.kind == "rank":
         rank = tensors.ranks.get(name)
         return None if rank in (None, *allowed) else f"`{name}` has {rank} axes, not {' or '.join(map(str, allowed))}"
-    if kind == "constant":
-        return None if name in tensors.constants else f"`{name}` must be a constant"
-    number = _numbers(tensors.constants.get(name))
-    if kind == "below":
-        limit = allowed[0]
-        return (
-            f"`{name}` (={number.max()}) must be below {limit}"
-            if number is not None and number.max() >= limit
-            else None
-        )
-    if name not in tensors.constants or (number is not None and number.any()):
-        return f"`{name}` must be a constant zero"
-    return None
+    is_constant = name in tensors.constants
+    if restriction.kind == "constant":
+        return None if is_constant else f"`{name}` must be a constant"
+    numbers = _numbers(tensors.constants.get(name))
+    if restriction.kind == "below":
+        if numbers is None or numbers.max() < allowed[0]:
+            return None
+        return f"`{name}` (={numbers.max()}) must be below {allowed[0]}"
+    is_zero = is_constant and (numbers is None or not numbers.any())
+    return None if is_zero else f"`{name}` must be a constant zero"
 
 
 def _values(attribute: AttributeProto) -> tuple[Any, ...]:

@@ -9,11 +9,21 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from exporters.onnx_files.onnx_file import axes_by_name, required_inputs
 
 TYPES = {
-    "BOOL": "TYPE_BOOL", "UINT8": "TYPE_UINT8", "UINT16": "TYPE_UINT16", "UINT32": "TYPE_UINT32",
-    "UINT64": "TYPE_UINT64", "INT8": "TYPE_INT8", "INT16": "TYPE_INT16", "INT32": "TYPE_INT32", "INT64": "TYPE_INT64",
-    "FLOAT16": "TYPE_FP16", "FLOAT": "TYPE_FP32", "DOUBLE": "TYPE_FP64", "STRING": "TYPE_STRING",
+    "BOOL": "TYPE_BOOL",
+    "UINT8": "TYPE_UINT8",
+    "UINT16": "TYPE_UINT16",
+    "UINT32": "TYPE_UINT32",
+    "UINT64": "TYPE_UINT64",
+    "INT8": "TYPE_INT8",
+    "INT16": "TYPE_INT16",
+    "INT32": "TYPE_INT32",
+    "INT64": "TYPE_INT64",
+    "FLOAT16": "TYPE_FP16",
+    "FLOAT": "TYPE_FP32",
+    "DOUBLE": "TYPE_FP64",
+    "STRING": "TYPE_STRING",
     "BFLOAT16": "TYPE_BF16",
-}  # fmt: skip
+}
 """ONNX's element types → Triton's."""
 
 _TENSORRT_KEYS = frozenset(
@@ -74,10 +84,10 @@ def write_config(model: ModelProto, serving: Serving) -> str:
     lines = [f"name: {json.dumps(serving.name)}", 'backend: "onnxruntime"', f"max_batch_size: {size}"]
     for kind, values in (("input", required_inputs(model)), ("output", model.graph.output)):
         lines += [line for value in values for line in _tensor(kind, value, batched=size > 0)]
-    kind = "KIND_CPU" if serving.provider == "cpu" else "KIND_GPU"
-    lines.append(f"instance_group {{ count: {serving.instances} kind: {kind} }}")
+    processor = "KIND_CPU" if serving.provider == "cpu" else "KIND_GPU"
+    lines.append(f"instance_group {{ count: {serving.instances} kind: {processor} }}")
     if size:
-        preferred = [f"  preferred_batch_size: {size}" for size in serving.preferred_batch_sizes]
+        preferred = [f"  preferred_batch_size: {each}" for each in serving.preferred_batch_sizes]
         delay = f"  max_queue_delay_microseconds: {serving.max_queue_delay_us}"
         lines += ["dynamic_batching {", *preferred, delay, "}"]
     if serving.provider != "cpu":

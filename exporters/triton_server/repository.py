@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,9 +100,9 @@ def write_triton_repository(
         MELoRAError: for a file that is no ONNX graph, weights that are missing, a graph with optional inputs, or
             with types that Triton lacks, a model that is there already, and a folder that cannot be written.
     """
-    path, directory = Path(onnx_path), Path(directory)
+    path = Path(onnx_path)
     model = read_graph(path)
-    name = name if name is not None else path.parent.resolve().name if path.stem == "model" else path.stem
+    name = _default_name(path) if name is None else name
     _check_arguments(name, version, provider, instances, max_queue_delay_us)
     inputs = _described(path, model)
     check_shapes(inputs, shapes, all_axes=provider == "tensorrt")
@@ -119,7 +119,13 @@ def write_triton_repository(
         preferred_batch_sizes=preferred_batch_sizes,
         parameters=_parameters(path, model, inputs, shapes, provider, f"{engine_cache}/{name}", provider_options or {}),
     )
-    return _write(path, directory / name, version, write_config(model, serving), weights, size, notes)
+    files = {"model.onnx": path, **weights}
+    written = _write(Path(directory) / name, version, write_config(model, serving), files)
+    return TritonModel(str(Path(directory) / name), version, written, size, notes)
+
+
+def _default_name(path: Path) -> str:
+    return path.parent.resolve().name if path.stem == "model" else path.stem
 
 
 def _check_arguments(name: str, version: int, provider: str, instances: int, max_queue_delay_us: int) -> None:
@@ -207,35 +213,20 @@ def _batch_axis(values: Axes) -> tuple[str, str]:
     return axis, ""
 
 
-def _write(
-    source: Path,
-    target: Path,
-    version: int,
-    config: str,
-    weights: Mapping[str, Path],
-    max_batch_size: int,
-    notes: Iterable[str],
-) -> TritonModel:
-    """Writes the model's folder, or one more version of it, in one rename."""
+def _write(target: Path, version: int, config: str, files: Mapping[str, Path]) -> tuple[str, ...]:
+    """Writes the model's folder, or one more version of it, in one rename; the files written, relative to it."""
     adds_version = target.exists()
     if adds_version:
-        present = target / "config.pbtxt"
-        if (target / str(version)).exists():
-            raise MELoRAError(f"`{target}` has a version {version} already: give another `version` or `name`")
-        if not present.is_file() or present.read_text() != config:
-            raise MELoRAError(
-                f"`{target}` is there with another config.pbtxt (TensorRT's is of one graph and its weights): give "
-                "another `name`"
-            )
-    files = {f"{version}/model.onnx": source} | {f"{version}/{name}": file for name, file in weights.items()}
+        _check_addable(target, version, config)
     staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         staging.chmod(0o755)  # the server runs as another user
         for name, file in files.items():
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, staging / name)
+            place = staging / str(version) / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
         (staging / "config.pbtxt").write_text(config)
         if adds_version:
             (staging / str(version)).rename(target / str(version))
@@ -246,5 +237,17 @@ def _write(
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-    written = tuple(files) if adds_version else ("config.pbtxt", *files)
-    return TritonModel(str(target), version, written, max_batch_size, tuple(notes))
+    names = [f"{version}/{name}" for name in files]
+    return tuple(names) if adds_version else ("config.pbtxt", *names)
+
+
+def _check_addable(target: Path, version: int, config: str) -> None:
+    """Refuses a version that is there, and one that another config.pbtxt describes."""
+    if (target / str(version)).exists():
+        raise MELoRAError(f"`{target}` has a version {version} already: give another `version` or `name`")
+    present = target / "config.pbtxt"
+    if not present.is_file() or present.read_text() != config:
+        raise MELoRAError(
+            f"`{target}` is there with another config.pbtxt (TensorRT's is of one graph and its weights): give "
+            "another `name`"
+        )

@@ -104,9 +104,14 @@ def test_other_providers(tmp_path: Path) -> None:
     assert config.instance_group[0].kind == config.instance_group[0].KIND_CPU
     assert not config.HasField("optimization")
     write_triton_repository(
-        path, tmp_path, name="on_cuda", shapes={}, max_batch_size=4, provider="cuda",
+        path,
+        tmp_path,
+        name="on_cuda",
+        shapes={},
+        max_batch_size=4,
+        provider="cuda",
         provider_options={"gpu_mem_limit": "1000000"},
-    )  # fmt: skip
+    )
     config = parse(tmp_path / "on_cuda" / "config.pbtxt")
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert (accelerator.name, accelerator.parameters["gpu_mem_limit"]) == ("cuda", "1000000")
