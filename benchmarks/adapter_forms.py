@@ -47,9 +47,15 @@ def measure_shape(paths: dict[str, Path], batch: int, sequence: int, seconds: fl
         return [loaded[form] for form in paths]
 
     return measure(
-        load, make_inputs(OrtRunner(paths["base"]), batch, sequence), provider="cpu", model="MiniLM-L6", batch=batch,
-        sequence=sequence, rounds=300, max_seconds=seconds,
-    )  # fmt: skip
+        load,
+        make_inputs(OrtRunner(paths["base"]), batch, sequence),
+        provider="cpu",
+        model="MiniLM-L6",
+        batch=batch,
+        sequence=sequence,
+        rounds=300,
+        max_seconds=seconds,
+    )
 
 
 def print_rule(num_blocks: int, rank: int, block: Measurement, dense: Measurement) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 
 import peft
 import torch
+from step_cost import peak_memory_mib, saved_bytes, timed
 from torch import nn
-from train_step import peak_memory_mib, saved_bytes, timed
 from transformers import MixtralConfig, MixtralModel
 
 import melora_fx
@@ -80,10 +80,17 @@ CELLS = (
 
 def base_model(cell: Cell) -> Any:
     torch.manual_seed(0)
-    model = MixtralModel(MixtralConfig(
-        vocab_size=128, hidden_size=cell.hidden, intermediate_size=cell.intermediate, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, num_local_experts=cell.experts, num_experts_per_tok=2,
-    ))  # fmt: skip
+    config = MixtralConfig(
+        vocab_size=128,
+        hidden_size=cell.hidden,
+        intermediate_size=cell.intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=cell.experts,
+        num_experts_per_tok=2,
+    )
+    model = MixtralModel(config)
     model.config.use_cache = False
     model.set_experts_implementation(cell.form)
     return model.train().requires_grad_(False)
@@ -145,19 +152,39 @@ def measure(cell: Cell, rounds: int) -> list[dict[str, Any]]:
             if index > 1:
                 times[name].append(1e3 * elapsed)
     gc.enable()
-    floor, rows = statistics.median(times["frozen"]), []
+    floor = statistics.median(times["frozen"])
+    origin = {
+        "device": device_name("cpu"),
+        "versions": f"{package_versions()}, peft {peft.__version__}",
+        "commit": source_commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    rows = []
     for name, values in times.items():
-        cuts, median = statistics.quantiles(values, n=5, method="inclusive"), statistics.median(values)
-        rows.append({
-            "cell": cell.key, "side": name, "median_ms": round(median, 2), "p20_ms": round(cuts[0], 2),
-            "p80_ms": round(cuts[3], 2), "ratio": round(median / floor, 3), "steps": len(values),
+        step, num_parameters = steps[name]
+        row = {
+            "cell": cell.key,
+            "side": name,
+            **time_columns(values, floor),
             "saved_mib": round(saved_bytes(models[name], embeddings) / 2**20, 1),
-            "peak_memory_mib": peak_memory_mib(steps[name][0], "cpu"), "parameters": steps[name][1],
-            "device": device_name("cpu"), "versions": f"{package_versions()}, peft {peft.__version__}",
-            "commit": source_commit(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        })  # fmt: skip
-        print(f"    {name:28} {median:9.1f} ms  {median / floor:6.3f}", flush=True)
+            "peak_memory_mib": peak_memory_mib(step, "cpu"),
+            "parameters": num_parameters,
+        }
+        rows.append(row | origin)
+        print(f"    {name:28} {row['median_ms']:9.1f} ms  {row['ratio']:6.3f}", flush=True)
     return rows
+
+
+def time_columns(milliseconds: list[float], floor: float) -> dict[str, float]:
+    p20, _, _, p80 = statistics.quantiles(milliseconds, n=5, method="inclusive")
+    median = statistics.median(milliseconds)
+    return {
+        "median_ms": round(median, 2),
+        "p20_ms": round(p20, 2),
+        "p80_ms": round(p80, 2),
+        "ratio": round(median / floor, 3),
+        "steps": len(milliseconds),
+    }
 
 
 def write_report(rows: list[dict[str, Any]], path: Path) -> None:

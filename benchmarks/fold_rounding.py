@@ -39,7 +39,8 @@ RESULTS = Path(__file__).parent / "results"
 TEXT = Path(__file__).parents[2] / "shared" / "data" / "tinystories_excerpt_30k.txt"
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16)
 LEARNING_RATE = 5e-4
-BATCH, WINDOW = 2, 128
+BATCH = 2
+WINDOW = 128
 SIDES = ("ours", "PEFT", "PEFT safe_merge")
 TOLERANCE = 1e-6
 """Of the comparison with PEFT: the two multiply in float32, and the order of the sums differs between processors."""
@@ -154,7 +155,8 @@ def main() -> None:
     base, tokenizer = load_smollm2()
     base = base.to(torch.bfloat16).eval()
     train, held_out = read_windows(arguments.text, tokenizer)
-    steps, held_out = (4, held_out[:2]) if arguments.quick else (40, held_out)
+    steps = 4 if arguments.quick else 40
+    held_out = held_out[:2] if arguments.quick else held_out
     print(f"{steps} steps of {BATCH} × {WINDOW} tokens out of {train.numel()}; {held_out.numel()} held out", flush=True)
 
     unmerged = melora_fx.rewrite(copy.deepcopy(base), "all-linear", CONFIG)
@@ -170,26 +172,35 @@ def main() -> None:
     rows = [measure_site(site, weights[name]) for name, site in sites.items()]
     if worse := [row["site"] for row in rows if row["ours"] > (1 + TOLERANCE) * min(row[side] for side in SIDES[1:])]:
         raise SystemExit(f"ours loses more than PEFT's at {', '.join(worse)}")
+    tables = report(rows, measure_losses(base, unmerged, merged, held_out), count_differing(weights))
+    print(tables)
+    if not arguments.quick:
+        write(rows, f"{steps} steps; {held_out.numel()} held-out tokens.\n\n{tables}")
 
+
+def count_differing(weights: dict[str, dict[str, torch.Tensor]]) -> dict[str, str]:
+    """For each side but ours: how many merged weights differ from ours, in words."""
     total = sum(weight["ours"].numel() for weight in weights.values())
     notes = {}
     for side in SIDES[1:]:
         differing = sum(int((weight["ours"] != weight[side]).sum()) for weight in weights.values())
         notes[side] = f"{differing:,} of {total:,} merged weights differ"
-    tables = report(rows, measure_losses(base, unmerged, merged, held_out), notes)
-    print(tables)
-    if arguments.quick:
-        return
+    return notes
+
+
+def write(rows: Sequence[dict[str, Any]], results: str) -> None:
     facts = {
-        "versions": f"{package_versions()}; peft {version('peft')}", "device": device_name("cpu"),
-        "commit": source_commit(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
+        "versions": f"{package_versions()}; peft {version('peft')}",
+        "device": device_name("cpu"),
+        "commit": source_commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
     write_csv([row | facts for row in rows], [*rows[0], *facts], RESULTS / "fold_rounding.csv")
     (RESULTS / "fold_rounding.md").write_text(
         "# Rounding of a fold into bfloat16\n\n"
         f"Written by `benchmarks/fold_rounding.py` on {facts['time'][:10]}: {facts['device']}; {facts['versions']}; "
         f"commit {facts['commit'] or 'unknown'}. SmolLM2-135M-Instruct in bfloat16, 8 blocks of rank 8 in every linear "
-        f"after {steps} steps; {held_out.numel()} held-out tokens.\n\n{tables}"
+        f"after {results}"
     )
 
 

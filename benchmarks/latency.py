@@ -59,8 +59,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def cell_of(row: dict[str, str]) -> Cell:
     """The cell that a row belongs to."""
-    return Cell(**{item.name: type(item.default)(row[item.name]) if item.name not in ("model", "provider")
-                   else row[item.name] for item in fields(Cell)})  # fmt: skip
+    types = {"model": str, "provider": str}
+    return Cell(**{item.name: types.get(item.name, type(item.default))(row[item.name]) for item in fields(Cell)})
 
 
 def is_done(cell: Cell, rows: list[dict[str, str]]) -> bool:
@@ -73,10 +73,11 @@ class Workshop:
 
     def __init__(self, cache: Path, device: str) -> None:
         digest = hashlib.sha256(package_versions().encode())
-        files = [file for module in (melora_fx, exporters) for file in Path(module.__file__).parent.glob("*.py")]
+        files = [file for module in (melora_fx, exporters) for file in Path(module.__file__).parent.rglob("*.py")]
         for file in [*sorted(files), Path(build.__code__.co_filename)]:
             digest.update(file.read_bytes())
-        self.cache, self.device = cache, device
+        self.cache = cache
+        self.device = device
         self.folder = cache / f"exports-{digest.hexdigest()[:12]}"
         self.torch_model = functools.lru_cache(maxsize=None)(self._torch_model)
 
@@ -137,9 +138,7 @@ def errors(cell: Cell, contenders: list[Contender], inputs: dict[str, Any]) -> d
         MELoRAError: where it is too large, or where the adapter changes nothing.
     """
     runners = {contender.form: contender.runner for contender in contenders}
-    found = {
-        form.name: compare(runners[form.name], runners[form.equals], inputs).max_rel_error for form in cell.forms
-    }  # fmt: skip
+    found = {form.name: compare(runners[form.name], runners[form.equals], inputs).max_rel_error for form in cell.forms}
     if wrong := {name: error for name, error in found.items() if not error <= TOLERANCE[cell.precision]}:
         raise MELoRAError(f"{cell.model}, {cell.label}: not equal to what they must equal: {wrong}")
     if compare(runners["merged"], runners["base"], inputs).max_rel_error < 10 * TOLERANCE["fp32"]:
@@ -149,12 +148,19 @@ def errors(cell: Cell, contenders: list[Contender], inputs: dict[str, Any]) -> d
 
 def measure_cell(cell: Cell, workshop: Workshop, seconds: float) -> Iterator[dict[str, Any]]:
     """The rows of a cell."""
-    contenders, inputs = workshop.contenders(cell), workshop.inputs(cell)
+    contenders = workshop.contenders(cell)
+    inputs = workshop.inputs(cell)
     found = errors(cell, contenders, inputs)
     rows = measure(
-        functools.partial(workshop.contenders, cell), inputs, provider=cell.provider, model=cell.model,
-        batch=cell.batch, sequence=cell.sequence, rounds=MAX_ROUNDS, max_seconds=seconds,
-    )  # fmt: skip
+        functools.partial(workshop.contenders, cell),
+        inputs,
+        provider=cell.provider,
+        model=cell.model,
+        batch=cell.batch,
+        sequence=cell.sequence,
+        rounds=MAX_ROUNDS,
+        max_seconds=seconds,
+    )
     for row in rows:
         yield asdict(cell) | asdict(row) | {"max_rel_difference": found[row.form]}
 
@@ -195,11 +201,24 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "melora_fx")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    start, table = time.perf_counter(), arguments.out / "latency.csv"
     chosen = [cell for cell in cells(arguments.providers.split(",")) if arguments.only in f"{cell.model}, {cell.label}"]
     arguments.cache.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    chosen, rows, failed = available(chosen, arguments.cache), read_rows(table), 0
+    start = time.perf_counter()
+    rows, failed = measure_cells(available(chosen, arguments.cache), arguments)
+    found = [(cell_of(row), row) for row in rows]
+    order = [cell for provider in dict.fromkeys(cell.provider for cell, _ in found) for cell in cells([provider])]
+    write_report([item for cell in order for item in found if item[0] == cell], arguments.out)
+    print(f"{time.perf_counter() - start:.0f} s, {failed} cells failed; see {arguments.out}")
+    sys.exit(bool(failed))
+
+
+def measure_cells(chosen: list[Cell], arguments: argparse.Namespace) -> tuple[list[dict[str, str]], int]:
+    """(all rows, how many cells failed); what is done is on disk after each."""
+    start = time.perf_counter()
+    table = arguments.out / "latency.csv"
+    rows = read_rows(table)
+    failed = 0
     workshop = Workshop(arguments.cache, arguments.device)
     for index, cell in enumerate(chosen, start=1):
         print(f"[{index}/{len(chosen)}, {time.perf_counter() - start:.0f} s] {cell.model}, {cell.label}", flush=True)
@@ -215,11 +234,7 @@ def main() -> None:
         rows += [{name: "" if value is None else str(value) for name, value in row.items()} for row in measured]
         write_csv(rows, COLUMNS, table)
         print(f"    {measured[0]['median_ms']:.2f} ms; " + ", ".join(f"{r['form']} {r['ratio']:.2f}" for r in measured))
-    found = [(cell_of(row), row) for row in rows]
-    order = [cell for provider in dict.fromkeys(cell.provider for cell, _ in found) for cell in cells([provider])]
-    write_report([item for cell in order for item in found if item[0] == cell], arguments.out)
-    print(f"{time.perf_counter() - start:.0f} s, {failed} cells failed; see {arguments.out}")
-    sys.exit(bool(failed))
+    return rows, failed
 
 
 if __name__ == "__main__":

@@ -27,9 +27,11 @@ FORMS = (
     Form("PEFT unmerged", "peft"),
 )
 TORCH_FORMS = (
-    Form("base", "base", equals="base"), Form("merged", "merged"), Form("unmerged", "unmerged"),
+    Form("base", "base", equals="base"),
+    Form("merged", "merged"),
+    Form("unmerged", "unmerged"),
     Form("PEFT unmerged", "peft"),
-)  # fmt: skip
+)
 WITHOUT = {"tensorrt": ("swap, no adapter", "swap, one adapter")}
 """Forms that a provider does not take: TensorRT has no optional inputs."""
 TARGETS = {"cpu": "portable", "cuda": "ort-cuda", "tensorrt": "tensorrt"}
@@ -72,19 +74,39 @@ _SMALL = {"batch": 1, "sequence": 16}
 _ALL = {"targets": "all-linear"}
 CHANGES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("MiniLM-L6", "cpu"): [
-        {}, {"batch": 1}, {"batch": 32}, {"sequence": 16}, {"sequence": 128}, {"sequence": 256}, {"threads": 2},
-        {"rank": 1}, {"precision": "fp16"}, {"target": "ort-cpu"}, _SMALL, _ALL, _ALL | {"batch": 1},
-        _ALL | {"sequence": 16}, _ALL | {"sequence": 128}, _ALL | _SMALL, _ALL | {"rank": 1},
+        {},
+        {"batch": 1},
+        {"batch": 32},
+        {"sequence": 16},
+        {"sequence": 128},
+        {"sequence": 256},
+        {"threads": 2},
+        {"rank": 1},
+        {"precision": "fp16"},
+        {"target": "ort-cpu"},
+        _SMALL,
+        _ALL,
+        _ALL | {"batch": 1},
+        _ALL | {"sequence": 16},
+        _ALL | {"sequence": 128},
+        _ALL | _SMALL,
+        _ALL | {"rank": 1},
         _ALL | {"target": "ort-cpu"},
     ],
     ("MPNet-base", "cpu"): [
-        {}, {"batch": 1}, {"sequence": 16}, _SMALL, {"batch": 1, "threads": 2}, _ALL | {"batch": 1}, _ALL | _SMALL,
+        {},
+        {"batch": 1},
+        {"sequence": 16},
+        _SMALL,
+        {"batch": 1, "threads": 2},
+        _ALL | {"batch": 1},
+        _ALL | _SMALL,
     ],
     ("MiniLM-L6", "torch eager"): [{}, {"batch": 1}, {"sequence": 128}, _SMALL, _ALL],
     ("MPNet-base", "torch eager"): [{}, {"batch": 1}],
     ("MiniLM-L6", "torch compile"): [{}, {"sequence": 128}, _ALL],
     ("MPNet-base", "torch compile"): [],
-}  # fmt: skip
+}
 """Changes to the centre, one cell each. MPNet's cells of more than 20 s, or minutes of compiling, are left out."""
 
 

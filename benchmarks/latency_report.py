@@ -33,11 +33,19 @@ def write_report(rows: Sequence[tuple[Any, Row]], folder: Path) -> None:
 
 
 def _table(rows: list[Row]) -> LatencyTable:
-    return LatencyTable(tuple(
-        Latency(row["form"], float(row["median_ms"]), float(row["p20_ms"]), float(row["p80_ms"]), float(row["ratio"]),
-                int(row["rounds"]), int(row["threads"]))
-        for row in rows
-    ))  # fmt: skip
+    return LatencyTable(tuple(map(_latency, rows)))
+
+
+def _latency(row: Row) -> Latency:
+    return Latency(
+        name=row["form"],
+        median_ms=float(row["median_ms"]),
+        p20_ms=float(row["p20_ms"]),
+        p80_ms=float(row["p80_ms"]),
+        ratio=float(row["ratio"]),
+        rounds=int(row["rounds"]),
+        threads=int(row["threads"]),
+    )
 
 
 def _markdown(groups: dict[Any, list[Row]]) -> str:

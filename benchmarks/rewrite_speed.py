@@ -84,12 +84,23 @@ def main() -> None:
             times["peft"].append(seconds(with_peft, targets))
         medians = {side: statistics.median(values) for side, values in times.items()}
         for side, median in medians.items():
-            rows.append({"what": f"rewrite Llama-2-7B, {name}", "side": side, "median_ms": round(1000 * median, 1),
-                         "ratio_to_peft": round(median / medians["peft"], 3)})  # fmt: skip
+            rows.append(
+                {
+                    "what": f"rewrite Llama-2-7B, {name}",
+                    "side": side,
+                    "median_ms": round(1000 * median, 1),
+                    "ratio_to_peft": round(median / medians["peft"], 3),
+                }
+            )
     for length in (25, 250, 2500):
         num_nodes, microseconds = microseconds_a_node(length)
-        rows.append({"what": f"match {num_nodes} nodes", "side": "melora_fx",
-                     "microseconds_a_node": round(microseconds, 2)})  # fmt: skip
+        rows.append(
+            {
+                "what": f"match {num_nodes} nodes",
+                "side": "melora_fx",
+                "microseconds_a_node": round(microseconds, 2),
+            }
+        )
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["what", "side", "median_ms", "ratio_to_peft", "microseconds_a_node"])

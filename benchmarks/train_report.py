@@ -8,15 +8,43 @@ from typing import Any
 from exporters.measuring.plots import import_pyplot
 
 FIELDS = (
-    "model", "mode", "targets", "num_blocks", "rank", "dtype", "dropout", "memory", "threads", "tokens", "side",
-    "median_ms", "p20_ms", "p80_ms", "ratio", "steps", "saved_bytes", "peak_memory_mib", "parameters", "compile_s",
-    "graph_breaks", "recompiles", "device", "versions", "commit", "time", "key",
-)  # fmt: skip
+    "model",
+    "mode",
+    "targets",
+    "num_blocks",
+    "rank",
+    "dtype",
+    "dropout",
+    "memory",
+    "threads",
+    "tokens",
+    "side",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "ratio",
+    "steps",
+    "saved_bytes",
+    "peak_memory_mib",
+    "parameters",
+    "compile_s",
+    "graph_breaks",
+    "recompiles",
+    "device",
+    "versions",
+    "commit",
+    "time",
+    "key",
+)
 _COLORS = {
-    "ours": "#2a7fc0", "ours, plain nodes": "#9cc4e4", "PEFT LoRA, equal rank": "#c0792a",
-    "PEFT LoRA, equal parameters": "#e3b98a", "PEFT BD-LoRA": "#8e5ea2", "authors' loop": "#b5383c",
+    "ours": "#2a7fc0",
+    "ours, plain nodes": "#9cc4e4",
+    "PEFT LoRA, equal rank": "#c0792a",
+    "PEFT LoRA, equal parameters": "#e3b98a",
+    "PEFT BD-LoRA": "#8e5ea2",
+    "authors' loop": "#b5383c",
     "full fine-tuning": "#5f6b6d",
-}  # fmt: skip
+}
 _MIB = 2**20
 
 Row = Mapping[str, Any]
@@ -77,14 +105,27 @@ def _markdown(groups: Mapping[str, list[Row]]) -> str:
     for rows in groups.values():
         floor = rows[0]
         for row in rows:
-            cells = [
-                row["model"], row["mode"], label(row), row["side"], f"{float(row['median_ms']):.1f}",
-                f"{float(row['p20_ms']):.1f}–{float(row['p80_ms']):.1f}", f"{float(row['ratio']):.3f}",
-                _difference(row, floor, "saved_bytes", _MIB), _difference(row, floor, "peak_memory_mib", 1),
-                f"{int(row['parameters']):,}", row.get("compile_s"), row.get("graph_breaks"), row.get("recompiles"),
-            ]  # fmt: skip
+            cells = _cells(row, floor)
             lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row, floor: Row) -> list[Any]:
+    return [
+        row["model"],
+        row["mode"],
+        label(row),
+        row["side"],
+        f"{float(row['median_ms']):.1f}",
+        f"{float(row['p20_ms']):.1f}–{float(row['p80_ms']):.1f}",
+        f"{float(row['ratio']):.3f}",
+        _difference(row, floor, "saved_bytes", _MIB),
+        _difference(row, floor, "peak_memory_mib", 1),
+        f"{int(row['parameters']):,}",
+        row.get("compile_s"),
+        row.get("graph_breaks"),
+        row.get("recompiles"),
+    ]
 
 
 def _difference(row: Row, floor: Row, field: str, unit: float) -> str:
@@ -101,9 +142,13 @@ def _plot(groups: Mapping[str, list[Row]], path: Path) -> None:
         panels.setdefault(f"{rows[0]['model']}, {rows[0]['mode']}", []).append(rows)
     heights = [sum(len(rows) for rows in cells) + len(cells) for cells in panels.values()]
     figure, grid = pyplot.subplots(
-        len(panels), 1, figsize=(9, 1.2 + 0.17 * sum(heights) + 0.5 * len(panels)), squeeze=False,
-        gridspec_kw={"height_ratios": heights}, layout="constrained",
-    )  # fmt: skip
+        len(panels),
+        1,
+        figsize=(9, 1.2 + 0.17 * sum(heights) + 0.5 * len(panels)),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+    )
     for axes, (title, cells) in zip(grid[:, 0], panels.items(), strict=True):
         _draw(axes, title, cells)
     names = {row["side"] for rows in groups.values() for row in rows}
@@ -114,7 +159,8 @@ def _plot(groups: Mapping[str, list[Row]], path: Path) -> None:
 
 
 def _draw(axes: Any, title: str, cells: Sequence[Sequence[Row]]) -> None:
-    line, ticks = 0.0, {}
+    line = 0.0
+    ticks: dict[float, str] = {}
     for rows in cells:
         sides = [row for row in rows if row["side"] in _COLORS]
         ticks[line + (len(sides) - 1) / 2] = label(rows[0])
@@ -122,9 +168,13 @@ def _draw(axes: Any, title: str, cells: Sequence[Sequence[Row]]) -> None:
             over = 100 * (float(row["ratio"]) - 1)
             axes.barh(line, min(max(over, 0), 130), color=_COLORS[str(row["side"])], height=0.9)
             axes.annotate(
-                f"{over:.0f} %", (min(max(over, 0), 130), line), xytext=(3, 0), textcoords="offset points",
-                va="center", fontsize=7.5,
-            )  # fmt: skip
+                f"{over:.0f} %",
+                (min(max(over, 0), 130), line),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+            )
             line += 1
         line += 1
     axes.set_title(title, loc="left", fontsize=10)

@@ -54,10 +54,15 @@ def base_model(setting: Setting) -> nn.Module:
     else:
         hidden, intermediate, layers, heads = (64, 128, 4, 4) if setting.model == "Tiny" else setting.llama
         torch.manual_seed(0)
-        model = LlamaModel(LlamaConfig(
-            hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, vocab_size=128,
-        ))  # fmt: skip
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            vocab_size=128,
+        )
+        model = LlamaModel(config)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model.to(getattr(torch, setting.dtype)).train().requires_grad_(False)
@@ -106,9 +111,12 @@ def peft_bd_lora(model: nn.Module, setting: Setting) -> nn.Module:
 
 def _peft(model: nn.Module, setting: Setting, rank: int, **options: object) -> nn.Module:
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=site_names(model, setting), lora_dropout=setting.dropout,
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=site_names(model, setting),
+        lora_dropout=setting.dropout,
         **options,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     return peft.get_peft_model(model, config).train()  # type: ignore[arg-type]
 
 
@@ -117,8 +125,11 @@ class LoopLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, config: MELoRAConfig) -> None:
         super().__init__()
-        self.base, self.scaling, self.size = base, config.scalings[0], base.in_features // config.num_blocks
-        rank, out_features = max(config.ranks), base.out_features // config.num_blocks
+        self.base = base
+        self.scaling = config.scalings[0]
+        self.size = base.in_features // config.num_blocks
+        rank = max(config.ranks)
+        out_features = base.out_features // config.num_blocks
         self.dropouts = nn.ModuleList(nn.Dropout(config.dropout) for _ in range(config.num_blocks))
         self.lora_a = nn.ModuleList(nn.Linear(self.size, rank, bias=False) for _ in range(config.num_blocks))
         self.lora_b = nn.ModuleList(nn.Linear(rank, out_features, bias=False) for _ in range(config.num_blocks))

@@ -16,7 +16,6 @@ results/train_step.csv, train_step.md and train_step.png. An hour on two cores.
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -25,8 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,9 +32,11 @@ from typing import Any
 import peft
 import torch
 import transformers
+from step_cost import Step, peak_memory_mib, saved_bytes, timed
 from torch import nn
+from train_cells import Cell, all_cells
 from train_report import FIELDS, read_rows, write_report
-from train_sides import FEW_SIDES, SEQUENCE, SIDES, Setting, make_side
+from train_sides import SEQUENCE, make_side
 
 from exporters.measuring.machine import device_name, package_versions, source_commit
 from exporters.measuring.measure import write_csv
@@ -46,73 +46,10 @@ STEPS_PER_ROUND = 2
 CELL_TIMEOUT_S = 600
 """A cell takes up to three minutes on a quiet machine."""
 
-_CENTRES = (
-    ("MiniLM-L6", "eager", 1024), ("MiniLM-L6", "compiled", 1024), ("Tiny", "eager", SEQUENCE["Tiny"]),
-    ("SmolLM2-135M", "eager", 256), ("Llama", "eager", 512), ("Llama", "compiled", 512),
-    ("SmolLM2-135M", "compiled", 256),
-)  # fmt: skip
-KEEP_MEMORY = dict.fromkeys(
-    ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"), str(2**30)
-)  # fmt: skip
+KEEP_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"), str(2**30))
 """glibc then gives no memory back to the system between steps, to fault it in again; no effect elsewhere."""
 
 Row = dict[str, Any]
-Step = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One setting, how it is run, and which sides."""
-
-    setting: Setting
-    mode: str = "eager"
-    threads: int = 1
-    tokens: int = 1024
-    sides: tuple[str, ...] = tuple(SIDES)
-    keeps_memory: bool = False
-
-    @property
-    def key(self) -> str:
-        """Names the cell in the CSV file."""
-        where, dropout = self.setting, self.setting.dropout
-        extra = (f", dropout {dropout}" if dropout else "") + (", memory kept" if self.keeps_memory else "")
-        return (
-            f"{where.model}, {self.mode}, {where.targets}, rank {where.rank}, {where.dtype}, {self.threads} threads, "
-            f"{self.tokens} tokens{extra}"
-        )
-
-
-def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
-    """The cells, in the order in which they are measured."""
-    cells = []
-    for model, mode, tokens in _CENTRES:
-        setting = Setting(model, "all-linear" if model == "Tiny" else "centre", 8, "float32", llama=llama)
-        centre = Cell(setting, mode, tokens=tokens, sides=tuple(SIDES) if mode == "eager" else FEW_SIDES)
-        cells += [centre, *(() if model == "Tiny" else _variations(centre))]
-    return cells
-
-
-def _variations(centre: Cell) -> list[Cell]:
-    """Compiled: few, since a side takes 20 s to compile in MiniLM and a minute in SmolLM2."""
-    setting, is_minilm, is_eager = centre.setting, centre.setting.model == "MiniLM-L6", centre.mode == "eager"
-    few = replace(centre, sides=FEW_SIDES)
-    some = replace(centre, sides=(*FEW_SIDES, "authors' loop") if is_minilm and is_eager else FEW_SIDES)
-    cells = [replace(some, setting=replace(setting, dtype="bfloat16"))]
-    if is_eager or is_minilm:
-        cells += [replace(some, setting=replace(setting, targets="q,v"))]
-        cells += [replace(some, setting=replace(setting, rank=1)), replace(some, threads=2)]
-    if is_eager:
-        cells += [replace(some, setting=replace(setting, dropout=0.1))]
-    if not is_minilm:  # whose centre is every linear
-        cells += [replace(some, setting=replace(setting, targets="all-linear"))]
-    else:
-        cells += [replace(some, keeps_memory=True)]
-        cells += [replace(few, tokens=tokens) for tokens in (256, 4096)]
-        cells += [replace(few, tokens=8192)] if is_eager else []
-    return cells
-
-
-# ---- one cell, in a process of its own -------------------------------------------------------------------------------
 
 
 def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
@@ -137,22 +74,40 @@ def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
             if index:
                 times[name].append(1e3 * elapsed)
     floor = statistics.median(times["frozen"])
-    facts = {
-        "key": cell.key, "model": cell.setting.model, "mode": cell.mode, "targets": cell.setting.targets,
-        "num_blocks": cell.setting.num_blocks, "rank": cell.setting.rank, "dtype": cell.setting.dtype,
-        "dropout": cell.setting.dropout,
-        "memory": "kept" if cell.keeps_memory else "", "threads": cell.threads, "tokens": cell.tokens,
-        "device": device_name(device), "versions": f"{package_versions()}, peft {peft.__version__}",
-        "commit": source_commit(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    facts = facts_of(cell, device)
     for name, values in times.items():
-        cuts = statistics.quantiles(values, n=5, method="inclusive")
+        p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
         rows[name] |= facts | {
-            "median_ms": round(statistics.median(values), 2), "p20_ms": round(cuts[0], 2), "p80_ms": round(cuts[3], 2),
-            "ratio": round(statistics.median(values) / floor, 4), "steps": len(values),
+            "median_ms": round(statistics.median(values), 2),
+            "p20_ms": round(p20, 2),
+            "p80_ms": round(p80, 2),
+            "ratio": round(statistics.median(values) / floor, 4),
+            "steps": len(values),
             "peak_memory_mib": peak_memory_mib(steps[name], device),
-        }  # fmt: skip
+        }
     return list(rows.values())
+
+
+def facts_of(cell: Cell, device: str) -> Row:
+    """The columns that all sides of a cell share."""
+    setting = cell.setting
+    return {
+        "key": cell.key,
+        "model": setting.model,
+        "mode": cell.mode,
+        "targets": setting.targets,
+        "num_blocks": setting.num_blocks,
+        "rank": setting.rank,
+        "dtype": setting.dtype,
+        "dropout": setting.dropout,
+        "memory": "kept" if cell.keeps_memory else "",
+        "threads": cell.threads,
+        "tokens": cell.tokens,
+        "device": device_name(device),
+        "versions": f"{package_versions()}, peft {peft.__version__}",
+        "commit": source_commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def prepare(model: nn.Module, cell: Cell, device: str) -> tuple[Step, Row]:
@@ -196,55 +151,6 @@ def prepare(model: nn.Module, cell: Cell, device: str) -> tuple[Step, Row]:
     return step, facts
 
 
-def timed(step: Step, device: str) -> float:
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def saved_bytes(model: nn.Module, embeddings: torch.Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps between a forward and its backward; not the model's own."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), embeddings]}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs_embeds=embeddings)
-    return sum(storage.nbytes() for storage in saved.values())
-
-
-def peak_memory_mib(step: Step, device: str) -> float | None:
-    """What one step adds to the memory in use at its peak: resident memory on the CPU (Linux), else the GPU's."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    except (OSError, AttributeError):
-        return None
-    before = _resident_kib("VmRSS")
-    step()
-    return round((_resident_kib("VmHWM") - before) / 1024, 1)
-
-
-def _resident_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-# ---- all of them -----------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cells whose name in the CSV file contains this")
@@ -280,9 +186,7 @@ def run_cells(keys: Sequence[str], order: Sequence[str], options: argparse.Names
         start = time.perf_counter()
         try:
             environment = os.environ | (KEEP_MEMORY if key.endswith("memory kept") else {})
-            result = subprocess.run(
-                command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S, env=environment
-            )  # fmt: skip
+            result = subprocess.run(command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S, env=environment)
         except subprocess.TimeoutExpired:
             print(f"{key}: stopped after {CELL_TIMEOUT_S} s", flush=True)
             continue

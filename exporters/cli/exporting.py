@@ -7,8 +7,9 @@ import typer
 
 import melora_fx
 from exporters.example_inputs import example_inputs
-from exporters.export import TARGETS, export_onnx
+from exporters.export import export_onnx
 from exporters.export_report import ExportReport
+from exporters.graph.options import TARGETS
 from exporters.runtime.providers import Shapes
 from exporters.tensorrt_check.check import check_tensorrt, parse_shapes
 from exporters.triton_server.repository import write_triton_repository

@@ -36,11 +36,19 @@ def tiny(latency: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def row_of(cell: Any, form: str, ratio: float = 1.0) -> dict[str, str]:
     values = vars(cell) | {
-        "form": form, "median_ms": 10 * ratio, "p20_ms": 9.5 * ratio, "p80_ms": 11 * ratio, "ratio": ratio,
-        "rounds": 60, "device": "CPU", "versions": "torch 2", "commit": "", "time": "2026-11-25T00:00:00+00:00",
+        "form": form,
+        "median_ms": 10 * ratio,
+        "p20_ms": 9.5 * ratio,
+        "p80_ms": 11 * ratio,
+        "ratio": ratio,
+        "rounds": 60,
+        "device": "CPU",
+        "versions": "torch 2",
+        "commit": "",
+        "time": "2026-11-25T00:00:00+00:00",
         "peak_memory_mib": "" if cell.provider.startswith("torch") else 50.2,
         "file_size_mib": "" if cell.provider.startswith("torch") else 86.7,
-    }  # fmt: skip
+    }
     return {name: str(value) for name, value in values.items()}
 
 
@@ -55,8 +63,12 @@ def test_the_cells_differ_from_the_centre_in_what_is_asked(latency: ModuleType) 
     on_gpu = latency.cells(["tensorrt"])
     assert len(on_gpu) == sum(cell.provider == "cpu" for cell in cells)
     assert [form.name for form in on_gpu[0].forms] == [
-        "base", "merged", "unmerged, block", "unmerged, dense", "PEFT unmerged"
-    ]  # fmt: skip
+        "base",
+        "merged",
+        "unmerged, block",
+        "unmerged, dense",
+        "PEFT unmerged",
+    ]
     assert {cell.precision for cell in cells if cell.provider == "cpu"} == {"fp32", "fp16"}
 
 

@@ -30,7 +30,9 @@ def sides(benchmark: ModuleType) -> ModuleType:
 
 
 def tiny_cell(benchmark: ModuleType, **changes: object):
-    setting = benchmark.Setting("Llama", "all-linear", 2, "float32", num_blocks=4, llama=LLAMA)
+    setting = importlib.import_module("train_sides").Setting(
+        "Llama", "all-linear", 2, "float32", num_blocks=4, llama=LLAMA
+    )
     return replace(benchmark.Cell(setting, tokens=256), **changes)
 
 

@@ -1,0 +1,57 @@
+"""What a training step costs: its time, what autograd keeps for its backward, and its peak memory."""
+
+import ctypes
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+Step = Callable[[], None]
+
+
+def timed(step: Step, device: str) -> float:
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def saved_bytes(model: nn.Module, embeddings: torch.Tensor) -> int:
+    """Bytes of the distinct storages that autograd keeps between a forward and its backward; not the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), embeddings]}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(inputs_embeds=embeddings)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def peak_memory_mib(step: Step, device: str) -> float | None:
+    """What one step adds to the memory in use at its peak: resident memory on the CPU (Linux), else the GPU's."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    except (OSError, AttributeError):
+        return None
+    before = resident_kib("VmRSS")
+    step()
+    return round((resident_kib("VmHWM") - before) / 1024, 1)
+
+
+def resident_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
