@@ -1,0 +1,212 @@
+"""Folders for folds on disk: a base, an adapter and the result, written, read by hand, edited and compared."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import melora_fx
+from melora_fx import MELoRAConfig, MELoRAError
+from support.models import (
+    fill,
+    randn,
+)
+
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+BLOCKS = MELoRAConfig(rank=(2, 1, 2), num_blocks=3, alpha=(3.0, 1.0, 2.0))
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a test's folders are; `parent` holds nothing else."""
+
+    parent: Path
+
+    @property
+    def base(self) -> Path:
+        return self.parent / "base"
+
+    @property
+    def adapter(self) -> Path:
+        return self.parent / "adapter"
+
+    @property
+    def out(self) -> Path:
+        return self.parent / "out"
+
+    def prepare(
+        self,
+        model: Any,
+        targets: Any,
+        config: MELoRAConfig = BLOCKS,
+        *,
+        sharded: bool = False,
+        keep: str | Sequence[str] = (),
+        trained: Any = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Any:
+        """Writes `model` as the base, and an adapter that is trained in the class `trained` of it, which comes back."""
+        model.save_pretrained(self.base, max_shard_size="20KB" if sharded else "5GB")
+        rewritten = (trained or type(model)).from_pretrained(self.base, **options).eval()
+        rewritten = fill(melora_fx.rewrite(rewritten, targets, config, keep_trainable=keep), seed)
+        for name, value in kept_values(rewritten).items():
+            value.copy_(randn(*value.shape, seed=len(name)))
+        melora_fx.save_adapter(rewritten, self.adapter)
+        return rewritten
+
+    def in_memory(self, model_class: Any, **options: Any) -> tuple[Any, melora_fx.FoldReport]:
+        """The model folded without this code, and what `check_fold` says of it."""
+        model = melora_fx.load_adapter(model_class.from_pretrained(self.base, **options).eval(), self.adapter)
+        report = melora_fx.check_fold(model)
+        return melora_fx.fold(model), report
+
+    def fold(self, out: Path | None = None) -> melora_fx.FoldReport:
+        """Folds; the base stays as it is to the last byte, and nothing but the folder is made."""
+        before, others = content_of(self.base), names(self.parent)
+        report = melora_fx.fold_checkpoint(self.base, self.adapter, out or self.out)
+        assert content_of(self.base) == before
+        assert names(self.parent) == others | {(out or self.out).name}
+        return report
+
+    @contextmanager
+    def refused(self, text: str, out: Path | None = None) -> Iterator[None]:
+        """The block raises this error, and not a byte is written."""
+        before, others = content_of(self.parent), names(self.parent)
+        with pytest.raises(MELoRAError, match=text):
+            yield
+        assert names(self.parent) == others
+        assert content_of(self.parent) == before
+
+    def assert_refused(self, text: str, out: str | Path | None = None) -> None:
+        with self.refused(text):
+            melora_fx.fold_checkpoint(self.base, self.adapter, self.out if out is None else out)
+
+
+def kept_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that are trained beside the adapters."""
+    own = set(melora_fx.adapter_parameters(model))
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in own}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def content_of(folder: Path) -> dict[str, tuple[bytes, int, int]]:
+    """Bytes, mode and time of change of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.lstat().st_mode, path.lstat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def bits(state: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
+    """Tensors so that equal means the same bits."""
+    return {
+        name: (value.dtype, value.shape, value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, value in state.items()
+    }
+
+
+def stored(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
+    """What the safetensors files of a folder hold, read by hand: key → (file, dtype, shape, bytes)."""
+    found = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            first, end = entry["data_offsets"]
+            assert key not in found, "each tensor once"
+            found[key] = (path.name, entry["dtype"], entry["shape"], data[start + first : start + end])
+    return found
+
+
+def assert_only_these_differ(folders: Folders, keys: set[str], added: Sequence[str] = ()) -> None:
+    """The weights of the sites and nothing else, each in the file that it was in."""
+    before, after = stored(folders.base), stored(folders.out)
+    assert set(after) == {*before, *added}
+    assert {key for key in before if after[key] != before[key]} == keys
+    assert {key: value[0] for key, value in before.items()} == {key: after[key][0] for key in before}
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """A safetensors file again with other tensors."""
+    tensors, metadata = load_file(path), metadata_of(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+def edit_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """An adapter folder's file again with another header."""
+    path = folder / "adapter.safetensors"
+    metadata, tensors = metadata_of(path), load_file(path)
+    header = json.loads(metadata["melora"])
+    change(header)
+    save_file(tensors, path, metadata | {"melora": json.dumps(header)})
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def llama() -> LlamaForCausalLM:
+    """Four heads over two keys and values: k and v are (12, 24)."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=51,
+        hidden_size=24,
+        intermediate_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+OTHERS = {
+    "tokenizer.json": b'{"version": "1.0"}',
+    "vocab.txt": b"[PAD]\n\xff\x00",
+    "generation_config.json": b"{}",
+    "README.md": b"# A model",
+    "LICENSE": b"",
+    "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
+    "2_Dense/model.safetensors": b"not the model's weights",
+    "2_Dense/deep/er/pytorch_model.bin": b"nor these",
+}
+
+
+def add_files(folder: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
