@@ -1,10 +1,13 @@
-"""Fixtures: tiny random models, and whole-graph captures that are made once and copied."""
+"""Fixtures: tiny random models, whole-graph captures that are made once and copied, and graphs made once a run."""
+
+import os
 
 import pytest
 import torch
 import transformers
 from hypothesis import settings
 from support.cases import _CASES, Case
+from support.exports import Exports
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -34,3 +37,10 @@ def case(request: pytest.FixtureRequest) -> Case:
 def tower_case(request: pytest.FixtureRequest) -> Case:
     """The hand-written model in both captures."""
     return Case(request.param)
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Graphs that were exported once; pytest-xdist's workers share them."""
+    folder = tmp_path_factory.getbasetemp()
+    return Exports((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "exports")

@@ -269,21 +269,29 @@ _BERT = {
 }
 
 
-def bert(seed: int = 0) -> BertModel:
+def bert(seed: int = 0, num_layers: int = 2) -> BertModel:
     torch.manual_seed(seed)
-    return _spread(BertModel(BertConfig(**_BERT)).eval())
+    return _spread(BertModel(BertConfig(**_BERT | {"num_hidden_layers": num_layers})).eval())
 
 
-def bert_classifier(seed: int = 0) -> BertForSequenceClassification:
+def bert_classifier(seed: int = 0, num_layers: int = 2) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    return _spread(BertForSequenceClassification(BertConfig(**_BERT, num_labels=3)).eval())
+    config = BertConfig(**_BERT | {"num_hidden_layers": num_layers}, num_labels=3)
+    return _spread(BertForSequenceClassification(config).eval())
 
 
-def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+def gpt2(seed: int = 0, num_layers: int = 2) -> GPT2LMHeadModel:
     """Its lm_head shares the embedding's weight, (51, 24): three blocks fit."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=51, n_positions=32, n_embd=24, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        vocab_size=51,
+        n_positions=32,
+        n_embd=24,
+        n_layer=num_layers,
+        n_head=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return _spread(GPT2LMHeadModel(config).eval())
 

@@ -1,0 +1,65 @@
+"""Exported graphs that several tests read: each is made once a run, by the process that asks for it first."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+import melora_fx
+from exporters import ExportReport, export_onnx
+from melora_fx import MELoRAConfig
+from support.models import bert, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
+
+CONFIG = MELoRAConfig(rank=2, num_blocks=3)
+
+
+def bert_with_biases() -> nn.Module:
+    """With biases of its own: new models' are zeros, which the exporter stores once for all of a size."""
+    model = bert_classifier(num_layers=1)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * randn(*parameter.shape, seed=index))
+    return model
+
+
+def adapted_bert(seed: int = 0) -> nn.Module:
+    model = bert_classifier(num_layers=1)
+    return fill(melora_fx.rewrite(model, "all-linear", CONFIG, keep_trainable="classifier"), seed)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]]]] = {
+    "tower": (tower, lambda: {"x": randn(2, 24)}),
+    "adapted tower": (rewritten_tower, lambda: {"x": randn(2, 24)}),
+    "sequence tower": (tower, lambda: {"x": randn(2, 5, 24)}),
+    "adapted sequence tower": (rewritten_tower, lambda: {"x": randn(2, 5, 24)}),
+    "bert": (lambda: bert_classifier(num_layers=1), tokens),
+    "adapted bert": (adapted_bert, tokens),
+    "bert with biases": (bert_with_biases, tokens),
+    "bare bert": (lambda: bert(num_layers=1), tokens),
+    "gpt2": (lambda: gpt2(num_layers=1), tokens),
+    "adapted gpt2": (lambda: fill(melora_fx.rewrite(gpt2(num_layers=1), ["c_attn", "c_fc"], CONFIG)), tokens),
+}
+"""Name → the model, always with the same values, and the inputs to export it with; one layer is enough for a graph."""
+
+
+class Exports:
+    """`exports(name, **options)` exports `MODELS[name]`, compared with torch; tests read its files and change none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.folder.mkdir(exist_ok=True)
+
+    def __call__(self, name: str, **options: Any) -> ExportReport:
+        folder = self.folder / "-".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
+        report = folder / "report.pickle"
+        with FileLock(f"{folder}.lock"):
+            if not report.is_file():
+                build, inputs = MODELS[name]
+                made = export_onnx(build(), inputs(), folder / "model.onnx", **options)
+                report.write_bytes(pickle.dumps(made))
+            return pickle.loads(report.read_bytes())
