@@ -1,5 +1,7 @@
 """Fixtures: tiny random models, whole-graph captures that are made once and copied, and graphs made once a run."""
 
+import fnmatch
+import gc
 import os
 
 import pytest
@@ -8,6 +10,7 @@ import transformers
 from hypothesis import settings
 from support.cases import _CASES, Case
 from support.exports import Exports
+from support.situation_table import Collector
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -15,14 +18,33 @@ settings.register_profile("suite", deadline=None, database=None, max_examples=40
 settings.load_profile("suite")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Collector(), "situations")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases slow that are not among a test's `default_cases`."""
+    for item in items:
+        marker = item.get_closest_marker("default_cases")
+        if marker and not any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in marker.args):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what was imported, a second in each full collection: a Trainer makes many."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    """No compiled code of one test counts in another."""
+@pytest.fixture
+def fresh_dynamo():
+    """No compiled code of one test counts in another; files that compile use it in all of their tests."""
     yield
     torch._dynamo.reset()
 

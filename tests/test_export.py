@@ -11,6 +11,7 @@ import onnx
 import onnx_ir
 import pytest
 import torch
+from support.exports import CONFIG, Exports, adapted_bert
 from support.models import assert_unchanged, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
 from torch import nn
 
@@ -18,38 +19,29 @@ import melora_fx
 from exporters import ExportReport, OrtRunner, TorchRunner, compare, export_onnx
 from exporters import verify as verify_module
 from exporters.graph import passes as passes_module
-from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx import MELoRAError
 from melora_fx.rewriting.sites import is_disabled
 from melora_fx.saving.adapter_file import read_adapter
-
-CONFIG = MELoRAConfig(rank=2, num_blocks=3)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("export")
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return fill(melora_fx.rewrite(bert_classifier(), "all-linear", CONFIG, keep_trainable="classifier"))
+    return adapted_bert()
 
 
-@pytest.fixture(scope="module")
-def base_report(folder: Path) -> ExportReport:
-    return export_onnx(bert_classifier(), tokens(), folder / "base.onnx")
+@pytest.fixture
+def base_report(exports: Exports) -> ExportReport:
+    return exports("bert")
 
 
-@pytest.fixture(scope="module")
-def merged_report(folder: Path, model: nn.Module) -> ExportReport:
-    with assert_unchanged(model):
-        return export_onnx(model, tokens(), folder / "merged.onnx")
+@pytest.fixture
+def merged_report(exports: Exports) -> ExportReport:
+    return exports("adapted bert", adapter="fold")
 
 
-@pytest.fixture(scope="module")
-def unmerged_report(folder: Path, model: nn.Module) -> ExportReport:
-    with assert_unchanged(model):
-        return export_onnx(model, tokens(), folder / "unmerged.onnx", adapter="keep")
+@pytest.fixture
+def unmerged_report(exports: Exports) -> ExportReport:
+    return exports("adapted bert", adapter="keep")
 
 
 def test_the_merged_graph_has_the_base_graphs_nodes(base_report: ExportReport, merged_report: ExportReport) -> None:
@@ -70,46 +62,46 @@ def test_both_equal_torch_at_other_shapes(
     adapter: str,
     shape: tuple[int, int],
     model: nn.Module,
-    folder: Path,
     merged_report: ExportReport,
     unmerged_report: ExportReport,
 ) -> None:
-    comparison = compare(OrtRunner(folder / f"{adapter}.onnx"), TorchRunner(model), tokens(*shape))
+    report = {"merged": merged_report, "unmerged": unmerged_report}[adapter]
+    comparison = compare(OrtRunner(report.path), TorchRunner(model), tokens(*shape))
     assert comparison.max_rel_error <= 1e-5
 
 
-def test_the_merged_graph_is_not_the_base(model: nn.Module, folder: Path, merged_report: ExportReport) -> None:
+def test_the_merged_graph_is_not_the_base(model: nn.Module, merged_report: ExportReport) -> None:
     with melora_fx.disabled(model):
-        assert compare(OrtRunner(folder / "merged.onnx"), TorchRunner(model), tokens()).max_abs_error > 1e-2
+        assert compare(OrtRunner(merged_report.path), TorchRunner(model), tokens()).max_abs_error > 1e-2
 
 
-def test_the_report_says_what_the_file_is(merged_report: ExportReport, folder: Path) -> None:
-    graph = onnx.load(folder / "merged.onnx", load_external_data=False)
+def test_the_report_says_what_the_file_is(merged_report: ExportReport) -> None:
+    graph, folder = onnx.load(merged_report.path, load_external_data=False), Path(merged_report.path).parent
     assert merged_report.num_nodes == len(graph.graph.node) == sum(merged_report.op_counts.values())
     assert merged_report.opset == next(entry.version for entry in graph.opset_import if not entry.domain)
     assert merged_report.inputs == {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
     assert merged_report.outputs == {"logits": ("batch", 3)}
     assert {"batch=2 sequence=5", "batch=1 sequence=5", "batch=2 sequence=2", "padding"} <= set(merged_report.compared)
     assert 0 < merged_report.max_abs_error <= 1e-4
-    assert set(merged_report.files) == {"merged.onnx", "merged.onnx.data", "merged.export.json", "config.json"}
+    assert set(merged_report.files) == {"model.onnx", "model.onnx.data", "model.export.json", "config.json"}
     assert all((folder / name).is_file() for name in merged_report.files)
-    saved = json.loads((folder / "merged.export.json").read_text())
+    saved = json.loads((folder / "model.export.json").read_text())
     assert saved["op_counts"] == merged_report.op_counts
     assert "no tokenizer files" in str(merged_report)
 
 
-def test_weights_are_in_the_data_file(merged_report: ExportReport, folder: Path) -> None:
-    graph = onnx.load(folder / "merged.onnx", load_external_data=False).graph
+def test_weights_are_in_the_data_file(merged_report: ExportReport) -> None:
+    graph = onnx.load(merged_report.path, load_external_data=False).graph
     external = [item for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
     assert {entry.value for item in external for entry in item.external_data if entry.key == "location"} == {
-        "merged.onnx.data"
+        "model.onnx.data"
     }
     assert sum(int(np.prod(item.dims)) for item in external) > 1000
 
 
 def test_tokenizer_files_come_along(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
-    model = bert_classifier()
+    model = bert_classifier(num_layers=1)
     model.save_pretrained(source)
     (source / "vocab.txt").write_text("[PAD]\n")
     loaded = type(model).from_pretrained(source)
@@ -121,18 +113,20 @@ def test_tokenizer_files_come_along(tmp_path: Path) -> None:
 
 
 def test_a_causal_lm_has_logits_and_no_cache(tmp_path: Path) -> None:
-    model = fill(melora_fx.rewrite(gpt2(), ["c_attn", "c_fc"], CONFIG))
+    model = fill(melora_fx.rewrite(gpt2(num_layers=1), ["c_attn", "c_fc"], CONFIG))
     report = export_onnx(model, {"input_ids": tokens()["input_ids"]}, tmp_path, adapter="keep")
     assert list(report.outputs) == ["logits"]
     assert model.config.use_cache
 
 
+@pytest.mark.default_cases("in_place-fold", "whole-keep")
 @pytest.mark.parametrize("adapter", ["fold", "keep"])
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_any_other_module(tmp_path: Path, adapter: str, whole: bool) -> None:
     options = {"example_inputs": (randn(2, 5, 24),)} if whole else {}
     model = rewritten_tower(**options)
-    report = export_onnx(model, (randn(1, 5, 24),), tmp_path / "tower.onnx", adapter=adapter)
+    with assert_unchanged(model):
+        report = export_onnx(model, (randn(1, 5, 24),), tmp_path / "tower.onnx", adapter=adapter)
     assert report.inputs == {"x": ("batch", "sequence", 24)}
     assert report.outputs == {"output": ("batch", "sequence", 6)}
     inputs = {"x": randn(4, 3, 24)}
@@ -218,6 +212,7 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").read_text() == "old"
 
 
+@pytest.mark.default_cases("fuse-swap", "save-fold", "compare-swap")
 @pytest.mark.parametrize("adapter", ["fold", "swap"])
 @pytest.mark.parametrize("step", ["fuse", "save", "compare"])
 def test_an_interrupted_export_leaves_the_model_and_the_old_file(
@@ -281,9 +276,9 @@ def metadata_of(path: Path) -> dict[str, Any]:
 
 
 def test_the_file_says_what_it_is(
-    folder: Path, model: nn.Module, base_report: ExportReport, merged_report: ExportReport, tmp_path: Path
+    model: nn.Module, base_report: ExportReport, merged_report: ExportReport, tmp_path: Path
 ) -> None:
-    base, merged = metadata_of(folder / "base.onnx"), metadata_of(folder / "merged.onnx")
+    base, merged = metadata_of(Path(base_report.path)), metadata_of(Path(merged_report.path))
     melora_fx.save_adapter(model, tmp_path)
     assert (base["adapter"], base["adapter_sha256"], base["sites"]) == ("none", "none", {})
     assert (merged["adapter"], merged["adapter_sha256"]) == ("fold", read_adapter(tmp_path).sha256)
@@ -295,18 +290,17 @@ def test_the_file_says_what_it_is(
 @pytest.mark.parametrize("name", ["base", "merged", "unmerged"])
 def test_the_file_says_where_each_weight_lives(
     name: str,
-    folder: Path,
     model: nn.Module,
     base_report: ExportReport,
     merged_report: ExportReport,
     unmerged_report: ExportReport,
 ) -> None:
-    graph = onnx.load(folder / f"{name}.onnx")
+    path = Path({"base": base_report, "merged": merged_report, "unmerged": unmerged_report}[name].path)
+    graph = onnx.load(path)
     initializers = {item.name: onnx.numpy_helper.to_array(item) for item in graph.graph.initializer}
-    weights = {
-        key: value for key, value in bert_classifier().named_parameters() if value.dim() == 2 and "lora" not in key
-    }
-    places = metadata_of(folder / f"{name}.onnx")["weights"]
+    plain = bert_classifier(num_layers=1)
+    weights = {key: value for key, value in plain.named_parameters() if value.dim() == 2}
+    places = metadata_of(path)["weights"]
     assert set(places) == set(weights)
     context = melora_fx.folded(model) if name == "merged" else contextlib.nullcontext()
     with context:
@@ -316,8 +310,8 @@ def test_the_file_says_where_each_weight_lives(
             np.testing.assert_array_equal(stored.T if place["is_transposed"] else stored, current[key].detach().numpy())
 
 
-def test_names_are_readable(folder: Path, unmerged_report: ExportReport) -> None:
-    graph = onnx.load(folder / "unmerged.onnx", load_external_data=False).graph
+def test_names_are_readable(unmerged_report: ExportReport) -> None:
+    graph = onnx.load(unmerged_report.path, load_external_data=False).graph
     names = {item.name for item in graph.initializer}
     query = "bert.encoder.layer.0.attention.self.query"
     assert {f"{query}.weight.T", f"{query}.lora_a.blockdiag.T", f"{query}.lora_b.blockdiag.T"} <= names
@@ -325,12 +319,15 @@ def test_names_are_readable(folder: Path, unmerged_report: ExportReport) -> None
     assert not large
 
 
-def test_the_same_export_twice_gives_the_same_bytes(tmp_path: Path, model: nn.Module) -> None:
-    for name in ("a", "b"):
-        export_onnx(model, tokens(), tmp_path / name / "model.onnx", adapter="keep", verify=False)
+def test_the_same_export_twice_gives_the_same_bytes(
+    tmp_path: Path, model: nn.Module, unmerged_report: ExportReport
+) -> None:
+    """The first may be another process's."""
+    first, second = Path(unmerged_report.path).parent, tmp_path
+    export_onnx(model, tokens(), second, adapter="keep", verify=False)
     for file in ("model.onnx", "model.onnx.data"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    text = (tmp_path / "a" / "model.onnx").read_bytes()
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    text = (second / "model.onnx").read_bytes()
     assert b"site-packages" not in text, "a path of this machine"
 
 
@@ -348,7 +345,7 @@ def test_weights_that_share_an_initializer_are_left_out(tmp_path: Path) -> None:
 def test_axes_are_dynamic_or_fixed_as_asked(tmp_path: Path) -> None:
     """A fixed batch of one is not doubled."""
     axes = {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}
-    report = export_onnx(bert_classifier(), tokens(1, 7), tmp_path, dynamic_axes=axes)
+    report = export_onnx(bert_classifier(num_layers=1), tokens(1, 7), tmp_path, dynamic_axes=axes)
     assert report.inputs == {"input_ids": (1, "length"), "attention_mask": (1, "length")}
     assert report.outputs == {"logits": (1, 3)}
     assert {"length=7", "length=8", "length=3"} <= set(report.compared)

@@ -1,12 +1,14 @@
 """An export's files: all of them or none, whatever ends it, and an earlier export stays until the last moment."""
 
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.models import randn, rewritten_tower, tower
+from support.full_disk import full_disk
+from support.models import assert_unchanged, randn, rewritten_tower, tower
 
 from exporters import OrtRunner, export_onnx
 from melora_fx import MELoRAError
@@ -30,31 +32,13 @@ def test_what_a_killed_export_left_is_removed_and_a_running_ones_files_are_not(t
     assert names(tmp_path) == {".other.onnx.abcdefgh.tmp"}
 
 
-FULL_DISK = """
-import resource, signal, sys
-sys.path.insert(0, "tests")
-from support.models import assert_unchanged, randn, rewritten_tower
-from exporters import export_onnx
-from melora_fx import MELoRAError
-
-model = rewritten_tower()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-try:
-    with assert_unchanged(model):
-        export_onnx(model, (randn(2, 24),), sys.argv[1])
-except MELoRAError as error:
-    print(error)
-"""
-"""No file may grow beyond 5,000 bytes: the system refuses further writes, as on a full disk. The limit holds for a
-process, whose output goes to a file too: so it is one of its own."""
-
-
 def test_a_full_disk_is_one_error_and_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_text("old")
-    result = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=True)
-    assert result.stdout.startswith(f"`{path}` cannot be written: ")
+    model = rewritten_tower()
+    refused = pytest.raises(MELoRAError, match=f"^`{re.escape(str(path))}` cannot be written: ")
+    with full_disk(5_000), refused, assert_unchanged(model):
+        export_onnx(model, (randn(2, 24),), path)
     assert names(tmp_path) == {"model.onnx"}
     assert path.read_text() == "old"
 

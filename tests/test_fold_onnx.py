@@ -12,12 +12,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from support.exports import Exports, bert_with_biases
 from support.models import (
     TOWER_CONFIG,
     Tied,
     assert_equal,
     bert,
-    bert_classifier,
     fill,
     gpt2,
     randn,
@@ -34,35 +34,34 @@ from exporters.onnx_files.metadata import METADATA_KEY, read_facts
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
-IDS = {"input_ids": tokens()["input_ids"]}
-CASES: dict[str, tuple[Any, Any, Any, MELoRAConfig]] = {
-    "tower": (tower, {"x": randn(2, 24)}, "all-linear", TOWER_CONFIG),
-    "tower_ranks": (tower, {"x": randn(2, 24)}, ["up", "conv"], MELoRAConfig(rank=(1, 4, 2), num_blocks=3)),
-    "tower_split": (tower, {"x": randn(2, 24)}, "up", MELoRAConfig(rank=2, num_blocks=2, split=(20, 16))),
-    "bert": (bert, tokens(), ["query", "key", "value", "dense"], TOWER_CONFIG),
-    "gpt2": (gpt2, IDS, ["c_attn", "c_fc", "c_proj"], TOWER_CONFIG),
-    "llama": (lambda: build("Llama")[0], IDS, "all-linear", MELoRAConfig(rank=2, num_blocks=2)),
+TOWER_INPUTS = {"x": randn(2, 24)}
+CASES: dict[str, tuple[str, Any, Any, Any, MELoRAConfig]] = {
+    "tower": ("tower", tower, TOWER_INPUTS, "all-linear", TOWER_CONFIG),
+    "tower_ranks": ("tower", tower, TOWER_INPUTS, ["up", "conv"], MELoRAConfig(rank=(1, 4, 2), num_blocks=3)),
+    "tower_split": ("tower", tower, TOWER_INPUTS, "up", MELoRAConfig(rank=2, num_blocks=2, split=(20, 16))),
+    "bert": ("bare bert", lambda: bert(num_layers=1), tokens(), ["query", "key", "value", "dense"], TOWER_CONFIG),
+    "gpt2": ("gpt2", lambda: gpt2(num_layers=1), tokens(), ["c_attn", "c_fc", "c_proj"], TOWER_CONFIG),
+    "llama": ("llama", lambda: build("Llama")[0], tokens(), "all-linear", MELoRAConfig(rank=2, num_blocks=2)),
 }
+"""Name → the export of the base, the model, inputs, and what is adapted how."""
 
 
-def classifier() -> nn.Module:
-    """With biases of its own: new models' are zeros, which the exporter stores once for all of a size."""
-    model = bert_classifier()
-    with torch.no_grad():
-        for index, parameter in enumerate(model.parameters()):
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * randn(*parameter.shape, seed=index))
-    return model
-
-
-def base_and_adapter(case: str, folder: Path, **options: Any) -> nn.Module:
-    """Exports the base to base/, saves an adapter to adapter/, and gives the rewritten model."""
-    make, inputs, targets, config = CASES[case]
+def base_and_adapter(case: str, exports: Exports, folder: Path, **options: Any) -> nn.Module:
+    """Puts the base's export into base/, saves an adapter to adapter/, and gives the rewritten model."""
+    name, make, _, targets, config = CASES[case]
     model = make()
-    export_onnx(model, inputs, folder / "base", verify=False, **options)
+    copy_export(exports, name, folder / "base", **options)
     fill(melora_fx.rewrite(model, targets, config))
     melora_fx.save_adapter(model, folder / "adapter")
     return model
+
+
+def copy_export(exports: Exports, name: str, folder: Path, **options: Any) -> None:
+    """Copies the files of an export that is made once."""
+    report = exports(name, **options)
+    folder.mkdir()
+    for file in report.files:
+        shutil.copy(Path(report.path).parent / file, folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -70,7 +69,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 PAIRS = [
-    *((case, "portable") for case in CASES if case != "llama"),
+    ("tower", "portable"),
+    ("tower_ranks", "portable"),
+    ("tower_split", "portable"),
+    pytest.param("bert", "portable", marks=pytest.mark.slow),
+    ("gpt2", "portable"),
     pytest.param("llama", "portable", marks=pytest.mark.slow),
     ("bert", "ort-cpu"),
     pytest.param("gpt2", "ort-cpu", marks=pytest.mark.slow),
@@ -79,11 +82,13 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("case", "target"), PAIRS)
-def test_the_files_are_those_of_a_fresh_export_bit_for_bit(case: str, target: str, tmp_path: Path) -> None:
+def test_the_files_are_those_of_a_fresh_export_bit_for_bit(
+    case: str, target: str, exports: Exports, tmp_path: Path
+) -> None:
     """Packed and transposed weights too, and the graph itself with all that it says of itself."""
-    model = base_and_adapter(case, tmp_path, target=target, precision="fp32")
+    model = base_and_adapter(case, exports, tmp_path, target=target, precision="fp32")
     before = contents(tmp_path / "base")
-    export_onnx(model, CASES[case][1], tmp_path / "fresh", target=target, precision="fp32", verify=False)
+    export_onnx(model, CASES[case][2], tmp_path / "fresh", target=target, precision="fp32", verify=False)
     report = fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
     assert contents(tmp_path / "folded") == contents(tmp_path / "fresh")
     assert contents(tmp_path / "base") == before
@@ -93,11 +98,11 @@ def test_the_files_are_those_of_a_fresh_export_bit_for_bit(case: str, target: st
 
 @pytest.mark.parametrize("case", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", ["portable", pytest.param("ort-cpu", marks=pytest.mark.slow)])
-def test_half_precision(case: str, target: str, tmp_path: Path) -> None:
+def test_half_precision(case: str, target: str, exports: Exports, tmp_path: Path) -> None:
     """The sum is made of the rounded base: one more rounding than a fresh export, no more."""
-    model = base_and_adapter(case, tmp_path, target=target, precision="fp16")
-    inputs = {name: value.numpy() for name, value in CASES[case][1].items()}
-    export_onnx(model, CASES[case][1], tmp_path / "fresh", target=target, precision="fp16", verify=False)
+    model = base_and_adapter(case, exports, tmp_path, target=target, precision="fp16")
+    inputs = {name: value.numpy() for name, value in CASES[case][2].items()}
+    export_onnx(model, CASES[case][2], tmp_path / "fresh", target=target, precision="fp16", verify=False)
     report = fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
     assert {site.dtype for site in report.sites} == {"float16"}
     outputs = [OrtRunner(tmp_path / name / "model.onnx").run(inputs) for name in ("base", "fresh", "folded")]
@@ -107,9 +112,9 @@ def test_half_precision(case: str, target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["portable", pytest.param("ort-cpu", marks=pytest.mark.slow)])
-def test_a_trained_head_is_exchanged(target: str, tmp_path: Path) -> None:
-    model, inputs = classifier(), tokens()
-    export_onnx(model, inputs, tmp_path / "base", target=target, verify=False)
+def test_a_trained_head_is_exchanged(target: str, exports: Exports, tmp_path: Path) -> None:
+    model, inputs = bert_with_biases(), tokens()
+    base = Path(exports("bert with biases", target=target).path).parent
     fill(melora_fx.rewrite(model, ["query", "value"], TOWER_CONFIG, keep_trainable=["classifier", "pooler"]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -117,7 +122,7 @@ def test_a_trained_head_is_exchanged(target: str, tmp_path: Path) -> None:
                 parameter.add_(randn(*parameter.shape))
     melora_fx.save_adapter(model, tmp_path / "adapter")
     export_onnx(model, inputs, tmp_path / "fresh", target=target, verify=False)
-    fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
+    fold_onnx(base, tmp_path / "adapter", tmp_path / "folded")
     data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("fresh", "folded")]
     feed = {name: value.numpy() for name, value in inputs.items()}
     outputs = [OrtRunner(tmp_path / name / "model.onnx").run(feed)["logits"] for name in ("fresh", "folded")]
@@ -125,17 +130,17 @@ def test_a_trained_head_is_exchanged(target: str, tmp_path: Path) -> None:
     assert len(data[0]) == len(data[1])
 
 
-def test_a_head_of_another_size_and_one_that_the_graph_lacks(tmp_path: Path) -> None:
-    export_onnx(classifier(), tokens(), tmp_path / "base.onnx", verify=False)
-    export_onnx(classifier().get_submodule("bert"), tokens(), tmp_path / "body.onnx", verify=False)
-    model = classifier()
+def test_a_head_of_another_size_and_one_that_the_graph_lacks(exports: Exports, tmp_path: Path) -> None:
+    model = bert_with_biases()
     model.classifier = nn.Linear(24, 7)
     fill(melora_fx.rewrite(model, ["query"], TOWER_CONFIG, keep_trainable="classifier"))
     melora_fx.save_adapter(model, tmp_path / "adapter")
+    with_head = exports("bert with biases", target="portable").path
+    without = exports("bare bert", target="portable", precision="fp32").path
     with pytest.raises(MELoRAError, match=r"(?s)`classifier.bias` is \(7,\) in .*`classifier.weight` is \(7, 24\) in"):
-        fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+        fold_onnx(with_head, tmp_path / "adapter", tmp_path / "out.onnx")
     with pytest.raises(MELoRAError, match="does not say where the weights"):
-        fold_onnx(tmp_path / "body.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+        fold_onnx(without, tmp_path / "adapter", tmp_path / "out.onnx")
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -179,17 +184,15 @@ def edit_metadata(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
-def test_graphs_that_hold_an_adapter_or_inputs_for_one(adapter: str, tmp_path: Path) -> None:
-    model = rewritten_tower()
-    melora_fx.save_adapter(model, tmp_path / "adapter")
-    export_onnx(model, {"x": randn(2, 24)}, tmp_path / "model.onnx", adapter=adapter, verify=False)
+def test_graphs_that_hold_an_adapter_or_inputs_for_one(adapter: str, exports: Exports, tmp_path: Path) -> None:
+    melora_fx.save_adapter(rewritten_tower(), tmp_path / "adapter")
     text = "holds an adapter already" if adapter == "fold" else f"no graph of the base alone (`{adapter}`)"
     with pytest.raises(MELoRAError, match=re.escape(text)):
-        fold_onnx(tmp_path / "model.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+        fold_onnx(exports("adapted tower", adapter=adapter).path, tmp_path / "adapter", tmp_path / "out.onnx")
 
 
-def test_a_second_adapter_on_a_folded_graph_and_the_base_in_its_own_place(tmp_path: Path) -> None:
-    base_and_adapter("tower", tmp_path)
+def test_a_second_adapter_on_a_folded_graph_and_the_base_in_its_own_place(exports: Exports, tmp_path: Path) -> None:
+    base_and_adapter("tower", exports, tmp_path)
     fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
     folded = contents(tmp_path / "folded")
     facts = read_facts(tmp_path / "folded" / "model.onnx")
@@ -202,14 +205,14 @@ def test_a_second_adapter_on_a_folded_graph_and_the_base_in_its_own_place(tmp_pa
     assert not (tmp_path / "twice").exists()
 
 
-def test_another_base_another_model_and_values_that_are_not_finite(tmp_path: Path) -> None:
-    base_and_adapter("tower", tmp_path)
+def test_another_base_another_model_and_values_that_are_not_finite(exports: Exports, tmp_path: Path) -> None:
+    base_and_adapter("tower", exports, tmp_path)
     export_onnx(tower(seed=5), {"x": randn(2, 24)}, tmp_path / "other", verify=False)
-    export_onnx(bert(), tokens(), tmp_path / "bert", verify=False)
+    bert_graph = exports("bare bert", target="portable", precision="fp32").path
     with pytest.raises(MELoRAError, match="trained on another base model"):
         fold_onnx(tmp_path / "other", tmp_path / "adapter", tmp_path / "out")
     with pytest.raises(MELoRAError, match="does not say where the weights"):
-        fold_onnx(tmp_path / "bert", tmp_path / "adapter", tmp_path / "out")
+        fold_onnx(bert_graph, tmp_path / "adapter", tmp_path / "out")
     model = rewritten_tower()
     with torch.no_grad():
         melora_fx.adapter_parameters(model)["gate.lora_b"][0, 0, 0] = float("nan")
@@ -220,8 +223,8 @@ def test_another_base_another_model_and_values_that_are_not_finite(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:.*lose more than")
-def test_a_sum_beyond_half_precision_leaves_the_earlier_graph(tmp_path: Path) -> None:
-    model = base_and_adapter("tower", tmp_path, target="portable", precision="fp16")
+def test_a_sum_beyond_half_precision_leaves_the_earlier_graph(exports: Exports, tmp_path: Path) -> None:
+    model = base_and_adapter("tower", exports, tmp_path, target="portable", precision="fp16")
     with torch.no_grad():
         melora_fx.adapter_parameters(model)["gate.lora_b"].fill_(1e6)
         melora_fx.adapter_parameters(model)["gate.lora_a"].fill_(1.0)
@@ -234,13 +237,12 @@ def test_a_sum_beyond_half_precision_leaves_the_earlier_graph(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("target", ["portable", pytest.param("ort-cpu", marks=pytest.mark.slow)])
-def test_tied_weights_are_refused(target: str, tmp_path: Path) -> None:
-    model = gpt2()
-    export_onnx(model, IDS, tmp_path / "base.onnx", target=target, verify=False)
-    fill(melora_fx.rewrite(model, ["lm_head"], TOWER_CONFIG))
+def test_tied_weights_are_refused(target: str, exports: Exports, tmp_path: Path) -> None:
+    graph = exports("gpt2", target=target, precision="fp32").path
+    model = fill(melora_fx.rewrite(gpt2(num_layers=1), ["lm_head"], TOWER_CONFIG))
     melora_fx.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(MELoRAError, match=r"(?s)they are another model's, or tied.*`lm_head`"):
-        fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+        fold_onnx(graph, tmp_path / "adapter", tmp_path / "out.onnx")
 
 
 def test_a_weight_of_two_modules_is_refused(tmp_path: Path) -> None:
@@ -272,8 +274,8 @@ def test_equal_weights_of_two_modules_are_told_apart_or_refused(tmp_path: Path) 
     np.testing.assert_array_equal(outputs[0], outputs[1])
 
 
-def test_an_integer_weight_is_refused(tmp_path: Path) -> None:
-    base_and_adapter("tower", tmp_path)
+def test_an_integer_weight_is_refused(exports: Exports, tmp_path: Path) -> None:
+    base_and_adapter("tower", exports, tmp_path)
     path = tmp_path / "base" / "model.onnx"
     graph = onnx.load(path)
     weight = next(tensor for tensor in graph.graph.initializer if "gate" in tensor.name)
@@ -285,9 +287,9 @@ def test_an_integer_weight_is_refused(tmp_path: Path) -> None:
     assert weight.data_type == TensorProto.INT8
 
 
-def test_weights_inside_of_the_graph_file(tmp_path: Path) -> None:
+def test_weights_inside_of_the_graph_file(exports: Exports, tmp_path: Path) -> None:
     """A graph that was saved again by other tools has no external data."""
-    base_and_adapter("tower", tmp_path)
+    base_and_adapter("tower", exports, tmp_path)
     fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
     (tmp_path / "one").mkdir()
     onnx.save(onnx.load(tmp_path / "base" / "model.onnx"), tmp_path / "one" / "model.onnx")
@@ -297,8 +299,8 @@ def test_weights_inside_of_the_graph_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(outputs[0], outputs[1])
 
 
-def test_configuration_and_tokenizer_go_along_and_other_files_stay(tmp_path: Path) -> None:
-    base_and_adapter("bert", tmp_path)
+def test_configuration_and_tokenizer_go_along_and_other_files_stay(exports: Exports, tmp_path: Path) -> None:
+    base_and_adapter("bert", exports, tmp_path, target="portable", precision="fp32")
     (tmp_path / "base" / "vocab.txt").write_text("a\nb\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -329,8 +331,8 @@ def test_an_adapter_shared_module_called_twice(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_that_are_missing_or_cut_short(tmp_path: Path) -> None:
-    base_and_adapter("tower", tmp_path)
+def test_weights_that_are_missing_or_cut_short(exports: Exports, tmp_path: Path) -> None:
+    base_and_adapter("tower", exports, tmp_path)
     data = tmp_path / "base" / "model.onnx.data"
     shutil.copy(data, tmp_path / "whole")
     data.write_bytes(data.read_bytes()[:100])
@@ -344,9 +346,9 @@ def test_weights_that_are_missing_or_cut_short(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_two_tensors_in_one_place_of_the_file_are_refused(tmp_path: Path) -> None:
+def test_two_tensors_in_one_place_of_the_file_are_refused(exports: Exports, tmp_path: Path) -> None:
     """As tools write them that store equal values once: a fold into one would change the other."""
-    base_and_adapter("tower", tmp_path)
+    base_and_adapter("tower", exports, tmp_path)
     path = tmp_path / "base" / "model.onnx"
     graph = onnx.load(path, load_external_data=False)
     weight, other = (

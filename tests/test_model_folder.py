@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 from support.models import assert_equal, bert_classifier, output_of
-from support.zoo import build
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 from exporters import export_onnx
 from exporters.example_inputs import example_inputs
@@ -44,10 +43,10 @@ def test_vision_models_get_an_image(tmp_path: Path) -> None:
 
 
 def test_a_decoder_beside_an_encoder_gets_tokens_of_its_own(tmp_path: Path) -> None:
-    model, _ = build("T5")
-    model.save_pretrained(tmp_path)
+    sizes = {"vocab_size": 50, "d_model": 24, "d_kv": 12, "d_ff": 36, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path)
     inputs = example_inputs(load_model(tmp_path), tmp_path)
-    report = export_onnx(load_model(tmp_path), inputs, tmp_path / "t5.onnx")
+    report = export_onnx(load_model(tmp_path), inputs, tmp_path / "t5.onnx", verify=False)
     assert report.inputs["decoder_input_ids"] not in (report.inputs["input_ids"], (2, 5))
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "quickstart.py"
 

@@ -15,7 +15,10 @@ import melora_fx
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LLAMA = (32, 64, 2, 4)
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks for it
+]
 
 
 @pytest.fixture

@@ -38,6 +38,8 @@ from transformers.pytorch_utils import Conv1D
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 class StopError(Exception):
     """Raised by the tests themselves."""
@@ -474,6 +476,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.default_cases("*-eager", "tower-in_place-compiled", "gpt2-whole-compiled")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_backward_that_was_pending_is_right_after_folded(case, compiled):
     """The weights are the bits that it has saved; inside the block autograd refuses it."""
@@ -555,6 +558,7 @@ def test_neighbours_in_one_memory_are_not_shared():
 # ---- many adapters ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default_cases("bf16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_thousand_swaps_of_ten_adapters_leave_the_base_bit_equal(dtype, tmp_path):
     model = melora_fx.rewrite(tower().to(dtype), "all-linear", TOWER_CONFIG)

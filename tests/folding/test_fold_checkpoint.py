@@ -35,7 +35,7 @@ from support.models import (
     tokens,
     tower,
 )
-from support.zoo import ZOO, build
+from support.zoo import HUGGING_FACE, SIX, ZOO, build
 from transformers import (
     BertForSequenceClassification,
     GPT2LMHeadModel,
@@ -100,7 +100,8 @@ def test_model_that_transformers_does_not_know(dtype: torch.dtype, folders: Fold
     assert metadata_of(folders.out / SINGLE).keys() == {"format", "melora"}
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if hasattr(entry.build(), "save_pretrained")])
+@pytest.mark.default_cases(*SIX)
+@pytest.mark.parametrize("name", HUGGING_FACE)
 def test_every_architecture(name: str, folders: Folders) -> None:
     model, _ = build(name)
     config = MELoRAConfig(rank=(1, 2), num_blocks=2, alpha=2.0)

@@ -22,6 +22,7 @@ from support.fold_folders import (
     llama,
     names,
 )
+from support.full_disk import full_disk
 from support.models import (
     bert,
     fill,
@@ -68,27 +69,13 @@ def test_what_fails_on_the_way_leaves_nothing(
     folders.fold()
 
 
-FULL_DISK = """
-import resource, signal, sys
-import melora_fx
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    melora_fx.fold_checkpoint(*sys.argv[1:])
-except melora_fx.MELoRAError as error:
-    print(error)
-"""
-"""No file may grow beyond 20,000 bytes: the system refuses further writes, as on a full disk."""
-
-
 def test_a_full_disk_is_one_error_and_leaves_nothing(folders: Folders) -> None:
     folders.prepare(bert(), "query")
     before = content_of(folders.parent)
     assert (folders.base / SINGLE).stat().st_size > 20_000
-    command = [sys.executable, "-c", FULL_DISK, folders.base, folders.adapter, folders.out]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout == f"`{folders.out}` cannot be written: File too large\n"
+    with full_disk(20_000), pytest.raises(MELoRAError) as caught:
+        melora_fx.fold_checkpoint(folders.base, folders.adapter, folders.out)
+    assert str(caught.value) == f"`{folders.out}` cannot be written: File too large"
     assert names(folders.parent) == {"base", "adapter"}
     assert content_of(folders.parent) == before
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from support.exports import CONFIG, Exports
 from support.models import bert_classifier, fill, gpt2, output_of, randn, rewritten_tower, tokens
-from support.thinned import thinned
 
 import melora_fx
 from exporters import OrtRunner, export_onnx
@@ -28,11 +27,10 @@ def test_the_rule(num_blocks: int, rank: int, tokens: int, form: str) -> None:
     assert choose_form(num_blocks, rank, tokens) == form
 
 
-@pytest.mark.parametrize(
-    ("target", "form"),
-    thinned(["portable", "ort-cpu"], ["block", "dense"], default=[("portable", "dense"), ("ort-cpu", "block")]),
-)
-def test_both_forms_compute_the_model(target: str, form: str, tmp_path: Path) -> None:
+@pytest.mark.default_cases("portable-dense", "ort-cpu-block")
+@pytest.mark.parametrize("form", ["block", "dense"])
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+def test_both_forms_compute_the_model(form: str, target: str, tmp_path: Path) -> None:
     config = MELoRAConfig(rank=(1, 2, 3), num_blocks=3, alpha=(1.0, 2.0, 5.0))
     model = fill(melora_fx.rewrite(bert_classifier(num_layers=1), "all-linear", config))
     report = export_onnx(model, tokens(), tmp_path, adapter="keep", target=target, form=form)
@@ -54,7 +52,8 @@ def test_dense_needs_two_products_and_a_sum_a_site(exports: Exports, tmp_path: P
     }
 
 
-@pytest.mark.parametrize("target", thinned(["portable", "ort-cpu"], default=["portable"]))
+@pytest.mark.default_cases("portable")
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_a_zero_update_is_the_base_bit_for_bit_as_onnx_runtime_optimises_it(
     target: str, exports: Exports, tmp_path: Path
 ) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.exports import CONFIG, MODELS, Exports
 from support.models import bert_classifier, fill, gpt2, randn, tokens
-from support.thinned import thinned
 from torch import nn
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
@@ -51,7 +50,8 @@ def weights_where_it_says(report: ExportReport) -> dict[str, np.ndarray]:
     return weights
 
 
-@pytest.mark.parametrize("target", thinned(["ort-cpu", "ort-cuda"], default=["ort-cuda"]))
+@pytest.mark.default_cases("ort-cuda")
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 def test_the_fusions_are_those_of_transformers(target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Stand-ins for the weights, whose type and values differ, change none of them, and no pass complains."""
     model = bert_classifier(num_layers=1)
@@ -69,7 +69,8 @@ def test_packed_weights_are_named_after_what_they_hold(exports: Exports) -> None
     assert place.columns == (24, 48)
 
 
-@pytest.mark.parametrize("target", thinned(["ort-cpu", "ort-cuda"], default=["ort-cpu"]))
+@pytest.mark.default_cases("ort-cpu")
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 def test_an_addmm_after_an_attention_gets_rows(target: str, tmp_path: Path) -> None:
     """A whole-graph capture of GPT-2 goes through torch's exporter, which flattens an attention's output at once."""
     inputs = {"input_ids": tokens()["input_ids"]}
@@ -90,15 +91,10 @@ class Siblings(torch.nn.Module):
         return self.last(torch.relu(self.first(x) * self.second(x) + self.third(x)))
 
 
-@pytest.mark.parametrize(
-    ("alike", "target"),
-    thinned(
-        ["none", "transposed", "equal"],
-        ["ort-cpu", "ort-cuda"],
-        default=[("none", "ort-cuda"), ("transposed", "ort-cpu"), ("equal", "ort-cpu")],
-    ),
-)
-def test_weights_of_one_shape_keep_their_names(alike: str, target: str, tmp_path: Path) -> None:
+@pytest.mark.default_cases("none-ort-cuda", "transposed-ort-cpu", "equal-ort-cpu")
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+@pytest.mark.parametrize("alike", ["none", "transposed", "equal"])
+def test_weights_of_one_shape_keep_their_names(target: str, alike: str, tmp_path: Path) -> None:
     model = Siblings().eval()
     with torch.no_grad():
         if alike != "none":

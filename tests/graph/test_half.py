@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.exports import Exports
 from support.models import tokens
-from support.thinned import thinned
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,15 +17,10 @@ from exporters.runtime.session import HALF_CONFIG
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
 
-@pytest.mark.parametrize(
-    ("target", "adapter"),
-    thinned(
-        ["portable", "ort-cuda"],
-        ["fold", "keep", "swap"],
-        default=[("ort-cuda", "fold"), ("portable", "keep"), ("ort-cuda", "swap")],
-    ),
-)
-def test_weights_are_half_and_inputs_and_outputs_as_they_were(target: str, adapter: str, exports: Exports) -> None:
+@pytest.mark.default_cases("ort-cuda-fold", "portable-keep", "ort-cuda-swap")
+@pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
+@pytest.mark.parametrize("target", ["portable", "ort-cuda"])
+def test_weights_are_half_and_inputs_and_outputs_as_they_were(adapter: str, target: str, exports: Exports) -> None:
     report = exports("adapted bert", adapter=adapter, target=target, precision="fp16")
     graph = onnx.load(report.path).graph
     inputs = {value.name for value in graph.input}
@@ -40,7 +34,8 @@ def test_weights_are_half_and_inputs_and_outputs_as_they_were(target: str, adapt
         assert kinds == {FLOAT}
 
 
-@pytest.mark.parametrize("target", thinned(["portable", "ort-cuda"], default=["portable"]))
+@pytest.mark.default_cases("portable")
+@pytest.mark.parametrize("target", ["portable", "ort-cuda"])
 def test_norms_of_large_activations_do_not_overflow(target: str, tmp_path: Path) -> None:
     """Activations of 1,000, whose squares half precision cannot hold, as language models have them."""
     torch.manual_seed(0)

@@ -38,6 +38,8 @@ from torch.nn import functional as F
 
 import melora_fx
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 @pytest.mark.parametrize("lowering", ["auto", "plain"])
 def test_compiled_graph_has_one_operator_for_each_site(tower_case, lowering):
@@ -51,6 +53,7 @@ def test_compiled_graph_has_one_operator_for_each_site(tower_case, lowering):
     assert (backend.count("bmm") == 0) is (lowering == "auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, lowering="activation")], ids=["weight", "activation"])
 def test_compiled_by_inductor(config):
     model, x = lowered(tower, config.lowering, config), randn(*MANY, IN)
@@ -161,6 +164,7 @@ def test_compiled_dropout_is_seeded_and_the_backward_uses_the_forwards_mask():
     assert adapter == pytest.approx(float((output - base).sum().detach()), rel=1e-3)
 
 
+@pytest.mark.default_cases("*-eager-*", "no_dropout-compiled-inference_mode", "dropout-compiled-no_grad")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])

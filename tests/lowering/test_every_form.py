@@ -71,6 +71,18 @@ def held_form(name: str) -> nn.Module:
     return Holder(conv)
 
 
+@pytest.mark.default_cases(
+    "in_place-*",
+    "example_inputs-linear",
+    "example_inputs-matmul_T",
+    "example_inputs-conv1d",
+    "example_inputs-mm",
+    "example_inputs-weight_at",
+    "graph_module-linear",
+    "graph_module-matmul_plain",
+    "graph_module-einsum",
+    "graph_module-addmm_keywords",
+)
 @pytest.mark.parametrize(
     ("name", "capture"),
     [
@@ -122,6 +134,9 @@ def shared() -> nn.Module:
     return nn.Sequential(layer, nn.ReLU(), layer)
 
 
+@pytest.mark.default_cases(
+    "weight-*-in_place-many", "activation-*-in_place-few", "weight-tower-*-few", "activation-chain-*-many"
+)
 @pytest.mark.parametrize("leading", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize("build", [Chain, tied, shared, tower], ids=["chain", "tied", "used_twice", "tower"])

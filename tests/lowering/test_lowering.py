@@ -40,6 +40,8 @@ from transformers.pytorch_utils import Conv1D
 import melora_fx
 from melora_fx import MELoRAConfig
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 @pytest.mark.parametrize(
     ("build", "config", "expected"),

@@ -44,6 +44,8 @@ from transformers import AutoModel
 import melora_fx
 from melora_fx import MELoRAConfig
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 def losses(model: nn.Module, run: Callable[..., Tensor], steps: int = 20) -> Tensor:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -169,6 +171,7 @@ def test_gradients_add_up_over_steps_and_over_forwards():
     assert_close(adapter_gradients(model), adapter_gradients(plain))
 
 
+@pytest.mark.default_cases("*-eager", "no_dropout-reentrant-compiled", "dropout-not_reentrant-compiled")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
@@ -184,6 +187,7 @@ def test_gradient_checkpointing_changes_nothing(config, reentrant, compiled):
     assert_close(seeded(step, model, x, run), expected)
 
 
+@pytest.mark.default_cases("*-eager", "weight-many-compiled", "activation-few-compiled")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("leading", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("lowering", ["weight", "activation"])

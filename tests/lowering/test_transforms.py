@@ -29,6 +29,8 @@ from torch.autograd import forward_ad
 
 import melora_fx
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 def loss_of(model: nn.Module) -> Callable[..., Tensor]:
     return lambda parameters, x: torch.func.functional_call(model, parameters, (x,)).square().mean()

@@ -22,6 +22,8 @@ from torch import fx, nn
 import melora_fx
 from melora_fx import LinearSite, MELoRAConfig, MELoRAError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 def test_report_of_sites():
     report = melora_fx.match(tower(), ["up", "conv"], MELoRAConfig(rank=2, num_blocks=3))
@@ -76,6 +78,7 @@ def test_what_cannot_be_captured_is_skipped_with_the_reason():
     assert all("`example_inputs=`" in reason for _, reason in report.skipped)
 
 
+@pytest.mark.default_cases("tower-*", "bert-in_place-train", "bert-whole-eval", "gpt2-whole-train")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 @pytest.mark.parametrize("build", [tower, bert, gpt2], ids=["tower", "bert", "gpt2"])

@@ -6,22 +6,16 @@ from pathlib import Path
 
 import pytest
 from support.command_line import Result, run
-from support.models import bert_classifier, fill, randn, rewritten_tower, tokens
-
-import melora_fx
-from exporters import export_onnx
-from melora_fx import MELoRAConfig
+from support.exports import Exports, copy_graph
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, exports: Exports) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    model = fill(melora_fx.rewrite(bert_classifier(), ["query"], MELoRAConfig(2, 3)))
-    export_onnx(model, tokens(), folder / "keep.onnx", adapter="keep", verify=False)
+    copy_graph(exports("adapted bert", adapter="keep"), folder / "keep.onnx")
     shutil.copy(folder / "keep.onnx", folder / "copy.onnx")  # with the same data file
-    with melora_fx.disabled(model):
-        export_onnx(model, tokens(), folder / "other" / "keep.onnx", verify=False)
-    export_onnx(rewritten_tower(), {"x": randn(2, 24)}, folder / "tower.onnx", verify=False)
+    copy_graph(exports("bert"), folder / "other" / "keep.onnx")
+    copy_graph(exports("adapted tower", adapter="fold"), folder / "tower.onnx")
     (folder / "broken.onnx").write_bytes(b"nonsense")
     return folder
 

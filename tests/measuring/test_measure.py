@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.exports import Exports
 from support.models import randn, rewritten_tower
 
 import melora_fx
-from exporters import OrtRunner, TorchRunner, export_onnx
+from exporters import OrtRunner, TorchRunner
 from exporters.adapters.ort_adapter import swap_tensors
 from exporters.measuring.measure import Contender, Measurement, measure, write_csv
 from exporters.onnx_files.metadata import read_facts
@@ -19,12 +20,10 @@ from melora_fx.saving.adapter_file import read_adapter
 
 
 @pytest.fixture(scope="module")
-def contenders(tmp_path_factory: pytest.TempPathFactory) -> list[Contender]:
+def contenders(tmp_path_factory: pytest.TempPathFactory, exports: Exports) -> list[Contender]:
     """The unmerged graph, a swappable one with the same adapter, the same without, and torch."""
-    folder, model, inputs = tmp_path_factory.mktemp("measure"), rewritten_tower(), {"x": randn(2, 24)}
-    keep, swap = folder / "keep.onnx", folder / "swap.onnx"
-    export_onnx(model, inputs, keep, adapter="keep", verify=False)
-    export_onnx(model, inputs, swap, adapter="swap", verify=False)
+    folder, model = tmp_path_factory.mktemp("measure"), rewritten_tower()
+    keep, swap = (Path(exports("adapted tower", adapter=adapter).path) for adapter in ("keep", "swap"))
     melora_fx.save_adapter(model, folder / "adapter")
     tensors = swap_tensors(read_adapter(folder / "adapter"), read_facts(swap))
     return [

@@ -5,17 +5,16 @@ from pathlib import Path
 import onnx
 import pytest
 from onnx import helper
-from support.models import TOWER_CONFIG, TOWER_SITES, randn, rewritten_tower
+from support.exports import Exports
+from support.models import TOWER_CONFIG, TOWER_SITES
 
-from exporters import export_onnx
 from exporters.onnx_files.metadata import METADATA_KEY, read_facts
 from exporters.onnx_files.weight_place import WeightPlace
 from melora_fx import MELoRAError
 
 
-def test_facts_come_back_as_objects(tmp_path: Path) -> None:
-    export_onnx(rewritten_tower(), {"x": randn(2, 24)}, tmp_path, verify=False)
-    facts = read_facts(tmp_path / "model.onnx")
+def test_facts_come_back_as_objects(exports: Exports) -> None:
+    facts = read_facts(exports("adapted tower", adapter="fold").path)
     assert facts.adapter == "fold"
     assert facts.configs == dict.fromkeys(TOWER_SITES, TOWER_CONFIG)
     assert facts.fingerprints["up"]["shape"] == [36, 24]

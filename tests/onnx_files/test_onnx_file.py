@@ -53,7 +53,9 @@ def test_weights_out_of_the_folder_are_refused(tmp_path: Path, location: str) ->
 
 def test_weights_in_a_folder_below_are_the_graphs_own(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
-    read_graph(write_graph(tmp_path, "weights/w", data=WEIGHT))
+    path = write_graph(tmp_path, "weights/w", data=WEIGHT)
+    assert data_files(path, read_graph(path)) == {"weights/w": tmp_path / "weights" / "w"}
+    np.testing.assert_array_equal(OrtRunner(path).run({"x": np.eye(2, dtype=np.float32)})["y"], [[0, 1, 2], [3, 4, 5]])
 
 
 def test_files_that_are_no_graph(tmp_path: Path) -> None:

@@ -55,7 +55,10 @@ from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter.update import add_update
 from melora_fx.lowering.grouped_blocks import grouped_blocks
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -27,6 +27,8 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 class StopError(Exception):
     """Raised by the tests themselves."""

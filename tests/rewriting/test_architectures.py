@@ -5,22 +5,20 @@ import torch
 from support.architecture_table import TABLE, counts_of, documented
 from support.models import assert_equal, fill
 from support.properties import Row, measure, num_compilations, outputs, rewritten
-from support.zoo import ZOO, build
+from support.zoo import SIX, ZOO, build
 
 GRADIENT_BOUND, FOLD_BOUND = 1e-9, 1e-5  # float64, and float32 relative to the largest output
 
-pytestmark = pytest.mark.filterwarnings(  # torch's own
-    "ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning", "ignore:.*torch.jit:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings(  # torch's own
+        "ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning", "ignore:.*torch.jit:DeprecationWarning"
+    ),
+]
 
 
-_QUICK = ("ALBERT", "GPT-2", "Mixtral", "ViT", "nn.MultiheadAttention, cross", "x @ self.w.T + self.b")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ZOO],
-)
+@pytest.mark.default_cases(*SIX)
+@pytest.mark.parametrize("name", ZOO)
 def test_properties(name: str) -> None:
     entry, row = ZOO[name], measure(name)
     in_place = entry.sites if entry.in_place is None else entry.in_place

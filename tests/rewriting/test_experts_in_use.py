@@ -38,6 +38,7 @@ from melora_fx import AdapterCheckpointCallback, MELoRAConfig
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*lru_cache.*:UserWarning", "ignore:`?gradient_checkpointing"),
+    pytest.mark.usefixtures("fresh_dynamo"),
 ]
 THREE = MELoRAConfig(rank=2, num_blocks=3, alpha=3.0)
 
@@ -272,6 +273,7 @@ def test_all_linear_does_not_miss_what_is_no_linear(build: Callable[[], nn.Modul
     model = nn.Sequential(nn.Linear(IN, IN), build(), nn.Linear(IN, IN))
     example = (randn(2, 5, IN),) if captured_whole else None
     melora_fx.rewrite(model, "all-linear", THREE, example_inputs=example)  # a warning would be an error here
+    assert set(melora_fx.sites(model)) == {"0", "2"}
 
 
 def test_what_cannot_be_captured_has_no_experts_to_blame() -> None:
@@ -298,9 +300,14 @@ def test_what_cannot_be_captured_has_no_experts_to_blame() -> None:
 def test_an_optimizer_steps_beside_a_packed_linear(of: str) -> None:
     model = fill(melora_fx.rewrite(nn.Sequential(nn.Linear(IN, IN), Packed(IN, OUT)), "all-linear", THREE))
     trained = model if of == "its own" else nn.Linear(IN, OUT)
-    optimizer = torch.optim.SGD([value for value in trained.parameters() if value.requires_grad], 1e-2)
+    codes = model[1].codes.clone()
+    parameters = [value for value in trained.parameters() if value.requires_grad]
+    before = [value.detach().clone() for value in parameters]
+    optimizer = torch.optim.SGD(parameters, 1e-2)
     trained(randn(5, IN)).sum().backward()
     optimizer.step()
+    assert not any(torch.equal(value, old) for value, old in zip(parameters, before, strict=True))
+    assert_equal(model[1].codes, codes)
 
 
 # Packed linears
@@ -415,4 +422,6 @@ def test_a_folded_part_leaves_nothing_on_the_whole(use: Callable[[Trainer], Any]
     use(trainer_of(model, tmp_path / "run", AdapterCheckpointCallback())[0])
     melora_fx.fold(model.eval())
     model.save_pretrained(tmp_path / "folded")  # a warning would be an error here
+    loaded = type(model).from_pretrained(tmp_path / "folded")
+    assert_equal(output_of(loaded, tokens()), output_of(model, tokens()))
     trainer_of(model.requires_grad_(True), tmp_path / "more")[0].train()

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, Lla
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=3.0)
 BERT_TARGETS, GPT2_TARGETS = ["query", "value", "dense"], ["c_attn", "c_fc", "c_proj"]
 situation = pytest.mark.situation

@@ -53,6 +53,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.ao, of what torchao and bitsandbytes import
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+    pytest.mark.usefixtures("fresh_dynamo"),
 ]
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=3.0)
@@ -304,10 +305,13 @@ def test_an_optimizer_for_each_part_is_not_stale() -> None:
     model = melora_fx.rewrite(tower(), ["up", "gate"], TOWER_CONFIG, keep_trainable=["head"])
     optimizers = [torch.optim.SGD(part.parameters(), 1e-2) for part in (model.up, model.gate, model.head)]
     model(randn(5, IN)).sum().backward()
+    before = {name: value.detach().clone() for name, value in model.named_parameters() if value.grad is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for optimizer in optimizers:
             optimizer.step()
+    unchanged = {name for name, value in before.items() if torch.equal(value, model.get_parameter(name))}
+    assert unchanged == {"up.lora_a", "gate.lora_a"}, "whose gradients are zero as long as B is"
 
 
 def test_an_optimizer_that_has_stepped_before_the_rewrite_is_noticed() -> None:
@@ -391,6 +395,7 @@ def _train_in_child(model: Any, x: torch.Tensor, queue: Any) -> None:
         model.up.lora_b.add_(1.0)
 
 
+@pytest.mark.default_cases("fork")
 @pytest.mark.situation(
     "Moved and copied", "`share_memory`, another process by fork or spawn", "its steps are seen here"
 )

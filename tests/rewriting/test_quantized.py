@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.ao, of what torchao and bitsandbytes import
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+    pytest.mark.usefixtures("fresh_dynamo"),
 ]
 
 

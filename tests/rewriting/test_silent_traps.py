@@ -27,6 +27,8 @@ import melora_fx
 from exporters import OrtRunner, TorchRunner, compare, export_onnx
 from melora_fx import MELoRAConfig, MELoRAError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 CONFIG = MELoRAConfig(rank=2, num_blocks=2)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.exports import Exports, copy_graph
 from support.models import assert_equal, attempt, output_of, randn, rewritten_tower, tower
 
 import melora_fx
@@ -19,17 +20,15 @@ SHAPES = {"batch": (1, 2, 8), "sequence": (2, 5, 16)}
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain")
-    export_onnx(tower(), (randn(2, 5, 24),), folder, verify=False)
-    return folder / "model.onnx"
+def path(exports: Exports) -> Path:
+    return Path(exports("sequence tower").path)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, exports: Exports) -> Path:
     """A swappable graph and two adapters for it, of ranks 2 and 1, as folders and as files."""
     folder = tmp_path_factory.mktemp("swap")
-    export_onnx(rewritten_tower(), (randn(2, 5, 24),), folder / "swap.onnx", adapter="swap", verify=False)
+    copy_graph(exports("adapted sequence tower", adapter="swap"), folder / "swap.onnx")
     for rank in (2, 1):
         melora_fx.save_adapter(rewritten_tower(config=MELoRAConfig(rank, 3)), folder / f"rank{rank}")
         write_ort_adapter(folder / f"rank{rank}", folder / "swap.onnx", folder / f"rank{rank}.onnx_adapter")

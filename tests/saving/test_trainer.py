@@ -19,6 +19,8 @@ import melora_fx
 from exporters import export_onnx
 from melora_fx import AdapterCheckpointCallback, MELoRAConfig, MELoRAError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from filelock import FileLock
 from torch import nn
@@ -13,6 +14,7 @@ import melora_fx
 from exporters import ExportReport, export_onnx
 from melora_fx import MELoRAConfig
 from support.models import bert, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
+from support.zoo import build
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3)
 
@@ -42,6 +44,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Te
     "bert with biases": (bert_with_biases, tokens),
     "bare bert": (lambda: bert(num_layers=1), tokens),
     "gpt2": (lambda: gpt2(num_layers=1), tokens),
+    "llama": (lambda: build("Llama")[0], tokens),
     "adapted gpt2": (lambda: fill(melora_fx.rewrite(gpt2(num_layers=1), ["c_attn", "c_fc"], CONFIG)), tokens),
 }
 """Name → the model, always with the same values, and the inputs to export it with; one layer is enough for a graph."""
@@ -59,7 +62,14 @@ class Exports:
         report = folder / "report.pickle"
         with FileLock(f"{folder}.lock"):
             if not report.is_file():
-                build, inputs = MODELS[name]
-                made = export_onnx(build(), inputs(), folder / "model.onnx", **options)
+                make, inputs = MODELS[name]
+                made = export_onnx(make(), inputs(), folder / "model.onnx", **options)
                 report.write_bytes(pickle.dumps(made))
             return pickle.loads(report.read_bytes())
+
+
+def copy_graph(report: ExportReport, path: Path) -> Path:
+    """The graph under another name, its weights in a file of that name beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(onnx.load(report.path), path, save_as_external_data=True, location=f"{path.name}.data")
+    return path

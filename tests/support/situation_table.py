@@ -19,15 +19,17 @@ Row = tuple[str, str, str, str]
 
 
 class Collector:
-    """A pytest plugin: the rows that were collected, and what did not pass."""
+    """A pytest plugin: the rows and files that were collected, slow ones too, and what did not pass."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str], Row] = {}
         self.of_test: dict[str, tuple[str, str]] = {}
         self.failures: dict[tuple[str, str], str] = {}
+        self.files: set[Path] = set()
 
-    @pytest.hookimpl(trylast=True)
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.files = {item.path for item in items}
         for item in items:
             marker = item.get_closest_marker("situation")
             if marker is not None:
@@ -44,10 +46,10 @@ class Collector:
             self.failures[key] = "FAILS"
 
 
-def collected(*options: str) -> Collector:
-    """The rows of the tests, run unless `options` say otherwise; what pytest prints goes to stderr."""
+def run() -> Collector:
+    """Runs the tests of all rows; what pytest prints goes to stderr."""
     collector = Collector()
-    arguments = ["-q", "-m", "situation", "-p", "no:cacheprovider", *options, str(Path(__file__).parents[1])]
+    arguments = ["-q", "-n", "0", "-m", "situation", "-p", "no:cacheprovider", str(Path(__file__).parents[1])]
     with contextlib.redirect_stdout(sys.stderr):
         pytest.main(arguments, plugins=[collector])
     return collector
@@ -64,7 +66,7 @@ def documented() -> list[Row]:
 
 
 def main() -> None:
-    found = collected()
+    found = run()
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name).split('+')[0]}"
         for name in ("torch", "transformers", "accelerate", "torchao", "bitsandbytes")

@@ -197,6 +197,12 @@ ZOO: dict[str, Entry] = {
 }  # fmt: skip
 
 
+SIX = ("BERT", "GPT-2", "Llama", "T5", "ViT", "Mixtral")
+"""What a sweep over the architectures tries by default: one of each kind."""
+
+HUGGING_FACE = tuple(name for name in ZOO if not name.startswith(("nn.", "x @")))
+
+
 def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A model in evaluation mode with weights large enough for every site to show, and inputs of batch 2."""
     torch.manual_seed(0)

@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from support.models import bert, fill, tokens
+from support.exports import Exports
 
-import melora_fx
-from exporters import check_tensorrt, export_onnx
+from exporters import check_tensorrt
 from exporters.tensorrt_check.check import parse_shapes
-from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx import MELoRAError
 
 SHAPES = {"batch": (1, 8, 32), "sequence": (4, 8, 16)}
 
@@ -27,12 +26,9 @@ PLAIN = "g (float[batch, 8] x) => (float[batch, 4] y) { y = MatMul (x, w) }"
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(exports: Exports) -> Path:
     """A merged export of a tiny BERT."""
-    path = tmp_path_factory.mktemp("export") / "bert.onnx"
-    model = fill(melora_fx.rewrite(bert(), ["query", "value"], MELoRAConfig(rank=2, num_blocks=3)))
-    export_onnx(model, tokens(), path, verify=False)
-    return path
+    return Path(exports("adapted bert", adapter="fold").path)
 
 
 def test_an_export_builds_and_the_report_says_how(exported: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from support.models import bert, fill, tokens
+from support.exports import Exports, copy_graph
+from support.models import tokens
 
-import melora_fx
-from exporters import OrtRunner, export_onnx, write_triton_repository
-from melora_fx import MELoRAConfig, MELoRAError
+from exporters import OrtRunner, write_triton_repository
+from melora_fx import MELoRAError
 
 SHAPES = {"batch": (1, 8, 32), "sequence": (4, 8, 16)}
 BATCH = {"batch": (1, 8, 32)}
@@ -45,12 +45,10 @@ PLAIN = "g (float[batch, 8] x) => (float[batch, 4] y) { y = MatMul (x, w) }"
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A merged export of a tiny BERT."""
-    path = tmp_path_factory.mktemp("export") / "bert.onnx"
-    model = fill(melora_fx.rewrite(bert(), ["query", "value"], MELoRAConfig(rank=2, num_blocks=3)))
-    export_onnx(model, tokens(), path, verify=False)
-    return path
+def exported(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a tiny BERT."""
+    report = exports("bare bert", target="portable", precision="fp32")
+    return copy_graph(report, tmp_path_factory.mktemp("export") / "bert.onnx")
 
 
 def test_the_schema_takes_what_is_written(exported: Path, tmp_path: Path) -> None:
