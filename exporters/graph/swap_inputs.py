@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from melora_fx import MELoRAError, adapter_parameters
-from melora_fx.saving.model_adapter import kept_names
+from melora_fx.saving.model_adapter import kept_tensor_names
 
 from .graph_export import GraphExport
 
@@ -36,7 +36,7 @@ def distinct_values(model: nn.Module) -> Iterator[None]:
     Exporters store tensors of equal values once, such as the zeros of every untrained B; inputs must stay apart.
     """
     own = model.state_dict()
-    tensors = [*adapter_parameters(model).values(), *(own[name] for name in kept_names(model))]
+    tensors = [*adapter_parameters(model).values(), *(own[name] for name in kept_tensor_names(model))]
     tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
     generator = torch.Generator().manual_seed(0)
     saved = [tensor.detach().clone() for tensor in tensors]

@@ -20,7 +20,7 @@ from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from exporters.private import name_scopes
 from melora_fx import adapter_parameters
 from melora_fx.adapter.site import TENSORS
-from melora_fx.saving.model_adapter import kept_names
+from melora_fx.saving.model_adapter import kept_tensor_names
 
 from .graph_export import GraphExport
 
@@ -101,7 +101,7 @@ def name_weights(export: GraphExport) -> None:
 def find_kept_tensors(export: GraphExport) -> None:
     """Notes in `export.kept` where the tensors of the modules kept trainable live."""
     initializers = export.graph.initializers
-    export.kept = {name: find_tensor(initializers, name) for name in kept_names(export.model)}
+    export.kept = {name: find_tensor(initializers, name) for name in kept_tensor_names(export.model)}
 
 
 def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ from melora_fx.rewriting.sites import AdapterSite, refuse_folded, sites
 from .adapter_file import Adapter, read_adapter
 from .checks import check_fingerprints, check_kept, check_shapes, check_sites
 from .fingerprint import fingerprint
-from .model_adapter import kept_names, tensors_by_name
+from .model_adapter import kept_tensor_names, tensors_by_name
 
 
 def load_adapter(
@@ -102,7 +102,7 @@ def _refuse_other_blocks(name: str, site: AdapterSite, saved: MELoRAConfig) -> N
 
 def _refuse_other_heads(model: nn.Module, adapter: Adapter) -> None:
     """Raises MELoRAError where the adapter has not the trained modules that the model has."""
-    kept = set(kept_names(model))
+    kept = set(kept_tensor_names(model))
     saved = set(adapter.kept_tensors())
     if kept != saved:
         raise MELoRAError(

@@ -74,7 +74,7 @@ def kept_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-def kept_names(model: nn.Module) -> tuple[str, ...]:
+def kept_tensor_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the tensors of the modules that were kept trainable."""
     return tuple(_kept_tensors(model))
 

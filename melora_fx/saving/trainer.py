@@ -24,7 +24,7 @@ from melora_fx.rewriting.hugging_face import (
 )
 from melora_fx.rewriting.sites import adapter_parameters, require_sites, sites
 
-from .model_adapter import kept_names, tensors_by_name
+from .model_adapter import kept_tensor_names, tensors_by_name
 from .save import save_adapter
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -99,7 +99,7 @@ def _trained_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
     copies.
     """
     named = tensors_by_name(model)
-    trained = [*adapter_parameters(model).values(), *(named[name] for name in kept_names(model))]
+    trained = [*adapter_parameters(model).values(), *(named[name] for name in kept_tensor_names(model))]
     wanted = {id(tensor) for tensor in trained}
     return {
         f"{prefix}{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
