@@ -73,7 +73,9 @@ import os, signal, sys
 sys.path.insert(0, "tests")
 import onnx_ir
 from support.models import randn, rewritten_tower
-import exporters.export, exporters.graph.passes, exporters.verify
+import exporters.export
+import exporters.graph.passes
+import exporters.verify
 from exporters import export_onnx
 
 path, step = sys.argv[1:]

@@ -39,9 +39,6 @@ def whole(model: nn.Module, example_inputs, targets="all-linear", config=CONFIG)
     return melora_fx.rewrite(model, targets, config, example_inputs=example_inputs)
 
 
-# ---- one model, every capture ----------------------------------------------------------------------------------------
-
-
 def symbolic(model, x):
     return melora_fx.rewrite(fx.symbolic_trace(model), "all-linear", TOWER_CONFIG)
 
@@ -117,9 +114,6 @@ def test_hugging_face_captures_agree_bit_for_bit(build):
     assert_equal(output_of(captured, other), output_of(in_place, other))
     assert_near(output_of(in_place, other).double().float(), output_of(dense_copy(in_place, plain), other))
     assert type(captured(**other)) is type(plain(**other))
-
-
-# ---- example inputs --------------------------------------------------------------------------------------------------
 
 
 class TwoInputs(nn.Module):
@@ -201,9 +195,6 @@ def test_model_that_cannot_be_exported():
 def test_wrong_example_inputs_are_an_error_of_the_capture():
     with pytest.raises(MELoRAError, match="cannot capture `Tower`"):
         whole(tower(), {"nonsense": randn(2, IN)})
-
-
-# ---- train and eval --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -310,9 +301,6 @@ def test_batch_norm_keeps_its_statistics_in_eval_and_moves_them_in_train():
     captured.train()
     assert_equal(output_of(captured, x), output_of(plain.train(), x))
     assert_equal({name: captured.state_dict()[name] for name in plain.state_dict()}, dict(plain.state_dict()))
-
-
-# ---- modules that cannot be traced on their own ----------------------------------------------------------------------
 
 
 def test_attention_that_never_calls_its_projection_is_refused_by_name():

@@ -53,9 +53,6 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-# ---- files that are written ------------------------------------------------------------------------------------------
-
-
 def test_what_is_serialised_is_what_safetensors_reads_back(tmp_path: Path) -> None:
     tensors = tensors_of_all_kinds()
     entries, data = {}, b""
@@ -99,9 +96,6 @@ def test_header_ends_where_any_dtype_is_aligned(length: int) -> None:
 def test_header_without_tensors(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(make_header({}, {"format": "pt"}))
     assert load_file(tmp_path / SINGLE) == {}
-
-
-# ---- files that are read ---------------------------------------------------------------------------------------------
 
 
 def test_single_file(tmp_path: Path) -> None:
@@ -159,9 +153,6 @@ def test_view_of_bytes_is_the_tensor_and_writes_to_them(dtype: torch.dtype, tmp_
     assert_equal(view, weight)
     view.mul_(2)
     assert bytes(data) == bits(weight * 2)
-
-
-# ---- folders that are refused ----------------------------------------------------------------------------------------
 
 
 def assert_refused(folder: Path, text: str) -> None:
@@ -267,9 +258,6 @@ def test_corrupt_config(text: str, tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path)
     (tmp_path / CONFIG).write_bytes(text.encode(errors="surrogatepass"))
     assert_refused(tmp_path, r"config\.json` cannot be read")
-
-
-# ---- keys ------------------------------------------------------------------------------------------------------------
 
 
 def saved(model: nn.Module, folder: Path) -> Checkpoint:

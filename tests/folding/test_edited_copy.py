@@ -87,9 +87,6 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edited_copy, "_WRITE_BYTES", 7)
 
 
-# ---- bytes -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("platform", "small_steps")
 def test_pieces_in_every_order(tmp_path: Path) -> None:
     """Kept, changed, changed again, given and empty ones; a changed one after a kept one of the same file too."""
@@ -170,9 +167,6 @@ def test_progress_is_told_as_it_is_made(tmp_path: Path) -> None:
     assert told == [13] * 7 + [9, 20, 30]
 
 
-# ---- systems that do less at once, or nothing ------------------------------------------------------------------------
-
-
 class RawFile(io.FileIO):
     """What `open` gives where nothing is buffered."""
 
@@ -236,9 +230,6 @@ def test_copies_and_changes_of_one_file_do_not_disturb_each_other(
     assert written(tmp_path, pieces) == expected
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("kind", ["a", "A"], ids=["kept", "changed"])
 @pytest.mark.parametrize("size", [0, 99, 300], ids=["empty", "before", "within"])
@@ -278,9 +269,6 @@ def test_what_a_change_raises_comes_through_and_no_thread_stays(error: BaseExcep
         )
     assert caught.value is error
     assert threading.active_count() == threads
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(os, "sendfile"), reason="without it a copy takes memory of its own")

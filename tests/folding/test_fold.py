@@ -54,8 +54,6 @@ def fold_or_folded(name: str, model: nn.Module) -> None:
         pytest.fail("the block must not run")
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
 CONFIGS = {
     "n1_r1": MELoRAConfig(rank=1, num_blocks=1, alpha=1.0),
     "n2_rslora": MELoRAConfig(rank=3, num_blocks=2, alpha=3.0, use_rslora=True),
@@ -144,9 +142,6 @@ def test_untrained_fold_is_the_base_bit_for_bit(tower_case):
     assert_equal(dict(melora_fx.fold(tower_case.model).state_dict()), dict(tower_case.plain.state_dict()))
 
 
-# ---- no trace --------------------------------------------------------------------------------------------------------
-
-
 def test_keys_types_and_requires_grad_are_as_before(case):
     folded = melora_fx.fold(case.model)
     assert folded is case.model
@@ -227,9 +222,6 @@ def test_weight_on_the_meta_device_is_refused():
         melora_fx.fold(model)
 
 
-# ---- copies and wrappers ---------------------------------------------------------------------------------------------
-
-
 def test_fold_of_a_copy_leaves_the_original_alone(case):
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
     expected = output_of(case.model, case.inputs)
@@ -275,9 +267,6 @@ def test_training_after_a_fold_is_that_of_the_plain_model():
     for network in (model, plain):
         network(randn(3, IN)).sum().backward()
     assert_equal({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in plain.named_parameters()})
-
-
-# ---- folded ----------------------------------------------------------------------------------------------------------
 
 
 def test_folded_is_what_fold_gives_and_everything_comes_back_bit_for_bit(case):
@@ -331,9 +320,6 @@ def test_folded_in_train_mode_and_with_adapter_dropout():
     with melora_fx.folded(model):
         assert_equal(output_of(model, x), output_of(model, x))
     assert not torch.equal(output_of(model, x), output_of(model, x))
-
-
-# ---- tied weights ----------------------------------------------------------------------------------------------------
 
 
 def tied_gpt2(whole: bool) -> nn.Module:
@@ -403,9 +389,6 @@ def test_two_sites_on_one_weight(whole):
     torch.testing.assert_close(output_of(folded, x), expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- files and real weights ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("build", [bert, gpt2], ids=["bert", "gpt2"])
 def test_folded_model_saved_and_loaded_gives_the_same_outputs(build, tmp_path):
     folded = melora_fx.fold(fill(melora_fx.rewrite(build(), "all-linear", TOWER_CONFIG)))
@@ -467,9 +450,6 @@ def test_sites_of_the_tower_are_all_folded():
         assert_near(weights[name].t() if name == "conv" else weights[name], expected[name])
 
 
-# ---- pending backwards -----------------------------------------------------------------------------------------------
-
-
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -522,9 +502,6 @@ def test_fold_and_folded_in_inference_mode():
         assert_equal(output_of(melora_fx.fold(model), x), inside)
 
 
-# ---- memory that is shared -------------------------------------------------------------------------------------------
-
-
 def test_parameters_that_share_memory_without_being_one(tmp_path):
     """`weight.data` of another module, and rows of a packed weight: the fold of one would change the other."""
     model = tower()
@@ -555,9 +532,6 @@ def test_neighbours_in_one_memory_are_not_shared():
     assert_near(model.gate.weight, expected[1])
 
 
-# ---- many adapters ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.default_cases("bf16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_thousand_swaps_of_ten_adapters_leave_the_base_bit_equal(dtype, tmp_path):
@@ -575,9 +549,6 @@ def test_a_thousand_swaps_of_ten_adapters_leave_the_base_bit_equal(dtype, tmp_pa
             if swap % 50 == 0:
                 assert_equal(output_of(model, x), expected[swap * 7 % 10])
     assert_equal({name: value for name, value in model.state_dict().items() if "lora" not in name}, base)
-
-
-# ---- beside PEFT -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("safe_merge", [False, True], ids=["default", "safe_merge"])

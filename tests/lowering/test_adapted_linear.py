@@ -157,9 +157,6 @@ def check_against_oracle(given: Operands, factor: float = 1.0) -> list[Tensor]:
     return ours
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_cases_take_every_branch():
     cases = [operands(config, leading) for config in CONFIGS.values() for leading in LEADING.values()]
     assert {(case.is_merged, case.is_by_blocks) for case in cases} == {(True, True), (True, False), (False, False)}
@@ -233,9 +230,6 @@ def test_gradcheck_and_gradgradcheck(config, tokens, merge):
 
     assert torch.autograd.gradcheck(call, given.leaves(), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, given.leaves(), fast_mode=True)
-
-
-# ---- inputs of every kind --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("leading", [(2, 5), (4, 30)], ids=["few", "many"])
@@ -351,9 +345,6 @@ def test_batched_gradients(config, leading):
             torch.testing.assert_close(all_of[index], one, rtol=1e-4, atol=1e-4)
 
 
-# ---- dtypes ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
 @pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
@@ -415,9 +406,6 @@ def test_backward_inside_autocast_of_a_forward_outside(leading, merge, rate):
         assert_sums_near(actual.bfloat16(), wide.double(), 2)
 
 
-# ---- weights that only F.linear can read -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [*WIDE.values(), *HALF.values()], ids=[*WIDE, *HALF])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
@@ -443,9 +431,6 @@ def test_bias_beside_such_a_weight_is_added_once_and_gets_its_gradient():
     given.bias.requires_grad_(), wide.bias.requires_grad_()
     (ours,), (theirs,) = gradients(given(), [given.bias]), gradients(wide.dense(), [wide.bias])
     assert_sums_near(ours, theirs)
-
-
-# ---- dropout ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -557,9 +542,6 @@ def test_rate_of_one_is_the_base():
     assert_near(given(), F.linear(given.x.double(), given.weight.double(), given.bias.double()))
 
 
-# ---- the operators ---------------------------------------------------------------------------------------------------
-
-
 def strided_x() -> Operands:
     given = operands()
     given.x = randn(5, 2, IN).transpose(0, 1).requires_grad_()
@@ -631,9 +613,6 @@ def test_operator_and_function_give_the_same_bits(given, options):
         )
     ]
     assert_equal(*found)
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

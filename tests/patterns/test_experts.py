@@ -219,9 +219,6 @@ def test_compiled(form: str) -> None:
     assert the_site(model).lora_a.grad.any()
 
 
-# ---- whole models ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=FORMS)
 def whole(request: pytest.FixtureRequest) -> tuple[Any, nn.Module]:
     """A plain model, and a rewritten whole capture of its copy with filled adapters. Tests copy before they change."""
@@ -480,9 +477,6 @@ def test_bfloat16_of_a_model() -> None:
     before = output_of(model, tokens())
     melora_fx.fold(model)
     assert (output_of(model, tokens()) - before).abs().max() <= 0.1 * before.abs().max()
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_folds_into_a_checkpoint_that_holds_stacks(tmp_path: Path) -> None:

@@ -34,9 +34,6 @@ class StopError(Exception):
     """Raised by the tests themselves."""
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 def test_sites_describe_what_was_rewritten():
     config = MELoRAConfig(rank=(1, 4, 2), num_blocks=3, alpha=(1.0, 2.0, 3.0), split=(24, 12))
     model = melora_fx.rewrite(tower(), {"up": config, "conv": TOWER_CONFIG, "own.projection": TOWER_CONFIG})
@@ -82,9 +79,6 @@ def test_sites_of_a_compiled_wrapper_are_those_inside():
 def test_sites_of_a_model_inside_another():
     outer = torch.nn.ModuleDict({"encoder": rewritten_tower()})
     assert list(melora_fx.sites(outer)) == [f"encoder.{name}" for name in TOWER_SITES]
-
-
-# ---- disabled --------------------------------------------------------------------------------------------------------
 
 
 def test_disabled_is_the_base_bit_for_bit_and_the_adapter_comes_back(case):
@@ -212,9 +206,6 @@ def test_disabled_in_two_threads_one_after_the_other():
         thread.join()
     assert_equal(results[0], output_of(tower(), x))
     assert_equal(results[1], results[0])
-
-
-# ---- compiled --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

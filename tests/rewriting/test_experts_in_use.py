@@ -52,9 +52,6 @@ def near(actual: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-5) -> boo
     return bool((actual.double() - wanted.double()).abs().max() <= bound * wanted.abs().max())
 
 
-# Numbers
-
-
 def test_an_adapter_means_the_same_in_every_form_and_place(tmp_path: Path) -> None:
     """grouped, whole → batched, whole → batched, in place → grouped, whole."""
     model = captured("grouped_mm")
@@ -121,9 +118,6 @@ def test_forward_mode_is_right_or_refused(form: str) -> None:
     with melora_fx.disabled(model):
         base = model(**inputs())
     assert_near(tangent, expected(model, inputs()) - base.double())  # linear in B
-
-
-# Trained
 
 
 class Pieces(Lines):
@@ -213,9 +207,6 @@ def test_copies_in_place_and_other_implementations_later() -> None:
         assert near(output_of(folded, tokens()), wanted)
 
 
-# What has three dimensions and is no stack of experts
-
-
 class Added(nn.Module):
     """Learned positions of several kinds, as prompts and relative tables are."""
 
@@ -293,9 +284,6 @@ def test_what_cannot_be_captured_has_no_experts_to_blame() -> None:
     assert "set_experts_implementation" not in str(caught.value)
 
 
-# Optimizers
-
-
 @pytest.mark.parametrize("of", ["its own", "another model's"])
 def test_an_optimizer_steps_beside_a_packed_linear(of: str) -> None:
     model = fill(melora_fx.rewrite(nn.Sequential(nn.Linear(IN, IN), Packed(IN, OUT)), "all-linear", THREE))
@@ -308,9 +296,6 @@ def test_an_optimizer_steps_beside_a_packed_linear(of: str) -> None:
     optimizer.step()
     assert not any(torch.equal(value, old) for value, old in zip(parameters, before, strict=True))
     assert_equal(model[1].codes, codes)
-
-
-# Packed linears
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
@@ -341,9 +326,6 @@ class Pairs(nn.Module):
 def test_a_table_of_indices_is_no_packed_weight() -> None:
     report = melora_fx.match(nn.Sequential(nn.Linear(IN, IN), Pairs()), "all-linear", THREE)
     assert [site.name for site in report.sites] == ["0"]
-
-
-# Layers that are compiled one by one
 
 
 def with_compiled_layers() -> Any:
@@ -388,9 +370,6 @@ def test_the_verbs_on_layers_compiled_after_the_rewrite() -> None:
     assert after == before
 
 
-# A head whose vocabulary grew
-
-
 def grown() -> Any:
     model: Any = fill(melora_fx.rewrite(gpt2(), ["c_attn", "lm_head"], THREE))
     model.resize_token_embeddings(57)
@@ -409,9 +388,6 @@ def test_a_fold_with_a_grown_head_changes_nothing() -> None:
 def test_an_adapter_that_does_not_fit_its_weight_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(melora_fx.MELoRAError, match="lm_head"):
         melora_fx.save_adapter(grown(), tmp_path)
-
-
-# A part of a Hugging Face model
 
 
 @pytest.mark.parametrize("use", [Trainer.train, Trainer.evaluate], ids=["trained", "evaluated only"])

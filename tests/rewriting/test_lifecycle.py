@@ -57,9 +57,6 @@ def gradients(model: nn.Module, x: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-# Generation
-
-
 @in_situations(
     "options",
     "Generation",
@@ -89,9 +86,6 @@ def test_generate(family: str, options: dict[str, Any]) -> None:
     assert not torch.equal(cached, base), "the adapter must show"
     assert_equal(generated(model, use_cache=False), cached)
     assert_equal(generated(melora_fx.fold(copy.deepcopy(model))), cached)
-
-
-# Training
 
 
 def _without_dropout(model: nn.Module) -> Any:
@@ -187,9 +181,6 @@ def test_accelerate_wraps_a_rewritten_root() -> None:
     torch.testing.assert_close(melora_fx.fold(inner)(x), expected, rtol=1e-5, atol=1e-5)
     assert type(inner) is nn.Linear
     assert "forward" not in vars(inner)
-
-
-# Moved, copied, called in other ways
 
 
 @situation("Moved and copied", "`model.to(dtype)`, `.double()`, `.to('meta')`", "A, B and the output follow")
@@ -349,9 +340,6 @@ def test_parametrized_after_the_rewrite() -> None:
     torch.testing.assert_close(melora_fx.fold(model)[0](x), expected, rtol=1e-5, atol=1e-5)
 
 
-# Fold
-
-
 @situation("After `fold`", "types, hooks, training flags, `requires_grad`, keys, attributes", "as before `rewrite`")
 def test_fold_gives_the_modules_back() -> None:
     model = bert_classifier()
@@ -377,9 +365,6 @@ def test_fold_gives_the_modules_back() -> None:
     assert facts() == before
     handle.remove()
     assert not layer.attention.self.query._forward_hooks
-
-
-# Loaded late or elsewhere
 
 
 @situation("Loaded late", "`low_cpu_mem_usage`, `device_map='cpu'`", "works")
@@ -445,9 +430,6 @@ def test_a_whole_state_is_kept(assign: bool) -> None:
     assert_equal(model(x), source(x))
 
 
-# Wrapped for several devices
-
-
 @pytest.fixture
 def _one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -504,9 +486,6 @@ def test_distributed_models_are_refused(name: str, tmp_path) -> None:
             with pytest.raises(MELoRAError, match=rf"the model is a {name}: .*\(`model.module`\)"):
                 verb(wrapped)
         melora_fx.save_adapter(wrapped.module, tmp_path)
-
-
-# The first hour
 
 
 @situation("First hour", "forgotten `.train()`", "trains, without dropout, as in PyTorch")

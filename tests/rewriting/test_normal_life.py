@@ -59,9 +59,6 @@ pytestmark = [
 CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=3.0)
 
 
-# Trainer
-
-
 class Interrupted(TrainerCallback):
     """Someone presses Ctrl-C."""
 
@@ -149,9 +146,6 @@ def test_model_init_makes_a_model_for_each_training(tmp_path) -> None:
     first = trainer.train().training_loss
     assert trainer.train().training_loss == first
     assert melora_fx.sites(melora_fx.load_adapter(trainer.model, tmp_path / f"checkpoint-{STEPS}"))
-
-
-# Quantised bases
 
 
 @pytest.mark.situation("Bases that are not plain", "each under bfloat16 autocast", "trains, eager and compiled")
@@ -255,9 +249,6 @@ def test_what_has_sizes_and_integers_is_not_yet_a_linear(build: Callable[[], Any
     assert [site.name for site in melora_fx.match(model, "all-linear", CONFIG).sites] == ["1"]
 
 
-# Names that only look like something else
-
-
 class Gated(nn.Module):
     """Matrices called as in RWKV and gated attention, beside a vector called as pruning would call it."""
 
@@ -298,9 +289,6 @@ def test_checkpoint_wrapper(before: bool, tmp_path) -> None:
     melora_fx.save_adapter(model, tmp_path)
 
 
-# Optimizers
-
-
 def test_an_optimizer_for_each_part_is_not_stale() -> None:
     model = melora_fx.rewrite(tower(), ["up", "gate"], TOWER_CONFIG, keep_trainable=["head"])
     optimizers = [torch.optim.SGD(part.parameters(), 1e-2) for part in (model.up, model.gate, model.head)]
@@ -324,9 +312,6 @@ def test_an_optimizer_that_has_stepped_before_the_rewrite_is_noticed() -> None:
     model(randn(5, IN)).sum().backward()
     with pytest.warns(UserWarning, match="make the optimizer after `rewrite`"):
         optimizer.step()
-
-
-# Compiled, copied, shared
 
 
 @pytest.mark.situation("Training", "layers replaced by `torch.compile(layer)`", "the file keeps its names")
@@ -428,9 +413,6 @@ def test_a_model_is_freed_when_it_is_let_go() -> None:
         assert freed(rewritten_tower)
     finally:
         gc.enable()
-
-
-# Generation
 
 
 GENERATE: dict[str, Callable[[], dict[str, Any]]] = {

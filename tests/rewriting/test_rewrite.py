@@ -81,9 +81,6 @@ def linear(config: MELoRAConfig, *, bias: bool = True, dtype: torch.dtype = torc
     )
 
 
-# ---- outputs ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -203,9 +200,6 @@ def test_blocks_and_sites_are_initialised_differently():
     assert all(not torch.equal(first, second) for i, first in enumerate(a) for second in a[:i])
 
 
-# ---- dropout of the adapter ------------------------------------------------------------------------------------------
-
-
 def test_adapter_dropout_acts_in_training_on_the_adapter_only():
     config = MELoRAConfig(rank=2, num_blocks=3, alpha=5.0, dropout=0.5)
     model, site, weight, bias = linear(config)
@@ -234,9 +228,6 @@ def test_adapter_dropout_takes_the_mode_of_the_model(example_inputs):
     assert_equal(output_of(model, x), output_of(model, x))
     model.train()
     assert not torch.equal(output_of(model, x), output_of(model, x))
-
-
-# ---- gradients and training ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -348,9 +339,6 @@ def test_generation_follows_the_adapter():
     assert_equal(melora_fx.fold(model).generate(ids, **options), adapted)
 
 
-# ---- structure -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["no_dropout", "dropout"])
 def test_inserted_nodes_are_plain_aten_nodes_and_the_code_can_be_read(dropout):
     config = MELoRAConfig(rank=2, num_blocks=3, dropout=dropout, split=3)
@@ -423,9 +411,6 @@ def test_kept_name_that_matches_nothing(keep_trainable, text):
     model = tower()
     with assert_unchanged(model), pytest.raises(ValueError, match=text):
         melora_fx.rewrite(model, "up", TOWER_CONFIG, keep_trainable=keep_trainable)
-
-
-# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_indivisible_features_are_named_all_at_once():

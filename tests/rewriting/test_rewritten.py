@@ -47,9 +47,6 @@ def by_torch_save(model):
 COPIES = {"deepcopy": copy.deepcopy, "pickle": by_pickle, "torch_save": by_torch_save}
 
 
-# ---- state_dict ------------------------------------------------------------------------------------------------------
-
-
 def test_state_dict_is_the_base_and_the_adapter(case):
     base, state = case.plain.state_dict(), case.model.state_dict()
     expected = set(base)
@@ -73,9 +70,6 @@ def test_state_dict_round_trip(case):
     target = fill(copy.deepcopy(case.model), seed=5)
     target.load_state_dict(case.model.state_dict())
     assert_equal(output_of(target, case.inputs), output_of(case.model, case.inputs))
-
-
-# ---- copies ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
@@ -184,9 +178,6 @@ def test_deepcopy_of_one_site_alone():
     assert not torch.equal(copied(x), model.up(x))
 
 
-# ---- classes and hooks -----------------------------------------------------------------------------------------------
-
-
 def test_isinstance_is_kept_and_the_class_comes_back():
     model = rewritten_tower()
     assert isinstance(model.up, nn.Linear)
@@ -237,9 +228,6 @@ def test_backward_hook_on_a_site_runs():
     assert seen == [(2, 36)]
 
 
-# ---- moving ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
 def test_moving_to_another_dtype_moves_the_adapter_and_still_folds(tower_case, dtype):
     model = tower_case.model.to(dtype)
@@ -269,9 +257,6 @@ def test_values_written_through_data_are_used():
     site.lora_b.data.mul_(2)
     model.up.weight.data.add_(1)
     assert_near(model.up(x), x.double() @ adapted_weight(site).T + model.up.bias.detach().double())
-
-
-# ---- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
 def test_hugging_face_model_keeps_its_methods(tmp_path):

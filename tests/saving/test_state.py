@@ -64,9 +64,6 @@ def rewrite_file(folder, *, header=None, metadata=None, tensors=None):
     save_file(values, folder / TENSORS, {"format": "pt", "melora": text} if metadata is None else metadata)
 
 
-# ---- round trips -----------------------------------------------------------------------------------------------------
-
-
 def test_round_trip_on_a_plain_model(case, tmp_path):
     melora_fx.save_adapter(case.model, tmp_path)
     options = {}
@@ -173,9 +170,6 @@ def test_saving_inside_folded_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ---- the file --------------------------------------------------------------------------------------------------------
-
-
 def test_file_holds_the_documented_tensors_and_header(folder):
     tensors, header = load_file(folder / TENSORS), header_of(folder)
     assert set(tensors) == {f"{name}.{kind}" for name in TOWER_SITES for kind in ("lora_a", "lora_b")}
@@ -218,9 +212,6 @@ def test_folder_is_made_and_other_files_stay(tmp_path):
     assert (target / "notes.txt").read_text() == "mine"
     melora_fx.save_adapter(rewritten_tower(), tmp_path / "new" / "deep")
     assert (tmp_path / "new" / "deep" / TENSORS).is_file()
-
-
-# ---- loading into a rewritten model ----------------------------------------------------------------------------------
 
 
 def test_swap_in_place_keeps_objects_and_compiled_code(tower_case, tmp_path):
@@ -302,9 +293,6 @@ def test_dropout_of_the_loaded_adapter_is_used_or_refused(tmp_path):
     assert is_random is (melora_fx.sites(model)["up"].config.dropout > 0)
 
 
-# ---- keep_trainable --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_kept_modules_travel_with_the_adapter(whole, tmp_path):
     options = {"example_inputs": tokens()} if whole else {}
@@ -381,9 +369,6 @@ def test_kept_modules_that_do_not_fit_are_refused(tmp_path):
     del other.head
     with assert_unchanged(other), pytest.raises(MELoRAError, match=r"`head\.weight`: the model has no such tensor"):
         melora_fx.load_adapter(other, tmp_path)
-
-
-# ---- adapters that do not fit ----------------------------------------------------------------------------------------
 
 
 def assert_refused(model, folder, text):
@@ -484,9 +469,6 @@ def test_refusal_of_the_last_site_leaves_the_first_alone(folder):
     tensors["head.lora_b"] = tensors["head.lora_b"][:, :-1].contiguous()
     rewrite_file(folder, tensors=tensors)
     assert_refused(model, folder, "`head`")
-
-
-# ---- files that cannot be read ---------------------------------------------------------------------------------------
 
 
 def test_missing_folder_and_folder_without_adapter(tmp_path):
@@ -592,9 +574,6 @@ def test_tensors_of_another_shape_than_the_header_says(change, rewritten, folder
         tensors[name] = function(tensors[name]).contiguous()
     rewrite_file(folder, tensors=tensors)
     assert_refused(rewritten_tower(1) if rewritten else tower(), folder, "`gate")
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def test_plain_model_has_nothing_to_save(tmp_path):
