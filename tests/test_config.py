@@ -55,7 +55,8 @@ def test_ranks_and_scalings(fields, ranks, scalings):
     init=st.sampled_from(["kaiming", "gaussian"]),
 )
 def test_dict_round_trip(num_blocks, data, use_rslora, dropout, init):
-    ranks, alphas = st.integers(1, 64), st.floats(1e-6, 1e6)
+    ranks = st.integers(1, 64)
+    alphas = st.floats(1e-6, 1e6)
     config = MELoRAConfig(
         rank=data.draw(ranks | st.lists(ranks, min_size=num_blocks, max_size=num_blocks)),
         num_blocks=num_blocks,

@@ -76,7 +76,8 @@ def test_the_merged_graph_is_not_the_base(model: nn.Module, merged_report: Expor
 
 
 def test_the_report_says_what_the_file_is(merged_report: ExportReport) -> None:
-    graph, folder = onnx.load(merged_report.path, load_external_data=False), Path(merged_report.path).parent
+    graph = onnx.load(merged_report.path, load_external_data=False)
+    folder = Path(merged_report.path).parent
     assert merged_report.num_nodes == len(graph.graph.node) == sum(merged_report.op_counts.values())
     assert merged_report.opset == next(entry.version for entry in graph.opset_import if not entry.domain)
     assert merged_report.inputs == {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
@@ -100,7 +101,8 @@ def test_weights_are_in_the_data_file(merged_report: ExportReport) -> None:
 
 
 def test_tokenizer_files_come_along(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
+    source = tmp_path / "source"
+    target = tmp_path / "target"
     model = bert_classifier(num_layers=1)
     model.save_pretrained(source)
     (source / "vocab.txt").write_text("[PAD]\n")
@@ -278,7 +280,8 @@ def metadata_of(path: Path) -> dict[str, Any]:
 def test_the_file_says_what_it_is(
     model: nn.Module, base_report: ExportReport, merged_report: ExportReport, tmp_path: Path
 ) -> None:
-    base, merged = metadata_of(Path(base_report.path)), metadata_of(Path(merged_report.path))
+    base = metadata_of(Path(base_report.path))
+    merged = metadata_of(Path(merged_report.path))
     melora_fx.save_adapter(model, tmp_path)
     assert (base["adapter"], base["adapter_sha256"], base["sites"]) == ("none", "none", {})
     assert (merged["adapter"], merged["adapter_sha256"]) == ("fold", read_adapter(tmp_path).sha256)
@@ -323,7 +326,8 @@ def test_the_same_export_twice_gives_the_same_bytes(
     tmp_path: Path, model: nn.Module, unmerged_report: ExportReport
 ) -> None:
     """The first may be another process's."""
-    first, second = Path(unmerged_report.path).parent, tmp_path
+    first = Path(unmerged_report.path).parent
+    second = tmp_path
     export_onnx(model, tokens(), second, adapter="keep", verify=False)
     for file in ("model.onnx", "model.onnx.data"):
         assert (first / file).read_bytes() == (second / file).read_bytes()

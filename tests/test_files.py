@@ -102,7 +102,8 @@ export_onnx(rewritten_tower(seed=1), (randn(2, 24),), path)
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["translating", "writing", "comparing", "moving_starts", "moving"])
 def test_a_killed_export_leaves_the_earlier_one_or_no_graph(step: str, tmp_path: Path) -> None:
-    path, x = tmp_path / "model.onnx", {"x": randn(2, 24)}
+    path = tmp_path / "model.onnx"
+    x = {"x": randn(2, 24)}
     export_onnx(rewritten_tower(), (x["x"],), path)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     result = subprocess.run([sys.executable, "-c", KILLED, path, step], capture_output=True, text=True, check=False)

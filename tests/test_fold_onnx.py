@@ -113,7 +113,8 @@ def test_half_precision(case: str, target: str, exports: Exports, tmp_path: Path
 
 @pytest.mark.parametrize("target", ["portable", pytest.param("ort-cpu", marks=pytest.mark.slow)])
 def test_a_trained_head_is_exchanged(target: str, exports: Exports, tmp_path: Path) -> None:
-    model, inputs = bert_with_biases(), tokens()
+    model = bert_with_biases()
+    inputs = tokens()
     base = Path(exports("bert with biases", target=target).path).parent
     fill(melora_fx.rewrite(model, ["query", "value"], TOWER_CONFIG, keep_trainable=["classifier", "pooler"]))
     with torch.no_grad():
@@ -150,7 +151,8 @@ def test_a_value_that_the_exporter_stores_once_for_two_is_not_a_head_of_its_own(
     class Twins(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(24, 24), nn.Linear(24, 24)
+            self.up = nn.Linear(24, 24)
+            self.down = nn.Linear(24, 24)
             nn.init.zeros_(self.up.bias)
             nn.init.zeros_(self.down.bias)
 
@@ -321,7 +323,8 @@ def test_an_adapter_shared_module_called_twice(tmp_path: Path) -> None:
             return self.layer(torch.tanh(self.layer(x)))
 
     torch.manual_seed(0)
-    model, x = Twice(), {"x": randn(2, 24)}
+    model = Twice()
+    x = {"x": randn(2, 24)}
     export_onnx(model, x, tmp_path / "base.onnx", verify=False)
     fill(melora_fx.rewrite(model, "layer", TOWER_CONFIG))
     melora_fx.save_adapter(model, tmp_path / "adapter")

@@ -15,7 +15,8 @@ from melora_fx.adapter import update
 from melora_fx.adapter.update import Scratch, add_update, non_finite, update_tiles
 
 CONFIG = MELoRAConfig(rank=(1, 4, 2), num_blocks=3, alpha=(1.0, 0.5, 4.0))
-IN, OUT = 24, 36
+IN = 24
+OUT = 36
 
 
 def factors(config: MELoRAConfig, in_features: int = IN, out_features: int = OUT) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +41,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gets_the_same_bits_and_nothing_beside_it_changes(layout: str, dtype: torch.dtype) -> None:
-    base, (lora_a, lora_b) = randn(OUT, IN, seed=3).to(dtype), factors(CONFIG)
+    base = randn(OUT, IN, seed=3).to(dtype)
+    (lora_a, lora_b) = factors(CONFIG)
     weight = LAYOUTS[layout](base)
     around = weight.untyped_storage().nbytes() // weight.element_size() - weight.numel()
     whole = torch.empty(0, dtype=dtype).set_(weight.untyped_storage())
@@ -63,7 +65,8 @@ def test_every_layout_gets_the_same_bits_and_nothing_beside_it_changes(layout: s
 )  # fmt: skip
 def test_any_shape_and_any_tile(num_blocks: int, rank: int, height: int, width: int, parts: int, tile: int) -> None:
     config = MELoRAConfig(rank=rank, num_blocks=num_blocks, alpha=3.0, split=parts)
-    in_features, out_features = num_blocks * width, parts * num_blocks * height
+    in_features = num_blocks * width
+    out_features = parts * num_blocks * height
     lora_a, lora_b = factors(config, in_features, out_features)
     weight = randn(out_features, in_features)
     expected = weight.double() + dense_update(config, lora_a, lora_b)
@@ -74,7 +77,8 @@ def test_any_shape_and_any_tile(num_blocks: int, rank: int, height: int, width: 
 
 
 def test_scratch_is_reused_and_grows() -> None:
-    scratch, device = Scratch(), torch.device("cpu")
+    scratch = Scratch()
+    device = torch.device("cpu")
     first = scratch.take("delta", torch.Size((2, 3)), torch.float32, device)
     second = scratch.take("delta", torch.Size((3,)), torch.float32, device)
     assert first.data_ptr() == second.data_ptr()
@@ -97,7 +101,8 @@ def test_scratch_is_reused_and_grows() -> None:
 )
 def test_what_is_not_finite_is_told_before_it_is_added(dtype: torch.dtype, size: float, reason: str | None) -> None:
     lora_a, lora_b = factors(CONFIG)
-    lora_a[0], lora_b[0, 0, 0] = abs(size) if size < 1e10 else 1e20, size
+    lora_a[0] = abs(size) if size < 1e10 else 1e20
+    lora_b[0, 0, 0] = size
     weight = randn(OUT, IN, seed=3).to(dtype)
     found = non_finite(CONFIG, weight, lora_a, lora_b)
     assert (found is None) if reason is None else (found is not None and reason in found)

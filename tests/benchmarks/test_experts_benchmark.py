@@ -20,7 +20,8 @@ def test_a_cell_and_its_table(
     assert list(by_side) == list(benchmark.SIDES)
     assert all(row.keys() == set(benchmark.FIELDS) for row in rows)
     assert by_side["frozen"]["ratio"] == 1.0
-    ours, equal = by_side["ours"]["parameters"], by_side["PEFT LoRA, equal parameters"]["parameters"]
+    ours = by_side["ours"]["parameters"]
+    equal = by_side["PEFT LoRA, equal parameters"]["parameters"]
     assert ours == equal == by_side["PEFT LoRA, equal rank"]["parameters"] // 8
     assert by_side["frozen"]["parameters"] == 0
     benchmark.write_report(rows, tmp_path / "experts.md")

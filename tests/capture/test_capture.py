@@ -119,7 +119,8 @@ def test_hugging_face_captures_agree_bit_for_bit(build):
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
-        self.left, self.right = nn.Linear(IN, OUT), nn.Linear(IN, OUT, bias=False)
+        self.left = nn.Linear(IN, OUT)
+        self.right = nn.Linear(IN, OUT, bias=False)
 
     def forward(self, a, b, scale=1.0):
         return scale * self.left(a) + self.right(b)
@@ -127,14 +128,18 @@ class TwoInputs(nn.Module):
 
 @pytest.mark.parametrize("as_dict", [False, True], ids=["tuple", "dict"])
 def test_example_inputs_as_tuple_and_dict(as_dict):
-    model, a, b = TwoInputs(), randn(2, IN), randn(2, IN, seed=2)
+    model = TwoInputs()
+    a = randn(2, IN)
+    b = randn(2, IN, seed=2)
     expected = model(a, b)
     captured = whole(model, {"a": a, "b": b} if as_dict else (a, b))
     assert_equal(captured(a=a, b=b) if as_dict else captured(a, b), expected)
 
 
 def test_example_inputs_as_a_list_are_positional():
-    model, a, b = TwoInputs(), randn(2, IN), randn(2, IN, seed=2)
+    model = TwoInputs()
+    a = randn(2, IN)
+    b = randn(2, IN, seed=2)
     assert_equal(whole(model, [a, b])(a, b), model(a, b))
 
 
@@ -237,7 +242,8 @@ def test_dropout_and_attention_dropout_follow_the_mode():
 class ModeModule(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.linear, self.inner = nn.Linear(IN, OUT), inner
+        self.linear = nn.Linear(IN, OUT)
+        self.inner = inner
 
     def forward(self, x):
         return self.inner(self.linear(x))
@@ -406,7 +412,8 @@ def test_default_argument_of_a_traced_forward_is_kept():
 
     model = nn.ModuleDict({"inner": Scaled(IN, OUT)})
     x = randn(2, IN)
-    expected, other = model["inner"](x), model["inner"](x, scale=3.0)
+    expected = model["inner"](x)
+    other = model["inner"](x, scale=3.0)
     melora_fx.rewrite(model, "inner", CONFIG)
     assert_equal(model["inner"](x), expected)
     assert_equal(model["inner"](x, scale=3.0), other)
@@ -425,7 +432,8 @@ def test_module_used_in_two_places_is_one_site():
     x = randn(3, IN)
     model = melora_fx.rewrite(Twice(), "all-linear", CONFIG)
     (site,) = melora_fx.sites(fill(model)).values()
-    weight, bias = adapted_weight(site), site.owner.bias.detach().double()
+    weight = adapted_weight(site)
+    bias = site.owner.bias.detach().double()
     expected = torch.tanh(x.double() @ weight.T + bias) @ weight.T + bias
     assert_near(output_of(model, x), expected)
     assert_near(output_of(melora_fx.fold(model), x), expected)

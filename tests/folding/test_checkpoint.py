@@ -25,7 +25,9 @@ from melora_fx.folding.checkpoint_keys import KeyMap, map_keys
 from melora_fx.saving.fingerprint import fingerprint
 from melora_fx.saving.tensor_file import Entry, make_header, serialise
 
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 DTYPES = {
     "F64": torch.float64,
@@ -55,7 +57,8 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def test_what_is_serialised_is_what_safetensors_reads_back(tmp_path: Path) -> None:
     tensors = tensors_of_all_kinds()
-    entries, data = {}, b""
+    entries = {}
+    data = b""
     for key, tensor in tensors.items():
         entries[key], own = serialise(tensor)
         data += own
@@ -139,7 +142,8 @@ def test_sharded_files(tmp_path: Path) -> None:
 def test_fingerprint_is_as_in_memory(shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path) -> None:
     weight = randn(*shape, dtype=dtype)
     save_file({"before": randn(3), "weight": weight, "after": randn(3)}, tmp_path / SINGLE)
-    found, expected = open_checkpoint(tmp_path).tensors["weight"].fingerprint(), fingerprint(weight)
+    found = open_checkpoint(tmp_path).tensors["weight"].fingerprint()
+    expected = fingerprint(weight)
     assert_equal(torch.tensor(found.pop("values")), torch.tensor(expected.pop("values")))
     assert found == expected
 
@@ -382,7 +386,8 @@ def with_rules(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 )
 def test_key_that_a_rule_would_lead_astray_stays(rule: Any, with_rules: Callable[..., None], tmp_path: Path) -> None:
     """As transformers loads it: a rule for older checkpoints may match the names of today too."""
-    checkpoint, names = saved(bert(), tmp_path), set(bert().state_dict())
+    checkpoint = saved(bert(), tmp_path)
+    names = set(bert().state_dict())
     with_rules(rule)
     found = map_keys(checkpoint, "BertModel", None)
     assert (set(found.keys), found.converted) == (names, frozenset())

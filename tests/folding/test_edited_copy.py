@@ -125,7 +125,8 @@ def test_large_changes_on_odd_sizes(tmp_path: Path) -> None:
     content = make_sources(tmp_path, {"a": 20_000_003})["a"]
     sizes = [3_000_001, 1, 2_999_999, 7, 2_500_000, 4_000_003]
     pieces: list[Stretch | bytes] = []
-    expected, start = bytearray(), 1
+    expected = bytearray()
+    start = 1
 
     def flip(data: memoryview) -> None:
         torch.frombuffer(data, dtype=torch.uint8).bitwise_xor_(255)

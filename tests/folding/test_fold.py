@@ -70,7 +70,9 @@ CONFIGS = {
 def test_weight_is_the_base_plus_the_dense_update(config, kind, dtype):
     model = fill(melora_fx.rewrite(tower().to(dtype), kind, config))
     (site,) = melora_fx.sites(model).values()
-    expected, update, base = adapted_weight(site), site_update(site).detach(), site.weight.detach().clone()
+    expected = adapted_weight(site)
+    update = site_update(site).detach()
+    base = site.weight.detach().clone()
     melora_fx.fold(model)
     assert_near(site.weight, expected)
     outside = dense_update(config, torch.ones_like(site.lora_a), torch.ones_like(site.lora_b)) == 0
@@ -97,16 +99,21 @@ def test_narrow_weight_is_rounded_once(config, dtype):
     model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN)).to(dtype)
     fill(melora_fx.rewrite(model, "0", config))
     (site,) = melora_fx.sites(model).values()
-    base, num_blocks, rank = site.weight.detach().clone(), config.num_blocks, site.lora_b.size(2)
-    delta, row = torch.zeros(OUT, IN), 0
+    base = site.weight.detach().clone()
+    num_blocks = config.num_blocks
+    rank = site.lora_b.size(2)
+    delta = torch.zeros(OUT, IN)
+    row = 0
     scaled = site.lora_b.detach() * torch.tensor(config.scalings).view(-1, 1, 1)
     first = 0
     for part, size in enumerate(config.parts(OUT)):
-        height, width = size // num_blocks, IN // num_blocks
+        height = size // num_blocks
+        width = IN // num_blocks
         blocks = torch.bmm(scaled[:, first : first + height], site.lora_a.detach()[:, part * rank : (part + 1) * rank])
         for i, block in enumerate(blocks):
             delta[row + i * height : row + (i + 1) * height, i * width : (i + 1) * width] = block
-        row, first = row + size, first + height
+        row = row + size
+        first = first + height
     assert_equal(delta.double().round(decimals=3), site_update(site).detach().round(decimals=3))
     melora_fx.fold(model)
     assert_equal(site.weight.detach(), (base.float() + delta).to(dtype))
@@ -233,7 +240,8 @@ def test_fold_of_a_copy_leaves_the_original_alone(case):
 
 @pytest.mark.parametrize("compiled_first", [False, True], ids=["never_run", "run_before"])
 def test_fold_inside_a_compiled_wrapper(tower_case, compiled_first):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     expected = output_of(model, x)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -248,7 +256,8 @@ def test_fold_inside_a_compiled_wrapper(tower_case, compiled_first):
 
 
 def test_folded_of_a_compiled_wrapper(tower_case):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     adapted = output_of(model, x)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for _ in range(2):
@@ -294,7 +303,8 @@ def test_folded_restores_after_an_exception(dtype):
 
 def test_folded_can_be_nested(tower_case):
     """The adapter is merged once, however deep the blocks."""
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     adapted = output_of(model, x)
     with assert_unchanged(model):
         with melora_fx.folded(model):
@@ -306,7 +316,8 @@ def test_folded_can_be_nested(tower_case):
 
 
 def test_fold_inside_folded_is_refused_or_merges_once(tower_case):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     expected = output_of(melora_fx.fold(copy.deepcopy(model)), x)
     adapted = output_of(model, x)
     with melora_fx.folded(model):
@@ -373,7 +384,8 @@ def test_untie_of_a_model_without_shared_sites_changes_no_tie():
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_two_sites_on_one_weight(whole):
     torch.manual_seed(0)
-    plain, x = Tied(), randn(2, IN)
+    plain = Tied()
+    x = randn(2, IN)
     options = {"example_inputs": (x,)} if whole else {}
     model = melora_fx.rewrite(copy.deepcopy(plain), "all-linear", TOWER_CONFIG, **options)
     assert_equal(output_of(model, x), output_of(plain, x))
@@ -479,7 +491,8 @@ def test_a_backward_that_was_pending_is_right_after_folded(case, compiled):
 
 
 def test_a_backward_of_a_forward_inside_folded_is_refused_after_it():
-    model, x = rewritten_tower(), randn(2, IN).requires_grad_()
+    model = rewritten_tower()
+    x = randn(2, IN).requires_grad_()
     with melora_fx.folded(model):
         inside = model(x).sum()
         model(x).sum().backward()
@@ -574,6 +587,7 @@ def test_error_of_a_narrow_fold_is_never_above_pefts(dtype, safe_merge):
             layer.merge(safe_merge=safe_merge)
     melora_fx.fold(model)
     for name, expected in exact.items():
-        ours, other = model.get_submodule(name).weight, theirs.get_submodule(name).base_layer.weight
+        ours = model.get_submodule(name).weight
+        other = theirs.get_submodule(name).base_layer.weight
         errors = [float((weight.detach().double() - expected).norm()) for weight in (ours, other)]
         assert errors[0] <= errors[1], name

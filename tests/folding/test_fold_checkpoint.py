@@ -164,7 +164,8 @@ def test_untrained_adapter_changes_nothing(folders: Folders) -> None:
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 def test_twice_gives_the_same_bytes(sharded: bool, folders: Folders) -> None:
     folders.prepare(bert(), "query", sharded=sharded, trained=BertForSequenceClassification, keep="classifier")
-    first, second = folders.parent / "first", folders.parent / "second"
+    first = folders.parent / "first"
+    second = folders.parent / "second"
     assert folders.fold(first) == folders.fold(second)
     assert {name: data for name, (data, _, _) in content_of(first).items()} == {
         name: data for name, (data, _, _) in content_of(second).items()
@@ -189,7 +190,8 @@ def test_a_step_of_a_few_bytes_gives_the_same(
 
 def test_report_is_sorted_and_identifies_the_adapter(folders: Folders) -> None:
     trained = folders.prepare(bert_classifier().to(torch.bfloat16), ["query", "dense"], keep="classifier")
-    report, checked = folders.fold(), melora_fx.check_fold(trained)
+    report = folders.fold()
+    checked = melora_fx.check_fold(trained)
     assert report == checked
     shares = [site.rounding_share for site in report.sites]
     assert shares == sorted(shares, reverse=True)

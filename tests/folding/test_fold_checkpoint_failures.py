@@ -154,7 +154,8 @@ def test_peak_memory_is_that_of_a_few_weights(sharded: bool, tmp_path: Path) -> 
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
     for parameter in model.parameters():
         parameter.data.view(-1, 16).copy_(randn(16) * 0.02)
-    small, large = Folders(tmp_path / "small"), Folders(tmp_path / "large")
+    small = Folders(tmp_path / "small")
+    large = Folders(tmp_path / "large")
     small.prepare(llama(), "all-linear")
     model.save_pretrained(large.base, max_shard_size="100MB" if sharded else "5GB")
     weights = sum(parameter.nbytes for parameter in model.parameters())

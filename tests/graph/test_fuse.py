@@ -114,7 +114,8 @@ def test_swappable_adapters_survive_the_fusions(exports: Exports, tmp_path: Path
     assert report.num_adapter_inputs == 4
     assert sum("random adapter" in words for words in report.compared) >= 3
     melora_fx.save_adapter(MODELS["adapted gpt2"][0](), tmp_path / "adapter")
-    swap, base = OrtRunner(report.path), OrtRunner(exports("gpt2", target="ort-cpu").path)
+    swap = OrtRunner(report.path)
+    base = OrtRunner(exports("gpt2", target="ort-cpu").path)
     keep = OrtRunner(exports("adapted gpt2", adapter="keep", target="ort-cpu").path)
     np.testing.assert_array_equal(swap.run(tokens())["logits"], base.run(tokens())["logits"])
     with_adapter = swap.run(tokens(), adapter=tmp_path / "adapter")["logits"]

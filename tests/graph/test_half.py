@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from exporters import OrtRunner, export_onnx
 from exporters.runtime.session import HALF_CONFIG
 
-FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+FLOAT = onnx.TensorProto.FLOAT
+FLOAT16 = onnx.TensorProto.FLOAT16
 
 
 @pytest.mark.default_cases("ort-cuda-fold", "portable-keep", "ort-cuda-swap")

@@ -111,7 +111,8 @@ def operands(
 ) -> Operands:
     adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     a_shape, b_shape = config.adapter_shapes(IN, OUT)
-    lora_a, lora_b = randn(*a_shape, seed=21, dtype=adapter_dtype) / 3, randn(*b_shape, seed=22, dtype=adapter_dtype)
+    lora_a = randn(*a_shape, seed=21, dtype=adapter_dtype) / 3
+    lora_b = randn(*b_shape, seed=22, dtype=adapter_dtype)
     for block, own in enumerate(config.ranks):
         lora_a[block].unflatten(0, (-1, lora_b.size(2)))[:, own:] = 0
         lora_b[block, :, own:] = 0
@@ -143,7 +144,8 @@ def gradients(output: Tensor, leaves: list[Tensor], upstream: Tensor | None = No
 
 def check_against_oracle(given: Operands, factor: float = 1.0) -> list[Tensor]:
     """Output and all gradients that are asked for; gives the gradients."""
-    output, wide = given(), given.wide()
+    output = given()
+    wide = given.wide()
     expected = wide.dense()
     assert output.dtype == given.x.dtype
     assert output.is_contiguous()
@@ -325,7 +327,8 @@ def test_output_may_be_changed_in_place(leading, bias, merge):
     """As by `nn.ReLU(inplace=True)` behind a linear."""
     given = operands(leading=leading, bias=bias, merge=merge)
     wide = given.wide()
-    ours, theirs = torch.relu_(given()), torch.relu(wide.dense())
+    ours = torch.relu_(given())
+    theirs = torch.relu(wide.dense())
     assert_sums_near(ours, theirs)
     for actual, expected in zip(
         gradients(ours, [given.x, given.lora_b]), gradients(theirs, [wide.x, wide.lora_b]), strict=True
@@ -337,7 +340,8 @@ def test_output_may_be_changed_in_place(leading, bias, merge):
 @pytest.mark.parametrize("config", FEW.values(), ids=FEW)
 def test_batched_gradients(config, leading):
     given = operands(config, leading)
-    upstream, leaves = randn(3, *leading, OUT, seed=9), [given.x, given.lora_a, given.lora_b]
+    upstream = randn(3, *leading, OUT, seed=9)
+    leaves = [given.x, given.lora_a, given.lora_b]
     output = given()
     together = gradients(output, leaves, upstream, is_grads_batched=True, retain_graph=True)
     for index, single in enumerate(upstream):
@@ -353,7 +357,8 @@ def test_half_base_with_an_adapter_in_float32(config, leading, merge, dtype):
     given = operands(config, leading, dtype=dtype, merge=merge)
     assert given.lora_a.dtype == torch.float32
     assert not given.is_merged
-    output, wide = given(), given.wide()
+    output = given()
+    wide = given.wide()
     assert output.dtype == dtype
     assert_sums_near(output, wide.dense())
     ours = gradients(output, [given.x, given.lora_a, given.lora_b])
@@ -415,7 +420,8 @@ def test_weight_of_another_tensor_type_is_left_to_linear(config, leading, bias, 
     wide = given.wide()
     wide.weight = rounded(given.weight).double()
     given.weight = given.weight.as_subclass(Coarse)
-    output, expected = given(), wide.dense()
+    output = given()
+    expected = wide.dense()
     assert type(output) is Tensor
     assert_sums_near(output, expected)
     ours = gradients(output, [given.x, given.lora_a, given.lora_b])
@@ -427,9 +433,11 @@ def test_weight_of_another_tensor_type_is_left_to_linear(config, leading, bias, 
 def test_bias_beside_such_a_weight_is_added_once_and_gets_its_gradient():
     given = operands()
     wide = given.wide()
-    wide.weight, given.weight = rounded(given.weight).double(), given.weight.as_subclass(Coarse)
+    wide.weight = rounded(given.weight).double()
+    given.weight = given.weight.as_subclass(Coarse)
     given.bias.requires_grad_(), wide.bias.requires_grad_()
-    (ours,), (theirs,) = gradients(given(), [given.bias]), gradients(wide.dense(), [wide.bias])
+    (ours,) = gradients(given(), [given.bias])
+    (theirs,) = gradients(wide.dense(), [wide.bias])
     assert_sums_near(ours, theirs)
 
 
@@ -514,7 +522,8 @@ def test_dropout_keeps_the_mean(rate):
 def test_dropout_follows_the_mode_and_the_global_seed():
     given = operands(rate=0.5)
     torch.manual_seed(3)
-    first, second = given(), given()
+    first = given()
+    second = given()
     assert not torch.equal(first, second)
     torch.manual_seed(3)
     assert_equal([given(), given()], [first, second])

@@ -41,7 +41,8 @@ import melora_fx
     ],
 )
 def test_conversion_after_the_rewrite(convert, leading, calls):
-    model, x = linear(), randn(*leading, IN)
+    model = linear()
+    x = randn(*leading, IN)
     plain = convert(linear(replace(CONFIG, lowering="plain")))
     convert(model)
     site = melora_fx.sites(model)["inner"]
@@ -59,7 +60,8 @@ def test_conversion_after_the_rewrite(convert, leading, calls):
 def test_base_alone_in_bfloat16_after_the_rewrite(leading):
     model = linear()
     site = melora_fx.sites(model)["inner"]
-    site.weight.data, site.owner.bias.data = site.weight.data.bfloat16(), site.owner.bias.data.bfloat16()
+    site.weight.data = site.weight.data.bfloat16()
+    site.owner.bias.data = site.owner.bias.data.bfloat16()
     x = randn(*leading, IN, dtype=torch.bfloat16)
     assert_near(output_of(model, x), F.linear(x.double(), adapted_weight(site), site.owner.bias.double()))
 
@@ -68,7 +70,8 @@ def test_base_alone_in_bfloat16_after_the_rewrite(leading):
 @pytest.mark.parametrize("leading", [FEW, MANY], ids=["few", "many"])
 def test_weight_that_only_linear_can_read(leading, when):
     torch.manual_seed(4)
-    model, x = Holder(nn.Linear(IN, OUT)), randn(*leading, IN).requires_grad_()
+    model = Holder(nn.Linear(IN, OUT))
+    x = randn(*leading, IN).requires_grad_()
     coarse = nn.Parameter(model.inner.weight.detach().as_subclass(Coarse), requires_grad=False)
     readable = rounded(model.inner.weight.detach()).double()
     if when == "before":

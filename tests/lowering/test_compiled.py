@@ -44,7 +44,8 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("lowering", ["auto", "plain"])
 def test_compiled_graph_has_one_operator_for_each_site(tower_case, lowering):
     options = {"example_inputs": (tower_case.inputs,)} if tower_case.captured else {}
-    backend, x = Operators(), randn(*MANY, IN)
+    backend = Operators()
+    x = randn(*MANY, IN)
     model = lowered(tower, lowering, **options)
     run = torch.compile(model, backend=backend, fullgraph=True)
     assert_close(step(model, x, run), step(lowered(tower, "plain"), x))
@@ -56,7 +57,8 @@ def test_compiled_graph_has_one_operator_for_each_site(tower_case, lowering):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, lowering="activation")], ids=["weight", "activation"])
 def test_compiled_by_inductor(config):
-    model, x = lowered(tower, config.lowering, config), randn(*MANY, IN)
+    model = lowered(tower, config.lowering, config)
+    x = randn(*MANY, IN)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # inductor imports a deprecated part of torch
         run = torch.compile(model, fullgraph=True)
@@ -77,7 +79,8 @@ def test_steps_compile_as_often_as_the_plain_nodes(config, dynamic, shapes):
     counts = []
     for lowering in ("auto", "plain"):
         torch._dynamo.reset()
-        model, counter = lowered(tower, lowering, config).train(), CompileCounterWithBackend("aot_eager")
+        model = lowered(tower, lowering, config).train()
+        counter = CompileCounterWithBackend("aot_eager")
         run = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
         optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values())
         for seed, shape in enumerate(shapes):
@@ -101,7 +104,8 @@ def test_nothing_breaks_the_graph_of_a_hugging_face_model():
 @pytest.mark.parametrize("lowering", ["auto", "plain"])
 def test_more_shapes_are_compiled_than_one_code_may_have_versions(lowering):
     """Dynamo counts the versions of a code object: 8, and then it runs eagerly, or raises where it may not."""
-    counter, x = CompileCounterWithBackend("aot_eager"), randn(*FEW, IN)
+    counter = CompileCounterWithBackend("aot_eager")
+    x = randn(*FEW, IN)
     for index in range(torch._dynamo.config.recompile_limit + 1):
         layers = nn.Sequential(nn.Linear(IN, OUT + 3 * index))
         model = fill(melora_fx.rewrite(layers, "all-linear", replace(CONFIG, lowering=lowering)))
@@ -111,7 +115,8 @@ def test_more_shapes_are_compiled_than_one_code_may_have_versions(lowering):
 
 @pytest.mark.parametrize("lowering", ["auto", "plain"])
 def test_layers_compiled_one_by_one_share_their_code(lowering):
-    counter, x = CompileCounterWithBackend("aot_eager"), randn(*FEW, IN)
+    counter = CompileCounterWithBackend("aot_eager")
+    x = randn(*FEW, IN)
     layers = nn.Sequential(*[nn.Linear(IN, IN) for _ in range(torch._dynamo.config.recompile_limit + 2)])
     model = fill(melora_fx.rewrite(layers, "all-linear", replace(CONFIG, lowering=lowering)))
     with torch.no_grad():
@@ -138,7 +143,8 @@ def test_a_graph_changed_by_hand_changes_its_own_module_alone():
 
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["weight", "dropout"])
 def test_compiled_forward_keeps_the_input_alone(config):
-    model, x = linear(config).train(), randn(*MANY, IN).requires_grad_()
+    model = linear(config).train()
+    x = randn(*MANY, IN).requires_grad_()
     run = compiled(model)
     run(x)
     with kept_for_backward([*model.parameters(), *model.buffers()]) as kept:
@@ -150,9 +156,11 @@ def test_compiled_forward_keeps_the_input_alone(config):
 
 
 def test_compiled_dropout_is_seeded_and_the_backward_uses_the_forwards_mask():
-    model, x = linear(DROPOUT).train(), randn(*MANY, IN)
+    model = linear(DROPOUT).train()
+    x = randn(*MANY, IN)
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
-    first, second = run(x).detach(), run(x).detach()
+    first = run(x).detach()
+    second = run(x).detach()
     assert not torch.equal(first, second)
     assert_close(seeded(step, model, x, run), seeded(step, model, x, run))
     base = F.linear(x, model.inner.weight, model.inner.bias)
@@ -169,7 +177,8 @@ def test_compiled_dropout_is_seeded_and_the_backward_uses_the_forwards_mask():
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
 def test_without_gradients(config, compiled, mode):
-    model, x = lowered(tower, config=config), randn(*MANY, IN)
+    model = lowered(tower, config=config)
+    x = randn(*MANY, IN)
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     with mode():
         output = run(x)

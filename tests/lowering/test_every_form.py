@@ -93,7 +93,8 @@ def held_form(name: str) -> nn.Module:
 def test_each_form_is_lowered_or_left_plain_and_gives_the_plain_nodes_numbers(name, capture, calls):
     for shape in SHAPES[name][1:] if capture == "example_inputs" else SHAPES[name]:
         x = randn(*shape, seed=3)
-        base, made = output_of(held_form(name), x), []
+        base = output_of(held_form(name), x)
+        made = []
         for lowering in ("auto", "plain"):
             model, options = CAPTURES[capture](held_form(name), x)
             made.append(
@@ -143,7 +144,8 @@ def shared() -> nn.Module:
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_sites_that_feed_each_other_share_weights_or_are_used_twice(lowering, build, capture, leading, calls):
     x = randn(*leading, IN)
-    base, made = output_of(build(), x), []
+    base = output_of(build(), x)
+    made = []
     for chosen in (lowering, "plain"):
         model, options = CAPTURES[capture](build(), x)
         made.append(melora_fx.rewrite(model, "all-linear", replace(CONFIG, lowering=chosen), **options))

@@ -173,7 +173,8 @@ COPIES = {
 )
 def test_copies_keep_the_lowering(tower_case, config, make_copy, calls):
     options = {"example_inputs": (tower_case.inputs,)} if tower_case.captured else {}
-    model, x = lowered(tower, config.lowering, config, **options), randn(*MANY, IN)
+    model = lowered(tower, config.lowering, config, **options)
+    x = randn(*MANY, IN)
     copied = make_copy(model)
     assert [s.lowering for s in melora_fx.sites(copied).values()] == [
         s.lowering for s in melora_fx.sites(model).values()
@@ -186,7 +187,8 @@ def test_copies_keep_the_lowering(tower_case, config, make_copy, calls):
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["weight", "activation"])
 def test_disabled_folded_and_fold_run_no_adapter(tower_case, config, calls):
     options = {"example_inputs": (tower_case.inputs,)} if tower_case.captured else {}
-    model, x = lowered(tower, config=config, **options), randn(*MANY, IN)
+    model = lowered(tower, config=config, **options)
+    x = randn(*MANY, IN)
     adapted = output_of(model, x)
     with melora_fx.disabled(model):
         assert num_calls(calls, model, x) == 0
@@ -205,7 +207,8 @@ def test_disabled_folded_and_fold_run_no_adapter(tower_case, config, calls):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_disabled_between_forward_and_backward_is_allowed(lowering, compiled):
-    model, x = lowered(tower, lowering), randn(*MANY, IN)
+    model = lowered(tower, lowering)
+    x = randn(*MANY, IN)
     expected = step(model, x)
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
 

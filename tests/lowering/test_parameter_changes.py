@@ -84,7 +84,8 @@ def change_base(model: nn.Module, run: Any, x: Tensor, folder: Any) -> None:
         model.get_submodule("up").weight.mul_(2)
 
 
-SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+SGD = torch.optim.SGD
+ADAMW = torch.optim.AdamW
 
 CHANGES = {
     **{
@@ -122,7 +123,8 @@ CHANGES = {
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_next_forward_sees_the_change(change, mode, tmp_path):
-    model, x = lowered(tower), randn(*MANY, IN)
+    model = lowered(tower)
+    x = randn(*MANY, IN)
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if mode == "compiled" else model
     before = run(x).detach()
     change(model, run, x, tmp_path)

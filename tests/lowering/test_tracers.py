@@ -39,7 +39,8 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 @JIT_IS_DEPRECATED
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
 def test_jit_trace_sees_plain_nodes(config):
-    x, code = randn(*MANY, IN), []
+    x = randn(*MANY, IN)
+    code = []
     for lowering in ("auto", "plain"):
         traced = torch.jit.trace(lowered(tower, lowering, config), (x,))
         code.append([node.kind() for node in traced.inlined_graph.nodes()])
@@ -91,7 +92,8 @@ def test_onnx_graph_is_that_of_the_plain_nodes(tmp_path):
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
 def test_make_fx_of_outputs_and_of_gradients(config, mode):
-    model, x = linear(config).eval(), randn(*MANY, IN)
+    model = linear(config).eval()
+    x = randn(*MANY, IN)
     parameters = dict(model.named_parameters())
 
     def gradients(parameters: dict[str, Tensor], x: Tensor) -> list[Tensor]:
@@ -107,7 +109,8 @@ def test_make_fx_of_outputs_and_of_gradients(config, mode):
 
 
 def test_make_fx_of_dropout_draws_anew():
-    model, x = linear(DROPOUT).train(), randn(*MANY, IN)
+    model = linear(DROPOUT).train()
+    x = randn(*MANY, IN)
     traced = make_fx(model)(x)
     assert not torch.equal(traced(x), traced(x))
 

@@ -62,9 +62,11 @@ def losses(model: nn.Module, run: Callable[..., Tensor], steps: int = 20) -> Ten
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("lowering", ["weight", "activation"])
 def test_training_losses_are_those_of_the_plain_nodes(lowering, compiled):
-    plain, model = lowered(tower, "plain").train(), lowered(tower, lowering).train()
+    plain = lowered(tower, "plain").train()
+    model = lowered(tower, lowering).train()
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-    expected, found = losses(plain, plain), losses(model, run)
+    expected = losses(plain, plain)
+    found = losses(model, run)
     assert float(expected[-1]) < 0.9 * float(expected[0])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
@@ -148,7 +150,8 @@ def test_relu_in_place_behind_a_linear(mode):
 def test_hooks_of_the_backward_see_the_gradients():
     found = []
     for lowering in ("auto", "plain"):
-        model, seen = lowered(tower, lowering), []
+        model = lowered(tower, lowering)
+        seen = []
         for name in ("up", "conv"):
             module = model.get_submodule(name)
             module.register_full_backward_hook(lambda module, of_x, of_y, seen=seen: seen.extend([*of_x, *of_y]))
@@ -159,7 +162,8 @@ def test_hooks_of_the_backward_see_the_gradients():
 
 
 def test_gradients_add_up_over_steps_and_over_forwards():
-    model, xs = lowered(tower), [randn(*leading, IN, seed=seed) for seed, leading in enumerate((FEW, MANY, FEW))]
+    model = lowered(tower)
+    xs = [randn(*leading, IN, seed=seed) for seed, leading in enumerate((FEW, MANY, FEW))]
     plain = lowered(tower, "plain")
     for x in xs:
         plain(x).square().mean().backward()
@@ -176,7 +180,8 @@ def test_gradients_add_up_over_steps_and_over_forwards():
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
 def test_gradient_checkpointing_changes_nothing(config, reentrant, compiled):
-    model, x = lowered(tower, config=config).train(), randn(*MANY, IN)
+    model = lowered(tower, config=config).train()
+    x = randn(*MANY, IN)
 
     def run(x: Tensor) -> Tensor:
         return checkpoint(model, x, use_reentrant=reentrant)
@@ -192,7 +197,8 @@ def test_gradient_checkpointing_changes_nothing(config, reentrant, compiled):
 @pytest.mark.parametrize("leading", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("lowering", ["weight", "activation"])
 def test_autocast_is_near_the_plain_nodes(lowering, leading, compiled):
-    x, found = randn(*leading, IN), []
+    x = randn(*leading, IN)
+    found = []
     for chosen in (lowering, "plain"):
         model = linear(replace(CONFIG, lowering=chosen))
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
@@ -205,7 +211,8 @@ def test_autocast_is_near_the_plain_nodes(lowering, leading, compiled):
 
 
 def test_autocast_is_the_same_eager_and_compiled():
-    model, x = lowered(tower), randn(*MANY, IN)
+    model = lowered(tower)
+    x = randn(*MANY, IN)
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     context = torch.autocast("cpu", torch.bfloat16)
     for actual, expected in zip(step(model, x, context(run)), step(model, x, context(model)), strict=True):
@@ -216,7 +223,8 @@ def test_autocast_is_the_same_eager_and_compiled():
 @pytest.mark.parametrize("lowering", ["weight", "activation", "plain"])
 def test_backward_inside_autocast_of_a_site_outside(lowering, mode):
     """The whole step inside autocast, but for one part of the model in full precision."""
-    model, x = linear(replace(CONFIG, lowering=lowering)), randn(*FEW, IN)
+    model = linear(replace(CONFIG, lowering=lowering))
+    x = randn(*FEW, IN)
     expected = step(model, x)
     part = compiled(model) if mode == "compiled" else model
     with torch.autocast("cpu", torch.bfloat16):
@@ -233,7 +241,8 @@ def test_backward_inside_autocast_of_a_site_outside(lowering, mode):
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_autocast_inside_the_forward_and_switched_off_in_parts(mode):
-    model, x = linear(), randn(*MANY, IN)
+    model = linear()
+    x = randn(*MANY, IN)
 
     def run(x: Tensor) -> list[Tensor]:
         outputs = [model(x)]
@@ -262,7 +271,8 @@ def test_weight_made_in_inference_mode_can_be_trained_on(lowering):
 
 
 def test_deterministic_algorithms():
-    model, x = lowered(tower, config=DROPOUT).train(), randn(*MANY, IN)
+    model = lowered(tower, config=DROPOUT).train()
+    x = randn(*MANY, IN)
     expected = seeded(step, model, x)
     torch.use_deterministic_algorithms(True)
     try:
@@ -272,7 +282,8 @@ def test_deterministic_algorithms():
 
 
 def test_saved_on_cpu_and_anomalies_detected():
-    model, x = lowered(tower, config=DROPOUT).train(), randn(*MANY, IN)
+    model = lowered(tower, config=DROPOUT).train()
+    x = randn(*MANY, IN)
     expected = seeded(step, model, x)
     with torch.autograd.graph.save_on_cpu():
         assert_equal(seeded(step, model, x), expected)
@@ -281,7 +292,8 @@ def test_saved_on_cpu_and_anomalies_detected():
 
 
 def test_dropout_of_the_lowered_model_follows_the_mode(calls):
-    model, x = lowered(tower, config=DROPOUT), randn(*MANY, IN)
+    model = lowered(tower, config=DROPOUT)
+    x = randn(*MANY, IN)
     assert_near(output_of(model, x), output_of(dense_copy(model, tower()), x.double()))
     model.train()
     assert num_calls(calls, model, x) == 5

@@ -42,7 +42,8 @@ MODES = {"eager": lambda function: function, "compiled": compiled}
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
 def test_func_grad(config, mode):
-    model, x = lowered(tower, config=config), randn(*MANY, IN)
+    model = lowered(tower, config=config)
+    x = randn(*MANY, IN)
     found = mode(torch.func.grad(loss_of(model)))(trained(model), x)
     expected = torch.autograd.grad(loss_of(model)(trained(model), x), list(trained(model).values()))
     assert_close(list(found.values()), list(expected))
@@ -50,7 +51,8 @@ def test_func_grad(config, mode):
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_func_vmap_over_inputs_and_over_adapters(mode):
-    model, x = lowered(tower), randn(*MANY, IN)
+    model = lowered(tower)
+    x = randn(*MANY, IN)
     assert_close(mode(torch.func.vmap(lambda x: model(x)))(x), model(x))
     others = [{name: p.detach() * scale for name, p in trained(model).items()} for scale in (1.0, 1.2)]
     stacked = {name: torch.stack([other[name] for other in others]) for name in others[0]}
@@ -59,7 +61,8 @@ def test_func_vmap_over_inputs_and_over_adapters(mode):
 
 
 def test_func_per_sample_gradients():
-    model, x = lowered(tower), randn(*MANY, IN)
+    model = lowered(tower)
+    x = randn(*MANY, IN)
     found = torch.func.vmap(torch.func.grad(loss_of(model)), in_dims=(None, 0))(trained(model), x)
     for index, sample in enumerate(x):
         expected = torch.autograd.grad(loss_of(model)(trained(model), sample), list(trained(model).values()))
@@ -69,7 +72,9 @@ def test_func_per_sample_gradients():
 @JIT_IS_DEPRECATED
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_func_jvp(mode):
-    model, x, tangent = linear(), randn(*MANY, IN), randn(*MANY, IN, seed=5)
+    model = linear()
+    x = randn(*MANY, IN)
+    tangent = randn(*MANY, IN, seed=5)
     found = mode(lambda x, tangent: torch.func.jvp(model, (x,), (tangent,))[1])(x, tangent)
     assert_close(found.detach().double(), tangent.double() @ adapted_weight(melora_fx.sites(model)["inner"]).T)
 
@@ -77,7 +82,9 @@ def test_func_jvp(mode):
 @JIT_IS_DEPRECATED
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_forward_mode(mode):
-    model, x, tangent = linear(), randn(*MANY, IN), randn(*MANY, IN, seed=5)
+    model = linear()
+    x = randn(*MANY, IN)
+    tangent = randn(*MANY, IN, seed=5)
 
     def derivative(x: Tensor, tangent: Tensor) -> Tensor:
         with forward_ad.dual_level():
@@ -90,7 +97,8 @@ def test_forward_mode(mode):
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_functional_call(mode, calls):
-    model, x = lowered(tower), randn(*MANY, IN)
+    model = lowered(tower)
+    x = randn(*MANY, IN)
     other = fill(copy.deepcopy(model), seed=8)
     found = mode(lambda p, x: torch.func.functional_call(model, p, (x,)))(dict(other.named_parameters()), x)
     assert_close(found, other(x))
@@ -101,7 +109,8 @@ def test_functional_call(mode, calls):
 def test_hessian_vector_products(config):
     found = []
     for lowering in ("auto", "plain"):
-        model, x = lowered(tower, lowering, config), randn(*MANY, IN).requires_grad_()
+        model = lowered(tower, lowering, config)
+        x = randn(*MANY, IN).requires_grad_()
         (first,) = torch.autograd.grad(model(x).square().mean(), x, create_graph=True)
         found.append(torch.autograd.grad((first * randn(*MANY, IN, seed=5)).sum(), list(trained(model).values())))
     assert_close(*found)
@@ -111,7 +120,8 @@ def test_hessian_vector_products(config):
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
 def test_vectorized_jacobian(config, training):
     """Batches the backward of an ordinary forward."""
-    model, x = linear(config).train(training), randn(3, IN)
+    model = linear(config).train(training)
+    x = randn(3, IN)
     if config.dropout and training:  # drawn anew in the backward, which `vmap` forbids
         with pytest.raises(RuntimeError, match="random operations inside of vmap"):
             torch.autograd.functional.jacobian(lambda x: seeded(model, x), x, vectorize=True)

@@ -163,7 +163,8 @@ def test_callable_is_given_the_owner_also_of_a_linear_that_cannot_be_adapted():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear, self.rnn = nn.Linear(24, 24), nn.GRU(24, 24)
+            self.linear = nn.Linear(24, 24)
+            self.rnn = nn.GRU(24, 24)
 
         def forward(self, x):
             return self.rnn(self.linear(x))[0]

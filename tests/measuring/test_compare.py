@@ -19,7 +19,9 @@ class Constant:
 
     def __init__(self, seconds: float = 0.0, threads: int | None = 1, log: list[str] | None = None, **outputs: Any):
         self.outputs = {name: np.array(value, dtype=np.float32) for name, value in outputs.items()}
-        self.seconds, self.threads, self.log = seconds, threads, log
+        self.seconds = seconds
+        self.threads = threads
+        self.log = log
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if self.log is not None:

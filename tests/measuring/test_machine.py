@@ -20,7 +20,8 @@ class _Wide(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = torch.nn.Linear(256, 4096), torch.nn.Linear(4096, 256)
+        self.up = torch.nn.Linear(256, 4096)
+        self.down = torch.nn.Linear(4096, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.relu(self.up(x)))

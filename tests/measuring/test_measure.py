@@ -22,7 +22,8 @@ from melora_fx.saving.adapter_file import read_adapter
 @pytest.fixture(scope="module")
 def contenders(tmp_path_factory: pytest.TempPathFactory, exports: Exports) -> list[Contender]:
     """The unmerged graph, a swappable one with the same adapter, the same without, and torch."""
-    folder, model = tmp_path_factory.mktemp("measure"), rewritten_tower()
+    folder = tmp_path_factory.mktemp("measure")
+    model = rewritten_tower()
     keep, swap = (Path(exports("adapted tower", adapter=adapter).path) for adapter in ("keep", "swap"))
     melora_fx.save_adapter(model, folder / "adapter")
     tensors = swap_tensors(read_adapter(folder / "adapter"), read_facts(swap))

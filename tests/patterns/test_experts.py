@@ -101,7 +101,8 @@ def test_configurations_and_gradients(form: str, name: str) -> None:
     output = model(**given)
     weights = randn(*output.shape, seed=8)
     (output * weights).sum().backward()
-    dense, x = adapted_weight(site).requires_grad_(), given["x"].detach().double().requires_grad_()
+    dense = adapted_weight(site).requires_grad_()
+    x = given["x"].detach().double().requires_grad_()
     oracle = torch.stack([dense[i] @ row for i, row in zip(given["ids"].tolist(), x, strict=True)])
     (oracle * weights.double()).sum().backward()
     assert_near(output, oracle)
@@ -118,7 +119,8 @@ def test_dropout_is_of_the_adapter_alone(form: str) -> None:
     assert_near(model(**given), expected(model, given))
     model.train()
     torch.manual_seed(0)
-    first, second = model(**given), model(**given)
+    first = model(**given)
+    second = model(**given)
     assert not torch.equal(first, second)
     with melora_fx.disabled(model):
         assert_equal(model(**given), Experts(form)(**given).detach())
@@ -139,7 +141,8 @@ def test_rows_behind_the_last_group_are_left_alone() -> None:
     x = randn(5, 6)
     x[3:] = float("nan")
     x.requires_grad_()
-    blocks, offs = randn(4, 2, 3, seed=2).requires_grad_(), torch.tensor([1, 3])
+    blocks = randn(4, 2, 3, seed=2).requires_grad_()
+    offs = torch.tensor([1, 3])
     output = grouped_blocks(x, blocks, offs)
     assert_equal(output[3:].detach(), torch.zeros(2, 4))
     output.sum().backward()
@@ -158,7 +161,8 @@ def test_the_operator_is_sound() -> None:
 def test_the_operator_against_a_loop(data: st.DataObject) -> None:
     experts, blocks, width, height = (data.draw(st.integers(1, 4), label=name) for name in ("E", "N", "K", "L"))
     counts = data.draw(st.lists(st.integers(0, 5), min_size=experts, max_size=experts), label="rows")
-    x, matrices = randn(sum(counts), blocks * width), randn(experts * blocks, height, width, seed=2)
+    x = randn(sum(counts), blocks * width)
+    matrices = randn(experts * blocks, height, width, seed=2)
     output = grouped_blocks(x, matrices, torch.tensor(counts).cumsum(0))
     dense = [torch.block_diag(*matrices.double()[e * blocks : (e + 1) * blocks]) for e in range(experts)]
     rows = zip(x.double().split(counts), dense, strict=True)
@@ -261,7 +265,8 @@ def test_folds(whole: tuple[Any, nn.Module]) -> None:
     plain, model = whole
     model = copy.deepcopy(model)
     expected = {name: adapted_weight(site) for name, site in melora_fx.sites(model).items()}
-    before, stacks = output_of(model, tokens()), {name: site.weight for name, site in melora_fx.sites(model).items()}
+    before = output_of(model, tokens())
+    stacks = {name: site.weight for name, site in melora_fx.sites(model).items()}
     report = melora_fx.check_fold(model)
     assert {site.total_rank for site in report.sites} == {E * 4}
     assert all(sum(site.ranks) == site.total_rank for site in report.sites)
@@ -281,7 +286,8 @@ def test_folds(whole: tuple[Any, nn.Module]) -> None:
 def test_a_fold_of_a_stack_has_the_bits_of_its_matrices(whole: tuple[Any, nn.Module]) -> None:
     model = copy.deepcopy(whole[1]).to(torch.bfloat16)
     for site in melora_fx.sites(model).values():
-        a, b = site.lora_a.float().chunk(E), site.lora_b.float().chunk(E)
+        a = site.lora_a.float().chunk(E)
+        b = site.lora_b.float().chunk(E)
         alone = [weight.detach().clone() for weight in site.weight]
         together = site.weight.detach().clone()
         for matrix, part_a, part_b in zip(alone, a, b, strict=True):
@@ -399,7 +405,8 @@ def test_against_peft(whole: tuple[Any, nn.Module]) -> None:
         peft.LoraConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=[f"mlp.experts.{n}" for n in TARGETS]),
     ).eval()
     copy_into_peft(model, other)
-    expected, actual = output_of(other, tokens()), output_of(model, tokens())
+    expected = output_of(other, tokens())
+    actual = output_of(model, tokens())
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
     stacks = {name: site.weight for name, site in melora_fx.sites(model).items()}
     melora_fx.fold(model)

@@ -56,7 +56,8 @@ def test_matrix_times_weight(options, form):
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 @pytest.mark.parametrize(("options", "form"), BATCH_FORMS.values(), ids=BATCH_FORMS)
 def test_batch_times_weight(options, form, whole):
-    model, x = Holder(Form(form, **options)), randn(2, 5, IN)
+    model = Holder(Form(form, **options))
+    x = randn(2, 5, IN)
     check(melora_fx.capture.whole_model.capture_whole(model, (x,)) if whole else model, x)
 
 
@@ -66,7 +67,8 @@ def test_rows_of_a_weight_for_different_inputs():
     class Cross(nn.Module):
         def __init__(self, cut):
             super().__init__()
-            self.cut, self.weight = cut, nn.Parameter(randn(OUT, IN, seed=11) / 5)
+            self.cut = cut
+            self.weight = nn.Parameter(randn(OUT, IN, seed=11) / 5)
 
         def forward(self, pair):
             query, rest = self.cut(self.weight)
@@ -223,7 +225,9 @@ def test_exported_program_with_and_without_decompositions(decomposed):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c = nn.Linear(IN, OUT), nn.Linear(OUT, IN, bias=False), Conv1D(12, IN)
+            self.a = nn.Linear(IN, OUT)
+            self.b = nn.Linear(OUT, IN, bias=False)
+            self.c = Conv1D(12, IN)
 
         def forward(self, x):
             return self.c(self.b(torch.tanh(self.a(x))))
@@ -251,7 +255,8 @@ def hand_written_graph(build) -> fx.GraphModule:
     root.inner = nn.Module()
     root.inner.weight = nn.Parameter(randn(OUT, IN, seed=11))
     graph = fx.Graph()
-    x, weight = graph.placeholder("x"), graph.get_attr("inner.weight")
+    x = graph.placeholder("x")
+    weight = graph.get_attr("inner.weight")
     graph.output(build(graph, x, weight))
     return fx.GraphModule(root, graph)
 

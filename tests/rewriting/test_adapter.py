@@ -82,7 +82,8 @@ def test_sites_of_a_model_inside_another():
 
 
 def test_disabled_is_the_base_bit_for_bit_and_the_adapter_comes_back(case):
-    expected, adapted = output_of(case.plain, case.inputs), output_of(case.model, case.inputs)
+    expected = output_of(case.plain, case.inputs)
+    adapted = output_of(case.model, case.inputs)
     assert not torch.equal(expected, adapted)
     with melora_fx.disabled(case.model):
         assert_equal(output_of(case.model, case.inputs), expected)
@@ -113,8 +114,10 @@ def test_disabled_whatever_the_adapter_holds(tower_case, value):
 
 
 def test_disabled_can_be_nested(tower_case):
-    model, x = tower_case.model, tower_case.inputs
-    expected, adapted = output_of(tower_case.plain, x), output_of(model, x)
+    model = tower_case.model
+    x = tower_case.inputs
+    expected = output_of(tower_case.plain, x)
+    adapted = output_of(model, x)
     with melora_fx.disabled(model):
         with melora_fx.disabled(model):
             assert_equal(output_of(model, x), expected)
@@ -123,7 +126,8 @@ def test_disabled_can_be_nested(tower_case):
 
 
 def test_disabled_ends_with_an_exception(tower_case):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     adapted = output_of(model, x)
     with pytest.raises(StopError), melora_fx.disabled(model), melora_fx.disabled(model):
         raise StopError
@@ -144,7 +148,8 @@ def test_disabled_one_part_of_a_model():
 
 
 def test_disabled_between_forward_and_backward_harms_nothing(tower_case):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     model(x).sum().backward()
     expected = {name: p.grad.clone() for name, p in melora_fx.adapter_parameters(model).items()}
     model.zero_grad()
@@ -163,7 +168,8 @@ def test_changing_the_adapter_between_forward_and_backward_raises(tower_case):
 
 
 def test_disabled_follows_the_present_base_weights(tower_case):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     with torch.no_grad():
         for network in (model, tower_case.plain):
             network.get_submodule("up").weight.mul_(0.5)
@@ -172,7 +178,8 @@ def test_disabled_follows_the_present_base_weights(tower_case):
 
 
 def test_disabled_after_training_steps_and_after_mode_changes(tower_case):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     for seed in range(3):
         fill(model.train(), seed)
         with melora_fx.disabled(model.eval()):
@@ -186,7 +193,9 @@ def test_disabled_of_a_plain_model_is_refused():
 
 
 def test_disabled_two_models_of_one_class_apart():
-    first, second, x = rewritten_tower(0), rewritten_tower(1), randn(2, IN)
+    first = rewritten_tower(0)
+    second = rewritten_tower(1)
+    x = randn(2, IN)
     adapted = output_of(second, x)
     with melora_fx.disabled(first):
         assert_equal(output_of(second, x), adapted)
@@ -194,7 +203,9 @@ def test_disabled_two_models_of_one_class_apart():
 
 
 def test_disabled_in_two_threads_one_after_the_other():
-    model, x, results = rewritten_tower(), randn(2, IN), []
+    model = rewritten_tower()
+    x = randn(2, IN)
+    results = []
 
     def run():
         with melora_fx.disabled(model):
@@ -210,10 +221,13 @@ def test_disabled_in_two_threads_one_after_the_other():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_model_is_right_and_disabled_costs_one_compile(tower_case, backend):
-    model, plain, x = tower_case.model, tower_case.plain, tower_case.inputs
+    model = tower_case.model
+    plain = tower_case.plain
+    x = tower_case.inputs
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    adapted, base = output_of(model, x), output_of(plain, x)
+    adapted = output_of(model, x)
+    base = output_of(plain, x)
     assert_equal(output_of(compiled, x), adapted)
     assert counter.frame_count == 1
     for _ in range(3):
@@ -226,7 +240,8 @@ def test_compiled_model_is_right_and_disabled_costs_one_compile(tower_case, back
 
 
 def test_disabled_first_and_then_compiled(tower_case):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for _ in range(2):
@@ -266,7 +281,8 @@ def test_training_steps_do_not_recompile(tower_case):
 
 
 def test_compiled_gradients_are_the_eager_ones(tower_case):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     model(x).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in melora_fx.adapter_parameters(model).items()}
     model.zero_grad()
@@ -277,7 +293,8 @@ def test_compiled_gradients_are_the_eager_ones(tower_case):
 
 def test_compiled_dropout_of_the_adapter_follows_the_mode():
     model = fill(melora_fx.rewrite(tower(), "up", MELoRAConfig(rank=2, num_blocks=3, dropout=0.5)))
-    compiled, x = torch.compile(model, backend="eager", fullgraph=True), randn(3, IN)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = randn(3, IN)
     assert_equal(output_of(compiled, x), output_of(compiled, x))
     model.train()
     assert not torch.equal(output_of(compiled, x), output_of(compiled, x))
@@ -304,7 +321,8 @@ def test_compiled_hugging_face_model_has_no_break_and_no_recompile(whole):
 
 
 def test_site_computes_its_weight_under_every_grad_mode():
-    model, x = rewritten_tower(), randn(2, IN)
+    model = rewritten_tower()
+    x = randn(2, IN)
     site = melora_fx.sites(model)["up"]
     expected = x.double() @ adapted_weight(site).T + model.up.bias.detach().double()
     for mode in (torch.no_grad, torch.inference_mode, contextlib.nullcontext):

@@ -9,7 +9,8 @@ from support.models import assert_equal, fill
 from support.properties import Row, measure, num_compilations, outputs, rewritten
 from support.zoo import SIX, ZOO, build
 
-GRADIENT_BOUND, FOLD_BOUND = 1e-9, 1e-5  # float64, and float32 relative to the largest output
+GRADIENT_BOUND = 1e-9  # float64, and float32 relative to the largest output
+FOLD_BOUND = 1e-5
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -22,7 +23,8 @@ pytestmark = [
 @pytest.mark.default_cases(*SIX)
 @pytest.mark.parametrize("name", ZOO)
 def test_properties(name: str) -> None:
-    entry, row = ZOO[name], measure(name)
+    entry = ZOO[name]
+    row = measure(name)
     in_place = entry.sites if entry.in_place is None else entry.in_place
     assert (row.in_place, row.whole, row.refused) == (in_place, entry.sites, entry.refused)
     assert row.effective == (in_place, entry.sites), "a site whose adapter changes nothing"

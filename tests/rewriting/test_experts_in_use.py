@@ -68,7 +68,8 @@ def test_an_adapter_means_the_same_in_every_form_and_place(tmp_path: Path) -> No
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_micro_batches_of_other_sizes_than_the_example(form: str) -> None:
     """Beside the dense float64 model, by autograd through W + Δ."""
-    model, dense = captured(form), None
+    model = captured(form)
+    dense = None
     batches = (tokens(), tokens(3, 7, seed=5), tokens(1, 1, seed=6))
     for batch in batches:
         logits = model(**batch).logits
@@ -153,7 +154,9 @@ class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.hidden, self.head = nn.Embedding(50, IN), nn.Linear(IN, IN), nn.Linear(IN, 50)
+        self.embedding = nn.Embedding(50, IN)
+        self.hidden = nn.Linear(IN, IN)
+        self.head = nn.Linear(IN, 50)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Any = None) -> dict[str, Any]:
         logits = self.head(torch.tanh(self.hidden(self.embedding(input_ids))))
@@ -273,7 +276,8 @@ def test_what_cannot_be_captured_has_no_experts_to_blame() -> None:
             super().__init__()
             self.config = hf.BertConfig()
             self.config._experts_implementation = "eager"  # as any model of transformers sets it
-            self.convolution, self.linear = nn.Conv1d(IN, IN, 1), nn.Linear(IN, IN)
+            self.convolution = nn.Conv1d(IN, IN, 1)
+            self.linear = nn.Linear(IN, IN)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.convolution(x.transpose(1, 2)).transpose(1, 2)

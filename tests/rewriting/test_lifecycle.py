@@ -22,7 +22,8 @@ from melora_fx import MELoRAConfig, MELoRAError
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=3.0)
-BERT_TARGETS, GPT2_TARGETS = ["query", "value", "dense"], ["c_attn", "c_fc", "c_proj"]
+BERT_TARGETS = ["query", "value", "dense"]
+GPT2_TARGETS = ["c_attn", "c_fc", "c_proj"]
 situation = pytest.mark.situation
 
 
@@ -124,7 +125,8 @@ def test_gradient_checkpointing(build: Callable[[], Any], targets: list[str], re
 
 @situation("Training", "bfloat16 autocast", "float32 gradients near those in float32")
 def test_autocast() -> None:
-    model, x = rewritten_mlp(), randn(5, 24)
+    model = rewritten_mlp()
+    x = randn(5, 24)
     expected = gradients(model, x)
     with torch.autocast("cpu", torch.bfloat16):
         actual = gradients(model, x)
@@ -145,7 +147,8 @@ def _fresh_accelerator() -> Iterator[None]:
 @situation("Training", "`accelerator.prepare`, `save_state`, `load_state`", "trains; the saved state comes back")
 def test_accelerate(tmp_path) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    model, x = rewritten_mlp(), randn(5, 24)
+    model = rewritten_mlp()
+    x = randn(5, 24)
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.save_state(tmp_path)
@@ -186,7 +189,8 @@ def test_accelerate_wraps_a_rewritten_root() -> None:
 @situation("Moved and copied", "`model.to(dtype)`, `.double()`, `.to('meta')`", "A, B and the output follow")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_moved_to_a_dtype(dtype: torch.dtype) -> None:
-    model, x = rewritten_mlp(), randn(5, 24)
+    model = rewritten_mlp()
+    x = randn(5, 24)
     expected = model(x)
     moved = copy.deepcopy(model).to(dtype)
     output = moved(x.to(dtype))
@@ -228,14 +232,16 @@ def test_copies(build: Callable[[], nn.Module], again: Callable[..., nn.Module],
 
 @situation("Called in other ways", "`torch.func.functional_call` with other A and B", "the output of those")
 def test_functional_call() -> None:
-    model, x = rewritten_mlp(), randn(5, 24)
+    model = rewritten_mlp()
+    x = randn(5, 24)
     other = fill(copy.deepcopy(model), seed=4)
     assert_equal(torch.func.functional_call(model, other.state_dict(), (x,)), other(x))
 
 
 @situation("Called in other ways", "`torch.inference_mode`, `torch.no_grad`", "the same bits")
 def test_inference_mode() -> None:
-    model, x = rewritten_mlp(), randn(5, 24)
+    model = rewritten_mlp()
+    x = randn(5, 24)
     expected = model(x)
     for context in (torch.inference_mode(), torch.no_grad()):
         with context:
@@ -244,7 +250,8 @@ def test_inference_mode() -> None:
 
 @situation("Called in other ways", "forward and backward hooks on a site, old and new", "each called once")
 def test_hooks_of_a_site() -> None:
-    model, calls = mlp(), list[str]()
+    model = mlp()
+    calls = list[str]()
 
     def register(site: nn.Module, when: str) -> None:
         site.register_forward_pre_hook(lambda _, args: calls.append(f"{when} pre {tuple(args[0].shape)}"))
@@ -270,7 +277,8 @@ def test_hooks_of_a_site() -> None:
     "Called in other ways", "`named_modules`, `isinstance`, `requires_grad_`, `apply`", "paths, classes as before"
 )
 def test_walking_the_modules() -> None:
-    plain, model = bert_classifier(), rewritten_bert()
+    plain = bert_classifier()
+    model = rewritten_bert()
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
     for (_, module), (_, other) in zip(model.named_modules(), plain.named_modules(), strict=True):
         assert isinstance(module, type(other))
@@ -326,7 +334,8 @@ def _assert_first_is_refused(model: nn.Module, **options: Any) -> None:
 
 @situation("Parametrized weights", "a parametrization after `rewrite`", "works; copy and fold ask to remove it first")
 def test_parametrized_after_the_rewrite() -> None:
-    model, x = rewritten_mlp(), randn(5, 24)
+    model = rewritten_mlp()
+    x = randn(5, 24)
     site = model[0]
     expected = site(x) + x @ site.weight.t()
     _double(site)
@@ -395,7 +404,8 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 @situation("Loaded late", "rewritten on meta, then `to_empty`, the base's state", "a fresh adapter: the base's bits")
 @pytest.mark.parametrize("captured", [False, True], ids=["in_place", "whole"])
 def test_to_empty_gives_a_fresh_adapter(captured: bool) -> None:
-    plain, x = mlp(), randn(5, 24)
+    plain = mlp()
+    x = randn(5, 24)
     options = {"example_inputs": (x.to("meta"),)} if captured else {}
     model = melora_fx.rewrite(_on_meta(mlp), "all-linear", CONFIG, **options).to_empty(device="cpu")
     model.load_state_dict(plain.state_dict(), strict=False)
@@ -410,7 +420,8 @@ def test_to_empty_gives_a_fresh_adapter(captured: bool) -> None:
 )
 @pytest.mark.parametrize("captured", [False, True], ids=["in_place", "whole"])
 def test_assigned_weights_get_a_fresh_adapter(captured: bool) -> None:
-    plain, x = mlp(), randn(5, 24)
+    plain = mlp()
+    x = randn(5, 24)
     options = {"example_inputs": (x.to("meta"),)} if captured else {}
     model = melora_fx.rewrite(_on_meta(mlp), "all-linear", CONFIG, **options)
     model.load_state_dict(plain.state_dict(), strict=False, assign=True)
@@ -423,7 +434,8 @@ def test_assigned_weights_get_a_fresh_adapter(captured: bool) -> None:
 @situation("Loaded late", "rewritten on meta, then a rewritten model's state", "its bits")
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_whole_state_is_kept(assign: bool) -> None:
-    source, x = rewritten_mlp(), randn(5, 24)
+    source = rewritten_mlp()
+    x = randn(5, 24)
     model = melora_fx.rewrite(_on_meta(mlp), "all-linear", CONFIG)
     model = model if assign else model.to_empty(device="cpu")
     model.load_state_dict(source.state_dict(), assign=assign)
@@ -491,7 +503,8 @@ def test_distributed_models_are_refused(name: str, tmp_path) -> None:
 @situation("First hour", "forgotten `.train()`", "trains, without dropout, as in PyTorch")
 def test_forgotten_train() -> None:
     config = MELoRAConfig(rank=2, num_blocks=3, dropout=0.5)
-    model, x = fill(melora_fx.rewrite(mlp().eval(), "all-linear", config)), randn(5, 24)
+    model = fill(melora_fx.rewrite(mlp().eval(), "all-linear", config))
+    x = randn(5, 24)
     assert_equal(model(x), model(x))
     assert all(value.abs().max() > 0 for value in gradients(model, x).values())
     assert not torch.equal(model.train()(x), model(x))
@@ -505,7 +518,8 @@ def test_rewrite_after_compile() -> None:
 
 @situation("First hour", "`rewrite` after `model.compile()`, in place", "works: compiles again")
 def test_rewrite_after_compile_in_place() -> None:
-    model, inputs = bert_classifier(), tokens()
+    model = bert_classifier()
+    inputs = tokens()
     model.compile(backend="eager")
     model(**inputs)
     model = fill(melora_fx.rewrite(model, BERT_TARGETS, CONFIG, keep_trainable="classifier"))
@@ -514,11 +528,13 @@ def test_rewrite_after_compile_in_place() -> None:
 
 @situation("First hour", "an optimizer made before `rewrite`", "a warning at its first step")
 def test_a_stale_optimizer_is_noticed() -> None:
-    model, x = mlp(), randn(5, 24)
+    model = mlp()
+    x = randn(5, 24)
     stale = torch.optim.AdamW(model.parameters())
     melora_fx.rewrite(model, ["0"], CONFIG, keep_trainable=["2"])
     fresh = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad])
-    everything, head = torch.optim.AdamW(model.parameters()), torch.optim.SGD(model[2].parameters())
+    everything = torch.optim.AdamW(model.parameters())
+    head = torch.optim.SGD(model[2].parameters())
     with pytest.warns(UserWarning, match="this AdamW holds the weights of 1 linears, which `rewrite` has frozen"):
         stale.step()
     for optimizer in (stale, fresh, everything, head):  # a warning would be an error here
@@ -531,7 +547,8 @@ def test_a_stale_optimizer_is_noticed() -> None:
 
 @situation("First hour", "`fold` on a `torch.compile` wrapper", "folds the model inside")
 def test_fold_of_a_wrapper() -> None:
-    model, x = rewritten_mlp(), randn(5, 24)
+    model = rewritten_mlp()
+    x = randn(5, 24)
     compiled = torch.compile(model, backend="eager")
     expected = compiled(x)
     assert melora_fx.fold(compiled) is compiled

@@ -100,7 +100,8 @@ def test_save_pretrained_warns_again_after_a_trainer(use: Callable[[Trainer], An
 def test_a_tied_language_model_resumes_from_its_adapter(targets: list[str], kept: Any, tmp_path) -> None:
     def losses(directory: Path, *callbacks: TrainerCallback, resume: bool = False) -> dict[int, float]:
         model = melora_fx.rewrite(gpt2(), targets, CONFIG, keep_trainable=kept)
-        logged, options = Losses(), arguments(directory)
+        logged = Losses()
+        options = arguments(directory)
         all_callbacks = [AdapterCheckpointCallback(), logged, *callbacks]
         Trainer(model, options, train_dataset=Lines(), callbacks=all_callbacks).train(resume_from_checkpoint=resume)
         assert model.lm_head.weight is model.transformer.wte.weight
@@ -234,7 +235,8 @@ class Convolved(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.in_features, self.out_features = IN, OUT
+        self.in_features = IN
+        self.out_features = OUT
         self.convolution = nn.Conv1d(IN, OUT, 1)
         self.register_buffer("mask", torch.ones(OUT, 1, dtype=torch.bool))
 
@@ -317,7 +319,8 @@ def test_an_optimizer_that_has_stepped_before_the_rewrite_is_noticed() -> None:
 @pytest.mark.situation("Training", "layers replaced by `torch.compile(layer)`", "the file keeps its names")
 def test_layers_that_are_compiled_one_by_one_do_not_change_the_file(tmp_path) -> None:
     model = fill(melora_fx.rewrite(bert(), ["query", "value"], CONFIG))
-    names, expected = list(melora_fx.sites(model)), output_of(model, tokens())
+    names = list(melora_fx.sites(model))
+    expected = output_of(model, tokens())
     for index, layer in enumerate(model.encoder.layer):
         model.encoder.layer[index] = torch.compile(layer, backend="eager")
     assert_equal(output_of(model, tokens()), expected)
@@ -328,7 +331,8 @@ def test_layers_that_are_compiled_one_by_one_do_not_change_the_file(tmp_path) ->
 
 
 def test_layers_that_are_compiled_before_the_rewrite_run_their_adapters() -> None:
-    model, twin = bert(), fill(melora_fx.rewrite(bert(), ["query", "value"], CONFIG))
+    model = bert()
+    twin = fill(melora_fx.rewrite(bert(), ["query", "value"], CONFIG))
     for index, layer in enumerate(model.encoder.layer):
         model.encoder.layer[index] = torch.compile(layer, backend="eager")
     assert_equal(output_of(model, tokens()), output_of(bert(), tokens()))
@@ -348,10 +352,12 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("again", COPIES.values(), ids=COPIES)
 def test_a_copy_made_while_the_base_runs_is_adapted(again: Callable[[Any], Any]) -> None:
-    model, x = rewritten_tower(), randn(5, IN)
+    model = rewritten_tower()
+    x = randn(5, IN)
     adapted = output_of(model, x)
     with melora_fx.disabled(model):
-        copied, base = again(model), output_of(model, x)
+        copied = again(model)
+        base = output_of(model, x)
     assert_equal(output_of(copied, x), adapted)
     assert_equal(output_of(model, x), adapted)
     with melora_fx.disabled(copied):
@@ -361,7 +367,8 @@ def test_a_copy_made_while_the_base_runs_is_adapted(again: Callable[[Any], Any])
 @pytest.mark.parametrize("again", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("wrapped", [False, True], ids=["in place", "wrapper"])
 def test_a_copy_of_a_compiled_model(wrapped: bool, again: Callable[[Any], Any]) -> None:
-    model, x = rewritten_tower(), randn(5, IN)
+    model = rewritten_tower()
+    x = randn(5, IN)
     adapted = output_of(model, x)
     if wrapped:
         model = torch.compile(model, backend="eager")
@@ -386,8 +393,10 @@ def _train_in_child(model: Any, x: torch.Tensor, queue: Any) -> None:
 )
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_shared_with_another_process(start: str) -> None:
-    model, x = rewritten_tower(), randn(5, IN)
-    expected, before = output_of(model, x), model.up.lora_b.detach().clone()
+    model = rewritten_tower()
+    x = randn(5, IN)
+    expected = output_of(model, x)
+    before = model.up.lora_b.detach().clone()
     model.share_memory()
     context: Any = torch.multiprocessing.get_context(start)
     queue = context.Queue()
@@ -455,7 +464,8 @@ def test_a_vocabulary_that_grows_beside_the_adapters() -> None:
 
 
 def test_lbfgs() -> None:
-    model, x = rewritten_tower(), randn(5, IN)
+    model = rewritten_tower()
+    x = randn(5, IN)
     optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:

@@ -213,7 +213,9 @@ def test_what_only_looks_like_a_packed_linear_is_none() -> None:
     class Sized(nn.Module):
         def __init__(self, inner: nn.Module | None = None) -> None:
             super().__init__()
-            self.in_features, self.out_features, self.inner = 64, 96, inner
+            self.in_features = 64
+            self.out_features = 96
+            self.inner = inner
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if self.inner is None else self.inner(x)

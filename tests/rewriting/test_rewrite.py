@@ -113,7 +113,8 @@ def shapes_and_configs(draw):
     num_blocks = draw(st.integers(1, 4))
     in_features = num_blocks * draw(st.integers(1, 5))
     parts = draw(st.none() | st.lists(st.integers(1, 4), min_size=1, max_size=3))
-    rank, alpha = st.integers(1, 5), st.floats(0.01, 10)
+    rank = st.integers(1, 5)
+    alpha = st.floats(0.01, 10)
     equal = parts is not None and draw(st.booleans())
     if equal:
         parts = [parts[0]] * len(parts)
@@ -175,7 +176,8 @@ def test_untrained_output_is_that_of_the_base_in_each_dtype(dtype):
 
 
 def test_untrained_output_under_autocast():
-    plain, x = tower(), randn(2, 5, IN)
+    plain = tower()
+    x = randn(2, 5, IN)
     model = melora_fx.rewrite(tower(), "all-linear", TOWER_CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(output_of(model, x), output_of(plain, x))
@@ -297,7 +299,8 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tower_case):
     model = tower_case.model.train()
     base = {name: value.clone() for name, value in tower_case.plain.state_dict().items()}
     optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values(), lr=1e-2)
-    x, y = randn(2, 8, IN), randn(2, 8, 6, seed=2)
+    x = randn(2, 8, IN)
+    y = randn(2, 8, 6, seed=2)
     losses = []
     for _ in range(30):
         loss = F.mse_loss(model(x), y)
@@ -358,7 +361,8 @@ def test_inserted_nodes_are_plain_aten_nodes_and_the_code_can_be_read(dropout):
 @pytest.mark.parametrize("build", [tower, bert, gpt2], ids=["tower", "bert", "gpt2"])
 def test_returns_the_same_object_and_keeps_its_parts(build):
     model = build()
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
     result = melora_fx.rewrite(model, "all-linear", MELoRAConfig(rank=2, num_blocks=3))
     assert result is model
     after = dict(model.named_modules())
@@ -370,7 +374,8 @@ def test_returns_the_same_object_and_keeps_its_parts(build):
 @pytest.mark.parametrize("lowering", ["plain", "auto"])
 def test_rewritten_model_is_exported_with_its_plain_nodes(lowering):
     plain = rewritten_tower(config=replace(TOWER_CONFIG, lowering="plain"))
-    model, x = rewritten_tower(config=replace(TOWER_CONFIG, lowering=lowering)), randn(2, 5, IN)
+    model = rewritten_tower(config=replace(TOWER_CONFIG, lowering=lowering))
+    x = randn(2, 5, IN)
     program = torch.export.export(model, (x,), strict=False)
     assert_equal(output_of(program.module(), x), output_of(plain, x))
 
@@ -463,7 +468,8 @@ def test_rewriting_twice_is_refused_and_folding_allows_it_again():
 
 
 def test_rewrite_twice_of_one_class_keeps_models_apart():
-    first, second = rewritten_tower(0), rewritten_tower(0, MELoRAConfig(rank=1, num_blocks=2))
+    first = rewritten_tower(0)
+    second = rewritten_tower(0, MELoRAConfig(rank=1, num_blocks=2))
     x = randn(2, IN)
     before = output_of(first, x)
     melora_fx.fold(second)
@@ -485,7 +491,8 @@ def test_a_linear_that_feeds_a_linear_is_adapted_first(whole, targets):
 
     names = {"0": "a", "1": "b", "2": "c"}
     targets = [names[name] for name in targets] if isinstance(targets, list) else targets
-    plain, x = Chain(), randn(3, 24)
+    plain = Chain()
+    x = randn(3, 24)
     model = Chain() if whole else fx.symbolic_trace(Chain())
     model = fill(melora_fx.rewrite(model, targets, TOWER_CONFIG, example_inputs=(x,) if whole else None))
     assert_near(output_of(model, x), output_of(dense_copy(model, plain), x.double()))

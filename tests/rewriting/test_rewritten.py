@@ -48,7 +48,8 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": by_pickle, "torch_save": by_torch
 
 
 def test_state_dict_is_the_base_and_the_adapter(case):
-    base, state = case.plain.state_dict(), case.model.state_dict()
+    base = case.plain.state_dict()
+    state = case.model.state_dict()
     expected = set(base)
     for name, site in melora_fx.sites(case.model).items():
         stem = name.rpartition(".")[0] + "." if site.record.parameter_name != "weight" else f"{name}."
@@ -59,7 +60,8 @@ def test_state_dict_is_the_base_and_the_adapter(case):
 
 
 def test_base_state_dict_loads_into_a_rewritten_model():
-    model, other = rewritten_tower(0), tower(seed=9)
+    model = rewritten_tower(0)
+    other = tower(seed=9)
     missing, unexpected = model.load_state_dict(other.state_dict(), strict=False)
     assert unexpected == []
     assert all("lora_" in name for name in missing)
@@ -79,7 +81,8 @@ def test_copy_keeps_sites_outputs_and_modes(case, make_copy):
     assert copied is not case.model
     assert_equal(output_of(copied, case.inputs), expected)
     assert list(copied.state_dict()) == list(case.model.state_dict())
-    ours, theirs = melora_fx.sites(case.model), melora_fx.sites(copied)
+    ours = melora_fx.sites(case.model)
+    theirs = melora_fx.sites(copied)
     assert list(ours) == list(theirs)
     for name, site in ours.items():
         assert theirs[name].config == site.config
@@ -171,7 +174,8 @@ def test_deepcopy_keeps_ties_and_shared_modules():
 
 
 def test_deepcopy_of_one_site_alone():
-    model, x = rewritten_tower(), randn(2, IN)
+    model = rewritten_tower()
+    x = randn(2, IN)
     copied = copy.deepcopy(model.up)
     assert_equal(copied(x), model.up(x))
     fill(copied, seed=6)
@@ -195,7 +199,9 @@ def test_isinstance_is_kept_and_the_class_comes_back():
 
 
 def test_hooks_on_a_site_still_run_before_and_after_the_rewrite_and_the_fold():
-    model, x, calls = tower(), randn(2, IN), []
+    model = tower()
+    x = randn(2, IN)
+    calls = []
     model.up.register_forward_pre_hook(lambda module, args: calls.append("before_pre"))
     model.up.register_forward_hook(lambda module, args, output: calls.append("before"))
     melora_fx.rewrite(model, "up", TOWER_CONFIG)
@@ -214,7 +220,9 @@ def test_hooks_on_a_site_still_run_before_and_after_the_rewrite_and_the_fold():
 
 
 def test_hook_sees_the_adapted_output_and_may_replace_it():
-    model, x, seen = rewritten_tower(), randn(2, IN), []
+    model = rewritten_tower()
+    x = randn(2, IN)
+    seen = []
     model.up.register_forward_hook(lambda module, args, output: seen.append(output))
     model(x)
     site = melora_fx.sites(model)["up"]
@@ -222,7 +230,8 @@ def test_hook_sees_the_adapted_output_and_may_replace_it():
 
 
 def test_backward_hook_on_a_site_runs():
-    model, seen = rewritten_tower(), []
+    model = rewritten_tower()
+    seen = []
     model.up.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(grad_output[0].shape))
     model(randn(2, IN).requires_grad_()).sum().backward()
     assert seen == [(2, 36)]
@@ -252,7 +261,8 @@ def test_a_narrow_base_may_be_widened_after_the_rewrite():
 
 
 def test_values_written_through_data_are_used():
-    model, x = rewritten_tower(), randn(2, IN)
+    model = rewritten_tower()
+    x = randn(2, IN)
     site = melora_fx.sites(model)["up"]
     site.lora_b.data.mul_(2)
     model.up.weight.data.add_(1)

@@ -37,7 +37,8 @@ class TiedLanguageModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.inner = nn.Embedding(IN, OUT), nn.Linear(OUT, OUT)
+        self.embedding = nn.Embedding(IN, OUT)
+        self.inner = nn.Linear(OUT, OUT)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.inner(self.embedding(ids)) @ self.embedding.weight.T
@@ -46,7 +47,8 @@ class TiedLanguageModel(nn.Module):
 class Owner(nn.Module):
     def __init__(self, forward) -> None:
         super().__init__()
-        self.computes, self.w = forward, nn.Parameter(randn(OUT, IN) / 5)
+        self.computes = forward
+        self.w = nn.Parameter(randn(OUT, IN) / 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.computes(x, self.w)
@@ -136,7 +138,8 @@ class TwoReaders(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.v, self.child = nn.Parameter(randn(IN, IN) / 5), Owner(F.linear)
+        self.v = nn.Parameter(randn(IN, IN) / 5)
+        self.child = Owner(F.linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.child(x @ self.v) + x @ self.child.w.T
@@ -169,7 +172,8 @@ def test_disabled_inside_folded_is_refused() -> None:
 
 
 def test_an_export_inside_disabled_is_the_base(tmp_path) -> None:
-    model, inputs = rewritten_tower(), {"x": randn(2, IN)}
+    model = rewritten_tower()
+    inputs = {"x": randn(2, IN)}
     with melora_fx.disabled(model):
         report = export_onnx(model, inputs, tmp_path)
     assert report.adapter == "none"

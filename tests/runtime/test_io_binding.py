@@ -19,7 +19,8 @@ def test_buffers_keep_their_places_and_give_copies(tmp_path: Path) -> None:
     path = write_graph(tmp_path, data=WEIGHT)
     choice = choose_provider("cpu", path, AXES, shapes={"batch": (2, 2, 2)})
     buffers = ReplayBuffers(make_session(import_onnxruntime(), path, choice), "cpu", 0)
-    one, two = np.eye(2, dtype=np.float32), np.ones((2, 2), np.float32)
+    one = np.eye(2, dtype=np.float32)
+    two = np.ones((2, 2), np.float32)
     first = buffers.run({"x": one})["y"]
     places = [value.data_ptr() for value in (*buffers._inputs.values(), *buffers._outputs.values())]
     second = buffers.run({"x": two})["y"]

@@ -173,7 +173,8 @@ def test_an_adapter_that_has_been_read_needs_its_files_no_more(folder: Path, tmp
 def test_a_damaged_adapter_file_is_one_error(folder: Path, tmp_path: Path) -> None:
     """ONNX Runtime reads it as mapped memory: no damage may end the process."""
     whole = (folder / "rank2.onnx_adapter").read_bytes()
-    runner, refused = OrtRunner(folder / "swap.onnx", threads=1), 0
+    runner = OrtRunner(folder / "swap.onnx", threads=1)
+    refused = 0
     for step in range(40):
         data = bytearray(whole[: len(whole) * (step + 1) // 21])
         data[(step * 97) % min(len(data), 400)] ^= 0x55

@@ -14,7 +14,8 @@ def test_torch_runner_returns_the_models_outputs() -> None:
 
 
 def test_torch_runner_puts_the_number_of_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = tower(), []
+    model = tower()
+    seen = []
     model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     before = torch.get_num_threads()
     TorchRunner(model, threads=2).run({"x": randn(2, 24)})

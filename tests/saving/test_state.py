@@ -38,7 +38,8 @@ from melora_fx import MELoRAConfig, MELoRAError
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
+TENSORS = "adapter.safetensors"
+CONFIG = "adapter_config.json"
 
 
 @pytest.fixture
@@ -75,7 +76,8 @@ def test_round_trip_on_a_plain_model(case, tmp_path):
         assert loaded is plain
     assert_equal(adapter_state(loaded), adapter_state(case.model))
     assert_equal(output_of(loaded, case.inputs), output_of(case.model, case.inputs))
-    ours, theirs = melora_fx.sites(case.model), melora_fx.sites(loaded)
+    ours = melora_fx.sites(case.model)
+    theirs = melora_fx.sites(loaded)
     assert {name: site.config for name, site in ours.items()} == {name: site.config for name, site in theirs.items()}
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in case.model.named_parameters() if p.requires_grad
@@ -171,7 +173,8 @@ def test_saving_inside_folded_is_refused(tmp_path):
 
 
 def test_file_holds_the_documented_tensors_and_header(folder):
-    tensors, header = load_file(folder / TENSORS), header_of(folder)
+    tensors = load_file(folder / TENSORS)
+    header = header_of(folder)
     assert set(tensors) == {f"{name}.{kind}" for name in TOWER_SITES for kind in ("lora_a", "lora_b")}
     assert tensors["up.lora_a"].shape == (3, 2, IN // 3)
     assert tensors["up.lora_b"].shape == (3, OUT // 3, 2)
@@ -215,7 +218,8 @@ def test_folder_is_made_and_other_files_stay(tmp_path):
 
 
 def test_swap_in_place_keeps_objects_and_compiled_code(tower_case, tmp_path):
-    model, x = tower_case.model, tower_case.inputs
+    model = tower_case.model
+    x = tower_case.inputs
     other = fill(melora_fx.rewrite(tower(), "all-linear", MELoRAConfig(rank=2, num_blocks=3, alpha=1.0)), seed=42)
     melora_fx.save_adapter(other, tmp_path)
     counter = CompileCounter()
@@ -248,9 +252,11 @@ def test_smaller_rank_is_padded_with_zeros(large, small, tmp_path):
     other = fill(melora_fx.rewrite(tower(), ["up", "own.projection"], small), seed=2)
     melora_fx.save_adapter(other, tmp_path / "small")
     melora_fx.save_adapter(model, tmp_path / "large")
-    x, expected = randn(3, IN), output_of(model, randn(3, IN))
+    x = randn(3, IN)
+    expected = output_of(model, randn(3, IN))
     melora_fx.load_adapter(model, tmp_path / "small")
-    site, source = melora_fx.sites(model)["up"], melora_fx.sites(other)["up"]
+    site = melora_fx.sites(model)["up"]
+    source = melora_fx.sites(other)["up"]
     assert site.config == small
     assert site.lora_b.size(2) == max(large.ranks)
     assert_near(
@@ -336,7 +342,8 @@ def test_buffers_of_a_kept_module_travel_too(tmp_path):
 class TwoHeads(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body, self.head = nn.Linear(IN, IN), nn.Linear(IN, 3)
+        self.body = nn.Linear(IN, IN)
+        self.head = nn.Linear(IN, 3)
         self.aux = nn.ModuleDict({"head": nn.Linear(IN, 3)})
 
     def forward(self, x):
@@ -411,7 +418,8 @@ def test_adapter_for_other_shapes_is_named_key_by_key(folder):
     class Wide(Tower):
         def __init__(self):
             super().__init__()
-            self.up, self.gate = nn.Linear(IN, 2 * OUT), nn.Linear(IN, 2 * OUT, bias=False)
+            self.up = nn.Linear(IN, 2 * OUT)
+            self.gate = nn.Linear(IN, 2 * OUT, bias=False)
 
     assert_refused(Wide(), folder, r"(?s)does not fit the model:\n`up`: lora_a is \(3, 2, 8\).*\(72, 24\).*\n`gate`: ")
 
@@ -443,7 +451,8 @@ def test_whole_capture_only_adapter_on_a_plain_model_without_inputs(tmp_path):
             return self.attention(x, x, x, need_weights=False)[0]
 
     torch.manual_seed(0)
-    plain, x = Attends(), randn(2, 3, IN)
+    plain = Attends()
+    x = randn(2, 3, IN)
     model = fill(melora_fx.rewrite(plain, "in_proj_weight", TOWER_CONFIG, example_inputs=(x,)))
     melora_fx.save_adapter(model, tmp_path)
     melora_fx.fold(model)
@@ -605,7 +614,8 @@ class Crash(BaseException):
 @pytest.mark.parametrize("survives", [0, 1], ids=["first_rename", "second_rename"])
 def test_crash_while_writing_leaves_the_old_adapter(error, survives, folder, monkeypatch):
     before = adapter_state(melora_fx.load_adapter(tower(), folder))
-    replace, calls = os.replace, []
+    replace = os.replace
+    calls = []
 
     def failing(source, target):
         calls.append(target)

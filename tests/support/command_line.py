@@ -17,7 +17,9 @@ class Result:
 
 def run(*arguments: object) -> Result:
     """The command line in this process: importing torch for each command would take most of the time."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    out = io.StringIO()
+    err = io.StringIO()
+    argv = sys.argv
     sys.argv = ["melora-fx", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

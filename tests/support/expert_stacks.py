@@ -15,7 +15,9 @@ from support.models import (
     randn,
 )
 
-E, IN, OUT = 4, 24, 40
+E = 4
+IN = 24
+OUT = 40
 
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=2, alpha=3.0)
@@ -45,7 +47,8 @@ class Experts(nn.Module):
 
     def __init__(self, form: str, *, transposed: bool = False, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.form, self.transposed = form, transposed
+        self.form = form
+        self.transposed = transposed
         shape = (E, IN, OUT) if transposed else (E, OUT, IN)
         self.stack = nn.Parameter(randn(*shape, seed=5).mul(0.2).to(dtype))
 

@@ -34,7 +34,8 @@ MODELS = ("MiniLM-L6", "BERT", "MPNet", "GPT-2", "Llama", "T5", "ViT", "nn.Trans
 VARIANTS = (
     ("portable", "fp32"), ("ort-cpu", "fp32"), ("ort-cuda", "fp16"), ("tensorrt", "fp32"), ("tensorrt", "fp16"),
 )  # fmt: skip
-_START, _END = "<!-- table -->", "<!-- end of table -->"
+_START = "<!-- table -->"
+_END = "<!-- end of table -->"
 _COLUMNS = (
     "model", "target", "precision", "adapter", "nodes", "ONNX Runtime's own operators", "error", "from `keep`", "MiB",
 )  # fmt: skip
@@ -108,7 +109,8 @@ def measure(case: Case, folder: Path) -> Row | str:
     from_keep = None
     if case.adapter == "swap":
         own = swap_tensors(adapter_of(model), read_facts(report.path))
-        swap, keep = OrtRunner(report.path).with_tensors(own), OrtRunner(folder / "keep.onnx")
+        swap = OrtRunner(report.path).with_tensors(own)
+        keep = OrtRunner(folder / "keep.onnx")
         from_keep = compare(swap, keep, inputs).max_rel_error
     graph = onnx.load(report.path, load_external_data=False).graph
     runtime_ops = {node.op_type for node in graph.node if node.domain or node.op_type.startswith("Simplified")}

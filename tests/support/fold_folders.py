@@ -24,7 +24,9 @@ from support.models import (
     randn,
 )
 
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 BLOCKS = MELoRAConfig(rank=(2, 1, 2), num_blocks=3, alpha=(3.0, 1.0, 2.0))
 
 
@@ -75,7 +77,8 @@ class Folders:
 
     def fold(self, out: Path | None = None) -> melora_fx.FoldReport:
         """Folds; the base stays as it is to the last byte, and nothing but the folder is made."""
-        before, others = content_of(self.base), names(self.parent)
+        before = content_of(self.base)
+        others = names(self.parent)
         report = melora_fx.fold_checkpoint(self.base, self.adapter, out or self.out)
         assert content_of(self.base) == before
         assert names(self.parent) == others | {(out or self.out).name}
@@ -84,7 +87,8 @@ class Folders:
     @contextmanager
     def refused(self, text: str, out: Path | None = None) -> Iterator[None]:
         """The block raises this error, and not a byte is written."""
-        before, others = content_of(self.parent), names(self.parent)
+        before = content_of(self.parent)
+        others = names(self.parent)
         with pytest.raises(MELoRAError, match=text):
             yield
         assert names(self.parent) == others
@@ -139,7 +143,8 @@ def stored(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
 
 def assert_only_these_differ(folders: Folders, keys: set[str], added: Sequence[str] = ()) -> None:
     """The weights of the sites and nothing else, each in the file that it was in."""
-    before, after = stored(folders.base), stored(folders.out)
+    before = stored(folders.base)
+    after = stored(folders.out)
     assert set(after) == {*before, *added}
     assert {key for key in before if after[key] != before[key]} == keys
     assert {key: value[0] for key, value in before.items()} == {key: after[key][0] for key in before}
@@ -152,7 +157,8 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """A safetensors file again with other tensors."""
-    tensors, metadata = load_file(path), metadata_of(path)
+    tensors = load_file(path)
+    metadata = metadata_of(path)
     change(tensors)
     save_file(tensors, path, metadata)
 
@@ -160,7 +166,8 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
 def edit_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """An adapter folder's file again with another header."""
     path = folder / "adapter.safetensors"
-    metadata, tensors = metadata_of(path), load_file(path)
+    metadata = metadata_of(path)
+    tensors = load_file(path)
     header = json.loads(metadata["melora"])
     change(header)
     save_file(tensors, path, metadata | {"melora": json.dumps(header)})

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
 
-IN, OUT = 24, 36
+IN = 24
+OUT = 36
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
@@ -45,7 +46,8 @@ def assert_equal(actual: Any, expected: Any) -> None:
 @contextmanager
 def kept_for_backward(held: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
     """Address and bytes of each storage that autograd saves inside the block, those of `held` left out."""
-    own, kept = {tensor.untyped_storage().data_ptr() for tensor in held}, dict[int, int]()
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
+    kept = dict[int, int]()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -78,14 +80,18 @@ def scalings(config: MELoRAConfig) -> list[float]:
 
 def dense_update(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
     """blockdiag(s_i B_i A_i) as a whole (O, I) matrix in float64, one block diagonal for each part of `split`."""
-    a, b = lora_a.double(), lora_b.double()
-    num_blocks, out_features, rank = b.size(0), b.size(0) * b.size(1), b.size(2)
+    a = lora_a.double()
+    b = lora_b.double()
+    num_blocks = b.size(0)
+    out_features = b.size(0) * b.size(1)
+    rank = b.size(2)
     sizes = [out_features]
     if isinstance(config.split, int):
         sizes = [out_features // config.split] * config.split
     elif config.split is not None:
         sizes = list(config.split)
-    rows, start = [], 0
+    rows = []
+    start = 0
     for part, size in enumerate(sizes):
         height = size // num_blocks
         blocks = [
@@ -210,7 +216,8 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(IN, IN), nn.Linear(IN, IN)
+        self.a = nn.Linear(IN, IN)
+        self.b = nn.Linear(IN, IN)
         self.b.weight = self.a.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,8 @@ class Packed(nn.Module):
 
     def __init__(self, in_features: int = IN, out_features: int = OUT) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
         self.register_buffer("codes", torch.randint(-8, 8, (out_features, in_features), dtype=torch.int8))
         self.bias = nn.Parameter(torch.zeros(out_features))
 
@@ -44,7 +45,8 @@ class Packed(nn.Module):
 class Caller(nn.Module):
     def __init__(self, inner: nn.Module, **options: Any) -> None:
         super().__init__()
-        self.inner, self.options = inner, options
+        self.inner = inner
+        self.options = options
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x=x, **self.options)

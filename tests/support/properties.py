@@ -155,7 +155,8 @@ def gradient_error(name: str, *, whole: bool) -> float:
         gradient = weight.grad.mT if site.weight_is_transposed else weight.grad
         num_blocks = site.config.num_blocks
         for block, scaling in enumerate(scalings(site.config) * site.num_experts):
-            own, of_expert = block % num_blocks, gradient.reshape(-1, *gradient.shape[-2:])[block // num_blocks]
+            own = block % num_blocks
+            of_expert = gradient.reshape(-1, *gradient.shape[-2:])[block // num_blocks]
             part = of_expert.chunk(num_blocks, 0)[own].chunk(num_blocks, 1)[own]
             expected = (scaling * site.lora_b[block].t() @ part, scaling * part @ site.lora_a[block].t())
             for actual, want in zip((site.lora_a.grad[block], site.lora_b.grad[block]), expected, strict=True):
@@ -193,7 +194,8 @@ def num_compilations(model: nn.Module, inputs: Mapping[str, torch.Tensor], backe
         config.use_cache = False  # a compiled model would see the switching in `outputs`
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, worst = torch.optim.SGD(parameters, lr=1e-3), 0.0
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    worst = 0.0
     for step in range(10):
         varied = {name: value + 1e-2 * step if value.is_floating_point() else value for name, value in inputs.items()}
         actual = outputs(compiled, varied)

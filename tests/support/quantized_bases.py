@@ -67,7 +67,8 @@ def half(dtype: torch.dtype) -> Base:
     return model, [model[index].weight.detach() for index in (0, 2)]
 
 
-EXACT, ROUNDED = TOLERANCE[torch.float32]["rtol"] * 10, 3e-2
+EXACT = TOLERANCE[torch.float32]["rtol"] * 10
+ROUNDED = 3e-2
 """Of the greatest value: float32 kernels; those that round activations to 8 bits, or all to 16."""
 
 

@@ -72,7 +72,8 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
 def trainer_of(
     model: nn.Module, directory: Path, *callbacks: TrainerCallback, data: Any = None, **options: Any
 ) -> tuple[Trainer, Losses]:
-    losses, data = Losses(), data or Sentences()
+    losses = Losses()
+    data = data or Sentences()
     made = Trainer(
         model,
         arguments(directory, **options),

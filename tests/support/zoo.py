@@ -14,7 +14,9 @@ from torch import nn
 
 from support.models import randn, tokens
 
-V, H, F = 50, 24, 36
+V = 50
+H = 24
+F = 36
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _ENCODER = {
     "vocab_size": V, "hidden_size": H, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": F,

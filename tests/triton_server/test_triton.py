@@ -158,7 +158,8 @@ def test_a_vector_of_the_batch_is_one_element_each(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_there_is_kept(tmp_path: Path) -> None:
-    path, repository = write_graph(tmp_path / "g.onnx", PLAIN), tmp_path / "repo"
+    path = write_graph(tmp_path / "g.onnx", PLAIN)
+    repository = tmp_path / "repo"
     write_triton_repository(path, repository, shapes=BATCH, provider="cuda")
     before = (repository / "g" / "config.pbtxt").read_bytes()
     with pytest.raises(MELoRAError, match="has a version 1 already"):
@@ -173,7 +174,8 @@ def test_a_model_that_is_there_is_kept(tmp_path: Path) -> None:
 
 
 def test_other_weights_do_not_meet_cached_engines(tmp_path: Path) -> None:
-    path, repository = write_graph(tmp_path / "g.onnx", PLAIN), tmp_path / "repo"
+    path = write_graph(tmp_path / "g.onnx", PLAIN)
+    repository = tmp_path / "repo"
     write_triton_repository(path, repository, shapes=BATCH)
     (tmp_path / "g.bin").write_bytes(np.zeros((8, 4), np.float32).tobytes())
     with pytest.raises(MELoRAError, match=r"another config\.pbtxt \(TensorRT's is of one graph and its weights\)"):
@@ -236,7 +238,8 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
 
 
 def test_a_failed_copy_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, repository = write_graph(tmp_path / "g.onnx", PLAIN), tmp_path / "repo"
+    path = write_graph(tmp_path / "g.onnx", PLAIN)
+    repository = tmp_path / "repo"
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
     with pytest.raises(MELoRAError, match="No space left on device"):
         write_triton_repository(path, repository, shapes=BATCH)
