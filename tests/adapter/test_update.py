@@ -60,9 +60,13 @@ def test_every_layout_gets_the_same_bits_and_nothing_beside_it_changes(layout: s
 
 
 @given(
-    num_blocks=st.integers(1, 5), rank=st.integers(1, 4), height=st.integers(1, 9), width=st.integers(1, 9),
-    parts=st.integers(1, 3), tile=st.integers(1, 60),
-)  # fmt: skip
+    num_blocks=st.integers(1, 5),
+    rank=st.integers(1, 4),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    parts=st.integers(1, 3),
+    tile=st.integers(1, 60),
+)
 def test_any_shape_and_any_tile(num_blocks: int, rank: int, height: int, width: int, parts: int, tile: int) -> None:
     config = MELoRAConfig(rank=rank, num_blocks=num_blocks, alpha=3.0, split=parts)
     in_features = num_blocks * width

@@ -55,7 +55,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, MELoRAConfig], int]] = {
     "bert": (bert_classifier, {"query": BLOCKS, "dense": MELoRAConfig(rank=3, num_blocks=2, alpha=2.0)}, 2 * 4 + 1),
     "gpt2": (gpt2, {"h.0.attn.c_attn": _SPLIT, "h.1.attn.c_attn": _SIZES, "c_fc": BLOCKS, "c_proj": BLOCKS}, 2 * 4),
     "llama": (llama, {"q_proj": BLOCKS, "k_proj": _UNEVEN, "v_proj": BLOCKS, "re:.*(up|down)_proj": BLOCKS}, 2 * 5),
-}  # fmt: skip
+}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

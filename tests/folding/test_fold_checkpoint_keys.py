@@ -50,9 +50,13 @@ from melora_fx import MELoRAConfig
 def test_head_is_added_to_a_base_without_one(sharded: bool, folders: Folders) -> None:
     """Base saved from BertModel, adapter trained in BertForSequenceClassification."""
     folders.prepare(
-        bert(), ["query", "dense"], sharded=sharded, trained=BertForSequenceClassification,
-        keep=["classifier"], num_labels=5,
-    )  # fmt: skip
+        bert(),
+        ["query", "dense"],
+        sharded=sharded,
+        trained=BertForSequenceClassification,
+        keep=["classifier"],
+        num_labels=5,
+    )
     expected, _ = folders.in_memory(BertForSequenceClassification, num_labels=5)
     folders.fold()
     folded, info = AutoModelForSequenceClassification.from_pretrained(folders.out, output_loading_info=True)

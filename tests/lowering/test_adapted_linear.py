@@ -73,10 +73,19 @@ class Operands:
     def operator_arguments(self, **given: Any) -> tuple[Any, ...]:
         """Those of `torch.ops.melora.adapted_linear`."""
         values = {
-            "x": self.x, "base": None, "weight": self.weight, "bias": self.bias, "lora_a": self.lora_a,
-            "lora_b": self.lora_b, "scaling": self.scaling, "seed": None, "rate": 0.0, "parts": list(self.parts),
-            "merge": self.merge, "dtype": None,
-        }  # fmt: skip
+            "x": self.x,
+            "base": None,
+            "weight": self.weight,
+            "bias": self.bias,
+            "lora_a": self.lora_a,
+            "lora_b": self.lora_b,
+            "scaling": self.scaling,
+            "seed": None,
+            "rate": 0.0,
+            "parts": list(self.parts),
+            "merge": self.merge,
+            "dtype": None,
+        }
         return tuple((values | given).values())
 
     def leaves(self) -> list[Tensor]:

@@ -33,9 +33,17 @@ from transformers.pytorch_utils import Conv1D
 import melora_fx
 
 PLAIN = {
-    "matmul_swapaxes", "matmul_permute", "matmul_permute_tuple", "matmul_permute_nothing", "matmul_contiguous",
-    "view_and_back", "matmul_transpose_twice", "addmm_beta", *BATCH_FORMS, *LEFT_FORMS,
-}  # fmt: skip
+    "matmul_swapaxes",
+    "matmul_permute",
+    "matmul_permute_tuple",
+    "matmul_permute_nothing",
+    "matmul_contiguous",
+    "view_and_back",
+    "matmul_transpose_twice",
+    "addmm_beta",
+    *BATCH_FORMS,
+    *LEFT_FORMS,
+}
 
 SHAPES = {
     **{name: [(IN,), (*FEW, IN), (*MANY, IN)] for name in ROW_FORMS},
@@ -55,10 +63,22 @@ CAPTURES = {
 }
 
 IN_EVERY_CAPTURE = (
-    "linear", "linear_keywords", "linear_transposed_storage", "matmul_T", "matmul_plain", "matmul_permute",
-    "bias_in_place", "cast_weight", "mm", "addmm_right_T", "addmm_keywords", "addmm_beta", "einsum", "weight_at",
+    "linear",
+    "linear_keywords",
+    "linear_transposed_storage",
+    "matmul_T",
+    "matmul_plain",
+    "matmul_permute",
+    "bias_in_place",
+    "cast_weight",
+    "mm",
+    "addmm_right_T",
+    "addmm_keywords",
+    "addmm_beta",
+    "einsum",
+    "weight_at",
     "conv1d",
-)  # fmt: skip
+)
 
 
 def held_form(name: str) -> nn.Module:

@@ -235,8 +235,9 @@ def test_match_and_sites(whole: tuple[Any, nn.Module]) -> None:
     plain, model = whole
     report = melora_fx.match(plain, TARGETS, CONFIG, example_inputs=tokens())
     assert [(site.in_features, site.out_features, site.num_experts) for site in report.sites] == [
-        (24, 72, 4), (36, 24, 4)
-    ]  # fmt: skip
+        (24, 72, 4),
+        (36, 24, 4),
+    ]
     assert " × 4 " in str(report)
     parameters = melora_fx.adapter_parameters(model)
     assert list(parameters) == [f"{site.name}.{kind}" for site in report.sites for kind in ("lora_a", "lora_b")]

@@ -70,9 +70,17 @@ def test_generate(family: str, options: dict[str, Any]) -> None:
         model: Any = rewritten_gpt2()
     else:
         config = LlamaConfig(
-            vocab_size=50, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, eos_token_id=49, pad_token_id=0,
-        )  # fmt: skip
+            vocab_size=50,
+            hidden_size=24,
+            intermediate_size=36,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            eos_token_id=49,
+            pad_token_id=0,
+        )
         model = fill(melora_fx.rewrite(LlamaForCausalLM(config).eval(), "all-linear", CONFIG))
     prompt = tokens(2, 6)
     prompt["attention_mask"][:] = 1

@@ -183,8 +183,10 @@ def test_a_bias_beside_quantised_weights_is_trained_on_request(base: str) -> Non
     output = model(inputs_of(base))
     output.float().sum().backward()
     first, last = melora_fx.sites(model).values()
-    matrices = [weight.double() + dense_update(CONFIG_OF_BASES, s.lora_a, s.lora_b).detach()
-                for weight, s in zip(weights, (first, last), strict=True)]  # fmt: skip
+    matrices = [
+        weight.double() + dense_update(CONFIG_OF_BASES, s.lora_a, s.lora_b).detach()
+        for weight, s in zip(weights, (first, last), strict=True)
+    ]
     bias = model[0].bias.detach().double().requires_grad_()
     hidden = F.linear(inputs_of(base).double(), matrices[0], bias)
     F.linear(F.gelu(hidden), matrices[1]).sum().backward()

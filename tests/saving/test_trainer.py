@@ -74,9 +74,18 @@ def test_the_best_adapter_comes_back_at_the_end(tmp_path) -> None:
 
     model = rewritten()
     trainer, _ = trainer_of(
-        model, tmp_path, AdapterCheckpointCallback(), Keep(), load_best_model_at_end=True, eval_strategy="steps",
-        eval_steps=1, save_steps=1, metric_for_best_model="eval_loss", greater_is_better=True, learning_rate=0.1,
-    )  # fmt: skip
+        model,
+        tmp_path,
+        AdapterCheckpointCallback(),
+        Keep(),
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        learning_rate=0.1,
+    )
     trainer.train()
     best = trainer.state.best_global_step
     assert best < STEPS, "the last one would prove nothing"

@@ -16,9 +16,19 @@ from support.zoo import ZOO
 
 TABLE = Path(__file__).parents[2] / "docs" / "ARCHITECTURES.md"
 _COLUMNS = (
-    "model", "linear modules", "sites in place", "sites whole", "refused", "start", "in effect", "gradient error",
-    "fold error", "restored", "exports", "graphs",
-)  # fmt: skip
+    "model",
+    "linear modules",
+    "sites in place",
+    "sites whole",
+    "refused",
+    "start",
+    "in effect",
+    "gradient error",
+    "fold error",
+    "restored",
+    "exports",
+    "graphs",
+)
 
 
 def counts_of(row: Row) -> tuple[str, ...]:

@@ -99,10 +99,18 @@ def mixtral(form: str = "grouped_mm", **sizes: int) -> Any:
 
 
 SIZES = {
-    "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "intermediate_size": 36, "max_position_embeddings": 40, "num_experts_per_tok": 2, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 36,
+    "max_position_embeddings": 40,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def _spread(model: Any, form: str) -> Any:

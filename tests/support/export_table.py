@@ -32,13 +32,25 @@ PAGE = Path(__file__).parents[2] / "docs" / "EXPORT.md"
 CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=2)
 MODELS = ("MiniLM-L6", "BERT", "MPNet", "GPT-2", "Llama", "T5", "ViT", "nn.TransformerEncoder")
 VARIANTS = (
-    ("portable", "fp32"), ("ort-cpu", "fp32"), ("ort-cuda", "fp16"), ("tensorrt", "fp32"), ("tensorrt", "fp16"),
-)  # fmt: skip
+    ("portable", "fp32"),
+    ("ort-cpu", "fp32"),
+    ("ort-cuda", "fp16"),
+    ("tensorrt", "fp32"),
+    ("tensorrt", "fp16"),
+)
 _START = "<!-- table -->"
 _END = "<!-- end of table -->"
 _COLUMNS = (
-    "model", "target", "precision", "adapter", "nodes", "ONNX Runtime's own operators", "error", "from `keep`", "MiB",
-)  # fmt: skip
+    "model",
+    "target",
+    "precision",
+    "adapter",
+    "nodes",
+    "ONNX Runtime's own operators",
+    "error",
+    "from `keep`",
+    "MiB",
+)
 
 
 @dataclass(frozen=True)

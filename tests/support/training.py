@@ -62,10 +62,17 @@ def rewritten() -> BertForSequenceClassification:
 
 def arguments(directory: Path, **options: Any) -> TrainingArguments:
     defaults: dict[str, Any] = {
-        "output_dir": str(directory), "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_steps": 3, "report_to": "none", "dataloader_pin_memory": False, "use_cpu": True,
+        "output_dir": str(directory),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
         "disable_tqdm": True,
-    }  # fmt: skip
+    }
     return TrainingArguments(**defaults | options)
 
 

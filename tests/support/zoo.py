@@ -19,18 +19,33 @@ H = 24
 F = 36
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _ENCODER = {
-    "vocab_size": V, "hidden_size": H, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": F,
+    "vocab_size": V,
+    "hidden_size": H,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": F,
     "max_position_embeddings": 40,
-}  # fmt: skip
+}
 _DECODER = _ENCODER | _TOKENS | {"num_key_value_heads": 1}
 _SEQ2SEQ = {
-    "vocab_size": V, "d_model": H, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": F, "decoder_ffn_dim": F, "decoder_start_token_id": 2,
-} | _TOKENS  # fmt: skip
+    "vocab_size": V,
+    "d_model": H,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": F,
+    "decoder_ffn_dim": F,
+    "decoder_start_token_id": 2,
+} | _TOKENS
 _VISION = {
-    "hidden_size": H, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": F, "image_size": 16,
+    "hidden_size": H,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": F,
+    "image_size": 16,
     "patch_size": 8,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -135,19 +150,46 @@ ZOO: dict[str, Entry] = {
         _hf("RobertaForSequenceClassification", "RobertaConfig", **_ENCODER | {"pad_token_id": 0}), _text, sites=2 * 6
     ),
     "DistilBERT": Entry(
-        _hf("DistilBertForSequenceClassification", "DistilBertConfig", vocab_size=V, dim=H, n_layers=2, n_heads=2,
-            hidden_dim=F, max_position_embeddings=40), _text, sites=2 * 6 + 1,
+        _hf(
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            vocab_size=V,
+            dim=H,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=F,
+            max_position_embeddings=40,
+        ),
+        _text,
+        sites=2 * 6 + 1,
     ),
     "ALBERT": Entry(
         _hf("AlbertForSequenceClassification", "AlbertConfig", **_ENCODER, embedding_size=12), _text, sites=6 + 2
     ),
     "DeBERTa-v2": Entry(
-        _hf("DebertaV2ForSequenceClassification", "DebertaV2Config", **_ENCODER, relative_attention=True,
-            pos_att_type=["p2c", "c2p"], position_buckets=8), _text, sites=2 * 8 + 1,
+        _hf(
+            "DebertaV2ForSequenceClassification",
+            "DebertaV2Config",
+            **_ENCODER,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+        ),
+        _text,
+        sites=2 * 8 + 1,
     ),
     "ModernBERT": Entry(
-        _hf("ModernBertForSequenceClassification", "ModernBertConfig", **_ENCODER, **_TOKENS, cls_token_id=1,
-            sep_token_id=2, global_attn_every_n_layers=2), _text, sites=2 * 4 + 1,
+        _hf(
+            "ModernBertForSequenceClassification",
+            "ModernBertConfig",
+            **_ENCODER,
+            **_TOKENS,
+            cls_token_id=1,
+            sep_token_id=2,
+            global_attn_every_n_layers=2,
+        ),
+        _text,
+        sites=2 * 4 + 1,
     ),
     "MPNet": Entry(_hf("MPNetForSequenceClassification", "MPNetConfig", **_ENCODER), _text, sites=2 * 6),
     "ELECTRA": Entry(
@@ -155,7 +197,9 @@ ZOO: dict[str, Entry] = {
     ),
     "GPT-2": Entry(
         _hf("GPT2LMHeadModel", "GPT2Config", vocab_size=V, n_embd=H, n_layer=2, n_head=2, n_positions=40, **_TOKENS),
-        _text, sites=2 * 4, inductor=True,
+        _text,
+        sites=2 * 4,
+        inductor=True,
     ),
     "Llama": Entry(_hf("LlamaForCausalLM", "LlamaConfig", **_DECODER), _text, sites=2 * 7, inductor=True),
     "Mistral": Entry(_hf("MistralForCausalLM", "MistralConfig", **_DECODER), _text, sites=2 * 7),
@@ -167,36 +211,80 @@ ZOO: dict[str, Entry] = {
     "Phi-3": Entry(_hf("Phi3ForCausalLM", "Phi3Config", **_DECODER), _text, sites=2 * 4),
     "GPT-NeoX": Entry(_hf("GPTNeoXForCausalLM", "GPTNeoXConfig", **_ENCODER, **_TOKENS), _text, sites=2 * 4),
     "Falcon": Entry(
-        _hf("FalconForCausalLM", "FalconConfig", vocab_size=V, hidden_size=H, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=40, **_TOKENS), _text, sites=2 * 4,
+        _hf(
+            "FalconForCausalLM",
+            "FalconConfig",
+            vocab_size=V,
+            hidden_size=H,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=40,
+            **_TOKENS,
+        ),
+        _text,
+        sites=2 * 4,
     ),
     "OPT": Entry(
-        _hf("OPTForCausalLM", "OPTConfig", vocab_size=V, hidden_size=H, num_hidden_layers=2, num_attention_heads=2,
-            ffn_dim=F, max_position_embeddings=40, word_embed_proj_dim=H, **_TOKENS), _text, sites=2 * 6,
+        _hf(
+            "OPTForCausalLM",
+            "OPTConfig",
+            vocab_size=V,
+            hidden_size=H,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=F,
+            max_position_embeddings=40,
+            word_embed_proj_dim=H,
+            **_TOKENS,
+        ),
+        _text,
+        sites=2 * 6,
     ),
     "Mixtral": Entry(_mixtral, _text, sites=2 * 7),
     "T5": Entry(
-        _hf("T5ForConditionalGeneration", "T5Config", vocab_size=V, d_model=H, d_kv=12, d_ff=F, num_layers=2,
-            num_heads=2, decoder_start_token_id=0), _pair, sites=2 * 6 + 2 * 10,
+        _hf(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            vocab_size=V,
+            d_model=H,
+            d_kv=12,
+            d_ff=F,
+            num_layers=2,
+            num_heads=2,
+            decoder_start_token_id=0,
+        ),
+        _pair,
+        sites=2 * 6 + 2 * 10,
     ),
     "BART": Entry(
-        _hf("BartForConditionalGeneration", "BartConfig", **_SEQ2SEQ, max_position_embeddings=40,
-            forced_eos_token_id=2), _pair, sites=6 + 10,
+        _hf(
+            "BartForConditionalGeneration", "BartConfig", **_SEQ2SEQ, max_position_embeddings=40, forced_eos_token_id=2
+        ),
+        _pair,
+        sites=6 + 10,
     ),
     "Whisper": Entry(
-        _hf("WhisperForConditionalGeneration", "WhisperConfig", **_SEQ2SEQ, num_mel_bins=8, max_source_positions=16,
-            max_target_positions=20, suppress_tokens=None, begin_suppress_tokens=None), _audio, sites=6 + 10,
+        _hf(
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
+            **_SEQ2SEQ,
+            num_mel_bins=8,
+            max_source_positions=16,
+            max_target_positions=20,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        ),
+        _audio,
+        sites=6 + 10,
     ),
     "ViT": Entry(_hf("ViTForImageClassification", "ViTConfig", **_VISION), _image, sites=2 * 6, inductor=True),
-    "DINOv2": Entry(
-        _hf("Dinov2ForImageClassification", "Dinov2Config", **_VISION, mlp_ratio=2), _image, sites=2 * 6
-    ),
+    "DINOv2": Entry(_hf("Dinov2ForImageClassification", "Dinov2Config", **_VISION, mlp_ratio=2), _image, sites=2 * 6),
     "CLIP": Entry(_clip, _image_and_text, sites=2 * 6 + 2 * 6 + 2),
     "nn.TransformerEncoder": Entry(Encoder, _vectors, sites=2 * 4, in_place=0, refused=0),
     "nn.MultiheadAttention": Entry(SelfAttention, _vectors, sites=2, in_place=0),
     "nn.MultiheadAttention, cross": Entry(CrossAttention, _vectors, sites=2, in_place=0),
     "x @ self.w.T + self.b": Entry(HandWritten, _vectors, sites=2),
-}  # fmt: skip
+}
 
 
 SIX = ("BERT", "GPT-2", "Llama", "T5", "ViT", "Mixtral")
