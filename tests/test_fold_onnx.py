@@ -68,19 +68,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.endswith(".export.json")}
 
 
-PAIRS = [
-    ("tower", "portable"),
-    ("tower_ranks", "portable"),
-    ("tower_split", "portable"),
-    pytest.param("bert", "portable", marks=pytest.mark.slow),
-    ("gpt2", "portable"),
-    pytest.param("llama", "portable", marks=pytest.mark.slow),
-    ("bert", "ort-cpu"),
-    pytest.param("gpt2", "ort-cpu", marks=pytest.mark.slow),
-    pytest.param("llama", "ort-cuda", marks=pytest.mark.slow),
-]
+PAIRS = [*((case, "portable") for case in CASES), ("bert", "ort-cpu"), ("gpt2", "ort-cpu"), ("llama", "ort-cuda")]
 
 
+@pytest.mark.default_cases("tower*", "bert-ort-cpu")
 @pytest.mark.parametrize(("case", "target"), PAIRS)
 def test_the_files_are_those_of_a_fresh_export_bit_for_bit(
     case: str, target: str, exports: Exports, tmp_path: Path
@@ -238,9 +229,10 @@ def test_a_sum_beyond_half_precision_leaves_the_earlier_graph(exports: Exports, 
     assert {file.name for file in tmp_path.iterdir()} == {"base", "adapter", "large", "out.onnx"}
 
 
-@pytest.mark.parametrize("target", ["portable", pytest.param("ort-cpu", marks=pytest.mark.slow)])
+@pytest.mark.default_cases("ort-cpu")
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_tied_weights_are_refused(target: str, exports: Exports, tmp_path: Path) -> None:
-    graph = exports("gpt2", target=target, precision="fp32").path
+    graph = exports("gpt2", target=target).path
     model = fill(melora_fx.rewrite(gpt2(num_layers=1), ["lm_head"], TOWER_CONFIG))
     melora_fx.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(MELoRAError, match=r"(?s)they are another model's, or tied.*`lm_head`"):

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from support.exports import CONFIG, Exports
-from support.models import bert_classifier, fill, gpt2, output_of, randn, rewritten_tower, tokens, tower
+from support.models import bert_classifier, fill, output_of, randn, rewritten_tower, tokens, tower
 from torch import nn
 
 import melora_fx
@@ -27,29 +27,32 @@ def adapted(seed: int, rank: int = 2, targets: object = "all-linear") -> nn.Modu
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A swappable graph and, as folders and files, adapters of ranks 1 to 9 that were never in the exported model."""
-    folder = tmp_path_factory.mktemp("swap")
-    report = export_onnx(adapted(0), tokens(), folder / "swap.onnx", adapter="swap")
+def swappable(exports: Exports) -> str:
+    report = exports("adapted bert", adapter="swap")
     assert report.num_adapter_inputs == 2 * 7 + 2
+    return report.path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, swappable: str) -> Path:
+    """As folders and files, adapters of ranks 1 to 9 that were never in the exported model."""
+    folder = tmp_path_factory.mktemp("swap")
     for seed, rank in enumerate((1, 2, 9), start=1):
         melora_fx.save_adapter(adapted(seed, rank), folder / f"adapter{seed}")
-        write_ort_adapter(folder / f"adapter{seed}", folder / "swap.onnx", folder / f"adapter{seed}.onnx_adapter")
+        write_ort_adapter(folder / f"adapter{seed}", swappable, folder / f"adapter{seed}.onnx_adapter")
     melora_fx.save_adapter(adapted(4, targets=["query"]), folder / "adapter4")
     return folder
 
 
 @pytest.fixture(scope="module")
-def runner(folder: Path) -> OrtRunner:
-    return OrtRunner(folder / "swap.onnx")
+def runner(swappable: str) -> OrtRunner:
+    return OrtRunner(swappable)
 
 
-def test_without_an_adapter_it_is_the_base_bit_for_bit(runner: OrtRunner, tmp_path: Path) -> None:
-    model = adapted(0)
-    with melora_fx.disabled(model):
-        export_onnx(model, tokens(), tmp_path / "base.onnx", adapter="keep", verify=False)
+def test_without_an_adapter_it_is_the_base_bit_for_bit(runner: OrtRunner, exports: Exports) -> None:
     inputs = tokens(3, 7)
-    np.testing.assert_array_equal(runner.run(inputs)["logits"], OrtRunner(tmp_path / "base.onnx").run(inputs)["logits"])
+    base = OrtRunner(exports("bert").path)
+    np.testing.assert_array_equal(runner.run(inputs)["logits"], base.run(inputs)["logits"])
 
 
 @pytest.mark.parametrize("suffix", ["", ".onnx_adapter"], ids=["folder", "file"])
@@ -90,8 +93,8 @@ def test_many_runs_from_four_threads_each_get_their_adapter(runner: OrtRunner, f
     assert not wrong
 
 
-def test_the_graphs_inputs_are_documented(folder: Path) -> None:
-    graph = onnx.load(folder / "swap.onnx", load_external_data=False).graph
+def test_the_graphs_inputs_are_documented(swappable: str) -> None:
+    graph = onnx.load(swappable, load_external_data=False).graph
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in graph.input
@@ -174,9 +177,9 @@ def rewritten_classifier(fill_seed: int | None) -> Any:
 
 
 def test_parts_of_packed_projections_cannot_be_inputs(tmp_path: Path) -> None:
-    model = fill(melora_fx.rewrite(gpt2(num_layers=1), "c_attn", MELoRAConfig(rank=2, num_blocks=3, split=3)))
-    with pytest.raises(MELoRAError, match=r"`transformer\.h\.0\.attn\.c_attn`.*pieces"):
-        export_onnx(model, tokens(), tmp_path, adapter="swap")
+    model = fill(melora_fx.rewrite(tower(), "conv", MELoRAConfig(rank=2, num_blocks=3, split=2)))
+    with pytest.raises(MELoRAError, match=r"`conv`.*pieces"):
+        export_onnx(model, {"x": randn(2, 24)}, tmp_path, adapter="swap")
     assert not list(tmp_path.iterdir())
 
 

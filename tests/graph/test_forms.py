@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.exports import CONFIG, Exports
-from support.models import bert_classifier, fill, gpt2, output_of, randn, rewritten_tower, tokens
+from support.models import bert_classifier, fill, output_of, randn, rewritten_tower, tokens, tower
 
 import melora_fx
 from exporters import OrtRunner, export_onnx
@@ -76,9 +76,9 @@ def test_inputs_of_two_dimensions(tmp_path: Path) -> None:
 
 
 def test_parts_of_packed_projections_stay_blocks(tmp_path: Path) -> None:
-    config = {"c_attn": MELoRAConfig(rank=2, num_blocks=3, split=3), "c_fc": MELoRAConfig(rank=2, num_blocks=3)}
-    model = fill(melora_fx.rewrite(gpt2(num_layers=1), config))
-    report = export_onnx(model, tokens(), tmp_path, adapter="keep", form="dense")
+    config = {"conv": MELoRAConfig(rank=2, num_blocks=3, split=2), "up": MELoRAConfig(rank=2, num_blocks=3)}
+    model = fill(melora_fx.rewrite(tower(), config))
+    report = export_onnx(model, {"x": randn(2, 24)}, tmp_path, adapter="keep", form="dense")
     assert report.forms == {"block": 1, "dense": 1}
 
 
