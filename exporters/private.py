@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 def name_scopes(node: onnx_ir.Node) -> list[str]:
     """Paths of the modules in whose forward a node of torch's exporter stood, outermost first; the names of their
-    parameters are lost where it folds them. torch 2.11.
+    parameters are lost where it folds them. torch 2.13.
     """
     return [str(scope) for scope in ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))]
 
@@ -64,26 +64,26 @@ def folder_of(config: PretrainedConfig) -> Path | None:
 
 
 def runs_under_accelerate(model: nn.Module) -> bool:
-    """Whether accelerate, or a Trainer, has put the model's forward under autocast. accelerate 1.1."""
+    """Whether accelerate, or a Trainer, has put the model's forward under autocast. accelerate 1.3."""
     return "_original_forward" in vars(model)
 
 
 def float16_converter() -> Any:
     """ONNX Runtime's module that converts graphs to half precision, which ships with the package outside of its
-    documented API. onnxruntime 1.23.
+    documented API. onnxruntime 1.24.
     """
     return importlib.import_module("onnxruntime.transformers.float16")
 
 
 def provider_library(ort: Any, name: str) -> Path:
     """The shared library of a GPU provider, "cuda" or "tensorrt", in the package's folder: loading it says what it
-    lacks, where ONNX Runtime writes a line to its log. onnxruntime 1.23.
+    lacks, where ONNX Runtime writes a line to its log. onnxruntime 1.24.
     """
     return Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
 
 
 def is_nameless_axis(axis: str | None) -> bool:
-    """Whether a session's input has no name for an axis: ONNX Runtime makes one up. onnxruntime 1.23."""
+    """Whether a session's input has no name for an axis: ONNX Runtime makes one up. onnxruntime 1.24."""
     return not axis or axis.startswith("unk__")
 
 

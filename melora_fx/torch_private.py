@@ -19,35 +19,35 @@ from torch.utils import _pytree
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """Where `torch.compile` and `checkpoint_wrapper` keep the module that they wrap; both show its attributes as their own.
-They have no accessor for it. torch 2.11."""
+They have no accessor for it. torch 2.13."""
 
 
 def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The dicts that hold the module's own parameters, buffers and children, to be read, compared and put back.
 
-    `named_parameters` and its kin leave out entries of None and repeated ones, and give no way to undo. torch 2.11.
+    `named_parameters` and its kin leave out entries of None and repeated ones, and give no way to undo. torch 2.13.
     """
     return module._parameters, module._buffers, module._modules
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether `module` is a convolution of any kind: the common base class has no public name. torch 2.11."""
+    """Whether `module` is a convolution of any kind: the common base class has no public name. torch 2.13."""
     return isinstance(module, _ConvNd)
 
 
 def follows_mode(module: nn.Module) -> bool:
-    """Whether `module` is a dropout or a batch norm of any kind: their base classes have no public name. torch 2.11."""
+    """Whether `module` is a dropout or a batch norm of any kind: their base classes have no public name. torch 2.13."""
     return isinstance(module, _DropoutNd | _BatchNorm)
 
 
 DERIVED_SUFFIXES = ("_orig", "_v")
-"""What pruning and `weight_norm` append to the parameter that they make a weight of. torch 2.11."""
+"""What pruning and `weight_norm` append to the parameter that they make a weight of. torch 2.13."""
 
 
 def empty_graph_like(graph: fx.Graph) -> fx.Graph:
     """A graph without nodes that generates its code as `graph` does, pytrees of inputs and outputs included.
 
-    `copy.deepcopy` keeps them too, but copies node metadata deeply, example tensors among it. torch 2.11.
+    `copy.deepcopy` keeps them too, but copies node metadata deeply, example tensors among it. torch 2.13.
     """
     empty = fx.Graph(tracer_cls=graph._tracer_cls)
     empty.set_codegen(graph._codegen)
@@ -55,35 +55,35 @@ def empty_graph_like(graph: fx.Graph) -> fx.Graph:
 
 
 def is_operator(target: Any) -> TypeGuard["torch._ops.OpOverload"]:
-    """Whether a node calls one overload of a registered operator; the class has no public name. torch 2.11."""
+    """Whether a node calls one overload of a registered operator; the class has no public name. torch 2.13."""
     return isinstance(target, torch._ops.OpOverload)
 
 
 def operator_key(operator: Any) -> tuple[str, str]:
-    """("namespace::packet", "overload") of a registered operator, which has no pickling of its own. torch 2.11."""
+    """("namespace::packet", "overload") of a registered operator, which has no pickling of its own. torch 2.13."""
     return operator._schema.name, operator._overloadname
 
 
 def is_constant_of_trace(name: str) -> bool:
-    """Whether `fx.Tracer` has put this attribute on a module, for a tensor made in its forward. torch 2.11."""
+    """Whether `fx.Tracer` has put this attribute on a module, for a tensor made in its forward. torch 2.13."""
     return name.startswith("_tensor_constant")
 
 
 GRAPH_SPECS = ("_in_spec", "_out_spec")
-"""Attributes that a GraphModule may set when it generates its code. torch 2.11."""
+"""Attributes that a GraphModule may set when it generates its code. torch 2.13."""
 
 MADE_FROM_GRAPH = ("_graph", *GRAPH_SPECS, "_compiled_call_impl")
-"""Attributes of a GraphModule that it makes anew from its graph, and that a copy must not take over. torch 2.11."""
+"""Attributes of a GraphModule that it makes anew from its graph, and that a copy must not take over. torch 2.13."""
 
 
 def put_graph(module: fx.GraphModule, graph: fx.Graph) -> None:
-    """`module.graph` is `graph` from here on, and its code stays as it is: the setter would generate it. torch 2.11."""
+    """`module.graph` is `graph` from here on, and its code stays as it is: the setter would generate it. torch 2.13."""
     vars(module)["_graph"] = graph
 
 
 def clear_export_hooks(module: nn.Module) -> None:
     """Removes every forward hook: those of `ExportedProgram.module()` cannot be pickled, and it gives no handles to
-    them. torch 2.11.
+    them. torch 2.13.
     """
     for hooks in (
         module._forward_pre_hooks,
@@ -95,35 +95,35 @@ def clear_export_hooks(module: nn.Module) -> None:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether `tensor` has no values, as under `torch.compile` and `torch.export`. torch 2.11."""
+    """Whether `tensor` has no values, as under `torch.compile` and `torch.export`. torch 2.13."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def in_one_storage(first: Tensor, second: Tensor) -> bool:
-    """Whether one is a view of the other: addresses do not tell on the meta device. torch 2.11."""
+    """Whether one is a view of the other: addresses do not tell on the meta device. torch 2.13."""
     return first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
 def preserve_versions(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
     """After the block autograd takes the tensors for unchanged: whoever writes in it must put the bits back.
 
-    `.data` hides a write too, but also from the backward of what was computed inside the block. torch 2.11.
+    `.data` hides a write too, but also from the backward of what was computed inside the block. torch 2.13.
     """
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
 
 
 def in_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is open; `forward_ad` does not say. torch 2.11."""
+    """Whether a level of forward-mode differentiation is open; `forward_ad` does not say. torch 2.13."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def in_functorch() -> bool:
-    """Whether a transform of `torch.func` (grad, vmap, jvp) is running. torch 2.11."""
+    """Whether a transform of `torch.func` (grad, vmap, jvp) is running. torch 2.13."""
     return torch._C._are_functorch_transforms_active()
 
 
 def in_fx_trace() -> bool:
-    """Whether `fx.Tracer` is tracing now. torch 2.11."""
+    """Whether `fx.Tracer` is tracing now. torch 2.13."""
     return is_fx_symbolic_tracing()
 
 
@@ -131,17 +131,17 @@ def in_fx_trace() -> bool:
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """`tree` with `function` of each leaf in its place. torch 2.11."""
+    """`tree` with `function` of each leaf in its place. torch 2.13."""
     return _pytree.tree_map(function, tree)
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """The leaves in order. torch 2.11."""
+    """The leaves in order. torch 2.13."""
     return _pytree.tree_leaves(tree)
 
 
 def tree_paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-    """(path, leaf) of each leaf; a step is a mapping's key, a sequence's index or a field's name. torch 2.11."""
+    """(path, leaf) of each leaf; a step is a mapping's key, a sequence's index or a field's name. torch 2.13."""
     return [
         (tuple(str(next(getattr(key, k) for k in ("key", "idx", "name") if hasattr(key, k))) for key in path), leaf)
         for path, leaf in _pytree.tree_flatten_with_path(tree)[0]
