@@ -141,3 +141,19 @@ def test_sizes() -> None:
     assert {path: n for path in paths if (n := len(path.read_text().splitlines())) > 300} == {}
     folders = {path.parent for path in paths}
     assert {folder: n for folder in folders if (n := len(list(folder.glob("*.py"))) - 1) > 16} == {}
+
+
+def test_every_folder_lists_its_files() -> None:
+    for init in (path for package in ORDER for path in files(package) if path.name == "__init__.py"):
+        if init.parent.name in ORDER:
+            continue  # the package's own, a table of public names
+        listed = {
+            name for line in ast.get_docstring(ast.parse(init.read_text())).splitlines() for name in _listed(line)
+        }
+        assert listed == {path.stem for path in init.parent.glob("*.py")} - {"__init__", "__main__"}, init
+
+
+def _listed(line: str) -> list[str]:
+    """The files that a line of a folder's docstring is about: what stands before two spaces."""
+    names, gap, _ = line.partition("  ")
+    return names.split(", ") if gap else []

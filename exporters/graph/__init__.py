@@ -1,15 +1,15 @@
 """From a torch module to an ONNX graph: the translation, and each pass over the graph.
 
-* `axes`: the dynamic axes, checked and named
-* `inputs`, `outputs`: names for what a model takes and returns
-* `options`: what an export was asked for
-* `build`: a model's graph, by transformers' or torch's exporter
-* `graph_export`: what one pass hands on to the next
-* `clean`: traces of the exporters, and stale types, taken away
-* `weights`: which initializer holds which parameter
-* `forms`: how an unmerged update is written
-* `swap_inputs`: adapters as optional inputs
-* `stand_ins`, `fuse`: ONNX Runtime's fused operators, and where the weights are afterwards
-* `half`: graphs in float16
-* `passes`: all of these in their order
+axes             the dynamic axes, checked and named
+inputs, outputs  names for what a model takes and returns
+options          what an export was asked for
+build            a model's graph, by transformers' or torch's exporter
+graph_export     what one pass hands on to the next
+clean            traces of the exporters, and stale types, taken away
+weights          which initializer holds which parameter
+forms            how an unmerged update is written
+swap_inputs      adapters as optional inputs
+stand_ins, fuse  ONNX Runtime's fused operators, and where the weights are afterwards
+half             graphs in float16
+passes           all of these in their order
 """

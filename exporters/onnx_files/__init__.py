@@ -1,8 +1,8 @@
 """An .onnx file seen from outside: what it holds, and what stands beside it. Nothing here builds a graph or a model.
 
-* `weight_place`: where a parameter lives in a graph
-* `onnx_file`: a file's graph, axes and data files, checked to be whole
-* `metadata`: what an exported file says of itself
-* `weight_bytes`: weights read and changed in the files that they lie in
-* `companions`: the configuration and the tokenizer's files beside a graph
+weight_place  where a parameter lives in a graph
+onnx_file     a file's graph, axes and data files, checked to be whole
+metadata      what an exported file says of itself
+weight_bytes  weights read and changed in the files that they lie in
+companions    the configuration and the tokenizer's files beside a graph
 """

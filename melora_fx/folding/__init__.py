@@ -1,15 +1,15 @@
 """Merges adapters into weights, in memory and in checkpoints on disk, and reports what the rounding takes.
 
-fold              `fold`, `folded`, `check_fold`: in the memory of a model
-refusals          what a fold in memory must refuse
-shared_memory     the sites whose weights are other parameters too
-site_weight       a site's weight, and the blocks of it that a fold changes, as views
-measured_fold     folds a weight and measures the rounding, or only measures it
-report            `FoldReport`: the measured sites as a table, with a remedy
-fold_checkpoint   `fold_checkpoint`: on disk
-checkpoint        where the tensors of a checkpoint lie
-checkpoint_keys   the names of a model's parameters in a checkpoint
-checkpoint_plan   what a fold changes in a checkpoint, checked before anything is written
-edited_copy       copies files and changes stretches of them on the way
-other_files       what else of a checkpoint's folder is copied
+fold             `fold`, `folded`, `check_fold`: in the memory of a model
+refusals         what a fold in memory must refuse
+shared_memory    the sites whose weights are other parameters too
+site_weight      a site's weight, and the blocks of it that a fold changes, as views
+measured_fold    folds a weight and measures the rounding, or only measures it
+report           `FoldReport`: the measured sites as a table, with a remedy
+fold_checkpoint  `fold_checkpoint`: on disk
+checkpoint       where the tensors of a checkpoint lie
+checkpoint_keys  the names of a model's parameters in a checkpoint
+checkpoint_plan  what a fold changes in a checkpoint, checked before anything is written
+edited_copy      copies files and changes stretches of them on the way
+other_files      what else of a checkpoint's folder is copied
 """

@@ -1,16 +1,16 @@
 """Applies a plan to a model: adapters in its graphs, modules that run them, and the sites to read and switch.
 
-rewrite           `rewrite`: what is frozen, which tensors the modules get, what is refused
-keep_trainable    the modules that stay trainable
-rewrite_state     RewriteState: what a rewritten model's root remembers
-adapter_nodes     the nodes behind a linear
-expert_nodes      the nodes behind a product with a stack of matrices
-module            RewrittenModule: install, uninstall, copies and pickles
-module_class      one class for all modules that run the same code, for Dynamo
-running           which graph a module runs: plain, lowered, or the base's
-meta_device       adapters that were made on the meta device get their values
-graph_pickle      graphs as bytes
-sites             `sites`, `disabled`: the adapters of a rewritten model, read and switched
-hugging_face      what a Hugging Face model says of itself meanwhile
-stale_optimizer   optimizers that were made before `rewrite`
+rewrite          `rewrite`: what is frozen, which tensors the modules get, what is refused
+keep_trainable   the modules that stay trainable
+rewrite_state    RewriteState: what a rewritten model's root remembers
+adapter_nodes    the nodes behind a linear
+expert_nodes     the nodes behind a product with a stack of matrices
+module           RewrittenModule: install, uninstall, copies and pickles
+module_class     one class for all modules that run the same code, for Dynamo
+running          which graph a module runs: plain, lowered, or the base's
+meta_device      adapters that were made on the meta device get their values
+graph_pickle     graphs as bytes
+sites            `sites`, `disabled`: the adapters of a rewritten model, read and switched
+hugging_face     what a Hugging Face model says of itself meanwhile
+stale_optimizer  optimizers that were made before `rewrite`
 """
