@@ -15,7 +15,7 @@ import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ def measure(cell: Cell, rounds: int) -> list[dict[str, Any]]:
         "device": device_name("cpu"),
         "versions": f"{package_versions()}, peft {peft.__version__}",
         "commit": source_commit(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     rows = []
     for name, values in times.items():

@@ -20,7 +20,7 @@ import copy
 import statistics
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ def write(rows: Sequence[dict[str, Any]], results: str) -> None:
         "versions": f"{package_versions()}; peft {version('peft')}",
         "device": device_name("cpu"),
         "commit": source_commit(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_csv([row | facts for row in rows], [*rows[0], *facts], RESULTS / "fold_rounding.csv")
     (RESULTS / "fold_rounding.md").write_text(

@@ -25,7 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def facts_of(cell: Cell, device: str) -> Row:
         "device": device_name(device),
         "versions": f"{package_versions()}, peft {peft.__version__}",
         "commit": source_commit(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
