@@ -266,8 +266,8 @@ NO_STACKS: dict[str, Callable[[], nn.Module]] = {
 def test_all_linear_does_not_miss_what_is_no_linear(build: Callable[[], nn.Module], captured_whole: bool) -> None:
     model = nn.Sequential(nn.Linear(IN, IN), build(), nn.Linear(IN, IN))
     example = (randn(2, 5, IN),) if captured_whole else None
-    melora_fx.rewrite(model, "all-linear", THREE, example_inputs=example)  # a warning would be an error here
-    assert set(melora_fx.sites(model)) == {"0", "2"}
+    rewritten = melora_fx.rewrite(model, "all-linear", THREE, example_inputs=example)  # a warning would be an error
+    assert set(melora_fx.sites(rewritten)) == {"0", "2"}
 
 
 def test_what_cannot_be_captured_has_no_experts_to_blame() -> None:
