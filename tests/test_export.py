@@ -169,9 +169,11 @@ def test_swap_is_refused_inside_disabled(tmp_path: Path, model: nn.Module) -> No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.default_cases("keep")
 @pytest.mark.parametrize("adapter", ["fold", "keep"])
-def test_inside_disabled_the_others_export_the_base(adapter: str, tmp_path: Path, base_report: ExportReport) -> None:
-    model = fill(melora_fx.rewrite(bert_classifier(), "all-linear", CONFIG))
+def test_inside_disabled_the_others_export_the_base(
+    adapter: str, model: nn.Module, tmp_path: Path, base_report: ExportReport
+) -> None:
     with melora_fx.disabled(model):
         report = export_onnx(model, tokens(), tmp_path, adapter=adapter, verify=False)
     assert (report.adapter, report.op_counts) == ("none", base_report.op_counts)

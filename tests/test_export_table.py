@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from support.export_table import MODELS, Case, Row, cases, documented, measure
 
-FAST = {("BERT", "ort-cuda", "fp16", "fold")}
-SLOW = {(model, *rest) for model in MODELS for rest in (("ort-cpu", "fp32", "swap"), ("tensorrt", "fp16", "keep"))}
+EXPORTED = {("BERT", "ort-cuda", "fp16", "fold")} | {
+    (model, *rest) for model in MODELS for rest in (("ort-cpu", "fp32", "swap"), ("tensorrt", "fp16", "keep"))
+}
 
 
 def test_the_page_lists_every_case() -> None:
@@ -20,14 +21,8 @@ def test_the_documented_errors_are_small() -> None:
         assert float(from_keep or 0) <= (1e-5 if "fp32" in key else 2e-2)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.label, marks=() if case.key in FAST else pytest.mark.slow)
-        for case in cases()
-        if case.key in FAST | SLOW
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in cases() if case.key in EXPORTED], ids=lambda case: case.label)
 def test_the_graph_is_as_documented(case: Case, tmp_path: Path) -> None:
     nodes, runtime_ops, error, from_keep, _ = documented()[case.key]
     row = measure(case, tmp_path)

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from support.models import IN, OUT, bert_classifier, gpt2, randn
 from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -260,29 +261,23 @@ def test_scopes_of_nodes() -> None:
     assert private.name_scopes(onnx_ir.node("Relu", [])) == []
 
 
-def test_an_export_leaves_the_instance_alone() -> None:
+def test_an_export_leaves_the_instance_alone_and_is_fused() -> None:
     model = bert_classifier()
     before = dict(vars(model))
     tokens = torch.arange(8).view(2, 4)
     shapes = {"input_ids": {0: torch.export.Dim.AUTO}}
     with quiet():
-        graph = private.export_by_transformers(model, {"input_ids": tokens}, shapes, None).graph
-    assert [value.name for value in graph.inputs] == ["input_ids"]
+        graph_model = private.export_by_transformers(model, {"input_ids": tokens}, shapes, None)
+    assert [value.name for value in graph_model.graph.inputs] == ["input_ids"]
     assert vars(model) == before
+    private.fuse_for_onnxruntime(graph_model, "cpu")
+    assert "com.microsoft" in {node.domain for node in graph_model.graph}
 
 
 def test_translations_of_grouped_products() -> None:
     found = private.grouped_translations()
     assert any("grouped_mm_fallback" in str(target) for target in found)
     assert all(callable(write) for write in found.values())
-
-
-def test_fusions() -> None:
-    model = bert_classifier()
-    with quiet():
-        graph_model = private.export_by_transformers(model, {"input_ids": torch.arange(8).view(2, 4)}, None, None)
-    private.fuse_for_onnxruntime(graph_model, "cpu")
-    assert "com.microsoft" in {node.domain for node in graph_model.graph}
 
 
 def test_folders_of_configurations(tmp_path: Path) -> None:
@@ -295,7 +290,9 @@ def test_folders_of_configurations(tmp_path: Path) -> None:
 def test_accelerate_is_seen() -> None:
     model = nn.Linear(IN, OUT)
     assert not private.runs_under_accelerate(model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test
     prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert private.runs_under_accelerate(prepared)
 
 

@@ -17,6 +17,7 @@ def test_the_readme_shows_the_quickstart() -> None:
     assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, from compiling
 def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -108,6 +108,7 @@ def test_all_kinds_compute_the_same(tiny: ModuleType, kind: str, tmp_path: Path)
     assert bool(melora_fx.sites(build("tiny", kind, tmp_path, "q,v", 3, 2))) is False
 
 
+@pytest.mark.slow
 def test_a_cell_of_torch_is_measured(tiny: ModuleType, tmp_path: Path) -> None:
     cell = tiny.Cell("tiny", "torch eager", batch=2, sequence=4, num_blocks=3, rank=2)
     rows = list(tiny.measure_cell(cell, tiny.Workshop(tmp_path, "cpu"), seconds=0))

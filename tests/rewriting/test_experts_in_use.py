@@ -139,6 +139,7 @@ def losses_of(model: nn.Module, directory: Path, *callbacks: Any, resume: Any = 
     return list(losses.by_step.values())
 
 
+@pytest.mark.slow
 def test_a_trainer_trains_every_form_alike(tmp_path: Path) -> None:
     options: dict[str, Any] = {"gradient_accumulation_steps": 2, "save_strategy": "no"}
     in_place = fill(melora_fx.rewrite(mixtral("batched_mm"), TARGETS, CONFIG))
@@ -169,6 +170,7 @@ WITHOUT_SAVE_PRETRAINED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.default_cases("one's own model")
 @pytest.mark.parametrize("build", WITHOUT_SAVE_PRETRAINED.values(), ids=WITHOUT_SAVE_PRETRAINED)
 def test_a_model_without_save_pretrained_resumes_from_its_adapter(build: Any, tmp_path: Path) -> None:
     callback = AdapterCheckpointCallback
@@ -177,6 +179,7 @@ def test_a_model_without_save_pretrained_resumes_from_its_adapter(build: Any, tm
     assert losses_of(build(), tmp_path / "run", callback(), resume=True)[-3:] == pytest.approx(wanted[-3:], rel=1e-6)
 
 
+@pytest.mark.default_cases("one's own model")
 @pytest.mark.parametrize("build", WITHOUT_SAVE_PRETRAINED.values(), ids=WITHOUT_SAVE_PRETRAINED)
 def test_a_model_without_save_pretrained_gets_its_best_adapter(build: Any, tmp_path: Path) -> None:
     options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}

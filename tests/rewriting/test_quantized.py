@@ -265,6 +265,7 @@ def _from_pretrained(kind: str, directory: Path, skipped: tuple[str, ...] = ("cl
     return BertForSequenceClassification.from_pretrained(directory, quantization_config=config, device_map="cpu")
 
 
+@pytest.mark.default_cases("torchao int8")
 @each(["torchao int8", "bitsandbytes 8 bits", "bitsandbytes 4 bits"], "Quantised, in a Trainer", "trains, resumes")
 @pytest.mark.filterwarnings("ignore:the base weights of", "ignore:.*(8bit|4bit|quantiz)")
 def test_a_trainer_trains_a_quantised_model(base: str, tmp_path) -> None:

@@ -142,6 +142,7 @@ def rewritten_without_dropout(lowering: str = "auto") -> nn.Module:
     return fill(model)
 
 
+@pytest.mark.default_cases("gradient *", "label smoothing")
 @in_situations(
     "options",
     "Trainer",
@@ -175,6 +176,7 @@ def test_a_trainer_in_bfloat16(tmp_path) -> None:
     assert {parameter.dtype for parameter in melora_fx.adapter_parameters(model).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.situation("Trainer", "… then `export_onnx`", "refused with the remedy: the graph would be under autocast")
 def test_an_export_after_a_trainer_in_bfloat16(tmp_path) -> None:
     model = rewritten_without_dropout()
