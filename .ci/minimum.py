@@ -1,0 +1,17 @@
+"""Prints pip constraints that hold each dependency at the minimum version which pyproject.toml declares.
+
+`name<=minimum`, beside the project's own `name>=minimum`, leaves pip one release. Tools of development stay free.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"}
+
+project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+extras = project["optional-dependencies"]
+for requirement in [*project["dependencies"], *extras["cpu"], *extras["demo"], *extras["test"]]:
+    declared = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement)
+    if declared and declared[1] not in TOOLS:
+        print(f"{declared[1]}<={declared[2]}")
