@@ -87,12 +87,10 @@ def is_nameless_axis(axis: str | None) -> bool:
     return not axis or axis.startswith("unk__")
 
 
-def node_counts(session: Any) -> dict[str, int] | None:
-    """How many nodes each provider of a session has been given; None where ONNX Runtime is too old to tell. The session
-    must have been made with `session.record_ep_graph_assignment_info`. onnxruntime 1.24.
+def node_counts(session: Any) -> dict[str, int]:
+    """How many nodes each provider of a session has been given. The session must have been made with
+    `session.record_ep_graph_assignment_info`. onnxruntime 1.24.
     """
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return None
     counts = dict.fromkeys(session.get_providers(), 0)
     for part in session.get_provider_graph_assignment_info():
         counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())

@@ -216,7 +216,7 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").read_text() == "old"
 
 
-@pytest.mark.default_cases("fuse-swap", "save-fold", "compare-swap")
+@pytest.mark.default_cases("fuse-swap")
 @pytest.mark.parametrize("adapter", ["fold", "swap"])
 @pytest.mark.parametrize("step", ["fuse", "save", "compare"])
 def test_an_interrupted_export_leaves_the_model_and_the_old_file(
@@ -241,6 +241,7 @@ def test_an_interrupted_export_leaves_the_model_and_the_old_file(
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.default_cases("1")
 @pytest.mark.parametrize("forward", range(4))
 def test_an_interrupted_forward_leaves_the_model(forward: int, tmp_path: Path) -> None:
     """The example's, the exporter's, and those of the comparison, in which adapters are off, their own and random."""

@@ -163,8 +163,8 @@ class OrtRunner:
 
     def describe(self) -> dict[str, Any]:
         """What the session is and does, ready for JSON: the provider asked for, and those that it has, in order, with
-        all options as ONNX Runtime reports them; the number of nodes that each provider has been given (None where ONNX
-        Runtime is too old to tell); threads, device and versions.
+        all options as ONNX Runtime reports them; the number of nodes that each provider has been given; threads,
+        device and versions.
         """
         choice = self.choice
         return {

@@ -139,7 +139,7 @@ print(resident("VmHWM") - before)
 """
 
 
-@pytest.mark.default_cases("bfloat16")
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell resident memory")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_block_that_is_the_whole_weight_takes_no_second_copy(dtype: str) -> None:

@@ -112,6 +112,7 @@ def test_export_for_tensorrt_prints_how_to_build_it_and_writes_the_repository(mo
     assert "max_batch_size: 8" in (tmp_path / "repository" / "bert" / "config.pbtxt").read_text()
 
 
+@pytest.mark.slow
 def test_adapters_become_onnx_runtimes_own_files(model_dir: Path, tmp_path: Path) -> None:
     model = type(bert_classifier()).from_pretrained(model_dir).eval()
     fill(melora_fx.rewrite(model, ["query"], MELoRAConfig(num_blocks=3)))

@@ -545,7 +545,7 @@ def test_neighbours_in_one_memory_are_not_shared():
     assert_near(model.gate.weight, expected[1])
 
 
-@pytest.mark.default_cases("bf16")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_thousand_swaps_of_ten_adapters_leave_the_base_bit_equal(dtype, tmp_path):
     model = melora_fx.rewrite(tower().to(dtype), "all-linear", TOWER_CONFIG)

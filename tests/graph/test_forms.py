@@ -27,7 +27,7 @@ def test_the_rule(num_blocks: int, rank: int, tokens: int, form: str) -> None:
     assert choose_form(num_blocks, rank, tokens) == form
 
 
-@pytest.mark.default_cases("portable-dense", "ort-cpu-block")
+@pytest.mark.default_cases("ort-cpu-block")
 @pytest.mark.parametrize("form", ["block", "dense"])
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_both_forms_compute_the_model(form: str, target: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from exporters.graph.options import FUSED_TARGETS
 from exporters.onnx_files.metadata import read_facts
 
 
+@pytest.mark.default_cases("ort-cpu")
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 def test_the_merged_graph_has_the_base_graphs_operators(target: str, exports: Exports) -> None:
     base = exports("bert", target=target, precision="fp32")

@@ -598,6 +598,7 @@ FORMS = {
 }
 
 
+@pytest.mark.default_cases("by_slices", "merged_by_*", "split", "dropout", "bf16", "autocast", "base", "trained_base")
 @pytest.mark.parametrize(("given", "options"), FORMS.values(), ids=FORMS)
 def test_opcheck_of_the_operator(given, options):
     torch.library.opcheck(torch.ops.melora.adapted_linear.default, given.operator_arguments(**options))
@@ -659,6 +660,7 @@ def test_input_alone_is_kept_for_the_backward(options, seed_bytes):
     assert bool(given.lora_b.grad.any())
 
 
+@pytest.mark.default_cases("eager")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_one_merged_weight_lives_at_a_time(compiled, monkeypatch):
     merged: list[StorageWeakRef] = []

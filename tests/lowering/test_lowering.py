@@ -167,6 +167,7 @@ COPIES = {
 }
 
 
+@pytest.mark.default_cases("tower-in_place-*-deepcopy", "tower-whole-weight-*", "tower-in_place-drop-*")
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize(
     "config", [CONFIG, DROPOUT, replace(CONFIG, lowering="plain")], ids=["weight", "drop", "plain"]

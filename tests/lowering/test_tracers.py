@@ -76,6 +76,7 @@ def tower_oracle(config: MELoRAConfig) -> nn.Module:
     return dense_copy(lowered(tower, "plain", config), tower())
 
 
+@pytest.mark.slow
 def test_onnx_graph_is_that_of_the_plain_nodes(tmp_path):
     graphs = []
     for lowering in ("auto", "plain"):

@@ -25,6 +25,7 @@ def bench(folder: Path, *arguments: object) -> Result:
     return run("bench", *(folder / word if str(word).endswith(".onnx") else word for word in arguments))
 
 
+@pytest.mark.slow
 def test_all_shapes_of_all_graphs(folder: Path, tmp_path: Path) -> None:
     graphs = ("keep.onnx", "copy.onnx", "other/keep.onnx")
     shapes = ("--batch", "1,2", "--sequence", 4, "--sequence", 6)

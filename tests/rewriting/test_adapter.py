@@ -302,6 +302,7 @@ def test_compiled_dropout_of_the_adapter_follows_the_mode():
     assert_equal(output_of(compiled, x), output_of(model, x))
 
 
+@pytest.mark.default_cases("in_place")
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_compiled_hugging_face_model_has_no_break_and_no_recompile(whole):
     plain = bert()

@@ -52,6 +52,7 @@ def near(actual: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-5) -> boo
     return bool((actual.double() - wanted.double()).abs().max() <= bound * wanted.abs().max())
 
 
+@pytest.mark.slow
 def test_an_adapter_means_the_same_in_every_form_and_place(tmp_path: Path) -> None:
     """grouped, whole → batched, whole → batched, in place → grouped, whole."""
     model = captured("grouped_mm")

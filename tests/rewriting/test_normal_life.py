@@ -91,6 +91,7 @@ def test_save_pretrained_warns_again_after_a_trainer(use: Callable[[Trainer], An
         model.save_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.default_cases("head kept trainable")
 @pytest.mark.situation("Trainer", "a tied language model, resumed from its adapter", "as uninterrupted; still tied")
 @pytest.mark.parametrize(
     ("targets", "kept"),
@@ -149,6 +150,7 @@ def test_model_init_makes_a_model_for_each_training(tmp_path) -> None:
     assert melora_fx.sites(melora_fx.load_adapter(trainer.model, tmp_path / f"checkpoint-{STEPS}"))
 
 
+@pytest.mark.default_cases("torchao int8 weights-*", "torch dynamic int8-*", "bitsandbytes 4 bits-eager")
 @pytest.mark.situation("Bases that are not plain", "each under bfloat16 autocast", "trains, eager and compiled")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("base", QUANTIZED)

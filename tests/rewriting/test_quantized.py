@@ -146,6 +146,7 @@ def test_a_packed_base_is_a_module_that_still_packs(base: str) -> None:
     assert own == list(plain_model.state_dict())
 
 
+@pytest.mark.default_cases("torchao int8 weights", "torch dynamic int8", "bitsandbytes 4 bits")
 @each(QUANTIZED, "Compiled, quantised", "the eager output and gradients; whole graphs where the base has them")
 def test_a_quantised_base_compiles(base: str) -> None:
     model, _ = rewritten(base)
