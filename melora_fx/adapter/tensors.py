@@ -39,6 +39,12 @@ def num_matrices(weight: torch.Tensor) -> int:
     return weight.size(0) if weight.dim() == 3 else 1
 
 
+def features_of(weight: torch.Tensor, *, is_transposed: bool) -> tuple[int, int]:
+    """(in_features, out_features) of a weight (O, I), or (I, O) where it `is_transposed`; of each matrix of a stack."""
+    rows, columns = weight.shape[-2:]
+    return (rows, columns) if is_transposed else (columns, rows)
+
+
 def by_matrix(
     weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

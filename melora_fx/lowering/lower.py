@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from melora_fx.adapter.site import SITE_TAG, SiteRecord
+from melora_fx.adapter.tensors import features_of
 from melora_fx.capture.graphs import copy_graph
 from melora_fx.patterns.experts import ExpertNode, find_expert_nodes
 from melora_fx.patterns.linear import find_linear_nodes
@@ -52,7 +53,8 @@ def _lower_groups(graph: fx.Graph, expert: ExpertNode) -> None:
 def _lower_node(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module) -> None:
     """Replaces a linear and its adapter by one call; a linear that is no `F.linear` stays, as the base of that."""
     operands = operands_of(linear, owner)
-    out_features = weight_of(owner, record.parameter).size(1 if record.weight_is_transposed else 0)
+    stored = weight_of(owner, record.parameter)
+    _, out_features = features_of(stored, is_transposed=record.weight_is_transposed)
     parts = record.config.parts(out_features)
     may_merge = record.lowering == "weight"
     total = next(user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from melora_fx.adapter.tensors import num_matrices
+from melora_fx.adapter.tensors import features_of, num_matrices
 from melora_fx.capture.graphs import Capture
 from melora_fx.config import MELoRAConfig
 from melora_fx.lowering.choice import choose_lowering, lowering_misfit
@@ -37,8 +37,7 @@ class PlannedSite:
     @property
     def shape(self) -> tuple[int, int]:
         """(in_features, out_features) of the weight, or of each matrix in a stack."""
-        out_features, in_features = self.weight.shape[-2:]
-        return (out_features, in_features) if self.nodes[0].weight_is_transposed else (in_features, out_features)
+        return features_of(self.weight, is_transposed=self.nodes[0].weight_is_transposed)
 
     @property
     def num_experts(self) -> int:

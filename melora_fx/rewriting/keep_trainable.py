@@ -9,7 +9,7 @@ from melora_fx.matching.targets import name_matches, nearest
 from melora_fx.names import without_wrappers
 
 
-def kept_modules(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
+def resolve_kept(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
     """Names of the modules that `patterns` name, without those below another of them.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from melora_fx.adapter.site import SiteRecord, owner_of
-from melora_fx.adapter.tensors import new_adapter, num_matrices, scaling_tensor
+from melora_fx.adapter.tensors import features_of, new_adapter, num_matrices, scaling_tensor
 from melora_fx.patterns.node import weight_of
 from melora_fx.torch_private import registered
 
@@ -38,12 +38,9 @@ def renew_adapters(module: nn.Module, records: Iterable[SiteRecord], moved: Iter
 def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: torch.device) -> None:
     """Gives the site fresh parameters on `device`."""
     owner = owner_of(module, record)
-    rows, columns = weight.shape[-2:]
-    in_features, out_features = (rows, columns) if record.weight_is_transposed else (columns, rows)
     lora_a, lora_b = new_adapter(
         record.config,
-        in_features,
-        out_features,
+        *features_of(weight, is_transposed=record.weight_is_transposed),
         num_experts=num_matrices(weight),
         device=device,
         dtype=_tensor(module, record, "lora_a").dtype,

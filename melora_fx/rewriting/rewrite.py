@@ -27,7 +27,7 @@ from melora_fx.patterns.experts import ExpertNode
 from .adapter_nodes import AdapterNodes, adapter_dtype
 from .expert_nodes import ExpertNodes
 from .hugging_face import attach
-from .keep_trainable import is_within, kept_modules
+from .keep_trainable import is_within, resolve_kept
 from .module import install
 from .rewrite_state import REWRITE_STATE_ATTRIBUTE, RewriteState
 from .stale_optimizer import watch_optimizers
@@ -63,7 +63,7 @@ def rewrite(
     """
     plan = make_plan(model, targets, config, example_inputs)
     rewritten = plan.model
-    kept = kept_modules(rewritten, keep_trainable)
+    kept = resolve_kept(rewritten, keep_trainable)
     _refuse(plan, kept)
     if plan.unsuitable and not _only_named(targets):
         names = ", ".join(f"`{name}` ({reason})" for name, reason in plan.unsuitable.items())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from melora_fx.adapter.site import SiteRecord, owner_of
-from melora_fx.adapter.tensors import num_matrices
+from melora_fx.adapter.tensors import features_of, num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.adapted_linear import RESIZED
@@ -85,8 +85,7 @@ def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> Adapter
     """The public view of one record of the rewritten module at `path`."""
     owner = owner_of(module, record)
     weight = weight_of(owner, record.parameter_name)
-    rows, columns = weight.shape[-2:]
-    in_features, out_features = (rows, columns) if record.weight_is_transposed else (columns, rows)
+    in_features, out_features = features_of(weight, is_transposed=record.weight_is_transposed)
     return AdapterSite(
         name=record.site_name(path),
         config=record.config,
