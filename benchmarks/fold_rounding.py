@@ -175,7 +175,7 @@ def main() -> None:
     tables = report(rows, measure_losses(base, unmerged, merged, held_out), count_differing(weights))
     print(tables)
     if not arguments.quick:
-        write(rows, f"{steps} steps; {held_out.numel()} held-out tokens.\n\n{tables}")
+        write(rows, tables, steps, num_held_out=held_out.numel())
 
 
 def count_differing(weights: dict[str, dict[str, torch.Tensor]]) -> dict[str, str]:
@@ -188,7 +188,8 @@ def count_differing(weights: dict[str, dict[str, torch.Tensor]]) -> dict[str, st
     return notes
 
 
-def write(rows: Sequence[dict[str, Any]], results: str) -> None:
+def write(rows: Sequence[dict[str, Any]], tables: str, steps: int, num_held_out: int) -> None:
+    """Writes results/fold_rounding.csv and fold_rounding.md."""
     facts = {
         "versions": f"{package_versions()}; peft {version('peft')}",
         "device": device_name("cpu"),
@@ -200,7 +201,7 @@ def write(rows: Sequence[dict[str, Any]], results: str) -> None:
         "# Rounding of a fold into bfloat16\n\n"
         f"Written by `benchmarks/fold_rounding.py` on {facts['time'][:10]}: {facts['device']}; {facts['versions']}; "
         f"commit {facts['commit'] or 'unknown'}. SmolLM2-135M-Instruct in bfloat16, 8 blocks of rank 8 in every linear "
-        f"after {results}"
+        f"after {steps} steps; {num_held_out} held-out tokens.\n\n{tables}"
     )
 
 

@@ -49,7 +49,7 @@ def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
 
 
 def _variations(centre: Cell) -> list[Cell]:
-    """Compiled: few, since a side takes 20 s to compile in MiniLM and a minute in SmolLM2."""
+    """The cells one change away from `centre`; few of compiled ones, whose sides take up to a minute to compile."""
     setting = centre.setting
     is_minilm = setting.model == "MiniLM-L6"
     is_eager = centre.mode == "eager"

@@ -139,14 +139,15 @@ def _refuse(model: nn.Module, options: ExportOptions) -> None:
             'with `precision="fp16"`'
         )
     refuse_folder(options.path)
-    if options.adapter == "swap" and is_disabled(unwrap(model)):
+    inner = unwrap(model)
+    if options.adapter == "swap" and is_disabled(inner):
         raise MELoRAError(
             '`adapter="swap"` makes inputs of the adapters, which `disabled` has switched off: '
             "export outside of the block"
         )
-    if options.adapter == "swap" and not sites(unwrap(model)):
+    if options.adapter == "swap" and not sites(inner):
         raise MELoRAError('`adapter="swap"` needs a rewritten model: its sites say where adapters go')
-    if grouped := _grouped_sites(unwrap(model), options.adapter):
+    if grouped := _grouped_sites(inner, options.adapter):
         raise MELoRAError(
             f"{', '.join(grouped)}: an adapter of experts that are computed by `grouped_mm` cannot stay in a graph: "
             'export with `adapter="fold"`, or call `model.set_experts_implementation("batched_mm")` before `rewrite`'

@@ -65,21 +65,22 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], path: Path, precision: s
     constants = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
     tensors = {name: value for name, value in inputs.items() if name not in constants}
     torch_runner = TorchRunner(partial(model, **constants))
+    facts = read_facts(path)
     comparisons: dict[str, Comparison] = {}
     with in_mode(model, training=False), without_cache(model):
         for size, trial in _trials(torch_runner, tensors, _axes(runner)):
             for adapter, context in _adapters(model, runner):
                 words = f"{size}, {adapter} adapter" if adapter else size
                 with context:
-                    own = swap_tensors(adapter_of(model), read_facts(path)) if adapter in ("own", "random") else {}
+                    own = swap_tensors(adapter_of(model), facts) if adapter in ("own", "random") else {}
                     comparison = compare(runner.with_tensors(own), torch_runner, trial)
                 if not comparison.max_rel_error <= TOLERANCES[precision]:
                     raise MELoRAError(f"the ONNX graph is not equal to torch at {words}: {comparison}")
                 comparisons[words] = comparison
     return Verification(
         compared=tuple(comparisons),
-        max_abs_error=max((comparison.max_abs_error for comparison in comparisons.values()), default=0.0),
-        max_rel_error=max((comparison.max_rel_error for comparison in comparisons.values()), default=0.0),
+        max_abs_error=max(comparison.max_abs_error for comparison in comparisons.values()),
+        max_rel_error=max(comparison.max_rel_error for comparison in comparisons.values()),
     )
 
 
@@ -89,7 +90,9 @@ def _axes(runner: OrtRunner) -> dict[str, list[Any]]:
 
 
 def _adapters(model: nn.Module, runner: OrtRunner) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    """The adapters to compare with, and the contexts in which torch computes with them; "" for a graph that is one."""
+    """(name, context in which torch computes with it) of each adapter to compare with; one without a name where the
+    graph has no swappable adapters.
+    """
     if not runner.adapter_names:
         yield "", nullcontext()
         return

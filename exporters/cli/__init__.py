@@ -1,4 +1,4 @@
-"""The command line, `melora-fx`: the one room above both packages.
+"""The command line, `melora-fx`: the top layer, which nothing else imports.
 
 commands   every command with an example, and `main`
 options    options that several commands have, and how repeated ones are read

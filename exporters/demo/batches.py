@@ -32,11 +32,11 @@ class Batches:
         """Model inputs of the first held-out texts: what graphs are exported with and timed on."""
         return self.encode([text for text, _ in self.texts.held_out[:_EXAMPLES]])
 
-    def held_out(self) -> Iterator[tuple[dict[str, torch.Tensor], np.ndarray]]:
-        """(inputs, labels (batch,)) over the held-out part, in order."""
+    def held_out(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Model inputs over the held-out part, in order."""
         for start in range(0, len(self.texts.held_out), BATCH):
             rows = self.texts.held_out[start : start + BATCH]
-            yield self.encode([text for text, _ in rows]), np.array([label for _, label in rows])
+            yield self.encode([text for text, _ in rows])
 
     def shuffled(self, generator: torch.Generator) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """(inputs, labels (batch,)) over the training part once, in random order."""
@@ -48,7 +48,7 @@ class Batches:
 
 def compute_logits(runner: Runner, batches: Batches) -> np.ndarray:
     """Logits (held-out texts, labels)."""
-    return np.concatenate([runner.run(inputs)["logits"] for inputs, _ in batches.held_out()])
+    return np.concatenate([runner.run(inputs)["logits"] for inputs in batches.held_out()])
 
 
 def compute_accuracy(runner: Runner, batches: Batches) -> float:

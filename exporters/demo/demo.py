@@ -41,6 +41,11 @@ class DemoOptions:
     config: MELoRAConfig = field(default_factory=MELoRAConfig)
     quick: bool = False
 
+    @property
+    def model_name(self) -> str:
+        """What results and pictures call the model."""
+        return str(self.model or "all-MiniLM-L6-v2")
+
 
 def run_demo(options: DemoOptions) -> dict[str, Any]:
     """Runs the job, prints what it does, and writes its results into `options.out`.
@@ -58,7 +63,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     batches = Batches(tokenizer, texts)
     print_texts(texts)
 
-    results: dict[str, Any] = {"model": str(options.model or "all-MiniLM-L6-v2")}
+    results: dict[str, Any] = {"model": options.model_name}
     results |= _rewrite(model, batches, options)
 
     console.rule("train")
@@ -78,7 +83,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
 
 
 def _check_requirements(out: Path) -> None:
-    """Refuses what would fail after the training only: missing packages, a folder that cannot be written."""
+    """Refuses what would otherwise fail only after the training: missing packages, a folder that cannot be written."""
     import_onnxruntime()
     import_pyplot()
     try:
@@ -135,7 +140,7 @@ def _export(model: nn.Module, batches: Batches, options: DemoOptions) -> dict[st
 def _fold(model: nn.Module, graphs: dict[str, Path], batches: Batches) -> dict[str, float]:
     """Folds the model, and compares it with itself before and with its graphs, on all held-out texts."""
     unmerged = OrtRunner(graphs["unmerged"])
-    unmerged_errors = [compare(unmerged, TorchRunner(model), inputs).max_abs_error for inputs, _ in batches.held_out()]
+    unmerged_errors = [compare(unmerged, TorchRunner(model), inputs).max_abs_error for inputs in batches.held_out()]
     unfolded_logits = compute_logits(TorchRunner(model), batches)
     melora_fx.fold(model)
     folded_logits = compute_logits(TorchRunner(model), batches)
@@ -161,6 +166,5 @@ def _time(model: nn.Module, graphs: dict[str, Path], batches: Batches, options: 
     console.print(f"batch × tokens: {shape}, one thread, {rounds} interleaved rounds")
     print(table)
     table.to_csv(options.out / "latency.csv")
-    title = f"{options.model or 'all-MiniLM-L6-v2'}, one thread"
-    plot_latency({f"{shape} tokens": table}, title, options.out / "latency.png")
+    plot_latency({f"{shape} tokens": table}, f"{options.model_name}, one thread", options.out / "latency.png")
     return table

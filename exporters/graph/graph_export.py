@@ -21,7 +21,7 @@ class GraphExport:
 
     Attributes:
         graph_model: the graph so far; a pass changes it in place, or puts another in its place.
-        model: the module that it was made of. Its adapters are merged or switched off where the graph has none.
+        model: the module that it was made of. Its adapters are merged meanwhile for "fold", switched off for "none".
         inputs: the example inputs by name.
         options: what was asked for.
         holds: which adapters the graph has, as `held_adapter` says.
@@ -49,7 +49,7 @@ class GraphExport:
 
 
 def held_adapter(model: nn.Module, adapter: str) -> str:
-    """What a graph of `model` holds where `adapter` was asked for: that, or "none" for a plain model and inside
-    `disabled`, where the model computes the base.
+    """Which adapters a graph of `model` will hold: `adapter` itself, or "none" if the model has no sites or is inside
+    `disabled`, where it computes the base.
     """
     return "none" if is_disabled(model) or not sites(model) else adapter

@@ -1,8 +1,8 @@
 """Numbered stand-ins for weights, by which a fusion that packs weights side by side can be followed.
 
 A fusion moves weights about without looking at their values. So each weight is replaced by a stand-in of its shape,
-one byte an element, with the weight's number in the first four bytes of every row, the lowest first. After the fusion
-the numbers say which weights an initializer holds, in which order and in which columns.
+one byte an element, with the weight's number in the first four bytes of every row, little-endian. After the fusion the
+numbers say which weights an initializer holds, in which order and in which columns.
 
 An attention with the products x Wq, x Wk and x Wv, each W of 2 rows and 5 columns:
 

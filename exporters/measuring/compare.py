@@ -56,7 +56,7 @@ def compare(runner_a: Runner, runner_b: Runner, inputs: Mapping[str, Any]) -> Co
 
 
 def _errors(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """(absolute, relative), of which the relative is the absolute where nothing expected is above zero."""
+    """(absolute, relative) error; the relative one is divided by the largest finite |expected|, unless that is zero."""
     actual = actual.astype(np.float64)
     expected = expected.astype(np.float64)
     with np.errstate(invalid="ignore"):

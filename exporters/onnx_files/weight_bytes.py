@@ -61,8 +61,8 @@ class WeightBytes:
         self.changes.setdefault(place.initializer, []).append((place, change))
 
     def write(self, path: Path, facts: str) -> None:
-        """Writes the graph with its changed weights and `facts` as its new description; each file of external data that
-        it refers to gets a new one beside `path`.
+        """Writes the graph with its changed weights and `facts` as its new description; every file of external data is
+        written anew beside `path`.
         """
         names = _data_names(path, self.files)
         self._change_stored_in_graph()
