@@ -23,12 +23,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the cases slow that are not among a test's `default_cases`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the cases slow that are not among a test's `default_cases`; each of these patterns has a case."""
+    unmatched: set[tuple[str, str]] = set()
+    matched: set[tuple[str, str]] = set()
     for item in items:
         marker = item.get_closest_marker("default_cases")
-        if marker and not any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in marker.args):
+        if marker is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        hits = {(test, pattern) for pattern in marker.args if fnmatch.fnmatchcase(item.callspec.id, pattern)}
+        if not hits:
             item.add_marker(pytest.mark.slow)
+        matched |= hits
+        unmatched |= {(test, pattern) for pattern in marker.args}
+    unmatched -= matched
+    if unmatched and not any("::" in argument for argument in config.args):  # which may name a few cases of a test
+        lines = [f"{test}: {pattern!r}" for test, pattern in sorted(unmatched)]
+        raise pytest.UsageError("`default_cases` that match no case:\n" + "\n".join(lines))
 
 
 def pytest_collection_finish() -> None:
@@ -47,6 +59,16 @@ def fresh_dynamo():
     """No compiled code of one test counts in another; files that compile use it in all of their tests."""
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """What accelerate keeps for the whole process is not of other tests, nor theirs of this one."""
+    from accelerate.state import AcceleratorState  # takes a second: only where it is used
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(params=list(_CASES))

@@ -18,6 +18,7 @@ from melora_fx import MELoRAError
 
 ROOT = Path(__file__).parent / "fixtures"
 COMMITS = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__")
+assert COMMITS, "no fixtures"
 
 pytestmark = pytest.mark.parametrize("commit", COMMITS)
 each_adapter = pytest.mark.parametrize("name", ADAPTERS)

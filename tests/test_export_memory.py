@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 EXPORT = """
-import sys, threading, warnings
+import sys, warnings
+sys.path.insert(0, "tests")
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import melora_fx
 from exporters import export_onnx
+from support.peak_memory import PeakMemory
 
 warnings.simplefilter("ignore")
 out, target, verify = sys.argv[1], sys.argv[2], sys.argv[3] == "verify"
@@ -20,24 +23,10 @@ model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16, num_key_va
 model = melora_fx.rewrite(model, ["q_proj", "v_proj"], melora_fx.MELoRAConfig())
 inputs = {"input_ids": torch.ones(2, 8, dtype=torch.long)}
 
-def resident():
-    lines = open("/proc/self/status").read().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
 weights = sum(parameter.nbytes for parameter in model.parameters())
-before, peak, done = resident(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.02):
-        peak = max(peak, resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-export_onnx(model, inputs, out, target=target, verify=verify)
-done.set()
-watcher.join()
-print(weights, 1 + (peak - before) / weights)
+with PeakMemory() as memory:
+    export_onnx(model, inputs, out, target=target, verify=verify)
+print(weights, 1 + memory.growth / weights)
 """
 
 

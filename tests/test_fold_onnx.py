@@ -1,7 +1,6 @@
 """An adapter folded into an exported graph: the bits of a fresh export, and what must be refused."""
 
 import copy
-import json
 import re
 import shutil
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import nn
 
 import melora_fx
 from exporters import OrtRunner, export_onnx, fold_onnx
-from exporters.onnx_files.metadata import METADATA_KEY, read_facts
+from exporters.onnx_files.metadata import read_facts
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
@@ -168,13 +167,6 @@ def test_a_value_that_the_exporter_stores_once_for_two_is_not_a_head_of_its_own(
         x = {"x": randn(2, 24).numpy()}
         outputs = [OrtRunner(tmp_path / f"{name}.onnx").run(x)["output"] for name in ("fresh", "folded")]
         np.testing.assert_array_equal(outputs[0], outputs[1])
-
-
-def edit_metadata(path: Path, **changes: Any) -> None:
-    graph = onnx.load(path, load_external_data=False)
-    entry = next(entry for entry in graph.metadata_props if entry.key == METADATA_KEY)
-    entry.value = json.dumps(json.loads(entry.value) | changes)
-    path.write_bytes(graph.SerializeToString())
 
 
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])

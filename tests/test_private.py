@@ -14,7 +14,6 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from support.models import IN, OUT, bert_classifier, gpt2, randn
 from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -287,12 +286,11 @@ def test_folders_of_configurations(tmp_path: Path) -> None:
     assert private.folder_of(transformers.AutoConfig.from_pretrained(tmp_path)) == tmp_path
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_accelerate_is_seen() -> None:
     model = nn.Linear(IN, OUT)
     assert not private.runs_under_accelerate(model)
-    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test
     prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert private.runs_under_accelerate(prepared)
 
 

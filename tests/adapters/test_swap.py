@@ -55,6 +55,16 @@ def test_without_an_adapter_it_is_the_base_bit_for_bit(runner: OrtRunner, export
     np.testing.assert_array_equal(runner.run(inputs)["logits"], base.run(inputs)["logits"])
 
 
+@pytest.mark.slow
+def test_without_an_adapter_it_has_the_head_that_it_was_exported_with(tmp_path: Path) -> None:
+    model = adapted(1)
+    swappable = export_onnx(model, tokens(), tmp_path / "swap", adapter="swap", verify=False)
+    with melora_fx.disabled(model):
+        base = export_onnx(model, tokens(), tmp_path / "base", adapter="keep", verify=False)
+    actual, expected = (OrtRunner(report.path).run(tokens(3, 7))["logits"] for report in (swappable, base))
+    np.testing.assert_array_equal(actual, expected)
+
+
 @pytest.mark.parametrize("suffix", ["", ".onnx_adapter"], ids=["folder", "file"])
 @pytest.mark.parametrize(("seed", "rank"), [(1, 1), (2, 2), (3, 9)])
 def test_any_adapter_of_any_rank(runner: OrtRunner, folder: Path, seed: int, rank: int, suffix: str) -> None:

@@ -26,6 +26,7 @@ from support.models import (
     tokens,
     tower,
 )
+from support.zoo import SelfAttention
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -314,15 +315,6 @@ def test_attention_that_never_calls_its_projection_is_refused_by_name():
     for target in ("out_proj", "in_proj_weight"):
         with assert_unchanged(model), pytest.raises(MELoRAError, match=rf"`inner\.{target}`.*`example_inputs=`"):
             melora_fx.rewrite(model, target, CONFIG)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(IN, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x, x, need_weights=False)[0]
 
 
 def test_attention_in_a_whole_capture():

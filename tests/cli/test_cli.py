@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +23,14 @@ def test_the_module_runs_as_a_program(capsys: pytest.CaptureFixture[str], monkey
         runpy.run_module("exporters.cli", run_name="__main__")
     assert not caught.value.code
     assert {"demo", "match", "fold", "export", "fold-onnx", "bench"} <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_the_module_runs_in_a_process_of_its_own() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "exporters.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert {"demo", "match", "fold", "export", "fold-onnx", "bench"} <= set(result.stdout.split())
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.fold_folders import CONFIG, INDEX, SINGLE
 from support.models import IN, OUT, assert_equal, bert, bert_classifier, gpt2, randn, tower
 from support.zoo import HUGGING_FACE, SIX, build
 from torch import nn
@@ -24,10 +25,6 @@ from melora_fx.folding.checkpoint import Checkpoint, open_checkpoint
 from melora_fx.folding.checkpoint_keys import KeyMap, map_keys
 from melora_fx.saving.fingerprint import fingerprint
 from melora_fx.saving.tensor_file import Entry, make_header, serialise
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 
 DTYPES = {
     "F64": torch.float64,

@@ -118,28 +118,17 @@ def test_a_killed_fold_leaves_no_folder_and_the_next_one_removes_what_it_wrote(s
 
 
 PEAK = """
-import sys, threading
-import melora_fx
+import sys
+sys.path.insert(0, "tests")
 
-def resident():
-    lines = open("/proc/self/status").read().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+import melora_fx
+from support.peak_memory import PeakMemory
 
 small, large = (sys.argv[1:4], sys.argv[4:])
 melora_fx.fold_checkpoint(*small)  # what is imported for good is no part of it
-before, peak, done = resident(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-melora_fx.fold_checkpoint(*large)
-done.set()
-watcher.join()
-print(peak - before)
+with PeakMemory() as memory:
+    melora_fx.fold_checkpoint(*large)
+print(memory.growth)
 """
 
 

@@ -1,7 +1,6 @@
 """Which lowering a site gets, and that the graph, the code and the copies are those of the plain nodes."""
 
 import copy
-import io
 import pickle
 from dataclasses import replace
 
@@ -27,6 +26,7 @@ from support.models import (
     assert_equal,
     assert_near,
     assert_unchanged,
+    by_torch_save,
     dense_copy,
     fill,
     output_of,
@@ -151,18 +151,11 @@ def test_graph_and_code_are_those_of_the_plain_lowering(tower_case, config):
         assert not any("adapted_linear" in str(node.target) for node in ours.module.graph.nodes)
 
 
-def saved_and_loaded(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 COPIES = {
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch_save": saved_and_loaded,
+    "torch_save": by_torch_save,
     "deepcopy_of_pickled": lambda model: copy.deepcopy(pickle.loads(pickle.dumps(model))),
 }
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from support.models import assert_equal, bert_classifier, fill, gpt2, in_situations, output_of, randn, tokens
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -143,15 +142,7 @@ def test_autocast() -> None:
         assert (actual[name] - value).abs().max() < 0.05 * value.abs().max()
 
 
-@pytest.fixture
-def _fresh_accelerator() -> Iterator[None]:
-    """What accelerate keeps for the whole process is not of other tests, nor theirs of this one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("_fresh_accelerator")
+@pytest.mark.usefixtures("fresh_accelerator")
 @situation("Training", "`accelerator.prepare`, `save_state`, `load_state`", "trains; the saved state comes back")
 def test_accelerate(tmp_path) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
@@ -170,7 +161,7 @@ def test_accelerate(tmp_path) -> None:
     melora_fx.save_adapter(accelerator.unwrap_model(model), tmp_path / "adapter")
 
 
-@pytest.mark.usefixtures("_fresh_accelerator")
+@pytest.mark.usefixtures("fresh_accelerator")
 @situation("Training", "… around a rewritten module itself", "`disabled` leaves it in force, `fold` asks to unwrap")
 def test_accelerate_wraps_a_rewritten_root() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")

@@ -1,7 +1,6 @@
 """A rewritten module is still the user's module: identity, class, hooks, state_dict, copies, pickles, `.to`."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -16,6 +15,7 @@ from support.models import (
     assert_near,
     bert,
     bert_classifier,
+    by_torch_save,
     dense_copy,
     fill,
     gpt2,
@@ -35,13 +35,6 @@ from melora_fx import MELoRAConfig
 
 def by_pickle(model):
     return pickle.loads(pickle.dumps(model))
-
-
-def by_torch_save(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": by_pickle, "torch_save": by_torch_save}

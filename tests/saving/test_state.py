@@ -30,6 +30,7 @@ from support.models import (
     tokens,
     tower,
 )
+from support.zoo import SelfAttention
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -442,22 +443,14 @@ def test_base_with_nan_is_not_taken_for_the_right_one(folder):
 
 
 def test_whole_capture_only_adapter_on_a_plain_model_without_inputs(tmp_path):
-    class Attends(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(IN, 2, batch_first=True)
-
-        def forward(self, x):
-            return self.attention(x, x, x, need_weights=False)[0]
-
     torch.manual_seed(0)
-    plain = Attends()
+    plain = SelfAttention()
     x = randn(2, 3, IN)
     model = fill(melora_fx.rewrite(plain, "in_proj_weight", TOWER_CONFIG, example_inputs=(x,)))
     melora_fx.save_adapter(model, tmp_path)
     melora_fx.fold(model)
     torch.manual_seed(0)
-    plain = Attends()
+    plain = SelfAttention()
     assert_refused(plain, tmp_path, r"`attention\.in_proj_weight`.*`example_inputs=`")
     assert list(melora_fx.sites(melora_fx.load_adapter(plain, tmp_path, example_inputs=(x,)))) == [
         "attention.in_proj_weight"

@@ -13,7 +13,7 @@ from torch import nn
 import melora_fx
 from exporters import ExportReport, export_onnx
 from melora_fx import MELoRAConfig
-from support.models import bert, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
+from support.models import assert_unchanged, bert, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
 from support.zoo import build
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3)
@@ -63,7 +63,9 @@ class Exports:
         with FileLock(f"{folder}.lock"):
             if not report.is_file():
                 make, inputs = MODELS[name]
-                made = export_onnx(make(), inputs(), folder / "model.onnx", **options)
+                model = make()
+                with assert_unchanged(model):
+                    made = export_onnx(model, inputs(), folder / "model.onnx", **options)
                 report.write_bytes(pickle.dumps(made))
             return pickle.loads(report.read_bytes())
 

@@ -85,7 +85,7 @@ class Folders:
         return report
 
     @contextmanager
-    def refused(self, text: str, out: Path | None = None) -> Iterator[None]:
+    def refused(self, text: str) -> Iterator[None]:
         """The block raises this error, and not a byte is written."""
         before = content_of(self.parent)
         others = names(self.parent)

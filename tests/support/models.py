@@ -5,6 +5,7 @@ the code under test. Sizes are odd on purpose: 24 → 36.
 """
 
 import copy
+import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -165,6 +166,14 @@ def attempt(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[A
         return function(*args, **options), ""
     except MELoRAError as error:
         return None, str(error)
+
+
+def by_torch_save(model: nn.Module) -> nn.Module:
+    """A copy by way of a file."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def rewritten(name: str, *, whole: bool, dtype: torch.dtype = torch.float32) -> 
     """The entry's model with every linear adapted that can be."""
     model, inputs = build(name)
     model.to(dtype)
-    if not whole and ZOO[name].in_place == 0:
+    if not whole and not melora_fx.match(model, "all-linear", CONFIG).sites:
         return model
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`rewrite` leaves")

@@ -288,7 +288,7 @@ ZOO: dict[str, Entry] = {
 
 
 SIX = ("BERT", "GPT-2", "Llama", "T5", "ViT", "Mixtral")
-"""What a sweep over the architectures tries by default: one of each kind."""
+"""What a sweep over the architectures tries by default: one of each kind of transformers' models."""
 
 HUGGING_FACE = tuple(name for name in ZOO if not name.startswith(("nn.", "x @")))
 
