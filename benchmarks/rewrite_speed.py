@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import melora_fx
 from melora_fx import MELoRAConfig
-from melora_fx.patterns.linear import find_linear_nodes
+from melora_fx.patterns.patterns import find_linear_nodes
 
 RESULTS = Path(__file__).parent / "results" / "rewrite_speed.csv"
 ROUNDS = 7

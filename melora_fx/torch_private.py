@@ -148,6 +148,9 @@ def tree_paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
     ]
 
 
+GROUPED_MM = torch._grouped_mm
+"""What models call that were written before `torch.nn.functional.grouped_mm` was there. torch 2.13."""
+
 HAS_ADAPTERS = "_hf_peft_config_loaded"
 """Attribute by which a model says that it has adapters to train: without it a Trainer refuses a quantised one, and with
 it `save_pretrained` writes PEFT's format. transformers 5.23."""

@@ -221,6 +221,12 @@ def test_experts() -> None:
     assert torch_private.experts_implementation(gpt2().config) in (None, "eager", "grouped_mm")
 
 
+def test_grouped_product() -> None:
+    x, stack, ends = randn(4, 16), randn(2, 16, 8), torch.tensor([1, 4], dtype=torch.int32)
+    product = torch_private.GROUPED_MM(x.bfloat16(), stack.bfloat16(), ends)
+    assert product.shape == (4, 8)
+
+
 def test_names_in_checkpoints() -> None:
     model = bert_classifier()
     keys = [*model.state_dict()]

@@ -22,13 +22,18 @@ TENSORS = ("lora_a", "lora_b", "lora_scaling", "lora_dropout")
 
 @dataclass
 class SiteRecord:
-    """Recorded in the rewritten module: one site of its graph. `parameter`: path of the weight below that module."""
+    """Recorded in the rewritten module: one site of its graph.
+
+    `parameter`: path of the weight below that module. `is_aten`: whether the adapter's nodes are ATen alone, which
+    forward-mode derivatives and ONNX need.
+    """
 
     parameter: str
     config: MELoRAConfig
     pattern: str
     weight_is_transposed: bool
     lowering: str
+    is_aten: bool = True
 
     @property
     def owner_path(self) -> str:

@@ -16,6 +16,13 @@ from torch import nn
 from melora_fx.config import MELoRAConfig
 
 
+def slices_of(tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """The N equal slices of each row of (…, I) as (N, T, I/N): a view, if the tokens can be viewed as one axis."""
+    features = tensor.size(-1)
+    shape = (tensor.numel() // features, num_blocks, features // num_blocks)
+    return tensor.reshape(shape).transpose(0, 1)
+
+
 def diagonal_blocks(weight: torch.Tensor, num_blocks: int, parts: Sequence[int]) -> Iterator[torch.Tensor]:
     """Views (N, O_p/N, I/N) of the blocks of `weight` (O, I) that an adapter changes, one for each part."""
     row, column = weight.stride()

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from melora_fx.adapter.tensors import diagonal_blocks
+from melora_fx.adapter.tensors import diagonal_blocks, slices_of
 from melora_fx.errors import MELoRAError
 
 from .cost import is_by_blocks, is_merged
 from .dropout import dropout_mask, dropout_rate, over_kept
 from .gradients import gradient_by_slices, gradients_by_blocks, gradients_by_factors
 from .quantized_gradient import quantized_linear
-from .slices import by_part, cast, factors_by_part, few_rows_times, join_parts, slices_of
+from .slices import by_part, cast, factors_by_part, few_rows_times, join_parts
 
 RESIZED = "it was resized after `rewrite` (a vocabulary that grew?); resize the plain model, then `rewrite`"
 """What is said of a linear whose weight no longer fits its adapter."""

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .slices import Part, cast, few_rows_times, slices_of
+from melora_fx.adapter.tensors import slices_of
+
+from .slices import Part, cast, few_rows_times
 
 
 def gradient_by_slices(

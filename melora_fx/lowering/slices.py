@@ -1,4 +1,4 @@
-"""The N equal slices of a row, and the parts of `split`: tensors as `bmm` takes them.
+"""The N slices of a row and the parts of `split`: tensors as `bmm` takes them.
 
 I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts of O_p columns each.
 """
@@ -9,17 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from melora_fx.adapter.tensors import slices_of
+
 from .cost import WIDE
 
 Part: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Of one part: its columns of the output, or of y', as slices (N, T, O_p/N); A (N, R, I/N); s B (N, O_p/N, R)."""
-
-
-def slices_of(tensor: Tensor, num_blocks: int) -> Tensor:
-    """The slices of (…, I) as (N, T, I/N): a view, if the tokens can be viewed as one axis."""
-    features = tensor.size(-1)
-    shape = (tensor.numel() // features, num_blocks, features // num_blocks)
-    return tensor.reshape(shape).transpose(0, 1)
 
 
 def by_part(output: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> list[Part]:

@@ -6,6 +6,7 @@ from torch.export import ExportedProgram
 from melora_fx.capture.example_inputs import ExampleInputs
 from melora_fx.config import MELoRAConfig
 
+from .linears import describe
 from .plan import make_plan
 from .report import MatchReport
 from .targets import TargetSpec
@@ -29,7 +30,7 @@ def match(
     """
     plan = make_plan(model, targets, config, example_inputs)
     return MatchReport(
-        sites=tuple(planned.describe() for planned in plan.sites),
-        untargeted=tuple(planned.describe() for planned in plan.untargeted),
+        sites=tuple(describe(planned) for planned in plan.sites),
+        untargeted=tuple(describe(planned) for planned in plan.untargeted),
         skipped=tuple((plan.refused | plan.unsuitable | plan.misfits).items()),
     )

@@ -6,14 +6,14 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from melora_fx.capture.example_inputs import ExampleInputs
-from melora_fx.capture.modules import capture_modules
 from melora_fx.capture.whole_model import capture_whole, from_program
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
-from melora_fx.names import get_attribute, unwrap
+from melora_fx.names import get_attribute, shared_parameters, unwrap
+from melora_fx.patterns.planned_site import PlannedSite
 
-from .linears import PlannedSite, group_by_weight, with_shared_names
-from .obstacles import derived_weights, never_called, otherwise_used, unmatched_stacks, used_both_ways
+from .linears import misfit
+from .obstacles import find_candidates, find_obstacles
 from .refusals import refuse_distributed, refuse_rewritten
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 
@@ -41,12 +41,15 @@ def make_plan(
     """Captures, matches and chooses; nothing of `model` is changed. Errors as in `match`."""
     _refuse(model, config)
     captured = _captured(model, example_inputs)
-    found, obstacles = _find_linears(model, captured, config)
+    candidates = find_candidates(model, captured, config)
+    obstacles = find_obstacles(candidates)
+    found = {linear.name: linear for linear in candidates.linears if linear.name not in obstacles}
+    found = _with_shared_names(found, captured)
     original = model if isinstance(model, nn.Module) else captured
     owners = {name: _owner(original, name) for name in [*found, *obstacles]}
     chosen = resolve_targets(targets, config, owners, _output_names(original, found))
     asked_for = {name for name in obstacles if name in chosen and names_one_by_one(targets, name)}
-    misfits = {name: reason for name in found if name in chosen and (reason := found[name].misfit(chosen[name]))}
+    misfits = {name: reason for name in found if name in chosen and (reason := misfit(found[name], chosen[name]))}
     return Plan(
         model=captured,
         sites=[
@@ -84,22 +87,13 @@ def _captured(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs 
     return capture_whole(model, example_inputs)
 
 
-def _find_linears(
-    model: nn.Module | ExportedProgram, captured: nn.Module, config: MELoRAConfig
-) -> tuple[dict[str, PlannedSite], dict[str, str]]:
-    """The linears that can be adapted, and name → obstacle of those that cannot. Of two obstacles the later counts."""
-    captures, obstacles = capture_modules(captured)
-    found, in_two_forwards = group_by_weight(captures, config)
-    obstacles |= in_two_forwards
-    obstacles |= otherwise_used(found)
-    obstacles |= unmatched_stacks(captures, found)
-    if isinstance(model, nn.Module):
-        obstacles |= derived_weights(model)
-        if captured is not model:
-            obstacles |= never_called(model, found, config)
-    obstacles |= used_both_ways(found)
-    found = with_shared_names(found, captured)
-    return {name: planned for name, planned in found.items() if name not in obstacles}, obstacles
+def _with_shared_names(found: dict[str, PlannedSite], model: nn.Module) -> dict[str, PlannedSite]:
+    """The linears with the other names that `model` has for their weights."""
+    names = shared_parameters(model)
+    return {
+        name: replace(planned, shared_with=tuple(other for other in names.get(id(planned.weight), ()) if other != name))
+        for name, planned in found.items()
+    }
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

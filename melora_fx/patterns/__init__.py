@@ -1,7 +1,12 @@
-"""The linear nodes of a graph, whatever wrote them.
+"""The linear nodes of a graph: one table of what is taken for one, one walk, and what is inserted behind them.
 
-node     LinearNode: one call of a linear; how nodes are read
-views    the views of a parameter that stand between it and a product
-linear   find_linear_nodes: products with a matrix
-experts  find_expert_nodes: products with a stack of matrices, the experts of a mixture
+node              Pattern, LinearNode: one way to write a linear, and one call of it; how nodes are read
+views             the views of a parameter that stand between it and a product
+adapter_nodes     the nodes of an adapter behind a product with a matrix
+stacks            stacks of matrices in graphs, the experts of a mixture
+grouped_blocks    block-diagonal products of rows that are sorted by expert, as an operator
+gathered_experts  products whose matrices are gathered for each row, and the adapters behind them
+grouped_experts   products of rows that are sorted by expert, and the adapters behind them
+patterns          PATTERNS, and find_linear_nodes: the walk
+planned_site      PlannedSite: one weight and every node that multiplies by it
 """

@@ -1,27 +1,61 @@
-"""What the matcher gives: one call of a linear in a graph; and how nodes are read."""
+"""What the matchers give: one call of a linear in a graph; and how nodes are read."""
 
+from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from melora_fx.adapter.site import SiteRecord
 from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.names import get_attribute
 from melora_fx.torch_private import is_operator
 
-aten = torch.ops.aten
+
+class Pattern(NamedTuple):
+    """One way in which graphs multiply by a parameter, and how an adapter goes beside it.
+
+    Attributes:
+        operators: what `operator_key` gives for the nodes that may be one.
+        match: what is multiplied by which parameter, or None for a node that only looks like a linear; the module is
+            the one whose parameters the graph's `get_attr` nodes name.
+        insert: adds an adapter's nodes behind such a node, given the weight.
+        is_aten: whether these nodes are ATen alone, which forward-mode derivatives and ONNX need.
+    """
+
+    operators: Set[Any]
+    match: Callable[[fx.Node, nn.Module], "LinearNode | None"]
+    insert: Callable[[fx.Graph, "LinearNode", SiteRecord, Tensor], None]
+    is_aten: bool = True
+
+
+class Operands(NamedTuple):
+    """What `F.linear` would take for the same bits.
+
+    `weight`: None for a packed linear, whose own forward alone can read it. `is_flipped`: the weight is stored as
+    (in_features, out_features).
+    """
+
+    weight: fx.Node | None
+    bias: fx.Node | None
+    is_flipped: bool = False
 
 
 @dataclass(frozen=True)
 class LinearNode:
-    """One call of a linear in a graph.
+    """One call of a linear in a graph: a product with a matrix, or with a stack of matrices, the experts of a mixture.
 
-    `weight_is_transposed`: the parameter is stored (in_features, out_features), as in `Conv1D`.
-    `rows`: (start, stop) where the node multiplies by some rows of the parameter only; None for the whole.
-    `input_is_transposed`: the product is W @ x, so input and output are (…, features, tokens).
-    `weight_is_cast`: the parameter is cast on the way, so input and parameter may have different dtypes.
+    Attributes:
+        pattern: what a report calls it.
+        weight_is_transposed: the parameter is stored (in_features, out_features), as in `Conv1D`.
+        rows: (start, stop) where the node multiplies by some rows of the parameter only; None for the whole.
+        input_is_transposed: the product is W @ x, so input and output are (…, features, tokens).
+        weight_is_cast: the parameter is cast on the way, so input and parameter may have different dtypes.
+        operands: what `F.linear` would take; None where it cannot give the same bits from the whole weight.
+        choice: of a stack, the experts of the rows (S,), or the ends of their groups (E,).
+        gather: of a stack, the node that gathers each row's matrix; None where none does.
+        matched_by: the entry of PATTERNS that found it.
     """
 
     node: fx.Node
@@ -32,9 +66,13 @@ class LinearNode:
     rows: tuple[int, int] | None = None
     input_is_transposed: bool = False
     weight_is_cast: bool = False
+    operands: Operands | None = None
+    choice: fx.Node | None = None
+    gather: fx.Node | None = None
+    matched_by: Pattern | None = None
 
 
-def weight_of(module: nn.Module, path: str) -> torch.Tensor:
+def weight_of(module: nn.Module, path: str) -> Tensor:
     """The parameter at `path` below `module`; of a packed linear what stands for it."""
     owner = get_attribute(module, path.rpartition(".")[0])
     return packed_weight(owner) if is_packed_linear(owner) else get_attribute(module, path)
@@ -59,7 +97,14 @@ def pattern_name(node: fx.Node) -> str:
     """What a report calls the node's operator: "F.linear", "aten.bmm", …"""
     if is_operator(node.target):
         return f"{node.target.namespace}.{operator_name(node)}"
-    return "F.linear" if node.target in LINEAR else operator_name(node)
+    return "F.linear" if node.target is F.linear else operator_name(node)
+
+
+def operator_key(node: fx.Node) -> Any:
+    """What `Pattern.operators` calls a node's operator: a function, or the name of a method; a registered operator goes
+    by its full name, "aten.bmm.default", which it has before its library is loaded.
+    """
+    return str(node.target) if is_operator(node.target) else node.target
 
 
 def operator_name(node: fx.Node) -> str:
@@ -69,6 +114,3 @@ def operator_name(node: fx.Node) -> str:
     if node.target is getattr:
         return str(node.args[1])
     return str(getattr(node.target, "__name__", node.target))
-
-
-LINEAR = {F.linear, aten.linear.default}

@@ -1,6 +1,6 @@
 """Rewrites the linear nodes of a model into frozen base + MELoRA subgraphs.
 
-`adapter_nodes.py` says what is inserted behind each node; here is everything around it: what is frozen, which tensors
+`melora_fx/patterns` says what is inserted behind each node; here is everything around it: what is frozen, which tensors
 the modules get, and what is refused.
 """
 
@@ -18,14 +18,14 @@ from melora_fx.capture.packed import device_of
 from melora_fx.capture.whole_model import is_exported, make_trainable
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
-from melora_fx.matching.linears import PlannedSite
+from melora_fx.lowering.lowerings import choose_lowering
 from melora_fx.matching.plan import Plan, make_plan
 from melora_fx.matching.targets import ALL_LINEAR, TargetSpec
 from melora_fx.names import without_wrappers
-from melora_fx.patterns.experts import ExpertNode
+from melora_fx.patterns.adapter_nodes import adapter_dtype
+from melora_fx.patterns.node import LinearNode
+from melora_fx.patterns.planned_site import PlannedSite
 
-from .adapter_nodes import AdapterNodes, adapter_dtype
-from .expert_nodes import ExpertNodes
 from .hugging_face import attach
 from .keep_trainable import is_within, resolve_kept
 from .module import install
@@ -139,26 +139,30 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
     becomes the adapted one with all its other users.
     """
     records = []
-    insertions = []
+    insertions: dict[fx.Node, tuple[LinearNode, SiteRecord, PlannedSite]] = {}
     for site in sites:
         record = _record_of(site)
         _add_tensors(site, record)
         records.append(record)
-        insertions += [(linear, record, site) for linear in site.nodes]
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    for linear, record, site in sorted(insertions, key=lambda insertion: -position[insertion[0].node]):
-        kind = ExpertNodes if isinstance(linear, ExpertNode) else AdapterNodes
-        kind(graph, linear, record, site).insert()
+        insertions |= {linear.node: (linear, record, site) for linear in site.nodes}
+    for node in reversed(list(graph.nodes)):
+        if node in insertions:
+            linear, record, site = insertions[node]
+            assert linear.matched_by, "it was found by the walk"
+            linear.matched_by.insert(graph, linear, record, site.weight)
     return records
 
 
 def _record_of(site: PlannedSite) -> SiteRecord:
+    lowering = choose_lowering(site)
+    assert lowering, "a site without one is a misfit"
     return SiteRecord(
         parameter=site.parameter,
         config=site.config,
         pattern=site.pattern,
         weight_is_transposed=site.nodes[0].weight_is_transposed,
-        lowering=site.lowering,
+        lowering=lowering.name,
+        is_aten=site.is_aten,
     )
 
 

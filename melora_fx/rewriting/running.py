@@ -13,8 +13,7 @@ from torch import fx, nn
 from melora_fx.adapter.site import SITE_TAG, SiteRecord
 from melora_fx.capture.graphs import copy_graph
 from melora_fx.errors import MELoRAError
-from melora_fx.lowering.grouped_blocks import grouped_blocks
-from melora_fx.lowering.lower import lower
+from melora_fx.lowering.lowerings import PLAIN, lower
 from melora_fx.torch_private import in_forward_mode, in_functorch, in_fx_trace, put_graph
 
 ADAPTED_GRAPH_ATTRIBUTE = "melora_adapted_graph"
@@ -73,9 +72,9 @@ def choosing_forward(
         records: the sites of the module, which say how it is lowered.
     """
     lowered = plain
-    if any(record.lowering != "plain" for record in records):
+    if any(record.lowering != PLAIN.name for record in records):
         lowered = _forward_of(module, lower(module.graph, module, records))
-    has_forward_mode = not module.graph.find_nodes(op="call_function", target=grouped_blocks)
+    has_forward_mode = all(record.is_aten for record in records)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.melora_adapted_graph is not None:

@@ -13,6 +13,7 @@ from melora_fx.adapter.tensors import features_of, num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.adapted_linear import RESIZED
+from melora_fx.lowering.lowerings import lowering_named
 from melora_fx.matching.refusals import refuse_distributed
 from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.patterns.node import weight_of
@@ -90,7 +91,7 @@ def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> Adapter
         name=record.site_name(path),
         config=record.config,
         pattern=record.pattern,
-        lowering=record.lowering,
+        lowering=lowering_named(record.lowering).shown_as,
         in_features=in_features,
         out_features=out_features,
         weight_is_transposed=record.weight_is_transposed,

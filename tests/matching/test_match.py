@@ -7,6 +7,8 @@ from support.models import (
     OUT,
     TOWER_CONFIG,
     TOWER_SITES,
+    Form,
+    Holder,
     assert_unchanged,
     attempt,
     bert,
@@ -18,6 +20,7 @@ from support.models import (
     tower,
 )
 from torch import fx, nn
+from torch.nn import functional as F
 
 import melora_fx
 from melora_fx import LinearSite, MELoRAConfig, MELoRAError
@@ -162,6 +165,14 @@ def test_model_rewritten_in_a_part_is_refused():
     melora_fx.rewrite(model["b"], "up", TOWER_CONFIG)
     with pytest.raises(MELoRAError, match=r"already rewritten \(1 modules, the first `b\.up`\)"):
         melora_fx.rewrite(model, "up", TOWER_CONFIG)
+
+
+def test_every_obstacle_of_a_linear_is_told():
+    model = Holder(Form(lambda x, w, b: F.linear(x, w) @ w + w.sum()))
+    ((name, reason),) = melora_fx.match(model, "all-linear", TOWER_CONFIG).skipped
+    assert name == "inner"
+    assert "also used by `sum`" in reason
+    assert "; the graph multiplies by this weight and by its transpose" in reason
 
 
 def test_hugging_face_model_with_part_left_out():

@@ -53,7 +53,7 @@ import melora_fx
 from exporters import OrtRunner, export_onnx, fold_onnx
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter.update import add_update
-from melora_fx.lowering.grouped_blocks import grouped_blocks
+from melora_fx.patterns.grouped_blocks import grouped_blocks
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),

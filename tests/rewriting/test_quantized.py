@@ -182,6 +182,23 @@ def test_plain_nodes_where_no_gradient_passes_are_refused() -> None:
         melora_fx.rewrite(model, "all-linear", config)
 
 
+class Rows(nn.Linear):
+    """Multiplies by its rows in two calls, which no lowering can replace."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([F.linear(x, self.weight[:48]), F.linear(x, self.weight[48:])], -1)
+
+
+def test_rows_of_a_base_without_gradients_are_refused() -> None:
+    """What is below would be trained by the gradient of the adapter alone."""
+    model, _ = BASES["torchao int8 weights and activations"][0]()
+    model[0].__class__ = Rows
+    with pytest.raises(
+        ValueError, match=r"`0`: .* gives no gradient .* this Int8Tensor, and the others need the whole"
+    ):
+        melora_fx.rewrite(model, "all-linear", CONFIG)
+
+
 class Packed(nn.Module):
     """A linear as the packed formats write it: bytes and scales in buffers."""
 

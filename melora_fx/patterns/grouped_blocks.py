@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .slices import slices_of
+from melora_fx.adapter.tensors import slices_of
 
 
 def _multiply(x: Tensor, blocks: Tensor, offs: Tensor) -> Tensor:

@@ -12,33 +12,39 @@ I in_features, O out_features, N num_blocks, R the largest rank of a block, T to
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from melora_fx.adapter.site import SITE_TAG, SiteRecord
-from melora_fx.matching.linears import PlannedSite
-from melora_fx.patterns.node import LinearNode
+from melora_fx.adapter.tensors import features_of
+
+from .node import LinearNode
 
 aten = torch.ops.aten
 
 
-def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
+def insert_adapter(graph: fx.Graph, linear: LinearNode, record: SiteRecord, weight: Tensor) -> None:
+    """Inserts the adapter of `weight` behind one linear node; every inserted node carries the site's tag."""
+    AdapterNodes(graph, linear, record, weight).insert()
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
     """float32, or float64 beside a float64 weight."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 class AdapterNodes:
-    """Inserts one adapter behind one linear node; every inserted node carries the site's tag."""
+    """The nodes of one adapter behind one linear node."""
 
-    def __init__(self, graph: fx.Graph, linear: LinearNode, record: SiteRecord, site: PlannedSite) -> None:
+    def __init__(self, graph: fx.Graph, linear: LinearNode, record: SiteRecord, weight: Tensor) -> None:
         self.graph = graph
         self.linear = linear
         self.record = record
-        self.config = site.config
-        self.in_features, self.out_features = site.shape
-        parts = site.config.parts(self.out_features)
-        self.row_sizes = [size // site.config.num_blocks for size in parts]  # of each part, in one block of B
-        self.rank_sizes = [max(site.config.ranks)] * len(parts)  # of each part, in one block of A
-        self.casts = linear.weight_is_cast or site.weight.dtype != adapter_dtype(site.weight)
+        self.config = record.config
+        self.in_features, self.out_features = features_of(weight, is_transposed=record.weight_is_transposed)
+        parts = self.config.parts(self.out_features)
+        self.row_sizes = [size // self.config.num_blocks for size in parts]  # of each part, in one block of B
+        self.rank_sizes = [max(self.config.ranks)] * len(parts)  # of each part, in one block of A
+        self.casts = linear.weight_is_cast or weight.dtype != adapter_dtype(weight)
 
     def insert(self) -> None:
         base = self.linear.node
@@ -74,15 +80,19 @@ class AdapterNodes:
         for part_hidden, part_b in zip(hiddens, b_parts, strict=True):
             output = self._call("delta_blocks", aten.bmm.default, part_hidden, self._swapped(part_b, 1, 2))
             outputs.append(self._swapped(output, 0, 1))
-        if len(outputs) > 1:
-            outputs = [self._call("part", aten.flatten.using_ints, output, 1) for output in outputs]
-            outputs = [self._call("parts", aten.cat.default, outputs, 1)]
-        delta = outputs[0]
+        delta = self._joined(outputs)
         if self.linear.rows is not None:
             start, stop = self.linear.rows
             flat = self._call("delta_flat", aten.reshape.default, delta, [-1, self.out_features])
             delta = self._call("delta_rows", aten.narrow.default, flat, 1, start, stop - start)
         return self._call("delta", aten.reshape_as.default, delta, base)
+
+    def _joined(self, outputs: list[fx.Node]) -> fx.Node:
+        """The parts of `split` (T, N, O_p/N, …) side by side in each row."""
+        if len(outputs) == 1:
+            return outputs[0]
+        flat = [self._call("part", aten.flatten.using_ints, output, 1) for output in outputs]
+        return self._call("parts", aten.cat.default, flat, 1)
 
     def _left(self, lora_a: fx.Node, scaled_b: fx.Node) -> fx.Node:
         """Δ x, for W x: the rare form, in which x may have any number of dimensions, so Δ is made whole."""

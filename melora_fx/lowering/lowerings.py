@@ -1,0 +1,68 @@
+"""LOWERINGS: how adapted linears are computed in training; which one a site gets, and the pass that applies them.
+
+The pass makes a graph of its own, from which the module's code is generated. The plain graph stays what is printed,
+copied, saved and exported, and what runs wherever a call of a lowering would not be understood.
+"""
+
+from collections.abc import Iterable
+
+from torch import fx, nn
+
+from melora_fx.adapter.site import SiteRecord
+from melora_fx.capture.graphs import copy_graph
+from melora_fx.patterns.patterns import find_linear_nodes
+from melora_fx.patterns.planned_site import PlannedSite
+
+from .grouped_call import GROUPED
+from .lowering import Lowering
+from .one_call import ACTIVATION, WEIGHT
+from .quantized_gradient import passes_gradient
+
+
+def _misfit_of_plain(site: PlannedSite) -> str | None:
+    if passes_gradient(site.weight):
+        return None
+    kind = type(site.weight).__name__
+    remedy = ": use 'auto'" if site.config.lowering == "plain" else ", and the others need the whole of it"
+    return f"`lowering` (='plain') gives no gradient to what is below this {kind}{remedy}"
+
+
+PLAIN = Lowering("plain", "plain", _misfit_of_plain, None)
+
+LOWERINGS = (WEIGHT, ACTIVATION, GROUPED, PLAIN)
+"""In order of preference: "auto" is the first without a misfit."""
+
+
+def choose_lowering(site: PlannedSite) -> Lowering | None:
+    """The first lowering that the site's configuration allows and that fits; None where none does."""
+    return next((lowering for lowering in _allowed(site) if lowering.misfit(site) is None), None)
+
+
+def lowering_misfit(site: PlannedSite) -> str | None:
+    """Why the site cannot have the lowering that its configuration names, or None."""
+    if choose_lowering(site):
+        return None
+    reasons = [lowering.misfit(site) for lowering in _allowed(site)]
+    return reasons[-1 if site.config.lowering == "auto" else 0]
+
+
+def lowering_named(name: str) -> Lowering:
+    """The lowering that a site's record names."""
+    return next(lowering for lowering in LOWERINGS if lowering.name == name)
+
+
+def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> fx.Graph:
+    """A copy of `graph` in which the sites of `records` are lowered; `owner` holds its parameters."""
+    lowered = copy_graph(graph)
+    by_parameter = {record.parameter: record for record in records}
+    for linear in reversed(list(find_linear_nodes(lowered, owner))):  # an earlier one may erase its input
+        record = by_parameter.get(linear.parameter)
+        replace = lowering_named(record.lowering).replace if record else None
+        if record and replace:
+            replace(lowered, linear, record, owner)
+    return lowered
+
+
+def _allowed(site: PlannedSite) -> list[Lowering]:
+    wanted = site.config.lowering
+    return [lowering for lowering in LOWERINGS if wanted in ("auto", lowering.shown_as)]

@@ -1,0 +1,76 @@
+"""The lowerings "weight" and "activation": a linear and its adapter as one call of `adapted_linear`."""
+
+import functools
+
+import torch
+from torch import fx, nn
+
+from melora_fx.adapter.site import SITE_TAG, SiteRecord
+from melora_fx.adapter.tensors import features_of
+from melora_fx.patterns.node import LinearNode, weight_of
+from melora_fx.patterns.planned_site import PlannedSite
+
+from .adapted_linear import adapted_linear
+from .cost import WIDE
+from .lowering import Lowering
+
+aten = torch.ops.aten
+
+
+def _misfit_of_weight(site: PlannedSite) -> str | None:
+    """Needs W + Δ to be computed without rounding it to fewer than 32 bits."""
+    if reason := _no_linear(site, "weight"):
+        return reason
+    if site.config.dropout:
+        return "`lowering` (='weight') cannot drop inputs of the adapter alone: use 'auto' or 'activation'"
+    if type(site.weight) is nn.Parameter and site.weight.dtype in WIDE:
+        return None
+    kind = f"{type(site.weight).__name__} of {str(site.weight.dtype).removeprefix('torch.')}"
+    return f"`lowering` (='weight') would round W + Δ to this {kind} in every step: use 'auto' or 'activation'"
+
+
+def _misfit_of_activation(site: PlannedSite) -> str | None:
+    return _no_linear(site, "activation")
+
+
+def _no_linear(site: PlannedSite, name: str) -> str | None:
+    if all(node.operands for node in site.nodes):
+        return None
+    return f"`lowering` (={name!r}) needs a linear that is an `F.linear` of the whole weight: use 'auto'"
+
+
+def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module, *, merge: bool) -> None:
+    """One call for the linear and its adapter. A packed linear stays, as the base of that.
+
+    `merge`: whether the call may make W + Δ.
+    """
+    operands = linear.operands
+    if operands is None:  # it has changed since `rewrite`
+        return
+    _, out_features = features_of(weight_of(owner, record.parameter), is_transposed=record.weight_is_transposed)
+    parts = record.config.parts(out_features)
+    total = next(user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
+    with graph.inserting_before(total):
+        tensors = [graph.get_attr(record.path(kind)) for kind in ("lora_a", "lora_b", "lora_scaling")]
+        dropout = graph.get_attr(record.path("lora_dropout")) if record.config.dropout else None
+        if operands.weight is None:
+            arguments = (linear.input, None, None, *tensors, dropout, parts, False, linear.node)
+        else:
+            weight = graph.call_function(aten.t.default, (operands.weight,)) if operands.is_flipped else operands.weight
+            arguments = (linear.input, weight, operands.bias, *tensors, dropout, parts, merge)
+        call = graph.call_function(adapted_linear, arguments)
+    call.meta = dict(total.meta)
+    total.replace_all_uses_with(call)
+    for node in [*_behind(graph, record), linear.node]:
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _behind(graph: fx.Graph, record: SiteRecord) -> list[fx.Node]:
+    """The nodes that `rewrite` inserted for the site, last first."""
+    return [node for node in reversed(graph.nodes) if node.meta.get(SITE_TAG) == record.parameter]
+
+
+WEIGHT = Lowering("weight", "weight", _misfit_of_weight, functools.partial(_replace, merge=True))
+
+ACTIVATION = Lowering("activation", "activation", _misfit_of_activation, functools.partial(_replace, merge=False))

@@ -1,0 +1,166 @@
+"""PATTERNS: all that is taken for a linear in an FX graph, whatever wrote it; and the one walk that finds them.
+
+A linear node computes  y = x Wᵀ (+ b)  from a 2-D parameter W of the model, or the same for each row from a stack of
+such. W may stand on either side of the product, be reached through views (transposed, expanded over a batch, cut into
+rows for q, k and v), and what the node is called (`F.linear`, `addmm`, `@`, `einsum`, `aten.bmm`, …) is all that
+differs between a traced module and an exported program. A node whose weight is not a parameter is not a linear node.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from melora_fx.capture.packed import run_base_forward
+from melora_fx.names import get_attribute
+from melora_fx.torch_private import GROUPED_MM
+
+from .adapter_nodes import insert_adapter
+from .gathered_experts import insert_gathered, match_gathered
+from .grouped_experts import insert_grouped, match_grouped
+from .node import LinearNode, Operands, Pattern, argument, operator_key, operator_name, pattern_name
+from .views import CASTS, WeightView, view_of_parameter
+
+
+def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]:
+    """The linear nodes of `graph` in order; `owner` holds the parameters that its `get_attr` nodes name."""
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        for pattern in _BY_OPERATOR.get(operator_key(node), ()):
+            linear = pattern.match(node, owner)
+            if linear is not None:
+                yield replace(linear, matched_by=pattern)
+                break
+
+
+def _match_linear(node: fx.Node, owner: nn.Module) -> LinearNode | None:
+    weight = argument(node, 1, "weight")
+    bias = argument(node, 2, "bias")
+    operands = Operands(weight, bias) if _is_vector(bias, owner) else None
+    return _linear_node(node, argument(node, 0, "input"), view_of_parameter(weight, owner), operands)
+
+
+def _match_addmm(node: fx.Node, owner: nn.Module) -> LinearNode | None:
+    if node.kwargs.get("alpha", 1) != 1:
+        return None
+    bias = argument(node, 0, "input", "self")
+    right = argument(node, 2, "mat2")
+    is_plain_sum = node.kwargs.get("beta", 1) == 1 and _is_vector(bias, owner)
+    operands = Operands(right, bias, is_flipped=True) if is_plain_sum else None
+    return _match_product(node, owner, argument(node, 1, "mat1"), right, operands)
+
+
+def _match_baddbmm(node: fx.Node, owner: nn.Module) -> LinearNode | None:
+    if node.kwargs.get("alpha", 1) != 1:
+        return None
+    return _match_product(node, owner, argument(node, 1, "batch1"), argument(node, 2, "batch2"))
+
+
+def _match_matmul(node: fx.Node, owner: nn.Module) -> LinearNode | None:
+    right = argument(node, 1, "mat2", "other", "tensor2")
+    operands = Operands(right, None, is_flipped=True) if _is_matrix_or_transpose(right) else None
+    return _match_product(node, owner, argument(node, 0, "input", "self"), right, operands)
+
+
+def _match_product(
+    node: fx.Node, owner: nn.Module, left: Any, right: Any, operands: Operands | None = None
+) -> LinearNode | None:
+    """`operands`: those of `F.linear` if the weight is on the right."""
+    weight = view_of_parameter(right, owner)
+    if weight is not None:  # x @ M: what linear would take is Mᵀ
+        return _linear_node(node, left, replace(weight, is_transposed=not weight.is_transposed), operands)
+    linear = _linear_node(node, right, view_of_parameter(left, owner))
+    return linear and replace(linear, input_is_transposed=True)
+
+
+def _match_einsum(node: fx.Node, owner: nn.Module) -> LinearNode | None:
+    """`…i,oi->…o` in any letters and order of operands: the contracted letter and the new one come last."""
+    operands: Any = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
+    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not len(operands) == len(terms) == 2:
+        return None
+    for x, w in ((0, 1), (1, 0)):
+        weight = view_of_parameter(operands[w], owner)
+        if weight is None or not _is_product(terms[x], terms[w], output):
+            continue
+        contracts_first = terms[w][0] == terms[x][-1]
+        is_transposed = weight.is_transposed ^ contracts_first
+        return _linear_node(node, operands[x], replace(weight, is_transposed=is_transposed))
+    return None
+
+
+def _is_product(x_term: str, w_term: str, output: str) -> bool:
+    """Whether the last letter of `x_term` is contracted with a matrix, whose other letter is new and comes last."""
+    new = w_term.replace(x_term[-1:], "")
+    has_new_letter = len(w_term) == 2 and len(new) == 1
+    letters_differ = len(set(x_term + new)) == len(x_term) + 1
+    return has_new_letter and letters_differ and output == x_term[:-1] + new
+
+
+def _match_packed(node: fx.Node, owner: nn.Module) -> LinearNode | None:
+    x = node.args[1]
+    assert isinstance(x, fx.Node), "of `packed_graph`"
+    pattern = type(owner).__name__
+    return LinearNode(node, x, "weight", pattern, weight_is_transposed=False, operands=Operands(None, None))
+
+
+def _linear_node(
+    node: fx.Node, input: Any, weight: WeightView | None, operands: Operands | None = None
+) -> LinearNode | None:
+    """The node, where `weight` is the matrix that `F.linear` would take; some rows only where they are outputs."""
+    if weight is None or not isinstance(input, fx.Node) or (weight.is_transposed and not weight.is_whole):
+        return None
+    return LinearNode(
+        node=node,
+        input=input,
+        parameter=weight.parameter,
+        pattern=pattern_name(node),
+        weight_is_transposed=weight.is_transposed,
+        rows=None if weight.is_whole else weight.rows,
+        weight_is_cast=weight.is_cast,
+        operands=operands if weight.is_whole else None,
+    )
+
+
+def _is_vector(bias: Any, owner: nn.Module) -> bool:
+    """Whether a bias is absent, or a parameter of one dimension, cast or not."""
+    while isinstance(bias, fx.Node) and bias.op != "get_attr" and operator_name(bias) in CASTS:
+        bias = bias.args[0]
+    return bias is None or getattr(get_attribute(owner, str(bias.target)), "ndim", None) == 1
+
+
+def _is_matrix_or_transpose(value: Any) -> bool:
+    """Whether a factor is a tensor of the module as it is, or with its last two dimensions exchanged."""
+    if not isinstance(value, fx.Node):
+        return False
+    is_transposed = value.op != "get_attr" and operator_name(value) in ("t", "T", "mT", "numpy_T", "transpose")
+    read = value.args[0] if is_transposed else value
+    return isinstance(read, fx.Node) and read.op == "get_attr"
+
+
+_BMM = {torch.bmm, "aten.bmm.default", "bmm"}
+_GROUPED_MM = {F.grouped_mm, GROUPED_MM, "aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
+
+PATTERNS = (
+    Pattern({F.linear, "aten.linear.default"}, _match_linear, insert_adapter),
+    Pattern({torch.addmm, "aten.addmm.default", "addmm"}, _match_addmm, insert_adapter),
+    Pattern({torch.baddbmm, "aten.baddbmm.default", "baddbmm"}, _match_baddbmm, insert_adapter),
+    Pattern({torch.matmul, "aten.matmul.default", operator.matmul, "matmul"}, _match_matmul, insert_adapter),
+    Pattern({torch.mm, "aten.mm.default", "mm"} | _BMM, _match_matmul, insert_adapter),
+    Pattern({torch.einsum, torch.functional.einsum, "aten.einsum.default"}, _match_einsum, insert_adapter),
+    Pattern({run_base_forward}, _match_packed, insert_adapter),
+    Pattern(_BMM, match_gathered, insert_gathered),
+    Pattern(_GROUPED_MM, match_grouped, insert_grouped, is_aten=False),
+)
+"""All that is a linear. Where two have an operator, the first that matches counts."""
+
+_BY_OPERATOR: dict[Any, list[Pattern]] = {}
+for _pattern in PATTERNS:
+    for _key in _pattern.operators:
+        _BY_OPERATOR.setdefault(_key, []).append(_pattern)

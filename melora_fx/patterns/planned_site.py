@@ -1,0 +1,57 @@
+"""PlannedSite: one weight that graphs multiply by, and how it would be adapted."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from melora_fx.adapter.tensors import features_of, num_matrices
+from melora_fx.capture.graphs import Capture
+from melora_fx.config import MELoRAConfig
+from melora_fx.names import get_attribute
+
+from .node import LinearNode
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """Planned by `match`: one weight of a captured graph and every node that multiplies by it.
+
+    `parameter`: path of the weight below the captured module. `shared_with`: names of other parameters of the model
+    that are the same weight.
+    """
+
+    name: str
+    capture: Capture
+    parameter: str
+    nodes: tuple[LinearNode, ...]
+    weight: torch.Tensor
+    config: MELoRAConfig
+    shared_with: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in_features, out_features) of the weight, or of each matrix in a stack."""
+        return features_of(self.weight, is_transposed=self.nodes[0].weight_is_transposed)
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the weight is a stack of; 1 for a matrix."""
+        return num_matrices(self.weight)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the weight."""
+        return get_attribute(self.capture.module, self.parameter.rpartition(".")[0])
+
+    @property
+    def pattern(self) -> str:
+        """What a report calls it: the class of a linear module, else the operator."""
+        kind = type(self.owner).__name__
+        is_module = kind in ("Linear", "Conv1D") and self.capture.module is self.owner
+        return kind if is_module else self.nodes[0].pattern
+
+    @property
+    def is_aten(self) -> bool:
+        """Whether the adapter's nodes will be ATen alone."""
+        return all(node.matched_by.is_aten for node in self.nodes if node.matched_by)

@@ -1,0 +1,99 @@
+"""One walk finds every kind of linear in the order of the graph, by what a node calls and not by its name."""
+
+import operator
+
+import torch
+from support.models import IN, OUT, randn
+from torch import fx, nn
+from torch.nn import functional as F
+
+from melora_fx.patterns.patterns import PATTERNS, find_linear_nodes
+
+
+class Mixed(nn.Module):
+    """A linear, a product with a stack, another linear, and all once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(randn(IN, IN))
+        self.stack = nn.Parameter(randn(3, OUT, IN))
+        self.last = nn.Parameter(randn(OUT, OUT))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.bmm(self.stack[ids], F.linear(x, self.first).unsqueeze(-1)).squeeze(-1)
+        return torch.bmm(self.stack[ids], (x @ self.first).unsqueeze(-1)).squeeze(-1) + hidden @ self.last
+
+
+def test_the_walk_is_in_the_order_of_the_graph() -> None:
+    model = Mixed()
+    found = list(find_linear_nodes(fx.symbolic_trace(model).graph, model))
+    assert [linear.parameter for linear in found] == ["first", "stack", "first", "stack", "last"]
+    positions = {node: index for index, node in enumerate(found[0].node.graph.nodes)}
+    assert [positions[linear.node] for linear in found] == sorted(positions[linear.node] for linear in found)
+
+
+@fx.wrap
+def bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Not what its name says."""
+    return torch.bmm(left, right) * 2
+
+
+@fx.wrap
+def grouped_mm(x: torch.Tensor, stack: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """Not what its name says."""
+    return x @ stack[0] + len(offs)
+
+
+def test_a_function_with_the_name_of_an_operator_is_none() -> None:
+    class Own(Mixed):
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return bmm(self.stack[ids], x.unsqueeze(-1)), grouped_mm(x, self.stack.mT, ids)
+
+    model = Own()
+    assert not list(find_linear_nodes(fx.symbolic_trace(model).graph, model))
+
+
+def test_operands_are_those_of_a_linear() -> None:
+    """`F.linear` of the operands is the node's own value."""
+
+    class Forms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(randn(OUT, IN))
+            self.matrix = nn.Parameter(randn(IN, OUT))
+            self.bias = nn.Parameter(randn(OUT))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (
+                F.linear(x, self.weight, self.bias),
+                torch.addmm(self.bias, x, self.weight.t()),
+                x @ self.matrix,
+                x.mm(self.weight.t()),
+                torch.addmm(self.bias, x, self.matrix, beta=2.0),
+                F.linear(x, self.weight[:12]),
+            )
+
+    model = Forms()
+    graph_module = fx.symbolic_trace(model)
+    x = randn(3, IN)
+    outputs = model(x)
+    found = list(find_linear_nodes(graph_module.graph, model))
+    assert [linear.operands is not None for linear in found] == [True] * 4 + [False] * 2
+    for linear, output in zip(found[:4], outputs, strict=False):
+        assert linear.operands is not None
+        weight = operator.attrgetter(str(linear.parameter))(model)
+        bias = None if linear.operands.bias is None else model.bias
+        torch.testing.assert_close(F.linear(x, weight.t() if linear.weight_is_transposed else weight, bias), output)
+
+
+def test_every_operator_of_the_table_can_be_called() -> None:
+    """Functions, names of methods of a tensor, and registered operators by their full names."""
+    for pattern in PATTERNS:
+        for key in pattern.operators:
+            if not isinstance(key, str):
+                assert callable(key)
+            elif "." not in key:
+                assert callable(getattr(torch.Tensor, key))
+            elif key.startswith("aten."):
+                _, name, overload = key.split(".")
+                assert str(getattr(getattr(torch.ops.aten, name), overload)) == key
