@@ -25,21 +25,18 @@ def site_name(owner: str, parameter: str) -> str:
     return owner if owner and parameter == "weight" else join_path(owner, parameter)
 
 
+def site_of(parameter: str) -> str:
+    """The same, by the parameter's whole name."""
+    owner, _, name = parameter.rpartition(".")
+    return site_name(owner, name)
+
+
 def get_attribute(module: nn.Module, path: str) -> Any:
     """The attribute at a dotted path below `module` ("" is `module` itself), or None where there is none."""
     value: Any = module
     for name in path.split(".") if path else ():
         value = getattr(value, name, None)
     return value
-
-
-def shared_parameters(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """For each parameter of `model`, by id, all names it goes by; a module used in several places counts once."""
-    names: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(without_wrappers(name).removesuffix(".weight"))
-    return {key: tuple(value) for key, value in names.items()}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from torch import nn
 
 from exporters.onnx_files.metadata import places_as_json
 from melora_fx import sites
-from melora_fx.names import shared_parameters
+from melora_fx.shared_memory import sharing_parameters
 
 from .build import build_graph
 from .clean import drop_inferred, drop_traces
@@ -59,7 +59,7 @@ def build_for_target(
 
 def graph_facts(export: GraphExport) -> dict[str, Any]:
     """What a graph's description says of it beside `describe`: the forms of its updates, and where weights live."""
-    shared = _shared_names(export.model)
+    shared = sharing_parameters(export.model)  # a fold into one would change the others
     return {
         "forms": export.forms,
         "weights": places_as_json({name: place for name, place in export.weights.items() if name not in shared}),
@@ -70,9 +70,3 @@ def graph_facts(export: GraphExport) -> dict[str, Any]:
 def _run(passes: Iterable[Pass], export: GraphExport) -> None:
     for run_pass in passes:
         run_pass(export)
-
-
-def _shared_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that other parameters of the model are too: a fold into one would change the others."""
-    users = shared_parameters(model)
-    return {name for name, parameter in model.named_parameters() if len(users[id(parameter)]) > 1}

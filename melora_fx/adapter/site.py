@@ -13,8 +13,8 @@ from melora_fx.names import get_attribute, join_path, site_name
 SITE_TAG = "melora_site"
 """Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
 
-RECORDS_ATTRIBUTE = "melora_records"
-"""Attribute of every rewritten module: the records of its sites."""
+MODULE_MARK = "melora_mark"
+"""Attribute of every rewritten module: what it is, among it the records of its sites."""
 
 TENSORS = ("lora_a", "lora_b", "lora_scaling", "lora_dropout")
 """What an adapter adds to the module that owns its weight."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from melora_fx.names import get_attribute
+from melora_fx.shared_memory import sharing_parameters
 
 
 def repeated_modules(model: nn.Module) -> dict[str, str]:
@@ -26,10 +27,12 @@ def name_by_user(graph_module: fx.GraphModule, repeated: Mapping[str, str]) -> N
     """Gives each user of a shared parameter its own name for it, in place; `repeated` as of `repeated_modules`."""
     _share_repeated_modules(graph_module, repeated)
     graph = graph_module.graph
-    names_by_id = _names_by_owner(graph_module)
+    sharing = sharing_parameters(graph_module)
     for node in list(graph.find_nodes(op="get_attr")):
-        names = names_by_id.get(id(get_attribute(graph_module, str(node.target))), {})
-        if len(names) > 1:
+        read = str(node.target)
+        others = [name for name in sharing.get(read, ()) if _are_one(graph_module, name, read)]
+        if others:
+            names = {name.rpartition(".")[0]: name for name in (read, *others)}
             _read_by_own_names(graph, node, names, repeated)
 
 
@@ -44,17 +47,12 @@ def _share_repeated_modules(graph_module: fx.GraphModule, repeated: Mapping[str,
             node.target = f"{repeated[owner]}.{name}"
 
 
-def _names_by_owner(model: nn.Module) -> dict[int, dict[str, str]]:
-    """For each parameter, by id: path of each module that has it → its name there, from the root."""
-    names: dict[int, dict[str, str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            names.setdefault(id(parameter), {})[path] = name
-    return names
+def _are_one(model: nn.Module, name: str, other: str) -> bool:
+    return get_attribute(model, name) is get_attribute(model, other)
 
 
 def _read_by_own_names(graph: fx.Graph, read: fx.Node, names: dict[str, str], repeated: Mapping[str, str]) -> None:
-    """Lets each user of the `get_attr` node `read` read by the name that its module has in `names`."""
+    """Lets each user of the `get_attr` node `read` read by the name that its module, a key of `names`, has for it."""
     for user in list(read.users):
         path = _owner_path(user)
         name = names.get(repeated.get(path, path), read.target)

@@ -2,7 +2,6 @@
 
 fold             `fold`, `folded`, `check_fold`: in the memory of a model
 refusals         what a fold in memory must refuse
-shared_memory    the sites whose weights are other parameters too
 site_weight      a site's weight, and the blocks of it that a fold changes, as views
 measured_fold    folds a weight and measures the rounding, or only measures it
 report           `FoldReport`: the measured sites as a table, with a remedy

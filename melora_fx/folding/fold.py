@@ -13,10 +13,8 @@ from torch import nn
 from melora_fx.adapter.site import TENSORS, owner_of
 from melora_fx.adapter.update import Scratch, add_update
 from melora_fx.names import join_path, unwrap, without_wrappers
-from melora_fx.rewriting.hugging_face import detach
+from melora_fx.rewriting.marks import ROOT_MARK, root_marks
 from melora_fx.rewriting.module import rewritten_modules, uninstall
-from melora_fx.rewriting.rewrite_state import REWRITE_STATE_ATTRIBUTE, RewriteState
-from melora_fx.rewriting.running import FOLDED_ATTRIBUTE
 from melora_fx.rewriting.sites import (
     AdapterSite,
     is_folded,
@@ -25,13 +23,13 @@ from melora_fx.rewriting.sites import (
     running_base,
     warn_of_lost_sites,
 )
+from melora_fx.rewriting.stale_optimizer import stop_watching
 from melora_fx.saving.model_adapter import adapter_of
 from melora_fx.torch_private import preserve_versions
 
 from .measured_fold import measure_fold
-from .refusals import refuse_replaced_forward, refuse_shared, refuse_unfoldable
+from .refusals import refuse_replaced_forward, refuse_shared, refuse_unfoldable, shared_sites
 from .report import FoldReport, make_report
-from .shared_memory import shared_sites
 from .site_weight import changed_blocks, oriented_weight
 
 
@@ -117,12 +115,12 @@ def folded(model: nn.Module) -> Iterator[None]:
                     saved += [(block, block.clone()) for block in changed_blocks(site)]
                     add_update(site.config, weights[name], site.lora_a, site.lora_b, scratch)
             for site in found.values():
-                site.module.__dict__[FOLDED_ATTRIBUTE] = True
+                site.module.melora_mark.is_folded = True
             with running_base(model):
                 yield
         finally:
             for site in found.values():
-                site.module.__dict__.pop(FOLDED_ATTRIBUTE, None)
+                site.module.melora_mark.is_folded = False
             with torch.no_grad():
                 for block, original in saved:
                     block.copy_(original)
@@ -140,7 +138,7 @@ def _untie(model: nn.Module, site: AdapterSite) -> None:
 def _remove_adapters(model: nn.Module) -> None:
     """Takes away all that `rewrite` has put on modules, and puts `requires_grad` back."""
     for _, module in list(rewritten_modules(model)):
-        for record in module.melora_records:
+        for record in module.melora_mark.records:
             owner = owner_of(module, record)
             for kind in TENSORS:
                 if hasattr(owner, record.attribute(kind)):
@@ -148,10 +146,11 @@ def _remove_adapters(model: nn.Module) -> None:
         uninstall(module)
     named = model.named_parameters(remove_duplicate=False)
     parameters = {without_wrappers(name): parameter for name, parameter in named}
-    for holder_path, holder in model.named_modules():
-        detach(holder)
-        state: RewriteState | None = holder.__dict__.pop(REWRITE_STATE_ATTRIBUTE, None)
-        for name, requires_grad in state.requires_grad.items() if state else ():
-            parameter = parameters.get(without_wrappers(join_path(holder_path, name)))
+    for path, root, mark in list(root_marks(model)):
+        mark.patches.take_off(root)
+        stop_watching(root)
+        del vars(root)[ROOT_MARK]
+        for name, requires_grad in mark.requires_grad.items():
+            parameter = parameters.get(join_path(path, name))
             if parameter is not None:
                 parameter.requires_grad_(requires_grad)

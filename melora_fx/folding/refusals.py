@@ -1,12 +1,15 @@
 """What a fold in memory must refuse: weights that cannot be changed, or that others use."""
 
 import torch
+from torch import nn
 
 from melora_fx.adapter.update import non_finite
 from melora_fx.capture.packed import is_packed_linear
 from melora_fx.errors import MELoRAError
+from melora_fx.names import site_of
 from melora_fx.rewriting.module import replaced_forward
 from melora_fx.rewriting.sites import AdapterSite, resized
+from melora_fx.shared_memory import sharing_parameters
 from melora_fx.torch_private import registered
 
 from .site_weight import oriented_weight
@@ -29,6 +32,12 @@ def refuse_replaced_forward(found: dict[str, AdapterSite]) -> None:
             f"cannot fold {', '.join(names)}: its `forward` was replaced on the instance after `rewrite`, as accelerate"
             " does, and would keep the adapter: `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
         )
+
+
+def shared_sites(model: nn.Module, found: dict[str, AdapterSite]) -> dict[str, list[str]]:
+    """The sites whose weight is in part another parameter of the model too: site name → names of the others."""
+    shared = {site_of(name): others for name, others in sharing_parameters(model).items()}
+    return {name: [site_of(other) for other in shared[name]] for name in found if name in shared}
 
 
 def refuse_shared(shared: dict[str, list[str]]) -> None:

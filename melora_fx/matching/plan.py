@@ -9,8 +9,9 @@ from melora_fx.capture.example_inputs import ExampleInputs
 from melora_fx.capture.whole_model import capture_whole, from_program
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
-from melora_fx.names import get_attribute, shared_parameters, unwrap
+from melora_fx.names import get_attribute, join_path, site_of, unwrap
 from melora_fx.patterns.planned_site import PlannedSite
+from melora_fx.shared_memory import sharing_parameters
 
 from .linears import misfit
 from .obstacles import find_candidates, find_obstacles
@@ -89,11 +90,12 @@ def _captured(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs 
 
 def _with_shared_names(found: dict[str, PlannedSite], model: nn.Module) -> dict[str, PlannedSite]:
     """The linears with the other names that `model` has for their weights."""
-    names = shared_parameters(model)
-    return {
-        name: replace(planned, shared_with=tuple(other for other in names.get(id(planned.weight), ()) if other != name))
-        for name, planned in found.items()
-    }
+    sharing = sharing_parameters(model)
+    named = {}
+    for name, planned in found.items():
+        others = sharing.get(join_path(planned.capture.path, planned.parameter), ())
+        named[name] = replace(planned, shared_with=tuple(site_of(other) for other in others))
+    return named
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

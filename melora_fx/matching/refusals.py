@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from melora_fx.adapter.site import RECORDS_ATTRIBUTE
+from melora_fx.adapter.site import MODULE_MARK
 from melora_fx.errors import MELoRAError
 from melora_fx.names import unwrap, without_wrappers
 
@@ -15,7 +15,7 @@ def refuse_rewritten(model: nn.Module) -> None:
     names = [
         without_wrappers(path) or type(module).__name__
         for path, module in unwrap(model).named_modules()
-        if RECORDS_ATTRIBUTE in vars(module)
+        if MODULE_MARK in vars(module)
     ]
     if names:
         raise MELoRAError(

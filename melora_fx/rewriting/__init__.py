@@ -2,7 +2,7 @@
 
 rewrite          `rewrite`: what is frozen, which tensors the modules get, what is refused
 keep_trainable   the modules that stay trainable
-rewrite_state    RewriteState: what a rewritten model's root remembers
+marks            what stands on rewritten modules and on the root meanwhile
 module           RewrittenModule: install, uninstall, copies and pickles
 module_class     one class for all modules that run the same code, for Dynamo
 running          which graph a module runs: plain, lowered, or the base's

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from melora_fx.adapter.site import RECORDS_ATTRIBUTE, SiteRecord
+from melora_fx.adapter.site import MODULE_MARK, SiteRecord
 from melora_fx.capture.graphs import copy_graph
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.quantized_gradient import call_base
@@ -23,9 +23,10 @@ from melora_fx.names import unwrap, without_wrappers
 from melora_fx.torch_private import GRAPH_SPECS, MADE_FROM_GRAPH
 
 from .graph_pickle import dump_graph, load_graph
+from .marks import ModuleMark
 from .meta_device import on_meta_device, renew_adapters
 from .module_class import class_key, class_of
-from .running import ADAPTED_GRAPH_ATTRIBUTE, FOLDED_ATTRIBUTE, adapted_graph, without_adapters
+from .running import adapted_graph, without_adapters
 
 _PICKLED_GRAPH = "melora_graph"
 """Key of the pickled graph in a pickled module's state."""
@@ -37,15 +38,13 @@ class RewrittenModule(fx.GraphModule):
     Its forward, on the class, is made by `running.choosing_forward`; `module_class.py` says which modules share one.
 
     Attributes:
-        melora_records: the sites in its graph.
-        melora_adapted_graph: the graph with adapters while the base runs, else None.
+        melora_mark: its sites, and what it does for a while instead.
         restored_class: the class that the module has without adapters; GraphModule for all of the per-instance classes.
         base_code, base_function, base_graph: the base of this class, made by the first `run_base`, and the adapted code
             that it was made from.
     """
 
-    melora_records: list[SiteRecord]
-    melora_adapted_graph: fx.Graph | None = None
+    melora_mark: ModuleMark
     restored_class: ClassVar[type]
     base_code: ClassVar[str] = ""
     base_function: ClassVar[Callable[..., Any]]
@@ -57,8 +56,8 @@ class RewrittenModule(fx.GraphModule):
             self.__class__ = _rewritten_class(self.restored_class)
         code = super().recompile()
         self.graph.owning_module = None  # else the two keep each other alive
-        key = class_key(self, self.restored_class, self.melora_records, code)
-        self.__class__ = class_of(key, self, self.melora_records)
+        key = class_key(self, self.restored_class, self.melora_mark.records, code)
+        self.__class__ = class_of(key, self, self.melora_mark.records)
         return code
 
     def base_forward(self, *inputs: Any) -> torch.Tensor:
@@ -90,30 +89,30 @@ class RewrittenModule(fx.GraphModule):
 
     def _own_state(self) -> dict[str, Any]:
         """What a copy takes over: all but the graph, what is made from it, and a base that runs for a while."""
-        if FOLDED_ATTRIBUTE in vars(self):
+        if self.melora_mark.is_folded:
             raise MELoRAError("a copy made inside `folded` would hold the adapter twice: copy the model outside of it")
         if parametrize.is_parametrized(self):
             raise MELoRAError(
                 f"a {self.restored_class.__name__} that was parametrized after `rewrite` cannot be copied: call "
                 "`torch.nn.utils.parametrize.remove_parametrizations` first"
             )
-        left_out = (*MADE_FROM_GRAPH, ADAPTED_GRAPH_ATTRIBUTE)
-        return {key: value for key, value in vars(self).items() if key not in left_out}
+        own = {key: value for key, value in vars(self).items() if key not in MADE_FROM_GRAPH}
+        return own | {MODULE_MARK: ModuleMark(self.melora_mark.records)}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RewrittenModule":
-        moved = on_meta_device(self, self.melora_records)
+        moved = on_meta_device(self, self.melora_mark.records)
         super()._apply(fn, recurse)
-        renew_adapters(self, self.melora_records, moved)
+        renew_adapters(self, self.melora_mark.records, moved)
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_state_dict(*args, **kwargs)
-        renew_adapters(self, self.melora_records)
+        renew_adapters(self, self.melora_mark.records)
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        renew_adapters(self, self.melora_records)
+        renew_adapters(self, self.melora_mark.records)
 
 
 def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord]) -> RewrittenModule:
@@ -122,7 +121,7 @@ def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord]) -> Re
     vars(module).update({key: value for key, value in defaults.items() if key not in vars(module)})
     module.__class__ = _rewritten_class(_restored_class(module))
     assert isinstance(module, RewrittenModule)
-    module.melora_records = records
+    module.melora_mark = ModuleMark(records)
     module.graph = graph
     return module
 
@@ -134,8 +133,7 @@ def uninstall(module: RewrittenModule) -> None:
     graph = adapted_graph(module)
     if not replaced_forward(module):
         own.pop("forward", None)
-    own.pop(ADAPTED_GRAPH_ATTRIBUTE, None)
-    del own[RECORDS_ATTRIBUTE]
+    del own[MODULE_MARK]
     if original is fx.GraphModule:
         plain = fx.GraphModule(nn.Module(), fx.Graph())  # has a class of its own
         module.__class__ = cast("type[RewrittenModule]", type(plain))

@@ -28,8 +28,8 @@ from melora_fx.patterns.planned_site import PlannedSite
 
 from .hugging_face import attach
 from .keep_trainable import is_within, resolve_kept
+from .marks import ROOT_MARK, RootMark
 from .module import install
-from .rewrite_state import REWRITE_STATE_ATTRIBUTE, RewriteState
 from .stale_optimizer import watch_optimizers
 
 
@@ -71,11 +71,11 @@ def rewrite(
     if is_exported(rewritten):  # the user's own, planned as it is so that errors come before any change
         assert isinstance(rewritten, fx.GraphModule)
         plan = make_plan(make_trainable(rewritten), targets, config, None)
-    state = RewriteState(_requires_grad(rewritten), kept, tuple(site.name for site in plan.sites))
+    mark = RootMark(_requires_grad(rewritten), kept, tuple(site.name for site in plan.sites))
     _freeze(rewritten, kept)
     for capture, sites in _by_capture(plan.sites):
         install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
-    vars(rewritten)[REWRITE_STATE_ATTRIBUTE] = state
+    vars(rewritten)[ROOT_MARK] = mark
     attach(rewritten)
     watch_optimizers(rewritten)
     return rewritten

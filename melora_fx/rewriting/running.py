@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from melora_fx.adapter.site import SITE_TAG, SiteRecord
+from melora_fx.adapter.site import MODULE_MARK, SITE_TAG, SiteRecord
 from melora_fx.capture.graphs import copy_graph
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.lowerings import PLAIN, lower
 from melora_fx.torch_private import in_forward_mode, in_functorch, in_fx_trace, put_graph
 
-ADAPTED_GRAPH_ATTRIBUTE = "melora_adapted_graph"
-"""Attribute of a rewritten module while its base runs: its graph with the adapters, which waits there."""
-
-FOLDED_ATTRIBUTE = "melora_folded"
-"""Attribute of a rewritten module while its weights are folded."""
+from .marks import ModuleMark
 
 
 def without_adapters(graph: fx.Graph) -> fx.Graph:
@@ -37,7 +33,7 @@ def without_adapters(graph: fx.Graph) -> fx.Graph:
 
 def adapted_graph(module: fx.GraphModule) -> fx.Graph:
     """The graph of a rewritten module with its adapters, also while the base runs in its place."""
-    return vars(module).get(ADAPTED_GRAPH_ATTRIBUTE) or module.graph
+    return _mark(module).adapted_graph or module.graph
 
 
 def run_base(module: fx.GraphModule) -> None:
@@ -51,15 +47,16 @@ def run_base(module: fx.GraphModule) -> None:
         cls.base_graph = without_adapters(adapted_graph(module))
         cls.base_code = module.code
         cls.base_function = _forward_of(module, cls.base_graph)
-    vars(module)[ADAPTED_GRAPH_ATTRIBUTE] = module.graph
+    _mark(module).adapted_graph = module.graph
     put_graph(module, cls.base_graph)
 
 
 def run_adapted(module: fx.GraphModule) -> None:
     """Undoes `run_base`."""
-    graph = vars(module).pop(ADAPTED_GRAPH_ATTRIBUTE, None)
-    if graph is not None:  # else it has been folded meanwhile
-        put_graph(module, graph)
+    mark: ModuleMark | None = vars(module).get(MODULE_MARK)
+    if mark and mark.adapted_graph:  # else it has been folded meanwhile
+        put_graph(module, mark.adapted_graph)
+        mark.adapted_graph = None
 
 
 def choosing_forward(
@@ -77,7 +74,7 @@ def choosing_forward(
     has_forward_mode = all(record.is_aten for record in records)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.melora_adapted_graph is not None:
+        if self.melora_mark.adapted_graph is not None:
             return type(self).base_function(self, *args, **kwargs)
         if not has_forward_mode and in_forward_mode():
             raise MELoRAError(
@@ -96,6 +93,10 @@ def _needs_plain_nodes() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return torch.jit.is_tracing() or in_fx_trace()
+
+
+def _mark(module: fx.GraphModule) -> ModuleMark:
+    return vars(module)[MODULE_MARK]
 
 
 def _forward_of(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:

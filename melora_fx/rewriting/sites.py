@@ -15,12 +15,12 @@ from melora_fx.errors import MELoRAError
 from melora_fx.lowering.adapted_linear import RESIZED
 from melora_fx.lowering.lowerings import lowering_named
 from melora_fx.matching.refusals import refuse_distributed
-from melora_fx.names import join_path, unwrap, without_wrappers
+from melora_fx.names import join_path
 from melora_fx.patterns.node import weight_of
 
+from .marks import root_marks
 from .module import RewrittenModule, rewritten_modules
-from .rewrite_state import REWRITE_STATE_ATTRIBUTE, RewriteState
-from .running import ADAPTED_GRAPH_ATTRIBUTE, FOLDED_ATTRIBUTE, run_adapted, run_base
+from .running import run_adapted, run_base
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def sites(model: nn.Module) -> dict[str, AdapterSite]:
     return {
         record.site_name(path): make_site(path, module, record)
         for path, module in rewritten_modules(model)
-        for record in module.melora_records
+        for record in module.melora_mark.records
     }
 
 
@@ -127,9 +127,8 @@ def resized(site: AdapterSite) -> str | None:
 def warn_of_lost_sites(model: nn.Module, found: Mapping[str, AdapterSite]) -> None:
     """Warns where modules that `rewrite` had adapted are no longer in `model`, whose sites are `found`."""
     lost: list[str] = []
-    for path, module in unwrap(model).named_modules():
-        state: RewriteState | None = vars(module).get(REWRITE_STATE_ATTRIBUTE)
-        names = [without_wrappers(join_path(path, name)) for name in state.sites] if state else []
+    for path, _, mark in root_marks(model):
+        names = [join_path(path, name) for name in mark.sites]
         lost += [f"`{name}`" for name in names if name not in found]
     if lost:
         warnings.warn(f"{', '.join(lost)}: adapted by `rewrite`, and replaced, removed or folded since", stacklevel=3)
@@ -137,7 +136,7 @@ def warn_of_lost_sites(model: nn.Module, found: Mapping[str, AdapterSite]) -> No
 
 def is_folded(model: nn.Module) -> bool:
     """Whether `model` is inside a `folded` block."""
-    return any(FOLDED_ATTRIBUTE in vars(module) for _, module in rewritten_modules(model))
+    return any(module.melora_mark.is_folded for _, module in rewritten_modules(model))
 
 
 def is_disabled(model: nn.Module) -> bool:
@@ -189,4 +188,4 @@ def running_base(model: nn.Module) -> Iterator[None]:
 
 
 def _runs_base(module: RewrittenModule) -> bool:
-    return ADAPTED_GRAPH_ATTRIBUTE in vars(module)
+    return module.melora_mark.adapted_graph is not None

@@ -1,49 +1,87 @@
 """Optimizers that were made before `rewrite` hold what is frozen now and nothing of the adapter: they train nothing.
 
-Only the optimizer knows what it holds, so the first step of each is looked at, by PyTorch's hook for that.
+Only the optimizer knows what it holds, so the first step of each is looked at, by PyTorch's hook for that. The hook is
+there as long as there is a rewritten model.
 """
 
 import warnings
+import weakref
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from melora_fx.adapter.site import owner_of
 from melora_fx.torch_private import registered
 
 from .module import rewritten_modules
 
-_models: WeakSet[nn.Module] = WeakSet()
-_checked: WeakSet[Optimizer] = WeakSet()
+
+class _Watch:
+    """The rewritten models that there are, the optimizers that have been looked at, and the hook."""
+
+    def __init__(self) -> None:
+        self.models: WeakSet[nn.Module] = WeakSet()
+        self.checked: WeakSet[Optimizer] = WeakSet()
+        self.hook: RemovableHandle | None = None
+        self.is_checking = False
+
+    def add(self, model: nn.Module) -> None:
+        self.models.add(model)
+        self.checked.clear()  # one that has stepped before may hold this model
+        self.hook = self.hook or register_optimizer_step_pre_hook(self.check)
+        weakref.finalize(model, self.remove_unused_hook).atexit = False
+
+    def discard(self, model: nn.Module) -> None:
+        self.models.discard(model)
+        self.remove_unused_hook()
+
+    def remove_unused_hook(self) -> None:
+        """Does nothing from within `check`: PyTorch goes through its hooks then."""
+        if self.hook and not self.is_checking and not list(self.models):
+            self.hook.remove()
+            self.hook = None
+
+    def check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or optimizer in self.checked:
+            return
+        self.checked.add(optimizer)
+        self.is_checking = True
+        try:
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for stale in filter(None, [_stale_linears(model, held) for model in self.models]):
+                warnings.warn(
+                    f"this {type(optimizer).__name__} holds the weights of {stale} linears, which `rewrite` has "
+                    "frozen, and not their adapters: make the optimizer after `rewrite`",
+                    stacklevel=3,  # where `step` is called
+                )
+        finally:
+            self.is_checking = False
+
+
+_watch = _Watch()
 
 
 def watch_optimizers(model: nn.Module) -> None:
     """From here on an optimizer that holds parameters of `model` from before it was rewritten says so."""
-    if not _models:
-        register_optimizer_step_pre_hook(_check)
-    _models.add(model)
-    _checked.clear()  # one that has stepped before may hold this model
+    _watch.add(model)
 
 
-def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or optimizer in _checked:
-        return
-    _checked.add(optimizer)
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for model in _models:
-        stale = 0
-        for _, module in rewritten_modules(model):
-            for record in module.melora_records:
-                owner = owner_of(module, record)
-                weight = registered(owner)[0].get(record.parameter_name)
-                lora_a = getattr(owner, record.attribute("lora_a"))
-                stale += weight is not None and id(weight) in held and id(lora_a) not in held
-        if stale:
-            warnings.warn(
-                f"this {type(optimizer).__name__} holds the weights of {stale} linears, which `rewrite` has frozen, "
-                "and not their adapters: make the optimizer after `rewrite`",
-                stacklevel=3,  # where `step` is called
-            )
+def stop_watching(model: nn.Module) -> None:
+    """Undoes `watch_optimizers`."""
+    _watch.discard(model)
+
+
+def _stale_linears(model: nn.Module, held: set[int]) -> int:
+    """How many linears have their weight among the parameters with the ids `held`, and not their adapter."""
+    stale = 0
+    for _, module in rewritten_modules(model):
+        for record in module.melora_mark.records:
+            owner = owner_of(module, record)
+            weight = registered(owner)[0].get(record.parameter_name)
+            lora_a = getattr(owner, record.attribute("lora_a"))
+            stale += weight is not None and id(weight) in held and id(lora_a) not in held
+    return stale

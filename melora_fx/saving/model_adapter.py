@@ -9,7 +9,7 @@ from torch import nn
 
 from melora_fx.errors import MELoRAError
 from melora_fx.names import join_path, unwrap, without_wrappers
-from melora_fx.rewriting.rewrite_state import REWRITE_STATE_ATTRIBUTE
+from melora_fx.rewriting.marks import root_marks
 from melora_fx.rewriting.sites import AdapterSite, sites
 
 from .adapter_file import Adapter
@@ -67,10 +67,8 @@ def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
 def kept_modules(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that were kept trainable."""
     names: list[str] = []
-    for path, module in unwrap(model).named_modules():
-        state = module.__dict__.get(REWRITE_STATE_ATTRIBUTE)
-        if state is not None:
-            names += [without_wrappers(join_path(path, name)) for name in state.kept]
+    for path, _, mark in root_marks(model):
+        names += [join_path(path, name) for name in mark.kept]
     return tuple(names)
 
 

@@ -1,0 +1,59 @@
+"""Which parameters of a model live in the same memory: tied ones, and views of each other."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from .names import without_wrappers
+
+_Span = tuple[int, int, int, str]
+"""(device's number, first byte, end, name) of a parameter."""
+
+
+def sharing_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Name of each parameter that overlaps others in memory → the names of these, in the order of the model.
+
+    A module that is used in several places counts once, under its first name.
+    """
+    spans = list(_spans(model))
+    order = {name: index for index, (*_, name) in enumerate(spans)}
+    shared: dict[str, tuple[str, ...]] = {}
+    for group in _overlapping(spans):
+        names = sorted(group, key=order.__getitem__)
+        shared |= {name: tuple(other for other in names if other != name) for name in names}
+    return shared
+
+
+def _spans(model: nn.Module) -> Iterator[_Span]:
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
+            yield (*_span(parameter), without_wrappers(name))
+
+
+def _overlapping(spans: Iterable[_Span]) -> Iterator[list[str]]:
+    """Groups of two and more names whose spans overlap."""
+    group: list[str] = []
+    group_end = (-1, 0)
+    for device, start, end, name in sorted(spans):
+        if (device, start) >= group_end:
+            if len(group) > 1:
+                yield group
+            group = []
+            group_end = (device, end)
+        group.append(name)
+        group_end = max(group_end, (device, end))
+    if len(group) > 1:
+        yield group
+
+
+def _span(parameter: torch.Tensor) -> tuple[int, int, int]:
+    """(device's number, first byte, end) of the memory that a parameter lives in; itself, where it has none."""
+    tensor = parameter.detach()
+    if type(tensor) is not torch.Tensor or tensor.is_meta or not tensor.numel():
+        return -2, id(parameter), id(parameter) + 1
+    last = tensor.numel() - 1
+    if not tensor.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return tensor.get_device(), start, start + (last + 1) * tensor.element_size()
