@@ -38,7 +38,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import melora_fx
-from melora_fx import MELoRAConfig
+from melora_fx import MELoRAConfig, config
+from melora_fx.lowering import lowerings
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -94,6 +95,10 @@ def test_match_shows_the_lowering_and_sites_record_it(build, config, expected):
     (site,) = melora_fx.sites(melora_fx.rewrite(model, "inner", config)).values()
     assert site.lowering == expected
     assert site.config == config
+
+
+def test_a_configuration_can_name_every_lowering():
+    assert set(config.LOWERINGS) == {"auto", *(lowering.shown_as for lowering in lowerings.LOWERINGS)}
 
 
 def test_each_site_has_a_lowering_of_its_own():
