@@ -168,7 +168,7 @@ def _grouped_sites(model: nn.Module, adapter: str) -> list[str]:
     """
     if held_adapter(model, adapter) not in ("keep", "swap"):
         return []
-    return [f"`{name}`" for name, site in sites(model).items() if "grouped_mm" in site.pattern]
+    return [f"`{name}`" for name, site in sites(model).items() if not site.record.is_aten]
 
 
 def _write(export: GraphExport, facts: Mapping[str, Any], staging: Path) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from support.models import (
     assert_equal,
     assert_near,
     bert_classifier,
+    by_torch_save,
     dense_copy,
     fill,
     gpt2,
@@ -102,6 +103,16 @@ def test_ranks_and_alphas_are_exchanged_in_place(form: str, tmp_path: Path) -> N
     model = fill(rewritten_experts(form, MELoRAConfig(rank=4, num_blocks=2, alpha=1.0)), seed=6)
     melora_fx.load_adapter(model, tmp_path)
     assert_near(model(**inputs()), expected(other, inputs()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_site_knows_whether_its_rows_are_sorted_by_expert(form: str) -> None:
+    """Copies too, and while the base runs: exports ask."""
+    model = rewritten_experts(form)
+    for each in (model, by_torch_save(model)):
+        assert the_site(each).record.is_aten == (form != "grouped_mm")
+        with melora_fx.disabled(each):
+            assert the_site(each).record.is_aten == (form != "grouped_mm")
 
 
 @pytest.mark.parametrize("form", FORMS)
