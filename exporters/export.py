@@ -15,16 +15,14 @@ import torch
 from torch import nn
 
 from exporters.graph.axes import DynamicAxes, axes_of, refuse_malformed_axes, refuse_wrong_axes
-from exporters.graph.build import count_ops
-from exporters.graph.graph_export import GraphExport, held_adapter
+from exporters.graph.build import build_graph, count_ops
+from exporters.graph.export import AdapterForm, Export, ExportOptions, Sites
 from exporters.graph.inputs import named_inputs
-from exporters.graph.options import ADAPTERS, FORMS, PRECISIONS, TARGETS, ExportOptions
-from exporters.graph.passes import build_for_target, graph_facts
+from exporters.graph.passes import graph_facts, run_passes
 from exporters.onnx_files.companions import write_companions
 from exporters.onnx_files.metadata import METADATA_KEY, describe
 from exporters.onnx_files.onnx_file import read_graph
-from exporters.tensorrt_check.obstacles import refuse_obstacles
-from melora_fx import MELoRAError, folded, sites
+from melora_fx import MELoRAError, sites
 from melora_fx.files import staging_folder, writing
 from melora_fx.names import unwrap
 from melora_fx.rewriting.sites import is_disabled
@@ -33,6 +31,7 @@ from .export_files import keep_failed, move_files, onnx_file_path, refuse_folder
 from .export_report import ExportReport
 from .onnx_runtime import import_onnxruntime
 from .private import runs_under_accelerate
+from .targets import ADAPTERS, FORMS, NO_ADAPTER, PRECISIONS, TARGETS, find
 from .verify import Verification, check_file
 from .verify import verify as compare_with_torch
 
@@ -64,13 +63,12 @@ def export_onnx(
             number, a text, None); a batch of one is doubled where the batch is dynamic. Its number of tokens stands for
             that of a typical run where `form` is "auto".
         path: the .onnx file, or a folder, in which it is called model.onnx.
-        adapter: "fold" exports the merged weights, "keep" the adapters as nodes of the graph, "swap" these nodes with
-            the adapters as optional inputs, of any rank: without any the graph computes the base. Inside `disabled`
-            "fold" and "keep" export the base.
-        target: "portable": standard ONNX operators only; "ort-cpu", "ort-cuda": ONNX Runtime's fused operators for that
-            provider; "tensorrt": only what TensorRT builds.
-        precision: "fp32"; "fp16": weights and computation in half precision, inputs and outputs unchanged; "auto":
-            "fp16" for "ort-cuda", else "fp32".
+        adapter: a name in `exporters.targets.ADAPTERS`: "fold" exports the merged weights, "keep" the adapters as nodes
+            of the graph, "swap" these nodes with the adapters as optional inputs, of any rank: without any the graph
+            computes the base. Inside `disabled` "fold" and "keep" export the base.
+        target: the runtime that the graph is for, a name in `exporters.targets.TARGETS`; "portable" is for all.
+        precision: a name in `exporters.targets.PRECISIONS`, or "auto": what the target runs best. Inputs and outputs
+            are the model's in each.
         dynamic_axes: "auto": all that the model leaves free; or input name → {axis: name}, every other axis fixed.
         form: how "keep" writes an update: "block", "dense", or "auto": for each site the faster one.
         opset: ONNX operator set; None leaves the exporter's default.
@@ -84,12 +82,13 @@ def export_onnx(
             then.
     """
     start = time.perf_counter()
+    found_target = find("target", target, TARGETS)
     options = ExportOptions(
         path=onnx_file_path(path),
-        adapter=adapter,
-        target=target,
-        precision=_settled(precision, target),
-        form=form,
+        adapter=find("adapter", adapter, ADAPTERS),
+        target=found_target,
+        precision=find("precision", precision, PRECISIONS, auto=found_target.precision),
+        form=find("form", form, FORMS),
         dynamic_axes=dynamic_axes,
         opset=opset,
         verify=verify,
@@ -98,14 +97,20 @@ def export_onnx(
     inputs = named_inputs(model, example_inputs, dynamic_axes)
     refuse_wrong_axes(inputs, dynamic_axes)
     model = unwrap(model)
-    holds = held_adapter(model, adapter)
-    facts = describe(model, holds, target) | {"precision": options.precision}  # of the base: before it is folded
+    found = sites(model)
+    held = _held_adapter(model, options.adapter, found)
+    facts = _describe(model, options, held, found)  # of the base: before it is folded
     with (
         show_progress(f"exporting {options.path.name}") as step,
         staging_folder(options.path) as staging,
-        folded(model) if holds == "fold" else contextlib.nullcontext(),
+        contextlib.ExitStack() as values,
     ):
-        export = build_for_target(model, inputs, options, holds, step)
+        step("translating the model")
+        values.enter_context(held.values(model, found))
+        graph_model = build_graph(model, inputs, dynamic_axes=dynamic_axes, opset=opset)
+        export = Export(graph_model, model, inputs, options, held, found, values)
+        step("rewriting the graph")
+        run_passes(export)
         step("writing")
         notes = _write(export, facts | graph_facts(export), staging)
         verification = _verify(export, staging, step)
@@ -114,24 +119,20 @@ def export_onnx(
     return report
 
 
-def _settled(precision: str, target: str) -> str:
-    if precision == "auto":
-        return "fp16" if target == "ort-cuda" else "fp32"
-    return precision
-
-
 def _refuse(model: nn.Module, options: ExportOptions) -> None:
-    """Raises for all that can be refused before any work is done."""
-    _refuse_unknown(options)
+    """Raises for all that can be refused before any work is done, and without a look at the adapters."""
     refuse_malformed_axes(options.dynamic_axes)
-    if options.target == "tensorrt" and options.adapter == "swap":
-        raise ValueError('TensorRT takes no optional inputs: `adapter="swap"` needs another target, or use "keep"')
+    if options.adapter.is_swappable and not options.target.takes_swap:
+        raise ValueError(
+            f'`target="{options.target.name}"` takes no optional inputs: `adapter="{options.adapter.name}"` needs '
+            'another target, or use "keep"'
+        )
     if runs_under_accelerate(model):
         raise MELoRAError(
             "`model` runs under accelerate's autocast (`mixed_precision`, a Trainer's `bf16` or `fp16`), which a graph "
             "would keep: call `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
         )
-    if options.verify or options.precision == "fp16":
+    if options.verify or options.precision.needs_runtime:
         import_onnxruntime()
     if half := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}:
         raise MELoRAError(
@@ -139,39 +140,34 @@ def _refuse(model: nn.Module, options: ExportOptions) -> None:
             'with `precision="fp16"`'
         )
     refuse_folder(options.path)
-    inner = unwrap(model)
-    if options.adapter == "swap" and is_disabled(inner):
-        raise MELoRAError(
-            '`adapter="swap"` makes inputs of the adapters, which `disabled` has switched off: '
-            "export outside of the block"
-        )
-    if options.adapter == "swap" and not sites(inner):
-        raise MELoRAError('`adapter="swap"` needs a rewritten model: its sites say where adapters go')
-    if grouped := _grouped_sites(inner, options.adapter):
+
+
+def _held_adapter(model: nn.Module, asked: AdapterForm, found: Sites) -> AdapterForm:
+    """What the graph will hold of the adapters: none, where the model has no sites, or computes its base.
+
+    Raises:
+        MELoRAError: where it cannot be what was asked for.
+    """
+    if asked.refuse is not None:
+        asked.refuse(model, found)
+    held = asked if found and not is_disabled(model) else NO_ADAPTER
+    grouped = [f"`{name}`" for name, site in found.items() if not site.record.is_aten]
+    if held.stays and grouped:  # there is no ONNX operator for them
         raise MELoRAError(
             f"{', '.join(grouped)}: an adapter of experts that are computed by `grouped_mm` cannot stay in a graph: "
             'export with `adapter="fold"`, or call `model.set_experts_implementation("batched_mm")` before `rewrite`'
         )
+    return held
 
 
-def _refuse_unknown(options: ExportOptions) -> None:
-    choices = {"adapter": ADAPTERS, "target": TARGETS, "precision": PRECISIONS, "form": FORMS}
-    for name, allowed in choices.items():
-        value = getattr(options, name)
-        if value not in allowed:
-            raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, allowed))}")
+def _describe(model: nn.Module, options: ExportOptions, held: AdapterForm, found: Sites) -> dict[str, Any]:
+    """What the file will say of itself, but for what the passes find out."""
+    described = {} if held is NO_ADAPTER else found
+    facts = describe(model, described, held.name, options.target.name, is_swappable=held.is_swappable)
+    return facts | {"precision": options.precision.name}
 
 
-def _grouped_sites(model: nn.Module, adapter: str) -> list[str]:
-    """The sites whose adapters would stay in the graph beside products of rows that are sorted by expert: there is no
-    ONNX operator for them.
-    """
-    if held_adapter(model, adapter) not in ("keep", "swap"):
-        return []
-    return [f"`{name}`" for name, site in sites(model).items() if not site.record.is_aten]
-
-
-def _write(export: GraphExport, facts: Mapping[str, Any], staging: Path) -> tuple[str, ...]:
+def _write(export: Export, facts: Mapping[str, Any], staging: Path) -> tuple[str, ...]:
     """Writes the graph with its description, its weights and what belongs beside it; returns notes for the user."""
     name = export.options.path.name
     export.graph_model.metadata_props[METADATA_KEY] = json.dumps(facts)
@@ -180,33 +176,33 @@ def _write(export: GraphExport, facts: Mapping[str, Any], staging: Path) -> tupl
         return write_companions(export.model, staging)
 
 
-def _verify(export: GraphExport, staging: Path, step: Callable[[str], None]) -> Verification | None:
+def _verify(export: Export, staging: Path, step: Callable[[str], None]) -> Verification | None:
     """Checks the written file; one that is refused is kept in the folder NAME.failed."""
     options = export.options
     file = staging / options.path.name
     try:
-        if options.target == "tensorrt":
-            refuse_obstacles(read_graph(file), options.path.name)
+        if options.target.check is not None:
+            options.target.check(read_graph(file), options.path.name)
         if not options.verify:
             return None
         step("comparing with torch")
         check_file(file)
-        return compare_with_torch(export.model, export.inputs, file, options.precision)
+        return compare_with_torch(export, file)
     except MELoRAError as error:
         raise MELoRAError(f"{error}\nthe graph is left in `{keep_failed(staging, options.path)}`") from error
 
 
 def _report(
-    export: GraphExport, verification: Verification | None, notes: tuple[str, ...], staging: Path, start: float
+    export: Export, verification: Verification | None, notes: tuple[str, ...], staging: Path, start: float
 ) -> ExportReport:
     options = export.options
     graph = export.graph
     return ExportReport(
         path=str(options.path),
         files=(_report_name(options.path), *sorted(file.name for file in staging.iterdir())),
-        adapter=export.holds,
-        target=options.target,
-        precision=options.precision,
+        adapter=export.adapter.name,
+        target=options.target.name,
+        precision=options.precision.name,
         forms=dict(Counter(export.forms.values())),
         opset=export.graph_model.opset_imports[""],
         num_nodes=sum(1 for _ in graph.all_nodes()),

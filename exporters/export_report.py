@@ -9,7 +9,8 @@ class ExportReport:
 
     Attributes:
         path: the .onnx file; `files` lists every file written, names relative to its folder.
-        adapter: "none", "fold", "keep" or "swap": what the graph holds.
+        adapter: which adapters the graph holds, a name in `exporters.targets.ADAPTERS`, or "none".
+        target, precision: names in the other tables there.
         forms: number of unmerged sites by form, "block" or "dense".
         op_counts: number of nodes by operator type.
         inputs, outputs: name → axes, a number for a fixed size or a name for a dynamic one.

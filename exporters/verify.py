@@ -1,7 +1,6 @@
 """Is an exported file sound, and does ONNX Runtime compute with it what torch computes?"""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,20 +8,14 @@ from typing import Any
 
 import onnx
 import torch
-from torch import nn
 
-from exporters.adapters.ort_adapter import swap_tensors
-from exporters.graph.swap_inputs import distinct_values
+from exporters.graph.export import Export
 from exporters.measuring.compare import Comparison, compare
 from exporters.onnx_files.metadata import read_facts
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import TorchRunner
-from melora_fx import MELoRAError, disabled
+from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import in_mode, without_cache
-from melora_fx.saving.model_adapter import adapter_of
-
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
-"""Largest relative error against torch in float32 that an export of each precision may have."""
 
 _RUNTIME_OPS = ("SimplifiedLayerNormalization",)
 
@@ -52,15 +45,17 @@ def check_file(path: Path) -> None:
         raise MELoRAError(f"onnx.checker refuses the export: {error}") from error
 
 
-def verify(model: nn.Module, inputs: Mapping[str, Any], path: Path, precision: str) -> Verification:
-    """Compares a file with the model that it was exported from, in evaluation mode, on ONNX Runtime's CPU.
+def verify(export: Export, path: Path) -> Verification:
+    """Compares the file of an export with its model, in evaluation mode, on ONNX Runtime's CPU.
 
-    Compared are the example's sizes, other sizes of every dynamic axis, a single row, and padding; a graph with
-    swappable adapters without any, with the model's own and with random ones.
+    Compared are the example's sizes, other sizes of every dynamic axis, a single row, and padding; each with all
+    adapters that the graph's form is to be tried with.
 
     Raises:
-        MELoRAError: where an error is above `TOLERANCES`, or ONNX Runtime cannot run the file.
+        MELoRAError: where an error is above the precision's tolerance, or ONNX Runtime cannot run the file.
     """
+    model = export.model
+    inputs = export.inputs
     runner = OrtRunner(path, save_memory=True)
     constants = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
     tensors = {name: value for name, value in inputs.items() if name not in constants}
@@ -69,12 +64,11 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], path: Path, precision: s
     comparisons: dict[str, Comparison] = {}
     with in_mode(model, training=False), without_cache(model):
         for size, trial in _trials(torch_runner, tensors, _axes(runner)):
-            for adapter, context in _adapters(model, runner):
-                words = f"{size}, {adapter} adapter" if adapter else size
-                with context:
-                    own = swap_tensors(adapter_of(model), facts) if adapter in ("own", "random") else {}
-                    comparison = compare(runner.with_tensors(own), torch_runner, trial)
-                if not comparison.max_rel_error <= TOLERANCES[precision]:
+            for adapter in export.adapter.trials(model, export.sites, facts):
+                words = f"{size}, {adapter.name} adapter" if adapter.name else size
+                with adapter.context:
+                    comparison = compare(runner.with_tensors(adapter.inputs()), torch_runner, trial)
+                if not comparison.max_rel_error <= export.options.precision.tolerance:
                     raise MELoRAError(f"the ONNX graph is not equal to torch at {words}: {comparison}")
                 comparisons[words] = comparison
     return Verification(
@@ -87,18 +81,6 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], path: Path, precision: s
 def _axes(runner: OrtRunner) -> dict[str, list[Any]]:
     """Each input's axes: a size, or the name of a dynamic axis."""
     return {value.name: value.shape for value in runner.session.get_inputs()}
-
-
-def _adapters(model: nn.Module, runner: OrtRunner) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    """(name, context in which torch computes with it) of each adapter to compare with; one without a name where the
-    graph has no swappable adapters.
-    """
-    if not runner.adapter_names:
-        yield "", nullcontext()
-        return
-    yield "no", disabled(model)
-    yield "own", nullcontext()
-    yield "random", distinct_values(model)
 
 
 def _trials(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,27 @@ import onnx_ir
 import pytest
 import torch
 from support.exports import CONFIG, Exports, adapted_bert
-from support.models import assert_unchanged, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
+from support.models import (
+    TOWER_SITES,
+    assert_unchanged,
+    bert_classifier,
+    fill,
+    gpt2,
+    randn,
+    rewritten_tower,
+    tokens,
+    tower,
+)
 from torch import nn
 
 import melora_fx
 from exporters import ExportReport, OrtRunner, TorchRunner, compare, export_onnx
+from exporters import export as export_module
 from exporters import verify as verify_module
 from exporters.graph import passes as passes_module
 from melora_fx import MELoRAError
-from melora_fx.rewriting.sites import is_disabled
+from melora_fx.rewriting import sites as sites_module
+from melora_fx.rewriting.sites import is_disabled, make_site
 from melora_fx.saving.adapter_file import read_adapter
 
 
@@ -181,6 +194,23 @@ def test_inside_disabled_the_others_export_the_base(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.default_cases("swap")
+@pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
+def test_an_export_looks_for_the_sites_once(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`folded` looks for itself."""
+    model = rewritten_tower()
+    seen = Counter[str]()
+
+    def counted(path: str, module: Any, record: Any) -> melora_fx.AdapterSite:
+        site = make_site(path, module, record)
+        seen[site.name] += 1
+        return site
+
+    monkeypatch.setattr(sites_module, "make_site", counted)
+    export_onnx(model, (randn(2, 24),), tmp_path, adapter=adapter, verify=False)
+    assert seen == dict.fromkeys(TOWER_SITES, 2 if adapter == "fold" else 1)
+
+
 def test_a_model_that_cannot_be_exported_leaves_nothing(tmp_path: Path) -> None:
     class Branching(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +223,8 @@ def test_a_model_that_cannot_be_exported_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def nothing_is_near_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "TOLERANCES", {"fp32": 0.0})
+    exact = tuple(precision._replace(tolerance=0.0) for precision in export_module.PRECISIONS)
+    monkeypatch.setattr(export_module, "PRECISIONS", exact)
 
 
 @pytest.mark.usefixtures("nothing_is_near_enough")
@@ -233,7 +264,7 @@ def test_an_interrupted_export_leaves_the_model_and_the_old_file(
     model.norm.eval()
     (tmp_path / "model.onnx").write_text("old")
     module, name, value = {
-        "fuse": (passes_module, "TARGET_PASSES", (interrupt,)),
+        "fuse": (passes_module, "PASSES", (*passes_module.PASSES[:5], interrupt)),
         "save": (onnx_ir, "save", interrupt),
         "compare": (verify_module, "compare", interrupt),
     }[step]
@@ -453,7 +484,7 @@ def test_tensorrt_takes_no_optional_inputs_and_no_data_dependent_shapes(tmp_path
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.linear(x)[x[:, 0] > 0]
 
-    with pytest.raises(ValueError, match="TensorRT takes no optional inputs"):
+    with pytest.raises(ValueError, match=r'`target="tensorrt"` takes no optional inputs: `adapter="swap"`'):
         export_onnx(rewritten_tower(), {"x": randn(2, 24)}, tmp_path, adapter="swap", target="tensorrt")
     assert not list(tmp_path.iterdir())
     with pytest.raises(MELoRAError, match=r"(?s)NonZero.*left in .*model\.failed"):

@@ -74,7 +74,6 @@ sys.path.insert(0, "tests")
 import onnx_ir
 from support.models import randn, rewritten_tower
 import exporters.export
-import exporters.graph.passes
 import exporters.verify
 from exporters import export_onnx
 
@@ -89,7 +88,7 @@ if step == "moving":
     os.replace = replace_all_but_the_last
 else:
     module, name = {
-        "translating": (exporters.graph.passes, "build_graph"),
+        "translating": (exporters.export, "build_graph"),
         "writing": (onnx_ir, "save"),
         "comparing": (exporters.verify, "compare"),
         "moving_starts": (exporters.export, "move_files"),

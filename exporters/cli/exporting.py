@@ -9,16 +9,15 @@ import melora_fx
 from exporters.example_inputs import example_inputs
 from exporters.export import export_onnx
 from exporters.export_report import ExportReport
-from exporters.graph.options import TARGETS
 from exporters.runtime.providers import Shapes
-from exporters.tensorrt_check.check import check_tensorrt, parse_shapes
+from exporters.targets import ADAPTERS, FORMS, PRECISIONS, TARGETS, find, in_words
+from exporters.tensorrt_check.check import parse_shapes
 from exporters.triton_server.repository import write_triton_repository
 from melora_fx.load_model import load_model
 from melora_fx.saving.adapter_file import read_adapter
 
 _DEFAULT_SHAPES = {"batch": (1, 8, 32), "sequence": (16, 64, 128)}
 _SHAPES_TEXT = ", ".join(f"{axis}={low}:{usual}:{high}" for axis, (low, usual, high) in _DEFAULT_SHAPES.items())
-_TRITON_PROVIDERS = {"portable": "cpu", "ort-cpu": "cpu", "ort-cuda": "cuda", "tensorrt": "tensorrt"}
 
 _AdapterDir = Annotated[
     Path | None, typer.Argument(help="Adapter folder, as save_adapter writes it; default: the base alone.")
@@ -26,7 +25,7 @@ _AdapterDir = Annotated[
 _BaseOf = Annotated[
     Path | None, typer.Option(help="Without an adapter: one whose model class and head the graph gets, for fold-onnx.")
 ]
-_Adapter = Annotated[str, typer.Option(help='"fold": merged; "keep": unmerged; "swap": adapters as inputs.')]
+_Adapter = Annotated[str, typer.Option(help=f"{in_words(ADAPTERS)}.")]
 _Shapes = Annotated[
     list[str] | None,
     typer.Option(help="For TensorRT and Triton, AXIS=MIN:OPT:MAX; may be repeated. Default: " + _SHAPES_TEXT),
@@ -42,9 +41,9 @@ def export(
     adapter_dir: _AdapterDir = None,
     base_of: _BaseOf = None,
     adapter: _Adapter = "fold",
-    target: Annotated[str, typer.Option(help=f"Runtime to export for: {', '.join(TARGETS)}.")] = "portable",
-    precision: Annotated[str, typer.Option(help='"fp32", "fp16", or "auto": fp16 for ort-cuda.')] = "auto",
-    form: Annotated[str, typer.Option(help='Unmerged updates: "block", "dense", or "auto": the faster.')] = "auto",
+    target: Annotated[str, typer.Option(help=f"{in_words(TARGETS)}.")] = "portable",
+    precision: Annotated[str, typer.Option(help=f'{in_words(PRECISIONS)}; "auto": the target\'s.')] = "auto",
+    form: Annotated[str, typer.Option(help=f"Unmerged updates: {in_words(FORMS)}.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Compare the graph with torch.")] = True,
     shapes: _Shapes = None,
     triton: _Triton = None,
@@ -64,10 +63,11 @@ def export(
     )
     print(report)
     ranges = _ranges(report, asked)
-    if target == "tensorrt":
-        print(check_tensorrt(report.path, shapes=ranges))
+    written_for = find("target", target, TARGETS)
+    if written_for.explain is not None:
+        print(written_for.explain(report.path, shapes=ranges))
     if triton is not None:
-        print(write_triton_repository(report.path, triton, shapes=ranges, provider=_TRITON_PROVIDERS[target]))
+        print(write_triton_repository(report.path, triton, shapes=ranges, provider=written_for.provider))
 
 
 def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | None) -> Any:

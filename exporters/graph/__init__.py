@@ -2,9 +2,8 @@
 
 axes             the dynamic axes, checked and named
 inputs, outputs  names for what a model takes and returns
-options          what an export was asked for
+export           what one pass hands on to the next, and what a target, a precision and an adapter's form are
 build            a model's graph, by transformers' or torch's exporter
-graph_export     what one pass hands on to the next
 clean            traces of the exporters, and stale types, taken away
 weights          which initializer holds which parameter
 forms            how an unmerged update is written

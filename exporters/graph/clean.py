@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import onnx_ir
 
-from .graph_export import GraphExport
+from .export import Export
 
 _LOGGERS = ("torch.onnx", "transformers.exporters", "onnxscript", "onnx_ir")
 
 
-def drop_traces(export: GraphExport) -> None:
+def drop_traces(export: Export) -> None:
     """Removes what the exporters note on nodes and values: source lines and paths of the exporting machine."""
     for graph in export.graph_model.graphs():
         graph.metadata_props.clear()
@@ -25,11 +25,11 @@ def drop_traces(export: GraphExport) -> None:
             value.metadata_props.clear()
 
 
-def drop_inferred(export: GraphExport) -> None:
+def drop_inferred(export: Export) -> None:
     """Removes types and shapes of values inside the graph where a pass has left stale ones; runtimes infer them anyway.
     Those of initializers become their tensors'.
     """
-    if not export.options.leaves_stale_types:
+    if not export.has_stale_types:
         return
     for graph in export.graph_model.graphs():
         for node in graph:

@@ -14,7 +14,7 @@ import onnx_ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .graph_export import GraphExport
+from .export import Export
 from .weights import add_initializer
 
 
@@ -32,33 +32,39 @@ def choose_form(num_blocks: int, rank: int, tokens: int) -> str:
     return "dense" if num_blocks == 1 or num_blocks * rank <= limit else "block"
 
 
-def write_forms(export: GraphExport) -> None:
-    """Rewrites the updates of an unmerged graph, whose weights have been named, into the chosen forms, and notes them
-    in `export.forms`.
-
-    A site that the exporter wrote in another way than one block product (the parts of `split`, a product with the
-    weight on the left) stays as it is.
-    """
-    if export.holds != "keep":
-        return
-    tokens = _num_tokens(export.inputs)
-    for name, site in export.sites.items():
-        wanted = export.options.form
-        if wanted == "auto":
-            wanted = choose_form(site.config.num_blocks, max(site.config.ranks), tokens)
-        is_dense = wanted == "dense" and _write_dense(export.graph, name)
-        export.forms[name] = "dense" if is_dense else "block"
+def write_forms(export: Export) -> None:
+    """Writes each update in the form that was asked for, and notes in `export.forms` which it has."""
+    export.forms = {name: export.options.form.write(export, name) for name in export.sites}
     RemoveUnusedNodesPass()(export.graph_model)
 
 
-def add_biases_last(export: GraphExport) -> None:
-    """Turns (x Wᵀ + bias) + update into (x Wᵀ + update) + bias at the sites of an unmerged graph.
+def keep_blocks(export: Export, name: str) -> str:
+    """Leaves the update of a site as the model computes it."""
+    return "block"
+
+
+def write_dense(export: Export, name: str) -> str:
+    """Writes the update of a site as two products with block-diagonal matrices.
+
+    One that the exporter wrote in another way than one block product (the parts of `split`, a product with the weight
+    on the left) stays as it is.
+    """
+    return "dense" if _write_dense(export.graph, name) else "block"
+
+
+def write_faster(export: Export, name: str) -> str:
+    """Writes the update of a site in the form that `choose_form` names."""
+    config = export.sites[name].config
+    form = choose_form(config.num_blocks, max(config.ranks), _num_tokens(export.inputs))
+    return {"block": keep_blocks, "dense": write_dense}[form](export, name)
+
+
+def add_biases_last(export: Export) -> None:
+    """Turns (x Wᵀ + bias) + update into (x Wᵀ + update) + bias at every site.
 
     ONNX Runtime's fused activations and normalisations take the bias before them in, as in the base's graph: with an
     update of zero they compute the base bit for bit.
     """
-    if export.holds not in ("keep", "swap"):
-        return
     for name in export.sites:
         bias = export.graph.initializers.get(f"{name}.bias")
         if bias is None:

@@ -11,20 +11,19 @@ from exporters.onnx_files.weight_place import WeightPlace
 from exporters.private import fuse_for_onnxruntime
 
 from .clean import quiet
-from .graph_export import GraphExport
-from .options import FUSED_TARGETS
+from .export import Export
 from .stand_ins import PackedPlace, put_stand_ins, take_stand_ins
 from .weights import add_initializer
 
 
-def fuse(export: GraphExport) -> None:
+def fuse(export: Export) -> None:
     """Fuses the graph, whose weights have been named, for the targets that have fusions, and brings `export.weights` up
     to date.
 
     Raises:
         MELoRAError: where the fusions did something to a weight that is not known here.
     """
-    provider = FUSED_TARGETS.get(export.options.target)
+    provider = export.options.target.fusions
     if provider is None:
         return
     names = dict.fromkeys(place.initializer for place in export.weights.values())
@@ -33,6 +32,7 @@ def fuse(export: GraphExport) -> None:
         fuse_for_onnxruntime(export.graph_model, provider)
     _flatten_attentions(export.graph)
     packed = take_stand_ins(export.graph, weights)
+    export.has_stale_types = True
     export.weights = {
         parameter: _place_in(packed.get(place.initializer), place)
         for parameter, place in export.weights.items()

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from exporters.onnx_runtime import import_onnxruntime
 from exporters.private import float16_converter
 
-from .graph_export import GraphExport
+from .export import Export
 
 FLOAT32_OPS = (
     "Pow",
@@ -37,14 +37,11 @@ _STUB_BYTES = 4096
 """Initializers above this stay out of the converter, so that memory does not grow with the model."""
 
 
-def to_float16(export: GraphExport) -> None:
-    """Puts a float16 graph in the place of the float32 one where half precision was asked for; inputs and outputs keep
-    their types.
+def to_float16(export: Export) -> None:
+    """Puts a float16 graph in the place of the float32 one; inputs and outputs keep their types.
 
     Initializers are cast one by one when the graph is saved.
     """
-    if export.options.precision != "fp16":
-        return
     import_onnxruntime()  # its error names the extras
     graph = export.graph
     keep = [value.name for value in (*graph.inputs, *graph.outputs)]
@@ -53,6 +50,7 @@ def to_float16(export: GraphExport) -> None:
     _join_float32(export.graph_model)
     _put_back_in_half(export.graph, large)
     export.graph.sort()
+    export.has_stale_types = True
 
 
 def _set_aside_large(graph: onnx_ir.Graph) -> dict[str, onnx_ir.TensorProtocol]:

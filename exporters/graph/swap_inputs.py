@@ -6,37 +6,55 @@ Each adapter tensor is an initializer that is also a graph input, of rank 0 by d
 that without an adapter the graph computes the base, bit for bit. The tensors of modules kept trainable become inputs
 too, with their present values as default.
 
-Three steps: the model is exported with random adapters (`distinct_values`), their initializers become inputs before any
-fusion can take them for constants (`open_inputs`), and the inputs get their defaults at the end (`attach_defaults`).
+The model is translated with random adapters (`distinct_values`), until its weights have names (`own_values`). Their
+initializers become inputs before any fusion can take them for constants (`open_inputs`), and the inputs get their
+defaults at the end (`attach_defaults`).
 
 N num_blocks, I in_features, O out_features, R the rank.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import onnx_ir
 import torch
 from torch import nn
 
-from melora_fx import MELoRAError, adapter_parameters
-from melora_fx.saving.model_adapter import kept_tensor_names
+from exporters.adapters.ort_adapter import swap_tensors
+from exporters.onnx_files.metadata import GraphFacts
+from exporters.onnx_runtime import Arrays
+from melora_fx import MELoRAError, disabled
+from melora_fx.rewriting.sites import is_disabled
+from melora_fx.saving.model_adapter import adapter_of, kept_tensor_names
 
-from .graph_export import GraphExport
+from .export import AdapterTrial, Export, Sites
 
 _RANK_AXES = {"lora_a": 2, "lora_b": 1}
 """Which axis of an input is the rank."""
 
 
+def refuse_without_adapters(model: nn.Module, sites: Sites) -> None:
+    """Raises a MELoRAError for a model without sites, and for one that computes its base."""
+    if is_disabled(model):
+        raise MELoRAError(
+            '`adapter="swap"` makes inputs of the adapters, which `disabled` has switched off: '
+            "export outside of the block"
+        )
+    if not sites:
+        raise MELoRAError('`adapter="swap"` needs a rewritten model: its sites say where adapters go')
+
+
 @contextmanager
-def distinct_values(model: nn.Module) -> Iterator[None]:
+def distinct_values(model: nn.Module, sites: Sites) -> Iterator[None]:
     """Inside the block the adapters and the modules kept trainable hold random values, afterwards their own again:
     normal, of variance 1 / (values that a product sums), so that an update is about as large as its input.
 
     Exporters store tensors of equal values once, such as the zeros of every untrained B; inputs must stay apart.
     """
     own = model.state_dict()
-    tensors = [*adapter_parameters(model).values(), *(own[name] for name in kept_tensor_names(model))]
+    tensors = [tensor for site in sites.values() for tensor in (site.lora_a, site.lora_b)]
+    tensors += [own[name] for name in kept_tensor_names(model)]
     tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
     generator = torch.Generator().manual_seed(0)
     saved = [tensor.detach().clone() for tensor in tensors]
@@ -51,17 +69,19 @@ def distinct_values(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(values)
 
 
-def open_inputs(export: GraphExport) -> None:
-    """Turns the adapters' initializers of a swappable graph, whose weights have been named, into inputs with a rank
-    axis, and those of the modules kept trainable too.
+def own_values(export: Export) -> None:
+    """The model has its own values again."""
+    export.values.close()
+
+
+def open_inputs(export: Export) -> None:
+    """Turns the adapters' initializers into inputs with a rank axis, and those of the modules kept trainable too.
 
     They are inputs without a default at first, so that no fusion takes them for constants; `export.defaults` gets it.
 
     Raises:
         MELoRAError: for a tensor that the exporter has folded away.
     """
-    if export.holds != "swap":
-        return
     _refuse_lost(export)
     opened = _adapter_inputs(export) | _kept_inputs(export)
     for value in opened:
@@ -71,7 +91,7 @@ def open_inputs(export: GraphExport) -> None:
     export.defaults = {value.name or "": tensor for value, tensor in opened.items()}
 
 
-def attach_defaults(export: GraphExport) -> None:
+def attach_defaults(export: Export) -> None:
     """Makes inputs optional: an initializer of the same name is an input's default."""
     for value in export.graph.inputs:
         default = export.defaults.get(value.name or "")
@@ -80,7 +100,19 @@ def attach_defaults(export: GraphExport) -> None:
             export.graph.register_initializer(value)
 
 
-def _refuse_lost(export: GraphExport) -> None:
+def swap_trials(model: nn.Module, sites: Sites, facts: GraphFacts) -> Iterator[AdapterTrial]:
+    """Without an adapter, with the model's own, and with a random one."""
+    inputs = partial(_present_inputs, model, facts)
+    yield AdapterTrial("no", disabled(model), dict)
+    yield AdapterTrial("own", nullcontext(), inputs)
+    yield AdapterTrial("random", distinct_values(model, sites), inputs)
+
+
+def _present_inputs(model: nn.Module, facts: GraphFacts) -> Arrays:
+    return swap_tensors(adapter_of(model), facts)
+
+
+def _refuse_lost(export: Export) -> None:
     lost = {
         site for site in export.sites if any(f"{site}.{kind}.T" not in export.graph.initializers for kind in _RANK_AXES)
     }
@@ -92,7 +124,7 @@ def _refuse_lost(export: GraphExport) -> None:
         )
 
 
-def _adapter_inputs(export: GraphExport) -> dict[onnx_ir.Value, torch.Tensor]:
+def _adapter_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:
     """The adapters' values, named and shaped as inputs, and their defaults of rank 0."""
     inputs = {}
     for index, site in enumerate(export.sites):
@@ -113,7 +145,7 @@ def _forget_shapes_after(value: onnx_ir.Value) -> None:
             output.shape = None
 
 
-def _kept_inputs(export: GraphExport) -> dict[onnx_ir.Value, torch.Tensor]:
+def _kept_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:
     """The values of the tensors of the modules kept trainable, and their present values."""
     own = export.model.state_dict()
     inputs = {}

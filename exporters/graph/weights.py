@@ -18,11 +18,10 @@ from torch import nn
 
 from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from exporters.private import name_scopes
-from melora_fx import adapter_parameters
 from melora_fx.adapter.site import TENSORS
 from melora_fx.saving.model_adapter import kept_tensor_names
 
-from .graph_export import GraphExport
+from .export import Export
 
 
 class Candidate(NamedTuple):
@@ -49,7 +48,7 @@ def add_initializer(graph: onnx_ir.Graph, name: str, array: np.ndarray) -> onnx_
     return value
 
 
-def fold_adapter_constants(export: GraphExport) -> None:
+def fold_adapter_constants(export: Export) -> None:
     """Carries out s·B and the transpositions of adapter tensors: the exporters leave large ones in the graph."""
     initializers = export.graph.initializers
     names = {f"{site}.{kind}" for site in export.sites for kind in TENSORS}
@@ -68,7 +67,7 @@ def fold_adapter_constants(export: GraphExport) -> None:
     RemoveUnusedNodesPass()(export.graph_model)
 
 
-def name_weights(export: GraphExport) -> None:
+def name_weights(export: Export) -> None:
     """Renames the initializers that hold a matrix or an adapter tensor of the model, whose values are still those that
     were exported, and notes in `export.weights` where each matrix, or stack of matrices, lives.
 
@@ -77,7 +76,7 @@ def name_weights(export: GraphExport) -> None:
     """
     initializers = export.graph.initializers
     parameters = dict(export.model.named_parameters())
-    matrices = _matrices(export.model)
+    matrices = _matrices(export)
     places = {name: WeightPlace(name, False) for name in initializers if name in matrices}
     candidates = _by_shape(_candidates(export, matrices))
     alike: set[frozenset[str]] = set()
@@ -98,23 +97,23 @@ def name_weights(export: GraphExport) -> None:
     export.weights = dict(sorted(_without_merged(places, alike).items()))
 
 
-def find_kept_tensors(export: GraphExport) -> None:
+def find_kept_tensors(export: Export) -> None:
     """Notes in `export.kept` where the tensors of the modules kept trainable live."""
     initializers = export.graph.initializers
     export.kept = {name: find_tensor(initializers, name) for name in kept_tensor_names(export.model)}
 
 
-def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+def _matrices(export: Export) -> dict[str, nn.Parameter]:
     """The parameters that are matrices or stacks of them, without those of adapters."""
-    own = {id(parameter) for parameter in adapter_parameters(model).values()}
+    own = {id(parameter) for site in export.sites.values() for parameter in (site.lora_a, site.lora_b)}
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in export.model.named_parameters()
         if parameter.dim() in (2, 3) and id(parameter) not in own
     }
 
 
-def _candidates(export: GraphExport, matrices: Mapping[str, nn.Parameter]) -> Iterator[Candidate]:
+def _candidates(export: Export, matrices: Mapping[str, nn.Parameter]) -> Iterator[Candidate]:
     """All that an export may hold under a new name; the transpose first, which is what products take."""
     for name, parameter in matrices.items():
         yield Candidate(f"{name}.T", name, True, parameter.detach().mT)

@@ -1,6 +1,7 @@
 """What an exported file says of itself: the `melora` entry of its `metadata_props`, as JSON."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from onnx import ModelProto, StringStringEntryProto
 from torch import nn
 
-from melora_fx import MELoRAConfig, MELoRAError, sites
+from melora_fx import AdapterSite, MELoRAConfig, MELoRAError
 from melora_fx.rewriting.module import class_name
 from melora_fx.saving.adapter_file import hash_adapter
 from melora_fx.saving.model_adapter import adapter_tensors, site_entries
@@ -27,7 +28,7 @@ class GraphFacts:
 
     Attributes:
         path: the file, for error texts.
-        adapter: "none", "fold", "keep" or "swap": which adapters the graph has.
+        adapter: which adapters the graph has, as in `exporters/targets.py`: "fold", say, or "none".
         adapter_sha256: the identity of the adapter that it holds, or "none".
         configs: site → its configuration.
         fingerprints: site → its base weight's fingerprint.
@@ -45,24 +46,26 @@ class GraphFacts:
     kept: dict[str, WeightPlace]
 
 
-def describe(model: nn.Module, holds: str, target: str) -> dict[str, Any]:
+def describe(
+    model: nn.Module, sites: Mapping[str, AdapterSite], adapter: str, target: str, *, is_swappable: bool
+) -> dict[str, Any]:
     """The description of a graph of `model`, but for where its weights live.
 
     Args:
         model: the model, before it is folded: fingerprints are of the base.
-        holds: "none", "fold", "keep" or "swap": which adapters the graph has.
-        target: as for `export_onnx`.
+        sites: those whose adapters the graph holds, or can take.
+        adapter, target: as for `export_onnx`; "none" for a graph of the base.
+        is_swappable: whether the graph has no adapter of its own.
     """
-    found = {} if holds == "none" else sites(model)
-    configs = {name: site.config for name, site in found.items()}
-    has_identity = holds in ("fold", "keep")  # a swappable graph holds no adapter of its own
+    configs = {name: site.config for name, site in sites.items()}
+    has_identity = bool(sites) and not is_swappable
     return {
         "format_version": _VERSION,
         "model": class_name(model),
-        "adapter": holds,
-        "adapter_sha256": hash_adapter(configs, adapter_tensors(model)) if has_identity else "none",
+        "adapter": adapter,
+        "adapter_sha256": hash_adapter(configs, adapter_tensors(model, sites)) if has_identity else "none",
         "target": target,
-        "sites": site_entries(found),
+        "sites": site_entries(sites),
         "versions": {package: version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
     }
 

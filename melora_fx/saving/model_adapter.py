@@ -29,13 +29,14 @@ def adapter_of(model: nn.Module) -> Adapter:
     )
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite] | None = None) -> dict[str, torch.Tensor]:
     """What an adapter folder of `model` holds: `<site>.lora_a`, `<site>.lora_b`, and the modules kept trainable.
 
     Cut to the largest rank of each site's configuration: an adapter that was loaded into a larger one is as it was.
+    `found`: the model's sites, where they are known.
     """
     tensors = _kept_tensors(model)
-    for name, site in sites(model).items():
+    for name, site in (sites(model) if found is None else found).items():
         rank = max(site.config.ranks)
         num_parts = len(site.config.parts(site.out_features))
         lora_a = site.lora_a.detach()

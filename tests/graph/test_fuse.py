@@ -15,8 +15,8 @@ from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 import melora_fx
 from exporters import ExportReport, OrtRunner, compare, export_onnx
 from exporters.graph.build import build_graph, count_ops
-from exporters.graph.options import FUSED_TARGETS
 from exporters.onnx_files.metadata import read_facts
+from exporters.targets import TARGETS, find
 
 
 @pytest.mark.default_cases("ort-cpu")
@@ -59,7 +59,7 @@ def test_the_fusions_are_those_of_transformers(target: str, tmp_path: Path, capl
     report = export_onnx(model, tokens(), tmp_path, target=target, precision="fp32", verify=False)
     assert not caplog.records
     graph_model = build_graph(model, tokens())
-    fuse_for_onnxruntime(graph_model, FUSED_TARGETS[target])
+    fuse_for_onnxruntime(graph_model, find("target", target, TARGETS).fusions)
     assert report.op_counts == count_ops(graph_model)
 
 

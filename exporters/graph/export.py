@@ -1,0 +1,170 @@
+"""One export on its way through the passes, and the table entries (`exporters/targets.py`) that it was asked for."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx_ir
+import torch
+from torch import nn
+
+from exporters.onnx_files.metadata import GraphFacts
+from exporters.onnx_files.weight_place import WeightPlace
+from exporters.onnx_runtime import Arrays
+from melora_fx import AdapterSite
+
+from .axes import DynamicAxes
+
+Sites = Mapping[str, AdapterSite]
+Pass = Callable[["Export"], None]
+
+
+class Target(NamedTuple):
+    """What graphs are written for.
+
+    Attributes:
+        name: as `export_onnx` takes it.
+        about: what its graphs are, in words.
+        fusions: the provider whose fused operators its graphs get; None for standard operators alone.
+        precision: what "auto" means for it.
+        provider: ONNX Runtime's that computes its graphs: "cpu", "cuda" or "tensorrt".
+        takes_swap: whether it takes optional inputs.
+        check: raises a MELoRAError for a graph, as `read_graph` gives it, that it cannot run; takes its name too.
+        explain: what to say of a written file on the command line; takes the path and the axes' `shapes`.
+    """
+
+    name: str
+    about: str
+    fusions: str | None = None
+    precision: str = "fp32"
+    provider: str = "cpu"
+    takes_swap: bool = True
+    check: Callable[[Any, str], None] | None = None
+    explain: Callable[..., object] | None = None
+
+
+class Precision(NamedTuple):
+    """What a graph computes in.
+
+    Attributes:
+        name, about: as those of a target.
+        tolerance: largest relative error against torch in float32.
+        convert: the pass that brings a float32 graph to it; None for float32 itself.
+        needs_runtime: whether that pass calls ONNX Runtime.
+    """
+
+    name: str
+    about: str
+    tolerance: float
+    convert: Pass | None = None
+    needs_runtime: bool = False
+
+
+class UpdateForm(NamedTuple):
+    """How a kept update is written.
+
+    Attributes:
+        name, about: as those of a target.
+        write: writes the update of the site of that name, and returns the form that it has now, "block" or "dense".
+    """
+
+    name: str
+    about: str
+    write: Callable[["Export", str], str]
+
+
+class AdapterTrial(NamedTuple):
+    """One way to compare a graph with torch: the adapter's `name`, the `context` in which torch computes with it, and
+    the graph's inputs for it, asked for inside of that context.
+    """
+
+    name: str
+    context: AbstractContextManager[None]
+    inputs: Callable[[], Arrays]
+
+
+def _as_it_is(model: nn.Module, sites: Sites) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _only_as_it_is(model: nn.Module, sites: Sites, facts: GraphFacts) -> Iterator[AdapterTrial]:
+    yield AdapterTrial("", nullcontext(), dict)
+
+
+class AdapterForm(NamedTuple):
+    """What a graph holds of a model's adapters.
+
+    Attributes:
+        name, about: as those of a target.
+        values: the context in which the model has the values that it is exported with; it lasts until a pass ends it
+            (`Export.values`), or until the file has been verified.
+        passes: what it does to the graph, whose weights have been named.
+        stays: whether products with A and B stay in the graph.
+        is_swappable: whether these are inputs, so that the graph has no adapter of its own.
+        refuse: raises for a model whose graph cannot hold its adapters in this way; None: such a graph holds none.
+        trials: the adapters that the graph is compared with torch for.
+    """
+
+    name: str
+    about: str
+    values: Callable[[nn.Module, Sites], AbstractContextManager[None]] = _as_it_is
+    passes: tuple[Pass, ...] = ()
+    stays: bool = False
+    is_swappable: bool = False
+    refuse: Callable[[nn.Module, Sites], None] | None = None
+    trials: Callable[[nn.Module, Sites, GraphFacts], Iterator[AdapterTrial]] = _only_as_it_is
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The arguments of `export_onnx` beside the model and its inputs: `path` is the .onnx file, also where a folder was
+    given, and names have become entries of the tables.
+    """
+
+    path: Path
+    adapter: AdapterForm
+    target: Target
+    precision: Precision
+    form: UpdateForm
+    dynamic_axes: DynamicAxes
+    opset: int | None
+    verify: bool
+
+
+@dataclass
+class Export:
+    """One export: each pass takes it and changes it.
+
+    Attributes:
+        graph_model: the graph so far; a pass changes it in place, or puts another in its place.
+        model: the module that it was made of.
+        inputs: the example inputs by name.
+        options: what was asked for.
+        adapter: what the graph holds of the adapters: as asked for, or nothing where the model computes its base.
+        sites: those of the model, whatever the graph holds.
+        values: the adapter form's context; closed once the model is to have its own values again.
+        weights: parameter → where it lives in the graph; without those that cannot be told from others.
+        kept: tensor of a module kept trainable → where it lives, None where the exporter has folded it into others.
+        forms: site → "block" or "dense", in a graph that keeps the adapters.
+        defaults: optional input → its default, in a graph with swappable adapters.
+        has_stale_types: whether a pass has left types and shapes that are no longer right.
+    """
+
+    graph_model: onnx_ir.Model
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    options: ExportOptions
+    adapter: AdapterForm
+    sites: Sites
+    values: ExitStack
+    weights: dict[str, WeightPlace] = field(default_factory=dict)
+    kept: dict[str, WeightPlace | None] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, torch.Tensor] = field(default_factory=dict)
+    has_stale_types: bool = False
+
+    @property
+    def graph(self) -> onnx_ir.Graph:
+        return self.graph_model.graph
