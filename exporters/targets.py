@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
 from exporters.graph.export import AdapterForm, Precision, Target, UpdateForm
-from exporters.graph.forms import add_biases_last, keep_blocks, write_dense, write_faster, write_forms
+from exporters.graph.forms import add_biases_last, is_dense_faster, write_forms
 from exporters.graph.half import to_float16
 from exporters.graph.swap_inputs import distinct_values, open_inputs, own_values, refuse_without_adapters, swap_trials
 from exporters.tensorrt_check.check import check_tensorrt
@@ -52,9 +52,9 @@ NO_ADAPTER = AdapterForm("none", "the base alone")
 """What the graph of a model holds that has no sites, or is inside `disabled`."""
 
 FORMS = (
-    UpdateForm("auto", "the faster", write=write_faster),
-    UpdateForm("block", "as the model computes it", write=keep_blocks),
-    UpdateForm("dense", "block-diagonal matrices", write=write_dense),
+    UpdateForm("auto", "the faster", is_dense=is_dense_faster),
+    UpdateForm("block", "as the model computes it", is_dense=lambda *_: False),
+    UpdateForm("dense", "block-diagonal matrices", is_dense=lambda *_: True),
 )
 
 

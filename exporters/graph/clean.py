@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 import onnx_ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from .export import Export
 
@@ -15,13 +16,10 @@ _LOGGERS = ("torch.onnx", "transformers.exporters", "onnxscript", "onnx_ir")
 
 def drop_traces(export: Export) -> None:
     """Removes what the exporters note on nodes and values: source lines and paths of the exporting machine."""
+    ClearMetadataAndDocStringPass()(export.graph_model)
     for graph in export.graph_model.graphs():
-        graph.metadata_props.clear()
-        for node in graph:
-            node.metadata_props.clear()
-            for output in node.outputs:
-                output.metadata_props.clear()
-        for value in [*graph.inputs, *graph.initializers.values()]:
+        outputs = (output for node in graph for output in node.outputs)
+        for value in [*graph.inputs, *graph.initializers.values(), *outputs]:
             value.metadata_props.clear()
 
 

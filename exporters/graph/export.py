@@ -13,7 +13,7 @@ from torch import nn
 from exporters.onnx_files.metadata import GraphFacts
 from exporters.onnx_files.weight_place import WeightPlace
 from exporters.onnx_runtime import Arrays
-from melora_fx import AdapterSite
+from melora_fx import AdapterSite, MELoRAConfig
 
 from .axes import DynamicAxes
 
@@ -63,16 +63,16 @@ class Precision(NamedTuple):
 
 
 class UpdateForm(NamedTuple):
-    """How a kept update is written.
+    """How kept updates are written.
 
     Attributes:
         name, about: as those of a target.
-        write: writes the update of the site of that name, and returns the form that it has now, "block" or "dense".
+        is_dense: whether as dense products, for a site of this configuration and a number of tokens.
     """
 
     name: str
     about: str
-    write: Callable[["Export", str], str]
+    is_dense: Callable[[MELoRAConfig, int], bool]
 
 
 class AdapterTrial(NamedTuple):

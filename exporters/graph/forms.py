@@ -6,16 +6,19 @@
 N num_blocks, R the largest rank of a block, I in_features, O out_features, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.rewriter import RewriteRule
+
+from melora_fx import MELoRAConfig
 
 from .export import Export
-from .weights import add_initializer
 
 
 def choose_form(num_blocks: int, rank: int, tokens: int) -> str:
@@ -32,31 +35,26 @@ def choose_form(num_blocks: int, rank: int, tokens: int) -> str:
     return "dense" if num_blocks == 1 or num_blocks * rank <= limit else "block"
 
 
+def is_dense_faster(config: MELoRAConfig, tokens: int) -> bool:
+    """Whether `choose_form` prefers dense products."""
+    return choose_form(config.num_blocks, max(config.ranks), tokens) == "dense"
+
+
 def write_forms(export: Export) -> None:
-    """Writes each update in the form that was asked for, and notes in `export.forms` which it has."""
-    export.forms = {name: export.options.form.write(export, name) for name in export.sites}
-    RemoveUnusedNodesPass()(export.graph_model)
+    """Writes the updates as dense products where that was asked for, and notes the form of each in `export.forms`.
 
-
-def keep_blocks(export: Export, name: str) -> str:
-    """Leaves the update of a site as the model computes it."""
-    return "block"
-
-
-def write_dense(export: Export, name: str) -> str:
-    """Writes the update of a site as two products with block-diagonal matrices.
-
-    One that the exporter wrote in another way than one block product (the parts of `split`, a product with the weight
-    on the left) stays as it is.
+    A site that the exporter wrote in another way than one block product (the parts of `split`, a product with the
+    weight on the left) stays as it is.
     """
-    return "dense" if _write_dense(export.graph, name) else "block"
-
-
-def write_faster(export: Export, name: str) -> str:
-    """Writes the update of a site in the form that `choose_form` names."""
-    config = export.sites[name].config
-    form = choose_form(config.num_blocks, max(config.ranks), _num_tokens(export.inputs))
-    return {"block": keep_blocks, "dense": write_dense}[form](export, name)
+    tokens = _num_tokens(export.inputs)
+    dense = {name for name, site in export.sites.items() if export.options.form.is_dense(site.config, tokens)}
+    # Sites of one input share its blocks: nodes are removed when all have been written.
+    rule = RewriteRule(_block_products, _dense_products, partial(_is_site_of, dense), remove_nodes=False)
+    rule.apply_to_model(export.graph_model)
+    RemoveUnusedNodesPass()(export.graph_model)
+    for name in export.sites:
+        is_written = f"{name}.lora_a.blockdiag.T" in export.graph.initializers
+        export.forms[name] = "dense" if is_written else "block"
 
 
 def add_biases_last(export: Export) -> None:
@@ -98,46 +96,42 @@ def _add_last(graph: onnx_ir.Graph, biased: onnx_ir.Node, bias: onnx_ir.Value) -
     )
 
 
-def _write_dense(graph: onnx_ir.Graph, name: str) -> bool:
-    """Replaces one site's block products; False where they do not stand as expected."""
-    lora_a = graph.initializers.get(f"{name}.lora_a.T")
-    lora_b = graph.initializers.get(f"{name}.lora_b.T")
-    chain = _block_chain(lora_a, lora_b) if lora_a is not None and lora_b is not None else None
-    if chain is None:
-        return False
-    x, update = chain
-    hidden = _matmul(x, graph, f"{name}.lora_a.blockdiag.T", _block_diagonal(lora_a))
-    output = _matmul(hidden.outputs[0], graph, f"{name}.lora_b.blockdiag.T", _block_diagonal(lora_b))
-    output.outputs[0].name = update.name
-    update.name = None
-    producer = update.producer()
-    assert producer is not None
-    graph.insert_before(producer, [hidden, output])
-    onnx_ir.convenience.replace_all_uses_with(update, output.outputs[0], replace_graph_outputs=True)
-    return True
+def _block_products(op: Any, x: Any, into_blocks: Any, lora_a: Any, lora_b: Any, out_of_blocks: Any) -> Any:
+    blocks = op.Reshape(x, into_blocks, _outputs=["blocks"])
+    products = op.MatMul(op.MatMul(op.Transpose(blocks), lora_a), lora_b)
+    return op.Reshape(op.Transpose(products), out_of_blocks, _outputs=["update"])
 
 
-def _block_chain(lora_a: onnx_ir.Value, lora_b: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value] | None:
-    """(x, update) of Reshape → Transpose → MatMul A → MatMul B → Transpose → Reshape."""
-    first = _only_user(lora_a)
-    second = _only_user(lora_b)
-    if first is None or second is None or second.inputs[0] is not first.outputs[0]:
-        return None
-    into_blocks = _producer(first.inputs[0], "Transpose")
-    split = _producer(into_blocks.inputs[0], "Reshape") if into_blocks else None
-    out_of_blocks = _only_user(second.outputs[0], "Transpose")
-    merge = _only_user(out_of_blocks.outputs[0], "Reshape") if out_of_blocks else None
-    if split is None or merge is None or split.inputs[0] is None or len(split.outputs[0].shape or ()) != 3:
-        return None
-    x = split.inputs[0]
-    if not x.shape or len(merge.outputs[0].shape or ()) != len(x.shape):
-        return None
-    return x, merge.outputs[0]
+def _is_site_of(
+    names: Container[str],
+    context: Any,
+    x: onnx_ir.Value,
+    lora_a: onnx_ir.Value,
+    lora_b: onnx_ir.Value,
+    blocks: onnx_ir.Value,
+    update: onnx_ir.Value,
+    **_: onnx_ir.Value,
+) -> bool:
+    """Whether the products are those of one of the sites `names`, used once, and of rows of blocks."""
+    name = (lora_a.name or "").removesuffix(".lora_a.T")
+    is_site = name in names and lora_b.name == f"{name}.lora_b.T"
+    is_used_once = len(lora_a.consumers()) == len(lora_b.consumers()) == 1
+    return is_site and is_used_once and bool(x.shape) and _rank(blocks) == 3 and _rank(update) == _rank(x)
 
 
-def _producer(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
+def _dense_products(op: Any, x: onnx_ir.Value, lora_a: onnx_ir.Value, lora_b: onnx_ir.Value, **_: Any) -> onnx_ir.Value:
+    for factor in (lora_a, lora_b):
+        matrix = _block_diagonal(factor)
+        name = f"{(factor.name or '').removesuffix('.T')}.blockdiag.T"
+        product = op.MatMul(x, op.initializer(onnx_ir.tensor(matrix, name=name)))
+        product.type = x.type
+        product.shape = onnx_ir.Shape([*(x.shape or ())[:-1], matrix.shape[1]])
+        x = product
+    return x
+
+
+def _rank(value: onnx_ir.Value) -> int:
+    return len(value.shape or ())
 
 
 def _only_user(value: onnx_ir.Value, op_type: str = "MatMul") -> onnx_ir.Node | None:
@@ -145,15 +139,6 @@ def _only_user(value: onnx_ir.Value, op_type: str = "MatMul") -> onnx_ir.Node | 
     return users[0] if len(users) == 1 and users[0].op_type == op_type else None
 
 
-def _block_diagonal(value: onnx_ir.Value | None) -> np.ndarray:
-    assert value is not None
+def _block_diagonal(value: onnx_ir.Value) -> np.ndarray:
     assert value.const_value is not None
     return torch.block_diag(*torch.from_numpy(np.array(value.const_value.numpy()))).numpy()
-
-
-def _matmul(x: onnx_ir.Value, graph: onnx_ir.Graph, name: str, matrix: np.ndarray) -> onnx_ir.Node:
-    node = onnx_ir.node("MatMul", [x, add_initializer(graph, name, matrix)])
-    assert x.shape is not None
-    node.outputs[0].type = x.type
-    node.outputs[0].shape = onnx_ir.Shape([*x.shape[:-1], matrix.shape[1]])
-    return node
