@@ -30,6 +30,11 @@ TENSORRT = "TensorrtExecutionProvider"
 PROVIDERS = {"cpu": (CPU,), "cuda": (CUDA, CPU), "tensorrt": (TENSORRT, CUDA, CPU)}
 """Ours → ONNX Runtime's, first choice first; each takes the nodes that those before it leave."""
 
+_TENSORRT_PRECISION = {"fp16": {"trt_fp16_enable": "True", "trt_layer_norm_fp32_fallback": "True"}}
+"""Precision of a graph's weights → TensorRT's options; without the second, a layer norm's squares and sums overflow in
+half precision.
+"""
+
 _CUDA_GRAPH = {"cuda": "enable_cuda_graph", "tensorrt": "trt_cuda_graph_enable"}
 
 
@@ -129,7 +134,7 @@ def tensorrt_options(
     Args:
         graph: the .onnx file.
         inputs: the graph's inputs.
-        precision: "fp32" or "fp16", of the graph's weights.
+        precision: that of the graph's weights, as `precision_of` says.
         shapes: range of each dynamic axis; without them TensorRT builds an engine for the sizes that it sees, and again
             whenever a size leaves the range seen.
         content: hash of the graph and its weights.
@@ -149,9 +154,7 @@ def tensorrt_options(
         "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(folder),
     }
-    if precision == "fp16":
-        # without the second, a layer norm's squares and sums overflow in half precision
-        options |= {"trt_fp16_enable": "True", "trt_layer_norm_fp32_fallback": "True"}
+    options |= _TENSORRT_PRECISION.get(precision, {})
     if shapes is not None:
         options |= profile_shapes(inputs, shapes)
     if ep_context:

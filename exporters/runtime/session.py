@@ -20,6 +20,9 @@ HALF_CONFIG = {_DISABLE: "NchwcTransformer"}
 """Session configuration for graphs in half precision: this pass, for convolutions on x86, ends the process at some
 (Transpose → Cast → MatMul: https://github.com/microsoft/onnxruntime/issues/28392; seen with 1.32)."""
 
+_CONFIGS = {"fp16": HALF_CONFIG}
+"""Precision of a graph's weights → what its sessions are configured with."""
+
 SAVE_MEMORY_CONFIG = {
     "session.disable_prepacking": "1",  # prepared copies of the weights
     _DISABLE: f"{HALF_CONFIG[_DISABLE]};ConstantFolding;FuseFp16InitializerToFp32NodeTransformer",
@@ -30,10 +33,8 @@ _LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
 
 
 def default_config(precision: str, *, save_memory: bool) -> dict[str, str]:
-    """Session configuration for a graph in "fp32" or "fp16"."""
-    if save_memory:
-        return SAVE_MEMORY_CONFIG
-    return HALF_CONFIG if precision == "fp16" else {}
+    """Session configuration for a graph whose weights have this precision."""
+    return SAVE_MEMORY_CONFIG if save_memory else _CONFIGS.get(precision, {})
 
 
 def require_provider(ort: Any, name: str) -> None:
