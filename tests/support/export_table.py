@@ -23,6 +23,7 @@ from exporters import OrtRunner, compare, export_onnx
 from exporters.adapters.ort_adapter import swap_tensors
 from exporters.measuring.machine import file_size_mib
 from exporters.onnx_files.metadata import read_facts
+from exporters.targets import ADAPTERS, TARGETS, find
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.saving.model_adapter import adapter_of
 from support.models import fill
@@ -89,13 +90,13 @@ class Row:
 
 
 def cases() -> list[Case]:
-    """Every model for every target and with the adapter in every form; TensorRT takes no swappable ones."""
+    """Every model for every target and with the adapter in every form that it takes."""
     return [
-        Case(model, target, precision, adapter)
+        Case(model, target, precision, adapter.name)
         for model in MODELS
         for target, precision in VARIANTS
-        for adapter in ("fold", "keep", "swap")
-        if (target, adapter) != ("tensorrt", "swap")
+        for adapter in ADAPTERS
+        if find("target", target, TARGETS).takes_swap or not adapter.is_swappable
     ]
 
 
