@@ -25,9 +25,10 @@ from exporters.onnx_files.onnx_file import read_graph
 from melora_fx import MELoRAError, sites
 from melora_fx.files import staging_folder, writing
 from melora_fx.names import unwrap
+from melora_fx.progress import show_progress
 from melora_fx.rewriting.sites import is_disabled
 
-from .export_files import keep_failed, move_files, onnx_file_path, refuse_folder, show_progress
+from .export_files import keep_failed, move_files, onnx_file_path, refuse_folder
 from .export_report import ExportReport
 from .onnx_runtime import import_onnxruntime
 from .private import runs_under_accelerate

@@ -1,13 +1,8 @@
-"""How an export's files come to their place: all of them or none; and its progress."""
+"""How an export's files come to their place: all of them or none."""
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from melora_fx import MELoRAError
 from melora_fx.files import writing
@@ -42,13 +37,3 @@ def keep_failed(staging: Path, path: Path) -> Path:
         shutil.rmtree(failed, ignore_errors=True)
         os.replace(staging, failed)
     return failed
-
-
-@contextlib.contextmanager
-def show_progress(title: str) -> Iterator[Callable[[str], None]]:
-    """A line on the terminal with the present step and the seconds so far; nothing where there is no terminal."""
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title)
-        yield lambda step: progress.update(task, description=f"{title}: {step}")

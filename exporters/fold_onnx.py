@@ -26,11 +26,12 @@ from melora_fx.files import staging_folder, writing
 from melora_fx.folding.measured_fold import fold_and_measure
 from melora_fx.folding.report import make_report
 from melora_fx.matching.targets import nearest
+from melora_fx.progress import show_progress
 from melora_fx.saving.adapter_file import Adapter, read_adapter
 from melora_fx.saving.checks import check_fingerprints, check_shapes, refuse_non_finite
 from melora_fx.saving.fingerprint import fingerprint
 
-from .export_files import move_files, onnx_file_path, refuse_folder, show_progress
+from .export_files import move_files, onnx_file_path, refuse_folder
 
 
 def fold_onnx(

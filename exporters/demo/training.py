@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from exporters.runtime.torch_runner import TorchRunner
+from melora_fx.progress import show_progress
 
 from .batches import BATCH, Batches, compute_accuracy
 from .report import console
@@ -38,8 +38,7 @@ def train(model: nn.Module, batches: Batches, num_epochs: int, seed: int) -> His
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, _LAST_FACTOR, num_steps)
     step_model = _compiled_where_it_pays(model, batches, num_steps)
     history = History()
-    with _make_progress() as progress:
-        task = progress.add_task("train", total=num_steps, loss=float("nan"), accuracy=float("nan"))
+    with show_progress("train", num_steps, console=console) as show:
         for _ in range(num_epochs):
             model.train()
             for inputs, labels in batches.shuffled(generator):
@@ -49,23 +48,10 @@ def train(model: nn.Module, batches: Batches, num_epochs: int, seed: int) -> His
                 optimizer.zero_grad()
                 scheduler.step()
                 history.losses.append(loss.item())
-                progress.update(task, advance=1, loss=history.losses[-1])
+                show(f"loss {history.losses[-1]:.3f}", advance=1)
             history.accuracies.append(compute_accuracy(TorchRunner(model.eval()), batches))
-            progress.update(task, accuracy=history.accuracies[-1])
+            console.print(f"epoch {len(history.accuracies)}: held-out accuracy {history.accuracies[-1]:.1%}")
     return history
-
-
-def _make_progress() -> Progress:
-    """A progress bar for tasks with the fields `loss` and `accuracy`."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("held-out accuracy {task.fields[accuracy]:.1%}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _compiled_where_it_pays(model: nn.Module, batches: Batches, num_steps: int) -> Any:

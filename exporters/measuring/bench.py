@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from exporters.onnx_files.metadata import METADATA_KEY
@@ -19,6 +18,7 @@ from exporters.onnx_runtime import Arrays
 from exporters.runtime.graph_inputs import axis_roles, make_inputs
 from exporters.runtime.ort_runner import OrtRunner
 from melora_fx import MELoRAError
+from melora_fx.progress import show_progress
 
 from .latency import LatencyTable
 from .measure import Contender, Measurement, measure, write_csv
@@ -80,12 +80,13 @@ def run_bench(options: BenchOptions) -> list[Measurement]:
 def _measure_shapes(options: BenchOptions, feeds: Mapping[Shape, Arrays], model: str) -> list[Measurement]:
     """The rows of every shape; the table grows on the screen."""
     rows: list[Measurement] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console)
-    task = progress.add_task("rounds", total=-(-options.rounds // _LOADS) * _LOADS * len(feeds))
-    with Live(progress, console=console, transient=True) as live:
+    num_rounds = -(-options.rounds // _LOADS) * _LOADS * len(feeds)
+    with (
+        Live(console=console, transient=True) as live,
+        show_progress("rounds", num_rounds, console=console) as show,
+    ):
         for (batch, sequence), feed in feeds.items():
-            progress.update(task, description=_shape(batch, sequence))
+            show(_shape(batch, sequence))
             rows += measure(
                 functools.partial(_load, options),
                 feed,
@@ -96,9 +97,9 @@ def _measure_shapes(options: BenchOptions, feeds: Mapping[Shape, Arrays], model:
                 loads=_LOADS,
                 rounds=options.rounds,
                 max_difference=options.max_difference,
-                on_round=lambda: progress.advance(task),
+                on_round=lambda: show(advance=1),
             )
-            live.update(Group(_table(rows), progress))
+            live.update(_table(rows))
     return rows
 
 

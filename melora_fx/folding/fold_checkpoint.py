@@ -6,19 +6,17 @@ No model is loaded. Each weight file is copied, and the weights that the adapter
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from melora_fx.adapter.update import Scratch
 from melora_fx.errors import MELoRAError
 from melora_fx.files import staging_folder, writing
+from melora_fx.progress import show_progress
 from melora_fx.saving.adapter_file import Adapter, read_adapter
 from melora_fx.saving.tensor_file import Entry, make_header, serialise
 
@@ -70,12 +68,13 @@ def fold_checkpoint(
     }
     total = sum(file.stat().st_size for file in (base / name for name in checkpoint.files))
     sha256 = adapter.sha256
-    with staging_folder(out) as staging, writing(out), _progress(f"folding {out.name}", total) as advance:
+    bar = show_progress(f"folding {out.name}", total, in_bytes=True)
+    with staging_folder(out) as staging, writing(out), bar as show:
         made = staging / "folder"  # not the staging folder itself, which only its owner may read
         made.mkdir()
         for name in copied:
             copy_file(base / name, made / name)
-        written = _write_weights(checkpoint, made, changes, plan.heads, sha256, advance)
+        written = _write_weights(checkpoint, made, changes, plan.heads, sha256, lambda count: show(advance=count))
         _write_index(checkpoint, made, written, sha256)
         _write_config(checkpoint, made, adapter)
         os.replace(made, out)
@@ -190,19 +189,3 @@ def _write_config(checkpoint: Checkpoint, made: Path, adapter: Adapter) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on the terminal that is told how many bytes have been written; nothing where there is no terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield partial(progress.advance, task)

@@ -43,7 +43,6 @@ from transformers import (
 
 import melora_fx
 from melora_fx import MELoRAConfig
-from melora_fx.folding import fold_checkpoint as module
 
 _SPLIT = MELoRAConfig(rank=(1, 2, 1), num_blocks=3, alpha=2.0, split=3)
 
@@ -226,6 +225,6 @@ def test_progress_is_shown_on_a_terminal_alone(
     folders.fold()
     assert capfd.readouterr() == ("", "")
     screen = io.StringIO()
-    monkeypatch.setattr(module, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=100))
     folders.fold(folders.parent / "again")
     assert "folding again" in screen.getvalue()
