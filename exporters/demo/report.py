@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from exporters.measuring.plots import import_pyplot
+from melora_fx.tables import table
 
 from .data import Texts
 
@@ -31,20 +31,18 @@ def print_code(title: str, code: str) -> None:
 def print_results(results: Mapping[str, Any], out: Path) -> None:
     """The results of `run_demo` as a table, and the files in its folder."""
     console.rule("result")
-    table = Table("", "", show_header=False)
-    table.add_row("held-out accuracy", f"{results['accuracy_before']:.1%} → {results['accuracy_after']:.1%}")
-    table.add_row("majority baseline", f"{results['majority_baseline']:.1%}")
-    table.add_row(
-        "trainable parameters",
-        f"{results['trainable_parameters']:,} with the head; adapters of a LoRA of equal rank alone: "
-        f"{results['lora_equal_rank_parameters']:,}",
-    )
+    rows = [
+        ("held-out accuracy", f"{results['accuracy_before']:.1%} → {results['accuracy_after']:.1%}"),
+        ("majority baseline", f"{results['majority_baseline']:.1%}"),
+        ("trainable parameters", f"{results['trainable_parameters']:,} with the head"),
+        ("a LoRA of equal rank", f"{results['lora_equal_rank_parameters']:,} in its adapters alone"),
+    ]
     for name, key in (("folded", "fold"), ("merged ONNX", "merged"), ("unmerged ONNX", "unmerged")):
-        table.add_row(f"{name} against torch", f"max abs error {results[f'{key}_max_abs_error']:.1e}")
-    table.add_row("same label, merged ONNX and torch", f"{results['label_agreement']:.1%} of held-out texts")
+        rows.append((f"{name} against torch", f"max abs error {results[f'{key}_max_abs_error']:.1e}"))
+    rows.append(("same label, merged ONNX and torch", f"{results['label_agreement']:.1%} of held-out texts"))
     for name, row in results["latency"].items():
-        table.add_row(name, f"{row['median_ms']:.1f} ms, {row['ratio']:.2f} × the base graph")
-    console.print(table)
+        rows.append((name, f"{row['median_ms']:.1f} ms, {row['ratio']:.2f} × the base graph"))
+    print("\n".join(table(rows)))
     console.print(f"[bold]files in {out}[/]")
     for file in sorted(file for file in out.rglob("*") if file.is_file()):
         print(f"  {os.path.relpath(file, out)}  {file.stat().st_size:,} bytes")

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from melora_fx.tables import table
+
 LARGE_SHARE = 0.25
 """Above this share a report warns."""
 _NUM_SHOWN = 20
@@ -50,10 +52,7 @@ class FoldReport:
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("site", "dtype", "rounded away", "max change", "rank")]
         rows += [_cells(site) for site in self.sites[:_NUM_SHOWN]]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        lines = table(rows)
         if hidden := self.sites[_NUM_SHOWN:]:
             lines.append(f"… and {len(hidden)} sites with less, {_percent(hidden[0].rounding_share)} at most")
         remedy = self.remedy()

@@ -3,6 +3,8 @@
 import textwrap
 from dataclasses import dataclass
 
+from melora_fx.tables import table
+
 _WIDTH = 100
 
 
@@ -54,24 +56,11 @@ class MatchReport:
         ]
         notes += [f"skipped {name}: {reason}" for name, reason in self.skipped]
         wrapped = [line for note in notes for line in textwrap.wrap(note, _WIDTH, subsequent_indent="  ")]
-        return "\n".join([*_aligned(rows), "", f"{summary}, {len(self.skipped)} skipped", *wrapped])
+        return "\n".join(
+            [*table(rows, right=(1, 2, 5), max_width=_WIDTH), "", f"{summary}, {len(self.skipped)} skipped", *wrapped]
+        )
 
 
 def _row(site: LinearSite, lowering: str, num_parameters: str) -> tuple[str, ...]:
     pattern = site.pattern if site.num_experts == 1 else f"{site.pattern} × {site.num_experts}"
     return site.name, str(site.in_features), str(site.out_features), pattern, lowering, num_parameters
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of equal columns, names to the left and numbers to the right; long names lose their beginning."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    rows = [(name if len(name) <= widths[0] else "…" + name[1 - widths[0] :], *rest) for name, *rest in rows]
-    right = (1, 2, 5)
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -1,0 +1,24 @@
+"""Rows as lines of equal columns, for the reports' texts."""
+
+from collections.abc import Collection, Sequence
+
+
+def table(rows: Sequence[Sequence[str]], right: Collection[int] = (), max_width: int | None = None) -> list[str]:
+    """One line a row, without spaces at its end.
+
+    Args:
+        rows: the cells; all rows have as many.
+        right: the columns that are aligned at the right, as numbers are.
+        max_width: of a line; the first column's long cells lose their beginning.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if max_width is not None:
+        widths[0] = min(widths[0], max_width - sum(widths[1:]) - 2 * (len(widths) - 1))
+    rows = [(name if len(name) <= widths[0] else "…" + name[1 - widths[0] :], *rest) for name, *rest in rows]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
