@@ -48,6 +48,19 @@ def staging_folder(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` at the end of a block that raises nothing.
+
+    `path` must be empty, or not there. Failures to write in the block name it.
+    """
+    with staging_folder(path) as staging, writing(path):
+        made = staging / path.name  # not the staging folder itself, which only its owner may read
+        made.mkdir()
+        yield made
+        os.replace(made, path)
+
+
 def _lock(folder: Path) -> int | None:
     """A file descriptor that locks the folder until it is closed; None where another has, or it cannot be locked."""
     if fcntl is None:

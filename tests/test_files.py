@@ -12,7 +12,7 @@ from support.models import assert_unchanged, randn, rewritten_tower, tower
 
 from exporters import OrtRunner, export_onnx
 from melora_fx import MELoRAError
-from melora_fx.files import staging_folder
+from melora_fx.files import new_folder, staging_folder
 
 
 def names(folder: Path) -> set[str]:
@@ -30,6 +30,20 @@ def test_what_a_killed_export_left_is_removed_and_a_running_ones_files_are_not(t
             assert names(tmp_path) == {running.name, second.name, ".other.onnx.abcdefgh.tmp"}
             assert names(running) == {"weights"}
     assert names(tmp_path) == {".other.onnx.abcdefgh.tmp"}
+
+
+def test_a_new_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    """Readable for others too, as the umask has it; a block that raises leaves what was there."""
+    path = tmp_path / "out"
+    (tmp_path / "by_hand").mkdir()
+    with new_folder(path) as made:
+        (made / "weights").touch()
+        assert not path.exists()
+    assert names(path) == {"weights"}
+    assert path.stat().st_mode == (tmp_path / "by_hand").stat().st_mode
+    with pytest.raises(MELoRAError, match=r"out` cannot be written: "), new_folder(path) as made:
+        (made / "others").touch()
+    assert (names(tmp_path), names(path)) == ({"out", "by_hand"}, {"weights"})
 
 
 def test_a_full_disk_is_one_error_and_leaves_the_old_file(tmp_path: Path) -> None:

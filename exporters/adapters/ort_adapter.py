@@ -18,6 +18,7 @@ from exporters.onnx_files.metadata import GraphFacts, read_facts
 from exporters.onnx_runtime import Arrays, import_onnxruntime
 from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import scaling_tensor
+from melora_fx.files import write_atomically
 from melora_fx.saving.adapter_file import Adapter, read_adapter
 from melora_fx.saving.fingerprint import fingerprint_misfit
 
@@ -59,14 +60,10 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
     adapter_format.set_model_version(_base_version(facts))
     values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()}
     adapter_format.set_parameters(values)  # refers to the arrays, which must live until the export
-    temporary = out_path.with_name(f".{out_path.name}.tmp")
     try:
-        adapter_format.export_adapter(str(temporary))
-        temporary.replace(out_path)
+        write_atomically(out_path, lambda path: adapter_format.export_adapter(str(path)))
     except Exception as error:  # ONNX Runtime's own exception types are private
         raise MELoRAError(f"`{out_path}` cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_ort_adapter(path: str | Path, facts: GraphFacts) -> tuple[Any, Arrays]:

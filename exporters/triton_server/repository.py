@@ -12,7 +12,6 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/use
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from exporters.onnx_files.onnx_file import (
 )
 from exporters.runtime.providers import PROVIDERS, Axes, Shapes, check_shapes, cuda_options, tensorrt_options
 from melora_fx import MELoRAError
+from melora_fx.files import new_folder
 
 from .config import TYPES, Serving, tensorrt_parameters, write_config
 
@@ -215,30 +215,22 @@ def _batch_axis(values: Axes) -> tuple[str, str]:
 
 def _write(target: Path, version: int, config: str, files: Mapping[str, Path]) -> tuple[str, ...]:
     """Writes the model's folder, or one more version of it, in one rename; the files written, relative to it."""
-    adds_version = target.exists()
-    if adds_version:
+    names = tuple(f"{version}/{name}" for name in files)
+    if target.exists():
         _check_addable(target, version, config)
-    staging = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        staging.chmod(0o755)  # the server runs as another user
-        for name, file in files.items():
-            place = staging / str(version) / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
-        (staging / "config.pbtxt").write_text(config)
-        if adds_version:
-            (staging / str(version)).rename(target / str(version))
-        else:
-            staging.rename(target)
-    except OSError as error:
-        raise MELoRAError(f"`{target}` cannot be written: {error.strerror or error}") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-    names = [f"{version}/{name}" for name in files]
-    return tuple(names) if adds_version else ("config.pbtxt", *names)
+        with new_folder(target / str(version)) as made:
+            _copy(files, made)
+        return names
+    with new_folder(target) as made:
+        _copy(files, made / str(version))
+        (made / "config.pbtxt").write_text(config)
+    return ("config.pbtxt", *names)
+
+
+def _copy(files: Mapping[str, Path], folder: Path) -> None:
+    for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
 
 
 def _check_addable(target: Path, version: int, config: str) -> None:

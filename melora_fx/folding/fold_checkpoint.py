@@ -15,7 +15,7 @@ import torch
 
 from melora_fx.adapter.update import Scratch
 from melora_fx.errors import MELoRAError
-from melora_fx.files import staging_folder, writing
+from melora_fx.files import new_folder, writing
 from melora_fx.progress import show_progress
 from melora_fx.saving.adapter_file import Adapter, read_adapter
 from melora_fx.saving.tensor_file import Entry, make_header, serialise
@@ -68,16 +68,12 @@ def fold_checkpoint(
     }
     total = sum(file.stat().st_size for file in (base / name for name in checkpoint.files))
     sha256 = adapter.sha256
-    bar = show_progress(f"folding {out.name}", total, in_bytes=True)
-    with staging_folder(out) as staging, writing(out), bar as show:
-        made = staging / "folder"  # not the staging folder itself, which only its owner may read
-        made.mkdir()
+    with new_folder(out) as made, show_progress(f"folding {out.name}", total, in_bytes=True) as show:
         for name in copied:
             copy_file(base / name, made / name)
         written = _write_weights(checkpoint, made, changes, plan.heads, sha256, lambda count: show(advance=count))
         _write_index(checkpoint, made, written, sha256)
         _write_config(checkpoint, made, adapter)
-        os.replace(made, out)
     return make_report(measured, sha256, notes)
 
 
