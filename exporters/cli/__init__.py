@@ -1,7 +1,7 @@
 """The command line, `melora-fx`: the top layer, which nothing else imports.
 
 commands   every command with an example, and `main`
-options    options that several commands have, and how repeated ones are read
+options    options that several commands have, and the parsers of texts
 training   demo, match
 folding    fold, fold-onnx
 exporting  export

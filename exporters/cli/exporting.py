@@ -11,10 +11,11 @@ from exporters.export import export_onnx
 from exporters.export_report import ExportReport
 from exporters.runtime.providers import Shapes
 from exporters.targets import ADAPTERS, FORMS, PRECISIONS, TARGETS, find, in_words
-from exporters.tensorrt_check.check import parse_shapes
 from exporters.triton_server.repository import write_triton_repository
 from melora_fx.load_model import load_model
 from melora_fx.saving.adapter_file import read_adapter
+
+from .options import axis_range
 
 _DEFAULT_SHAPES = {"batch": (1, 8, 32), "sequence": (16, 64, 128)}
 _SHAPES_TEXT = ", ".join(f"{axis}={low}:{usual}:{high}" for axis, (low, usual, high) in _DEFAULT_SHAPES.items())
@@ -27,8 +28,12 @@ _BaseOf = Annotated[
 ]
 _Adapter = Annotated[str, typer.Option(help=f"{in_words(ADAPTERS)}.")]
 _Shapes = Annotated[
-    list[str] | None,
-    typer.Option(help="For TensorRT and Triton, AXIS=MIN:OPT:MAX; may be repeated. Default: " + _SHAPES_TEXT),
+    list[Any],
+    typer.Option(
+        parser=axis_range,
+        metavar="AXIS=MIN:OPT:MAX",
+        help="Sizes for TensorRT and Triton; may be repeated. Default: " + _SHAPES_TEXT,
+    ),
 ]
 _Triton = Annotated[
     Path | None, typer.Option(help="Also write the graph into this Triton Inference Server model repository.")
@@ -45,11 +50,13 @@ def export(
     precision: Annotated[str, typer.Option(help=f'{in_words(PRECISIONS)}; "auto": the target\'s.')] = "auto",
     form: Annotated[str, typer.Option(help=f"Unmerged updates: {in_words(FORMS)}.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Compare the graph with torch.")] = True,
-    shapes: _Shapes = None,
+    shapes: _Shapes = [],  # noqa: B006  (typer copies it)
     triton: _Triton = None,
 ) -> None:
     """Write a base model and an adapter as an ONNX graph that has been compared with torch."""
-    asked = parse_shapes(shapes or [])
+    asked = dict(shapes)
+    if len(asked) < len(shapes):
+        raise ValueError(f"`--shapes` gives an axis twice: {', '.join(axis for axis, _ in shapes)}")
     model = _load_adapted(model_dir, adapter_dir, base_of)
     report = export_onnx(
         model,

@@ -1,38 +1,54 @@
-"""Options that several commands have, and how repeated ones are read."""
+"""Options that several commands have, and the parsers of what typer has no type for: each reads one option's text."""
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+
+def names(text: str) -> list[str]:
+    """Comma-separated names; a regular expression keeps its commas."""
+    return [text] if text.startswith("re:") else text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    """Comma-separated numbers."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} must be numbers, as in 1,8") from error
+
+
+def axis_size(text: str) -> tuple[str, int]:
+    """The size of an axis by its name."""
+    name, _, size = text.partition("=")
+    if not name or not size.isdigit():
+        raise typer.BadParameter(f"{text!r} must be NAME=SIZE, as in past_length=0")
+    return name, int(size)
+
+
+def axis_range(text: str) -> tuple[str, tuple[int, int, int]]:
+    """The smallest, usual and largest size of an axis by its name, from "batch=1:8:32", or "batch=8" for all three."""
+    found = re.fullmatch(r"\s*([^=\s]+)\s*=\s*(\d+)(?::(\d+):(\d+))?\s*", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is not AXIS=MIN:OPT:MAX, such as batch=1:8:32")
+    axis, low, usual, high = found.groups()
+    sizes = (int(low), int(usual or low), int(high or low))
+    if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+        raise typer.BadParameter(f"{text!r}: sizes must be 1 or more, smallest, usual and largest in this order")
+    return axis, sizes
+
+
 AdapterDir = Annotated[Path, typer.Argument(help="Adapter folder, as save_adapter writes it.")]
 Targets = Annotated[
-    list[str],
-    typer.Option("--targets", help='Linears to adapt: names, globs, "re:…" or "all-linear"; may be repeated.'),
+    list[Any],
+    typer.Option(
+        "--targets",
+        parser=names,
+        metavar="NAMES",
+        help='Linears to adapt: names, globs, "re:…" or "all-linear"; may be repeated.',
+    ),
 ]
 Rank = Annotated[int, typer.Option(help="Rank of one block.")]
 NumBlocks = Annotated[int, typer.Option(help="Number of diagonal blocks.")]
-
-
-def split_names(values: list[str]) -> list[str]:
-    """Repeated and comma-separated names as one list; a regular expression keeps its commas."""
-    return [name for value in values for name in ([value] if value.startswith("re:") else value.split(","))]
-
-
-def split_numbers(option: str, values: list[str]) -> tuple[int, ...]:
-    """Repeated and comma-separated numbers in one tuple; the error names the option."""
-    try:
-        return tuple(int(number) for value in values for number in value.split(","))
-    except ValueError as error:
-        raise ValueError(f"`{option}` (={','.join(values)!r}) must be numbers, as in 1,8") from error
-
-
-def axis_sizes(values: list[str]) -> dict[str, int]:
-    """NAME=SIZE, repeated, as one dict."""
-    sizes = {}
-    for value in values:
-        name, _, size = value.partition("=")
-        if not name or not size.isdigit():
-            raise ValueError(f"`axis` (={value!r}) must be NAME=SIZE, as in past_length=0")
-        sizes[name] = int(size)
-    return sizes

@@ -1,25 +1,35 @@
 """`melora-fx bench`: the user's own graphs against each other."""
 
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from exporters.measuring.bench import BenchOptions, run_bench
 
-from .options import axis_sizes, split_numbers
+from .options import axis_size, numbers
+
+_Batch = Annotated[list[Any], typer.Option(parser=numbers, metavar="SIZES", help="Batch sizes: 1,8; may be repeated.")]
+_Sequence = Annotated[
+    list[Any],
+    typer.Option(
+        parser=numbers,
+        metavar="LENGTHS",
+        help="Lengths: 16,128; may be repeated. Default: 64 where there is such an axis.",
+    ),
+]
+_Axis = Annotated[
+    list[Any],
+    typer.Option(parser=axis_size, metavar="NAME=SIZE", help="Size of another free axis; may be repeated."),
+]
 
 
 def bench(
     graphs: Annotated[list[Path], typer.Argument(help="ONNX files with equal inputs; the first is the reference.")],
-    batch: Annotated[list[str], typer.Option(help="Batch sizes: 1,8; may be repeated.")] = ["8"],  # noqa: B006
-    sequence: Annotated[
-        list[str] | None,
-        typer.Option(help="Lengths: 16,128; may be repeated. Default: 64 where there is such an axis."),
-    ] = None,
-    axis: Annotated[
-        list[str] | None, typer.Option(help="Size of another free axis: NAME=SIZE; may be repeated.")
-    ] = None,
+    batch: _Batch = ["8"],  # noqa: B006
+    sequence: _Sequence = [],  # noqa: B006
+    axis: _Axis = [],  # noqa: B006
     threads: Annotated[int, typer.Option(help="Threads of one run.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed runs of each graph at each shape.")] = 30,
     provider: Annotated[str, typer.Option(help="What runs the graphs: cpu, cuda or tensorrt.")] = "cpu",
@@ -33,9 +43,9 @@ def bench(
     run_bench(
         BenchOptions(
             graphs=tuple(graphs),
-            batches=split_numbers("batch", batch),
-            sequences=split_numbers("sequence", sequence or []),
-            axes=axis_sizes(axis or []),
+            batches=tuple(chain.from_iterable(batch)),
+            sequences=tuple(chain.from_iterable(sequence)),
+            axes=dict(axis),
             threads=threads,
             rounds=rounds,
             provider=provider,

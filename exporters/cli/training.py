@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from exporters.demo.demo import DemoOptions, run_demo
 from melora_fx import MELoRAConfig
 from melora_fx.load_model import load_model
 
-from .options import NumBlocks, Rank, Targets, split_names
+from .options import NumBlocks, Rank, Targets
 
 
 def demo(
@@ -37,7 +38,7 @@ def demo(
             text=text,
             label=label,
             model=model,
-            targets=tuple(split_names(targets)),
+            targets=tuple(chain.from_iterable(targets)),
             config=config,
             quick=quick,
         )
@@ -54,5 +55,5 @@ def match(
     """Show which linears would be adapted, which not, and why."""
     model = load_model(model_dir, with_weights=False)
     config = MELoRAConfig(rank=rank, num_blocks=num_blocks)
-    report = melora_fx.match(model, split_names(targets), config)
+    report = melora_fx.match(model, list(chain.from_iterable(targets)), config)
     print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else report)

@@ -8,10 +8,9 @@ types of TensorRT 11: https://docs.nvidia.com/deeplearning/tensorrt/11.4.1/api/m
 """
 
 import os
-import re
 import shlex
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,26 +91,6 @@ def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> Tens
             path, inputs, precision=precision_of(model), shapes=shapes, content=content_hash(path, model)
         ),
     )
-
-
-def parse_shapes(texts: Sequence[str]) -> Shapes:
-    """Ranges from a command line: `["batch=1:8:32", "sequence=128"]`, min:opt:max or one size for all three.
-
-    Raises:
-        ValueError: for a text of another form, and an axis that is given twice.
-    """
-    shapes: dict[str, tuple[int, int, int]] = {}
-    for text in texts:
-        found = re.fullmatch(r"\s*([^=\s]+)\s*=\s*(\d+)(?::(\d+):(\d+))?\s*", text)
-        if found is None:
-            raise ValueError(f"`{text}` is not AXIS=MIN:OPT:MAX, such as batch=1:8:32")
-        axis, low, usual, high = found.groups()
-        if axis in shapes:
-            raise ValueError(f"the axis `{axis}` is given twice")
-        shapes[axis] = (int(low), int(usual or low), int(high or low))
-        if not 1 <= shapes[axis][0] <= shapes[axis][1] <= shapes[axis][2]:
-            raise ValueError(f"`{text}`: sizes must be 1 or more, smallest, usual and largest in this order")
-    return shapes
 
 
 def _trtexec(path: Path, profile: dict[str, str]) -> tuple[str, ...]:

@@ -153,7 +153,10 @@ def test_adapters_become_onnx_runtimes_own_files(model_dir: Path, tmp_path: Path
         (("export", "MODEL", "/nowhere", "-o", "x.onnx"), "is not an adapter folder"),
         (("export", "MODEL", "-o", "x.onnx", "--target", "ort-tpu"), "`target` (='ort-tpu') must be one of"),
         (("export", "MODEL", "-o", "x.onnx", "--precision", "int8"), "`precision` (='int8') must be one of"),
-        (("export", "MODEL", "-o", "x.onnx", "--shapes", "batch"), "`batch` is not AXIS=MIN:OPT:MAX"),
+        (
+            ("export", "MODEL", "-o", "x.onnx", *("--shapes", "batch=1") * 2),
+            "`--shapes` gives an axis twice: batch, batch",
+        ),
         (("adapter", "to-ort", "/nowhere", "/nowhere.onnx", "-o", "x"), "`/nowhere.onnx` cannot be read"),
         (("demo", "--data", "/nowhere.csv", "--out", "TMP"), "cannot be read"),
         (("demo", "--out", "/dev/null/folder"), "cannot be written"),

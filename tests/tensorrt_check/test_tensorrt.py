@@ -9,7 +9,6 @@ import pytest
 from support.exports import Exports
 
 from exporters import check_tensorrt
-from exporters.tensorrt_check.check import parse_shapes
 from melora_fx import MELoRAError
 
 SHAPES = {"batch": (1, 8, 32), "sequence": (4, 8, 16)}
@@ -132,16 +131,3 @@ def test_files_that_cannot_be_checked_are_refused(tmp_path: Path) -> None:
     path = write_graph(tmp_path / "g.onnx", "g (float[?, 8] x) => (float[?, 4] y) { y = MatMul (x, w) }")
     with pytest.raises(MELoRAError, match="x has a dynamic axis without a name"):
         check_tensorrt(path, shapes={})
-
-
-def test_shapes_are_read_from_a_command_line() -> None:
-    assert parse_shapes(["batch=1:8:32", " sequence = 128 "]) == {"batch": (1, 8, 32), "sequence": (128, 128, 128)}
-    assert parse_shapes([]) == {}
-    for text in ("batch", "batch=1:2", "=1:2:3", "batch=a:b:c", "batch=1:2:3:4", "batch=-1:2:3"):
-        with pytest.raises(ValueError, match=r"is not AXIS=MIN:OPT:MAX, such as batch=1:8:32"):
-            parse_shapes([text])
-    for text in ("batch=0:1:2", "batch=3:2:4", "batch=1:5:4"):
-        with pytest.raises(ValueError, match="smallest, usual and largest in this order"):
-            parse_shapes([text])
-    with pytest.raises(ValueError, match="the axis `batch` is given twice"):
-        parse_shapes(["batch=1", "batch=2"])
