@@ -6,19 +6,17 @@ node is touched.
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import onnx_ir
 import torch
-from onnx import ModelProto, TensorProto
-from onnx.external_data_helper import uses_external_data
 
 from exporters.onnx_files.companions import copy_companions
-from exporters.onnx_files.metadata import GraphFacts, description_of, facts_of
-from exporters.onnx_files.onnx_file import all_tensors, num_uses, read_graph
-from exporters.onnx_files.weight_bytes import TORCH_DTYPES, Change, WeightBytes, span_of
+from exporters.onnx_files.metadata import METADATA_KEY, GraphFacts, facts_of
+from exporters.onnx_files.onnx_file import read_graph
+from exporters.onnx_files.weight_bytes import TORCH_DTYPES, Change, WeightBytes
 from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from melora_fx import FoldReport, MELoRAError, SiteFold
 from melora_fx.adapter.update import Scratch
@@ -120,23 +118,14 @@ def _site_places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
 
 
 def _refuse_weights(weights: WeightBytes, places: Mapping[str, WeightPlace]) -> None:
-    """Raises for weights of sites that are not floating point, or whose bytes are other tensors' too."""
+    """Raises for weights of sites that are not floating point."""
     tensors = {site: weights.tensors[place.initializer] for site, place in places.items()}
     quantised = [
-        f"`{site}`: {TensorProto.DataType.Name(tensor.data_type)}"
-        for site, tensor in tensors.items()
-        if tensor.data_type not in TORCH_DTYPES
+        f"`{site}`: {tensor.dtype.name}" for site, tensor in tensors.items() if tensor.dtype not in TORCH_DTYPES
     ]
     if quantised:
         raise MELoRAError(
             f"weights of `{weights.path}` are quantised, fold before quantising:\n" + "\n".join(quantised)
-        )
-    spans = Counter(span_of(tensor) for tensor in all_tensors(weights.graph.graph) if uses_external_data(tensor))
-    shared = [site for site, tensor in tensors.items() if uses_external_data(tensor) and spans[span_of(tensor)] > 1]
-    if shared:
-        raise MELoRAError(
-            f"`{weights.path}` keeps the weights of {', '.join(map(repr, shared))} in the bytes of other tensors too: "
-            "export the base again"
         )
 
 
@@ -162,7 +151,7 @@ def _head_changes(adapter: Adapter, facts: GraphFacts, weights: WeightBytes) -> 
         if not tensor.is_floating_point():  # counters of a normalisation are in no graph
             continue
         place = facts.weights.get(name) or find_tensor(weights.tensors, name)
-        if place is None or num_uses(weights.graph.graph, place.initializer) != 1:
+        if place is None or _num_uses(weights.graph.graph.initializers[place.initializer]) != 1:
             lines.append(f"`{name}`: the graph has no such weight, or one that is also another's")
         elif (shape := weights.read(place).shape) != tensor.shape:
             lines.append(f"`{name}` is {tuple(tensor.shape)} in the adapter and {tuple(shape)} in the graph")
@@ -176,16 +165,18 @@ def _head_changes(adapter: Adapter, facts: GraphFacts, weights: WeightBytes) -> 
     return found
 
 
+def _num_uses(value: onnx_ir.Value) -> int:
+    return len(value.uses()) + value.is_graph_output()
+
+
 def _exchange(tensor: torch.Tensor, parameter: torch.Tensor) -> None:
     limit = torch.finfo(parameter.dtype).max  # as exports to half precision do
     parameter.copy_(tensor.clamp(-limit, limit))
 
 
-def _new_facts(graph: ModelProto, adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace]) -> str:
+def _new_facts(graph: onnx_ir.Model, adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace]) -> str:
     """The description of the folded graph: the base's, and which adapter it holds."""
-    entry = description_of(graph)
-    assert entry is not None
-    facts = json.loads(entry.value)
+    facts = json.loads(graph.metadata_props[METADATA_KEY])
     facts |= {"adapter": "fold", "adapter_sha256": adapter.sha256}
     facts["sites"] = {
         site: {

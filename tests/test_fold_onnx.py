@@ -334,16 +334,56 @@ def test_weights_that_are_missing_or_cut_short(exports: Exports, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_two_tensors_in_one_place_of_the_file_are_refused(exports: Exports, tmp_path: Path) -> None:
-    """As tools write them that store equal values once: a fold into one would change the other."""
-    base_and_adapter("tower", exports, tmp_path)
+def test_a_fold_into_one_of_two_tensors_in_one_place_of_the_file_leaves_the_other(
+    exports: Exports, tmp_path: Path
+) -> None:
+    """Tools that store equal values once write them so."""
+    copy_export(exports, "tower", tmp_path / "base")
     path = tmp_path / "base" / "model.onnx"
     graph = onnx.load(path, load_external_data=False)
     weight, other = (
-        next(tensor for tensor in graph.graph.initializer if name in tensor.name) for name in ("gate", "projection")
+        next(tensor for tensor in graph.graph.initializer if name in tensor.name) for name in ("gate", "up")
     )
     del other.external_data[:]
     other.external_data.extend(weight.external_data)
     path.write_bytes(graph.SerializeToString())
-    with pytest.raises(MELoRAError, match=r"'gate', 'own\.projection' in the bytes of other tensors too"):
-        fold_onnx(path, tmp_path / "adapter", tmp_path / "out.onnx")
+    model = fill(melora_fx.rewrite(tower(), "gate", TOWER_CONFIG))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    fold_onnx(path, tmp_path / "adapter", tmp_path / "out.onnx")
+    before, after = (
+        {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer}
+        for file in (path, tmp_path / "out.onnx")
+    )
+    folded = melora_fx.fold(model).get_submodule("gate").weight.detach().numpy()
+    np.testing.assert_array_equal(after[weight.name], folded)
+    del before[weight.name]
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values)
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_linked_weights_are_read_and_not_written(link: str, exports: Exports, tmp_path: Path) -> None:
+    """As in a Hugging Face cache; onnx_ir itself refuses both kinds of links."""
+    base_and_adapter("tower", exports, tmp_path)
+    fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "expected")
+    data = tmp_path / "base" / "model.onnx.data"
+    before = data.read_bytes()
+    data.rename(tmp_path / "elsewhere")
+    getattr(data, link)(tmp_path / "elsewhere")
+    fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
+    assert contents(tmp_path / "folded") == contents(tmp_path / "expected")
+    assert (tmp_path / "elsewhere").read_bytes() == before
+    assert not (tmp_path / "folded" / "model.onnx.data").is_symlink()
+
+
+def test_a_nodes_constant_in_another_file_is_read_into_the_graph(exports: Exports, tmp_path: Path) -> None:
+    base_and_adapter("tower", exports, tmp_path)
+    path = tmp_path / "base" / "model.onnx"
+    graph = onnx.load(path)
+    value = onnx.numpy_helper.from_array(np.arange(3, dtype=np.float32), "three")
+    graph.graph.node.append(onnx.helper.make_node("Constant", [], ["three"], value=value))
+    onnx.save(graph, path, save_as_external_data=True, location="all", size_threshold=0, convert_attribute=True)
+    fold_onnx(path, tmp_path / "adapter", tmp_path / "out.onnx")
+    assert {file.name for file in tmp_path.glob("out*")} == {"out.onnx", "out.onnx.data"}
+    node = onnx.load(tmp_path / "out.onnx").graph.node[-1]
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(node.attribute[0].t), [0, 1, 2])

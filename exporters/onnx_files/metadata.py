@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto, StringStringEntryProto
+import onnx_ir
 from torch import nn
 
 from melora_fx import AdapterSite, MELoRAConfig, MELoRAError
@@ -85,18 +85,13 @@ def read_facts(path: str | Path) -> GraphFacts:
     return facts_of(read_graph(path), path)
 
 
-def description_of(graph: ModelProto) -> StringStringEntryProto | None:
-    """The entry of a graph's metadata that describes it, or None."""
-    return next((entry for entry in graph.metadata_props if entry.key == METADATA_KEY), None)
-
-
-def facts_of(graph: ModelProto, path: str | Path) -> GraphFacts:
+def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
     """The description in a graph that has been read from `path`."""
-    entry = description_of(graph)
-    if entry is None:
+    text = graph.metadata_props.get(METADATA_KEY)
+    if text is None:
         raise MELoRAError(f"`{path}` was not written by `export_onnx`: it has no `{METADATA_KEY}` entry")
     try:
-        facts = json.loads(entry.value)
+        facts = json.loads(text)
         if facts["format_version"] > _VERSION:
             raise MELoRAError(f"`{path}` has format_version {facts['format_version']}; this one reads up to {_VERSION}")
         return GraphFacts(

@@ -1,46 +1,33 @@
 """A .onnx file from outside: its graph, the axes of its inputs and outputs, and the files that its weights are in."""
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import onnx
-from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+import onnx_ir
 
 from melora_fx import MELoRAError
 
-_ELEMENT_BYTES = {
-    "FLOAT": 4,
-    "DOUBLE": 8,
-    "FLOAT16": 2,
-    "BFLOAT16": 2,
-    "INT64": 8,
-    "INT32": 4,
-    "INT8": 1,
-    "UINT8": 1,
-    "BOOL": 1,
-}
 
-
-def read_graph(path: str | os.PathLike[str]) -> ModelProto:
-    """The graph in an ONNX file without its external data, which has been checked to be there.
+def read_graph(path: str | os.PathLike[str]) -> onnx_ir.Model:
+    """The graph in an ONNX file; its external data has been checked to be there, and is not read.
 
     Raises:
         MELoRAError: for a file that is missing or no ONNX graph, or whose external data is not whole.
     """
     try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf raises its own kinds
+        model = onnx_ir.load(path)
+        data_files(path, model)
+    except MELoRAError:
+        raise
+    except Exception as error:  # protobuf and onnx_ir raise their own kinds
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else error
         raise MELoRAError(f"`{path}` cannot be read as an ONNX graph: {reason}") from error
-    data_files(path, model)
     return model
 
 
-def data_files(path: str | os.PathLike[str], model: ModelProto) -> dict[str, Path]:
+def data_files(path: str | os.PathLike[str], model: onnx_ir.Model) -> dict[str, Path]:
     """The files that hold the graph's external data: the name that the graph refers to → the file.
 
     Places are judged as they are written; a symbolic link in the folder is its owner's doing.
@@ -50,11 +37,9 @@ def data_files(path: str | os.PathLike[str], model: ModelProto) -> dict[str, Pat
     """
     folder = Path(path).parent
     ends: dict[str, int] = {}
-    for tensor in all_tensors(model.graph):
-        if uses_external_data(tensor):
-            info = ExternalDataInfo(tensor)
-            end = (info.offset or 0) + max(info.length or 0, _size_in_bytes(tensor))
-            ends[info.location] = max(end, ends.get(info.location, 0))
+    for tensor in _external_tensors(model):
+        end = (tensor.offset or 0) + max(tensor.length or 0, tensor.nbytes)
+        ends[str(tensor.location)] = max(end, ends.get(str(tensor.location), 0))
     faults = [fault for location, end in ends.items() if (fault := _fault(folder, location, end))]
     if faults:
         raise MELoRAError(f"the weights of `{path}` cannot be read: " + "; ".join(faults))
@@ -73,64 +58,47 @@ def _fault(folder: Path, location: str, end: int) -> str | None:
     return f"`{file}` has {size} bytes of {end}: it was cut short" if size < end else None
 
 
-def all_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+def _external_tensors(model: onnx_ir.Model) -> Iterator[onnx_ir.ExternalTensor]:
     """Initializers, and the tensors that nodes hold, in subgraphs too."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for subgraph in (attribute.g, *attribute.graphs):
-                yield from all_tensors(subgraph)
+    for graph in model.graphs():
+        tensors = [value.const_value for value in graph.initializers.values()]
+        for attribute in (attribute for node in graph for attribute in node.attributes.values()):
+            if attribute.type == onnx_ir.AttributeType.TENSOR:
+                tensors.append(attribute.value)
+            elif attribute.type == onnx_ir.AttributeType.TENSORS:
+                tensors += attribute.value
+        yield from (tensor for tensor in tensors if isinstance(tensor, onnx_ir.ExternalTensor))
 
 
-def _size_in_bytes(tensor: TensorProto) -> int:
-    """Bytes that a tensor takes; 0 for rarer types, whose length the graph tells."""
-    return math.prod(tensor.dims) * _ELEMENT_BYTES.get(TensorProto.DataType.Name(tensor.data_type), 0)
-
-
-def num_uses(graph: GraphProto, name: str) -> int:
-    """How many inputs of nodes, and outputs of the graph, the value `name` is; in subgraphs too."""
-    uses = sum(value.name == name for value in graph.output)
-    for node in graph.node:
-        uses += sum(value == name for value in node.input)
-        for attribute in node.attribute:
-            uses += sum(num_uses(subgraph, name) for subgraph in (attribute.g, *attribute.graphs))
-    return uses
-
-
-def has_optional_inputs(model: ModelProto) -> bool:
+def has_optional_inputs(model: onnx_ir.Model) -> bool:
     """Whether initializers are inputs too, and so defaults; before IR version 4 all were, as constants."""
-    return model.ir_version >= 4 and len(required_inputs(model)) < len(model.graph.input)
+    return model.ir_version >= 4 and len(required_inputs(model)) < len(model.graph.inputs)
 
 
-def required_inputs(model: ModelProto) -> list[ValueInfoProto]:
+def required_inputs(model: onnx_ir.Model) -> list[onnx_ir.Value]:
     """The inputs without a default."""
-    defaults = {tensor.name for tensor in model.graph.initializer}
-    return [value for value in model.graph.input if value.name not in defaults]
+    return [value for value in model.graph.inputs if not value.is_initializer()]
 
 
-def axes_by_name(values: Iterable[ValueInfoProto]) -> dict[str, tuple[int | str, ...]]:
+def axes_by_name(values: Iterable[onnx_ir.Value]) -> dict[str, tuple[int | str, ...]]:
     """Axes of graph inputs or outputs: a size, the name of a dynamic axis, or "?" for one without a name."""
     return {
-        value.name: tuple(
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
-            for dim in value.type.tensor_type.shape.dim
-        )
+        value.name or "": tuple(size if isinstance(size, int) else size.value or "?" for size in value.shape or ())
         for value in values
     }
 
 
-def precision_of(model: ModelProto) -> str:
+def precision_of(model: onnx_ir.Model) -> str:
     """ "fp16" where the graph holds weights of half precision, else "fp32"."""
-    half = any(item.data_type == TensorProto.FLOAT16 and len(item.dims) > 1 for item in model.graph.initializer)
+    weights = (value.const_value for value in model.graph.initializers.values())
+    half = any(weight.dtype == onnx_ir.DataType.FLOAT16 and len(weight.shape) > 1 for weight in weights if weight)
     return "fp16" if half else "fp32"
 
 
-def content_hash(path: str | os.PathLike[str], model: ModelProto) -> str:
+def content_hash(path: str | os.PathLike[str], model: onnx_ir.Model) -> str:
     """SHA-256 of a graph and its weights, in whatever files they are."""
     digest = hashlib.sha256()
     for file in (Path(path), *data_files(path, model).values()):
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()

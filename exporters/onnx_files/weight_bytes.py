@@ -1,26 +1,23 @@
-"""The bytes of a graph's weights, read and changed in the files that they lie in."""
+"""The weights of a graph, read and changed where they lie."""
 
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import onnx_ir
 import torch
-from onnx import ModelProto, TensorProto
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from melora_fx.folding.edited_copy import Stretch, write_edited
-
-from .metadata import description_of
-from .onnx_file import all_tensors, data_files
+from .metadata import METADATA_KEY
+from .onnx_file import data_files
 from .weight_place import WeightPlace
 
 TORCH_DTYPES = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.FLOAT16: torch.float16,
-    TensorProto.BFLOAT16: torch.bfloat16,
-    TensorProto.DOUBLE: torch.float64,
+    onnx_ir.DataType.FLOAT: torch.float32,
+    onnx_ir.DataType.FLOAT16: torch.float16,
+    onnx_ir.DataType.BFLOAT16: torch.bfloat16,
+    onnx_ir.DataType.DOUBLE: torch.float64,
 }
 
 Change = Callable[[torch.Tensor], object]
@@ -33,112 +30,80 @@ class WeightBytes:
 
     Attributes:
         path: the graph's file.
-        graph: the graph without its external data.
+        graph: the graph as `read_graph` reads it.
         changes: initializer → the places in it that change, each with its change, in the order in which they were
             asked for.
     """
 
     path: Path
-    graph: ModelProto
+    graph: onnx_ir.Model
     changes: dict[str, list[tuple[WeightPlace, Change]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tensors = {tensor.name: tensor for tensor in self.graph.graph.initializer}
+        values = self.graph.graph.initializers.items()
+        self.tensors = {name: value.const_value for name, value in values if value.const_value is not None}
         self.files = data_files(self.path, self.graph)
 
     def read(self, place: WeightPlace) -> torch.Tensor:
         """The parameter at `place`, memory-mapped where it is in a file of its own."""
-        tensor = self.tensors[place.initializer]
-        if not uses_external_data(tensor):
-            return self._view(place, memoryview(bytearray(tensor.raw_data)))
-        location, start, stop = span_of(tensor)
-        with self.files[location].open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._view(place, memoryview(mapped)[start:stop])
+        return self._view(place, self._bytes(place.initializer))
 
     def change(self, place: WeightPlace, change: Change) -> None:
         """Notes that the parameter at `place` is to be changed when the graph is written."""
         self.changes.setdefault(place.initializer, []).append((place, change))
 
     def write(self, path: Path, facts: str) -> None:
-        """Writes the graph with its changed weights and `facts` as its new description; every file of external data is
-        written anew beside `path`.
+        """Writes the graph with its changed weights and `facts` as its new description; the weights stand beside it, in
+        NAME.onnx.data. Each weight is read, changed and written on its own.
         """
-        names = _data_names(path, self.files)
-        self._change_stored_in_graph()
-        changing = self._changing_stretches()
-        write_edited(
-            {
-                path.parent / names[location]: _with_the_rest(file, changing[location])
-                for location, file in self.files.items()
-            },
-            lambda _: None,
-        )
-        self._refer_to(names)
-        entry = description_of(self.graph)
-        assert entry is not None
-        entry.value = facts
-        path.write_bytes(self.graph.SerializeToString())
+        self._settle_places()
+        for name in self.changes:
+            tensor = self.tensors[name]
+            changed = onnx_ir.LazyTensor(
+                partial(self._changed, name), tensor.dtype, onnx_ir.Shape(tensor.shape.numpy()), name=name
+            )
+            self.graph.graph.initializers[name].const_value = changed
+        self.graph.metadata_props[METADATA_KEY] = facts
+        onnx_ir.save(self.graph, path, external_data=f"{path.name}.data")
 
-    def _view(self, place: WeightPlace, data: memoryview) -> torch.Tensor:
+    def _settle_places(self) -> None:
+        """Names external data by its files' whole paths: through a graph's folder onnx_ir follows no links. What nodes
+        hold outside of the graph is read into it.
+        """
+        for graph in self.graph.graphs():
+            for value in graph.initializers.values():
+                if isinstance(value.const_value, onnx_ir.ExternalTensor):
+                    value.const_value = self._at_its_place(value.const_value)
+        for node in self.graph.graph.all_nodes():
+            for name, attribute in tuple(node.attributes.items()):
+                if isinstance(attribute.value, onnx_ir.ExternalTensor):
+                    held = onnx_ir.Tensor(self._at_its_place(attribute.value).numpy())
+                    node.attributes[name] = onnx_ir.AttrTensor(name, held)
+
+    def _bytes(self, name: str) -> np.ndarray:
+        """The bytes of an initializer, which can be changed without a change of the file."""
+        tensor = self.tensors[name]
+        if isinstance(tensor, onnx_ir.ExternalTensor):
+            file = self.files[str(tensor.location)]
+            return np.memmap(file, np.uint8, "c", tensor.offset or 0, (tensor.nbytes,))
+        return np.frombuffer(bytearray(tensor.tobytes()), np.uint8)
+
+    def _view(self, place: WeightPlace, data: np.ndarray) -> torch.Tensor:
         """The parameter at `place` as it lies in the model, a view of its initializer's bytes."""
         tensor = self.tensors[place.initializer]
-        values = torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.data_type]).view(tuple(tensor.dims))
+        values = torch.from_numpy(data).view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape.numpy())
         values = values[:, slice(*place.columns)] if place.columns else values
         return values.mT if place.is_transposed else values
 
-    def _change_stored_in_graph(self) -> None:
-        """Changes the weights that the graph's own file holds."""
-        for name, changes in self.changes.items():
-            tensor = self.tensors[name]
-            if not uses_external_data(tensor):
-                data = bytearray(tensor.raw_data)
-                self._apply(changes, memoryview(data))
-                tensor.raw_data = bytes(data)
-
-    def _changing_stretches(self) -> dict[str, list[Stretch]]:
-        """The stretches that change of each file of external data."""
-        stretches: dict[str, list[Stretch]] = {location: [] for location in self.files}
-        for name, changes in self.changes.items():
-            tensor = self.tensors[name]
-            if uses_external_data(tensor):
-                location, start, stop = span_of(tensor)
-                edit = partial(self._apply, changes)
-                stretches[location].append(Stretch(self.files[location], start, stop, edit))
-        return stretches
-
-    def _apply(self, changes: list[tuple[WeightPlace, Change]], data: memoryview) -> None:
-        for place, change in changes:
+    def _changed(self, name: str) -> onnx_ir.Tensor:
+        tensor = self.tensors[name]
+        data = self._bytes(name)
+        for place, change in self.changes[name]:
             change(self._view(place, data))
+        return onnx_ir.Tensor(data.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy()), tensor.dtype, name=name)
 
-    def _refer_to(self, names: dict[str, str]) -> None:
-        """Renames the files that the graph's tensors refer to."""
-        for tensor in all_tensors(self.graph.graph):
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = names[entry.value]
-
-
-def span_of(tensor: TensorProto) -> tuple[str, int, int]:
-    """(location, first byte, end) of a tensor's external data."""
-    info = ExternalDataInfo(tensor)
-    start = info.offset or 0
-    return info.location, start, start + (info.length or 0)
-
-
-def _data_names(path: Path, locations: dict[str, Path]) -> dict[str, str]:
-    """The new name of each file of external data: NAME.onnx.data, and NAME.onnx.data.1, … after the first."""
-    return {
-        location: f"{path.name}.data" if not index else f"{path.name}.data.{index}"
-        for index, location in enumerate(locations)
-    }
-
-
-def _with_the_rest(file: Path, changing: list[Stretch]) -> list[Stretch | bytes]:
-    """All of a file: the stretches that change, and those between them that do not."""
-    pieces: list[Stretch | bytes] = []
-    end = 0
-    for stretch in sorted(changing, key=lambda stretch: stretch.start):
-        pieces += [Stretch(file, end, stretch.start), stretch]
-        end = stretch.stop
-    return [*pieces, Stretch(file, end, file.stat().st_size)]
+    def _at_its_place(self, tensor: onnx_ir.ExternalTensor) -> onnx_ir.ExternalTensor:
+        file = self.files[str(tensor.location)].absolute()
+        return onnx_ir.ExternalTensor(
+            file, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name
+        )

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx import ModelProto, TensorProto
+import onnx_ir
+from onnx_ir import DataType
 
 from exporters.onnx_files.onnx_file import axes_by_name, content_hash, precision_of, read_graph, required_inputs
 from exporters.runtime.providers import Shapes, profile_shapes, tensorrt_options
@@ -82,7 +83,7 @@ def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> Tens
     profile = {key.split("_")[2]: value for key, value in profile_shapes(inputs, shapes).items()}
     return TensorRTReport(
         path=str(path),
-        num_nodes=len(model.graph.node),
+        num_nodes=len(model.graph),
         obstacles=find_obstacles(model),
         notes=tuple(_notes(model)),
         profile=profile,
@@ -106,17 +107,17 @@ def _trtexec(path: Path, profile: dict[str, str]) -> tuple[str, ...]:
     )
 
 
-def _notes(model: ModelProto) -> Iterator[str]:
-    ends = (*required_inputs(model), *model.graph.output)
-    int64 = [value.name for value in ends if value.type.tensor_type.elem_type == TensorProto.INT64]
-    if int64 or any(tensor.data_type == TensorProto.INT64 for tensor in model.graph.initializer):
+def _notes(model: onnx_ir.Model) -> Iterator[str]:
+    ends = (*required_inputs(model), *model.graph.outputs)
+    int64 = [value.name or "" for value in ends if value.dtype == DataType.INT64]
+    if int64 or any(value.dtype == DataType.INT64 for value in model.graph.initializers.values()):
         of = f" ({', '.join(int64)})" if int64 else ""
         yield f"INT64{of}: a type of TensorRT 10; TensorRT 8 casts it to INT32 and clamps"
-    if booleans := [value.name for value in ends if value.type.tensor_type.elem_type == TensorProto.BOOL]:
+    if booleans := [value.name or "" for value in ends if value.dtype == DataType.BOOL]:
         yield f"BOOL ({', '.join(booleans)}): a type of TensorRT 10, for inputs and outputs too"
     if precision_of(model) == "fp16":
         yield "float16: the graph's own types are kept; --fp16 is for float32 graphs and is gone in TensorRT 11"
     else:
         yield "float32: TensorRT multiplies in TF32 where the GPU can; add --noTF32 to compare with other runtimes"
-    for op_type in sorted({node.op_type for node in model.graph.node} & UNCHECKED.keys()):
+    for op_type in sorted({node.op_type for node in model.graph} & UNCHECKED.keys()):
         yield f"{op_type}: {UNCHECKED[op_type]}; this cannot be checked here"

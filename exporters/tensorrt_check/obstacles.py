@@ -7,14 +7,16 @@ unless it is a Shape or a Size.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+import onnx_ir
+from onnx_ir import AttributeType
+from onnx_ir.convenience import get_const_tensor
 
 from melora_fx import MELoRAError
 
@@ -35,33 +37,32 @@ class Obstacle:
 
 
 @dataclass
-class _Tensors:
-    """What is known of a graph's tensors by name; subgraphs see those of the graphs around them."""
+class _Known:
+    """What is known of a graph's values beside what they say of themselves."""
 
     opset: int
-    types: dict[str, str] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    constants: dict[str, TensorProto | None] = field(default_factory=dict)
-    from_values: set[str] = field(default_factory=set)
+    constants: set[onnx_ir.Value] = field(default_factory=set)
+    from_values: set[onnx_ir.Value] = field(default_factory=set)
 
 
-def find_obstacles(model: ModelProto) -> tuple[Obstacle, ...]:
+def find_obstacles(model: onnx_ir.Model) -> tuple[Obstacle, ...]:
     """Everything in a graph that keeps TensorRT from building the whole of it; external data is not read.
 
     Raises:
         MELoRAError: for a graph whose types cannot be inferred.
     """
     try:
-        model = onnx.inliner.inline_local_functions(model) if model.functions else model
-        model = onnx.shape_inference.infer_shapes(model)
+        proto = onnx_ir.to_proto(model)
+        proto = onnx.inliner.inline_local_functions(proto) if proto.functions else proto
+        graph = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(proto)).graph
     except Exception as error:  # the C++ code raises its own kinds
         raise MELoRAError(f"the types of the graph `{model.graph.name}` cannot be inferred: {error}") from error
-    opset = next((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), OPSETS[0])
+    opset = next((model.opset_imports[domain] for domain in _DOMAINS if domain in model.opset_imports), OPSETS[0])
     found = []
     if not OPSETS[0] <= opset <= OPSETS[1]:
         found.append(Obstacle("", "graph", f"opset {opset}: TensorRT takes {OPSETS[0]} to {OPSETS[1]}"))
-    found += _walk(model.graph, _Tensors(opset), "")
-    return tuple(found)
+    known = _Known(opset, from_values={value for value in graph.inputs if not value.is_initializer()})
+    return (*found, *_check_ends(graph), *_walk(graph, known, ""))
 
 
 def group_obstacles(obstacles: tuple[Obstacle, ...]) -> list[str]:
@@ -78,7 +79,7 @@ def group_obstacles(obstacles: tuple[Obstacle, ...]) -> list[str]:
     return lines
 
 
-def refuse_obstacles(model: ModelProto, name: str) -> None:
+def refuse_obstacles(model: onnx_ir.Model, name: str) -> None:
     """Lets pass only graphs that TensorRT builds whole.
 
     Raises:
@@ -92,92 +93,83 @@ def refuse_obstacles(model: ModelProto, name: str) -> None:
         )
 
 
-def _walk(graph: GraphProto, tensors: _Tensors, path: str) -> Iterator[Obstacle]:
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    for name, tensor in initializers.items():
-        tensors.constants[name] = tensor
-        tensors.types[name] = TensorProto.DataType.Name(tensor.data_type)
-        tensors.ranks[name] = len(tensor.dims)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        _note(value, tensors)
-    if not path:
-        yield from _check_inputs(graph, initializers, tensors)
-        tensors.from_values.update(value.name for value in graph.input if value.name not in initializers)
-    for index, node in enumerate(graph.node):
-        name = path + (node.name or f"{node.op_type} {index}")
-        yield from (Obstacle(name, _full_type(node), reason) for reason in _reasons(node, tensors))
-        _follow(node, tensors)
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield from _walk(attribute.g, tensors, f"{name}/{attribute.name}/")
-
-
-def _note(value: ValueInfoProto, tensors: _Tensors) -> None:
-    kind = value.type.tensor_type
-    if value.type.HasField("tensor_type") and kind.elem_type:
-        tensors.types[value.name] = TensorProto.DataType.Name(kind.elem_type)
-    if kind.HasField("shape"):
-        tensors.ranks[value.name] = len(kind.shape.dim)
-
-
-def _check_inputs(graph: GraphProto, initializers: dict[str, TensorProto], tensors: _Tensors) -> Iterator[Obstacle]:
-    for kind, values in (("input", graph.input), ("output", graph.output)):
+def _check_ends(graph: onnx_ir.Graph) -> Iterator[Obstacle]:
+    for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
         for value in values:
-            if kind == "input" and value.name in initializers:
-                yield Obstacle(value.name, kind, "optional: TensorRT builds its default in, and nothing can be given")
-            elif not value.type.HasField("tensor_type"):
-                yield Obstacle(value.name, kind, "not a tensor")
-            elif tensors.types.get(value.name) not in IO_TYPES:
-                element_type = tensors.types.get(value.name, "no type")
-                yield Obstacle(value.name, kind, f"{element_type}: TensorRT does not take it")
+            name = value.name or ""
+            if kind == "input" and value.is_initializer():
+                yield Obstacle(name, kind, "optional: TensorRT builds its default in, and nothing can be given")
+            elif not isinstance(value.type, onnx_ir.TensorType):
+                yield Obstacle(name, kind, "not a tensor")
+            elif value.type.dtype.name not in IO_TYPES:
+                yield Obstacle(name, kind, f"{value.type.dtype.name}: TensorRT does not take it")
 
 
-def _full_type(node: NodeProto) -> str:
+def _walk(graph: onnx_ir.Graph, known: _Known, path: str) -> Iterator[Obstacle]:
+    known.constants.update(graph.initializers.values())
+    for index, node in enumerate(graph):
+        name = path + (node.name or f"{node.op_type} {index}")
+        yield from (Obstacle(name, _full_type(node), reason) for reason in _reasons(node, known))
+        _follow(node, known)
+        for attribute, subgraph in _subgraphs(node):
+            yield from _walk(subgraph, known, f"{name}/{attribute}/")
+
+
+def _subgraphs(node: onnx_ir.Node) -> list[tuple[str, onnx_ir.Graph]]:
+    """(attribute's name, graph) of each graph that a node holds."""
+    return [(name, each.as_graph()) for name, each in node.attributes.items() if each.type == AttributeType.GRAPH]
+
+
+def _full_type(node: onnx_ir.Node) -> str:
     return node.op_type if node.domain in _DOMAINS else f"{node.domain}.{node.op_type}"
 
 
-def _reasons(node: NodeProto, tensors: _Tensors) -> Iterator[str]:
+def _reasons(node: onnx_ir.Node, known: _Known) -> Iterator[str]:
     if node.domain not in _DOMAINS:
         yield f"an operator of the domain {node.domain}, which TensorRT does not know"
         return
     if node.op_type in VALUE_SHAPED:
         yield "the shape of its output depends on values, not on shapes"
-    deciding = [name for name in _shape_inputs(node) if name in tensors.from_values]
+    deciding = [value for value in _shape_inputs(node) if value in known.from_values]
     if deciding:
-        names = ", ".join(f"`{name}`" for name in deciding)
+        names = ", ".join(f"`{value.name}`" for value in deciding)
         yield f"the values of {names} decide the shape of its output; only shapes and constants may"
     if node.op_type not in TYPES:
         yield f"not among the operators of {TABLE}"
         return
-    if wrong := sorted(_main_types(node, tensors) - TYPES[node.op_type]):
+    if wrong := sorted(_main_types(node, known.opset) - TYPES[node.op_type]):
         yield f"{', '.join(wrong)} is not among its types: {', '.join(sorted(TYPES[node.op_type]))}"
     for restriction in RESTRICTIONS.get(node.op_type, ()):
-        if (reason := _violation(node, restriction, tensors)) is not None:
+        if (reason := _violation(node, restriction, known)) is not None:
             yield reason
 
 
-def _shape_inputs(node: NodeProto) -> list[str]:
+def _shape_inputs(node: onnx_ir.Node) -> list[onnx_ir.Value]:
     """The inputs whose values decide the shape of the node's output."""
-    if node.op_type != "Loop":
-        return [_input(node, place) for place in SHAPE_INPUTS.get(node.op_type, ())]
-    has_scan_outputs = len(node.output) > len(node.input) - 2  # beside trip count and condition: what it carries
-    return [_input(node, place) for place in (0, 1)] if has_scan_outputs else []
+    places = SHAPE_INPUTS.get(node.op_type, ())
+    if node.op_type == "Loop":
+        has_scan_outputs = len(node.outputs) > len(node.inputs) - 2  # beside trip count and condition: what it carries
+        places = (0, 1) if has_scan_outputs else ()
+    return [value for place in places if (value := _at(node.inputs, place)) is not None]
 
 
-def _main_types(node: NodeProto, tensors: _Tensors) -> set[str]:
+def _main_types(node: onnx_ir.Node, opset: int) -> set[str]:
     """Element types of the tensors that the node computes with: those that share its main input's type."""
-    schema = _schema(node.op_type, tensors.opset)
+    schema = _schema(node.op_type, opset)
     if schema is None:
         return set()
-    inputs = [(_formal(schema.inputs, place).type_str, name) for place, name in enumerate(node.input) if name]
-    outputs = [(_formal(schema.outputs, place).type_str, name) for place, name in enumerate(node.output) if name]
-    if node.op_type == "Cast":
-        return {tensors.types[name] for _, name in (*inputs, *outputs) if name in tensors.types}
+    inputs = [(_formal(schema.inputs, place).type_str, value) for place, value in enumerate(node.inputs)]
+    outputs = [(_formal(schema.outputs, place).type_str, value) for place, value in enumerate(node.outputs)]
+    main = None  # all of them
     if node.op_type in _MAIN_OUTPUT or not schema.inputs:
         main = schema.outputs[0].type_str
-    else:
+    elif node.op_type != "Cast":
         main = schema.inputs[_MAIN_INPUT.get(node.op_type, 0)].type_str
-    return {tensors.types[name] for kind, name in (*inputs, *outputs) if kind == main and name in tensors.types}
+    return {
+        value.dtype.name
+        for kind, value in (*inputs, *outputs)
+        if value is not None and value.dtype is not None and main in (None, kind)
+    }
 
 
 @functools.cache
@@ -192,88 +184,82 @@ def _formal(parameters: Any, place: int) -> Any:
     return parameters[min(place, len(parameters) - 1)]  # the last one may be variadic
 
 
-def _input(node: NodeProto, place: int) -> str:
-    return node.input[place] if place < len(node.input) else ""
+def _at(values: Sequence[onnx_ir.Value | None], place: int) -> onnx_ir.Value | None:
+    """An input or output that is given; one that is left out has no name."""
+    value = values[place] if place < len(values) else None
+    return value if value is not None and value.name else None
 
 
-def _violation(node: NodeProto, restriction: Restriction, tensors: _Tensors) -> str | None:
+def _violation(node: onnx_ir.Node, restriction: Restriction, known: _Known) -> str | None:
     """How a node breaks a restriction, in words, or None."""
     place = restriction.place
     if isinstance(place, str):
         return _attribute_violation(node, place, restriction.allowed)
     if restriction.kind == "no_output":
-        given = place < len(node.output) and node.output[place]
-        return f"its output {place}, `{node.output[place]}`, is not supported" if given else None
-    name = _input(node, place)
-    if not name:
+        output = _at(node.outputs, place)
+        return f"its output {place}, `{output.name}`, is not supported" if output else None
+    value = _at(node.inputs, place)
+    if value is None:
         return None
     if restriction.kind == "no_input":
-        return f"its input {place}, `{name}`, is not supported"
-    return _input_violation(name, restriction, tensors)
+        return f"its input {place}, `{value.name}`, is not supported"
+    return _input_violation(value, restriction, value in known.constants)
 
 
-def _attribute_violation(node: NodeProto, name: str, allowed: tuple[Any, ...]) -> str | None:
-    values = next((_values(attribute) for attribute in node.attribute if attribute.name == name), ())
+def _attribute_violation(node: onnx_ir.Node, name: str, allowed: tuple[Any, ...]) -> str | None:
+    values = _values(node.attributes[name]) if name in node.attributes else ()
     if all(value in allowed for value in values):
         return None
     choice = f"must be {' or '.join(map(str, allowed))}" if allowed else "is not supported"
     return f"its attribute `{name}` (={', '.join(map(str, values))}) {choice}"
 
 
-def _input_violation(name: str, restriction: Restriction, tensors: _Tensors) -> str | None:
+def _input_violation(value: onnx_ir.Value, restriction: Restriction, is_constant: bool) -> str | None:
     allowed = restriction.allowed
     if restriction.kind == "rank":
-        rank = tensors.ranks.get(name)
-        return None if rank in (None, *allowed) else f"`{name}` has {rank} axes, not {' or '.join(map(str, allowed))}"
-    is_constant = name in tensors.constants
+        if value.shape is None or len(value.shape) in allowed:
+            return None
+        return f"`{value.name}` has {len(value.shape)} axes, not {' or '.join(map(str, allowed))}"
     if restriction.kind == "constant":
-        return None if is_constant else f"`{name}` must be a constant"
-    numbers = _numbers(tensors.constants.get(name))
+        return None if is_constant else f"`{value.name}` must be a constant"
+    numbers = _numbers(value)
     if restriction.kind == "below":
         if numbers is None or numbers.max() < allowed[0]:
             return None
-        return f"`{name}` (={numbers.max()}) must be below {allowed[0]}"
+        return f"`{value.name}` (={numbers.max()}) must be below {allowed[0]}"
     is_zero = is_constant and (numbers is None or not numbers.any())
-    return None if is_zero else f"`{name}` must be a constant zero"
+    return None if is_zero else f"`{value.name}` must be a constant zero"
 
 
-def _values(attribute: AttributeProto) -> tuple[Any, ...]:
-    value = onnx.helper.get_attribute_value(attribute)
-    if attribute.type in (AttributeProto.TENSOR, AttributeProto.SPARSE_TENSOR):
+def _values(attribute: onnx_ir.Attr) -> tuple[Any, ...]:
+    if attribute.type in (AttributeType.TENSOR, AttributeType.SPARSE_TENSOR):
         return ("a tensor",)
-    values = value if isinstance(value, list) else [value]
-    return tuple(entry.decode() if isinstance(entry, bytes) else entry for entry in values)
+    return tuple(attribute.value) if isinstance(attribute.value, (list, tuple)) else (attribute.value,)
 
 
-def _numbers(tensor: TensorProto | None) -> np.ndarray | None:
+def _numbers(value: onnx_ir.Value) -> np.ndarray | None:
     """A constant's values, or None where it is empty, computed, or kept in another file."""
-    if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
+    tensor = get_const_tensor(value)
+    if tensor is None or isinstance(tensor, onnx_ir.ExternalTensor) or not tensor.size:
         return None
-    array = onnx.numpy_helper.to_array(tensor)
-    return array if array.size else None
+    return tensor.numpy()
 
 
-def _follow(node: NodeProto, tensors: _Tensors) -> None:
+def _follow(node: onnx_ir.Node, known: _Known) -> None:
     """Notes of a node's outputs whether they are constants, or depend on the values of the graph's inputs."""
-    used = {*node.input, *_captured(node)} - {""}
-    if node.op_type == "Constant":
-        value = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
-        tensors.constants.update(dict.fromkeys(node.output, value))
-    elif used and used <= tensors.constants.keys():
-        tensors.constants.update(dict.fromkeys(node.output))
-    elif node.op_type not in ("Shape", "Size") and used & tensors.from_values:
-        tensors.from_values.update(node.output)
-        for attribute in node.attribute:  # what a loop carries and scans depends on what it was given
-            if attribute.type == AttributeProto.GRAPH:
-                skipped = 2 if node.op_type == "Loop" else 0  # the iteration's number and the condition do not
-                tensors.from_values.update(value.name for value in attribute.g.input[skipped:])
+    used = _used(node)
+    if node.op_type == "Constant" or (used and used <= known.constants):
+        known.constants.update(node.outputs)
+    elif node.op_type not in ("Shape", "Size") and used & known.from_values:
+        known.from_values.update(node.outputs)
+        for _, subgraph in _subgraphs(node):  # what a loop carries and scans depends on what it was given
+            skipped = 2 if node.op_type == "Loop" else 0  # the iteration's number and the condition do not
+            known.from_values.update(subgraph.inputs[skipped:])
 
 
-def _captured(node: NodeProto) -> Iterator[str]:
-    """Names that a node's subgraphs use, those of the graphs around them among them."""
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            for inner in attribute.g.node:
-                yield from inner.input
-                yield from _captured(inner)
-            yield from (value.name for value in attribute.g.output)
+def _used(node: onnx_ir.Node) -> set[onnx_ir.Value]:
+    """The values that a node uses, and those that its subgraphs do, of the graphs around them among them."""
+    used = {value for value in node.inputs if value is not None}
+    for _, subgraph in _subgraphs(node):
+        used.update(*map(_used, subgraph), subgraph.outputs)
+    return used

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx import ModelProto, TensorProto, ValueInfoProto
+import onnx_ir
 
 from exporters.onnx_files.onnx_file import axes_by_name, required_inputs
 
@@ -78,11 +78,11 @@ class Serving:
     parameters: Mapping[str, str]
 
 
-def write_config(model: ModelProto, serving: Serving) -> str:
+def write_config(model: onnx_ir.Model, serving: Serving) -> str:
     """The text of config.pbtxt; the graph's types must be among `TYPES`."""
     size = serving.max_batch_size
     lines = [f"name: {json.dumps(serving.name)}", 'backend: "onnxruntime"', f"max_batch_size: {size}"]
-    for kind, values in (("input", required_inputs(model)), ("output", model.graph.output)):
+    for kind, values in (("input", required_inputs(model)), ("output", model.graph.outputs)):
         lines += [line for value in values for line in _tensor(kind, value, batched=size > 0)]
     processor = "KIND_CPU" if serving.provider == "cpu" else "KIND_GPU"
     lines.append(f"instance_group {{ count: {serving.instances} kind: {processor} }}")
@@ -99,16 +99,20 @@ def write_config(model: ModelProto, serving: Serving) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tensor(kind: str, value: ValueInfoProto, *, batched: bool) -> list[str]:
+def type_name(value: onnx_ir.Value) -> str:
+    """The element type of an input or output."""
+    return value.dtype.name if value.dtype else "UNDEFINED"
+
+
+def _tensor(kind: str, value: onnx_ir.Value, *, batched: bool) -> list[str]:
     """One input or output; -1 for a dynamic axis. Triton knows no empty shape: it is one element, reshaped to none."""
-    axes = axes_by_name([value])[value.name][1 if batched else 0 :]
-    dims = [-1 if isinstance(axis, str) else axis for axis in axes]
-    data_type = TYPES[TensorProto.DataType.Name(value.type.tensor_type.elem_type)]
+    (axes,) = axes_by_name([value]).values()
+    dims = [-1 if isinstance(axis, str) else axis for axis in axes[batched:]]
     reshape = [] if dims else ["  reshape { shape: [] }"]
     return [
         f"{kind} {{",
         f"  name: {json.dumps(value.name)}",
-        f"  data_type: {data_type}",
+        f"  data_type: {TYPES[type_name(value)]}",
         f"  dims: {dims or [1]}",
         *reshape,
         "}",

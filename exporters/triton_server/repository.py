@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx import ModelProto, TensorProto
+import onnx_ir
 
 from exporters.onnx_files.onnx_file import (
     axes_by_name,
@@ -30,7 +30,7 @@ from exporters.runtime.providers import PROVIDERS, Axes, Shapes, check_shapes, c
 from melora_fx import MELoRAError
 from melora_fx.files import new_folder
 
-from .config import TYPES, Serving, tensorrt_parameters, write_config
+from .config import TYPES, Serving, tensorrt_parameters, type_name, write_config
 
 
 @dataclass(frozen=True)
@@ -142,25 +142,24 @@ def _check_arguments(name: str, version: int, provider: str, instances: int, max
             raise ValueError(f"`{label}` (={value}) must be {least} or more")
 
 
-def _described(path: Path, model: ModelProto) -> Axes:
+def _described(path: Path, model: onnx_ir.Model) -> Axes:
     """The axes of the graph's inputs, all of which Triton can name."""
     required = required_inputs(model)
-    if len(required) < len(model.graph.input):
+    if len(required) < len(model.graph.inputs):
         raise MELoRAError(
             f"`{path}` has optional inputs, which Triton would leave at their defaults: export it with `fold` or `keep`"
         )
-    for value in (*required, *model.graph.output):
-        kind = TensorProto.DataType.Name(value.type.tensor_type.elem_type)
-        if kind not in TYPES:
-            raise MELoRAError(f"`{path}`: `{value.name}` is {kind}, which Triton does not take")
-        if not value.type.tensor_type.HasField("shape"):
+    for value in (*required, *model.graph.outputs):
+        if type_name(value) not in TYPES:
+            raise MELoRAError(f"`{path}`: `{value.name}` is {type_name(value)}, which Triton does not take")
+        if value.shape is None:
             raise MELoRAError(f"`{path}`: the number of axes of `{value.name}` is not known")
     return axes_by_name(required)
 
 
 def _parameters(
     path: Path,
-    model: ModelProto,
+    model: onnx_ir.Model,
     inputs: Axes,
     shapes: Shapes,
     provider: str,
@@ -180,10 +179,10 @@ def _parameters(
 
 
 def _batch_size(
-    model: ModelProto, inputs: Axes, shapes: Shapes, asked: int | None, provider: str
+    model: onnx_ir.Model, inputs: Axes, shapes: Shapes, asked: int | None, provider: str
 ) -> tuple[int, tuple[str, ...]]:
     """(largest batch, notes): 0 where rows cannot be batched."""
-    values = {**inputs, **axes_by_name(model.graph.output)}
+    values = {**inputs, **axes_by_name(model.graph.outputs)}
     axis, reason = _batch_axis(values)
     if reason:
         if asked:

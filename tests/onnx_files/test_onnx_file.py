@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
-from onnx import TensorProto
 from support.onnx_files import WEIGHT, write_graph
 
 from exporters import OrtRunner, write_ort_adapter
@@ -66,23 +66,33 @@ def test_files_that_are_no_graph(tmp_path: Path) -> None:
         OrtRunner(tmp_path / "broken.onnx")
 
 
+def test_weights_of_a_type_that_has_no_size_are_no_graph(tmp_path: Path) -> None:
+    path = write_graph(tmp_path, data=WEIGHT)
+    model = onnx.load(path, load_external_data=False)
+    model.graph.initializer[0].data_type = onnx.TensorProto.STRING
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(MELoRAError, match=r"cannot be read as an ONNX graph: .*STRING"):
+        read_graph(path)
+
+
 def test_what_a_graph_says_of_itself(tmp_path: Path) -> None:
     model = read_graph(write_graph(tmp_path, data=WEIGHT))
     assert axes_by_name(required_inputs(model)) == {"x": ("batch", 2)}
     assert data_files(tmp_path / "model.onnx", model) == {"model.onnx.data": tmp_path / "model.onnx.data"}
     assert precision_of(model) == "fp32"
-    model.graph.initializer[0].data_type = TensorProto.FLOAT16
+    half = onnx_ir.Tensor(np.zeros((2, 3), np.float16))
+    model.graph.initializers["w"].const_value = half
     assert precision_of(model) == "fp16"
 
 
 def test_the_hash_is_that_of_graph_and_weights(tmp_path: Path) -> None:
     paths = [write_graph(tmp_path / str(index), data=data) for index, data in enumerate((WEIGHT, WEIGHT, WEIGHT[::-1]))]
-    first, same, other = (content_hash(path, onnx.load(path, load_external_data=False)) for path in paths)
+    first, same, other = (content_hash(path, read_graph(path)) for path in paths)
     assert first == same != other
 
 
 def test_inputs_with_a_default_are_not_required() -> None:
-    model = onnx.parser.parse_model(
+    model = onnx_ir.from_onnx_text(
         '<ir_version: 9, opset_import: ["" : 20]> g (float[batch, ?] x, float z = {2}) => (float[batch, ?] y)'
         "{ y = Mul (x, z) }"
     )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import pytest
 import torch
 from support import zoo
@@ -17,11 +18,11 @@ from exporters.tensorrt_check.operators import RESTRICTIONS, SHAPE_INPUTS, TYPES
 from melora_fx import MELoRAConfig, MELoRAError
 
 
-def graph(text: str, opset: int = 20, domains: str = "") -> onnx.ModelProto:
-    return onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : {opset}{domains}]>\n{text}')
+def graph(text: str, opset: int = 20, domains: str = "") -> onnx_ir.Model:
+    return onnx_ir.from_onnx_text(f'<ir_version: 9, opset_import: ["" : {opset}{domains}]>\n{text}')
 
 
-def reasons(model: onnx.ModelProto) -> list[str]:
+def reasons(model: onnx_ir.Model) -> list[str]:
     return group_obstacles(find_obstacles(model))
 
 
@@ -188,7 +189,7 @@ def test_the_tables_agree() -> None:
     assert all(op_type in {schema.name for schema in onnx.defs.get_all_schemas()} for op_type in {*RESTRICTIONS})
 
 
-def _export(name: str, path: Path) -> onnx.ModelProto:
+def _export(name: str, path: Path) -> onnx_ir.Model:
     model, inputs = zoo.build(name)
     export_onnx(model, inputs, path, verify=False)
     return read_graph(path)
