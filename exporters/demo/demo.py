@@ -17,7 +17,8 @@ from exporters.measuring.plots import import_pyplot, plot_latency
 from exporters.onnx_runtime import import_onnxruntime
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import Runner, TorchRunner
-from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx import MELoRAConfig
+from melora_fx.files import writing
 
 from .base import head_names, load_base
 from .batches import Batches, compute_accuracy, compute_logits
@@ -86,13 +87,11 @@ def _check_requirements(out: Path) -> None:
     """Refuses what would otherwise fail only after the training: missing packages, a folder that cannot be written."""
     import_onnxruntime()
     import_pyplot()
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".write-test"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise MELoRAError(f"`{out}` cannot be written: {error.strerror or error}") from error
 
 
 def _rewrite(model: nn.Module, batches: Batches, options: DemoOptions) -> dict[str, Any]:
