@@ -168,7 +168,7 @@ def _main_types(node: onnx_ir.Node, opset: int) -> set[str]:
     return {
         value.dtype.name
         for kind, value in (*inputs, *outputs)
-        if value is not None and value.dtype is not None and main in (None, kind)
+        if value is not None and value.dtype and main in (None, kind)
     }
 
 
