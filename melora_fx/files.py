@@ -62,7 +62,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A file descriptor that locks the folder until it is closed; None where another has, or it cannot be locked."""
+    """A file descriptor that locks the folder until it is closed; None where another has, or it cannot be locked.
+
+    The folder itself is locked: a file for filelock would be published with all else that lies in it.
+    """
     if fcntl is None:
         return None
     descriptor = None
