@@ -18,7 +18,8 @@ from latency_models import EXAMPLE, build
 
 from exporters import OrtRunner, export_onnx
 from exporters.graph.forms import choose_form
-from exporters.measuring.measure import Contender, Measurement, measure, write_csv
+from exporters.measuring.measure import Contender, Measurement, measure
+from exporters.measuring.tables import write_csv
 from exporters.runtime.graph_inputs import make_inputs
 
 RESULTS = Path(__file__).parent / "results" / "adapter_forms.csv"

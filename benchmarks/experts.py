@@ -27,7 +27,7 @@ from transformers import MixtralConfig, MixtralModel
 
 import melora_fx
 from exporters.measuring.machine import device_name, package_versions, source_commit
-from exporters.measuring.measure import write_csv
+from exporters.measuring.tables import write_csv
 from melora_fx import MELoRAConfig
 
 RESULTS = Path(__file__).parent / "results"

@@ -32,7 +32,7 @@ from torch import nn
 
 import melora_fx
 from exporters.measuring.machine import device_name, package_versions, source_commit
-from exporters.measuring.measure import write_csv
+from exporters.measuring.tables import write_csv
 from melora_fx import AdapterSite, MELoRAConfig
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,7 +34,8 @@ import melora_fx
 from exporters import OrtRunner, TorchRunner, compare, export_onnx
 from exporters.adapters.ort_adapter import swap_tensors
 from exporters.measuring.machine import package_versions
-from exporters.measuring.measure import Contender, Measurement, measure, write_csv
+from exporters.measuring.measure import Contender, Measurement, measure
+from exporters.measuring.tables import write_csv
 from exporters.onnx_files.metadata import read_facts
 from exporters.runtime.graph_inputs import make_inputs
 from melora_fx import MELoRAError

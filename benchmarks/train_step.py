@@ -39,7 +39,7 @@ from train_report import FIELDS, read_rows, write_report
 from train_sides import SEQUENCE, make_side
 
 from exporters.measuring.machine import device_name, package_versions, source_commit
-from exporters.measuring.measure import write_csv
+from exporters.measuring.tables import write_csv
 
 RESULTS = Path(__file__).parent / "results"
 STEPS_PER_ROUND = 2

@@ -21,8 +21,9 @@ from melora_fx import MELoRAError
 from melora_fx.progress import show_progress
 
 from .latency import LatencyTable
-from .measure import Contender, Measurement, measure, write_csv
+from .measure import Contender, Measurement, measure
 from .plots import format_ms, import_pyplot, plot_latency
+from .tables import write_csv
 
 _LOADS = 3
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")

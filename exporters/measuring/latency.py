@@ -1,18 +1,15 @@
 """Which runner is faster."""
 
-import csv
+import functools
 import os
-import random
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from exporters.runtime.torch_runner import Runner
+
+from .tables import write_csv
+from .timing import summarize, time_in_turn
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,7 @@ class LatencyTable:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the table, one row a runner."""
-        with Path(path).open("w", newline="") as file:
-            writer = csv.DictWriter(file, [item.name for item in fields(Latency)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
+        write_csv([asdict(row) for row in self.rows], [item.name for item in fields(Latency)], path)
 
 
 def measure_latency(
@@ -75,57 +69,23 @@ def measure_latency(
     Raises:
         ValueError: for no runners, no rounds, or runners with different numbers of threads.
     """
-    seconds = time_rounds(runners, inputs, rounds=rounds, warmup=warmup, on_round=on_round)
-    return summarize(seconds, next(iter(runners.values())).threads)
+    seconds = time_runners(runners, inputs, rounds=rounds, warmup=warmup, on_round=on_round)
+    threads = next(iter(runners.values())).threads
+    return LatencyTable(
+        tuple(Latency(name=name, **asdict(timing), threads=threads) for name, timing in summarize(seconds).items())
+    )
 
 
-def time_rounds(
-    runners: Mapping[str, Runner],
-    inputs: Mapping[str, Any],
-    *,
-    rounds: int,
-    warmup: int,
-    max_seconds: float = float("inf"),
-    seed: int = 0,
-    on_round: Callable[[], object] = lambda: None,
+def time_runners(
+    runners: Mapping[str, Runner], inputs: Mapping[str, Any], *, rounds: int, **options: Any
 ) -> dict[str, list[float]]:
-    """The seconds of every run, by runner: what `measure_latency` summarises.
-
-    Args:
-        runners, inputs, rounds, warmup, on_round: as for `measure_latency`, and what it raises.
-        max_seconds: no further round begins after this time.
-        seed: of the order.
+    """The seconds of every run, by runner; arguments as for `measure_latency`, which raises the same, and
+    `time_in_turn`.
     """
     if not runners or rounds < 1:
         raise ValueError("`measure_latency` needs at least one runner and one round")
     threads = {name: runner.threads for name, runner in runners.items()}
     if len(set(threads.values())) > 1:
         raise ValueError(f"the runners have different numbers of threads, so their times cannot be compared: {threads}")
-    for runner in runners.values():
-        for _ in range(warmup):
-            runner.run(inputs)
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    order = list(runners)
-    generator = random.Random(seed)
-    begin = time.perf_counter()
-    for index in range(rounds):
-        if index and time.perf_counter() - begin > max_seconds:
-            break
-        generator.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            runners[name].run(inputs)
-            seconds[name].append(time.perf_counter() - start)
-        on_round()
-    return seconds
-
-
-def summarize(seconds: Mapping[str, list[float]], threads: int | None) -> LatencyTable:
-    """The table of timed runs, the first name being the reference."""
-    reference = statistics.median(next(iter(seconds.values())))
-    return LatencyTable(tuple(_row(name, times, reference, threads) for name, times in seconds.items()))
-
-
-def _row(name: str, seconds: list[float], reference: float, threads: int | None) -> Latency:
-    p20, median, p80 = (1000 * float(value) for value in np.percentile(seconds, (20, 50, 80)))
-    return Latency(name, median, p20, p80, median / (1000 * reference), len(seconds), threads)
+    actions = {name: functools.partial(runner.run, inputs) for name, runner in runners.items()}
+    return time_in_turn(actions, rounds=rounds, **options)

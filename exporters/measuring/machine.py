@@ -6,8 +6,10 @@ import platform
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -93,11 +95,22 @@ def device_name(provider: str) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def package_versions() -> str:
-    """The versions of what computes, in one line."""
+def origin_columns(provider: str, *packages: str) -> dict[str, Any]:
+    """The columns that say what a row was made on, with and when (UTC); `packages`: as for `package_versions`."""
+    return {
+        "versions": package_versions(*packages),
+        "device": device_name(provider),
+        "commit": source_commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def package_versions(*packages: str) -> str:
+    """The versions of what computes, in one line, those of further packages behind."""
     names = ("melora_fx", "torch", "transformers", "onnx")
-    runtime = import_onnxruntime().__version__
-    return "; ".join([*(f"{name} {version(name)}" for name in names), f"onnxruntime {runtime}"])
+    runtime = f"onnxruntime {import_onnxruntime().__version__}"
+    versions = [f"{name} {version(name)}" for name in names]
+    return "; ".join([*versions, runtime, *(f"{name} {version(name)}" for name in packages)])
 
 
 def source_commit() -> str:

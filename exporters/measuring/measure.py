@@ -1,11 +1,7 @@
 """One row of results for each of several contenders on one input: equal first, then timed, and what they take."""
 
-import contextlib
-import csv
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +10,9 @@ from exporters.runtime.torch_runner import Runner
 from melora_fx import MELoRAError
 
 from .compare import compare
-from .latency import Latency, summarize, time_rounds
-from .machine import device_name, file_size_mib, package_versions, peak_memory_mib, source_commit
+from .latency import Latency, time_runners
+from .machine import file_size_mib, origin_columns, peak_memory_mib
+from .timing import summarize
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def measure(
         if index:
             contenders = []  # frees memory for the next load
             contenders = load(index)
-        timed = time_rounds(
+        timed = time_runners(
             {each.form: each.runner for each in contenders},
             inputs,
             rounds=-(-rounds // loads),
@@ -133,21 +130,23 @@ def measure(
         )
         for form, times in timed.items():
             seconds[form] += times
-    table = summarize(seconds, contenders[0].runner.threads)
-    origin = _origin_columns(provider)
+    timings = summarize(seconds)
+    origin = origin_columns(provider)
     return [
         Measurement(
             provider=provider,
+            form=each.form,
             model=model,
             batch=batch,
             sequence=sequence,
+            threads=each.runner.threads,
             max_rel_difference=differences[each.form],
             peak_memory_mib=memory[each.form],
             file_size_mib=None if each.path is None else round(file_size_mib(each.path), 2),
-            **_latency_columns(row),
+            **timings[each.form].columns(),
             **origin,
         )
-        for each, row in zip(contenders, table.rows, strict=True)
+        for each in contenders
     ]
 
 
@@ -167,51 +166,8 @@ def _differences(
     return differences
 
 
-def _latency_columns(row: Latency) -> dict[str, Any]:
-    """The columns of a `Measurement` that its `latency` gives back."""
-    return {
-        "form": row.name,
-        "threads": row.threads,
-        "median_ms": round(row.median_ms, 4),
-        "p20_ms": round(row.p20_ms, 4),
-        "p80_ms": round(row.p80_ms, 4),
-        "ratio": round(row.ratio, 4),
-        "rounds": row.rounds,
-    }
-
-
-def _origin_columns(provider: str) -> dict[str, Any]:
-    """The columns of a `Measurement` that say what it was made with, on and when."""
-    return {
-        "versions": package_versions(),
-        "device": device_name(provider),
-        "commit": source_commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def _peak_memory(contender: Contender, inputs: Mapping[str, Any], provider: str) -> float | None:
     if contender.path is None or provider != "cpu":
         return None
     peak = peak_memory_mib(contender.path, {**inputs, **contender.tensors}, contender.runner.threads)
     return None if peak is None else round(peak, 1)
-
-
-def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """Writes rows in place of the file: either the old file or the whole new one is there.
-
-    Raises:
-        MELoRAError: where the file cannot be written.
-    """
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(path)
-    except OSError as error:
-        raise MELoRAError(f"`{path}` cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from exporters import compare, measure_latency
-from exporters.measuring.latency import time_rounds
+from exporters.measuring.latency import time_runners
 from melora_fx import MELoRAError
 
 
@@ -83,8 +83,8 @@ def test_runners_take_turns_and_the_first_is_the_reference(tmp_path: Path) -> No
 
 def test_no_round_begins_after_the_time_limit() -> None:
     runners = {"a": Constant(0.001, a=[0])}
-    assert len(time_rounds(runners, {}, rounds=50, warmup=0, max_seconds=0)["a"]) == 1
-    assert len(time_rounds(runners, {}, rounds=2, warmup=0, max_seconds=60)["a"]) == 2
+    assert len(time_runners(runners, {}, rounds=50, warmup=0, max_seconds=0)["a"]) == 1
+    assert len(time_runners(runners, {}, rounds=2, warmup=0, max_seconds=60)["a"]) == 2
 
 
 def test_threads_must_be_the_same() -> None:

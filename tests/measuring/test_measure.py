@@ -13,7 +13,8 @@ from support.models import randn, rewritten_tower
 import melora_fx
 from exporters import OrtRunner, TorchRunner
 from exporters.adapters.ort_adapter import swap_tensors
-from exporters.measuring.measure import Contender, Measurement, measure, write_csv
+from exporters.measuring.measure import Contender, Measurement, measure
+from exporters.measuring.tables import write_csv
 from exporters.onnx_files.metadata import read_facts
 from melora_fx import MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
