@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 _ROOMS = {
     "melora_fx": """
-        errors config torch_private names shared_memory files progress tables load_model
+        errors config torch_private versions names shared_memory files progress tables load_model
         adapter capture patterns lowering matching rewriting saving folding __init__
     """,
     "exporters": """

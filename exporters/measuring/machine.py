@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 from exporters.onnx_runtime import Arrays, import_onnxruntime
 from melora_fx import MELoRAError
+from melora_fx.versions import package_version
 
 _MIB = 2**20
 
@@ -109,8 +109,8 @@ def package_versions(*packages: str) -> str:
     """The versions of what computes, in one line, those of further packages behind."""
     names = ("melora_fx", "torch", "transformers", "onnx")
     runtime = f"onnxruntime {import_onnxruntime().__version__}"
-    versions = [f"{name} {version(name)}" for name in names]
-    return "; ".join([*versions, runtime, *(f"{name} {version(name)}" for name in packages)])
+    versions = [f"{name} {package_version(name)}" for name in names]
+    return "; ".join([*versions, runtime, *(f"{name} {package_version(name)}" for name in packages)])
 
 
 def source_commit() -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from melora_fx import AdapterSite, MELoRAConfig, MELoRAError
 from melora_fx.rewriting.module import class_name
 from melora_fx.saving.adapter_file import hash_adapter
 from melora_fx.saving.model_adapter import adapter_tensors, site_entries
+from melora_fx.versions import package_version
 
 from .onnx_file import read_graph
 from .weight_place import WeightPlace
@@ -66,7 +66,7 @@ def describe(
         "adapter_sha256": hash_adapter(configs, adapter_tensors(model, sites)) if has_identity else "none",
         "target": target,
         "sites": site_entries(sites),
-        "versions": {package: version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
+        "versions": {package: package_version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
     }
 
 

@@ -8,7 +8,6 @@ and orientation. One rename decides; nothing is ever unpickled.
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from melora_fx.adapter.tensors import num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.files import write_atomically
+from melora_fx.versions import package_version
 
 from .tensor_file import write_tensors
 
@@ -161,7 +161,7 @@ def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dic
     Raises:
         MELoRAError: for a folder that cannot be written.
     """
-    versions = {"torch": torch.__version__, "melora_fx": importlib.metadata.version("melora_fx")}
+    versions = {"torch": torch.__version__, "melora_fx": package_version("melora_fx")}
     text = json.dumps({"format_version": FORMAT_VERSION, "versions": versions} | header, indent=2)
     metadata = {"format": "pt", _HEADER_KEY: text}
     on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}

@@ -1,5 +1,6 @@
 """What is said of the machine, and the memory and disk of a graph."""
 
+import importlib.metadata
 import re
 import subprocess
 from pathlib import Path
@@ -65,3 +66,14 @@ def test_device_versions_and_commit() -> None:
     )
     if git.returncode == 0 and source_commit():
         assert source_commit().removesuffix("-dirty") == git.stdout.strip()
+
+
+def test_code_that_runs_from_its_folder_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(name: str) -> str:
+        if name == "melora_fx":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    assert package_versions("peft").startswith("melora_fx not installed; torch 1.0; ")
+    assert package_versions("peft").endswith("; peft 1.0")
