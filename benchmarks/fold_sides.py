@@ -1,12 +1,18 @@
-"""The ways to merge an adapter into a folder that benchmarks/fold_speed.py times, and the adapters of both projects."""
+"""The ways to merge an adapter into a folder that fold_speed times, and the adapters of both projects.
+
+Run as a script it does one of them once, and prints the peak memory of that in MiB above what it has after its imports.
+"""
 
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -14,42 +20,38 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import melora_fx
 from melora_fx import MELoRAConfig
 
+from .models import fill, llama_config
+from .step_cost import resident_kib
+
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16.0)
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
 
 
-def fill(model: nn.Module, part: str) -> None:
-    """Small random values in every B, which starts at zero."""
-    for name, parameter in model.named_parameters():
-        if part in name:
-            nn.init.normal_(parameter, std=0.01)
+def base_config(layers: int, quick: bool, vocab_size: int) -> LlamaConfig:
+    """A Llama of so many layers; two small ones with `quick`."""
+    if quick:
+        return llama_config(128, 256, 2, 4, num_key_value_heads=2, vocab_size=vocab_size)
+    return llama_config(2048, 5632, layers, 32, num_key_value_heads=4, vocab_size=vocab_size)
 
 
 def lora(model: nn.Module) -> Any:
     """`model` with PEFT's LoRA of equal rank on every linear."""
     config = peft.LoraConfig(r=CONFIG.total_rank, lora_alpha=2 * CONFIG.total_rank, target_modules="all-linear")
-    wrapped = peft.get_peft_model(model, config)  # type: ignore[arg-type]
-    fill(wrapped, "lora_B")
-    return wrapped
+    return fill(peft.get_peft_model(model, config))  # type: ignore[arg-type]
 
 
-def make_checkpoint(folder: Path) -> None:
-    """A base, and an adapter for it of each kind."""
-    if (folder / "peft").exists():
+def make_checkpoint(folder: Path, quick: bool) -> None:
+    """A base, and an adapter for it of each kind; `folder` appears when all are there."""
+    if folder.exists():
         return
+    staging = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=22, vocab_size=32000, **SHAPE)).to(torch.bfloat16)
-    model.save_pretrained(folder / "base", max_shard_size="1GB")
-    melora_fx.rewrite(model, "all-linear", CONFIG)
-    fill(model, "lora_b")
-    melora_fx.save_adapter(model, folder / "adapter")
-    lora(melora_fx.fold(model)).save_pretrained(folder / "peft")
+    model = LlamaForCausalLM(base_config(22, quick, 32000)).to(torch.bfloat16)
+    model.save_pretrained(staging / "base", max_shard_size="1GB")
+    fill(melora_fx.rewrite(model, "all-linear", CONFIG))
+    melora_fx.save_adapter(model, staging / "adapter")
+    lora(melora_fx.fold(model)).save_pretrained(staging / "peft")
+    staging.rename(folder)
 
 
 def copy_folder(folder: Path, out: Path) -> None:
@@ -78,3 +80,13 @@ SIDES: dict[str, Callable[[Path, Path], None]] = {
     "every tensor through safetensors": rewrite_tensors,
     "PEFT: load, merge_and_unload, save": merge_by_peft,
 }
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    _side, _folder, _out, _threads = sys.argv[1:]
+    torch.set_num_threads(int(_threads))
+    _before = resident_kib("VmRSS")
+    SIDES[_side](Path(_folder), Path(_out))
+    print((resident_kib("VmHWM") - _before) // 1024)

@@ -1,9 +1,7 @@
-"""What benchmarks/latency.py measures: the forms that are compared, and the cells in which they are."""
+"""What latency measures: the forms that are compared, and the cells in which they are."""
 
 from dataclasses import dataclass, field
 from typing import Any
-
-from latency_models import MODELS
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,11 @@ class Cell:
     rank: int = 8
     precision: str = "fp32"
     target: str = ""
+
+    @property
+    def name(self) -> str:
+        """The model and the label."""
+        return f"{self.model}, {self.label}"
 
     @property
     def label(self) -> str:
@@ -110,11 +113,17 @@ CHANGES: dict[tuple[str, str], list[dict[str, Any]]] = {
 """Changes to the centre, one cell each. MPNet's cells of more than 20 s, or minutes of compiling, are left out."""
 
 
+QUICK = (
+    Cell("Tiny", "cpu", batch=2, sequence=8, num_blocks=4, rank=2),
+    Cell("Tiny", "torch eager", batch=2, sequence=8, num_blocks=4, rank=2),
+)
+
+
 def cells(providers: list[str]) -> list[Cell]:
     """The cells of the given providers, those of the CPU for every other provider of graphs too."""
     return [
         Cell(model, provider, **change)
         for provider in providers
-        for model in MODELS
+        for model in dict.fromkeys(model for model, _ in CHANGES)
         for change in CHANGES.get((model, provider), CHANGES[model, "cpu"])
     ]

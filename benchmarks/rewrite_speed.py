@@ -1,16 +1,11 @@
 """How long does it take to rewrite a 7B model, beside PEFT's module swapping, and does matching scale?
 
-    python benchmarks/rewrite_speed.py
-
 Llama-2-7B's configuration on the meta device, both sides in turn in one process, a fresh model for each run; then the
-matcher on graphs of 100 to 10,000 linears. Writes benchmarks/results/rewrite_speed.csv.
+matcher on graphs of 100 to 10,000 nodes. Writes rewrite_speed.csv.
 """
 
-import csv
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+import functools
+from argparse import Namespace
 
 import peft
 import torch
@@ -18,21 +13,36 @@ from torch import fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import melora_fx
+from exporters.measuring.timing import time_in_turn
 from melora_fx import MELoRAConfig
 from melora_fx.patterns.patterns import find_linear_nodes
 
-RESULTS = Path(__file__).parent / "results" / "rewrite_speed.csv"
-ROUNDS = 7
+from .cases import Case, Row, run_cases, timed_rows
+
 TARGETS = {
     "q,v": ["q_proj", "v_proj"],
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 
 
-def llama_7b() -> nn.Module:
-    """The architecture of Llama-2-7B without memory for its weights."""
+def run(options: Namespace) -> int:
+    layers = 2 if options.quick else 32
+    model = f"{'two layers of ' if options.quick else ''}Llama-2-7B"
+    cases = [
+        Case(f"rewrite {model}, {name}", functools.partial(measure_rewrite, targets, layers, options.rounds))
+        for name, targets in TARGETS.items()
+    ]
+    cases += [
+        Case(f"match {4 * length + 2} nodes", functools.partial(measure_match, length, options.rounds))
+        for length in ((25,) if options.quick else (25, 250, 2500))
+    ]
+    return run_cases(options, cases, settings=f"rounds {options.rounds}")
+
+
+def llama_7b(layers: int) -> nn.Module:
+    """The architecture of Llama-2-7B, of so many layers, without memory for its weights."""
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers))
 
 
 def with_ours(model: nn.Module, targets: list[str]) -> None:
@@ -43,11 +53,10 @@ def with_peft(model: nn.Module, targets: list[str]) -> None:
     peft.inject_adapter_in_model(peft.LoraConfig(r=64, target_modules=targets), model)
 
 
-def seconds(action: Callable[[nn.Module, list[str]], None], targets: list[str]) -> float:
-    model = llama_7b()
-    start = time.perf_counter()
-    action(model, targets)
-    return time.perf_counter() - start
+def measure_rewrite(targets: list[str], layers: int, rounds: int) -> list[Row]:
+    sides = {"melora_fx": with_ours, "peft": with_peft}
+    seconds = time_in_turn(sides, rounds=rounds, prepare=lambda name: (llama_7b(layers), targets))
+    return timed_rows(seconds, "peft", {})
 
 
 class Chain(nn.Module):
@@ -63,51 +72,12 @@ class Chain(nn.Module):
         return x
 
 
-def microseconds_a_node(length: int) -> tuple[int, float]:
-    """(nodes of the graph, matching time for one of them): the best of five."""
+def measure_match(length: int, rounds: int) -> list[Row]:
+    """The time of matching, and that for one node of the graph."""
     graph_module = fx.symbolic_trace(Chain(length))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
+
+    def match() -> None:
         assert sum(1 for _ in find_linear_nodes(graph_module.graph, graph_module)) == length
-        times.append(time.perf_counter() - start)
-    num_nodes = len(graph_module.graph.nodes)
-    return num_nodes, 1e6 * min(times) / num_nodes
 
-
-def main() -> None:
-    rows: list[dict[str, object]] = []
-    for name, targets in TARGETS.items():
-        times: dict[str, list[float]] = {"melora_fx": [], "peft": []}
-        for _ in range(ROUNDS):
-            times["melora_fx"].append(seconds(with_ours, targets))
-            times["peft"].append(seconds(with_peft, targets))
-        medians = {side: statistics.median(values) for side, values in times.items()}
-        for side, median in medians.items():
-            rows.append(
-                {
-                    "what": f"rewrite Llama-2-7B, {name}",
-                    "side": side,
-                    "median_ms": round(1000 * median, 1),
-                    "ratio_to_peft": round(median / medians["peft"], 3),
-                }
-            )
-    for length in (25, 250, 2500):
-        num_nodes, microseconds = microseconds_a_node(length)
-        rows.append(
-            {
-                "what": f"match {num_nodes} nodes",
-                "side": "melora_fx",
-                "microseconds_a_node": round(microseconds, 2),
-            }
-        )
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["what", "side", "median_ms", "ratio_to_peft", "microseconds_a_node"])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"torch {torch.__version__}, peft {peft.__version__}, {ROUNDS} rounds\n{RESULTS.read_text()}")
-
-
-if __name__ == "__main__":
-    main()
+    (row,) = timed_rows(time_in_turn({"melora_fx": match}, rounds=rounds), "melora_fx", {})
+    return [row | {"microseconds_a_node": round(1e3 * row["median_ms"] / len(graph_module.graph.nodes), 2)}]

@@ -1,9 +1,9 @@
 """What a training step costs: its time, what autograd keeps for its backward, and its peak memory."""
 
 import ctypes
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,16 +11,29 @@ from torch import nn
 Step = Callable[[], None]
 
 
-def timed(step: Step, device: str) -> float:
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def make_step(model: nn.Module, embeddings: torch.Tensor, run: Callable[..., Any] | None = None) -> tuple[Step, int]:
+    """The training step of a model, and how many parameters it trains. `run`: computes it, such as it compiled.
+
+    `embeddings` want their gradient, so that the backward goes down to the first layer also where nothing is trained.
+    """
+    run = model if run is None else run
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
+
+    def step() -> None:
+        run(inputs_embeds=embeddings).last_hidden_state.float().square().mean().backward()
+        embeddings.grad = None
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        if embeddings.is_cuda:
+            torch.cuda.synchronize()
+
+    return step, sum(parameter.numel() for parameter in parameters)
 
 
-def saved_bytes(model: nn.Module, embeddings: torch.Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps between a forward and its backward; not the model's own."""
+def saved_mib(model: nn.Module, embeddings: torch.Tensor) -> float:
+    """Size of the distinct storages that autograd keeps between a forward and its backward; not the model's own."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), embeddings]}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -32,7 +45,7 @@ def saved_bytes(model: nn.Module, embeddings: torch.Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(inputs_embeds=embeddings)
-    return sum(storage.nbytes() for storage in saved.values())
+    return round(sum(storage.nbytes() for storage in saved.values()) / 2**20, 4)
 
 
 def peak_memory_mib(step: Step, device: str) -> float | None:

@@ -1,8 +1,8 @@
-"""What benchmarks/train_step.py measures: one factor at a time around a centre for each model and mode."""
+"""What train_step measures: one factor at a time around a centre for each model and mode."""
 
 from dataclasses import dataclass, replace
 
-from train_sides import FEW_SIDES, SEQUENCE, SIDES, Setting
+from .train_sides import FEW_SIDES, SEQUENCE, SIDES, Setting
 
 _CENTRES = (
     ("MiniLM-L6", "eager", 1024),
@@ -46,6 +46,16 @@ def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
         centre = Cell(setting, mode, tokens=tokens, sides=tuple(SIDES) if mode == "eager" else FEW_SIDES)
         cells += [centre, *(() if model == "Tiny" else _variations(centre))]
     return cells
+
+
+def quick_cells() -> list[Cell]:
+    """A tiny model, with all sides, and one layer, compiled, with two."""
+    tiny = Setting("Tiny", "all-linear", 8, "float32")
+    layer = Setting("Llama", "centre", 8, "float32", llama=(64, 128, 1, 4))
+    return [
+        Cell(tiny, tokens=SEQUENCE["Tiny"]),
+        Cell(layer, "compiled", tokens=SEQUENCE["Llama"], sides=FEW_SIDES[:2]),
+    ]
 
 
 def _variations(centre: Cell) -> list[Cell]:

@@ -1,41 +1,12 @@
-"""train_step.csv as a Markdown table and as a bar chart, for benchmarks/train_step.py."""
+"""train_step.csv as a Markdown table and as a bar chart."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from exporters.measuring.plots import import_pyplot
+from exporters.measuring.tables import markdown_table
 
-FIELDS = (
-    "model",
-    "mode",
-    "targets",
-    "num_blocks",
-    "rank",
-    "dtype",
-    "dropout",
-    "memory",
-    "threads",
-    "tokens",
-    "side",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "ratio",
-    "steps",
-    "saved_bytes",
-    "peak_memory_mib",
-    "parameters",
-    "compile_s",
-    "graph_breaks",
-    "recompiles",
-    "device",
-    "versions",
-    "commit",
-    "time",
-    "key",
-)
 _COLORS = {
     "ours": "#2a7fc0",
     "ours, plain nodes": "#9cc4e4",
@@ -45,26 +16,19 @@ _COLORS = {
     "authors' loop": "#b5383c",
     "full fine-tuning": "#5f6b6d",
 }
-_MIB = 2**20
+_HEADINGS = (
+    *("model", "mode", "cell", "side", "step, ms", "p20–p80", "ratio", "saved, MiB", "peak, MiB", "parameters"),
+    *("compile, s", "breaks", "recompiles"),
+)
 
-Row = Mapping[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of an earlier run; none where there was none."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+Row = Mapping[str, str]
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> None:
     """Writes train_step.md and train_step.png into `folder`."""
-    if not rows:
-        return
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str(row["key"]), []).append(row)
+        groups.setdefault(row["case"], []).append(row)
     (folder / "train_step.md").write_text(_markdown(groups))
     _plot(groups, folder / "train_step.png")
 
@@ -73,44 +37,37 @@ def label(row: Row) -> str:
     """A cell without its model and mode."""
     is_minilm = row["model"] == "MiniLM-L6"
     centre = "every dense layer" if is_minilm else "q,k,v,o"
-    facts = [centre if row["targets"] == "centre" else str(row["targets"]), f"{row['tokens']} tokens"]
-    if str(row["rank"]) != "8":
+    facts = [centre if row["targets"] == "centre" else row["targets"], f"{row['tokens']} tokens"]
+    if row["rank"] != "8":
         facts.append(f"rank {row['rank']}")
     if row["dtype"] != "float32":
-        facts.append(str(row["dtype"]))
+        facts.append(row["dtype"])
     if float(row["dropout"]):
         facts.append(f"dropout {row['dropout']}")
     if row["memory"]:
         facts.append(f"memory {row['memory']}")
-    if str(row["threads"]) != "1":
+    if row["threads"] != "1":
         facts.append(f"{row['threads']} threads")
     return ", ".join(facts)
 
 
 def _markdown(groups: Mapping[str, list[Row]]) -> str:
     first = next(iter(groups.values()))[0]
-    commits = sorted({str(rows[0]["commit"]).removesuffix("-dirty") for rows in groups.values()})
+    commits = sorted({rows[0]["commit"].removesuffix("-dirty") for rows in groups.values()})
     lines = [
         "# Training steps",
         "",
-        f"Written by `benchmarks/train_step.py`: {first['device']}; {first['versions']}; commits "
+        f"Written by `python -m benchmarks train_step`: {first['device']}; {first['versions']}; commits "
         f"{', '.join(commits)}. Ratio: median of a step over that of the frozen model whose input wants its "
         "gradient. Saved: what autograd keeps for the backward, above the frozen model's. Peak: memory that one step "
         "takes, above the frozen model's.",
         "",
-        "| model | mode | cell | side | step, ms | p20–p80 | ratio | saved, MiB | peak, MiB | parameters | compile, s "
-        "| breaks | recompiles |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *markdown_table(_HEADINGS, [_cells(row, rows[0]) for rows in groups.values() for row in rows], text_columns=4),
     ]
-    for rows in groups.values():
-        floor = rows[0]
-        for row in rows:
-            cells = _cells(row, floor)
-            lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row, floor: Row) -> list[Any]:
+def _cells(row: Row, floor: Row) -> list[str]:
     return [
         row["model"],
         row["mode"],
@@ -119,19 +76,19 @@ def _cells(row: Row, floor: Row) -> list[Any]:
         f"{float(row['median_ms']):.1f}",
         f"{float(row['p20_ms']):.1f}–{float(row['p80_ms']):.1f}",
         f"{float(row['ratio']):.3f}",
-        _difference(row, floor, "saved_bytes", _MIB),
-        _difference(row, floor, "peak_memory_mib", 1),
+        _difference(row, floor, "saved_mib"),
+        _difference(row, floor, "peak_memory_mib"),
         f"{int(row['parameters']):,}",
-        row.get("compile_s"),
-        row.get("graph_breaks"),
-        row.get("recompiles"),
+        row["compile_s"],
+        row["graph_breaks"],
+        row["recompiles"],
     ]
 
 
-def _difference(row: Row, floor: Row, field: str, unit: float) -> str:
-    if row.get(field) in (None, "") or floor.get(field) in (None, ""):
+def _difference(row: Row, floor: Row, column: str) -> str:
+    if not row[column] or not floor[column]:
         return ""
-    return f"{(float(row[field]) - float(floor[field])) / unit:.1f}"
+    return f"{float(row[column]) - float(floor[column]):.1f}"
 
 
 def _plot(groups: Mapping[str, list[Row]], path: Path) -> None:
@@ -166,7 +123,7 @@ def _draw(axes: Any, title: str, cells: Sequence[Sequence[Row]]) -> None:
         ticks[line + (len(sides) - 1) / 2] = label(rows[0])
         for row in sides:
             over = 100 * (float(row["ratio"]) - 1)
-            axes.barh(line, min(max(over, 0), 130), color=_COLORS[str(row["side"])], height=0.9)
+            axes.barh(line, min(max(over, 0), 130), color=_COLORS[row["side"]], height=0.9)
             axes.annotate(
                 f"{over:.0f} %",
                 (min(max(over, 0), 130), line),

@@ -1,4 +1,4 @@
-"""The sides that benchmarks/train_step.py times: a model, and the ways to train it.
+"""The sides that train_step times: a model, and the ways to train it.
 
 Every side is the same model with the same sites, from a copy of its own. The input is a batch of embeddings that wants
 its gradient, so that the backward of every side, the frozen model's too, goes down to the first layer.
@@ -6,17 +6,16 @@ its gradient, so that the backward of every side, the frozen model's too, goes d
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import peft
 import torch
-from latency_models import minilm_folder
-from smollm2 import load_smollm2
 from torch import nn
-from transformers import AutoModel, LlamaConfig, LlamaModel
+from transformers import AutoModel, LlamaModel
 
 import melora_fx
 from melora_fx import MELoRAConfig
+
+from .models import fill, llama_config, load_smollm2, minilm_folder
 
 SEQUENCE = {"MiniLM-L6": 64, "SmolLM2-135M": 128, "Llama": 128, "Tiny": 16}
 """Tokens of one text."""
@@ -44,7 +43,7 @@ class Setting:
 def base_model(setting: Setting) -> nn.Module:
     """The model without a head, in training mode, its own dropout at 0, all its parameters frozen."""
     if setting.model == "MiniLM-L6":
-        model = AutoModel.from_pretrained(minilm_folder(Path()), add_pooling_layer=False, hidden_dropout_prob=0.0)
+        model = AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False, hidden_dropout_prob=0.0)
         model.config.attention_probs_dropout_prob = 0.0
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -52,17 +51,9 @@ def base_model(setting: Setting) -> nn.Module:
     elif setting.model == "SmolLM2-135M":
         model = load_smollm2()[0].get_submodule("model")
     else:
-        hidden, intermediate, layers, heads = (64, 128, 4, 4) if setting.model == "Tiny" else setting.llama
+        sizes = (64, 128, 4, 4) if setting.model == "Tiny" else setting.llama
         torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            vocab_size=128,
-        )
-        model = LlamaModel(config)
+        model = LlamaModel(llama_config(*sizes, vocab_size=128))
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model.to(getattr(torch, setting.dtype)).train().requires_grad_(False)
@@ -175,8 +166,4 @@ FEW_SIDES = ("frozen", "ours", "PEFT LoRA, equal rank")
 def make_side(name: str, setting: Setting) -> nn.Module:
     """A model of its own for one side; no adapter's B is zero."""
     torch.manual_seed(0)
-    model = SIDES[name](base_model(setting), setting)
-    for parameter_name, parameter in model.named_parameters():
-        if "lora_b" in parameter_name.lower():
-            nn.init.normal_(parameter, std=0.01)
-    return model
+    return fill(SIDES[name](base_model(setting), setting))

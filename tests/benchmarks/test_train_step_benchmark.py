@@ -1,10 +1,7 @@
-"""benchmarks/train_step.py: its cells and sides, one cell measured on a tiny Llama, and what stopping leaves."""
+"""benchmarks/train_step.py: its cells and sides, and one cell measured on a tiny Llama."""
 
-import importlib
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +9,10 @@ from support.models import fill
 from torch import nn
 
 import melora_fx
+from benchmarks import train_step
+from benchmarks.train_cells import Cell, all_cells
+from benchmarks.train_sides import SIDES, LoopLinear, Setting, make_side
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LLAMA = (32, 64, 2, 4)
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -21,26 +20,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("train_step")
+def tiny_cell() -> Cell:
+    return Cell(Setting("Llama", "all-linear", 2, "float32", num_blocks=4, llama=LLAMA), tokens=256)
 
 
-@pytest.fixture
-def sides(benchmark: ModuleType) -> ModuleType:
-    return importlib.import_module("train_sides")
-
-
-def tiny_cell(benchmark: ModuleType, **changes: object):
-    setting = importlib.import_module("train_sides").Setting(
-        "Llama", "all-linear", 2, "float32", num_blocks=4, llama=LLAMA
-    )
-    return replace(benchmark.Cell(setting, tokens=256), **changes)
-
-
-def test_cells_differ_from_their_centre_in_one_factor(benchmark):
-    cells = benchmark.all_cells(LLAMA)
+def test_cells_differ_from_their_centre_in_one_factor():
+    cells = all_cells(LLAMA)
     assert 35 <= len(cells) <= 45
     assert len({cell.key for cell in cells}) == len(cells)
 
@@ -57,9 +42,9 @@ def test_cells_differ_from_their_centre_in_one_factor(benchmark):
     assert {cell.sides for cell in largest} == {("frozen", "ours", "PEFT LoRA, equal rank")}
 
 
-def test_sides_adapt_the_same_linears(benchmark, sides):
-    setting = tiny_cell(benchmark).setting
-    models = {name: sides.make_side(name, setting) for name in sides.SIDES}
+def test_sides_adapt_the_same_linears():
+    setting = tiny_cell().setting
+    models = {name: make_side(name, setting) for name in SIDES}
     counts = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()}
     ours = counts["ours"]
     assert counts["frozen"] == 0
@@ -69,13 +54,13 @@ def test_sides_adapt_the_same_linears(benchmark, sides):
     assert {site.lowering for site in melora_fx.sites(models["ours"]).values()} == {"weight"}
 
 
-def test_the_loop_of_the_authors_computes_what_ours_does(benchmark, sides):
-    setting = tiny_cell(benchmark).setting
+def test_the_loop_of_the_authors_computes_what_ours_does():
+    setting = tiny_cell().setting
     base = nn.Sequential(nn.Linear(24, 36))
     model = fill(melora_fx.rewrite(nn.Sequential(base[0]), "all-linear", setting.config))
     plain = nn.Linear(24, 36)
     plain.load_state_dict({name: model.state_dict()[f"0.{name}"] for name in ("weight", "bias")})
-    loop = sides.LoopLinear(plain, setting.config)
+    loop = LoopLinear(plain, setting.config)
     with torch.no_grad():
         for index in range(setting.num_blocks):
             loop.lora_a[index].weight.copy_(model[0].lora_a[index])
@@ -84,38 +69,26 @@ def test_the_loop_of_the_authors_computes_what_ours_does(benchmark, sides):
     torch.testing.assert_close(loop(x), model(x))
 
 
-def test_one_cell_is_measured(benchmark):
-    cell = tiny_cell(benchmark)
-    rows = {row["side"]: row for row in benchmark.measure(cell, 1, "cpu")}
+def test_one_cell_is_measured():
+    cell = tiny_cell()
+    rows = {row["side"]: row for row in train_step.measure(cell, 1, "cpu")}
     assert list(rows) == list(cell.sides)
     assert rows["frozen"]["ratio"] == 1.0
     for row in rows.values():
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        assert row["steps"] == benchmark.STEPS_PER_ROUND
-    inputs = 2 * (32 + 32 + 64) * 256 * 4  # of q, k, v; of gate and up; of down. The one of o is kept by the attention
-    saved = {name: row["saved_bytes"] - rows["frozen"]["saved_bytes"] for name, row in rows.items()}
+        assert row["rounds"] == train_step.STEPS_PER_ROUND
+    inputs = (
+        2 * (32 + 32 + 64) * 256 * 4 / 2**20
+    )  # of q, k, v; of gate and up; of down. The one of o is kept by the attention
+    saved = {name: row["saved_mib"] - rows["frozen"]["saved_mib"] for name, row in rows.items()}
     assert saved["ours"] <= inputs
     assert saved["PEFT LoRA, equal rank"] > saved["ours"]
 
 
-def test_cells_that_are_done_are_not_measured_again(benchmark, tmp_path, monkeypatch, capsys):
+def test_the_environment_of_a_cell_that_keeps_its_memory(monkeypatch):
     calls = []
-
-    def measured(command, **options):
-        key = command[command.index("--cell") + 1]
-        calls.append(key)
-        if "bfloat16" in key:
-            return SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nRuntimeError: no bfloat16")
-        row = dict.fromkeys(benchmark.FIELDS, 1) | {"key": key, "side": "frozen", "commit": "c", "targets": "q,v"}
-        return SimpleNamespace(returncode=0, stdout=benchmark.json.dumps([row]), stderr="")
-
-    monkeypatch.setattr(benchmark.subprocess, "run", measured)
-    options = Namespace(results=tmp_path, again=False, rounds=1, device="cpu", llama="32,64,2,4")
-    keys = [cell.key for cell in benchmark.all_cells(LLAMA)][:5]
-    benchmark.run_cells(keys, keys, options)
-    assert calls == keys
-    assert "no bfloat16" in capsys.readouterr().out
-    benchmark.run_cells(keys, keys, options)
-    assert calls[5:] == [key for key in keys if "bfloat16" in key], "what failed is tried again"
-    assert (tmp_path / "train_step.md").is_file()
-    assert (tmp_path / "train_step.png").stat().st_size > 10_000
+    monkeypatch.setattr(train_step, "run_apart", lambda module, which, **options: calls.append(options) or [])
+    options = Namespace(quick=False, llama="32,64,2,4", rounds=1, device="cpu")
+    for keeps_memory in (False, True):
+        train_step.measure_apart(replace(tiny_cell(), keeps_memory=keeps_memory), options)
+    assert [call["environment"] for call in calls] == [{}, train_step.KEEP_MEMORY]

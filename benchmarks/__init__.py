@@ -1,0 +1,14 @@
+"""What the code costs beside what it is chosen against: `python -m benchmarks` in the repository's root lists them.
+
+Here, one file for each benchmark, with a function `run(options)` that gives its cases to `run_cases`:
+
+train_step, experts, rewrite_speed, fold_speed, fold_rounding, latency, adapter_forms  the benchmarks
+__main__       the list of them, and the command line
+needs          packages and weights that may be missing
+cases          what is common: the columns, which cases are done, the CSV file, processes of their own
+models         pretrained models, with adapters of ours and of PEFT
+step_cost      a training step: its time, what its backward keeps, its peak memory
+train_cells, train_sides, train_report      parts of train_step
+fold_sides     ways to merge an adapter into a folder
+latency_cells, latency_report               parts of latency
+"""

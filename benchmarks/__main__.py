@@ -1,0 +1,202 @@
+"""`python -m benchmarks`: lists the benchmarks; with a name runs that one, with `all` each of them.
+
+A benchmark is one file, whose function `run(options)` gives an exit status, and one entry of `BENCHMARKS`.
+"""
+
+import argparse
+import importlib
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.needs import CACHE, MATPLOTLIB, MINILM, MPNET, ONNXRUNTIME, PEFT, SMOLLM2, Need
+
+ROOT = Path(__file__).parents[1]
+TEXT = ROOT.parent / "shared" / "data" / "tinystories_excerpt_30k.txt"
+
+
+class Option(NamedTuple):
+    """An option of one benchmark. `quick`: its default with --quick."""
+
+    name: str
+    default: Any
+    help: str
+    quick: Any = None
+
+
+class Benchmark(NamedTuple):
+    """An entry. Without `needs` it does not run; without `weights` their cases are left out, --quick needs none."""
+
+    name: str
+    question: str
+    minutes: int
+    weights: tuple[Need, ...] = ()
+    options: tuple[Option, ...] = ()
+    needs: tuple[Need, ...] = (ONNXRUNTIME, PEFT)
+
+
+BENCHMARKS = (
+    Benchmark(
+        "train_step",
+        "What does a training step cost over the frozen model's: here, in PEFT, in the authors' loop?",
+        60,
+        weights=(MINILM, SMOLLM2),
+        options=(
+            Option("rounds", 5, "pairs of steps of each side", quick=1),
+            Option("device", "cpu", "cpu or cuda"),
+            Option("llama", "1024,2816,2,16", "hidden size, intermediate size, layers and heads of the random Llama"),
+        ),
+        needs=(ONNXRUNTIME, PEFT, MATPLOTLIB),
+    ),
+    Benchmark(
+        "experts",
+        "What does a training step cost whose adapters are those of a mixture's experts?",
+        3,
+        options=(Option("rounds", 15, "timed steps of each side", quick=2),),
+    ),
+    Benchmark(
+        "rewrite_speed",
+        "How long does rewriting a 7B model take beside PEFT's module swapping, and does matching scale?",
+        1,
+        options=(Option("rounds", 7, "rewrites of each side", quick=1),),
+    ),
+    Benchmark(
+        "fold_speed",
+        "How fast is a fold beside PEFT's merge, on disk beside a copy, in a graph beside an export?",
+        8,
+        weights=(MINILM,),
+        options=(
+            Option("rounds", 7, "folds of each side", quick=1),
+            Option("threads", 1, "of torch"),
+            Option("folder", Path(tempfile.gettempdir()) / "melora-fold-speed", "for the 7 GB that are folded on disk"),
+        ),
+    ),
+    Benchmark(
+        "fold_rounding",
+        "What does a fold into bfloat16 round away, beside PEFT's merge, and what does that cost in loss?",
+        3,
+        weights=(SMOLLM2,),
+        options=(
+            Option("text", TEXT, "some 30 kB of English, one story a line", quick=ROOT / "README.md"),
+            Option("steps", 40, "of training", quick=4),
+        ),
+    ),
+    Benchmark(
+        "latency",
+        "What does an adapter cost at inference: merged, unmerged, swappable, exported by PEFT?",
+        25,
+        weights=(MINILM, MPNET),
+        options=(
+            Option("seconds", 10.0, "of timing one case, of three loads", quick=0.3),
+            Option("providers", "cpu,torch eager,torch compile", "cuda and tensorrt too"),
+            Option("device", "cpu", "of the torch cases: cpu or cuda"),
+        ),
+        needs=(ONNXRUNTIME, PEFT, MATPLOTLIB),
+    ),
+    Benchmark(
+        "adapter_forms",
+        "Which form of an unmerged update is faster on ONNX Runtime's CPU: blocks, or a dense pair?",
+        8,
+        weights=(MINILM,),
+        options=(Option("seconds", 12.0, "of timing one shape, of three loads", quick=0.3),),
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0, or 1 where a case failed, 2 for arguments, 3 where something is missing."""
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    if options.benchmark in (None, "list"):
+        list_benchmarks()
+        return 0
+    if options.benchmark == "all":
+        return _status_of_all([_run_apart(benchmark, options) for benchmark in BENCHMARKS])
+    return run(next(each for each in BENCHMARKS if each.name == options.benchmark), options)
+
+
+def list_benchmarks() -> None:
+    table = Table("benchmark", "question", "minutes", "needs", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, question, minutes, weights, _, needs in BENCHMARKS:
+        needed = [
+            f"[red]{need.name} (missing)[/]" if need.why_missing(CACHE) else need.name for need in (*needs, *weights)
+        ]
+        table.add_row(name, question, str(minutes), ", ".join(needed))
+    console = Console()
+    console.print(table)
+    console.print("python -m benchmarks NAME --help shows options; --quick takes a minute at most.", markup=False)
+
+
+def run(benchmark: Benchmark, options: argparse.Namespace) -> int:
+    """Runs one, if what it needs is there."""
+    if reasons := list(filter(None, (need.why_missing(options.cache) for need in benchmark.needs))):
+        print(f"{benchmark.name}: {'; '.join(reasons)}", file=sys.stderr)
+        return 3
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    options.cache.mkdir(parents=True, exist_ok=True)
+    return importlib.import_module(f"benchmarks.{benchmark.name}").run(options)
+
+
+def _run_apart(benchmark: Benchmark, options: argparse.Namespace) -> int:
+    """Runs one in a process of its own: none slows another, or ends it."""
+    flags = [f"--{name.replace('_', '-')}" for name in ("quick", "again", "report_only") if getattr(options, name)]
+    command = [sys.executable, "-m", "benchmarks", benchmark.name, *flags]
+    command += ["--out", str(options.out), "--cache", str(options.cache), "--only", options.only]
+    print(f"\n{benchmark.name}: {benchmark.question}", flush=True)
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def _status_of_all(statuses: Sequence[int]) -> int:
+    """One for all: a failure tells more than what is missing."""
+    return 1 if set(statuses) - {0, 3} else max(statuses)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--quick", action="store_true", help="small models and few rounds: does it work")
+    common.add_argument("--out", type=_path, help="folder of the results: benchmarks/results, quick ones elsewhere")
+    common.add_argument("--only", default="", help="cases whose name contains this")
+    common.add_argument("--again", action="store_true", help="measure also what has been measured")
+    common.add_argument("--report-only", action="store_true", help="write the report of the rows that are there")
+    common.add_argument("--cache", type=_path, default=CACHE, help="folder of models and exports (%(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What the code costs.")
+    commands = parser.add_subparsers(dest="benchmark", metavar="NAME")
+    commands.add_parser("list", help="every benchmark, what it needs and how long it takes")
+    commands.add_parser("all", help="each of them, one after another", parents=[common])
+    for benchmark in BENCHMARKS:
+        command = commands.add_parser(
+            benchmark.name, help=benchmark.question, description=benchmark.question, parents=[common]
+        )
+        for name, default, text, quick in benchmark.options:
+            quickly = "" if quick is None else f"; quick: {quick}"
+            kind = _path if isinstance(default, Path) else type(default)
+            command.add_argument(f"--{name}", type=kind, help=f"{text} ({default}{quickly})")
+    options = parser.parse_args(arguments)
+    for benchmark in BENCHMARKS:
+        if benchmark.name == options.benchmark:
+            for option in benchmark.options:
+                if getattr(options, option.name) is None:
+                    default = option.default if option.quick is None or not options.quick else option.quick
+                    setattr(options, option.name, default)
+    if "out" in options and options.out is None:
+        options.out = ROOT / "benchmark-output" if options.quick else ROOT / "benchmarks" / "results"
+    return options
+
+
+def _path(text: str) -> Path:
+    return Path(text).resolve()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

