@@ -152,7 +152,7 @@ def _run_apart(benchmark: Benchmark, options: argparse.Namespace) -> int:
     """Runs one in a process of its own: none slows another, or ends it."""
     flags = [f"--{name.replace('_', '-')}" for name in ("quick", "again", "report_only") if getattr(options, name)]
     command = [sys.executable, "-m", "benchmarks", benchmark.name, *flags]
-    command += ["--out", str(options.out), "--cache", str(options.cache), "--only", options.only]
+    command += ["--out", str(options.out), "--cache", str(options.cache), f"--only={options.only}"]
     print(f"\n{benchmark.name}: {benchmark.question}", flush=True)
     return subprocess.run(command, cwd=ROOT).returncode
 
@@ -163,9 +163,11 @@ def _status_of_all(statuses: Sequence[int]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    is_quick = "--quick" in arguments
+    out = ROOT / "benchmark-output" if is_quick else ROOT / "benchmarks" / "results"
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--quick", action="store_true", help="small models and few rounds: does it work")
-    common.add_argument("--out", type=_path, help="folder of the results: benchmarks/results, quick ones elsewhere")
+    common.add_argument("--out", type=_path, default=out, help="folder of the results (%(default)s)")
     common.add_argument("--only", default="", help="cases whose name contains this")
     common.add_argument("--again", action="store_true", help="measure also what has been measured")
     common.add_argument("--report-only", action="store_true", help="write the report of the rows that are there")
@@ -173,25 +175,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What the code costs.")
     commands = parser.add_subparsers(dest="benchmark", metavar="NAME")
     commands.add_parser("list", help="every benchmark, what it needs and how long it takes")
-    commands.add_parser("all", help="each of them, one after another", parents=[common])
+    for name, question in (("all", "Each of them."), *((each.name, each.question) for each in BENCHMARKS)):
+        commands.add_parser(name, help=question, description=question, parents=[common], allow_abbrev=False)
     for benchmark in BENCHMARKS:
-        command = commands.add_parser(
-            benchmark.name, help=benchmark.question, description=benchmark.question, parents=[common]
-        )
-        for name, default, text, quick in benchmark.options:
-            quickly = "" if quick is None else f"; quick: {quick}"
-            kind = _path if isinstance(default, Path) else type(default)
-            command.add_argument(f"--{name}", type=kind, help=f"{text} ({default}{quickly})")
-    options = parser.parse_args(arguments)
-    for benchmark in BENCHMARKS:
-        if benchmark.name == options.benchmark:
-            for option in benchmark.options:
-                if getattr(options, option.name) is None:
-                    default = option.default if option.quick is None or not options.quick else option.quick
-                    setattr(options, option.name, default)
-    if "out" in options and options.out is None:
-        options.out = ROOT / "benchmark-output" if options.quick else ROOT / "benchmarks" / "results"
-    return options
+        for option in benchmark.options:
+            default = option.quick if is_quick and option.quick is not None else option.default
+            commands.choices[benchmark.name].add_argument(
+                f"--{option.name}",
+                type=_path if isinstance(default, Path) else type(default),
+                default=default,
+                help=f"{option.help} (%(default)s)",
+            )
+    return parser.parse_args(arguments)
 
 
 def _path(text: str) -> Path:

@@ -73,37 +73,27 @@ class Cell:
         return tuple(form for form in FORMS if form.name not in WITHOUT.get(self.provider, ()))
 
 
+def _each(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Every value as a change of its own."""
+    return [{name: value} for name, found in values.items() for value in found]
+
+
 _SMALL = {"batch": 1, "sequence": 16}
 _ALL = {"targets": "all-linear"}
 CHANGES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("MiniLM-L6", "cpu"): [
         {},
-        {"batch": 1},
-        {"batch": 32},
-        {"sequence": 16},
-        {"sequence": 128},
-        {"sequence": 256},
-        {"threads": 2},
-        {"rank": 1},
-        {"precision": "fp16"},
-        {"target": "ort-cpu"},
+        *_each(batch=(1, 32), sequence=(16, 128, 256), threads=(2,), rank=(1,)),
+        *_each(precision=("fp16",), target=("ort-cpu",)),
         _SMALL,
         _ALL,
-        _ALL | {"batch": 1},
-        _ALL | {"sequence": 16},
-        _ALL | {"sequence": 128},
+        *(_ALL | change for change in _each(batch=(1,), sequence=(16, 128))),
         _ALL | _SMALL,
-        _ALL | {"rank": 1},
-        _ALL | {"target": "ort-cpu"},
+        *(_ALL | change for change in _each(rank=(1,), target=("ort-cpu",))),
     ],
     ("MPNet-base", "cpu"): [
-        {},
-        {"batch": 1},
-        {"sequence": 16},
-        _SMALL,
-        {"batch": 1, "threads": 2},
-        _ALL | {"batch": 1},
-        _ALL | _SMALL,
+        *({}, {"batch": 1}, {"sequence": 16}, _SMALL, {"batch": 1, "threads": 2}),
+        *(_ALL | {"batch": 1}, _ALL | _SMALL),
     ],
     ("MiniLM-L6", "torch eager"): [{}, {"batch": 1}, {"sequence": 128}, _SMALL, _ALL],
     ("MPNet-base", "torch eager"): [{}, {"batch": 1}],
@@ -111,7 +101,6 @@ CHANGES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("MPNet-base", "torch compile"): [],
 }
 """Changes to the centre, one cell each. MPNet's cells of more than 20 s, or minutes of compiling, are left out."""
-
 
 QUICK = (
     Cell("Tiny", "cpu", batch=2, sequence=8, num_blocks=4, rank=2),

@@ -70,44 +70,19 @@ def site_names(model: nn.Module, setting: Setting) -> list[str]:
     return [site.name for site in melora_fx.match(model, targets, setting.config).sites]
 
 
-def frozen(model: nn.Module, setting: Setting) -> nn.Module:
-    """The floor: nothing is trained."""
-    return model
-
-
-def ours(model: nn.Module, setting: Setting) -> nn.Module:
-    return melora_fx.rewrite(model, site_names(model, setting), setting.config)
-
-
-def plain(model: nn.Module, setting: Setting) -> nn.Module:
-    """Ours without a lowering: the nodes of the graph as they are printed."""
-    config = MELoRAConfig(**{**setting.config.to_dict(), "lowering": "plain"})
+def ours(model: nn.Module, setting: Setting, lowering: str = "auto") -> nn.Module:
+    config = MELoRAConfig(**{**setting.config.to_dict(), "lowering": lowering})
     return melora_fx.rewrite(model, site_names(model, setting), config)
 
 
-def peft_equal_rank(model: nn.Module, setting: Setting) -> nn.Module:
-    return _peft(model, setting, setting.config.total_rank)
-
-
-def peft_equal_parameters(model: nn.Module, setting: Setting) -> nn.Module:
-    return _peft(model, setting, setting.rank)
-
-
-def peft_bd_lora(model: nn.Module, setting: Setting) -> nn.Module:
-    """PEFT's block-diagonal B beside an ordinary A."""
+def peft_lora(model: nn.Module, setting: Setting, rank: int, *, is_bdlora: bool = False) -> nn.Module:
+    """PEFT's LoRA; as BD-LoRA its B is block-diagonal, beside an ordinary A."""
     names = site_names(model, setting)
-    blocks = peft.BdLoraConfig(target_modules_bd_a=[], target_modules_bd_b=names, nblocks=setting.num_blocks)
-    return _peft(model, setting, setting.config.total_rank, use_bdlora=blocks)
-
-
-def _peft(model: nn.Module, setting: Setting, rank: int, **options: object) -> nn.Module:
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=site_names(model, setting),
-        lora_dropout=setting.dropout,
-        **options,  # type: ignore[arg-type]
-    )
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=setting.dropout)
+    if is_bdlora:
+        config.use_bdlora = peft.BdLoraConfig(
+            target_modules_bd_a=[], target_modules_bd_b=names, nblocks=setting.num_blocks
+        )
     return peft.get_peft_model(model, config).train()  # type: ignore[arg-type]
 
 
@@ -151,12 +126,12 @@ def full_fine_tuning(model: nn.Module, setting: Setting) -> nn.Module:
 
 
 SIDES: Mapping[str, Callable[[nn.Module, Setting], nn.Module]] = {
-    "frozen": frozen,
+    "frozen": lambda model, _: model,
     "ours": ours,
-    "ours, plain nodes": plain,
-    "PEFT LoRA, equal rank": peft_equal_rank,
-    "PEFT LoRA, equal parameters": peft_equal_parameters,
-    "PEFT BD-LoRA": peft_bd_lora,
+    "ours, plain nodes": lambda model, setting: ours(model, setting, "plain"),
+    "PEFT LoRA, equal rank": lambda model, setting: peft_lora(model, setting, setting.config.total_rank),
+    "PEFT LoRA, equal parameters": lambda model, setting: peft_lora(model, setting, setting.rank),
+    "PEFT BD-LoRA": lambda model, setting: peft_lora(model, setting, setting.config.total_rank, is_bdlora=True),
     "authors' loop": authors_loop,
     "full fine-tuning": full_fine_tuning,
 }

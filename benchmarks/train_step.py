@@ -83,15 +83,11 @@ def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
 
 def facts_of(cell: Cell) -> Row:
     """The columns that all sides of a cell share, and those that some leave empty."""
-    setting = cell.setting
+    names = ("targets", "num_blocks", "rank", "dtype", "dropout")
     return {
-        "model": setting.model,
+        "model": cell.setting.model,
         "mode": cell.mode,
-        "targets": setting.targets,
-        "num_blocks": setting.num_blocks,
-        "rank": setting.rank,
-        "dtype": setting.dtype,
-        "dropout": setting.dropout,
+        **{name: getattr(cell.setting, name) for name in names},
         "memory": "kept" if cell.keeps_memory else "",
         "threads": cell.threads,
         "tokens": cell.tokens,
