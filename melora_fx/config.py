@@ -7,11 +7,28 @@ I in_features, O out_features, N num_blocks, R rank of one block. Source: MELoRA
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-INITS = ("kaiming", "gaussian")
+import torch
+from torch import nn
+
+
+def _kaiming(rows: torch.Tensor) -> None:
+    bound = 1 / math.sqrt(rows.size(-1))
+    nn.init.uniform_(rows, -bound, bound)
+
+
+def _gaussian(rows: torch.Tensor) -> None:
+    nn.init.normal_(rows, std=1 / rows.size(-2))
+
+
+INITS: dict[str, Callable[[torch.Tensor], None]] = {
+    "kaiming": _kaiming,
+    "gaussian": _gaussian,
+}
+"""How A_i starts: fills (E, P, R_i, I/N) in place, the A_i of all E matrices of a stack and P parts of `split`."""
 LOWERINGS = ("auto", "weight", "activation", "plain")
 
 

@@ -17,7 +17,7 @@ import torch
 from exporters.onnx_files.metadata import GraphFacts, read_facts
 from exporters.onnx_runtime import Arrays, import_onnxruntime
 from melora_fx import MELoRAError
-from melora_fx.adapter.tensors import scaling_tensor
+from melora_fx.adapter.tensors import factor_names
 from melora_fx.files import write_atomically
 from melora_fx.saving.adapter_file import Adapter, read_adapter
 from melora_fx.saving.fingerprint import fingerprint_misfit
@@ -97,11 +97,10 @@ def _refuse_unswappable(facts: GraphFacts) -> None:
 
 def _site_tensors(adapter: Adapter) -> Arrays:
     tensors: Arrays = {}
-    for name, config in adapter.configs.items():
-        lora_a = adapter.tensors[f"{name}.lora_a"]
-        lora_b = adapter.tensors[f"{name}.lora_b"]
-        tensors[f"{name}.lora_a"] = _array(lora_a.mT)
-        tensors[f"{name}.lora_b"] = _array((lora_b * scaling_tensor(config, lora_b)).mT)
+    for site in adapter.configs:
+        own = adapter.tensors_of(site)
+        name_a, name_b = factor_names(site)
+        tensors |= {name_a: _array(own.lora_a.mT), name_b: _array(own.scaled_b().mT)}
     return tensors
 
 

@@ -17,6 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter import RewriteRule
 
 from melora_fx import MELoRAConfig
+from melora_fx.adapter.tensors import factor_names
 
 from .export import Export
 
@@ -47,13 +48,15 @@ def write_forms(export: Export) -> None:
     weight on the left) stays as it is.
     """
     tokens = _num_tokens(export.inputs)
-    dense = {name for name, site in export.sites.items() if export.options.form.is_dense(site.config, tokens)}
+    dense = [name for name, site in export.sites.items() if export.options.form.is_dense(site.config, tokens)]
+    pairs = {(f"{name_a}.T", f"{name_b}.T") for name_a, name_b in map(factor_names, dense)}
     # Sites of one input share its blocks: nodes are removed when all have been written.
-    rule = RewriteRule(_block_products, _dense_products, partial(_is_site_of, dense), remove_nodes=False)
+    rule = RewriteRule(_block_products, _dense_products, partial(_is_one_of, pairs), remove_nodes=False)
     rule.apply_to_model(export.graph_model)
     RemoveUnusedNodesPass()(export.graph_model)
     for name in export.sites:
-        is_written = f"{name}.lora_a.blockdiag.T" in export.graph.initializers
+        name_a, _ = factor_names(name)
+        is_written = f"{name_a}.blockdiag.T" in export.graph.initializers
         export.forms[name] = "dense" if is_written else "block"
 
 
@@ -102,8 +105,8 @@ def _block_products(op: Any, x: Any, into_blocks: Any, lora_a: Any, lora_b: Any,
     return op.Reshape(op.Transpose(products), out_of_blocks, _outputs=["update"])
 
 
-def _is_site_of(
-    names: Container[str],
+def _is_one_of(
+    pairs: Container[tuple[str | None, str | None]],
     context: Any,
     x: onnx_ir.Value,
     lora_a: onnx_ir.Value,
@@ -112,11 +115,10 @@ def _is_site_of(
     update: onnx_ir.Value,
     **_: onnx_ir.Value,
 ) -> bool:
-    """Whether the products are those of one of the sites `names`, used once, and of rows of blocks."""
-    name = (lora_a.name or "").removesuffix(".lora_a.T")
-    is_site = name in names and lora_b.name == f"{name}.lora_b.T"
+    """Whether the products are by one of the `pairs` of names, used once, and of rows of blocks."""
+    is_asked_for = (lora_a.name, lora_b.name) in pairs
     is_used_once = len(lora_a.consumers()) == len(lora_b.consumers()) == 1
-    return is_site and is_used_once and bool(x.shape) and _rank(blocks) == 3 and _rank(update) == _rank(x)
+    return is_asked_for and is_used_once and bool(x.shape) and _rank(blocks) == 3 and _rank(update) == _rank(x)
 
 
 def _dense_products(op: Any, x: onnx_ir.Value, lora_a: onnx_ir.Value, lora_b: onnx_ir.Value, **_: Any) -> onnx_ir.Value:

@@ -25,13 +25,14 @@ from exporters.adapters.ort_adapter import swap_tensors
 from exporters.onnx_files.metadata import GraphFacts
 from exporters.onnx_runtime import Arrays
 from melora_fx import MELoRAError, disabled
+from melora_fx.adapter.tensors import factor_names
 from melora_fx.rewriting.sites import is_disabled
 from melora_fx.saving.model_adapter import adapter_of, kept_tensor_names
 
 from .export import AdapterTrial, Export, Sites
 
-_RANK_AXES = {"lora_a": 2, "lora_b": 1}
-"""Which axis of an input is the rank."""
+_RANK_AXES = (2, 1)
+"""Which axis of an input is the rank: of A, and of B."""
 
 
 def refuse_without_adapters(model: nn.Module, sites: Sites) -> None:
@@ -113,9 +114,8 @@ def _present_inputs(model: nn.Module, facts: GraphFacts) -> Arrays:
 
 
 def _refuse_lost(export: Export) -> None:
-    lost = {
-        site for site in export.sites if any(f"{site}.{kind}.T" not in export.graph.initializers for kind in _RANK_AXES)
-    }
+    initializers = export.graph.initializers
+    lost = {site for site in export.sites if any(f"{name}.T" not in initializers for name in factor_names(site))}
     lost |= {name for name, place in export.kept.items() if place is None}
     if lost:
         raise MELoRAError(
@@ -128,11 +128,11 @@ def _adapter_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:
     """The adapters' values, named and shaped as inputs, and their defaults of rank 0."""
     inputs = {}
     for index, site in enumerate(export.sites):
-        for kind, rank_axis in _RANK_AXES.items():
-            value = export.graph.initializers[f"{site}.{kind}.T"]
+        for name, rank_axis in zip(factor_names(site), _RANK_AXES, strict=True):
+            value = export.graph.initializers[f"{name}.T"]
             sizes = [size for size in value.shape or () if isinstance(size, int)]
             _forget_shapes_after(value)
-            value.name = f"{site}.{kind}"
+            value.name = name
             value.shape = onnx_ir.Shape([f"rank_{index}" if axis == rank_axis else n for axis, n in enumerate(sizes)])
             inputs[value] = torch.zeros([0 if axis == rank_axis else n for axis, n in enumerate(sizes)])
     return inputs

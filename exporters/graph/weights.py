@@ -18,7 +18,7 @@ from torch import nn
 
 from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from exporters.private import name_scopes
-from melora_fx.adapter.site import TENSORS
+from melora_fx.adapter.tensors import TENSORS, factor_names
 from melora_fx.saving.model_adapter import kept_tensor_names
 
 from .export import Export
@@ -119,9 +119,8 @@ def _candidates(export: Export, matrices: Mapping[str, nn.Parameter]) -> Iterato
         yield Candidate(f"{name}.T", name, True, parameter.detach().mT)
         yield Candidate(name, name, False, parameter.detach())
     for site_name, site in export.sites.items():
-        tensors = {"lora_a": site.lora_a.detach(), "lora_b": site.lora_b.detach() * site.scaling}
-        for kind, values in tensors.items():
-            name = f"{site_name}.{kind}"
+        factors = (site.lora_a.detach(), site.lora_b.detach() * site.scaling)
+        for name, values in zip(factor_names(site_name), factors, strict=True):
             yield Candidate(f"{name}.T", name, True, values.mT)
             yield Candidate(name, name, False, values)
 

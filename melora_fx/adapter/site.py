@@ -10,14 +10,13 @@ from torch import nn
 from melora_fx.config import MELoRAConfig
 from melora_fx.names import get_attribute, join_path, site_name
 
+from .tensors import FACTORS, AdapterTensors
+
 SITE_TAG = "melora_site"
 """Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
 
 MODULE_MARK = "melora_mark"
 """Attribute of every rewritten module: what it is, among it the records of its sites."""
-
-TENSORS = ("lora_a", "lora_b", "lora_scaling", "lora_dropout")
-"""What an adapter adds to the module that owns its weight."""
 
 
 @dataclass
@@ -46,7 +45,7 @@ class SiteRecord:
         return self.parameter.rpartition(".")[2]
 
     def attribute(self, kind: str) -> str:
-        """Name, on the weight's owner, of one of `TENSORS`."""
+        """Name, on the weight's owner, of one of `tensors.TENSORS`."""
         return self.attribute_of(self.parameter, kind)
 
     @staticmethod
@@ -67,3 +66,9 @@ class SiteRecord:
 def owner_of(module: nn.Module, record: SiteRecord) -> nn.Module:
     """The module that holds the weight of `record`."""
     return get_attribute(module, record.owner_path)
+
+
+def tensors_of(module: nn.Module, record: SiteRecord) -> AdapterTensors:
+    """The adapter of `record`: the parameters themselves, not copies."""
+    owner = owner_of(module, record)
+    return AdapterTensors(record.config, *(getattr(owner, record.attribute(kind)) for kind in FACTORS))

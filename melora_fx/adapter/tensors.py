@@ -1,19 +1,120 @@
-"""An adapter's tensors: their shapes and initial values, and the views of a weight that their update changes.
+"""An adapter's tensors: their names, shapes and initial values, and the views of a weight that their update changes.
 
 A stack of E matrices, the experts of a mixture, has the tensors of E adapters one after the other: block i of expert e
 is number e·N + i. So an adapter's tensors always have three dimensions, in memory and in files.
 
-N num_blocks, I in_features, O out_features, P parts of `split`, O_p out_features of one part, R rank.
+N num_blocks, I in_features, O out_features, P parts of `split`, O_p out_features of one part, R the largest rank of a
+block.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import functional as F
 
-from melora_fx.config import MELoRAConfig
+from melora_fx.config import INITS, MELoRAConfig
+
+FACTORS = ("lora_a", "lora_b")
+"""The factors of an update: what is trained, and what files hold as `<site>.lora_a` and `<site>.lora_b`."""
+SCALING = "lora_scaling"
+DROPOUT = "lora_dropout"
+TENSORS = (*FACTORS, SCALING, DROPOUT)
+"""What an adapter adds to the module that owns its weight."""
+
+
+def factor_names(site: str) -> tuple[str, str]:
+    """The names of a site's A and B in files, in exported graphs and in `adapter_parameters`."""
+    name_a, name_b = FACTORS
+    return f"{site}.{name_a}", f"{site}.{name_b}"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterTensors:
+    """A and B of one site, and the configuration that says how they are cut and scaled.
+
+    Attributes:
+        config: the site's configuration.
+        lora_a: (N, P·R, I/N), or (E·N, P·R, I/N); the rows that pad a rank below R are zero.
+        lora_b: (N, O/N, R), or (E·N, O/N, R).
+    """
+
+    config: MELoRAConfig
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+
+    @classmethod
+    def new(
+        cls,
+        config: MELoRAConfig,
+        in_features: int,
+        out_features: int,
+        *,
+        num_experts: int = 1,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "AdapterTensors":
+        """Fresh ones: A as `config.init` says, B zero."""
+        a_shape, b_shape = config.adapter_shapes(in_features, out_features, num_experts)
+        lora_a = torch.zeros(a_shape, device=device, dtype=dtype)
+        blocks = lora_a.view(num_experts, config.num_blocks, -1, max(config.ranks), a_shape[2])
+        for block, rank in enumerate(config.ranks):
+            INITS[config.init](blocks[:, block, :, :rank])
+        return cls(config, lora_a, torch.zeros(b_shape, device=device, dtype=dtype))
+
+    @classmethod
+    def of(cls, site: str, config: MELoRAConfig, tensors: Mapping[str, torch.Tensor]) -> "AdapterTensors":
+        """Those of `site` among the tensors of many; the inverse of `named`."""
+        return cls(config, *(tensors[name] for name in factor_names(site)))
+
+    def named(self, site: str) -> dict[str, torch.Tensor]:
+        """A and B by their names in files."""
+        return dict(zip(factor_names(site), self.factors.values(), strict=True))
+
+    @property
+    def factors(self) -> dict[str, torch.Tensor]:
+        """A and B by their names in `FACTORS`."""
+        return dict(zip(FACTORS, (self.lora_a, self.lora_b), strict=True))
+
+    @property
+    def num_experts(self) -> int:
+        """E of a stack; 1 for a matrix."""
+        return self.lora_a.size(0) // self.config.num_blocks
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """out_features of each part of `split`."""
+        return self.config.parts(self.config.num_blocks * self.lora_b.size(1))
+
+    def scaling(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """s_i of each block as (E·N, 1, 1), of `dtype` or that of B."""
+        like = self.lora_b
+        scalings = torch.tensor(self.config.scalings, dtype=dtype or like.dtype, device=like.device)
+        return scalings.repeat(self.num_experts).view(-1, 1, 1)
+
+    def scaled_b(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """s_i B_i, computed in `dtype` or that of B, without gradients."""
+        return self.lora_b.detach().to(dtype or self.lora_b.dtype) * self.scaling(dtype)
+
+    def parts(self, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A (E·N, R, I/N) and s B (E·N, O_p/N, R) of each part p, in `dtype`, without gradients."""
+        sizes = [size // self.config.num_blocks for size in self.part_sizes]
+        a_parts = self.lora_a.detach().to(dtype).chunk(len(sizes), dim=1)
+        yield from zip(a_parts, self.scaled_b(dtype).split(sizes, dim=1), strict=True)
+
+    def by_matrix(self) -> Iterator["AdapterTensors"]:
+        """Those of each matrix of a stack, or of the one: views."""
+        number = self.num_experts
+        for lora_a, lora_b in zip(self.lora_a.chunk(number), self.lora_b.chunk(number), strict=True):
+            yield AdapterTensors(self.config, lora_a, lora_b)
+
+    def with_rank(self, rank: int) -> "AdapterTensors":
+        """Copies of another largest rank: padded with zeros, or cut; without gradients."""
+        more = rank - self.lora_b.size(2)
+        by_part = self.lora_a.detach().unflatten(1, (len(self.part_sizes), -1))
+        lora_a = F.pad(by_part, (0, 0, 0, more)).flatten(1, 2)
+        return AdapterTensors(self.config, lora_a, F.pad(self.lora_b.detach(), (0, more)))
 
 
 def slices_of(tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
@@ -35,10 +136,9 @@ def diagonal_blocks(weight: torch.Tensor, num_blocks: int, parts: Sequence[int])
         offset += size * row
 
 
-def scaling_tensor(config: MELoRAConfig, like: torch.Tensor) -> torch.Tensor:
-    """s_i of each block of `like` (E·N, …) as (E·N, 1, 1), of its dtype and on its device."""
-    scalings = torch.tensor(config.scalings, dtype=like.dtype, device=like.device)
-    return scalings.repeat(like.size(0) // config.num_blocks).view(-1, 1, 1)
+def matrices(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The matrices of a stack (E, …, …), or the one matrix: views."""
+    return weight.unbind() if weight.dim() == 3 else (weight,)
 
 
 def num_matrices(weight: torch.Tensor) -> int:
@@ -50,40 +150,3 @@ def features_of(weight: torch.Tensor, *, is_transposed: bool) -> tuple[int, int]
     """(in_features, out_features) of a weight (O, I), or (I, O) where it `is_transposed`; of each matrix of a stack."""
     rows, columns = weight.shape[-2:]
     return (rows, columns) if is_transposed else (columns, rows)
-
-
-def by_matrix(
-    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(weight (O, I), lora_a (N, P·R, I/N), lora_b (N, O/N, R)) of each matrix of a stack, or of the one: views."""
-    if weight.dim() == 2:
-        yield weight, lora_a, lora_b
-        return
-    number = len(weight)
-    yield from zip(weight, lora_a.chunk(number), lora_b.chunk(number), strict=True)
-
-
-def new_adapter(
-    config: MELoRAConfig,
-    in_features: int,
-    out_features: int,
-    *,
-    num_experts: int = 1,
-    device: Any = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A fresh adapter: lora_a (E·N, P·R, I/N), initialised, and lora_b (E·N, O/N, R), zero.
-
-    The rows of lora_a that pad a block of a rank below R, the largest, are zero too. E is num_experts.
-    """
-    a_shape, b_shape = config.adapter_shapes(in_features, out_features, num_experts)
-    lora_a = torch.zeros(a_shape, device=device, dtype=dtype)
-    blocks = lora_a.view(num_experts, config.num_blocks, -1, max(config.ranks), a_shape[2])
-    for block, block_rank in enumerate(config.ranks):
-        rows = blocks[:, block, :, :block_rank]
-        if config.init == "gaussian":
-            nn.init.normal_(rows, std=1 / block_rank)
-        else:
-            bound = 1 / math.sqrt(a_shape[2])
-            nn.init.uniform_(rows, -bound, bound)
-    return lora_a, torch.zeros(b_shape, device=device, dtype=dtype)

@@ -6,8 +6,7 @@
 ONNX files all run this code, so they give the same bits. It goes tile by tile, a few rows of every block at a time: a
 tile stays in the processor's cache, and a weight is never copied whole.
 
-N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split`, E matrices of a stack,
-t rows of a tile.
+N num_blocks, I in_features, O out_features, E matrices of a stack, t rows of a tile.
 """
 
 import math
@@ -15,9 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from melora_fx.config import MELoRAConfig
-
-from .tensors import by_matrix, diagonal_blocks, scaling_tensor
+from .tensors import AdapterTensors, diagonal_blocks, matrices
 
 _TILE_ELEMENTS = {"cpu": 1 << 19}
 """Elements of Δ in a tile by device type: 2 MiB of float32 on the CPU, measured (benchmarks/results/NOTES.md)."""
@@ -44,24 +41,16 @@ def _tile_elements(device: torch.device) -> int:
     return _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ELSEWHERE)
 
 
-def add_update(
-    config: MELoRAConfig,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scratch: Scratch | None = None,
-) -> None:
+def add_update(adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch | None = None) -> None:
     """Adds the update to `weight` in place; only its N diagonal blocks, 1/N of it, are read and written.
 
     Args:
-        config: the site's configuration.
+        adapter: whose update it is.
         weight: (O, I), of any strides and floating dtype, or a stack of such (E, O, I).
-        lora_a: (N, P·R, I/N), or (E·N, P·R, I/N).
-        lora_b: (N, O/N, R), or (E·N, O/N, R).
         scratch: memory to work in, best one for many updates.
     """
     scratch = scratch or Scratch()
-    for block, delta in update_tiles(config, weight, lora_a, lora_b, scratch):
+    for block, delta in update_tiles(adapter, weight, scratch):
         if block.dtype == delta.dtype:
             block.add_(delta)
         else:
@@ -76,7 +65,7 @@ def add_widened(delta: torch.Tensor, block: torch.Tensor, scratch: Scratch) -> t
 
 
 def update_tiles(
-    config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scratch: Scratch
+    adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs (view of rows of `weight` in its blocks, their update in float32 or wider), both (N, t, I/N).
 
@@ -84,35 +73,36 @@ def update_tiles(
 
     Args: as of `add_update`.
     """
-    for matrix, a, b in by_matrix(weight, lora_a, lora_b):
-        yield from _tiles_of_matrix(config, matrix, a, b, scratch)
+    for matrix, own in zip(matrices(weight), adapter.by_matrix(), strict=True):
+        yield from _tiles_of_matrix(own, matrix, scratch)
 
 
 def _tiles_of_matrix(
-    config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scratch: Scratch
+    adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`update_tiles` of one matrix (O, I)."""
-    wide = torch.promote_types(torch.promote_types(lora_b.dtype, torch.float32), weight.dtype)
+    wide = torch.promote_types(torch.promote_types(adapter.lora_b.dtype, torch.float32), weight.dtype)
     rows = max(1, _tile_elements(weight.device) // weight.size(1))
-    views = diagonal_blocks(weight, config.num_blocks, config.parts(weight.size(0)))
-    for blocks, (part_a, part_b) in zip(views, scaled_parts(config, lora_a, lora_b, wide), strict=True):
+    views = diagonal_blocks(weight, adapter.config.num_blocks, adapter.part_sizes)
+    for blocks, (part_a, part_b) in zip(views, adapter.parts(wide), strict=True):
         for block, tile_b in zip(blocks.split(rows, dim=1), part_b.split(rows, dim=1), strict=True):
             yield block, torch.bmm(tile_b, part_a, out=scratch.take("delta", block.shape, wide, weight.device))
 
 
-def non_finite(config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> str | None:
+def non_finite(adapter: AdapterTensors, weight: torch.Tensor) -> str | None:
     """Why the update of a weight (O, I) or (E, O, I) is not finite, or takes it out of its dtype's range; or None.
 
     The weight is read only if the norms of A and B leave a doubt (no value of Δ is above s ‖A‖ ‖B‖), or in float16.
     """
-    norms = [float(torch.linalg.vector_norm(tensor.detach())) for tensor in (lora_a, lora_b)]
-    if not all(map(math.isfinite, norms)) and not all(tensor.isfinite().all() for tensor in (lora_a, lora_b)):
+    factors = (adapter.lora_a.detach(), adapter.lora_b.detach())
+    norms = [float(torch.linalg.vector_norm(tensor)) for tensor in factors]
+    if not all(map(math.isfinite, norms)) and not all(tensor.isfinite().all() for tensor in factors):
         return "its adapter holds NaN or infinity"
-    reach = math.prod(norms) * max(config.scalings)
+    reach = math.prod(norms) * max(adapter.config.scalings)
     if reach < torch.finfo(weight.dtype).max / 2 and weight.dtype != torch.float16:
         return None
     scratch = Scratch()
-    for block, delta in update_tiles(config, weight.detach(), lora_a, lora_b, scratch):
+    for block, delta in update_tiles(adapter, weight.detach(), scratch):
         rounded = add_widened(delta, block, scratch).to(block.dtype)
         if not (torch.isfinite(rounded) | ~torch.isfinite(block)).all():
             return beyond_range(weight.dtype)
@@ -122,13 +112,3 @@ def non_finite(config: MELoRAConfig, weight: torch.Tensor, lora_a: torch.Tensor,
 def beyond_range(dtype: torch.dtype) -> str:
     """The error text for a sum that is not finite in `dtype`."""
     return f"the sum of weight and update is beyond the range of {str(dtype).removeprefix('torch.')}"
-
-
-def scaled_parts(
-    config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor, dtype: torch.dtype
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A (N, R, I/N) and s B (N, O_p/N, R) of each part p of `config.split`, without gradients."""
-    scaled = lora_b.detach().to(dtype)
-    scaled = scaled * scaling_tensor(config, scaled)
-    sizes = [size // config.num_blocks for size in config.parts(lora_b.size(0) * lora_b.size(1))]
-    yield from zip(lora_a.detach().to(dtype).chunk(len(sizes), dim=1), scaled.split(sizes, dim=1), strict=True)

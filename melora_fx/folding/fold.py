@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from melora_fx.adapter.site import TENSORS, owner_of
+from melora_fx.adapter.site import owner_of
+from melora_fx.adapter.tensors import TENSORS
 from melora_fx.adapter.update import Scratch, add_update
 from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.marks import ROOT_MARK, root_marks
@@ -62,7 +63,7 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
     scratch = Scratch()
     with torch.no_grad():
         for site in found.values():
-            add_update(site.config, oriented_weight(site), site.lora_a, site.lora_b, scratch)
+            add_update(site.tensors, oriented_weight(site), scratch)
     _remove_adapters(inner)
     return model
 
@@ -80,10 +81,7 @@ def check_fold(model: nn.Module) -> FoldReport:
     refuse_unfoldable(found)
     scratch = Scratch()
     with torch.no_grad():
-        measured = [
-            measure_fold(name, site.config, oriented_weight(site), site.lora_a, site.lora_b, scratch)
-            for name, site in found.items()
-        ]
+        measured = [measure_fold(name, site.tensors, oriented_weight(site), scratch) for name, site in found.items()]
     return make_report(measured, adapter_of(model).sha256)
 
 
@@ -113,7 +111,7 @@ def folded(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for name, site in found.items():
                     saved += [(block, block.clone()) for block in changed_blocks(site)]
-                    add_update(site.config, weights[name], site.lora_a, site.lora_b, scratch)
+                    add_update(site.tensors, weights[name], scratch)
             for site in found.values():
                 site.module.melora_mark.is_folded = True
             with running_base(model):

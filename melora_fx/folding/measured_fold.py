@@ -7,31 +7,21 @@ import math
 
 import torch
 
-from melora_fx.adapter.tensors import by_matrix, num_matrices
-from melora_fx.adapter.update import Scratch, beyond_range, scaled_parts, update_tiles
-from melora_fx.config import MELoRAConfig
+from melora_fx.adapter.tensors import AdapterTensors
+from melora_fx.adapter.update import Scratch, beyond_range, update_tiles
 from melora_fx.errors import MELoRAError
 from melora_fx.saving.adapter_file import Adapter
 
 from .report import SiteFold
 
 
-def measure_fold(
-    name: str,
-    config: MELoRAConfig,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scratch: Scratch,
-) -> SiteFold:
+def measure_fold(name: str, adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch) -> SiteFold:
     """What `update.add_update` would do to a weight (O, I) or (E, O, I), bit for bit; nothing is changed.
-
-    Args: as of `update.add_update`.
 
     Raises:
         MELoRAError: where the sum is not finite.
     """
-    return _measure(name, config, weight, lora_a, lora_b, scratch, write=False)
+    return _measure(name, adapter, weight, scratch, write=False)
 
 
 def fold_and_measure(site: str, adapter: Adapter, weight: torch.Tensor, scratch: Scratch) -> SiteFold:
@@ -41,25 +31,13 @@ def fold_and_measure(site: str, adapter: Adapter, weight: torch.Tensor, scratch:
     Raises:
         MELoRAError: where the sum is not finite, part of it has been written then; and as `Adapter.oriented`.
     """
-    lora_a = adapter.tensors[f"{site}.lora_a"]
-    lora_b = adapter.tensors[f"{site}.lora_b"]
-    oriented = adapter.oriented(site, weight)
-    return _measure(site, adapter.configs[site], oriented, lora_a, lora_b, scratch, write=True)
+    return _measure(site, adapter.tensors_of(site), adapter.oriented(site, weight), scratch, write=True)
 
 
-def _measure(
-    name: str,
-    config: MELoRAConfig,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scratch: Scratch,
-    *,
-    write: bool,
-) -> SiteFold:
+def _measure(name: str, adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch, *, write: bool) -> SiteFold:
     rounding = 0.0
     change = 0.0
-    for block, delta in update_tiles(config, weight, lora_a, lora_b, scratch):
+    for block, delta in update_tiles(adapter, weight, scratch):
         before, exact, rounded = _add_tile(block, delta, scratch)
         if write:
             block.copy_(rounded)
@@ -68,8 +46,8 @@ def _measure(
         rounding = math.hypot(rounding, tile_rounding)
     norm = 0.0
     ranks: list[int] = []
-    for _, a, b in by_matrix(weight, lora_a, lora_b):
-        matrix_norm, matrix_ranks = _norm_and_ranks(config, a, b)
+    for own in adapter.by_matrix():
+        matrix_norm, matrix_ranks = _norm_and_ranks(own)
         norm = math.hypot(norm, matrix_norm)
         ranks += matrix_ranks
     return SiteFold(
@@ -78,7 +56,7 @@ def _measure(
         rounding_share=rounding / norm if norm else 0.0,
         max_abs_change=change,
         ranks=tuple(ranks),
-        total_rank=num_matrices(weight) * config.total_rank * len(config.parts(weight.size(-2))),
+        total_rank=adapter.num_experts * adapter.config.total_rank * len(adapter.part_sizes),
     )
 
 
@@ -122,7 +100,7 @@ def _compare_tile(
     return largest, float(torch.linalg.vector_norm(error))
 
 
-def _norm_and_ranks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[float, list[int]]:
+def _norm_and_ranks(adapter: AdapterTensors) -> tuple[float, list[int]]:
     """‖Δ‖, and the numerical rank of each s_i B_i A_i, from the R × R matrices BᵀB and AAᵀ alone.
 
     ‖Δ‖² is the trace of their product, and its eigenvalues are the squares of the singular values: of those float64
@@ -130,8 +108,9 @@ def _norm_and_ranks(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Te
     """
     square = 0.0
     ranks: list[int] = []
-    eps = torch.finfo(torch.promote_types(lora_b.dtype, torch.float32)).eps
-    for part_a, part_b in scaled_parts(config, lora_a.cpu(), lora_b.cpu(), torch.float64):
+    eps = torch.finfo(torch.promote_types(adapter.lora_b.dtype, torch.float32)).eps
+    on_cpu = AdapterTensors(adapter.config, adapter.lora_a.cpu(), adapter.lora_b.cpu())
+    for part_a, part_b in on_cpu.parts(torch.float64):
         gram_a = part_a @ part_a.mT
         gram_b = part_b.mT @ part_b
         square += float((gram_a * gram_b).sum())

@@ -66,4 +66,4 @@ def _obstacle(site: AdapterSite) -> str | None:
         return "its weight is on the meta device: load the model's weights first"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         return "its weight was made in `torch.inference_mode`: load the model outside of it, or fold inside"
-    return non_finite(site.config, oriented_weight(site), site.lora_a, site.lora_b)
+    return non_finite(site.tensors, oriented_weight(site))

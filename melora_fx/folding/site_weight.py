@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from melora_fx.adapter.tensors import by_matrix, diagonal_blocks
+from melora_fx.adapter.tensors import diagonal_blocks, matrices
 from melora_fx.rewriting.sites import AdapterSite
 
 
@@ -18,5 +18,5 @@ def changed_blocks(site: AdapterSite) -> Iterator[torch.Tensor]:
     """Views of the blocks of the site's weight that a fold changes, one (N, O_p/N, I/N) for each part of `split`
     and each matrix of a stack.
     """
-    for matrix, _, _ in by_matrix(oriented_weight(site), site.lora_a, site.lora_b):
+    for matrix in matrices(oriented_weight(site)):
         yield from diagonal_blocks(matrix, site.config.num_blocks, site.config.parts(site.out_features))

@@ -8,15 +8,15 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from melora_fx.adapter.site import SiteRecord, owner_of
-from melora_fx.adapter.tensors import features_of, new_adapter, num_matrices, scaling_tensor
+from melora_fx.adapter.site import SiteRecord, owner_of, tensors_of
+from melora_fx.adapter.tensors import SCALING, AdapterTensors, features_of, num_matrices
 from melora_fx.patterns.node import weight_of
 from melora_fx.torch_private import registered
 
 
 def on_meta_device(module: nn.Module, records: Iterable[SiteRecord]) -> list[SiteRecord]:
     """The sites of `module` whose adapter is on the meta device."""
-    return [record for record in records if _tensor(module, record, "lora_a").is_meta]
+    return [record for record in records if tensors_of(module, record).lora_a.is_meta]
 
 
 def renew_adapters(module: nn.Module, records: Iterable[SiteRecord], moved: Iterable[SiteRecord] = ()) -> None:
@@ -25,7 +25,7 @@ def renew_adapters(module: nn.Module, records: Iterable[SiteRecord], moved: Iter
     Mere memory are those of `moved` that have left the meta device, and those still there whose weight is loaded.
     """
     for record in records:
-        lora_a = _tensor(module, record, "lora_a")
+        lora_a = tensors_of(module, record).lora_a
         weight = weight_of(module, record.parameter)
         if record in moved and not lora_a.is_meta:
             _renew(module, record, weight, lora_a.device)
@@ -38,29 +38,24 @@ def renew_adapters(module: nn.Module, records: Iterable[SiteRecord], moved: Iter
 def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: torch.device) -> None:
     """Gives the site fresh parameters on `device`."""
     owner = owner_of(module, record)
-    lora_a, lora_b = new_adapter(
+    old = tensors_of(module, record)
+    fresh = AdapterTensors.new(
         record.config,
         *features_of(weight, is_transposed=record.weight_is_transposed),
         num_experts=num_matrices(weight),
         device=device,
-        dtype=_tensor(module, record, "lora_a").dtype,
+        dtype=old.lora_a.dtype,
     )
-    for kind, fresh in (("lora_a", lora_a), ("lora_b", lora_b)):
-        old = _tensor(module, record, kind)
-        setattr(owner, record.attribute(kind), nn.Parameter(fresh, old.requires_grad))
+    for kind, tensor in fresh.factors.items():
+        setattr(owner, record.attribute(kind), nn.Parameter(tensor, old.factors[kind].requires_grad))
 
 
 def _refill_scaling(module: nn.Module, record: SiteRecord) -> None:
-    lora_b = _tensor(module, record, "lora_b")
-    scaling = scaling_tensor(record.config, lora_b)
+    scaling = tensors_of(module, record).scaling()
     _, buffers, _ = registered(owner_of(module, record))
-    name = record.attribute("lora_scaling")
+    name = record.attribute(SCALING)
     buffer = buffers[name]
-    if buffer is not None and buffer.device == lora_b.device:
+    if buffer is not None and buffer.device == scaling.device:
         buffer.data.copy_(scaling)
     else:
         buffers[name] = scaling
-
-
-def _tensor(module: nn.Module, record: SiteRecord, kind: str) -> torch.Tensor:
-    return getattr(owner_of(module, record), record.attribute(kind))

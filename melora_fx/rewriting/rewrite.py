@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from melora_fx.adapter.site import TENSORS, SiteRecord
-from melora_fx.adapter.tensors import new_adapter, scaling_tensor
+from melora_fx.adapter.site import SiteRecord
+from melora_fx.adapter.tensors import DROPOUT, SCALING, TENSORS, AdapterTensors
 from melora_fx.capture.example_inputs import ExampleInputs
 from melora_fx.capture.graphs import Capture
 from melora_fx.capture.packed import device_of
@@ -168,17 +168,16 @@ def _record_of(site: PlannedSite) -> SiteRecord:
 
 def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
     """Adds the adapter's parameters, its scaling and its dropout to the module that owns the weight."""
-    config = site.config
     owner = site.owner
-    lora_a, lora_b = new_adapter(
-        config,
+    fresh = AdapterTensors.new(
+        site.config,
         *site.shape,
         num_experts=site.num_experts,
         device=device_of(owner, site.weight),
         dtype=adapter_dtype(site.weight),
     )
-    owner.register_parameter(record.attribute("lora_a"), nn.Parameter(lora_a))
-    owner.register_parameter(record.attribute("lora_b"), nn.Parameter(lora_b))
-    owner.register_buffer(record.attribute("lora_scaling"), scaling_tensor(config, lora_b), persistent=False)
-    if config.dropout:
-        owner.add_module(record.attribute("lora_dropout"), nn.Dropout(config.dropout).train(owner.training))
+    for kind, tensor in fresh.factors.items():
+        owner.register_parameter(record.attribute(kind), nn.Parameter(tensor))
+    owner.register_buffer(record.attribute(SCALING), fresh.scaling(), persistent=False)
+    if site.config.dropout:
+        owner.add_module(record.attribute(DROPOUT), nn.Dropout(site.config.dropout).train(owner.training))

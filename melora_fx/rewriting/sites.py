@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from melora_fx.adapter.site import SiteRecord, owner_of
-from melora_fx.adapter.tensors import features_of, num_matrices
+from melora_fx.adapter.tensors import FACTORS, SCALING, AdapterTensors, factor_names, features_of, num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.adapted_linear import RESIZED
@@ -63,6 +63,11 @@ class AdapterSite:
         return self.module.code
 
     @property
+    def tensors(self) -> AdapterTensors:
+        """A and B with the configuration, as folds and files take them."""
+        return AdapterTensors(self.config, self.lora_a, self.lora_b)
+
+    @property
     def num_experts(self) -> int:
         """How many matrices the weight is a stack of; 1 for a matrix."""
         return num_matrices(self.weight)
@@ -87,6 +92,7 @@ def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> Adapter
     owner = owner_of(module, record)
     weight = weight_of(owner, record.parameter_name)
     in_features, out_features = features_of(weight, is_transposed=record.weight_is_transposed)
+    lora_a, lora_b, scaling = (getattr(owner, record.attribute(kind)) for kind in (*FACTORS, SCALING))
     return AdapterSite(
         name=record.site_name(path),
         config=record.config,
@@ -96,9 +102,9 @@ def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> Adapter
         out_features=out_features,
         weight_is_transposed=record.weight_is_transposed,
         weight=weight,
-        lora_a=getattr(owner, record.attribute("lora_a")),
-        lora_b=getattr(owner, record.attribute("lora_b")),
-        scaling=getattr(owner, record.attribute("lora_scaling")),
+        lora_a=lora_a,
+        lora_b=lora_b,
+        scaling=scaling,
         owner=owner,
         record=record,
         module=module,
@@ -154,7 +160,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters, `<site>.lora_a` and `<site>.lora_b`: what an optimizer should be given."""
     parameters: dict[str, nn.Parameter] = {}
     for name, site in sites(model).items():
-        parameters |= {f"{name}.lora_a": site.lora_a, f"{name}.lora_b": site.lora_b}
+        parameters |= zip(factor_names(name), (site.lora_a, site.lora_b), strict=True)
     return parameters
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from melora_fx.adapter.tensors import num_matrices
+from melora_fx.adapter.tensors import AdapterTensors, factor_names, num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.files import write_atomically
@@ -59,6 +59,10 @@ class Adapter:
         """The adapter's identity: see `hash_adapter`."""
         return hash_adapter(self.configs, self.tensors)
 
+    def tensors_of(self, site: str) -> AdapterTensors:
+        """A and B of a site, with its configuration."""
+        return AdapterTensors.of(site, self.configs[site], self.tensors)
+
     def oriented(self, site: str, weight: torch.Tensor) -> torch.Tensor:
         """The base weight of a site as (O, I), or (E, O, I) for a stack, a view of the one given.
 
@@ -73,7 +77,7 @@ class Adapter:
                 f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter "
                 "saved by an early version does not say: load it into the model and save it again"
             )
-        blocks, _, width = self.tensors[f"{site}.lora_a"].shape
+        blocks, _, width = self.tensors_of(site).lora_a.shape
         is_wide = blocks // num_matrices(weight) * width != weight.size(-1)
         if is_transposed not in (None, is_wide) and not is_square:
             raise MELoRAError(f"`{site}` of `{self.directory}`: what its header says of its weight belies its tensors")
@@ -82,7 +86,7 @@ class Adapter:
 
     def kept_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are not an adapter's: trained heads."""
-        own = {f"{name}.{kind}" for name in self.configs for kind in ("lora_a", "lora_b")}
+        own = {name for site in self.configs for name in factor_names(site)}
         return {name: tensor for name, tensor in self.tensors.items() if name not in own}
 
 
@@ -111,7 +115,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
         adapter = _parse(json.loads(text), tensors, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MELoRAError(f"the header of `{path}` cannot be read: {type(error).__name__}: {error}") from error
-    needed = [f"{name}.{kind}" for name in adapter.configs for kind in ("lora_a", "lora_b")]
+    needed = [name for site in adapter.configs for name in factor_names(site)]
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise MELoRAError(f"`{path}` lacks the tensors {', '.join(map(repr, missing))}")

@@ -28,11 +28,12 @@ def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
     """Raises MELoRAError where a base weight, by its site's name, has not the shape that the adapter is for."""
     lines = []
     for name, config in adapter.configs.items():
-        shapes = [tuple(adapter.tensors[f"{name}.{kind}"].shape) for kind in ("lora_a", "lora_b")]
+        own = adapter.tensors_of(name)
+        shapes = (tuple(own.lora_a.shape), tuple(own.lora_b.shape))
         rows, columns = weights[name].shape[-2:]
         number = num_matrices(weights[name])
         fitting = [config.adapter_shapes(rows, columns, number), config.adapter_shapes(columns, rows, number)]
-        if tuple(shapes) not in fitting:
+        if shapes not in fitting:
             lines.append(
                 f"`{name}`: lora_a is {shapes[0]} and lora_b {shapes[1]}, which does not fit a weight of shape "
                 f"{tuple(weights[name].shape)} and the adapter's own configuration {config}"

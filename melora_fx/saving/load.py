@@ -7,7 +7,7 @@ import re
 import torch
 from torch import nn
 
-from melora_fx.adapter.tensors import scaling_tensor
+from melora_fx.adapter.tensors import DROPOUT, AdapterTensors
 from melora_fx.capture.example_inputs import ExampleInputs
 from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.config import MELoRAConfig
@@ -114,22 +114,20 @@ def _refuse_other_heads(model: nn.Module, adapter: Adapter) -> None:
 def _copy_values(model: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for name, site in sites(model).items():
-            lora_a = adapter.tensors[f"{name}.lora_a"]
-            lora_b = adapter.tensors[f"{name}.lora_b"]
-            _copy_site(site, adapter.configs[name], lora_a, lora_b)
+            _copy_site(site, adapter.tensors_of(name))
         own = tensors_by_name(model)
         for name, tensor in adapter.kept_tensors().items():
             own[name].copy_(tensor)
 
 
-def _copy_site(site: AdapterSite, config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+def _copy_site(site: AdapterSite, saved: AdapterTensors) -> None:
     """Puts values and configuration in the place of the site's own; what the saved ranks leave over becomes zero."""
-    rank = lora_b.size(2)
-    num_parts = len(config.parts(site.out_features))
-    site.lora_a.zero_().unflatten(1, (num_parts, -1))[:, :, :rank].copy_(lora_a.unflatten(1, (num_parts, -1)))
-    site.lora_b.zero_()[:, :, :rank].copy_(lora_b)
-    site.scaling.copy_(scaling_tensor(config, site.scaling))
-    dropout = getattr(site.owner, site.record.attribute("lora_dropout"), None)
+    config = saved.config
+    padded = saved.with_rank(site.lora_b.size(2))
+    site.lora_a.copy_(padded.lora_a)
+    site.lora_b.copy_(padded.lora_b)
+    site.scaling.copy_(saved.scaling(site.scaling.dtype))
+    dropout = getattr(site.owner, site.record.attribute(DROPOUT), None)
     if dropout is not None:
         dropout.p = config.dropout
     else:  # the graph has no dropout node, and values are exchanged without touching it

@@ -38,12 +38,8 @@ def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite] | None = 
     tensors = _kept_tensors(model)
     for name, site in (sites(model) if found is None else found).items():
         rank = max(site.config.ranks)
-        num_parts = len(site.config.parts(site.out_features))
-        lora_a = site.lora_a.detach()
-        lora_b = site.lora_b.detach()
-        tensors[f"{name}.lora_a"] = lora_a.unflatten(1, (num_parts, -1))[:, :, :rank].flatten(1, 2)
-        tensors[f"{name}.lora_b"] = lora_b[:, :, :rank]
-        if lora_b[:, :, rank:].any():
+        tensors |= site.tensors.with_rank(rank).named(name)
+        if site.lora_b.detach()[:, :, rank:].any():
             raise MELoRAError(
                 f"`{name}` holds values beyond its rank {rank}: an optimizer that remembers the larger adapter from "
                 "before `load_adapter` has written there; make a new optimizer after loading"

@@ -12,6 +12,7 @@ from support.models import assert_equal, assert_near, dense_update, randn
 
 from melora_fx import MELoRAConfig
 from melora_fx.adapter import update
+from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.adapter.update import Scratch, add_update, non_finite, update_tiles
 
 CONFIG = MELoRAConfig(rank=(1, 4, 2), num_blocks=3, alpha=(1.0, 0.5, 4.0))
@@ -19,9 +20,9 @@ IN = 24
 OUT = 36
 
 
-def factors(config: MELoRAConfig, in_features: int = IN, out_features: int = OUT) -> tuple[torch.Tensor, torch.Tensor]:
+def filled(config: MELoRAConfig, in_features: int = IN, out_features: int = OUT) -> AdapterTensors:
     shapes = config.adapter_shapes(in_features, out_features)
-    return randn(*shapes[0], seed=1), randn(*shapes[1], seed=2)
+    return AdapterTensors(config, randn(*shapes[0], seed=1), randn(*shapes[1], seed=2))
 
 
 @pytest.fixture(params=[1, 100, 1 << 19], ids=["rows", "small_tiles", "one_tile"])
@@ -42,16 +43,16 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gets_the_same_bits_and_nothing_beside_it_changes(layout: str, dtype: torch.dtype) -> None:
     base = randn(OUT, IN, seed=3).to(dtype)
-    (lora_a, lora_b) = factors(CONFIG)
+    adapter = filled(CONFIG)
     weight = LAYOUTS[layout](base)
     around = weight.untyped_storage().nbytes() // weight.element_size() - weight.numel()
     whole = torch.empty(0, dtype=dtype).set_(weight.untyped_storage())
     before = whole.clone()
-    add_update(CONFIG, weight, lora_a, lora_b)
-    exact = base.double() + dense_update(CONFIG, lora_a, lora_b)
+    add_update(adapter, weight)
+    exact = base.double() + dense_update(CONFIG, adapter.lora_a, adapter.lora_b)
     assert_near(weight, exact)
     expected = base.clone()
-    for block, delta in update_tiles(CONFIG, expected, lora_a, lora_b, Scratch()):
+    for block, delta in update_tiles(adapter, expected, Scratch()):
         wide = torch.promote_types(dtype, torch.float32)
         block.copy_(block.to(wide) + delta.to(wide))
     assert_equal(weight, expected)
@@ -71,12 +72,12 @@ def test_any_shape_and_any_tile(num_blocks: int, rank: int, height: int, width: 
     config = MELoRAConfig(rank=rank, num_blocks=num_blocks, alpha=3.0, split=parts)
     in_features = num_blocks * width
     out_features = parts * num_blocks * height
-    lora_a, lora_b = factors(config, in_features, out_features)
+    adapter = filled(config, in_features, out_features)
     weight = randn(out_features, in_features)
-    expected = weight.double() + dense_update(config, lora_a, lora_b)
+    expected = weight.double() + dense_update(config, adapter.lora_a, adapter.lora_b)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(update._TILE_ELEMENTS, "cpu", tile)
-        add_update(config, weight, lora_a, lora_b)
+        add_update(adapter, weight)
     assert_near(weight, expected)
 
 
@@ -104,23 +105,24 @@ def test_scratch_is_reused_and_grows() -> None:
     ],
 )
 def test_what_is_not_finite_is_told_before_it_is_added(dtype: torch.dtype, size: float, reason: str | None) -> None:
-    lora_a, lora_b = factors(CONFIG)
-    lora_a[0] = abs(size) if size < 1e10 else 1e20
-    lora_b[0, 0, 0] = size
+    adapter = filled(CONFIG)
+    adapter.lora_a[0] = abs(size) if size < 1e10 else 1e20
+    adapter.lora_b[0, 0, 0] = size
     weight = randn(OUT, IN, seed=3).to(dtype)
-    found = non_finite(CONFIG, weight, lora_a, lora_b)
+    found = non_finite(adapter, weight)
     assert (found is None) if reason is None else (found is not None and reason in found)
 
 
 def test_a_base_that_is_not_finite_is_the_bases_own_matter() -> None:
     weight = randn(OUT, IN, seed=3).half()
     weight[0, 0] = float("inf")
-    assert non_finite(CONFIG, weight, *factors(CONFIG)) is None
+    assert non_finite(filled(CONFIG), weight) is None
 
 
 IN_PLACE = """
 import sys, torch
 from melora_fx import MELoRAConfig
+from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.adapter.update import add_update
 
 def resident(field):
@@ -131,10 +133,10 @@ torch.set_num_threads(1)
 config = MELoRAConfig(rank=4, num_blocks=1)
 weight = torch.randn(4096, 4096).to(getattr(torch, sys.argv[1]))
 lora_a, lora_b = torch.randn(1, 4, 4096), torch.randn(1, 4096, 4)
-add_update(config, weight[:64], lora_a, lora_b[:, :64])
+add_update(AdapterTensors(config, lora_a, lora_b[:, :64]), weight[:64])
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 before = resident("VmRSS")
-add_update(config, weight, lora_a, lora_b)
+add_update(AdapterTensors(config, lora_a, lora_b), weight)
 print(resident("VmHWM") - before)
 """
 

@@ -52,6 +52,7 @@ from torch import nn
 import melora_fx
 from exporters import OrtRunner, export_onnx, fold_onnx
 from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.adapter.update import add_update
 from melora_fx.patterns.grouped_blocks import grouped_blocks
 
@@ -287,13 +288,12 @@ def test_folds(whole: tuple[Any, nn.Module]) -> None:
 def test_a_fold_of_a_stack_has_the_bits_of_its_matrices(whole: tuple[Any, nn.Module]) -> None:
     model = copy.deepcopy(whole[1]).to(torch.bfloat16)
     for site in melora_fx.sites(model).values():
-        a = site.lora_a.float().chunk(E)
-        b = site.lora_b.float().chunk(E)
+        adapter = AdapterTensors(site.config, site.lora_a.float(), site.lora_b.float())
         alone = [weight.detach().clone() for weight in site.weight]
         together = site.weight.detach().clone()
-        for matrix, part_a, part_b in zip(alone, a, b, strict=True):
-            add_update(site.config, matrix, part_a, part_b)
-        add_update(site.config, together, torch.cat(a), torch.cat(b))
+        for matrix, own in zip(alone, adapter.by_matrix(), strict=True):
+            add_update(own, matrix)
+        add_update(adapter, together)
         assert_equal(together, torch.stack(alone))
 
 
