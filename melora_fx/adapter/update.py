@@ -3,14 +3,15 @@
     W' = W + Δ      Δ = blockdiag(s_1 B_1 A_1, …, s_N B_N A_N)
 
 Δ and the sum are computed in float32 or wider and rounded once to the weight's dtype. Folds in memory, on disk and in
-ONNX files all run this code, so they give the same bits. It goes tile by tile, a few rows of every block at a time: a
-tile stays in the processor's cache, and a weight is never copied whole.
+ONNX files, and what reports on them, all take their sums from here, so they give the same bits. It goes tile by tile, a
+few rows of every block at a time: a tile stays in the processor's cache, and a weight is never copied whole.
 
-N num_blocks, I in_features, O out_features, E matrices of a stack, t rows of a tile.
+N num_blocks, I in_features, O out_features, t rows of a tile.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 
@@ -41,52 +42,85 @@ def _tile_elements(device: torch.device) -> int:
     return _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ELSEWHERE)
 
 
-def add_update(adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch | None = None) -> None:
+class Tile:
+    """Some rows of every block of a weight, and their sum with the update; all are (N, t, I/N).
+
+    What is computed lives in `scratch`: the next tile overwrites it.
+    """
+
+    def __init__(self, block: torch.Tensor, delta: torch.Tensor, scratch: Scratch) -> None:
+        """`block`: a view of the weight. `delta`: its update, in float32 or wider, which is used up."""
+        self.block = block
+        self.delta = delta
+        self.scratch = scratch
+        self.is_narrow = block.dtype != delta.dtype
+        self.wide = delta.dtype if self.is_narrow else torch.float64
+
+    @cached_property
+    def before(self) -> torch.Tensor:
+        """A copy of W, in the dtype of `exact`."""
+        # Copied before it is converted: a conversion that reads short rows from memory takes twice the time of both.
+        copied = self.take("copied", self.block.dtype).copy_(self.block)
+        return self.take("before", self.wide).copy_(copied)
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """W + Δ before it is rounded: of Δ's dtype where that is wider than W's, else float64."""
+        update = self.delta if self.is_narrow else self.take("exact", self.wide).copy_(self.delta)
+        return update.add_(self.before)
+
+    @cached_property
+    def rounded(self) -> torch.Tensor:
+        """W + Δ rounded once to W's dtype."""
+        return self.take("rounded", self.block.dtype).copy_(self.exact)
+
+    def write(self) -> None:
+        """Puts the rounded sum in the place of W."""
+        if self.is_narrow:
+            self.block.copy_(self.exact)
+        else:  # the bits of `rounded`, sooner: float64's 53 digits are 2·24 + 2 or more, so its rounding adds nothing
+            self.block.add_(self.delta)
+
+    def take(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the tile's shape, uninitialised."""
+        return self.scratch.take(name, self.block.shape, dtype, self.block.device)
+
+
+def add_update(
+    adapter: AdapterTensors,
+    weight: torch.Tensor,
+    scratch: Scratch | None = None,
+    observe: Callable[[Tile], object] | None = None,
+) -> None:
     """Adds the update to `weight` in place; only its N diagonal blocks, 1/N of it, are read and written.
 
     Args:
         adapter: whose update it is.
         weight: (O, I), of any strides and floating dtype, or a stack of such (E, O, I).
         scratch: memory to work in, best one for many updates.
+        observe: is shown each tile before it is written.
     """
-    scratch = scratch or Scratch()
-    for block, delta in update_tiles(adapter, weight, scratch):
-        if block.dtype == delta.dtype:
-            block.add_(delta)
-        else:
-            block.copy_(add_widened(delta, block, scratch))
+    for tile in update_tiles(adapter, weight, scratch or Scratch()):
+        if observe is not None:
+            observe(tile)
+        tile.write()
 
 
-def add_widened(delta: torch.Tensor, block: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """W + Δ of a tile, in place in `delta` and in its dtype: not yet rounded to that of `block`."""
-    # Copied before it is converted: a conversion that reads short rows from memory takes twice the time of both.
-    copied = scratch.take("copied", block.shape, block.dtype, block.device).copy_(block)
-    return delta.add_(scratch.take("widened", block.shape, delta.dtype, block.device).copy_(copied))
-
-
-def update_tiles(
-    adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (view of rows of `weight` in its blocks, their update in float32 or wider), both (N, t, I/N).
-
-    The update lives in `scratch`: the next tile overwrites it.
-
-    Args: as of `add_update`.
-    """
+def update_tiles(adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch) -> Iterator[Tile]:
+    """The tiles of `weight` (O, I) or (E, O, I), which together are its diagonal blocks; nothing is changed."""
     for matrix, own in zip(matrices(weight), adapter.by_matrix(), strict=True):
         yield from _tiles_of_matrix(own, matrix, scratch)
 
 
-def _tiles_of_matrix(
-    adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _tiles_of_matrix(adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch) -> Iterator[Tile]:
     """`update_tiles` of one matrix (O, I)."""
     wide = torch.promote_types(torch.promote_types(adapter.lora_b.dtype, torch.float32), weight.dtype)
     rows = max(1, _tile_elements(weight.device) // weight.size(1))
     views = diagonal_blocks(weight, adapter.config.num_blocks, adapter.part_sizes)
     for blocks, (part_a, part_b) in zip(views, adapter.parts(wide), strict=True):
         for block, tile_b in zip(blocks.split(rows, dim=1), part_b.split(rows, dim=1), strict=True):
-            yield block, torch.bmm(tile_b, part_a, out=scratch.take("delta", block.shape, wide, weight.device))
+            out = scratch.take("delta", block.shape, wide, weight.device)
+            yield Tile(block, torch.bmm(tile_b, part_a, out=out), scratch)
 
 
 def non_finite(adapter: AdapterTensors, weight: torch.Tensor) -> str | None:
@@ -101,10 +135,8 @@ def non_finite(adapter: AdapterTensors, weight: torch.Tensor) -> str | None:
     reach = math.prod(norms) * max(adapter.config.scalings)
     if reach < torch.finfo(weight.dtype).max / 2 and weight.dtype != torch.float16:
         return None
-    scratch = Scratch()
-    for block, delta in update_tiles(adapter, weight.detach(), scratch):
-        rounded = add_widened(delta, block, scratch).to(block.dtype)
-        if not (torch.isfinite(rounded) | ~torch.isfinite(block)).all():
+    for tile in update_tiles(adapter, weight.detach(), Scratch()):
+        if not (torch.isfinite(tile.rounded) | ~torch.isfinite(tile.block)).all():
             return beyond_range(weight.dtype)
     return None
 

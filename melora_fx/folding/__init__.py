@@ -3,7 +3,7 @@
 fold             `fold`, `folded`, `check_fold`: in the memory of a model
 refusals         what a fold in memory must refuse
 site_weight      a site's weight, and the blocks of it that a fold changes, as views
-measured_fold    folds a weight and measures the rounding, or only measures it
+measured_fold    what the rounding of a fold takes, seen tile by tile
 report           `FoldReport`: the measured sites as a table, with a remedy
 fold_checkpoint  `fold_checkpoint`: on disk
 checkpoint       where the tensors of a checkpoint lie

@@ -1,6 +1,6 @@
-"""Folds weights and measures what the rounding takes; or only measures it.
+"""What folds round away: looks at the tiles of a fold, and writes nothing.
 
-N num_blocks, R the largest rank of a block, I in_features, O out_features, E matrices of a stack, t rows of a tile.
+R the largest rank of a block, E matrices of a stack.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 import torch
 
 from melora_fx.adapter.tensors import AdapterTensors
-from melora_fx.adapter.update import Scratch, beyond_range, update_tiles
+from melora_fx.adapter.update import Scratch, Tile, add_update, beyond_range, update_tiles
 from melora_fx.errors import MELoRAError
 from melora_fx.saving.adapter_file import Adapter
 
@@ -16,12 +16,15 @@ from .report import SiteFold
 
 
 def measure_fold(name: str, adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch) -> SiteFold:
-    """What `update.add_update` would do to a weight (O, I) or (E, O, I), bit for bit; nothing is changed.
+    """What `add_update` would do to a weight (O, I) or (E, O, I), bit for bit; nothing is changed.
 
     Raises:
         MELoRAError: where the sum is not finite.
     """
-    return _measure(name, adapter, weight, scratch, write=False)
+    losses = _Losses(name)
+    for tile in update_tiles(adapter, weight, scratch):
+        losses.observe(tile)
+    return losses.report(adapter, weight.dtype)
 
 
 def fold_and_measure(site: str, adapter: Adapter, weight: torch.Tensor, scratch: Scratch) -> SiteFold:
@@ -31,73 +34,53 @@ def fold_and_measure(site: str, adapter: Adapter, weight: torch.Tensor, scratch:
     Raises:
         MELoRAError: where the sum is not finite, part of it has been written then; and as `Adapter.oriented`.
     """
-    return _measure(site, adapter.tensors_of(site), adapter.oriented(site, weight), scratch, write=True)
+    losses = _Losses(site)
+    own = adapter.tensors_of(site)
+    add_update(own, adapter.oriented(site, weight), scratch, losses.observe)
+    return losses.report(own, weight.dtype)
 
 
-def _measure(name: str, adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch, *, write: bool) -> SiteFold:
-    rounding = 0.0
-    change = 0.0
-    for block, delta in update_tiles(adapter, weight, scratch):
-        before, exact, rounded = _add_tile(block, delta, scratch)
-        if write:
-            block.copy_(rounded)
-        tile_change, tile_rounding = _compare_tile(name, before, exact, rounded, scratch)
-        change = max(change, tile_change)
-        rounding = math.hypot(rounding, tile_rounding)
-    norm = 0.0
-    ranks: list[int] = []
-    for own in adapter.by_matrix():
-        matrix_norm, matrix_ranks = _norm_and_ranks(own)
-        norm = math.hypot(norm, matrix_norm)
-        ranks += matrix_ranks
-    return SiteFold(
-        name=name,
-        dtype=str(weight.dtype).removeprefix("torch."),
-        rounding_share=rounding / norm if norm else 0.0,
-        max_abs_change=change,
-        ranks=tuple(ranks),
-        total_rank=adapter.num_experts * adapter.config.total_rank * len(adapter.part_sizes),
-    )
+class _Losses:
+    """Adds up what the tiles of one weight lose."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rounding = 0.0  # ‖round(W+Δ) − (W+Δ)‖
+        self.max_abs_change = 0.0
 
-def _add_tile(
-    block: torch.Tensor, delta: torch.Tensor, scratch: Scratch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(W, W + Δ, the sum rounded to the weight's dtype) of a tile, all (N, t, I/N); `delta` is used up.
-
-    The first two are of the dtype in which the rounding is measured: that of Δ where it is wider than W, else float64.
-    """
-    is_narrow = block.dtype != delta.dtype
-    precise = delta.dtype if is_narrow else torch.float64
-    rounded = scratch.take("rounded", block.shape, block.dtype, block.device).copy_(block)
-    before = scratch.take("before", block.shape, precise, block.device).copy_(rounded)
-    if is_narrow:
-        exact = delta.add_(before)
-        rounded.copy_(exact)
-    else:
-        exact = scratch.take("exact", block.shape, precise, block.device).copy_(delta).add_(before)
-        rounded.copy_(delta.add_(rounded))
-    return before, exact, rounded
-
-
-def _compare_tile(
-    name: str, before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, scratch: Scratch
-) -> tuple[float, float]:
-    """The largest change of a value, and the norm of the rounding. Values that were not finite before count as
-    unchanged. `before` and `exact` are used up.
-    """
-    after = scratch.take("after", before.shape, before.dtype, before.device).copy_(rounded)
-    error = exact.sub_(after)
-    change = after.sub_(before).abs_()
-    largest = float(change.amax())
-    if not math.isfinite(largest):
-        of_the_base = ~torch.isfinite(before)
-        if not (torch.isfinite(change) | of_the_base).all():
-            raise MELoRAError(f"`{name}`: {beyond_range(rounded.dtype)}")
-        error[of_the_base] = 0
-        change[of_the_base] = 0
+    def observe(self, tile: Tile) -> None:
+        """Takes in one tile. Values that were not finite before count as unchanged."""
+        exact = tile.exact
+        after = tile.take("after", exact.dtype).copy_(tile.rounded)
+        change = tile.before.sub_(after).abs_()  # the tile's copy of W, which it needs no more
+        error = after.sub_(exact)
         largest = float(change.amax())
-    return largest, float(torch.linalg.vector_norm(error))
+        if not math.isfinite(largest):
+            of_the_base = ~torch.isfinite(tile.block)
+            if not (torch.isfinite(change) | of_the_base).all():
+                raise MELoRAError(f"`{self.name}`: {beyond_range(tile.block.dtype)}")
+            error[of_the_base] = 0
+            change[of_the_base] = 0
+            largest = float(change.amax())
+        self.max_abs_change = max(self.max_abs_change, largest)
+        self.rounding = math.hypot(self.rounding, float(torch.linalg.vector_norm(error)))
+
+    def report(self, adapter: AdapterTensors, dtype: torch.dtype) -> SiteFold:
+        """What all tiles of a weight of `dtype` have lost together."""
+        norm = 0.0
+        ranks: list[int] = []
+        for own in adapter.by_matrix():
+            matrix_norm, matrix_ranks = _norm_and_ranks(own)
+            norm = math.hypot(norm, matrix_norm)
+            ranks += matrix_ranks
+        return SiteFold(
+            name=self.name,
+            dtype=str(dtype).removeprefix("torch."),
+            rounding_share=self.rounding / norm if norm else 0.0,
+            max_abs_change=self.max_abs_change,
+            ranks=tuple(ranks),
+            total_rank=adapter.num_experts * adapter.config.total_rank * len(adapter.part_sizes),
+        )
 
 
 def _norm_and_ranks(adapter: AdapterTensors) -> tuple[float, list[int]]:

@@ -12,8 +12,8 @@ from support.models import assert_equal, assert_near, dense_update, randn
 
 from melora_fx import MELoRAConfig
 from melora_fx.adapter import update
-from melora_fx.adapter.tensors import AdapterTensors
-from melora_fx.adapter.update import Scratch, add_update, non_finite, update_tiles
+from melora_fx.adapter.tensors import AdapterTensors, diagonal_blocks
+from melora_fx.adapter.update import Scratch, Tile, add_update, non_finite, update_tiles
 
 CONFIG = MELoRAConfig(rank=(1, 4, 2), num_blocks=3, alpha=(1.0, 0.5, 4.0))
 IN = 24
@@ -52,9 +52,9 @@ def test_every_layout_gets_the_same_bits_and_nothing_beside_it_changes(layout: s
     exact = base.double() + dense_update(CONFIG, adapter.lora_a, adapter.lora_b)
     assert_near(weight, exact)
     expected = base.clone()
-    for block, delta in update_tiles(adapter, expected, Scratch()):
+    for tile in update_tiles(adapter, expected, Scratch()):
         wide = torch.promote_types(dtype, torch.float32)
-        block.copy_(block.to(wide) + delta.to(wide))
+        tile.block.copy_(tile.block.to(wide) + tile.delta.to(wide))
     assert_equal(weight, expected)
     assert int((whole != before).sum()) <= OUT * IN // 3
     assert around == 0 or not torch.equal(whole, before)
@@ -79,6 +79,38 @@ def test_any_shape_and_any_tile(num_blocks: int, rank: int, height: int, width: 
         patch.setitem(update._TILE_ELEMENTS, "cpu", tile)
         add_update(adapter, weight)
     assert_near(weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_tile_writes_its_exact_sum_rounded(dtype: torch.dtype) -> None:
+    """Also where the sum lies halfway between two values, and where one of the terms is far below the other."""
+    wide = torch.promote_types(dtype, torch.float32)
+    powers = torch.arange(-60, 60, dtype=torch.float64)
+    weight = (1 + randn(4, 120, seed=1).double().round(decimals=1)).to(dtype)
+    delta = (randn(4, 120, seed=2).double().sign() * (2**powers + (2.0 ** (powers - 20)))).to(wide)
+    delta[:2] = (2**powers).to(wide)
+    before = weight.clone()
+    tile = Tile(weight, delta.clone(), Scratch())
+    rounded = tile.rounded.clone()
+    assert_equal(weight, before)
+    tile.write()
+    assert_equal(weight, rounded)
+    assert_equal(weight, (before.to(wide) + delta).to(dtype))
+
+
+def test_who_observes_sees_each_tile_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(update._TILE_ELEMENTS, "cpu", 100)
+    weight = randn(OUT, IN, seed=3)
+    before = weight.clone()
+    seen = []
+    add_update(
+        filled(CONFIG), weight, observe=lambda tile: seen.append((tile.block, tile.block.clone(), tile.rounded.clone()))
+    )
+    assert len(seen) == 3
+    for block, own, rounded in seen:
+        assert_equal(block, rounded)
+        assert not torch.equal(block, own)
+    assert_equal(torch.cat([own for _, own, _ in seen], dim=1), next(diagonal_blocks(before, 3, (OUT,))))
 
 
 def test_scratch_is_reused_and_grows() -> None:
