@@ -9,6 +9,7 @@ I in_features, O out_features, N num_blocks, R rank of one block. Source: MELoRA
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,9 +25,15 @@ def _gaussian(rows: torch.Tensor) -> None:
     nn.init.normal_(rows, std=1 / rows.size(-2))
 
 
+def _orthogonal(rows: torch.Tensor) -> None:
+    for matrix in chain.from_iterable(rows):  # (R_i, I/N)
+        nn.init.orthogonal_(matrix)
+
+
 INITS: dict[str, Callable[[torch.Tensor], None]] = {
     "kaiming": _kaiming,
     "gaussian": _gaussian,
+    "orthogonal": _orthogonal,
 }
 """How A_i starts: fills (E, P, R_i, I/N) in place, the A_i of all E matrices of a stack and P parts of `split`."""
 LOWERINGS = ("auto", "weight", "activation", "plain")
@@ -44,7 +51,8 @@ class MELoRAConfig:
         use_rslora: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732).
         split: for packed projections, how many equal parts the output has (an int) or their sizes; each part gets
             an adapter of its own, so that no block straddles two of them. None: one adapter for the whole.
-        init: distribution of A: "kaiming" (uniform, as nn.Linear) or "gaussian" (std 1 / rank). B starts at zero.
+        init: distribution of A: "kaiming" (uniform, as nn.Linear), "gaussian" (std 1 / rank) or "orthogonal" (the rows
+            of each block orthonormal, its columns where the rank is above I/N; arXiv 2402.16842). B starts at zero.
         lowering: how the adapter is computed in training. "weight": as x (W + Δ)ᵀ where that is the faster form, in
             float32 and without dropout; "activation": added to the output's slices, for every dtype and with dropout;
             "plain": as the nodes that the graph shows. "auto" chooses "weight" or "activation" for each site.

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from melora_fx import MELoRAConfig
+from melora_fx.config import INITS
 
 
 def test_defaults_are_the_documented_ones():
@@ -52,7 +53,7 @@ def test_ranks_and_scalings(fields, ranks, scalings):
     data=st.data(),
     use_rslora=st.booleans(),
     dropout=st.floats(0, 0.99),
-    init=st.sampled_from(["kaiming", "gaussian"]),
+    init=st.sampled_from(list(INITS)),
 )
 def test_dict_round_trip(num_blocks, data, use_rslora, dropout, init):
     ranks = st.integers(1, 64)
@@ -116,7 +117,7 @@ def test_dict_round_trip(num_blocks, data, use_rslora, dropout, init):
         pytest.param({"split": []}, ValueError, "`split` must name at least one part", id="split_empty"),
         pytest.param({"split": [12, 0]}, ValueError, r"`split\[1\]` \(=0\)", id="split_list_zero"),
         pytest.param({"split": "qkv"}, TypeError, "`split` must be an int", id="split_str"),
-        pytest.param({"init": "zeros"}, ValueError, "`init` .*'zeros'.*'kaiming', 'gaussian'", id="init"),
+        pytest.param({"init": "zeros"}, ValueError, "`init` .*'zeros'.*'kaiming', 'gaussian', 'orthogonal'", id="init"),
         pytest.param({"lowering": "fast"}, ValueError, "`lowering` .*'fast'.*'auto'", id="lowering"),
         pytest.param({"use_rslora": "no"}, TypeError, "`use_rslora` must be a bool, got 'no'", id="rslora_str"),
     ],

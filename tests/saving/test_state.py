@@ -102,7 +102,7 @@ CONFIGS = {
     "split_count": MELoRAConfig(rank=2, num_blocks=3, split=3),
     "split_sizes": MELoRAConfig(rank=(2, 1), num_blocks=2, split=(24, 12)),
     "dropout": MELoRAConfig(rank=2, num_blocks=1, dropout=0.25),
-    "gaussian": MELoRAConfig(rank=2, num_blocks=1, init="gaussian"),
+    "orthogonal": MELoRAConfig(rank=2, num_blocks=1, init="orthogonal"),
 }
 
 
