@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from melora_fx.adapter.site import SITE_TAG, SiteRecord
-from melora_fx.adapter.tensors import features_of
+from melora_fx.adapter.tensors import DROPOUT, FACTORS, SCALING, features_of
 from melora_fx.patterns.node import LinearNode, weight_of
 from melora_fx.patterns.planned_site import PlannedSite
 
@@ -51,8 +51,8 @@ def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.
     parts = record.config.parts(out_features)
     total = next(user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
     with graph.inserting_before(total):
-        tensors = [graph.get_attr(record.path(kind)) for kind in ("lora_a", "lora_b", "lora_scaling")]
-        dropout = graph.get_attr(record.path("lora_dropout")) if record.config.dropout else None
+        tensors = [graph.get_attr(record.path(kind)) for kind in (*FACTORS, SCALING)]
+        dropout = graph.get_attr(record.path(DROPOUT)) if record.config.dropout else None
         if operands.weight is None:
             arguments = (linear.input, None, None, *tensors, dropout, parts, False, linear.node)
         else:

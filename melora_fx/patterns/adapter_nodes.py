@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from melora_fx.adapter.site import SITE_TAG, SiteRecord
-from melora_fx.adapter.tensors import features_of
+from melora_fx.adapter.tensors import DROPOUT, FACTORS, SCALING, features_of
 
 from .node import LinearNode
 
@@ -59,9 +59,7 @@ class AdapterNodes:
 
     def _delta(self, base: fx.Node) -> fx.Node:
         """The adapter's output, of the base output's shape and dtype."""
-        lora_a = self._get("lora_a")
-        lora_b = self._get("lora_b")
-        scaling = self._get("lora_scaling")
+        lora_a, lora_b, scaling = [self._get(kind) for kind in (*FACTORS, SCALING)]
         scaled_b = self._call("scaled_b", aten.mul.Tensor, lora_b, scaling)
         if self.linear.input_is_transposed:
             delta = self._left(lora_a, scaled_b)
@@ -113,7 +111,7 @@ class AdapterNodes:
         """The linear's input after dropout, in the adapter's dtype."""
         value = self.linear.input
         if self.config.dropout:
-            value = self._tagged(self.graph.call_module(self.record.path("lora_dropout"), (value,)))
+            value = self._tagged(self.graph.call_module(self.record.path(DROPOUT), (value,)))
         return self._call("wide_input", aten.type_as.default, value, lora_a) if self.casts else value
 
     def _parts(self, value: fx.Node, dim: int, sizes: list[int]) -> list[fx.Node]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from melora_fx.adapter.site import owner_of
+from melora_fx.adapter.site import owner_of, tensors_of
 from melora_fx.torch_private import registered
 
 from .module import rewritten_modules
@@ -82,6 +82,6 @@ def _stale_linears(model: nn.Module, held: set[int]) -> int:
         for record in module.melora_mark.records:
             owner = owner_of(module, record)
             weight = registered(owner)[0].get(record.parameter_name)
-            lora_a = getattr(owner, record.attribute("lora_a"))
+            lora_a = tensors_of(module, record).lora_a
             stale += weight is not None and id(weight) in held and id(lora_a) not in held
     return stale
