@@ -84,9 +84,10 @@ def _add_last(graph: onnx_ir.Graph, biased: onnx_ir.Node, bias: onnx_ir.Value) -
     """Moves the bias that the node `biased` adds behind the update that is added next, if one is."""
     output = biased.outputs[0]
     product = next(value for value in biased.inputs if value is not bias)
-    total = _only_user(output, "Add")
-    if total is None or product is None:
+    users = list(output.consumers())
+    if len(users) != 1 or users[0].op_type != "Add" or product is None:
         return
+    total = users[0]
     update = next(value for value in total.inputs if value is not output)
     first = onnx_ir.node("Add", [product, update])
     last = onnx_ir.node("Add", [first.outputs[0], bias])
@@ -113,7 +114,7 @@ def _is_one_of(
     lora_b: onnx_ir.Value,
     blocks: onnx_ir.Value,
     update: onnx_ir.Value,
-    **_: onnx_ir.Value,
+    **_: Any,
 ) -> bool:
     """Whether the products are by one of the `pairs` of names, used once, and of rows of blocks."""
     is_asked_for = (lora_a.name, lora_b.name) in pairs
@@ -134,11 +135,6 @@ def _dense_products(op: Any, x: onnx_ir.Value, lora_a: onnx_ir.Value, lora_b: on
 
 def _rank(value: onnx_ir.Value) -> int:
     return len(value.shape or ())
-
-
-def _only_user(value: onnx_ir.Value, op_type: str = "MatMul") -> onnx_ir.Node | None:
-    users = list(value.consumers())
-    return users[0] if len(users) == 1 and users[0].op_type == op_type else None
 
 
 def _block_diagonal(value: onnx_ir.Value) -> np.ndarray:
