@@ -86,7 +86,7 @@ class MELoRAConfig:
         if self.split is not None:
             _set(self, "split", _checked_split(self.split))
         for name, allowed in (("init", INITS), ("lowering", LOWERINGS)):
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in [*allowed]:  # whatever type it has
                 raise ValueError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(map(repr, allowed))}")
         if self.dropout and self.lowering == "weight":
             raise ValueError(f"`dropout` (={self.dropout}) needs `lowering` 'activation' or 'auto', not 'weight'")

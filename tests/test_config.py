@@ -118,6 +118,9 @@ def test_dict_round_trip(num_blocks, data, use_rslora, dropout, init):
         pytest.param({"split": [12, 0]}, ValueError, r"`split\[1\]` \(=0\)", id="split_list_zero"),
         pytest.param({"split": "qkv"}, TypeError, "`split` must be an int", id="split_str"),
         pytest.param({"init": "zeros"}, ValueError, "`init` .*'zeros'.*'kaiming', 'gaussian', 'orthogonal'", id="init"),
+        pytest.param(
+            {"init": ["kaiming"]}, ValueError, r"`init` \(=\['kaiming'\]\) must be one of", id="init_of_another_type"
+        ),
         pytest.param({"lowering": "fast"}, ValueError, "`lowering` .*'fast'.*'auto'", id="lowering"),
         pytest.param({"use_rslora": "no"}, TypeError, "`use_rslora` must be a bool, got 'no'", id="rslora_str"),
     ],
