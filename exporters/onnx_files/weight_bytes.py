@@ -57,10 +57,11 @@ class WeightBytes:
         NAME.onnx.data. Each weight is read, changed and written on its own.
         """
         self._settle_places()
+        buffer = np.empty(max((self.tensors[name].nbytes for name in self.changes), default=0), np.uint8)
         for name in self.changes:
             tensor = self.tensors[name]
             changed = onnx_ir.LazyTensor(
-                partial(self._changed, name), tensor.dtype, onnx_ir.Shape(tensor.shape.numpy()), name=name
+                partial(self._changed, name, buffer), tensor.dtype, onnx_ir.Shape(tensor.shape.numpy()), name=name
             )
             self.graph.graph.initializers[name].const_value = changed
         self.graph.metadata_props[METADATA_KEY] = facts
@@ -95,9 +96,16 @@ class WeightBytes:
         values = values[:, slice(*place.columns)] if place.columns else values
         return values.mT if place.is_transposed else values
 
-    def _changed(self, name: str) -> onnx_ir.Tensor:
+    def _changed(self, name: str, buffer: np.ndarray) -> onnx_ir.Tensor:
+        """The initializer as it will be, in `buffer`, until the next one is: fresh memory for each takes longer."""
         tensor = self.tensors[name]
-        data = self._bytes(name)
+        data = buffer[: tensor.nbytes]
+        if isinstance(tensor, onnx_ir.ExternalTensor):
+            with open(self.files[str(tensor.location)], "rb") as file:
+                file.seek(tensor.offset or 0)
+                file.readinto(memoryview(data))
+        else:
+            data[:] = np.frombuffer(tensor.tobytes(), np.uint8)
         for place, change in self.changes[name]:
             change(self._view(place, data))
         return onnx_ir.Tensor(data.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy()), tensor.dtype, name=name)
