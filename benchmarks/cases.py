@@ -26,7 +26,7 @@ from exporters.measuring.timing import summarize
 from melora_fx import MELoRAError
 
 ROOT = Path(__file__).parents[1]
-DONE, FAILED, LEFT_OUT = 0, 1, 3
+DONE, FAILED, MISUSED, LEFT_OUT = 0, 1, 2, 3
 """Exit statuses: all measured; a case failed; none failed, but something that is needed is missing."""
 
 COLUMNS = (
@@ -78,6 +78,9 @@ def run_cases(options: Namespace, cases: Sequence[Case], *, settings: str, write
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.benchmark}.csv"
     chosen = [case for case in cases if options.only in case.name and not options.report_only]
+    if options.only and not chosen:
+        _say(f"`--only {options.only}` is in the name of no case: {', '.join(case.name for case in cases)}")
+        return MISUSED
     settings += ", quick" if options.quick else ""
     counts = dict.fromkeys(("measured", "skipped", "failed", "left out"), 0)
     start = time.perf_counter()

@@ -63,8 +63,9 @@ def fold_onnx(
     adapter = read_adapter(adapter_dir)
     graph = read_graph(source)
     facts = facts_of(graph, source)
-    _refuse_graph(facts, source, out)
+    _refuse_graph(facts, source)
     weights = WeightBytes(source, graph)
+    _refuse_overwriting(weights, out)
     places = _site_places(adapter, facts)
     _refuse_weights(weights, places)
     _refuse_adapter(adapter, weights, places)
@@ -82,8 +83,8 @@ def fold_onnx(
     return make_report(measured, adapter.sha256)
 
 
-def _refuse_graph(facts: GraphFacts, source: Path, out: Path) -> None:
-    """Raises for a graph that is not the base's alone, and for one that would be overwritten."""
+def _refuse_graph(facts: GraphFacts, source: Path) -> None:
+    """Raises for a graph that is not the base's alone."""
     if facts.adapter == "fold":
         raise MELoRAError(
             f"`{source}` holds an adapter already (sha256 {facts.adapter_sha256[:12]}…): fold into the base's graph"
@@ -93,8 +94,14 @@ def _refuse_graph(facts: GraphFacts, source: Path, out: Path) -> None:
             f"`{source}` is no graph of the base alone (`{facts.adapter}`): export the base before `rewrite`, once, "
             "and fold into that"
         )
-    if out.resolve() == source.resolve():
-        raise MELoRAError(f"`{out}` is the base's own graph: a fold keeps it, name another file")
+
+
+def _refuse_overwriting(weights: WeightBytes, out: Path) -> None:
+    """Raises where the base's graph, or a file of its weights, would be overwritten."""
+    own = {file.resolve() for file in (weights.path, *weights.files.values())}
+    for file in (out, out.with_name(f"{out.name}.data")):
+        if file.resolve() in own:
+            raise MELoRAError(f"`{file}` is the base's own: a fold keeps it, name another file")
 
 
 def _site_places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:

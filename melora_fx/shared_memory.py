@@ -34,9 +34,9 @@ def _spans(model: nn.Module) -> Iterator[_Span]:
 def _overlapping(spans: Iterable[_Span]) -> Iterator[list[str]]:
     """Groups of two and more names whose spans overlap."""
     group: list[str] = []
-    group_end = (-1, 0)
+    group_end = (0, 0)
     for device, start, end, name in sorted(spans):
-        if (device, start) >= group_end:
+        if not group or (device, start) >= group_end:
             if len(group) > 1:
                 yield group
             group = []

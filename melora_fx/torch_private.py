@@ -59,6 +59,11 @@ def is_operator(target: Any) -> TypeGuard["torch._ops.OpOverload"]:
     return isinstance(target, torch._ops.OpOverload)
 
 
+def is_packet(target: Any) -> TypeGuard["torch._ops.OpOverloadPacket"]:
+    """Whether a node calls a registered operator without saying which overload; no public name either. torch 2.13."""
+    return isinstance(target, torch._ops.OpOverloadPacket)
+
+
 def operator_key(operator: Any) -> tuple[str, str]:
     """("namespace::packet", "overload") of a registered operator, which has no pickling of its own. torch 2.13."""
     return operator._schema.name, operator._overloadname

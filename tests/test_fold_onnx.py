@@ -185,8 +185,14 @@ def test_a_second_adapter_on_a_folded_graph_and_the_base_in_its_own_place(export
     assert (facts.adapter, facts.adapter_sha256) == ("fold", read_adapter(tmp_path / "adapter").sha256)
     with pytest.raises(MELoRAError, match=f"holds an adapter already .*{facts.adapter_sha256[:12]}"):
         fold_onnx(tmp_path / "folded", tmp_path / "adapter", tmp_path / "twice")
-    with pytest.raises(MELoRAError, match="is the base's own graph"):
+    base = contents(tmp_path / "base")
+    with pytest.raises(MELoRAError, match=r"model\.onnx` is the base's own: a fold keeps it"):
         fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "base" / "model.onnx")
+    (tmp_path / "base" / "model.onnx").rename(tmp_path / "base" / "moved.onnx")  # its data stays model.onnx.data
+    with pytest.raises(MELoRAError, match=r"model\.onnx\.data` is the base's own: a fold keeps it"):
+        fold_onnx(tmp_path / "base" / "moved.onnx", tmp_path / "adapter", tmp_path / "base" / "model.onnx")
+    (tmp_path / "base" / "moved.onnx").rename(tmp_path / "base" / "model.onnx")
+    assert contents(tmp_path / "base") == base
     assert contents(tmp_path / "folded") == folded
     assert not (tmp_path / "twice").exists()
 

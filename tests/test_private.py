@@ -221,6 +221,11 @@ def test_experts() -> None:
     assert torch_private.experts_implementation(gpt2().config) in (None, "eager", "grouped_mm")
 
 
+def test_operators_without_an_overload() -> None:
+    assert torch_private.is_packet(aten.linear)
+    assert not torch_private.is_packet(aten.linear.default)
+
+
 def test_grouped_product() -> None:
     x, stack, ends = randn(4, 16), randn(2, 16, 8), torch.tensor([1, 4], dtype=torch.int32)
     product = torch_private.GROUPED_MM(x.bfloat16(), stack.bfloat16(), ends)

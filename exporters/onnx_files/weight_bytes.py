@@ -103,7 +103,7 @@ class WeightBytes:
         if isinstance(tensor, onnx_ir.ExternalTensor):
             with open(self.files[str(tensor.location)], "rb") as file:
                 file.seek(tensor.offset or 0)
-                file.readinto(memoryview(data))
+                file.readinto(data.data)
         else:
             data[:] = np.frombuffer(tensor.tobytes(), np.uint8)
         for place, change in self.changes[name]:

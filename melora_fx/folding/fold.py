@@ -145,7 +145,7 @@ def _remove_adapters(model: nn.Module) -> None:
     named = model.named_parameters(remove_duplicate=False)
     parameters = {without_wrappers(name): parameter for name, parameter in named}
     for path, root, mark in list(root_marks(model)):
-        mark.patches.take_off(root)
+        mark.patches.take_all_off(root)
         stop_watching(root)
         del vars(root)[ROOT_MARK]
         for name, requires_grad in mark.requires_grad.items():

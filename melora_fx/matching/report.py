@@ -15,7 +15,7 @@ class LinearSite:
     Attributes:
         in_features, out_features: of one linear.
         num_parameters: trainable values that its adapter has, or would have.
-        shared_with: names of other parameters of the model that are the same weight.
+        shared_with: names of other parameters of the model that share memory with the weight, as tied ones do.
         num_experts: how many linears a stack holds; each has an adapter of its own.
     """
 
@@ -50,7 +50,7 @@ class MatchReport:
         total = sum(site.num_parameters for site in self.sites)
         summary = f"{len(self.sites)} sites, {total:,} parameters; {len(self.untargeted)} untargeted (-)"
         notes = [
-            f"shared {site.name}: the same weight as {', '.join(site.shared_with)}"
+            f"shared {site.name}: in one memory with {', '.join(site.shared_with)}"
             for site in self.sites + self.untargeted
             if site.shared_with
         ]

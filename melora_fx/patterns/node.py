@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from melora_fx.adapter.site import SiteRecord
 from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.names import get_attribute
-from melora_fx.torch_private import is_operator
+from melora_fx.torch_private import is_operator, is_packet
 
 
 class Pattern(NamedTuple):
@@ -93,6 +93,11 @@ def argument(node: fx.Node, index: int, *names: str) -> Any:
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
 
 
+def is_call(value: Any) -> TypeGuard[fx.Node]:
+    """Whether `value` is a node that calls an operator."""
+    return isinstance(value, fx.Node) and value.op in ("call_function", "call_method")
+
+
 def pattern_name(node: fx.Node) -> str:
     """What a report calls the node's operator: "F.linear", "aten.bmm", …"""
     if is_operator(node.target):
@@ -104,7 +109,9 @@ def operator_key(node: fx.Node) -> Any:
     """What `Pattern.operators` calls a node's operator: a function, or the name of a method; a registered operator goes
     by its full name, "aten.bmm.default", which it has before its library is loaded.
     """
-    return str(node.target) if is_operator(node.target) else node.target
+    if is_operator(node.target):
+        return str(node.target)
+    return f"{node.target}.default" if is_packet(node.target) else node.target
 
 
 def operator_name(node: fx.Node) -> str:

@@ -22,14 +22,14 @@ from melora_fx.torch_private import GROUPED_MM
 from .adapter_nodes import insert_adapter
 from .gathered_experts import insert_gathered, match_gathered
 from .grouped_experts import insert_grouped, match_grouped
-from .node import LinearNode, Operands, Pattern, argument, operator_key, operator_name, pattern_name
+from .node import LinearNode, Operands, Pattern, argument, is_call, operator_key, operator_name, pattern_name
 from .views import CASTS, WeightView, view_of_parameter
 
 
 def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]:
     """The linear nodes of `graph` in order; `owner` holds the parameters that its `get_attr` nodes name."""
     for node in graph.nodes:
-        if node.op not in ("call_function", "call_method"):
+        if not is_call(node):
             continue
         for pattern in _BY_OPERATOR.get(operator_key(node), ()):
             linear = pattern.match(node, owner)
@@ -40,40 +40,35 @@ def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]
 
 def _match_linear(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     weight = argument(node, 1, "weight")
-    bias = argument(node, 2, "bias")
-    operands = Operands(weight, bias) if _is_vector(bias, owner) else None
-    return _linear_node(node, argument(node, 0, "input"), view_of_parameter(weight, owner), operands)
+    linear = _linear_node(node, argument(node, 0, "input"), view_of_parameter(weight, owner))
+    return _with_operands(linear, Operands(weight, argument(node, 2, "bias")), owner)
 
 
 def _match_addmm(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    if node.kwargs.get("alpha", 1) != 1:
-        return None
-    bias = argument(node, 0, "input", "self")
     right = argument(node, 2, "mat2")
-    is_plain_sum = node.kwargs.get("beta", 1) == 1 and _is_vector(bias, owner)
-    operands = Operands(right, bias, is_flipped=True) if is_plain_sum else None
-    return _match_product(node, owner, argument(node, 1, "mat1"), right, operands)
+    linear = _match_baddbmm(node, owner)
+    if node.kwargs.get("beta", 1) != 1:
+        return linear
+    return _with_operands(linear, Operands(right, argument(node, 0, "input", "self"), is_flipped=True), owner)
 
 
 def _match_baddbmm(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     if node.kwargs.get("alpha", 1) != 1:
         return None
-    return _match_product(node, owner, argument(node, 1, "batch1"), argument(node, 2, "batch2"))
+    return _match_product(node, owner, argument(node, 1, "mat1", "batch1"), argument(node, 2, "mat2", "batch2"))
 
 
 def _match_matmul(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     right = argument(node, 1, "mat2", "other", "tensor2")
-    operands = Operands(right, None, is_flipped=True) if _is_matrix_or_transpose(right) else None
-    return _match_product(node, owner, argument(node, 0, "input", "self"), right, operands)
+    linear = _match_product(node, owner, argument(node, 0, "input", "self"), right)
+    is_plain = _is_matrix_or_transpose(right)
+    return _with_operands(linear, Operands(right, None, is_flipped=True), owner) if is_plain else linear
 
 
-def _match_product(
-    node: fx.Node, owner: nn.Module, left: Any, right: Any, operands: Operands | None = None
-) -> LinearNode | None:
-    """`operands`: those of `F.linear` if the weight is on the right."""
+def _match_product(node: fx.Node, owner: nn.Module, left: Any, right: Any) -> LinearNode | None:
     weight = view_of_parameter(right, owner)
     if weight is not None:  # x @ M: what linear would take is Mᵀ
-        return _linear_node(node, left, replace(weight, is_transposed=not weight.is_transposed), operands)
+        return _linear_node(node, left, replace(weight, is_transposed=not weight.is_transposed))
     linear = _linear_node(node, right, view_of_parameter(left, owner))
     return linear and replace(linear, input_is_transposed=True)
 
@@ -110,9 +105,7 @@ def _match_packed(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     return LinearNode(node, x, "weight", pattern, weight_is_transposed=False, operands=Operands(None, None))
 
 
-def _linear_node(
-    node: fx.Node, input: Any, weight: WeightView | None, operands: Operands | None = None
-) -> LinearNode | None:
+def _linear_node(node: fx.Node, input: Any, weight: WeightView | None) -> LinearNode | None:
     """The node, where `weight` is the matrix that `F.linear` would take; some rows only where they are outputs."""
     if weight is None or not isinstance(input, fx.Node) or (weight.is_transposed and not weight.is_whole):
         return None
@@ -124,23 +117,29 @@ def _linear_node(
         weight_is_transposed=weight.is_transposed,
         rows=None if weight.is_whole else weight.rows,
         weight_is_cast=weight.is_cast,
-        operands=operands if weight.is_whole else None,
     )
+
+
+def _with_operands(linear: LinearNode | None, operands: Operands, owner: nn.Module) -> LinearNode | None:
+    """The linear with its operands, if `F.linear` gives the same bits from them."""
+    if linear is None or linear.rows or linear.input_is_transposed or not _is_vector(operands.bias, owner):
+        return linear
+    return replace(linear, operands=operands)
 
 
 def _is_vector(bias: Any, owner: nn.Module) -> bool:
     """Whether a bias is absent, or a parameter of one dimension, cast or not."""
-    while isinstance(bias, fx.Node) and bias.op != "get_attr" and operator_name(bias) in CASTS:
+    while is_call(bias) and operator_name(bias) in CASTS and bias.args:
         bias = bias.args[0]
-    return bias is None or getattr(get_attribute(owner, str(bias.target)), "ndim", None) == 1
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        return bias is None
+    return getattr(get_attribute(owner, str(bias.target)), "ndim", None) == 1
 
 
 def _is_matrix_or_transpose(value: Any) -> bool:
     """Whether a factor is a tensor of the module as it is, or with its last two dimensions exchanged."""
-    if not isinstance(value, fx.Node):
-        return False
-    is_transposed = value.op != "get_attr" and operator_name(value) in ("t", "T", "mT", "numpy_T", "transpose")
-    read = value.args[0] if is_transposed else value
+    is_transposed = is_call(value) and operator_name(value) in ("t", "T", "mT", "numpy_T", "transpose")
+    read = value.args[0] if is_transposed and value.args else value
     return isinstance(read, fx.Node) and read.op == "get_attr"
 
 

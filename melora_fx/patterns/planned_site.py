@@ -18,7 +18,7 @@ class PlannedSite:
     """Planned by `match`: one weight of a captured graph and every node that multiplies by it.
 
     `parameter`: path of the weight below the captured module. `shared_with`: names of other parameters of the model
-    that are the same weight.
+    in the same memory.
     """
 
     name: str

@@ -9,7 +9,7 @@ from torch import nn
 
 from melora_fx.torch_private import HAS_ADAPTERS, KEYS_NOT_SAVED
 
-from .marks import root_mark
+from .marks import ROOT_MARK, Patches, root_mark
 
 _SAVE = "save_pretrained"
 
@@ -64,5 +64,7 @@ def save_and_warn(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def save_whole(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own `save_pretrained`: of the whole model, and not in PEFT's format."""
-    with root_mark(model).patches.lifted(model):
-        return model.save_pretrained(*args, **kwargs)
+    patches = root_mark(model).patches if ROOT_MARK in vars(model) else Patches()  # none, where someone kept this
+    own_save = patches.before.get(_SAVE, functools.partial(type(model).save_pretrained, model))
+    with patches.lifted(model):
+        return own_save(*args, **kwargs)

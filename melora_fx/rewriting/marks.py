@@ -50,14 +50,18 @@ class Patches:
         own[name] = self.ours[name] = value
 
     def take_off(self, model: nn.Module, *names: str) -> None:
-        """Puts back what stood before, of `names` or of all; what another has put there since stays."""
+        """Puts back what stood before under these names; what another has put there since stays."""
         own = vars(model)
-        for name in names or tuple(self.ours):
+        for name in names:
             before = {name: self.before.pop(name)} if name in self.before else {}
             if self._is_ours(own, name):
                 del own[name]
                 own.update(before)
             self.ours.pop(name, None)
+
+    def take_all_off(self, model: nn.Module) -> None:
+        """The same for all names."""
+        self.take_off(model, *tuple(self.ours))
 
     def _is_ours(self, own: Mapping[str, Any], name: str) -> bool:
         return name in self.ours and name in own and own[name] is self.ours[name]
@@ -65,8 +69,9 @@ class Patches:
     @contextmanager
     def lifted(self, model: nn.Module) -> Iterator[None]:
         """Inside the block the model's attributes are its own."""
-        ours = dict(self.ours)
-        self.take_off(model)
+        own = vars(model)
+        ours = {name: value for name, value in self.ours.items() if self._is_ours(own, name)}
+        self.take_off(model, *ours)
         try:
             yield
         finally:

@@ -28,7 +28,7 @@ from melora_fx.patterns.planned_site import PlannedSite
 
 from .hugging_face import attach
 from .keep_trainable import is_within, resolve_kept
-from .marks import ROOT_MARK, RootMark
+from .marks import ROOT_MARK, RootMark, root_mark
 from .module import install
 from .stale_optimizer import watch_optimizers
 
@@ -75,6 +75,7 @@ def rewrite(
     _freeze(rewritten, kept)
     for capture, sites in _by_capture(plan.sites):
         install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
+    root_mark(rewritten).patches.take_all_off(rewritten)  # a Trainer's, which a fold of a part has left
     vars(rewritten)[ROOT_MARK] = mark
     attach(rewritten)
     watch_optimizers(rewritten)

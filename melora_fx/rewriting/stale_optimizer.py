@@ -27,39 +27,38 @@ class _Watch:
         self.models: WeakSet[nn.Module] = WeakSet()
         self.checked: WeakSet[Optimizer] = WeakSet()
         self.hook: RemovableHandle | None = None
-        self.is_checking = False
 
     def add(self, model: nn.Module) -> None:
         self.models.add(model)
         self.checked.clear()  # one that has stepped before may hold this model
         self.hook = self.hook or register_optimizer_step_pre_hook(self.check)
-        weakref.finalize(model, self.remove_unused_hook).atexit = False
+        weakref.finalize(model, self.remove_hook_if_alone).atexit = False
 
     def discard(self, model: nn.Module) -> None:
         self.models.discard(model)
         self.remove_unused_hook()
 
     def remove_unused_hook(self) -> None:
-        """Does nothing from within `check`: PyTorch goes through its hooks then."""
-        if self.hook and not self.is_checking and not list(self.models):
+        if self.hook and not list(self.models):
             self.hook.remove()
             self.hook = None
+
+    def remove_hook_if_alone(self) -> None:
+        """When a model is collected PyTorch may be going through its hooks: it notices if one of several is gone."""
+        if self.hook and list(self.hook.hooks_dict_ref() or ()) == [self.hook.id]:
+            self.remove_unused_hook()
 
     def check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or optimizer in self.checked:
             return
         self.checked.add(optimizer)
-        self.is_checking = True
-        try:
-            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            for stale in filter(None, [_stale_linears(model, held) for model in self.models]):
-                warnings.warn(
-                    f"this {type(optimizer).__name__} holds the weights of {stale} linears, which `rewrite` has "
-                    "frozen, and not their adapters: make the optimizer after `rewrite`",
-                    stacklevel=3,  # where `step` is called
-                )
-        finally:
-            self.is_checking = False
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for stale in filter(None, [_stale_linears(model, held) for model in self.models]):
+            warnings.warn(
+                f"this {type(optimizer).__name__} holds the weights of {stale} linears, which `rewrite` has frozen, "
+                "and not their adapters: make the optimizer after `rewrite`",
+                stacklevel=3,  # where `step` is called
+            )
 
 
 _watch = _Watch()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cases as module
-from benchmarks.cases import COLUMNS, DONE, FAILED, LEFT_OUT, Case, Row, run_apart, run_cases, timed_rows
+from benchmarks.cases import COLUMNS, DONE, FAILED, LEFT_OUT, MISUSED, Case, Row, run_apart, run_cases, timed_rows
 from exporters.measuring.tables import read_csv
 from melora_fx import MELoRAError
 
@@ -42,6 +42,11 @@ def test_rows_have_the_common_columns_and_their_own(tmp_path: Path) -> None:
     ]
     assert all(first[name] for name in ("device", "versions", "source", "time"))
     assert "peft" in first["versions"]
+
+
+def test_a_text_that_is_in_no_name_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cases(options(tmp_path, only="zzz"), Measured().cases, settings="") == MISUSED
+    assert "`--only zzz` is in the name of no case: a, b, c" in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

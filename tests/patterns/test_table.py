@@ -2,11 +2,13 @@
 
 import operator
 
+import pytest
 import torch
 from support.models import IN, OUT, randn
 from torch import fx, nn
 from torch.nn import functional as F
 
+import melora_fx
 from melora_fx.patterns.patterns import PATTERNS, find_linear_nodes
 
 
@@ -51,6 +53,45 @@ def test_a_function_with_the_name_of_an_operator_is_none() -> None:
 
     model = Own()
     assert not list(find_linear_nodes(fx.symbolic_trace(model).graph, model))
+
+
+class Named(nn.Module):
+    """Inputs, a child and an operator that are called as views are, or given by keywords alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.view = nn.Tanh()
+        self.weight = nn.Parameter(randn(8, 8))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, float: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        hidden = torch.matmul(self.linear(x) @ self.weight, t)
+        hidden = torch.matmul(hidden, torch.transpose(input=t, dim0=0, dim1=1))
+        hidden = F.linear(hidden, self.view(self.weight), float)
+        return torch.addmm(to, F.linear(hidden, self.weight, float), self.weight.t())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
+def test_names_of_inputs_and_children_are_not_those_of_views(whole: bool) -> None:
+    inputs = (randn(3, 8), randn(8, 8), randn(8), randn(3, 8))
+    report = melora_fx.match(Named(), "linear", melora_fx.MELoRAConfig(2, 2), example_inputs=inputs if whole else None)
+    assert [site.name for site in report.sites] == ["linear"]
+    traced = fx.symbolic_trace(Named())
+    assert [linear.parameter for linear in find_linear_nodes(traced.graph, traced)].count("weight") == 3
+
+
+def test_a_registered_operator_is_found_without_its_overload() -> None:
+    class Packets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(randn(8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.linear(x, self.weight)
+
+    model = Packets()
+    (linear,) = find_linear_nodes(fx.symbolic_trace(model).graph, model)
+    assert linear.parameter == "weight"
 
 
 def test_operands_are_those_of_a_linear() -> None:

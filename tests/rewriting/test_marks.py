@@ -2,15 +2,19 @@
 
 import copy
 import gc
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.models import bert, by_torch_save, fill, tower
+from support.models import bert, bert_classifier, by_torch_save, fill, tower
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import melora_fx
+from melora_fx import AdapterCheckpointCallback
 from melora_fx.rewriting.marks import Patches
 from melora_fx.rewriting.stale_optimizer import _Watch
 
@@ -19,6 +23,14 @@ CONFIG = melora_fx.MELoRAConfig(rank=2, num_blocks=4)
 
 def rewritten_bert() -> nn.Module:
     return fill(melora_fx.rewrite(bert(), "query", CONFIG))
+
+
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """PyTorch's table of hooks, without those of other tests' models."""
+    empty: dict[int, Any] = OrderedDict()
+    monkeypatch.setattr(torch_optimizer, "_global_optimizer_pre_hooks", empty)
+    return empty
 
 
 def marks_of(model: nn.Module) -> dict[str, list[str]]:
@@ -70,6 +82,52 @@ def test_what_is_put_on_a_rewritten_model_stays() -> None:
     assert melora_fx.fold(model).save_pretrained is own_save
 
 
+@pytest.mark.filterwarnings("ignore:`save_pretrained` of a rewritten model")
+def test_a_wrapper_around_save_pretrained_stays(tmp_path: Path) -> None:
+    model = rewritten_bert()
+    save = model.save_pretrained
+    model.save_pretrained = lambda folder: save(folder)
+    wrapper = model.save_pretrained
+    for step in ("rewritten", "folded"):
+        model.save_pretrained(tmp_path / step)
+        assert model.save_pretrained is wrapper
+        assert (tmp_path / step / "model.safetensors").exists()
+        if step == "rewritten":
+            melora_fx.fold(model)
+
+
+def test_a_trainers_patches_go_with_a_second_rewrite(tmp_path: Path) -> None:
+    """The part is rewritten, a Trainer trains the whole, the part is folded; then the whole is rewritten and folded."""
+    before = set(vars(bert_classifier()))
+    model = bert_classifier()
+    melora_fx.rewrite(model.bert, "query", CONFIG)
+    callback = AdapterCheckpointCallback()
+    callback.on_init_end(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl(), model=model)
+    melora_fx.fold(model.bert)
+    melora_fx.fold(melora_fx.rewrite(model, "query", CONFIG))
+    assert set(vars(model)) == before
+    model.save_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.usefixtures("hooks")
+def test_a_hook_of_others_is_not_disturbed() -> None:
+    """A model is collected while PyTorch goes through its hooks."""
+    watch = _Watch()
+    models = [tower()]
+    watch.add(models[0])
+
+    def collect(*_: Any) -> None:
+        models.clear()
+        gc.collect()
+
+    others = [torch_optimizer.register_optimizer_step_pre_hook(collect) for _ in range(2)]
+    torch.optim.SGD(nn.Linear(2, 2).parameters()).step()
+    for hook in others:
+        hook.remove()
+    watch.remove_unused_hook()
+    assert watch.hook is None
+
+
 def test_patches_tell_none_from_nothing() -> None:
     model = nn.Identity()
     model.given = None
@@ -81,27 +139,24 @@ def test_patches_tell_none_from_nothing() -> None:
         assert vars(model)["given"] is None
         assert "new" not in vars(model)
     assert (model.given, model.new) == (2, 2)
-    patches.take_off(model)
+    patches.take_all_off(model)
     assert vars(model)["given"] is None
     assert "new" not in vars(model)
 
 
-def test_the_hook_on_optimizers_goes_with_the_last_model() -> None:
-    gc.collect()  # models of other tests
+def test_the_hook_on_optimizers_goes_with_the_last_model(hooks: dict[int, Any]) -> None:
     watch = _Watch()
-    hooks = torch_optimizer._global_optimizer_pre_hooks
-    number = len(hooks)
     first, second = tower(), tower()
     watch.add(first)
     watch.add(second)
-    assert len(hooks) == number + 1
+    assert len(hooks) == 1
     watch.discard(first)
-    assert len(hooks) == number + 1
+    assert len(hooks) == 1
     del second
     gc.collect()
-    assert len(hooks) == number
+    assert not hooks
     watch.add(first)
     torch.optim.SGD(first.parameters()).step()
-    assert len(hooks) == number + 1
+    assert len(hooks) == 1
     watch.discard(first)
-    assert len(hooks) == number
+    assert not hooks
