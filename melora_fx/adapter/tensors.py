@@ -106,6 +106,9 @@ class AdapterTensors:
     def by_matrix(self) -> Iterator["AdapterTensors"]:
         """Those of each matrix of a stack, or of the one: views."""
         number = self.num_experts
+        if number == 1:
+            yield self
+            return
         for lora_a, lora_b in zip(self.lora_a.chunk(number), self.lora_b.chunk(number), strict=True):
             yield AdapterTensors(self.config, lora_a, lora_b)
 

@@ -60,7 +60,7 @@ class Tile:
     def before(self) -> torch.Tensor:
         """A copy of W, in the dtype of `exact`."""
         # Copied before it is converted: a conversion that reads short rows from memory takes twice the time of both.
-        copied = self.take("copied", self.block.dtype).copy_(self.block)
+        copied = self.take("rounded", self.block.dtype).copy_(self.block)
         return self.take("before", self.wide).copy_(copied)
 
     @cached_property
