@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from exporters.runtime.torch_runner import Runner
+from melora_fx.tables import table
 
 from .tables import write_csv
 from .timing import summarize, time_in_turn
@@ -35,13 +36,11 @@ class LatencyTable:
         return next(row for row in self.rows if row.name == name)
 
     def __str__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
-        lines = [f"{'':{width}}  median ms    p20    p80  ratio"]
-        lines += [
-            f"{row.name:{width}}  {row.median_ms:9.2f}  {row.p20_ms:5.2f}  {row.p80_ms:5.2f}  {row.ratio:5.2f}"
-            for row in self.rows
-        ]
-        return "\n".join(lines)
+        rows: list[tuple[str, ...]] = [("", "median ms", "p20", "p80", "ratio")]
+        for row in self.rows:
+            times = (row.median_ms, row.p20_ms, row.p80_ms, row.ratio)
+            rows.append((row.name, *(f"{value:.2f}" for value in times)))
+        return "\n".join(table(rows, right=range(1, 5)))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the table, one row a runner."""

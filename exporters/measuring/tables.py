@@ -1,13 +1,12 @@
 """Rows as CSV files, and as Markdown."""
 
-import contextlib
 import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from melora_fx import MELoRAError
+from melora_fx.files import write_atomically, writing
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: str | os.PathLike[str]) -> None:
@@ -16,18 +15,15 @@ def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: s
     Raises:
         MELoRAError: where the file cannot be written.
     """
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(path)
-    except OSError as error:
-        raise MELoRAError(f"`{path}` cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+    with writing(Path(path)):
+        write_atomically(Path(path), write)
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
