@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -19,6 +20,8 @@ TORCH_DTYPES = {
     onnx_ir.DataType.BFLOAT16: torch.bfloat16,
     onnx_ir.DataType.DOUBLE: torch.float64,
 }
+
+_WRITE_BYTES = 1 << 20
 
 Change = Callable[[torch.Tensor], object]
 """Changes a parameter in place."""
@@ -108,10 +111,19 @@ class WeightBytes:
             data[:] = np.frombuffer(tensor.tobytes(), np.uint8)
         for place, change in self.changes[name]:
             change(self._view(place, data))
-        return onnx_ir.Tensor(data.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy()), tensor.dtype, name=name)
+        return _PiecemealTensor(data.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy()), tensor.dtype, name=name)
 
     def _at_its_place(self, tensor: onnx_ir.ExternalTensor) -> onnx_ir.ExternalTensor:
         file = self.files[str(tensor.location)].absolute()
         return onnx_ir.ExternalTensor(
             file, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name
         )
+
+
+class _PiecemealTensor(onnx_ir.Tensor):
+    """Is written a megabyte at once: for more the system looks for memory in one piece, which can take seconds."""
+
+    def tofile(self, file: Any) -> None:
+        data = memoryview(self.numpy().reshape(-1).view(np.uint8).data)
+        for start in range(0, len(data), _WRITE_BYTES):
+            file.write(data[start : start + _WRITE_BYTES])
