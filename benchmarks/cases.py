@@ -27,7 +27,7 @@ from melora_fx import MELoRAError
 
 ROOT = Path(__file__).parents[1]
 DONE, FAILED, MISUSED, LEFT_OUT = 0, 1, 2, 3
-"""Exit statuses: all measured; a case failed; none failed, but something that is needed is missing."""
+"""Exit statuses: all measured; a case failed; the arguments are wrong; none failed, but something needed is missing."""
 
 COLUMNS = (
     *("benchmark", "case", "side", "median_ms", "p20_ms", "p80_ms", "ratio", "reference", "rounds"),

@@ -24,6 +24,7 @@ from melora_fx.files import staging_folder, writing
 from melora_fx.folding.measured_fold import fold_and_measure
 from melora_fx.folding.report import make_report
 from melora_fx.matching.targets import nearest
+from melora_fx.names import site_of
 from melora_fx.progress import show_progress
 from melora_fx.saving.adapter_file import Adapter, read_adapter
 from melora_fx.saving.checks import check_fingerprints, check_shapes, refuse_non_finite
@@ -113,7 +114,7 @@ def _site_places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
         if place is not None:
             places[site] = place
         else:
-            known = [name.removesuffix(".weight") for name in facts.weights]
+            known = [site_of(name) for name in facts.weights]
             lines.append(f"`{site}`; nearest: {nearest(site, known)}")
     if lines:
         raise MELoRAError(

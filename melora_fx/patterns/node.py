@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -11,6 +11,9 @@ from melora_fx.adapter.site import SiteRecord
 from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.names import get_attribute
 from melora_fx.torch_private import is_operator, is_packet
+
+CALLS = ("call_function", "call_method")
+"""What `node.op` is of nodes that call an operator."""
 
 
 class Pattern(NamedTuple):
@@ -93,11 +96,6 @@ def argument(node: fx.Node, index: int, *names: str) -> Any:
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
 
 
-def is_call(value: Any) -> TypeGuard[fx.Node]:
-    """Whether `value` is a node that calls an operator."""
-    return isinstance(value, fx.Node) and value.op in ("call_function", "call_method")
-
-
 def pattern_name(node: fx.Node) -> str:
     """What a report calls the node's operator: "F.linear", "aten.bmm", …"""
     if is_operator(node.target):
@@ -115,7 +113,12 @@ def operator_key(node: fx.Node) -> Any:
 
 
 def operator_name(node: fx.Node) -> str:
-    """A node's operator without its namespace and overload: "transpose", for each way to call it."""
+    """A node's operator without its namespace and overload: "transpose", for each way to call it.
+
+    What calls none has no operator's name: an input, or a child `norm`, which is "norm()".
+    """
+    if node.op not in CALLS:
+        return f"{node.target}()" if node.op == "call_module" else node.op
     if is_operator(node.target):
         return node.target.overloadpacket.__name__
     if node.target is getattr:

@@ -22,14 +22,14 @@ from melora_fx.torch_private import GROUPED_MM
 from .adapter_nodes import insert_adapter
 from .gathered_experts import insert_gathered, match_gathered
 from .grouped_experts import insert_grouped, match_grouped
-from .node import LinearNode, Operands, Pattern, argument, is_call, operator_key, operator_name, pattern_name
+from .node import CALLS, LinearNode, Operands, Pattern, argument, operator_key, operator_name, pattern_name
 from .views import CASTS, WeightView, view_of_parameter
 
 
 def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]:
     """The linear nodes of `graph` in order; `owner` holds the parameters that its `get_attr` nodes name."""
     for node in graph.nodes:
-        if not is_call(node):
+        if node.op not in CALLS:
             continue
         for pattern in _BY_OPERATOR.get(operator_key(node), ()):
             linear = pattern.match(node, owner)
@@ -129,7 +129,7 @@ def _with_operands(linear: LinearNode | None, operands: Operands, owner: nn.Modu
 
 def _is_vector(bias: Any, owner: nn.Module) -> bool:
     """Whether a bias is absent, or a parameter of one dimension, cast or not."""
-    while is_call(bias) and operator_name(bias) in CASTS and bias.args:
+    while isinstance(bias, fx.Node) and operator_name(bias) in CASTS and bias.args:
         bias = bias.args[0]
     if not isinstance(bias, fx.Node) or bias.op != "get_attr":
         return bias is None
@@ -138,7 +138,9 @@ def _is_vector(bias: Any, owner: nn.Module) -> bool:
 
 def _is_matrix_or_transpose(value: Any) -> bool:
     """Whether a factor is a tensor of the module as it is, or with its last two dimensions exchanged."""
-    is_transposed = is_call(value) and operator_name(value) in ("t", "T", "mT", "numpy_T", "transpose")
+    if not isinstance(value, fx.Node):
+        return False
+    is_transposed = operator_name(value) in ("t", "T", "mT", "numpy_T", "transpose")
     read = value.args[0] if is_transposed and value.args else value
     return isinstance(read, fx.Node) and read.op == "get_attr"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .node import is_call, operator_name, parameter_of
+from .node import operator_name, parameter_of
 from .views import CASTS, apply_views, behind_views, is_view
 
 _PRODUCTS = {
@@ -73,7 +73,7 @@ def stack_of(value: Any, owner: nn.Module) -> Stack | None:
 
 def choice_of(node: fx.Node) -> fx.Node | None:
     """The numbers by which `node` gathers along the first dimension, or None where it does something else."""
-    if not is_call(node) or operator_name(node) not in ("index", "getitem") or len(node.args) < 2:
+    if operator_name(node) not in ("index", "getitem") or len(node.args) < 2:
         return None
     index = node.args[1]
     if isinstance(index, list | tuple) and len(index) == 1:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from melora_fx.torch_private import in_one_storage
 
-from .node import is_call, operator_name, parameter_of
+from .node import operator_name, parameter_of
 
 _TRANSPOSITIONS = {"t", "T", "mT", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim"}
 _RESHAPES = {"unsqueeze", "squeeze", "expand", "view", "reshape", "_unsafe_view", "flatten", "unflatten"}
@@ -35,7 +35,7 @@ def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
             if user in linear_nodes:
                 continue
             name = operator_name(user)
-            if is_call(user) and name in _SAME_VALUES:
+            if name in _SAME_VALUES:
                 pending.append(user)
             else:
                 found[name] = None
@@ -84,7 +84,7 @@ def view_of_parameter(value: Any, owner: nn.Module) -> WeightView | None:
 
 def is_view(node: fx.Node) -> bool:
     """Whether `node` is a view, a copy or a cast of its first argument."""
-    return is_call(node) and operator_name(node) in _SAME_VALUES and bool(node.args)
+    return operator_name(node) in _SAME_VALUES and bool(node.args)
 
 
 def behind_views(value: Any, views: list[fx.Node]) -> Any:

@@ -12,7 +12,7 @@ from melora_fx.capture.example_inputs import ExampleInputs
 from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
-from melora_fx.names import without_wrappers
+from melora_fx.names import site_of, without_wrappers
 from melora_fx.rewriting.rewrite import rewrite
 from melora_fx.rewriting.sites import AdapterSite, refuse_folded, sites
 
@@ -138,7 +138,7 @@ def _copy_site(site: AdapterSite, saved: AdapterTensors) -> None:
 def _plain_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every matrix, and stack of matrices, of the model by the name that a site on it would have."""
     matrices = {
-        without_wrappers(name).removesuffix(".weight"): parameter
+        site_of(without_wrappers(name)): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.dim() in (2, 3)
     }
