@@ -127,6 +127,13 @@ def in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` is running. `torch.compiler.is_exporting` reads the same flag, but Dynamo of torch 2.11
+    takes it for true under `torch.compile` too. torch 2.11.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def in_fx_trace() -> bool:
     """Whether `fx.Tracer` is tracing now. torch 2.13."""
     return is_fx_symbolic_tracing()
@@ -165,8 +172,11 @@ KEYS_NOT_SAVED = "_keys_to_ignore_on_save"
 
 
 def is_experts_layer(module: nn.Module) -> bool:
-    """Whether `module` is one of transformers' layers of experts, by what its decorator sets. transformers 5.23."""
-    return hasattr(module, "_is_expert_parallel")
+    """Whether `module` is one of transformers' layers of experts, by what their decorator gives the class.
+
+    transformers 5.17.
+    """
+    return hasattr(module, "_apply_gate")
 
 
 def experts_implementation(config: Any) -> str | None:

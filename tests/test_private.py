@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from support.models import IN, OUT, bert_classifier, gpt2, randn
+from support.models import IN, OUT, assert_equal, bert_classifier, gpt2, randn
 from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
@@ -184,6 +184,19 @@ def test_transforms_are_seen() -> None:
     with torch.autograd.forward_ad.dual_level():
         look(randn(2))
     assert seen == [(False, False), (True, False), (False, True)]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_an_export_is_seen() -> None:
+    class Look(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if torch_private.is_exporting() else x - 1
+
+    x = randn(2)
+    assert_equal(Look()(x), x - 1)
+    assert_equal(torch.compile(Look(), backend="eager")(x), x - 1)
+    for strict in (False, True):
+        assert_equal(torch.export.export(Look(), (x,), strict=strict).module()(x), x + 1)
 
 
 def test_an_fx_trace_is_seen() -> None:

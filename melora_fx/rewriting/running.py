@@ -14,7 +14,7 @@ from melora_fx.adapter.site import MODULE_MARK, SITE_TAG, SiteRecord
 from melora_fx.capture.graphs import copy_graph
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.lowerings import PLAIN, lower
-from melora_fx.torch_private import in_forward_mode, in_functorch, in_fx_trace, put_graph
+from melora_fx.torch_private import in_forward_mode, in_functorch, in_fx_trace, is_exporting, put_graph
 
 from .marks import ModuleMark
 
@@ -91,7 +91,7 @@ def _needs_plain_nodes() -> bool:
     if in_functorch() or in_forward_mode():
         return True
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return is_exporting()
     return torch.jit.is_tracing() or in_fx_trace()
 
 
