@@ -76,7 +76,8 @@ def _remedy(library: str) -> str:
     if library.startswith("libcuda."):
         return "it comes with NVIDIA's driver: is there a GPU, and is its driver installed?"
     if library.startswith(("libnvinfer", "libnvonnxparser")):
-        return f"it is part of TensorRT {library.rpartition('.')[2]}: pip install tensorrt"
+        major = int(library.rpartition(".")[2])
+        return f'it is part of TensorRT {major}: pip install "tensorrt>={major},<{major + 1}"'
     return 'pip install "melora_fx[gpu]" brings CUDA and cuDNN'
 
 

@@ -46,7 +46,11 @@ def test_sessions_are_made_as_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("library", "text"),
-    [("libcuda.so.1", "driver"), ("libnvinfer.so.10", "TensorRT 10: pip install"), ("libcublasLt.so.13", "melora_fx")],
+    [
+        ("libcuda.so.1", "driver"),
+        ("libnvinfer.so.10", 'TensorRT 10: pip install "tensorrt>=10,<11"'),
+        ("libcublasLt.so.13", "melora_fx"),
+    ],
     ids=["driver", "tensorrt", "cuda"],
 )
 def test_each_missing_library_has_its_remedy(library: str, text: str) -> None:
