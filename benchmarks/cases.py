@@ -1,7 +1,5 @@
 """What is common to the benchmarks: their columns, which cases are done, their CSV file, processes of their own."""
 
-import functools
-import hashlib
 import json
 import os
 import subprocess
@@ -25,9 +23,7 @@ from exporters.measuring.tables import read_csv, write_csv
 from exporters.measuring.timing import summarize
 from melora_fx import MELoRAError
 
-ROOT = Path(__file__).parents[1]
-DONE, FAILED, MISUSED, LEFT_OUT = 0, 1, 2, 3
-"""Exit statuses: all measured; a case failed; the arguments are wrong; none failed, but something needed is missing."""
+from .checkout import DONE, FAILED, LEFT_OUT, MISUSED, ROOT, source_digest
 
 COLUMNS = (
     *("benchmark", "case", "side", "median_ms", "p20_ms", "p80_ms", "ratio", "reference", "rounds"),
@@ -157,17 +153,6 @@ def print_rows(rows: Sequence[Row]) -> None:
             table.add_row(row["side"], format_ms(row["median_ms"]), spread, f"{row['ratio']:.3f}")
     if table.row_count:
         console.print(table)
-
-
-@functools.cache
-def source_digest() -> str:
-    """Twelve hexadecimal digits that change with the code of both packages and of the benchmarks."""
-    digest = hashlib.sha256()
-    for file in sorted(
-        file for folder in ("melora_fx", "exporters", "benchmarks") for file in ROOT.glob(f"{folder}/**/*.py")
-    ):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def run_apart(

@@ -32,8 +32,9 @@ from exporters.measuring.tables import markdown_table
 from melora_fx import AdapterSite, MELoRAConfig, MELoRAError
 
 from .cases import Case, Row, run_cases
-from .models import copy_into_lora, equal_lora, llama_config, load_smollm2
+from .models import copy_into_lora, equal_lora, load_smollm2
 from .needs import SMOLLM2
+from .random_models import llama_config
 
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16)
 LEARNING_RATE = 5e-4

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import melora_fx
 from melora_fx import MELoRAConfig
 
-from .models import fill, llama_config
+from .models import fill
+from .random_models import llama_config
 from .step_cost import resident_kib
 
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16.0)

@@ -14,7 +14,7 @@ import functools
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,31 +64,42 @@ def rows_of(seconds: dict[str, list[float]], reference: str, num_bytes: dict[str
     return rows
 
 
-def in_memory(dtype: torch.dtype, options: Namespace) -> list[Row]:
+def in_memory(dtype: torch.dtype, options: Namespace, device: str = "cpu") -> list[Row]:
     torch.manual_seed(0)
     config = base_config(6, options.quick, 128)
-    ours = LlamaModel(config).to(dtype)
-    theirs = lora(LlamaModel(config).to(dtype))
+    with torch.device(device):  # random weights are made there
+        ours = LlamaModel(config).to(dtype)
+        theirs = lora(LlamaModel(config).to(dtype))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def prepare(name: str) -> Sequence[Any]:
+        arguments: Sequence[Any] = ()
         if name.startswith("PEFT"):
             theirs.unmerge_adapter()
-            return ()
-        if not melora_fx.sites(ours):
-            fill(melora_fx.rewrite(ours, "all-linear", CONFIG))
-        if not name.startswith("copy"):
-            return (ours,)
-        blocks = blocks_of(ours)
-        return blocks, [block.clone() for block in blocks]
+        else:
+            if not melora_fx.sites(ours):
+                fill(melora_fx.rewrite(ours, "all-linear", CONFIG))
+            blocks = blocks_of(ours)
+            arguments = (blocks, [block.clone() for block in blocks]) if name.startswith("copy") else (ours,)
+        wait()
+        return arguments
 
-    sides = {
+    def waiting(side: Callable[..., object]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            side(*arguments)
+            wait()
+
+        return run
+
+    sides: dict[str, Callable[..., object]] = {
         "PEFT merge_adapter": theirs.merge_adapter,
         "copy of the blocks": copy_blocks,
         "check_fold": melora_fx.check_fold,
         "folded, in and out": fold_and_unfold,
         "fold": melora_fx.fold,
     }
-    seconds = time_in_turn(sides, rounds=options.rounds, prepare=prepare)
+    actions = {name: waiting(side) for name, side in sides.items()}
+    seconds = time_in_turn(actions, rounds=options.rounds, prepare=prepare)
     prepare("check_fold")
     num_bytes = 2 * sum(block.nbytes for block in blocks_of(ours))  # read and written
     facts = {"part": "memory", "dtype": str(dtype).removeprefix("torch."), "threads": options.threads}

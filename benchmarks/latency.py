@@ -5,7 +5,7 @@ compared: all forms run in turn, in an order drawn for every round, after their 
 are loaded three times, for one that stays loaded may be some per cent off for as long as it does. Exports are kept in
 --cache. Writes latency.csv, latency.md, and pictures: for each model its graphs, and torch.
 
-`--providers cuda` or `tensorrt` measures the graphs there, `--device cuda` the torch cells.
+`--providers cuda`, `cuda graph` or `tensorrt` measures the graphs there, `--device cuda` the torch cells.
 """
 
 import functools
@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import melora_fx
@@ -24,12 +25,12 @@ from exporters.adapters.ort_adapter import swap_tensors
 from exporters.measuring.machine import package_versions
 from exporters.measuring.measure import Contender, measure
 from exporters.onnx_files.metadata import read_facts
-from exporters.runtime.graph_inputs import make_inputs
 from melora_fx import MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
-from .cases import Case, Row, measured_rows, run_cases, source_digest
-from .latency_cells import FORMS, QUICK, TARGETS, Cell, Form, cells
+from .cases import Case, Row, measured_rows, run_cases
+from .checkout import source_digest
+from .latency_cells import QUICK, TARGETS, Cell, Form, cells
 from .latency_report import write_report
 from .models import EXAMPLE, build
 from .needs import why_missing
@@ -46,7 +47,7 @@ def run(options: Namespace) -> int:
             cell.name,
             functools.partial(measure_cell, cell, workshop, options.seconds),
             why_missing(cell.model, options.cache),
-            options.device if cell.provider.startswith("torch") else cell.provider,
+            options.device if cell.provider.startswith("torch") else cell.session["provider"],
         )
         for cell in (QUICK if options.quick else cells(options.providers.split(",")))
     ]
@@ -56,9 +57,10 @@ def run(options: Namespace) -> int:
 class Workshop:
     """Exports, kept in a folder that is named after the sources and versions that made them, and torch runners."""
 
-    def __init__(self, cache: Path, device: str) -> None:
+    def __init__(self, cache: Path, device: str, backend: str = "inductor") -> None:
         self.cache = cache
         self.device = device
+        self.backend = backend
         made_by = hashlib.sha256(f"{package_versions()} {source_digest()}".encode()).hexdigest()
         self.folder = cache / f"exports-{made_by[:12]}"
         self.torch_model = functools.lru_cache(maxsize=None)(self._torch_model)
@@ -74,10 +76,11 @@ class Workshop:
     def _contender(self, cell: Cell, form: Form) -> Contender:
         if cell.provider.startswith("torch"):
             compiled = cell.provider == "torch compile"
-            model = self.torch_model(cell.model, form.kind, cell.targets, cell.num_blocks, cell.rank, compiled)
+            facts = (cell.model, form.kind, cell.targets, cell.num_blocks, cell.rank)
+            model = self.torch_model(*facts, cell.precision, compiled)
             return Contender(form.name, TorchRunner(model, threads=cell.threads))
         path = self.exported(cell, form)
-        runner = OrtRunner(path, provider=cell.provider, threads=cell.threads)
+        runner = OrtRunner(path, **cell.session)
         if not form.gives_adapter:
             return Contender(form.name, runner, path)
         tensors = swap_tensors(read_adapter(path.with_suffix(".adapter")), read_facts(path))
@@ -99,18 +102,21 @@ class Workshop:
         return path
 
     def inputs(self, cell: Cell) -> dict[str, Any]:
-        """Made from the base graph, for torch too."""
-        graph = self.exported(replace(cell, provider="cpu", target=""), FORMS[0])
-        arrays = make_inputs(OrtRunner(graph), cell.batch, cell.sequence)
+        """Token ids, and a mask of ones."""
+        ids = np.random.default_rng(0).integers(3, 32, (cell.batch, cell.sequence))
+        arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         if not cell.provider.startswith("torch"):
             return arrays
         return {name: torch.as_tensor(array, device=self.device) for name, array in arrays.items()}
 
-    def _torch_model(self, name: str, kind: str, targets: str, num_blocks: int, rank: int, compiled: bool) -> Any:
+    def _torch_model(
+        self, name: str, kind: str, targets: str, num_blocks: int, rank: int, precision: str, compiled: bool
+    ) -> Any:
         if compiled:
-            model = self.torch_model(name, kind, targets, num_blocks, rank, False)
-            return torch.compile(model, dynamic=True)
-        return build(name, kind, self.cache, targets, num_blocks, rank).to(self.device)
+            model = self.torch_model(name, kind, targets, num_blocks, rank, precision, False)
+            return torch.compile(model, dynamic=True, backend=self.backend)
+        model = build(name, kind, self.cache, targets, num_blocks, rank).to(self.device)
+        return model.half() if precision == "fp16" else model
 
 
 def errors(cell: Cell, contenders: list[Contender], inputs: dict[str, Any]) -> dict[str, float]:

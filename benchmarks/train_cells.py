@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from .train_sides import FEW_SIDES, SEQUENCE, SIDES, Setting
+from .train_sides import FEW_SIDES, ON_A_CPU, SEQUENCE, Setting
 
 _CENTRES = (
     ("MiniLM-L6", "eager", 1024),
@@ -23,7 +23,7 @@ class Cell:
     mode: str = "eager"
     threads: int = 1
     tokens: int = 1024
-    sides: tuple[str, ...] = tuple(SIDES)
+    sides: tuple[str, ...] = ON_A_CPU
     keeps_memory: bool = False
 
     @property
@@ -43,7 +43,7 @@ def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
     cells = []
     for model, mode, tokens in _CENTRES:
         setting = Setting(model, "all-linear" if model == "Tiny" else "centre", 8, "float32", llama=llama)
-        centre = Cell(setting, mode, tokens=tokens, sides=tuple(SIDES) if mode == "eager" else FEW_SIDES)
+        centre = Cell(setting, mode, tokens=tokens, sides=ON_A_CPU if mode == "eager" else FEW_SIDES)
         cells += [centre, *(() if model == "Tiny" else _variations(centre))]
     return cells
 

@@ -10,6 +10,7 @@ from exporters.measuring.tables import markdown_table
 _COLORS = {
     "ours": "#2a7fc0",
     "ours, plain nodes": "#9cc4e4",
+    "ours, Triton": "#20848c",
     "PEFT LoRA, equal rank": "#c0792a",
     "PEFT LoRA, equal parameters": "#e3b98a",
     "PEFT BD-LoRA": "#8e5ea2",
@@ -30,12 +31,12 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
     for row in rows:
         groups.setdefault(row["case"], []).append(row)
     (folder / "train_step.md").write_text(_markdown(groups))
-    _plot(groups, folder / "train_step.png")
+    plot_steps(groups, folder / "train_step.png")
 
 
 def label(row: Row) -> str:
     """A cell without its model and mode."""
-    is_minilm = row["model"] == "MiniLM-L6"
+    is_minilm = row["model"].startswith("MiniLM")
     centre = "every dense layer" if is_minilm else "q,k,v,o"
     facts = [centre if row["targets"] == "centre" else row["targets"], f"{row['tokens']} tokens"]
     if row["rank"] != "8":
@@ -62,9 +63,15 @@ def _markdown(groups: Mapping[str, list[Row]]) -> str:
         "gradient. Saved: what autograd keeps for the backward, above the frozen model's. Peak: memory that one step "
         "takes, above the frozen model's.",
         "",
-        *markdown_table(_HEADINGS, [_cells(row, rows[0]) for rows in groups.values() for row in rows], text_columns=4),
+        *steps_table(groups),
     ]
     return "\n".join(lines) + "\n"
+
+
+def steps_table(groups: Mapping[str, list[Row]]) -> list[str]:
+    """The lines of a Markdown table; `groups`: the rows of each cell, the frozen model's first."""
+    cells = [_cells(row, rows[0]) for rows in groups.values() for row in rows]
+    return markdown_table(_HEADINGS, cells, text_columns=4)
 
 
 def _cells(row: Row, floor: Row) -> list[str]:
@@ -91,7 +98,7 @@ def _difference(row: Row, floor: Row, column: str) -> str:
     return f"{float(row[column]) - float(floor[column]):.1f}"
 
 
-def _plot(groups: Mapping[str, list[Row]], path: Path) -> None:
+def plot_steps(groups: Mapping[str, list[Row]], path: Path) -> None:
     """One panel for each model and mode: bars of what a step costs over the floor, in per cent of it."""
     pyplot = import_pyplot()
     panels: dict[str, list[list[Row]]] = {}

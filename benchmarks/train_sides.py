@@ -15,9 +15,12 @@ from transformers import AutoModel, LlamaModel
 import melora_fx
 from melora_fx import MELoRAConfig
 
-from .models import fill, llama_config, load_smollm2, minilm_folder
+from .models import fill, load_smollm2, minilm_folder
+from .random_models import SHAPES, SMALL, llama_config, random_model
 
 SEQUENCE = {"MiniLM-L6": 64, "SmolLM2-135M": 128, "Llama": 128, "Tiny": 16}
+SEQUENCE |= {"MiniLM-shaped": 128, "SmolLM2-shaped": 512, "Llama-shaped, 1B": 2048}
+SEQUENCE |= {name: 16 for name in SHAPES if name.endswith(SMALL)}
 """Tokens of one text."""
 
 
@@ -36,6 +39,10 @@ class Setting:
     llama: tuple[int, int, int, int] = (1024, 2816, 2, 16)
 
     @property
+    def is_bert(self) -> bool:
+        return self.model.startswith("MiniLM")
+
+    @property
     def config(self) -> MELoRAConfig:
         return MELoRAConfig(rank=self.rank, num_blocks=self.num_blocks, alpha=2.0 * self.rank, dropout=self.dropout)
 
@@ -50,6 +57,8 @@ def base_model(setting: Setting) -> nn.Module:
                 module.p = 0.0
     elif setting.model == "SmolLM2-135M":
         model = load_smollm2()[0].get_submodule("model")
+    elif setting.model in SHAPES:
+        model = random_model(SHAPES[setting.model])
     else:
         sizes = (64, 128, 4, 4) if setting.model == "Tiny" else setting.llama
         torch.manual_seed(0)
@@ -61,10 +70,9 @@ def base_model(setting: Setting) -> nn.Module:
 
 def site_names(model: nn.Module, setting: Setting) -> list[str]:
     """The linears that every side adapts."""
-    is_bert = setting.model == "MiniLM-L6"
     targets: str | Sequence[str] = {
-        "centre": ["query", "key", "value", "dense"] if is_bert else ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "q,v": ["query", "value"] if is_bert else ["q_proj", "v_proj"],
+        "centre": ["query", "key", "value", "dense"] if setting.is_bert else ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "q,v": ["query", "value"] if setting.is_bert else ["q_proj", "v_proj"],
         "all-linear": "all-linear",
     }[setting.targets]
     return [site.name for site in melora_fx.match(model, targets, setting.config).sites]
@@ -129,12 +137,14 @@ SIDES: Mapping[str, Callable[[nn.Module, Setting], nn.Module]] = {
     "frozen": lambda model, _: model,
     "ours": ours,
     "ours, plain nodes": lambda model, setting: ours(model, setting, "plain"),
+    "ours, Triton": lambda model, setting: ours(model, setting, "triton"),
     "PEFT LoRA, equal rank": lambda model, setting: peft_lora(model, setting, setting.config.total_rank),
     "PEFT LoRA, equal parameters": lambda model, setting: peft_lora(model, setting, setting.rank),
     "PEFT BD-LoRA": lambda model, setting: peft_lora(model, setting, setting.config.total_rank, is_bdlora=True),
     "authors' loop": authors_loop,
     "full fine-tuning": full_fine_tuning,
 }
+ON_A_CPU = tuple(name for name in SIDES if name != "ours, Triton")
 FEW_SIDES = ("frozen", "ours", "PEFT LoRA, equal rank")
 
 

@@ -65,20 +65,32 @@ def measure_apart(cell: Cell, options: Namespace) -> list[Row]:
 
 def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
     torch.set_num_threads(cell.threads)
+    steps, facts = prepare_all(cell, device)
+    num_steps = rounds * STEPS_PER_ROUND * (20 if cell.setting.model == "Tiny" else 1)
+    seconds = time_in_turn(steps, rounds=num_steps)
+    return timed_rows(seconds, "frozen", with_peaks(facts, steps, device))
+
+
+def prepare_all(cell: Cell, device: str, backend: str = "inductor") -> tuple[dict[str, Step], dict[str, Row]]:
+    """The step of each side, and the columns of it that are no times; `backend`: of `torch.compile`."""
     if cell.mode == "compiled":
         torch._inductor.config.force_disable_caches = True  # type: ignore[attr-defined]
         # What the compiler does once is no side's.
-        torch.compile(nn.Linear(8, 8))(torch.randn(2, 8)).sum().backward()
-    facts: dict[str, Row] = {}
+        layer = nn.Linear(8, 8, device=device)
+        torch.compile(layer, backend=backend)(torch.randn(2, 8, device=device)).sum().backward()
     steps: dict[str, Step] = {}
+    facts: dict[str, Row] = {}
     for name in cell.sides:
-        steps[name], found = prepare(make_side(name, cell.setting).to(device), cell, device)
+        with torch.device(device):  # random weights are made there
+            model = make_side(name, cell.setting)
+        steps[name], found = prepare(model.to(device), cell, device, backend)
         facts[name] = facts_of(cell) | found
-    num_steps = rounds * STEPS_PER_ROUND * (20 if cell.setting.model == "Tiny" else 1)
-    seconds = time_in_turn(steps, rounds=num_steps)
-    for name, step in steps.items():
-        facts[name]["peak_memory_mib"] = peak_memory_mib(step, device)
-    return timed_rows(seconds, "frozen", facts)
+    return steps, facts
+
+
+def with_peaks(facts: dict[str, Row], steps: dict[str, Step], device: str) -> dict[str, Row]:
+    """`facts` with the peak memory of a step of each side."""
+    return {name: facts[name] | {"peak_memory_mib": peak_memory_mib(step, device)} for name, step in steps.items()}
 
 
 def facts_of(cell: Cell) -> Row:
@@ -94,7 +106,7 @@ def facts_of(cell: Cell) -> Row:
     } | dict.fromkeys(("saved_mib", "peak_memory_mib", "parameters", "compile_s", "graph_breaks", "recompiles"))
 
 
-def prepare(model: nn.Module, cell: Cell, device: str) -> tuple[Step, Row]:
+def prepare(model: nn.Module, cell: Cell, device: str, backend: str) -> tuple[Step, Row]:
     """The training step of one side, run twice, and what was found of it then."""
     length = SEQUENCE[cell.setting.model]
     width = model.config.hidden_size  # type: ignore[union-attr]
@@ -102,7 +114,7 @@ def prepare(model: nn.Module, cell: Cell, device: str) -> tuple[Step, Row]:
     torch.manual_seed(0)
     embeddings = torch.randn(cell.tokens // length, length, width, device=device).mul_(0.5).to(dtype).requires_grad_()
     is_compiled = cell.mode == "compiled"
-    step, num_parameters = make_step(model, embeddings, torch.compile(model) if is_compiled else None)
+    step, num_parameters = make_step(model, embeddings, torch.compile(model, backend=backend) if is_compiled else None)
     facts: Row = {"parameters": num_parameters}
     if not is_compiled:
         facts["saved_mib"] = saved_mib(model, embeddings)

@@ -16,7 +16,7 @@ import torch
 
 from exporters.onnx_runtime import Arrays, import_onnxruntime
 from melora_fx import MELoRAError
-from melora_fx.versions import package_version
+from melora_fx.versions import package_version, source_commit
 
 _MIB = 2**20
 
@@ -111,15 +111,3 @@ def package_versions(*packages: str) -> str:
     runtime = f"onnxruntime {import_onnxruntime().__version__}"
     versions = [f"{name} {package_version(name)}" for name in names]
     return "; ".join([*versions, runtime, *(f"{name} {package_version(name)}" for name in packages)])
-
-
-def source_commit() -> str:
-    """The commit of this source, with "-dirty" after it where files have changed; empty outside of a checkout."""
-    file = Path(__file__)
-    git = ["git", "-C", str(file.parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, check=True)
-        described = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return described.stdout.strip()
