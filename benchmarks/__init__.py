@@ -6,9 +6,13 @@ train_step, experts, rewrite_speed, fold_speed, fold_rounding, latency, adapter_
 __main__       the list of them, and the command line
 needs          packages and weights that may be missing
 cases          what is common: the columns, which cases are done, the CSV file, processes of their own
-models         pretrained models, with adapters of ours and of PEFT
+models         the models, pretrained or random, with adapters of ours and of PEFT
+random_models  those that are made at random, in the shapes of known ones
+checkout       the checkout that is measured, and the exit statuses
 step_cost      a training step: its time, what its backward keeps, its peak memory
 train_cells, train_sides, train_report      parts of train_step
 fold_sides     ways to merge an adapter into a folder
 latency_cells, latency_report               parts of latency
+
+`gpu/` holds what is run on a machine with a GPU.
 """

@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu import options as gpu
 from benchmarks.needs import CACHE, MATPLOTLIB, MINILM, MPNET, ONNXRUNTIME, PEFT, SMOLLM2, Need
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +97,7 @@ BENCHMARKS = (
         weights=(MINILM, MPNET),
         options=(
             Option("seconds", 10.0, "of timing one case, of three loads", quick=0.3),
-            Option("providers", "cpu,torch eager,torch compile", "cuda and tensorrt too"),
+            Option("providers", "cpu,torch eager,torch compile", "cuda, cuda graph and tensorrt too"),
             Option("device", "cpu", "of the torch cases: cpu or cuda"),
         ),
         needs=(ONNXRUNTIME, PEFT, MATPLOTLIB),
@@ -119,6 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.benchmark == "all":
         return _status_of_all([_run_apart(benchmark, options) for benchmark in BENCHMARKS])
+    if options.benchmark == "gpu":
+        from benchmarks.gpu.schedule import run as run_on_gpu
+
+        return run_on_gpu(options)
     return run(next(each for each in BENCHMARKS if each.name == options.benchmark), options)
 
 
@@ -129,6 +134,7 @@ def list_benchmarks() -> None:
             f"[red]{need.name} (missing)[/]" if need.why_missing(CACHE) else need.name for need in (*needs, *weights)
         ]
         table.add_row(name, question, str(minutes), ", ".join(needed))
+    table.add_row("gpu", gpu.QUESTION, "any", "a CUDA device; each part says the rest")
     console = Console()
     console.print(table)
     console.print("python -m benchmarks NAME --help shows options; --quick takes a minute at most.", markup=False)
@@ -178,6 +184,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands.add_parser("list", help="every benchmark, what it needs and how long it takes")
     for name, question in (("all", "Each of them."), *((each.name, each.question) for each in BENCHMARKS)):
         commands.add_parser(name, help=question, description=question, parents=[common], allow_abbrev=False)
+    gpu.add_options(commands.add_parser("gpu", help=gpu.QUESTION, description=gpu.DESCRIPTION, allow_abbrev=False))
     for benchmark in BENCHMARKS:
         for option in benchmark.options:
             default = option.quick if is_quick and option.quick is not None else option.default

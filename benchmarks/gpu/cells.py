@@ -1,0 +1,67 @@
+"""A part's cases that measure something, one after another."""
+
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from .recorder import Recorder, in_a_line, say
+from .rows import FAILED, LACKING, PASSED
+
+LOST = 5
+"""Exit code of a process for which the device computes nothing more: an error in a kernel ends every later call too."""
+
+
+class Cell(NamedTuple):
+    """A case that measures.
+
+    Attributes:
+        name: of the case.
+        seconds: what it takes on an H100, roughly: it is not begun with less time than that.
+        measure: its sides, given whether to build all and time nothing.
+        lacks: what to install for it; empty where nothing is missing.
+    """
+
+    name: str
+    seconds: float
+    measure: Callable[[bool], list[dict[str, Any]]]
+    lacks: str = ""
+
+
+def run_cells(cells: Iterable[Cell], record: Recorder) -> None:
+    """Measures one case after another."""
+    by_name = {cell.name: cell for cell in cells}
+    for name in record.in_order(by_name):
+        cell = by_name[name]
+        if cell.lacks and not record.dry:
+            record.ends(name, LACKING, reason=cell.lacks)
+        elif record.begins(name, 0 if record.dry else cell.seconds):
+            _run(cell, record)
+
+
+def _run(cell: Cell, record: Recorder) -> None:
+    start = time.perf_counter()
+    try:
+        sides = cell.measure(record.dry)
+        record.ends(cell.name, PASSED, seconds=round(time.perf_counter() - start, 1), sides=sides)
+    except Exception as error:  # must not cost the other cases
+        traceback.print_exc()
+        record.ends(cell.name, FAILED, reason=in_a_line(error))
+    if is_lost():
+        raise SystemExit(LOST)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    torch.compiler.reset()
+
+
+def is_lost() -> bool:
+    """Whether the device computes nothing more in this process; says why."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception as error:
+        say(f"  the device is lost to this process: {in_a_line(error)}")
+        return True
+    return False

@@ -1,0 +1,74 @@
+"""Does CUDA compute what the CPU computes? The tests that need a CUDA device, each of them one case."""
+
+import time
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from benchmarks.checkout import ROOT
+
+from .cells import LOST, is_lost
+from .recorder import Recorder
+from .rows import FAILED, PASSED, SKIPPED
+
+TESTS = ("tests/cuda", "tests/lowering/test_triton_kernels.py")
+OPTIONS = (
+    "--noconftest",  # which needs packages that a machine may lack
+    *("-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "-p", "no:terminal"),
+    *("--rootdir", str(ROOT), "--continue-on-collection-errors"),
+)
+
+
+def run(record: Recorder) -> None:
+    plugin = _Cases(record)
+    status = pytest.main([*OPTIONS, *(str(ROOT / path) for path in TESTS if (ROOT / path).exists())], [plugin])
+    if plugin.is_lost:
+        raise SystemExit(LOST)
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise SystemExit(int(status))
+
+
+class _Cases:
+    """Makes cases of pytest's tests."""
+
+    def __init__(self, record: Recorder) -> None:
+        self.record = record
+        self.reports: list[pytest.TestReport] = []
+        self.is_lost = False
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.record.ends(report.nodeid, FAILED, reason=_reason(report))
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        by_name = {item.nodeid: item for item in items}
+        items[:] = [by_name[name] for name in self.record.in_order(by_name)]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, bool, bool]:
+        if not self.record.begins(item.nodeid):
+            return True
+        start = time.perf_counter()
+        self.reports = []
+        done = yield
+        bad = next((report for report in self.reports if not report.passed), None)
+        outcome = PASSED if bad is None else SKIPPED if bad.skipped else FAILED
+        reason = {} if bad is None else {"reason": _reason(bad)}
+        self.record.ends(item.nodeid, outcome, **reason, seconds=round(time.perf_counter() - start, 1))
+        if is_lost():
+            self.is_lost = True
+            item.session.shouldstop = "the device is lost to this process"
+        return done
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.reports.append(report)
+
+
+def _reason(report: Any) -> str:
+    """What went wrong, or why the test was skipped, in a line; all of it goes to the log."""
+    if isinstance(report.longrepr, tuple):  # of a skip: file, line, reason
+        return report.longrepr[2].removeprefix("Skipped: ")
+    print(report.longreprtext)
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return " ".join((crash.message if crash else report.longreprtext[-400:]).split())[:600]

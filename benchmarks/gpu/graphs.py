@@ -1,0 +1,28 @@
+"""Whether graphs can be made and run here: what a session needs."""
+
+from benchmarks.needs import CACHE, ONNXRUNTIME
+from melora_fx.versions import package_version
+
+MIN_TRANSFORMERS = (5, 23)
+"""With ONNX Runtime's fusions in its exporter."""
+_PROVIDERS = {
+    "cuda": ("CUDAExecutionProvider", 'pip uninstall onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'),
+    "tensorrt": (
+        "TensorrtExecutionProvider",
+        'pip uninstall onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]" "tensorrt>=10,<11"',
+    ),
+}
+
+
+def why_no_session(provider: str) -> str:
+    """What to install before a graph can run on a `provider` of `OrtRunner`; empty where nothing is missing."""
+    transformers = package_version("transformers")
+    if tuple(int(part) for part in transformers.split(".")[:2]) < MIN_TRANSFORMERS:
+        wanted = ".".join(map(str, MIN_TRANSFORMERS))
+        return f"transformers {transformers} writes no graphs for it: pip install 'transformers>={wanted}'"
+    if reason := ONNXRUNTIME.why_missing(CACHE):
+        return reason
+    import onnxruntime
+
+    name, remedy = _PROVIDERS[provider]
+    return "" if name in onnxruntime.get_available_providers() else f"ONNX Runtime has no {name}: {remedy}"

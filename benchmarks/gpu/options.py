@@ -1,0 +1,44 @@
+"""The arguments of `python -m benchmarks gpu`."""
+
+import argparse
+from pathlib import Path
+
+from .parts import PARTS
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "benchmark-output" / "gpu"
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+
+QUESTION = "What can be known on a machine with a GPU alone? In parts, as much as the minutes allow."
+DESCRIPTION = (
+    "Runs on a CUDA device what can only be known there, part by part, and writes a JSON line for each case as soon as "
+    "it is known. A run that was stopped, or ran out of minutes, goes on when it is started again. What is missing on "
+    "the machine is named, and the others go on."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds them."""
+    names = [part.name for part in PARTS]
+    parser.add_argument("--minutes", type=_minutes, default=9.0, help="the run ends after these (%(default)s)")
+    parser.add_argument("--part", choices=names, help="this part alone: " + ", ".join(names), metavar="NAME")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--out", type=_path, help=f"folder of the results ({OUT}; of a report: {RESULTS})")
+    parser.add_argument("--again", action="store_true", help="run also what has been run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build every case on the CPU with small models, and time nothing"
+    )
+    parser.add_argument(
+        "--report", type=_path, metavar="FOLDER", help="write tables and pictures of the results in this folder"
+    )
+
+
+def _path(text: str) -> Path:
+    return Path(text).resolve()
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"`{text}` must be more than 0")
+    return minutes

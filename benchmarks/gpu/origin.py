@@ -1,0 +1,54 @@
+"""What a line of results was made on and with. What is absent is said to be, so that every machine has an origin."""
+
+import functools
+import platform
+import subprocess
+from datetime import UTC, datetime
+
+import torch
+
+from benchmarks.checkout import source_digest
+from melora_fx.versions import package_version, source_commit
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+)
+
+
+def origin(*, dry: bool, folders: tuple[str, ...] = ()) -> dict[str, str]:
+    """The fields that end each line. `folders`: further ones whose code the results depend on."""
+    own = {"settings": "dry run" if dry else "", "source": source_digest(*folders)}
+    return own | _machine() | {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+
+
+@functools.cache
+def _machine() -> dict[str, str]:
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    versions += [f"{name} {package_version(name)}" for name in PACKAGES]
+    return {"device": _device(), "driver": _driver(), "versions": "; ".join(versions), "commit": source_commit()}
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return f"{platform.machine()} CPU"
+    facts = torch.cuda.get_device_properties(0)
+    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}"
+
+
+def _driver() -> str:
+    """The driver's version, as `nvidia-smi` says it, and that of CUDA that torch was built with."""
+    built = f"CUDA {torch.version.cuda or 'none'}"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired):
+        found = ""
+    return f"{found or 'unknown'}, {built}"

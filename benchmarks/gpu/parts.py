@@ -1,0 +1,50 @@
+"""PARTS: what an hour on a GPU is used for, in this order."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.needs import CACHE, ONNX, ONNX_IR, ONNXRUNTIME, ONNXSCRIPT, PEFT, PYTEST, TRANSFORMERS, Need
+
+EXPORTERS = (ONNX, ONNX_IR, ONNXSCRIPT)
+"""What `exporters` imports: its timer too stands there."""
+
+
+class Part(NamedTuple):
+    """An entry; its module has the same name.
+
+    Attributes:
+        name: of the part, its module and its file of results.
+        question: what it answers.
+        minutes: what it takes on an H100, roughly; a run with fewer minutes gives it a share.
+        needs: packages without which no case of it runs. Cases can need more.
+    """
+
+    name: str
+    question: str
+    minutes: float
+    needs: tuple[Need, ...]
+
+    @property
+    def missing(self) -> str:
+        """What to install; empty where nothing is missing."""
+        return "; ".join(filter(None, (need.why_missing(CACHE) for need in self.needs)))
+
+    @property
+    def run(self) -> Callable[[Any], None]:
+        """Runs all cases, given the `Recorder`."""
+        return importlib.import_module(f"benchmarks.gpu.{self.name}").run
+
+    def file(self, folder: Path) -> Path:
+        """Its results in `folder`."""
+        return folder / f"{self.name}.jsonl"
+
+
+PARTS = (
+    Part("correct", "Does CUDA compute what the CPU computes?", 3, (PYTEST, TRANSFORMERS)),
+    Part("sessions", "Do graphs compute on CUDA and TensorRT what torch computes?", 3, (*EXPORTERS, ONNXRUNTIME, PEFT)),
+    Part("train", "What does a training step cost over the frozen model's, here and in PEFT?", 6, (*EXPORTERS, PEFT)),
+    Part("latency", "What does an adapter cost at inference, merged and unmerged?", 4, (*EXPORTERS, PEFT)),
+    Part("fold", "How fast is a fold beside PEFT's merge?", 1, (*EXPORTERS, PEFT)),
+)

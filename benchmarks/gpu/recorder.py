@@ -1,0 +1,93 @@
+"""What a part's process is told, and how it writes down what it finds."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .rows import BEGUN, PASSED, SKIPPED, append, latest, read
+
+SAME = ("settings", "device", "versions", "source")
+"""A case is done if its line has these as a line of now would."""
+
+
+@dataclass
+class Recorder:
+    """What a part's process is told, and where it writes.
+
+    Attributes:
+        part: its name.
+        folder: of the results.
+        deadline: seconds since the epoch; no case begins that would end later.
+        dry: build everything with small models on the CPU, time nothing.
+        again: run also what an earlier run has done.
+        only: cases whose name contains this.
+        tried: cases that this run has tried already, in an earlier process.
+        num_not_begun: how many cases there was no time for.
+    """
+
+    part: str
+    folder: Path
+    deadline: float
+    dry: bool = False
+    again: bool = False
+    only: str = ""
+    tried: list[str] = field(default_factory=list)
+    num_not_begun: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"folder": str(self.folder)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recorder":
+        fields = json.loads(text)
+        return cls(**fields | {"folder": Path(fields["folder"])})
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.part}.jsonl"
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Of a line of now. The tests' code counts where they are what is run."""
+        from .origin import origin  # heavy: the process that starts the parts' has no use for it
+
+        return origin(dry=self.dry, folders=("tests",) if self.part == "correct" else ())
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are to be run: first those that no earlier run has tried."""
+        now = self.origin
+        earlier = {} if self.again else latest(read(self.path))
+        found = {case: line["outcome"] for case, line in earlier.items() if all(line[key] == now[key] for key in SAME)}
+        wanted = [name for name in names if name not in self.tried and self.only in name]
+        return sorted(
+            (name for name in wanted if found.get(name) not in (PASSED, SKIPPED)), key=lambda name: name in found
+        )
+
+    def begins(self, case: str, seconds: float = 0) -> bool:
+        """Whether there is time for a case; writes down that it has begun."""
+        left = max(self.deadline - time.time(), 0)
+        if seconds >= left:
+            self.num_not_begun += 1
+            say(f"  {case}: not begun, takes about {seconds:.0f} s of the {left:.0f} s left")
+            return False
+        self.ends(case, BEGUN)
+        return True
+
+    def ends(self, case: str, outcome: str, **facts: Any) -> None:
+        """Writes down how a case has ended. `facts`: `reason`, `seconds`, `sides`."""
+        append(self.path, {"part": self.part, "case": case, "outcome": outcome, **facts, **self.origin})
+        if outcome != BEGUN:
+            say(f"  {case}: {outcome}" + (f", {facts['reason']}" if facts.get("reason") else ""))
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error as the field `reason` takes it."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 600 else f"{text[:400]} … {text[-200:]}"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
