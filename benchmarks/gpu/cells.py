@@ -22,12 +22,14 @@ class Cell(NamedTuple):
         seconds: what it takes on an H100, roughly: it is not begun with less time than that.
         measure: its sides, given whether to build all and time nothing.
         lacks: what to install for it; empty where nothing is missing.
+        lacks_to_run: the same where a dry run can do without it.
     """
 
     name: str
     seconds: float
     measure: Callable[[bool], list[dict[str, Any]]]
     lacks: str = ""
+    lacks_to_run: str = ""
 
 
 def run_cells(cells: Iterable[Cell], record: Recorder) -> None:
@@ -35,8 +37,8 @@ def run_cells(cells: Iterable[Cell], record: Recorder) -> None:
     by_name = {cell.name: cell for cell in cells}
     for name in record.in_order(by_name):
         cell = by_name[name]
-        if cell.lacks and not record.dry:
-            record.ends(name, LACKING, reason=cell.lacks)
+        if lacks := cell.lacks or ("" if record.dry else cell.lacks_to_run):
+            record.ends(name, LACKING, reason=lacks)
         elif record.begins(name, 0 if record.dry else cell.seconds):
             _run(cell, record)
 

@@ -1,4 +1,4 @@
-"""Whether graphs can be made and run here: what a session needs."""
+"""Whether graphs can be made and run here."""
 
 from benchmarks.needs import CACHE, ONNXRUNTIME
 from melora_fx.versions import package_version
@@ -14,14 +14,19 @@ _PROVIDERS = {
 }
 
 
+def why_no_graph() -> str:
+    """What to install before graphs can be made; empty where nothing is missing."""
+    transformers = package_version("transformers")
+    if tuple(int(part) for part in transformers.split(".")[:2]) >= MIN_TRANSFORMERS:
+        return ONNXRUNTIME.why_missing(CACHE)
+    wanted = ".".join(map(str, MIN_TRANSFORMERS))
+    return f"transformers {transformers} makes no graphs for ONNX Runtime: pip install 'transformers>={wanted}'"
+
+
 def why_no_session(provider: str) -> str:
     """What to install before a graph can run on a `provider` of `OrtRunner`; empty where nothing is missing."""
-    transformers = package_version("transformers")
-    if tuple(int(part) for part in transformers.split(".")[:2]) < MIN_TRANSFORMERS:
-        wanted = ".".join(map(str, MIN_TRANSFORMERS))
-        return f"transformers {transformers} writes no graphs for it: pip install 'transformers>={wanted}'"
-    if reason := ONNXRUNTIME.why_missing(CACHE):
-        return reason
+    if ONNXRUNTIME.why_missing(CACHE):
+        return ONNXRUNTIME.why_missing(CACHE)
     import onnxruntime
 
     name, remedy = _PROVIDERS[provider]

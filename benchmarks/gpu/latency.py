@@ -17,7 +17,7 @@ from benchmarks.needs import CACHE
 from benchmarks.random_models import SMALL
 
 from .cells import Cell, run_cells
-from .graphs import why_no_session
+from .graphs import why_no_graph, why_no_session
 from .recorder import Recorder
 
 SECONDS = 6.0
@@ -52,12 +52,18 @@ def run(record: Recorder) -> None:
 
 def cells() -> list[Cell]:
     return [
-        Cell(cell.name, seconds, functools.partial(measure, cell), lacks)
+        Cell(cell.name, seconds, functools.partial(measure, cell), *_lacks(provider))
         for provider, of_provider in _CELLS.items()
-        for lacks in ["" if provider.startswith("torch") else why_no_session(provider.partition(" ")[0])]
         for model, changes, seconds in of_provider
         for cell in [LatencyCell(model, provider, precision="fp16", **changes)]
     ]
+
+
+def _lacks(provider: str) -> tuple[str, str]:
+    """What to install for a provider, and for it to run."""
+    if provider.startswith("torch"):
+        return "", ""
+    return why_no_graph(), why_no_session(provider.partition(" ")[0])
 
 
 @functools.cache

@@ -10,17 +10,7 @@ import torch
 from benchmarks.checkout import source_digest
 from melora_fx.versions import package_version, source_commit
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "peft",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-)
+PACKAGES = ("triton", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt")
 
 
 def origin(*, dry: bool, folders: tuple[str, ...] = ()) -> dict[str, str]:

@@ -26,7 +26,7 @@ from exporters.onnx_runtime import Arrays
 from melora_fx import MELoRAError
 
 from .cells import Cell, run_cells
-from .graphs import why_no_session
+from .graphs import why_no_graph, why_no_session
 from .recorder import Recorder
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
@@ -72,7 +72,7 @@ def run(record: Recorder) -> None:
 def cells() -> list[Cell]:
     lacks = {provider: why_no_session(provider) for provider in ("cuda", "tensorrt")}
     return [
-        Cell(graph.name, seconds, functools.partial(measure, graph), lacks[graph.provider])
+        Cell(graph.name, seconds, functools.partial(measure, graph), why_no_graph(), lacks[graph.provider])
         for graph, seconds in _graphs()
     ]
 

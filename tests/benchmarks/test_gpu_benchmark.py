@@ -14,6 +14,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.checkout import DONE, FAILED, LEFT_OUT, MISUSED, ROOT
 from benchmarks.gpu import correct, fold, latency, rows, schedule, sessions, train
+from benchmarks.gpu.cells import Cell, run_cells
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.rows import append, read
@@ -62,10 +63,21 @@ def test_arguments_that_are_none(arguments: list[str], capsys) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_what_graphs_lack_here_is_named() -> None:
     cells = [cell for module in (sessions, latency) for cell in module.cells()]
-    lacking = [cell for cell in cells if cell.lacks]
+    lacking = [cell for cell in cells if cell.lacks_to_run]
     assert {("cuda" in cell.name, "tensorrt" in cell.name) for cell in lacking} == {(True, False), (False, True)}
-    assert all("pip install" in cell.lacks for cell in lacking)
-    assert not any(cell.lacks for cell in cells if "torch " in cell.name)
+    assert all("pip install" in cell.lacks_to_run for cell in lacking)
+    assert not any(cell.lacks_to_run for cell in cells if "torch " in cell.name)
+    assert not any(cell.lacks for cell in cells), "this environment can make the graphs"
+
+
+def test_what_a_dry_run_does_without(tmp_path: Path) -> None:
+    nothing: list[dict[str, Any]] = []
+    cells = [Cell("a", 1, lambda dry: nothing, "this", ""), Cell("b", 1, lambda dry: nothing, "", "that")]
+    for dry, outcomes in ((True, [rows.LACKING, rows.PASSED]), (False, [rows.LACKING, rows.LACKING])):
+        record = Recorder("fold", tmp_path / str(dry), time.time() + 99, dry=dry)
+        record.folder.mkdir()
+        run_cells(cells, record)
+        assert [line["outcome"] for line in rows.latest(read(record.path)).values()] == outcomes
 
 
 def test_a_part_that_lacks_a_package_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
