@@ -1,16 +1,37 @@
-"""exporters: what leaves torch: ONNX graphs, the runners that compute them, and what they cost."""
+"""exporters: what leaves torch: ONNX graphs, the runners that compute them, and what they cost.
 
-from exporters.adapters.ort_adapter import write_ort_adapter
-from exporters.measuring.compare import Comparison, compare
-from exporters.measuring.latency import Latency, LatencyTable, measure_latency
-from exporters.runtime.ort_runner import OrtRunner
-from exporters.runtime.torch_runner import TorchRunner
-from exporters.tensorrt_check.check import TensorRTReport, check_tensorrt
-from exporters.triton_server.repository import TritonModel, write_triton_repository
+Each name is imported when it is first used: who times a torch model needs no exporter.
+"""
 
-from .export import export_onnx
-from .export_report import ExportReport
-from .fold_onnx import fold_onnx
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exporters.adapters.ort_adapter import write_ort_adapter
+    from exporters.measuring.compare import Comparison, compare
+    from exporters.measuring.latency import Latency, LatencyTable, measure_latency
+    from exporters.runtime.ort_runner import OrtRunner
+    from exporters.runtime.torch_runner import TorchRunner
+    from exporters.tensorrt_check.check import TensorRTReport, check_tensorrt
+    from exporters.triton_server.repository import TritonModel, write_triton_repository
+
+    from .export import export_onnx
+    from .export_report import ExportReport
+    from .onnx_fold import fold_onnx
+
+_MODULES = {
+    "adapters.ort_adapter": ("write_ort_adapter",),
+    "measuring.compare": ("Comparison", "compare"),
+    "measuring.latency": ("Latency", "LatencyTable", "measure_latency"),
+    "runtime.ort_runner": ("OrtRunner",),
+    "runtime.torch_runner": ("TorchRunner",),
+    "tensorrt_check.check": ("TensorRTReport", "check_tensorrt"),
+    "triton_server.repository": ("TritonModel", "write_triton_repository"),
+    "export": ("export_onnx",),
+    "export_report": ("ExportReport",),
+    "onnx_fold": ("fold_onnx",),
+}
+"""Where each public name stands; no module has the name of one, which it would hide."""
 
 __all__ = [
     "Comparison",
@@ -29,3 +50,15 @@ __all__ = [
     "write_ort_adapter",
     "write_triton_repository",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,7 @@ _ROOMS = {
     """,
     "exporters": """
         onnx_runtime private example_inputs export_report export_files
-        onnx_files adapters graph runtime fold_onnx measuring tensorrt_check triton_server
+        onnx_files adapters graph runtime onnx_fold measuring tensorrt_check triton_server
         verify targets export demo cli __init__
     """,
 }

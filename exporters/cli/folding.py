@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import melora_fx
-from exporters.fold_onnx import fold_onnx
+from exporters.onnx_fold import fold_onnx
 from melora_fx import FoldReport
 
 from .options import AdapterDir

@@ -108,6 +108,14 @@ def origin_columns(provider: str, *packages: str) -> dict[str, Any]:
 def package_versions(*packages: str) -> str:
     """The versions of what computes, in one line, those of further packages behind."""
     names = ("melora_fx", "torch", "transformers", "onnx")
-    runtime = f"onnxruntime {import_onnxruntime().__version__}"
     versions = [f"{name} {package_version(name)}" for name in names]
-    return "; ".join([*versions, runtime, *(f"{name} {package_version(name)}" for name in packages)])
+    others = [f"{name} {package_version(name)}" for name in packages]
+    return "; ".join([*versions, f"onnxruntime {_onnxruntime_version()}", *others])
+
+
+def _onnxruntime_version() -> str:
+    """Asked of the module, which two packages bring."""
+    try:
+        return import_onnxruntime().__version__
+    except MELoRAError:
+        return "not installed"
