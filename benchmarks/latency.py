@@ -20,13 +20,10 @@ import numpy as np
 import torch
 
 import melora_fx
-from exporters import OrtRunner, TorchRunner, compare, export_onnx
-from exporters.adapters.ort_adapter import swap_tensors
+from exporters import TorchRunner, compare
 from exporters.measuring.machine import package_versions
 from exporters.measuring.measure import Contender, measure
-from exporters.onnx_files.metadata import read_facts
 from melora_fx import MELoRAError
-from melora_fx.saving.adapter_file import read_adapter
 
 from .cases import Case, Row, measured_rows, run_cases
 from .checkout import source_digest
@@ -79,6 +76,14 @@ class Workshop:
             facts = (cell.model, form.kind, cell.targets, cell.num_blocks, cell.rank)
             model = self.torch_model(*facts, cell.precision, compiled)
             return Contender(form.name, TorchRunner(model, threads=cell.threads))
+        return self._graph(cell, form)
+
+    def _graph(self, cell: Cell, form: Form) -> Contender:
+        from exporters import OrtRunner  # needs packages that the torch cells do without
+        from exporters.adapters.ort_adapter import swap_tensors
+        from exporters.onnx_files.metadata import read_facts
+        from melora_fx.saving.adapter_file import read_adapter
+
         path = self.exported(cell, form)
         runner = OrtRunner(path, **cell.session)
         if not form.gives_adapter:
@@ -88,6 +93,8 @@ class Workshop:
 
     def exported(self, cell: Cell, form: Form) -> Path:
         """The form's graph, and the adapter in it as a folder beside it; exported where it is not there yet."""
+        from exporters import export_onnx  # as above
+
         target = cell.target or TARGETS[cell.provider]
         what = [form.kind, *form.options.values(), cell.precision, target]
         what += [] if form.kind == "base" else [cell.targets, f"n{cell.num_blocks}", f"r{cell.rank}"]

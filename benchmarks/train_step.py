@@ -71,21 +71,26 @@ def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
     return timed_rows(seconds, "frozen", with_peaks(facts, steps, device))
 
 
-def prepare_all(cell: Cell, device: str, backend: str = "inductor") -> tuple[dict[str, Step], dict[str, Row]]:
-    """The step of each side, and the columns of it that are no times; `backend`: of `torch.compile`."""
+def prepare_all(cell: Cell, device: str) -> tuple[dict[str, Step], dict[str, Row]]:
+    """The step of each side, and the columns of it that are no times."""
+    start_compiler(cell, device)
+    prepared = {name: prepare_side(name, cell, device) for name in cell.sides}
+    return {name: step for name, (step, _) in prepared.items()}, {name: found for name, (_, found) in prepared.items()}
+
+
+def start_compiler(cell: Cell, device: str) -> None:
+    """What the compiler does once is no side's."""
     if cell.mode == "compiled":
         torch._inductor.config.force_disable_caches = True  # type: ignore[attr-defined]
-        # What the compiler does once is no side's.
-        layer = nn.Linear(8, 8, device=device)
-        torch.compile(layer, backend=backend)(torch.randn(2, 8, device=device)).sum().backward()
-    steps: dict[str, Step] = {}
-    facts: dict[str, Row] = {}
-    for name in cell.sides:
-        with torch.device(device):  # random weights are made there
-            model = make_side(name, cell.setting)
-        steps[name], found = prepare(model.to(device), cell, device, backend)
-        facts[name] = facts_of(cell) | found
-    return steps, facts
+        torch.compile(nn.Linear(8, 8, device=device))(torch.randn(2, 8, device=device)).sum().backward()
+
+
+def prepare_side(name: str, cell: Cell, device: str, backend: str = "inductor") -> tuple[Step, Row]:
+    """`prepare` of a model that is made on the device. `backend`: of `torch.compile`."""
+    with torch.device(device):
+        model = make_side(name, cell.setting)
+    step, found = prepare(model.to(device), cell, device, backend)
+    return step, facts_of(cell) | found
 
 
 def with_peaks(facts: dict[str, Row], steps: dict[str, Step], device: str) -> dict[str, Row]:

@@ -20,7 +20,7 @@ class Cell(NamedTuple):
     Attributes:
         name: of the case.
         seconds: what it takes on an H100, roughly: it is not begun with less time than that.
-        measure: its sides, given whether to build all and time nothing.
+        measure: its sides, given whether to build all and time nothing; one that failed has a `reason`.
         lacks: what to install for it; empty where nothing is missing.
         lacks_to_run: the same where a dry run can do without it.
     """
@@ -47,7 +47,9 @@ def _run(cell: Cell, record: Recorder) -> None:
     start = time.perf_counter()
     try:
         sides = cell.measure(record.dry)
-        record.ends(cell.name, PASSED, seconds=round(time.perf_counter() - start, 1), sides=sides)
+        reason = "; ".join(f"{side['side']}: {side['reason']}" for side in sides if "reason" in side)
+        facts = {"seconds": round(time.perf_counter() - start, 1), "sides": sides}
+        record.ends(cell.name, FAILED if reason else PASSED, **({"reason": reason} if reason else {}), **facts)
     except Exception as error:  # must not cost the other cases
         traceback.print_exc()
         record.ends(cell.name, FAILED, reason=in_a_line(error))

@@ -3,6 +3,8 @@
 from benchmarks.needs import CACHE, ONNXRUNTIME
 from melora_fx.versions import package_version
 
+from .parts import GRAPHS
+
 MIN_TRANSFORMERS = (5, 23)
 """With ONNX Runtime's fusions in its exporter."""
 _PROVIDERS = {
@@ -16,9 +18,11 @@ _PROVIDERS = {
 
 def why_no_graph() -> str:
     """What to install before graphs can be made; empty where nothing is missing."""
+    if missing := [reason for need in GRAPHS if (reason := need.why_missing(CACHE))]:
+        return "; ".join(missing)
     transformers = package_version("transformers")
     if tuple(int(part) for part in transformers.split(".")[:2]) >= MIN_TRANSFORMERS:
-        return ONNXRUNTIME.why_missing(CACHE)
+        return ""
     wanted = ".".join(map(str, MIN_TRANSFORMERS))
     return f"transformers {transformers} makes no graphs for ONNX Runtime: pip install 'transformers>={wanted}'"
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.needs import CACHE, ONNX, ONNX_IR, ONNXRUNTIME, ONNXSCRIPT, PEFT, PYTEST, TRANSFORMERS, Need
 
-EXPORTERS = (ONNX, ONNX_IR, ONNXSCRIPT)
-"""What `exporters` imports: its timer too stands there."""
+GRAPHS = (ONNX_IR, ONNXSCRIPT, ONNXRUNTIME)
+"""What makes graphs and runs them."""
 
 
 class Part(NamedTuple):
@@ -43,8 +43,8 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("correct", "Does CUDA compute what the CPU computes?", 3, (PYTEST, TRANSFORMERS)),
-    Part("sessions", "Do graphs compute on CUDA and TensorRT what torch computes?", 3, (*EXPORTERS, ONNXRUNTIME, PEFT)),
-    Part("train", "What does a training step cost over the frozen model's, here and in PEFT?", 6, (*EXPORTERS, PEFT)),
-    Part("latency", "What does an adapter cost at inference, merged and unmerged?", 4, (*EXPORTERS, PEFT)),
-    Part("fold", "How fast is a fold beside PEFT's merge?", 1, (*EXPORTERS, PEFT)),
+    Part("sessions", "Do graphs compute on CUDA and TensorRT what torch computes?", 3, (*GRAPHS, ONNX, PEFT)),
+    Part("train", "What does a training step cost over the frozen model's, here and in PEFT?", 6, (ONNX, PEFT)),
+    Part("latency", "What does an adapter cost at inference, merged and unmerged?", 4, (ONNX, PEFT)),
+    Part("fold", "How fast is a fold beside PEFT's merge?", 1, (ONNX, PEFT)),
 )

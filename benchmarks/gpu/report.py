@@ -92,7 +92,7 @@ def _section(part: Part, lines: Sequence[Line], out: Path) -> Iterator[str]:
     if others := [(line["case"], line["outcome"], line.get("reason", "")) for line in lines if _has_not_passed(line)]:
         yield from ["", *markdown_table(("case", "outcome", "why"), map(_escaped, others), text_columns=3)]
     groups = {line["case"]: _rows(line) for line in lines if line.get("sides")}
-    timed = {case: rows for case, rows in groups.items() if rows[0].get("median_ms")}
+    timed = {case: rows for case, rows in groups.items() if rows and rows[0].get("median_ms")}
     slug = re.sub(r"[^a-z0-9]+", "-", lines[0]["device"].partition(",")[0].lower()).strip("-")
     if part.name == "sessions" and groups:
         yield from ["", *_differences(groups)]
@@ -116,8 +116,9 @@ def _escaped(cells: Sequence[str]) -> list[str]:
 
 
 def _rows(line: Line) -> list[Row]:
-    """The sides of a case as a CSV file has them."""
-    return [{"case": line["case"]} | {name: _text(value) for name, value in side.items()} for side in line["sides"]]
+    """The sides of a case, those that failed left out, as a CSV file has them."""
+    sides = [side for side in line["sides"] if "reason" not in side]
+    return [{"case": line["case"]} | {name: _text(value) for name, value in side.items()} for side in sides]
 
 
 def _text(value: Any) -> str:

@@ -90,10 +90,8 @@ def _run_part(part: Part, record: Recorder, say: Say) -> int:
 
 def _work(record: Recorder, say: Say) -> int:
     """The exit code of one process of a part; ends it, and all that it has started, when its time is over."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "PYTHONUNBUFFERED": "1",
-    }
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     if record.dry:
         environment |= {DRY_RUN_VARIABLE: "1"}
     command = [sys.executable, "-m", "benchmarks.gpu.worker", record.to_json()]

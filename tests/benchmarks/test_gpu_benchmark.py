@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import train_step
 from benchmarks.__main__ import main
 from benchmarks.checkout import DONE, FAILED, LEFT_OUT, MISUSED, ROOT
 from benchmarks.gpu import correct, fold, latency, rows, schedule, sessions, train
@@ -86,6 +87,22 @@ def test_a_part_that_lacks_a_package_is_left_out(tmp_path: Path, monkeypatch: py
     assert main(["gpu", "--dry-run", "--out", str(tmp_path)]) == LEFT_OUT
     assert "left out: pytest is missing: pip install pytest" in capsys.readouterr().out
     assert "left out" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_side_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: Any, setting: Any) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setitem(train_step.make_side.__globals__["SIDES"], "ours", broken)
+    (cell,) = [
+        cell for cell in train.cells() if cell.name.startswith("Llama-shaped, 1B, eager") and "Triton" not in cell.name
+    ]
+    record = make_recorder(tmp_path, "train")
+    run_cells([cell], record)
+    line = read(record.path)[-1]
+    assert (line["outcome"], line["reason"]) == (rows.FAILED, "ours: OSError: no memory")
+    assert [side["side"] for side in line["sides"]] == [side for side in train.SIDES if side != "ours"] + ["ours"]
+    assert all(side["parameters"] for side in line["sides"][1:-1])
 
 
 def test_lines_that_were_cut_off(tmp_path: Path) -> None:
