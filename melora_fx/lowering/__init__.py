@@ -4,7 +4,7 @@ cost                which of two ways to compute the same takes less time, by me
 slices              rows and the parts of `split`, as `bmm` takes them
 dropout             a rate in steps of 2⁻¹⁶, and a mask that its seed gives again
 quantized_gradient  gradients for the input of quantised linears, whose kernels have none
-gradients           the gradients of `adapted_linear` from slices
+by_torch            what is added to slices, and the gradients from them, by torch's products
 adapted_linear      one linear with its adapter, as a function and as an operator; the formulas
 lowering            Lowering: what one is
 one_call            WEIGHT and ACTIVATION: a linear and its adapter as one call of `adapted_linear`

@@ -15,7 +15,7 @@ and the gradients of A and B, from h and g computed anew,
 None of these writes the base, and none keeps more for the backward than x.
 
 Eager mode runs an `autograd.Function`, which costs a quarter of a custom operator's call. `torch.compile` gets the
-operator `melora::adapted_linear`, which it does not look into.
+operator `melora::adapted_linear_v2`, which it does not look into.
 
 I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts of `split`.
 """
@@ -30,11 +30,11 @@ from torch.nn import functional as F
 from melora_fx.adapter.tensors import diagonal_blocks, slices_of
 from melora_fx.errors import MELoRAError
 
+from . import by_torch
 from .cost import is_by_blocks, is_merged
 from .dropout import dropout_mask, dropout_rate, over_kept
-from .gradients import gradient_by_slices, gradients_by_blocks, gradients_by_factors
 from .quantized_gradient import quantized_linear
-from .slices import by_part, cast, factors_by_part, few_rows_times, join_parts
+from .slices import by_part, cast, factors_by_part, join_parts
 
 RESIZED = "it was resized after `rewrite` (a vocabulary that grew?); resize the plain model, then `rewrite`"
 """What is said of a linear whose weight no longer fits its adapter."""
@@ -49,7 +49,7 @@ def adapted_linear(
     scaling: Tensor,
     dropout: nn.Module | None,
     parts: Sequence[int],
-    merge: bool,
+    form: str,
     base: Tensor | None = None,
 ) -> Tensor:
     """The adapted output (…, O), of the dtype of x Wᵀ; the adapter computes in that dtype.
@@ -63,7 +63,7 @@ def adapted_linear(
         scaling: s_i, (N, 1, 1).
         dropout: says how much of the adapter's input is dropped, and whether.
         parts: sizes of the parts of `split`, O in all.
-        merge: whether W + Δ may be made where that is faster.
+        form: "weight", which may make W + Δ where that is faster, or "activation", which goes by slices.
         base: x Wᵀ + b, (…, O), where that has been computed; weight and bias are None then.
     """
     if weight is not None and not (type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()):
@@ -72,12 +72,12 @@ def adapted_linear(
     dtype = _autocast_dtype(x)
     if base is not None and dtype is not None:  # autocast has had its say in the base
         with torch.autocast(x.device.type, enabled=False):
-            return adapted_linear(x, None, None, lora_a, lora_b, scaling, dropout, parts, False, base)
+            return adapted_linear(x, None, None, lora_a, lora_b, scaling, dropout, parts, form, base)
     rate = 0.0 if dropout is None else dropout_rate(dropout)
     seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
-    inputs = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, merge, dtype)
+    inputs = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, form, dtype)
     if torch.compiler.is_compiling():
-        return torch.ops.melora.adapted_linear.default(*inputs)
+        return torch.ops.melora.adapted_linear_v2.default(*inputs)
     try:
         return _AdaptedLinear.apply(*inputs)
     except RuntimeError as error:
@@ -114,7 +114,7 @@ class _InputGradients(NamedTuple):
     seed: None = None
     rate: None = None
     parts: None = None
-    merge: None = None
+    form: None = None
     dtype: None = None
 
 
@@ -134,12 +134,12 @@ class _AdaptedLinear(torch.autograd.Function):
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps what `_input_gradients` reads; the weight only if the gradient of x is needed."""
-    x, _base, weight, _bias, lora_a, lora_b, scaling, seed, rate, parts, merge, _dtype = inputs
+    x, _base, weight, _bias, lora_a, lora_b, scaling, seed, rate, parts, form, _dtype = inputs
     needs_x = ctx.needs_input_grad[0]
     ctx.save_for_backward(x, weight if needs_x else None, lora_a, lora_b, scaling, seed)
     ctx.rate = rate
     ctx.parts = parts
-    ctx.merge = merge
+    ctx.form = form
 
 
 def _input_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., _InputGradients]) -> _InputGradients:
@@ -147,7 +147,7 @@ def _input_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., _InputG
     needs_x, needs_base, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     asked = [needs_x, needs_weight, needs_bias, needs_a, needs_b]
     x, weight, lora_a, lora_b, scaling, seed = ctx.saved_tensors
-    found = backward(gradient, x, weight, lora_a, lora_b, scaling, seed, ctx.rate, ctx.parts, ctx.merge, asked)
+    found = backward(gradient, x, weight, lora_a, lora_b, scaling, seed, ctx.rate, ctx.parts, ctx.form, asked)
     return found._replace(base=gradient) if needs_base else found
 
 
@@ -162,7 +162,7 @@ def _forward(
     seed: Tensor | None,
     rate: float,
     parts: Sequence[int],
-    merge: bool,
+    form: str,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """The output. Arguments as of `adapted_linear`; `seed` and `rate` are the dropout's, `dtype` is autocast's."""
@@ -174,14 +174,13 @@ def _forward(
     if weight is None:
         assert base is not None
         output = base.clone(memory_format=torch.contiguous_format)
-    elif merge and is_merged(x, weight, lora_a, rate):
+    elif form == "weight" and is_merged(x, weight, lora_a, rate):
         return F.linear(x, _merged(weight, lora_a, scaled, parts), bias).contiguous()
     else:
         output = F.linear(x, weight, bias).contiguous()
     x = cast(x, output.dtype)
     slices = slices_of(x if seed is None else x * dropout_mask(x, seed, rate), len(lora_a))
-    for columns, part_a, part_b in by_part(output, lora_a, scaled, parts):
-        columns.baddbmm_(few_rows_times(part_a, slices).mT, part_b.mT)
+    by_torch.add_update(slices, by_part(output, lora_a, scaled, parts))
     return output
 
 
@@ -195,13 +194,13 @@ def _backward(
     seed: Tensor | None,
     rate: float,
     parts: Sequence[int],
-    merge: bool,
+    form: str,
     asked: Sequence[bool],
 ) -> _InputGradients:
     """The gradients of x, weight, bias, lora_a and lora_b that are `asked` for; `gradient` is that of the output."""
     if gradient.device.type != "meta" and torch.is_autocast_enabled(gradient.device.type):
         with torch.autocast(gradient.device.type, enabled=False):  # the dtypes are the forward's
-            return _backward(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, merge, asked)
+            return _backward(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, form, asked)
     needs_x, needs_weight, needs_bias, needs_a, needs_b = asked
     of_y = gradient.reshape(-1, gradient.size(-1))
     used = cast(x, gradient.dtype)  # x as the forward used it
@@ -210,22 +209,28 @@ def _backward(
     scaling = over_kept(scaling, rate)
     scaled = lora_b * scaling
     of_parts = by_part(of_y, lora_a, scaled, parts)
-    of_x = None
-    if needs_x and merge and weight is not None and is_merged(used, weight, lora_a, rate):
+    of_x = of_slices = None  # the second: to which the adapter's part is still to be added
+    if needs_x and form == "weight" and weight is not None and is_merged(used, weight, lora_a, rate):
         of_x = of_y @ _merged(weight, lora_a, scaled, parts)
-    if (of_x is not None or not needs_x) and mask is None and is_by_blocks(used, of_y, lora_a):
-        pairs = [gradients_by_blocks(slices, part) for part in of_parts]
+    elif needs_x:
+        of_x = of_slices = _of_base(of_y, weight, used)
+    if of_slices is None and mask is None and is_by_blocks(used, of_y, lora_a):
+        pairs = [by_torch.gradients_by_blocks(slices, part) for part in of_parts]
     else:
-        of_hidden = [few_rows_times(part_b.mT, columns) for columns, _, part_b in of_parts]
-        pairs = [gradients_by_factors(slices, part, of_h) for part, of_h in zip(of_parts, of_hidden, strict=True)]
-        if needs_x and of_x is None:
-            of_x = gradient_by_slices(of_y, weight, used, mask, of_parts, of_hidden)
+        pairs = by_torch.add_gradients(slices, of_parts, of_slices, mask)
     of_x = None if of_x is None else cast(of_x.view(x.shape), x.dtype)
     of_weight = of_y.t() @ used.reshape(-1, used.size(-1)) if needs_weight else None
     of_bias = of_y.sum(0) if needs_bias else None
     of_a = cast(join_parts([of_a for of_a, _ in pairs]), lora_a.dtype) if needs_a else None
     of_b = cast(join_parts([of_b for _, of_b in pairs]), lora_b.dtype) * scaling if needs_b else None
     return _InputGradients(of_x, None, of_weight, of_bias, of_a, of_b)
+
+
+def _of_base(of_y: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
+    """y' W (T, I), or zeros where the base's part of x' is not ours to give; `like` is x."""
+    if weight is None:
+        return of_y.new_zeros(len(of_y), like.size(-1))
+    return of_y @ cast(weight, of_y.dtype)
 
 
 def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> Tensor:
@@ -238,7 +243,7 @@ def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]
 
 
 # `torch.compile` keeps what it has compiled on disk, by the operators' names: another schema needs another name.
-_operator = torch.library.custom_op("melora::adapted_linear", _forward, mutates_args=())
+_operator = torch.library.custom_op("melora::adapted_linear_v2", _forward, mutates_args=())
 
 
 @_operator.register_fake
@@ -250,10 +255,10 @@ def _(x: Tensor, base: Any, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tens
 
 
 @torch.library.custom_op(
-    "melora::adapted_linear_backward",
+    "melora::adapted_linear_backward_v2",
     mutates_args=(),
     schema="(Tensor gradient, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? seed, "
-    "float rate, SymInt[] parts, bool merge, bool[] asked) -> Tensor[]",
+    "float rate, SymInt[] parts, str form, bool[] asked) -> Tensor[]",
 )
 def _backward_operator(*arguments: Any) -> list[Tensor]:
     """Those of the gradients of x, weight, bias, lora_a and lora_b that are asked for, in this order."""

@@ -39,10 +39,10 @@ def _no_linear(site: PlannedSite, name: str) -> str | None:
     return f"`lowering` (={name!r}) needs a linear that is an `F.linear` of the whole weight: use 'auto'"
 
 
-def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module, *, merge: bool) -> None:
+def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module, *, form: str) -> None:
     """One call for the linear and its adapter. A packed linear stays, as the base of that.
 
-    `merge`: whether the call may make W + Δ.
+    `form`: that of `adapted_linear`.
     """
     operands = linear.operands
     if operands is None:  # it has changed since `rewrite`
@@ -54,10 +54,10 @@ def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.
         tensors = [graph.get_attr(record.path(kind)) for kind in (*FACTORS, SCALING)]
         dropout = graph.get_attr(record.path(DROPOUT)) if record.config.dropout else None
         if operands.weight is None:
-            arguments = (linear.input, None, None, *tensors, dropout, parts, False, linear.node)
+            arguments = (linear.input, None, None, *tensors, dropout, parts, form, linear.node)
         else:
             weight = graph.call_function(aten.t.default, (operands.weight,)) if operands.is_flipped else operands.weight
-            arguments = (linear.input, weight, operands.bias, *tensors, dropout, parts, merge)
+            arguments = (linear.input, weight, operands.bias, *tensors, dropout, parts, form)
         call = graph.call_function(adapted_linear, arguments)
     call.meta = dict(total.meta)
     total.replace_all_uses_with(call)
@@ -71,6 +71,6 @@ def _behind(graph: fx.Graph, record: SiteRecord) -> list[fx.Node]:
     return [node for node in reversed(graph.nodes) if node.meta.get(SITE_TAG) == record.parameter]
 
 
-WEIGHT = Lowering("weight", "weight", _misfit_of_weight, functools.partial(_replace, merge=True))
+WEIGHT = Lowering("weight", "weight", _misfit_of_weight, functools.partial(_replace, form="weight"))
 
-ACTIVATION = Lowering("activation", "activation", _misfit_of_activation, functools.partial(_replace, merge=False))
+ACTIVATION = Lowering("activation", "activation", _misfit_of_activation, functools.partial(_replace, form="activation"))

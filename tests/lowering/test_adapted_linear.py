@@ -30,7 +30,7 @@ CONFIGS = {
 }
 FEW = {key: CONFIGS[key] for key in ("n3_r1", "n3_r40", "split_ranks")}
 LEADING = {"vector": (), "matrix": (3,), "batch": (2, 5), "many": (4, 30)}
-MERGE = {"merge": True, "no_merge": False}
+BOTH_FORMS = ("weight", "activation")
 WIDE = {"fp32": torch.float32, "fp64": torch.float64}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,7 +45,7 @@ class Operands:
     bias: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
-    merge: bool = True
+    form: str = "weight"
     dropout: nn.Dropout | None = None
 
     @property
@@ -58,7 +58,7 @@ class Operands:
 
     @property
     def is_merged(self) -> bool:
-        return self.merge and implementation.is_merged(self.x, self.weight, self.lora_a, 0.0)
+        return self.form == "weight" and implementation.is_merged(self.x, self.weight, self.lora_a, 0.0)
 
     @property
     def is_by_blocks(self) -> bool:
@@ -68,10 +68,10 @@ class Operands:
     def __call__(self, x: Tensor | None = None) -> Tensor:
         x = self.x if x is None else x
         tensors = (self.weight, self.bias, self.lora_a, self.lora_b, self.scaling)
-        return adapted_linear(x, *tensors, self.dropout, self.parts, self.merge)
+        return adapted_linear(x, *tensors, self.dropout, self.parts, self.form)
 
     def operator_arguments(self, **given: Any) -> tuple[Any, ...]:
-        """Those of `torch.ops.melora.adapted_linear`."""
+        """Those of `torch.ops.melora.adapted_linear_v2`."""
         values = {
             "x": self.x,
             "base": None,
@@ -83,7 +83,7 @@ class Operands:
             "seed": None,
             "rate": 0.0,
             "parts": list(self.parts),
-            "merge": self.merge,
+            "form": self.form,
             "dtype": None,
         }
         return tuple((values | given).values())
@@ -114,7 +114,7 @@ def operands(
     dtype: torch.dtype = torch.float32,
     bias: bool = True,
     transposed: bool = False,
-    merge: bool = True,
+    form: str = "weight",
     trained_base: bool = False,
     rate: float = 0.0,
 ) -> Operands:
@@ -134,7 +134,7 @@ def operands(
         randn(OUT, seed=24, dtype=dtype).requires_grad_(trained_base) if bias else None,
         lora_a.requires_grad_(),
         lora_b.requires_grad_(),
-        merge,
+        form,
         nn.Dropout(rate) if rate else None,
     )
 
@@ -177,22 +177,22 @@ def test_the_cases_take_every_branch():
 
 
 @pytest.mark.parametrize("dtype", WIDE.values(), ids=WIDE)
-@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("form", BOTH_FORMS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_output_and_gradients_are_those_of_the_dense_update(config, leading, bias, merge, dtype):
-    ours = check_against_oracle(operands(config, leading, bias=bias, merge=merge, dtype=dtype))
+def test_output_and_gradients_are_those_of_the_dense_update(config, leading, bias, form, dtype):
+    ours = check_against_oracle(operands(config, leading, bias=bias, form=form, dtype=dtype))
     assert len(ours) == 3
     assert all(gradient.is_contiguous() for gradient in ours)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["stored_out_in", "stored_in_out"])
-@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("form", BOTH_FORMS)
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
 @pytest.mark.parametrize("config", FEW.values(), ids=FEW)
-def test_a_base_that_is_trained_gets_its_gradients_too(config, leading, merge, transposed):
-    given = operands(config, leading, merge=merge, transposed=transposed, trained_base=True)
+def test_a_base_that_is_trained_gets_its_gradients_too(config, leading, form, transposed):
+    given = operands(config, leading, form=form, transposed=transposed, trained_base=True)
     assert len(check_against_oracle(given)) == 5
 
 
@@ -208,11 +208,11 @@ def test_padding_of_small_ranks_gets_no_gradient(config, leading):
         assert int(rows[:, :own].count_nonzero()) == rows[:, :own].numel()
 
 
-@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("form", BOTH_FORMS)
 @pytest.mark.parametrize("leading", [(), (2, 5), (4, 30)], ids=["vector", "batch", "many"])
 @pytest.mark.parametrize("config", FEW.values(), ids=FEW)
-def test_second_derivatives_are_those_of_the_dense_update(config, leading, merge):
-    given = operands(config, leading, dtype=torch.float64, merge=merge, trained_base=True)
+def test_second_derivatives_are_those_of_the_dense_update(config, leading, form):
+    given = operands(config, leading, dtype=torch.float64, form=form, trained_base=True)
     found = []
     for each, call in ((given, given), (wide := given.wide(), wide.dense)):
         upstream = randn(*leading, OUT, seed=9, dtype=torch.float64).requires_grad_()
@@ -225,19 +225,19 @@ def test_second_derivatives_are_those_of_the_dense_update(config, leading, merge
 
 
 @pytest.mark.parametrize(
-    ("config", "tokens", "merge"),
+    ("config", "tokens", "form"),
     [
-        pytest.param(CONFIGS["n3_r40"], 12, True, id="merged_by_blocks"),
-        pytest.param(MELoRAConfig(rank=1, num_blocks=1), 90, True, id="merged_by_factors"),
-        pytest.param(CONFIGS["split_ranks"], 3, False, id="split_by_slices"),
+        pytest.param(CONFIGS["n3_r40"], 12, "weight", id="merged_by_blocks"),
+        pytest.param(MELoRAConfig(rank=1, num_blocks=1), 90, "weight", id="merged_by_factors"),
+        pytest.param(CONFIGS["split_ranks"], 3, "activation", id="split_by_slices"),
     ],
 )
-def test_gradcheck_and_gradgradcheck(config, tokens, merge):
-    given = operands(config, (tokens,), dtype=torch.float64, merge=merge, trained_base=True)
-    assert given.is_merged is merge
+def test_gradcheck_and_gradgradcheck(config, tokens, form):
+    given = operands(config, (tokens,), dtype=torch.float64, form=form, trained_base=True)
+    assert given.is_merged is (form == "weight")
 
     def call(x, weight, bias, lora_a, lora_b):
-        return adapted_linear(x, weight, bias, lora_a, lora_b, given.scaling, None, given.parts, merge)
+        return adapted_linear(x, weight, bias, lora_a, lora_b, given.scaling, None, given.parts, form)
 
     assert torch.autograd.gradcheck(call, given.leaves(), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, given.leaves(), fast_mode=True)
@@ -272,11 +272,11 @@ def test_gradient_that_is_one_number_in_all_places(config, leading):
         assert_sums_near(getattr(given, name).grad, getattr(wide, name).grad)
 
 
-@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("form", BOTH_FORMS)
 @pytest.mark.parametrize("leading", [(2, 5), (4, 30)], ids=["few", "many"])
 @pytest.mark.parametrize("config", FEW.values(), ids=FEW)
-def test_gradient_that_is_not_contiguous(config, leading, merge):
-    given = operands(config, leading, merge=merge, trained_base=True)
+def test_gradient_that_is_not_contiguous(config, leading, form):
+    given = operands(config, leading, form=form, trained_base=True)
     wide = given.wide()
     for upstream in (randn(*leading[::-1], OUT, seed=9).transpose(0, 1), randn(leading[0], OUT, leading[1]).mT):
         assert not upstream.is_contiguous()
@@ -286,12 +286,12 @@ def test_gradient_that_is_not_contiguous(config, leading, merge):
             assert actual.is_contiguous()
 
 
-@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("form", BOTH_FORMS)
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
 @pytest.mark.parametrize("config", FEW.values(), ids=FEW)
 @pytest.mark.parametrize("rate", [0.0, 0.5], ids=["no_dropout", "dropout"])
-def test_no_tokens(config, leading, merge, rate):
-    given = operands(config, leading, merge=merge, rate=rate, trained_base=True)
+def test_no_tokens(config, leading, form, rate):
+    given = operands(config, leading, form=form, rate=rate, trained_base=True)
     output = given()
     assert output.shape == (*leading, OUT)
     found = gradients(output, given.leaves())
@@ -329,12 +329,12 @@ def test_a_change_of_the_input_before_the_backward_raises():
         output.sum().backward()
 
 
-@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("form", BOTH_FORMS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
-def test_output_may_be_changed_in_place(leading, bias, merge):
+def test_output_may_be_changed_in_place(leading, bias, form):
     """As by `nn.ReLU(inplace=True)` behind a linear."""
-    given = operands(leading=leading, bias=bias, merge=merge)
+    given = operands(leading=leading, bias=bias, form=form)
     wide = given.wide()
     ours = torch.relu_(given())
     theirs = torch.relu(wide.dense())
@@ -359,11 +359,11 @@ def test_batched_gradients(config, leading):
 
 
 @pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
-@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("form", BOTH_FORMS)
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
 @pytest.mark.parametrize("config", FEW.values(), ids=FEW)
-def test_half_base_with_an_adapter_in_float32(config, leading, merge, dtype):
-    given = operands(config, leading, dtype=dtype, merge=merge)
+def test_half_base_with_an_adapter_in_float32(config, leading, form, dtype):
+    given = operands(config, leading, dtype=dtype, form=form)
     assert given.lora_a.dtype == torch.float32
     assert not given.is_merged
     output = given()
@@ -378,11 +378,11 @@ def test_half_base_with_an_adapter_in_float32(config, leading, merge, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*WIDE.values(), *HALF.values()], ids=[*WIDE, *HALF])
-@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("form", BOTH_FORMS)
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
-def test_untrained_output_is_that_of_the_base_bit_for_bit(leading, merge, dtype):
+def test_untrained_output_is_that_of_the_base_bit_for_bit(leading, form, dtype):
     for config in CONFIGS.values():
-        given = operands(config, leading, dtype=dtype, merge=merge)
+        given = operands(config, leading, dtype=dtype, form=form)
         given.lora_b.detach().zero_()
         assert_equal(given().detach(), F.linear(given.x, given.weight, given.bias).detach())
 
@@ -408,10 +408,10 @@ def test_autocast_leaves_float64_alone():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5], ids=["no_dropout", "dropout"])
-@pytest.mark.parametrize("merge", MERGE.values(), ids=MERGE)
+@pytest.mark.parametrize("form", BOTH_FORMS)
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
-def test_backward_inside_autocast_of_a_forward_outside(leading, merge, rate):
-    given = operands(leading=leading, merge=merge, rate=rate)
+def test_backward_inside_autocast_of_a_forward_outside(leading, form, rate):
+    given = operands(leading=leading, form=form, rate=rate)
     output = given()
     expected = gradients(output, [given.x, given.lora_a, given.lora_b], retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -577,7 +577,7 @@ FORMS = {
     "by_slices": (operands(), {}),
     "merged_by_factors": (operands(CONFIGS["n3_r1"], (4, 30)), {}),
     "merged_by_blocks": (operands(CONFIGS["n3_r40"], (4, 30)), {}),
-    "no_merge": (operands(leading=(4, 30), merge=False), {}),
+    "no_merge": (operands(leading=(4, 30), form="activation"), {}),
     "split": (operands(CONFIGS["split_ranks"], (4, 30)), {}),
     "split_by_slices": (operands(CONFIGS["split_3"], (3,)), {}),
     "vector": (operands(leading=()), {}),
@@ -601,7 +601,7 @@ FORMS = {
 @pytest.mark.default_cases("by_slices", "merged_by_*", "split", "dropout", "bf16", "autocast", "base", "trained_base")
 @pytest.mark.parametrize(("given", "options"), FORMS.values(), ids=FORMS)
 def test_opcheck_of_the_operator(given, options):
-    torch.library.opcheck(torch.ops.melora.adapted_linear.default, given.operator_arguments(**options))
+    torch.library.opcheck(torch.ops.melora.adapted_linear_v2.default, given.operator_arguments(**options))
 
 
 @pytest.mark.default_cases(
@@ -610,14 +610,14 @@ def test_opcheck_of_the_operator(given, options):
 @pytest.mark.parametrize(("given", "options"), FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("asked", [[True] * 5, [False, False, False, True, True]], ids=["all", "adapter_only"])
 def test_opcheck_of_the_operator_of_the_backward(asked, given, options):
-    x, base, weight, _, lora_a, lora_b, scaling, seed, rate, parts, merge, dtype = given.operator_arguments(**options)
+    x, base, weight, _, lora_a, lora_b, scaling, seed, rate, parts, form, dtype = given.operator_arguments(**options)
     asked = [need and not (index in (1, 2) and base is not None) for index, need in enumerate(asked)]
     gradient = randn(*x.shape[:-1], OUT, seed=9).to(dtype or x.dtype)
     tensors = (gradient, x, weight, lora_a, lora_b, scaling, seed)
     detached = [tensor if tensor is None else tensor.detach() for tensor in tensors]
-    arguments = (*detached, rate, parts, merge, asked)
-    torch.library.opcheck(torch.ops.melora.adapted_linear_backward.default, arguments)
-    assert len(torch.ops.melora.adapted_linear_backward.default(*arguments)) == sum(asked)
+    arguments = (*detached, rate, parts, form, asked)
+    torch.library.opcheck(torch.ops.melora.adapted_linear_backward_v2.default, arguments)
+    assert len(torch.ops.melora.adapted_linear_backward_v2.default(*arguments)) == sum(asked)
 
 
 @pytest.mark.parametrize(("given", "options"), FORMS.values(), ids=FORMS)
@@ -627,7 +627,7 @@ def test_operator_and_function_give_the_same_bits(given, options):
     found = [
         [output.detach(), *gradients(output, leaves)]
         for output in (
-            torch.ops.melora.adapted_linear.default(*arguments),
+            torch.ops.melora.adapted_linear_v2.default(*arguments),
             implementation._AdaptedLinear.apply(*arguments),
         )
     ]
@@ -638,7 +638,7 @@ def test_operator_and_function_give_the_same_bits(given, options):
     ("options", "seed_bytes"),
     [
         pytest.param({"config": CONFIGS["n3_r40"]}, 0, id="merged"),
-        pytest.param({"merge": False}, 0, id="activation"),
+        pytest.param({"form": "activation"}, 0, id="activation"),
         pytest.param({"config": CONFIGS["split_ranks"]}, 0, id="split"),
         pytest.param({"transposed": True}, 0, id="stored_in_out"),
         pytest.param({"dtype": torch.bfloat16}, 0, id="bf16"),
@@ -653,7 +653,7 @@ def test_input_alone_is_kept_for_the_backward(options, seed_bytes):
     given = operands(leading=(4, 30), **options)
     tensors = (given.weight, given.bias, given.lora_a, given.lora_b, given.scaling)
     with kept_for_backward(tensors) as kept, torch.autocast("cpu", enabled=autocast):
-        output = adapted_linear(given.x, *tensors, given.dropout, given.parts, given.merge)
+        output = adapted_linear(given.x, *tensors, given.dropout, given.parts, given.form)
     assert kept.pop(given.x.untyped_storage().data_ptr()) == given.x.untyped_storage().nbytes()
     assert sum(kept.values()) == seed_bytes
     output.sum().backward()
@@ -682,7 +682,7 @@ def test_one_merged_weight_lives_at_a_time(compiled, monkeypatch):
     def network(x: Tensor) -> Tensor:
         for layer in layers:
             tensors = (layer.weight, layer.bias, layer.lora_a, layer.lora_b, scaling)
-            x = torch.tanh(adapted_linear(x, *tensors, None, layer.parts, True))[..., :IN]
+            x = torch.tanh(adapted_linear(x, *tensors, None, layer.parts, layer.form))[..., :IN]
         return x
 
     scaling = layers[0].scaling
