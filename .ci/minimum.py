@@ -12,8 +12,8 @@ TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"}
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
 for requirement in [*project["dependencies"], *extras["cpu"], *extras["demo"], *extras["test"]]:
-    declared = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement)
+    declared = re.fullmatch(r"([\w-]+)>=([\d.]+)( *;.*)?", requirement)
     if declared is None and ">=" in requirement:
         raise SystemExit(f"cannot read the minimum version that {requirement!r} declares")
     if declared and declared[1] not in TOOLS:
-        print(f"{declared[1]}<={declared[2]}")
+        print(f"{declared[1]}<={declared[2]}{declared[3] or ''}")

@@ -5,6 +5,7 @@ import gc
 import os
 
 import pytest
+import support.interpreter  # noqa: F401 (above what imports triton)
 import torch
 import transformers
 from hypothesis import settings

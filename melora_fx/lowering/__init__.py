@@ -5,6 +5,7 @@ slices              rows and the parts of `split`, as `bmm` takes them
 dropout             a rate in steps of 2⁻¹⁶, and a mask that its seed gives again
 quantized_gradient  gradients for the input of quantised linears, whose kernels have none
 by_torch            what is added to slices, and the gradients from them, by torch's products
+triton_kernels      what goes by slices as Triton kernels, and what launches them
 adapted_linear      one linear with its adapter, as a function and as an operator; the formulas
 lowering            Lowering: what one is
 one_call            WEIGHT and ACTIVATION: a linear and its adapter as one call of `adapted_linear`
