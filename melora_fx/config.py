@@ -36,7 +36,7 @@ INITS: dict[str, Callable[[torch.Tensor], None]] = {
     "orthogonal": _orthogonal,
 }
 """How A_i starts: fills (E, P, R_i, I/N) in place, the A_i of all E matrices of a stack and P parts of `split`."""
-LOWERINGS = ("auto", "weight", "activation", "plain")
+LOWERINGS = ("auto", "weight", "activation", "triton", "plain")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class MELoRAConfig:
             of each block orthonormal, its columns where the rank is above I/N; arXiv 2402.16842). B starts at zero.
         lowering: how the adapter is computed in training. "weight": as x (W + Δ)ᵀ where that is the faster form, in
             float32 and without dropout; "activation": added to the output's slices, for every dtype and with dropout;
-            "plain": as the nodes that the graph shows. "auto" chooses "weight" or "activation" for each site.
+            "triton": as "activation", on CUDA by Triton kernels, which have not been measured on a GPU yet; "plain":
+            as the nodes that the graph shows. "auto" chooses "weight" or "activation" for each site.
 
     Raises:
         ValueError, TypeError: for a value out of range; the text names the field and its rule.

@@ -134,6 +134,14 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for others and has no memory, as inside of `torch.func` and for a batch of gradients.
+    torch 2.13.
+    """
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def in_fx_trace() -> bool:
     """Whether `fx.Tracer` is tracing now. torch 2.13."""
     return is_fx_symbolic_tracing()

@@ -199,6 +199,30 @@ def test_an_export_is_seen() -> None:
         assert_equal(torch.export.export(Look(), (x,), strict=strict).module()(x), x + 1)
 
 
+def test_tensors_that_stand_for_others() -> None:
+    seen: list[bool] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_private.is_wrapped(x))
+        return x
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            return look(gradients[0])
+
+    x = randn(2).requires_grad_()
+    look(x)
+    torch.func.vmap(look)(x)
+    torch.func.grad(lambda x: look(x).sum())(x)
+    torch.autograd.grad(Looks.apply(x), x, torch.eye(2), is_grads_batched=True)
+    assert seen == [False, True, True, True]
+
+
 def test_an_fx_trace_is_seen() -> None:
     seen: list[bool] = []
 

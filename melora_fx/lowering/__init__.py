@@ -5,10 +5,11 @@ slices              rows and the parts of `split`, as `bmm` takes them
 dropout             a rate in steps of 2⁻¹⁶, and a mask that its seed gives again
 quantized_gradient  gradients for the input of quantised linears, whose kernels have none
 by_torch            what is added to slices, and the gradients from them, by torch's products
-triton_kernels      what goes by slices as Triton kernels, and what launches them
+by_triton           the same by Triton kernels
+triton_kernels      the kernels, and what launches them
 adapted_linear      one linear with its adapter, as a function and as an operator; the formulas
 lowering            Lowering: what one is
-one_call            WEIGHT and ACTIVATION: a linear and its adapter as one call of `adapted_linear`
+one_call            WEIGHT, ACTIVATION and TRITON: a linear and its adapter as one call of `adapted_linear`
 grouped_call        GROUPED: experts in transformers' grouped form
 lowerings           LOWERINGS: which one a site gets, and the pass that puts them into a graph
 """

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from melora_fx.adapter.tensors import diagonal_blocks, slices_of
 from melora_fx.errors import MELoRAError
 
-from . import by_torch
+from . import by_torch, by_triton
 from .cost import is_by_blocks, is_merged
 from .dropout import dropout_mask, dropout_rate, over_kept
 from .quantized_gradient import quantized_linear
@@ -63,7 +63,8 @@ def adapted_linear(
         scaling: s_i, (N, 1, 1).
         dropout: says how much of the adapter's input is dropped, and whether.
         parts: sizes of the parts of `split`, O in all.
-        form: "weight", which may make W + Δ where that is faster, or "activation", which goes by slices.
+        form: "weight", which may make W + Δ where that is faster; "activation", which goes by slices; "triton", which
+            does so by kernels of Triton on CUDA, and as "activation" elsewhere.
         base: x Wᵀ + b, (…, O), where that has been computed; weight and bias are None then.
     """
     if weight is not None and not (type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()):
@@ -129,7 +130,9 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _input_gradients(ctx, gradients[0], _backward)
+        is_differentiated = torch.is_grad_enabled()  # which kernels cannot be
+        form = "activation" if is_differentiated and ctx.form == "triton" else ctx.form
+        return _input_gradients(ctx, gradients[0], _backward, form)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -142,12 +145,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.form = form
 
 
-def _input_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., _InputGradients]) -> _InputGradients:
+def _input_gradients(
+    ctx: Any, gradient: Tensor, backward: Callable[..., _InputGradients], form: str
+) -> _InputGradients:
     """The gradients that are needed; `backward` is `_backward`, or `_backward_by_operator`."""
     needs_x, needs_base, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     asked = [needs_x, needs_weight, needs_bias, needs_a, needs_b]
     x, weight, lora_a, lora_b, scaling, seed = ctx.saved_tensors
-    found = backward(gradient, x, weight, lora_a, lora_b, scaling, seed, ctx.rate, ctx.parts, ctx.form, asked)
+    found = backward(gradient, x, weight, lora_a, lora_b, scaling, seed, ctx.rate, ctx.parts, form, asked)
     return found._replace(base=gradient) if needs_base else found
 
 
@@ -180,7 +185,9 @@ def _forward(
         output = F.linear(x, weight, bias).contiguous()
     x = cast(x, output.dtype)
     slices = slices_of(x if seed is None else x * dropout_mask(x, seed, rate), len(lora_a))
-    by_torch.add_update(slices, by_part(output, lora_a, scaled, parts))
+    of_parts = by_part(output, lora_a, scaled, parts)
+    by = by_triton if form == "triton" and by_triton.fits(slices, of_parts) else by_torch
+    by.add_update(slices, of_parts)
     return output
 
 
@@ -214,10 +221,11 @@ def _backward(
         of_x = of_y @ _merged(weight, lora_a, scaled, parts)
     elif needs_x:
         of_x = of_slices = _of_base(of_y, weight, used)
-    if of_slices is None and mask is None and is_by_blocks(used, of_y, lora_a):
+    by = by_triton if form == "triton" and by_triton.fits(slices, of_parts) else by_torch
+    if by is by_torch and of_slices is None and mask is None and is_by_blocks(used, of_y, lora_a):
         pairs = [by_torch.gradients_by_blocks(slices, part) for part in of_parts]
     else:
-        pairs = by_torch.add_gradients(slices, of_parts, of_slices, mask)
+        pairs = by.add_gradients(slices, of_parts, of_slices, mask)
     of_x = None if of_x is None else cast(of_x.view(x.shape), x.dtype)
     of_weight = of_y.t() @ used.reshape(-1, used.size(-1)) if needs_weight else None
     of_bias = of_y.sum(0) if needs_bias else None
@@ -283,5 +291,5 @@ def _backward_by_operator(*arguments: Any) -> _InputGradients:
 
 
 _operator.register_autograd(
-    lambda ctx, gradient: _input_gradients(ctx, gradient, _backward_by_operator), setup_context=_save
+    lambda ctx, gradient: _input_gradients(ctx, gradient, _backward_by_operator, ctx.form), setup_context=_save
 )

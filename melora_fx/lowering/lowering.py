@@ -19,9 +19,11 @@ class Lowering(NamedTuple):
         misfit: why a site cannot have it, or None.
         replace: puts one call in the place of one linear and its adapter's nodes, given the module that holds the
             graph's parameters. None: the nodes run as they are.
+        is_automatic: whether "auto" may choose it; else by name only.
     """
 
     name: str
     shown_as: str
     misfit: Callable[[PlannedSite], str | None]
     replace: Callable[[fx.Graph, LinearNode, SiteRecord, nn.Module], None] | None
+    is_automatic: bool = True

@@ -15,7 +15,7 @@ from melora_fx.patterns.planned_site import PlannedSite
 
 from .grouped_call import GROUPED
 from .lowering import Lowering
-from .one_call import ACTIVATION, WEIGHT
+from .one_call import ACTIVATION, TRITON, WEIGHT
 from .quantized_gradient import passes_gradient
 
 
@@ -29,8 +29,8 @@ def _misfit_of_plain(site: PlannedSite) -> str | None:
 
 PLAIN = Lowering("plain", "plain", _misfit_of_plain, None)
 
-LOWERINGS = (WEIGHT, ACTIVATION, GROUPED, PLAIN)
-"""In order of preference: "auto" is the first without a misfit."""
+LOWERINGS = (WEIGHT, ACTIVATION, TRITON, GROUPED, PLAIN)
+"""In order of preference: "auto" is the first without a misfit that it may choose."""
 
 
 def choose_lowering(site: PlannedSite) -> Lowering | None:
@@ -65,4 +65,6 @@ def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> f
 
 def _allowed(site: PlannedSite) -> list[Lowering]:
     wanted = site.config.lowering
-    return [lowering for lowering in LOWERINGS if wanted in ("auto", lowering.shown_as)]
+    if wanted == "auto":
+        return [lowering for lowering in LOWERINGS if lowering.is_automatic]
+    return [lowering for lowering in LOWERINGS if lowering.shown_as == wanted]

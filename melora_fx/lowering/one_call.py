@@ -1,4 +1,4 @@
-"""The lowerings "weight" and "activation": a linear and its adapter as one call of `adapted_linear`."""
+"""The lowerings "weight", "activation" and "triton": a linear and its adapter as one call of `adapted_linear`."""
 
 import functools
 
@@ -10,6 +10,7 @@ from melora_fx.adapter.tensors import DROPOUT, FACTORS, SCALING, features_of
 from melora_fx.patterns.node import LinearNode, weight_of
 from melora_fx.patterns.planned_site import PlannedSite
 
+from . import by_triton
 from .adapted_linear import adapted_linear
 from .cost import WIDE
 from .lowering import Lowering
@@ -31,6 +32,12 @@ def _misfit_of_weight(site: PlannedSite) -> str | None:
 
 def _misfit_of_activation(site: PlannedSite) -> str | None:
     return _no_linear(site, "activation")
+
+
+def _misfit_of_triton(site: PlannedSite) -> str | None:
+    if reason := _no_linear(site, "triton"):
+        return reason
+    return by_triton.MISSING if site.weight.is_cuda and not by_triton.is_installed() else None
 
 
 def _no_linear(site: PlannedSite, name: str) -> str | None:
@@ -74,3 +81,6 @@ def _behind(graph: fx.Graph, record: SiteRecord) -> list[fx.Node]:
 WEIGHT = Lowering("weight", "weight", _misfit_of_weight, functools.partial(_replace, form="weight"))
 
 ACTIVATION = Lowering("activation", "activation", _misfit_of_activation, functools.partial(_replace, form="activation"))
+
+# Has run in Triton's interpreter alone: whether it is the faster one on a GPU is still to be measured.
+TRITON = Lowering("triton", "triton", _misfit_of_triton, functools.partial(_replace, form="triton"), is_automatic=False)

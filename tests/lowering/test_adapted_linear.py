@@ -578,6 +578,9 @@ FORMS = {
     "merged_by_factors": (operands(CONFIGS["n3_r1"], (4, 30)), {}),
     "merged_by_blocks": (operands(CONFIGS["n3_r40"], (4, 30)), {}),
     "no_merge": (operands(leading=(4, 30), form="activation"), {}),
+    "triton": (operands(leading=(4, 30), form="triton"), {}),
+    "triton_split_dropout": (operands(CONFIGS["split_ranks"], form="triton"), {"seed": torch.tensor(7), "rate": 0.25}),
+    "triton_base": (operands(form="triton"), BASE),
     "split": (operands(CONFIGS["split_ranks"], (4, 30)), {}),
     "split_by_slices": (operands(CONFIGS["split_3"], (3,)), {}),
     "vector": (operands(leading=()), {}),
@@ -598,7 +601,9 @@ FORMS = {
 }
 
 
-@pytest.mark.default_cases("by_slices", "merged_by_*", "split", "dropout", "bf16", "autocast", "base", "trained_base")
+@pytest.mark.default_cases(
+    "by_slices", "merged_by_*", "triton", "split", "dropout", "bf16", "autocast", "base", "trained_base"
+)
 @pytest.mark.parametrize(("given", "options"), FORMS.values(), ids=FORMS)
 def test_opcheck_of_the_operator(given, options):
     torch.library.opcheck(torch.ops.melora.adapted_linear_v2.default, given.operator_arguments(**options))

@@ -20,7 +20,7 @@ from support.models import (
 
 CONFIG = MELoRAConfig(rank=5, num_blocks=3, alpha=5.0)  # merges above 19 tokens, and takes gradients by blocks
 DROPOUT = replace(CONFIG, dropout=0.5)
-LOWERINGS = ("weight", "activation")
+LOWERINGS = ("weight", "activation", "triton")
 FEW = (2, 5)
 MANY = (4, 30)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # two orders of summation in float32; sums of up to 120 products
