@@ -1,7 +1,7 @@
 """What `adapted_linear` does by slices, by Triton kernels: the same functions as in `by_torch`.
 
-Against torch's products they read and write less: of the update, and of g_i A_i, nothing is in memory but the sum that
-they are added to, and of h and g what the gradients of B and A need. The kernels have no derivatives.
+One kernel computes h_i and adds the update, one g_i and adds g_i A_i, where torch's products take two for each. Sums
+and the gradients of A and B are in float32. The kernels have no derivatives.
 """
 
 import functools
