@@ -44,7 +44,7 @@ def test_every_part_has_its_module_and_its_cells() -> None:
         cells = module.cells()
         assert len({cell.name for cell in cells}) == len(cells) > 0, name
         assert all(0 < cell.seconds < 8 * 60 for cell in cells), "each fits into one command of ten minutes"
-    assert all(any((ROOT / path).rglob("test_*.py")) for path in correct.TESTS if (ROOT / path).is_dir())
+    assert all((ROOT / path).exists() for path in correct.TESTS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
