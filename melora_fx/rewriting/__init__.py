@@ -7,6 +7,7 @@ module           RewrittenModule: install, uninstall, copies and pickles
 module_class     one class for all modules that run the same code, for Dynamo
 running          which graph a module runs: plain, lowered, or the base's
 meta_device      adapters that were made on the meta device get their values
+graph_device     graphs of a whole model that go where its tensors go
 graph_pickle     graphs as bytes
 sites            `sites`, `disabled`: the adapters of a rewritten model, read and switched
 hugging_face     what a Hugging Face model says of itself meanwhile

@@ -9,6 +9,7 @@ metadata and hooks (they rebuild the module from its code); here both keep every
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,14 +23,18 @@ from melora_fx.lowering.quantized_gradient import call_base
 from melora_fx.names import unwrap, without_wrappers
 from melora_fx.torch_private import GRAPH_SPECS, MADE_FROM_GRAPH
 
+from .graph_device import devices_of, put_on_device
 from .graph_pickle import dump_graph, load_graph
 from .marks import ModuleMark
 from .meta_device import on_meta_device, renew_adapters
 from .module_class import class_key, class_of
-from .running import adapted_graph, without_adapters
+from .running import adapted_graph, run_adapted, run_base, without_adapters
 
 _PICKLED_GRAPH = "melora_graph"
 """Key of the pickled graph in a pickled module's state."""
+
+_PICKLED_DEVICES = "melora_devices"
+"""Key of the devices that its tensors were on; `torch.load` may bring them to others."""
 
 
 class RewrittenModule(fx.GraphModule):
@@ -79,12 +84,18 @@ class RewrittenModule(fx.GraphModule):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = self._own_state() | {_PICKLED_GRAPH: dump_graph(adapted_graph(self))}
+        state = self._own_state() | {
+            _PICKLED_GRAPH: dump_graph(adapted_graph(self)),
+            _PICKLED_DEVICES: devices_of(self),
+        }
         return _blank, (self.restored_class,), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph = load_graph(state.pop(_PICKLED_GRAPH))
+        devices = state.pop(_PICKLED_DEVICES)
         super().__setstate__(state)
+        if self.restored_class is fx.GraphModule:
+            put_on_device(graph, devices, devices_of(self))
         self.graph = graph
 
     def _own_state(self) -> dict[str, Any]:
@@ -101,18 +112,35 @@ class RewrittenModule(fx.GraphModule):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RewrittenModule":
         moved = on_meta_device(self, self.melora_mark.records)
-        super()._apply(fn, recurse)
-        renew_adapters(self, self.melora_mark.records, moved)
+        with self._followed_by_graph():
+            super()._apply(fn, recurse)
+            renew_adapters(self, self.melora_mark.records, moved)
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(*args, **kwargs)
-        renew_adapters(self, self.melora_mark.records)
+        with self._followed_by_graph():
+            result = super().load_state_dict(*args, **kwargs)
+            renew_adapters(self, self.melora_mark.records)
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         renew_adapters(self, self.melora_mark.records)
+
+    @contextmanager
+    def _followed_by_graph(self) -> Iterator[None]:
+        """If the block moves the tensors, the graph of a whole model follows; one traced in place names no devices
+        but those that the user's code does.
+        """
+        before = devices_of(self) if self.restored_class is fx.GraphModule else set[torch.device]()
+        yield
+        if not before or not put_on_device(adapted_graph(self), before, devices_of(self)):
+            return
+        runs_base = self.melora_mark.adapted_graph is not None
+        run_adapted(self)
+        self.recompile()
+        if runs_base:
+            run_base(self)
 
 
 def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord]) -> RewrittenModule:
