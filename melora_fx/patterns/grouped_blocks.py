@@ -57,8 +57,12 @@ def _groups(offs: Tensor) -> Iterator[tuple[int, slice]]:
         start = max(start, end)
 
 
-_operator = torch.library.custom_op("melora::grouped_blocks", _multiply, mutates_args=())
-_gradient_operator = torch.library.custom_op("melora::grouped_blocks_gradient", _matrix_gradient, mutates_args=())
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+"""A CUDA graph can hold neither: where the rows end is read from the device."""
+_operator = torch.library.custom_op("melora::grouped_blocks", _multiply, mutates_args=(), tags=_TAGS)
+_gradient_operator = torch.library.custom_op(
+    "melora::grouped_blocks_gradient", _matrix_gradient, mutates_args=(), tags=_TAGS
+)
 
 grouped_blocks = torch.ops.melora.grouped_blocks.default
 

@@ -158,6 +158,11 @@ def test_the_operator_is_sound() -> None:
     torch.autograd.gradcheck(lambda x, blocks: grouped_blocks(x, blocks, offs), (x, blocks))
 
 
+def test_compilers_keep_what_reads_offsets_out_of_cuda_graphs() -> None:
+    for operator in (grouped_blocks, torch.ops.melora.grouped_blocks_gradient.default):
+        assert torch.Tag.cudagraph_unsafe in operator.tags
+
+
 @hypothesis.given(data=st.data())
 def test_the_operator_against_a_loop(data: st.DataObject) -> None:
     experts, blocks, width, height = (data.draw(st.integers(1, 4), label=name) for name in ("E", "N", "K", "L"))
