@@ -78,7 +78,8 @@ def adapted_linear(
     seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
     inputs = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, form, dtype)
     if torch.compiler.is_compiling():
-        return torch.ops.melora.adapted_linear_v2.default(*inputs)
+        own = torch.ops.melora
+        return (own.adapted_linear_v2.default if seed is None else own.adapted_linear_dropout.default)(*inputs)
     try:
         return _AdaptedLinear.apply(*inputs)
     except RuntimeError as error:
@@ -252,8 +253,12 @@ def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]
 
 # `torch.compile` keeps what it has compiled on disk, by the operators' names: another schema needs another name.
 _operator = torch.library.custom_op("melora::adapted_linear_v2", _forward, mutates_args=())
+# Those with dropout are operators of their own: a CUDA graph would replay one mask for ever.
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)
+_dropout_operator = torch.library.custom_op("melora::adapted_linear_dropout", _forward, mutates_args=(), tags=_UNSAFE)
 
 
+@_dropout_operator.register_fake
 @_operator.register_fake
 def _(x: Tensor, base: Any, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tensor, *others: Any) -> Tensor:
     if base is not None:
@@ -262,17 +267,24 @@ def _(x: Tensor, base: Any, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tens
     return x.new_empty(*x.shape[:-1], weight.size(0), dtype=dtype)
 
 
-@torch.library.custom_op(
-    "melora::adapted_linear_backward_v2",
-    mutates_args=(),
-    schema="(Tensor gradient, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? seed, "
-    "float rate, SymInt[] parts, str form, bool[] asked) -> Tensor[]",
-)
-def _backward_operator(*arguments: Any) -> list[Tensor]:
+def _gradient_list(*arguments: Any) -> list[Tensor]:
     """Those of the gradients of x, weight, bias, lora_a and lora_b that are asked for, in this order."""
     return [found for found in _backward(*arguments) if found is not None]
 
 
+_BACKWARD_SCHEMA = (
+    "(Tensor gradient, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? seed, "
+    "float rate, SymInt[] parts, str form, bool[] asked) -> Tensor[]"
+)
+_backward_operator = torch.library.custom_op(
+    "melora::adapted_linear_backward_v2", _gradient_list, mutates_args=(), schema=_BACKWARD_SCHEMA
+)
+_dropout_backward_operator = torch.library.custom_op(
+    "melora::adapted_linear_dropout_backward", _gradient_list, mutates_args=(), schema=_BACKWARD_SCHEMA, tags=_UNSAFE
+)
+
+
+@_dropout_backward_operator.register_fake
 @_backward_operator.register_fake
 def _(gradient: Tensor, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, *others: Any) -> list[Tensor]:
     *_, asked = others
@@ -284,12 +296,13 @@ def _(gradient: Tensor, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, 
 
 def _backward_by_operator(*arguments: Any) -> _InputGradients:
     """`_backward` of the same arguments, by its operator."""
-    *_, asked = arguments
-    found = iter(_backward_operator(*arguments))
+    _gradient, _x, _weight, _a, _b, _scaling, seed, *_, asked = arguments
+    found = iter((_backward_operator if seed is None else _dropout_backward_operator)(*arguments))
     names = ("x", "weight", "bias", "lora_a", "lora_b")
     return _InputGradients(**{name: next(found) for name, is_asked in zip(names, asked, strict=True) if is_asked})
 
 
-_operator.register_autograd(
-    lambda ctx, gradient: _input_gradients(ctx, gradient, _backward_by_operator, ctx.form), setup_context=_save
-)
+for _each in (_operator, _dropout_operator):
+    _each.register_autograd(
+        lambda ctx, gradient: _input_gradients(ctx, gradient, _backward_by_operator, ctx.form), setup_context=_save
+    )

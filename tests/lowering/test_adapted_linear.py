@@ -625,6 +625,15 @@ def test_opcheck_of_the_operator_of_the_backward(asked, given, options):
     assert len(torch.ops.melora.adapted_linear_backward_v2.default(*arguments)) == sum(asked)
 
 
+def test_operators_with_dropout_stay_out_of_cuda_graphs():
+    arguments = operands().operator_arguments(seed=torch.tensor(7), rate=0.25)
+    torch.library.opcheck(torch.ops.melora.adapted_linear_dropout.default, arguments)
+    for name in ("adapted_linear", "adapted_linear_backward"):
+        assert torch.Tag.cudagraph_unsafe not in getattr(torch.ops.melora, name).default.tags
+    for name in ("adapted_linear_dropout", "adapted_linear_dropout_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.melora, name).default.tags
+
+
 @pytest.mark.parametrize(("given", "options"), FORMS.values(), ids=FORMS)
 def test_operator_and_function_give_the_same_bits(given, options):
     arguments = given.operator_arguments(**options)

@@ -54,6 +54,14 @@ def test_compiled_graph_has_one_operator_for_each_site(tower_case, lowering):
     assert (backend.count("bmm") == 0) is (lowering == "auto")
 
 
+@pytest.mark.parametrize(("config", "name"), [(CONFIG, "adapted_linear"), (DROPOUT, "adapted_linear_dropout")])
+def test_dropout_has_an_operator_of_its_own(config, name):
+    backend = Operators()
+    model = lowered(tower, config=config).train()
+    torch.compile(model, backend=backend, fullgraph=True)(randn(*MANY, IN))
+    assert backend.count(f"melora.{name}.default") == 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, lowering="activation")], ids=["weight", "activation"])
 def test_compiled_by_inductor(config):
