@@ -7,7 +7,9 @@ quantized_gradient  gradients for the input of quantised linears, whose kernels 
 by_torch            what is added to slices, and the gradients from them, by torch's products
 by_triton           the same by Triton kernels
 triton_kernels      the kernels, and what launches them
-adapted_linear      one linear with its adapter, as a function and as an operator; the formulas
+forward_backward    output and gradients of one linear with its adapter
+operators           the same as operators, for `torch.compile`
+adapted_linear      one linear with its adapter, as what a graph calls; the formulas
 lowering            Lowering: what one is
 one_call            WEIGHT, ACTIVATION and TRITON: a linear and its adapter as one call of `adapted_linear`
 grouped_call        GROUPED: experts in transformers' grouped form

@@ -92,7 +92,7 @@ class RewrittenModule(fx.GraphModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph = load_graph(state.pop(_PICKLED_GRAPH))
-        devices = state.pop(_PICKLED_DEVICES)
+        devices = state.pop(_PICKLED_DEVICES, set())  # earlier commits wrote none
         super().__setstate__(state)
         if self.restored_class is fx.GraphModule:
             put_on_device(graph, devices, devices_of(self))

@@ -12,11 +12,11 @@ import melora_fx.lowering.adapted_linear as implementation
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One item for each adapted linear that ran as one call."""
     made: list[bool] = []
-    original = implementation._forward
+    original = implementation.compute_output
 
     def counting(*args: Any) -> Tensor:
         made.append(True)
         return original(*args)
 
-    monkeypatch.setattr(implementation, "_forward", counting)
+    monkeypatch.setattr(implementation, "compute_output", counting)
     return made

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-import melora_fx.lowering.adapted_linear as implementation
+import melora_fx.lowering.forward_backward as implementation
 from melora_fx import MELoRAConfig
-from melora_fx.lowering.adapted_linear import adapted_linear
+from melora_fx.lowering.adapted_linear import _AdaptedLinear, adapted_linear
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -628,7 +628,7 @@ def test_opcheck_of_the_operator_of_the_backward(asked, given, options):
 def test_operators_with_dropout_stay_out_of_cuda_graphs():
     arguments = operands().operator_arguments(seed=torch.tensor(7), rate=0.25)
     torch.library.opcheck(torch.ops.melora.adapted_linear_dropout.default, arguments)
-    for name in ("adapted_linear", "adapted_linear_backward"):
+    for name in ("adapted_linear_v2", "adapted_linear_backward_v2"):
         assert torch.Tag.cudagraph_unsafe not in getattr(torch.ops.melora, name).default.tags
     for name in ("adapted_linear_dropout", "adapted_linear_dropout_backward"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.melora, name).default.tags
@@ -642,7 +642,7 @@ def test_operator_and_function_give_the_same_bits(given, options):
         [output.detach(), *gradients(output, leaves)]
         for output in (
             torch.ops.melora.adapted_linear_v2.default(*arguments),
-            implementation._AdaptedLinear.apply(*arguments),
+            _AdaptedLinear.apply(*arguments),
         )
     ]
     assert_equal(*found)

@@ -1,0 +1,148 @@
+"""Output and gradients of one linear with its adapter, as functions of tensors, which eager code and operators call.
+
+The formulas, and their letters, stand at the top of `adapted_linear`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from melora_fx.adapter.tensors import diagonal_blocks, slices_of
+
+from . import by_torch, by_triton
+from .cost import is_by_blocks, is_merged
+from .dropout import dropout_mask, over_kept
+from .slices import by_part, cast, factors_by_part, join_parts
+
+
+class InputGradients(NamedTuple):
+    """What autograd wants of a backward: one gradient for each input of `compute_output`, in its order."""
+
+    x: Tensor | None = None
+    base: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: None = None
+    seed: None = None
+    rate: None = None
+    parts: None = None
+    form: None = None
+    dtype: None = None
+
+
+def save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what `needed_gradients` reads; the weight only if the gradient of x is needed."""
+    x, _base, weight, _bias, lora_a, lora_b, scaling, seed, rate, parts, form, _dtype = inputs
+    needs_x = ctx.needs_input_grad[0]
+    ctx.save_for_backward(x, weight if needs_x else None, lora_a, lora_b, scaling, seed)
+    ctx.rate = rate
+    ctx.parts = parts
+    ctx.form = form
+
+
+def needed_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., InputGradients], form: str) -> InputGradients:
+    """The gradients that are needed; `backward` is `compute_gradients`, or an operator's."""
+    needs_x, needs_base, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+    asked = [needs_x, needs_weight, needs_bias, needs_a, needs_b]
+    x, weight, lora_a, lora_b, scaling, seed = ctx.saved_tensors
+    found = backward(gradient, x, weight, lora_a, lora_b, scaling, seed, ctx.rate, ctx.parts, form, asked)
+    return found._replace(base=gradient) if needs_base else found
+
+
+def compute_output(
+    x: Tensor,
+    base: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    seed: Tensor | None,
+    rate: float,
+    parts: Sequence[int],
+    form: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """The output. Arguments as of `adapted_linear`; `seed` and `rate` are the dropout's, `dtype` is autocast's."""
+    if dtype is not None:
+        x = cast(x, dtype)
+        weight = cast(weight, dtype)
+        bias = cast(bias, dtype)
+    scaled = lora_b * over_kept(scaling, rate)
+    if weight is None:
+        assert base is not None
+        output = base.clone(memory_format=torch.contiguous_format)
+    elif form == "weight" and is_merged(x, weight, lora_a, rate):
+        return F.linear(x, _merged(weight, lora_a, scaled, parts), bias).contiguous()
+    else:
+        output = F.linear(x, weight, bias).contiguous()
+    x = cast(x, output.dtype)
+    slices = slices_of(x if seed is None else x * dropout_mask(x, seed, rate), len(lora_a))
+    of_parts = by_part(output, lora_a, scaled, parts)
+    by = by_triton if form == "triton" and by_triton.fits(slices, of_parts) else by_torch
+    by.add_update(slices, of_parts)
+    return output
+
+
+def compute_gradients(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    seed: Tensor | None,
+    rate: float,
+    parts: Sequence[int],
+    form: str,
+    asked: Sequence[bool],
+) -> InputGradients:
+    """The gradients of x, weight, bias, lora_a and lora_b that are `asked` for; `gradient` is that of the output."""
+    if gradient.device.type != "meta" and torch.is_autocast_enabled(gradient.device.type):
+        with torch.autocast(gradient.device.type, enabled=False):  # the dtypes are the forward's
+            return compute_gradients(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, form, asked)
+    needs_x, needs_weight, needs_bias, needs_a, needs_b = asked
+    of_y = gradient.reshape(-1, gradient.size(-1))
+    used = cast(x, gradient.dtype)  # x as the forward used it
+    mask = None if seed is None else dropout_mask(used, seed, rate)
+    slices = slices_of(used if mask is None else used * mask, len(lora_a))
+    scaling = over_kept(scaling, rate)
+    scaled = lora_b * scaling
+    of_parts = by_part(of_y, lora_a, scaled, parts)
+    of_x = of_slices = None  # the second: to which the adapter's part is still to be added
+    if needs_x and form == "weight" and weight is not None and is_merged(used, weight, lora_a, rate):
+        of_x = of_y @ _merged(weight, lora_a, scaled, parts)
+    elif needs_x:
+        of_x = of_slices = _of_base(of_y, weight, used)
+    by = by_triton if form == "triton" and by_triton.fits(slices, of_parts) else by_torch
+    if by is by_torch and of_slices is None and mask is None and is_by_blocks(used, of_y, lora_a):
+        pairs = [by_torch.gradients_by_blocks(slices, part) for part in of_parts]
+    else:
+        pairs = by.add_gradients(slices, of_parts, of_slices, mask)
+    of_x = None if of_x is None else cast(of_x.view(x.shape), x.dtype)
+    of_weight = of_y.t() @ used.reshape(-1, used.size(-1)) if needs_weight else None
+    of_bias = of_y.sum(0) if needs_bias else None
+    of_a = cast(join_parts([of_a for of_a, _ in pairs]), lora_a.dtype) if needs_a else None
+    of_b = cast(join_parts([of_b for _, of_b in pairs]), lora_b.dtype) * scaling if needs_b else None
+    return InputGradients(of_x, None, of_weight, of_bias, of_a, of_b)
+
+
+def _of_base(of_y: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
+    """y' W (T, I), or zeros where the base's part of x' is not ours to give; `like` is x."""
+    if weight is None:
+        return of_y.new_zeros(len(of_y), like.size(-1))
+    return of_y @ cast(weight, of_y.dtype)
+
+
+def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> Tensor:
+    """W + Δ (O, I), in memory of its own."""
+    merged = weight.clone()
+    blocks = diagonal_blocks(merged, len(lora_a), parts)
+    for block, (part_a, part_b) in zip(blocks, factors_by_part(lora_a, scaled, parts), strict=True):
+        block.add_(torch.bmm(part_b, part_a))
+    return merged
