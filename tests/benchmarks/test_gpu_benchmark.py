@@ -207,20 +207,15 @@ def test_set_up(broken): pass
 """
 
 
-def test_each_test_is_a_case(tmp_path: Path) -> None:
-    """In a process of its own, as it is run."""
+def test_each_test_is_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "test_none.py").write_text("import nothing_of_this_name")
-    code = (
-        "import sys; from benchmarks.gpu import correct; from benchmarks.gpu.recorder import Recorder\n"
-        "correct.TESTS = (sys.argv[1],); correct.run(Recorder.from_json(sys.argv[2]))"
-    )
-    recorded = make_recorder(tmp_path, "correct").to_json()
-    command = [sys.executable, "-c", code, str(tmp_path), recorded]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    last = {case.rpartition("::")[2]: line for case, line in rows.latest(read(tmp_path / "correct.jsonl")).items()}
+    monkeypatch.setattr(correct, "TESTS", (str(tmp_path),))
+    record = make_recorder(tmp_path, "correct")
+    correct.run(record)
+    last = {case.rpartition("::")[2]: line for case, line in rows.latest(read(record.path)).items()}
     outcomes = {case.rpartition("/")[2]: line["outcome"] for case, line in last.items()}
-    assert outcomes.pop("test_none.py") == rows.FAILED, result.stderr
+    assert outcomes.pop("test_none.py") == rows.FAILED
     assert outcomes == {
         "test_right": rows.PASSED,
         "test_wrong": rows.FAILED,

@@ -20,7 +20,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.default_cases(*SIX, "nn.MultiheadAttention, cross", "x @ *")
+@pytest.mark.default_cases(
+    *sorted({*SIX} - {"T5"}), "nn.MultiheadAttention, cross", "x @ *"
+)  # T5 takes fifteen seconds
 @pytest.mark.parametrize("name", ZOO)
 def test_properties(name: str) -> None:
     entry = ZOO[name]
