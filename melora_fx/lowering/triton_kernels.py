@@ -195,6 +195,8 @@ def accumulate(
             0 if out is None else out.size(2),
             **_options(tiles),
         )
+    if out is not None:  # else who keeps `out`, as selective checkpointing does, takes it for unchanged
+        torch.autograd.graph.increment_version(out)
     return hidden
 
 

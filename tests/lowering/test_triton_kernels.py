@@ -121,6 +121,16 @@ def test_only_the_columns_of_out_are_written():
     assert not torch.isclose(rows[:, 3:39], before[:, 3:39]).any(0).all()
 
 
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("rank", [3, 20])
+def test_what_is_written_has_another_version(rank):
+    """Autograd, and what keeps tensors for a checkpoint, tell by it that a tensor has changed."""
+    out = slices(2, 70, 18, seed=5)
+    before = out._version
+    kernels.accumulate(slices(2, 70, 12, seed=1), operand(2, rank, 12, seed=2), operand(2, 18, rank, seed=3), out)
+    assert out._version > before
+
+
 @pytest.mark.slow  # four gigabytes, which a CPU only reserves
 def test_offsets_above_32_bits():
     far = torch.empty(2**31 + 24, dtype=torch.float16, device=DEVICE).as_strided((1, 3, 24), (0, 2**30, 1))

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import pickle
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from support.interpreter import DEVICE
 from support.models import IN, OUT, TOLERANCE, Holder, dense_update, fill, randn
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 import melora_fx
@@ -265,6 +267,17 @@ def test_derivatives_of_gradients_are_those_of_plain_nodes(launches):
         inner = model.inner
         found.append(torch.autograd.grad((first * given(7, IN, seed=5)).sum(), [inner.lora_a, inner.lora_b]))
     assert_sums_near(list(found[0]), list(found[1]), torch.float32, 10)  # sums of sums
+
+
+@pytest.mark.parametrize("lowering", ["triton", "activation"])
+def test_the_bases_product_kept_by_a_checkpoint_is_not_added_to_twice(lowering):
+    """Both add to it in place, so torch refuses to take it up again."""
+    kept = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    model = adapted(lowering)
+    output = checkpoint(model, given(7, IN).requires_grad_(), use_reentrant=False, context_fn=contexts)
+    with pytest.raises(RuntimeError, match="has been mutated"):
+        output.sum().backward()
 
 
 def test_batches_of_gradients():
