@@ -23,7 +23,7 @@ from melora_fx.lowering.quantized_gradient import call_base
 from melora_fx.names import unwrap, without_wrappers
 from melora_fx.torch_private import GRAPH_SPECS, MADE_FROM_GRAPH
 
-from .graph_device import devices_of, put_on_device
+from .graph_device import devices_of, put_module_on_device
 from .graph_pickle import dump_graph, load_graph
 from .marks import ModuleMark
 from .meta_device import on_meta_device, renew_adapters
@@ -95,7 +95,7 @@ class RewrittenModule(fx.GraphModule):
         devices = state.pop(_PICKLED_DEVICES, set())  # earlier commits wrote none
         super().__setstate__(state)
         if self.restored_class is fx.GraphModule:
-            put_on_device(graph, devices, devices_of(self))
+            put_module_on_device(self, graph, devices, devices_of(self))
         self.graph = graph
 
     def _own_state(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class RewrittenModule(fx.GraphModule):
         """
         before = devices_of(self) if self.restored_class is fx.GraphModule else set[torch.device]()
         yield
-        if not before or not put_on_device(adapted_graph(self), before, devices_of(self)):
+        if not before or not put_module_on_device(self, adapted_graph(self), before, devices_of(self)):
             return
         runs_base = self.melora_mark.adapted_graph is not None
         run_adapted(self)

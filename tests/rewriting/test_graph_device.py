@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import melora_fx
 from melora_fx import MELoRAConfig
-from melora_fx.rewriting.graph_device import devices_of, put_on_device
+from melora_fx.rewriting.graph_device import devices_of, inner_modules, put_on_device
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3)
 CPU = torch.device("cpu")
@@ -30,6 +30,18 @@ class Positions(nn.Module):
         return self.linear(x + self.table(numbers)) * torch.ones(OUT).to(x.device, x.dtype)
 
 
+class PositionsApart(Positions):
+    """Makes them where `torch.export` puts them into graphs of their own: one in the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def scaled(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                numbers = torch.arange(x.shape[1], device=x.device)
+            return x + self.table(numbers)
+
+        return self.linear(torch.cond(x.sum() > 0, scaled, lambda x: x * torch.full((IN,), 2.0, device=x.device), (x,)))
+
+
 def captured(device: torch.device = CPU) -> nn.Module:
     torch.manual_seed(0)
     model = Positions().to(device)
@@ -42,6 +54,12 @@ def named_devices(graph: fx.Graph) -> set[torch.device]:
         leaves = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
         found |= {leaf for leaf in leaves if isinstance(leaf, torch.device)}
     return found
+
+
+def inner_devices(model: nn.Module) -> list[set[torch.device]]:
+    """Those that each graph names which the model's graph calls, if it names any."""
+    found = [named_devices(inner.graph) for inner in inner_modules(model, model.graph)]
+    return [devices for devices in found if devices]
 
 
 def on_meta(model: nn.Module) -> bool:
@@ -91,6 +109,16 @@ def test_moved_inside_disabled():
     assert on_meta(model)
 
 
+def test_graphs_that_the_graph_calls_follow():
+    model = melora_fx.rewrite(PositionsApart(), "linear", CONFIG, example_inputs=(randn(2, 5, IN),))
+    copied = copy.deepcopy(model)
+    assert inner_devices(model) == [{CPU}, {CPU}]
+    model.to(META)
+    assert inner_devices(model) == [{META}, {META}]
+    assert not any("'cpu'" in inner.code for inner in inner_modules(model, model.graph))
+    assert inner_devices(copied) == [{CPU}, {CPU}]
+
+
 def test_a_change_of_dtype_leaves_the_class_alone():
     model = captured()
     before = type(model)
@@ -116,6 +144,17 @@ def test_a_graph_that_stays(before, after):
     graph = captured().graph
     assert not put_on_device(graph, before, after)
     assert named_devices(graph) == {CPU}
+
+
+def test_a_device_without_a_number_is_that_of_its_type():
+    graph = fx.Graph()
+    options = {"device": torch.device("cuda")}
+    graph.output(graph.call_function(torch.ops.aten.arange.default, (4,), options))
+    second, third = torch.device("cuda", 1), torch.device("cuda", 2)
+    assert not put_on_device(graph, {CPU}, {second})
+    assert put_on_device(graph, {second}, {third})
+    assert named_devices(graph) == {third}
+    assert not put_on_device(graph, {second}, {CPU})
 
 
 def test_devices_of_a_model():
