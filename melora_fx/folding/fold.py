@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ def check_fold(model: nn.Module) -> FoldReport:
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
     """Inside the block the adapters are merged and the graphs are the base's; afterwards the weights are as before,
-    bit for bit, also after an exception. Inside another `folded` it does nothing.
+    bit for bit, also after an exception, or as the base's would be if they have been moved or cast meanwhile. Inside
+    another `folded` it does nothing.
 
     Graphs recorded before the block can be backpropagated after it. Autograd refuses their backward inside the block,
     and after the block the backward of graphs recorded inside.
@@ -104,13 +106,13 @@ def folded(model: nn.Module) -> Iterator[None]:
     refuse_shared(shared_sites(unwrap(model), found))
     weights = {name: oriented_weight(site) for name, site in found.items()}
     tracked = [weight for weight in weights.values() if not weight.is_inference()]
-    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    saved: list[tuple[AdapterSite, list[torch.Tensor]]] = []
     scratch = Scratch()
     with preserve_versions(tracked):  # the bits come back: graphs recorded before may be backpropagated afterwards
         try:
             with torch.no_grad():
                 for name, site in found.items():
-                    saved += [(block, block.clone()) for block in changed_blocks(site)]
+                    saved.append((site, [block.clone() for block in changed_blocks(site)]))
                     add_update(site.tensors, weights[name], scratch)
             for site in found.values():
                 site.module.melora_mark.is_folded = True
@@ -120,8 +122,10 @@ def folded(model: nn.Module) -> Iterator[None]:
             for site in found.values():
                 site.module.melora_mark.is_folded = False
             with torch.no_grad():
-                for block, original in saved:
-                    block.copy_(original)
+                for site, originals in saved:  # into the weight that is there now: it may have been moved
+                    present = replace(site, weight=getattr(site.owner, site.record.parameter_name))
+                    for block, original in zip(changed_blocks(present), originals, strict=True):
+                        block.copy_(original)
 
 
 def _untie(model: nn.Module, site: AdapterSite) -> None:

@@ -287,6 +287,17 @@ def test_folded_is_what_fold_gives_and_everything_comes_back_bit_for_bit(case):
         assert_equal(output_of(case.model, case.inputs), adapted)
 
 
+def to_other_memory(model: nn.Module) -> nn.Module:
+    """As a move to another device does it."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def to_other_parameters(model: nn.Module) -> nn.Module:
+    return model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True) and model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_folded_restores_after_an_exception(dtype):
     model = fill(melora_fx.rewrite(tower().to(dtype), "all-linear", TOWER_CONFIG))
@@ -299,6 +310,19 @@ def test_folded_restores_after_an_exception(dtype):
             raise StopError
         assert_equal(output_of(model, x), adapted)
     assert bool(torch.signbit(model.up.weight[0, 0]))
+
+
+MOVES = (nn.Module.double, nn.Module.bfloat16, to_other_memory, to_other_parameters)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+def test_folded_restores_weights_that_were_moved(move, whole):
+    options = {"example_inputs": (randn(2, IN),)} if whole else {}
+    model, expected = (fill(melora_fx.rewrite(tower(), "all-linear", TOWER_CONFIG, **options)) for _ in range(2))
+    with melora_fx.folded(model):
+        move(model)
+    assert_equal(model.state_dict(), move(expected).state_dict())
 
 
 def test_folded_can_be_nested(tower_case):
