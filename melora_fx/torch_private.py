@@ -135,11 +135,13 @@ def is_exporting() -> bool:
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether `tensor` stands for others and has no memory, as inside of `torch.func` and for a batch of gradients.
-    torch 2.13.
+    """Whether `tensor` has no memory of its own: inside of `torch.func`, as a batch of gradients, or as zeros that
+    autograd has not written down. torch 2.13.
     """
     functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    if functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor):
+        return True
+    return tensor._is_zerotensor()
 
 
 def in_fx_trace() -> bool:

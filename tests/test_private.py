@@ -220,7 +220,8 @@ def test_tensors_that_stand_for_others() -> None:
     torch.func.vmap(look)(x)
     torch.func.grad(lambda x: look(x).sum())(x)
     torch.autograd.grad(Looks.apply(x), x, torch.eye(2), is_grads_batched=True)
-    assert seen == [False, True, True, True]
+    look(torch._efficientzerotensor((2,)))
+    assert seen == [False, True, True, True, True]
 
 
 def test_an_fx_trace_is_seen() -> None:

@@ -56,6 +56,8 @@ def fits(slices: Tensor, parts: Sequence[Part]) -> bool:
     operands = [slices, *(operand for part in parts for operand in part)]
     if slices.dtype not in DTYPES or not all(_is_plain(operand) for operand in operands):
         return False
+    if any(operand.device != slices.device for operand in operands):  # torch says so; a kernel reads what is there
+        return False
     if not (slices.is_cuda or (slices.device.type == "cpu" and is_installed())):
         return False
     if kernels().IS_INTERPRETED:

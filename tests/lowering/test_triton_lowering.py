@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx.adapter.tensors import slices_of
 from melora_fx.lowering import by_triton, lowerings, triton_kernels
 
 CONFIGS = {
@@ -214,6 +215,25 @@ def test_weight_of_other_strides(transposed, launches):
         found.append(step(model, given(70, IN)))
     assert launches
     assert_sums_near(*found, torch.float32)
+
+
+def test_gradient_of_zeros_that_are_not_written_down(launches):
+    model = adapted("triton")
+    x = given(70, IN).requires_grad_()
+    output = model(x)
+    launches.clear()
+    upstream = torch._efficientzerotensor((70, OUT), device=DEVICE)
+    found = torch.autograd.grad(output, [x, model.inner.lora_a, model.inner.lora_b], upstream)
+    assert not any(gradient.any() for gradient in found)
+    assert not launches
+
+
+def test_operands_on_several_devices_are_left_to_torch():
+    x = slices_of(given(70, IN), 3)
+    lora_a, scaled = given(3, 2, 8), given(3, 12, 2)
+    columns = slices_of(given(70, OUT), 3)
+    assert by_triton.fits(x, [(columns, lora_a, scaled)])
+    assert not by_triton.fits(x, [(columns, lora_a.to("meta"), scaled)])
 
 
 def test_without_gradients(launches):
