@@ -27,7 +27,7 @@ def add_gradients(
         slices: of the adapter's input, (N, T, I/N).
         parts: of y'.
         of_x: (T, I), to the slices of which g_i A_i is added in place, or None.
-        mask: of the dropout, T·I values; what is added is multiplied by it.
+        mask: of the dropout, T·I values of any strides; what is added is multiplied by it.
     """
     of_hidden = [few_rows_times(scaled.mT, columns) for columns, _, scaled in parts]
     pairs = [
@@ -40,7 +40,7 @@ def add_gradients(
         for (_, lora_a, _), of_h in zip(parts, of_hidden, strict=True):
             of_slices.baddbmm_(of_h.mT, lora_a)
         if mask is not None:
-            of_x.addcmul_(of_dropped, mask.view_as(of_x))
+            of_x.addcmul_(of_dropped, mask.reshape(of_x.shape))
     return pairs
 
 

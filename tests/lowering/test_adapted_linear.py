@@ -243,17 +243,17 @@ def test_gradcheck_and_gradgradcheck(config, tokens, form):
     assert torch.autograd.gradgradcheck(call, given.leaves(), fast_mode=True)
 
 
+STRIDED = {
+    "swapped_tokens": lambda x: x.transpose(0, 1),
+    "every_second": lambda x: torch.stack([x, -x], -1)[..., 0],
+    "expanded": lambda x: x[:, :1].expand(-1, 4, -1),
+    "features_first": lambda x: x.mT.contiguous().mT,
+}
+
+
 @pytest.mark.parametrize("leading", [(2, 5), (4, 30)], ids=["few", "many"])
 @pytest.mark.parametrize("config", FEW.values(), ids=FEW)
-@pytest.mark.parametrize(
-    "strided",
-    [
-        pytest.param(lambda x: x.transpose(0, 1), id="swapped_tokens"),
-        pytest.param(lambda x: torch.stack([x, -x], -1)[..., 0], id="every_second"),
-        pytest.param(lambda x: x[:, :1].expand(-1, 4, -1), id="expanded"),
-        pytest.param(lambda x: x.mT.contiguous().mT, id="features_first"),
-    ],
-)
+@pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
 def test_input_that_is_not_contiguous(strided, config, leading):
     given = operands(config, leading)
     given.x = strided(given.x.detach()).requires_grad_()
@@ -479,6 +479,17 @@ def test_dropout_masks_the_adapters_input_alike_in_forward_and_backward(config, 
     assert_sums_near(output, expected)
     for actual, oracle in zip(ours, gradients(expected, [wide.x, wide.lora_a, wide.lora_b]), strict=True):
         assert_sums_near(actual.to(dtype), oracle, 2)
+
+
+@pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
+def test_dropout_of_input_that_is_not_contiguous(strided, masks):
+    given = operands(rate=0.25)
+    given.x = strided(given.x.detach()).requires_grad_()
+    ours = gradients(given(), [given.x, given.lora_a, given.lora_b])
+    wide = given.wide()
+    expected = wide.dense(masks[0].reshape(wide.x.shape), 0.25)
+    for actual, oracle in zip(ours, gradients(expected, [wide.x, wide.lora_a, wide.lora_b]), strict=True):
+        assert_sums_near(actual, oracle, 2)
 
 
 def test_second_derivatives_under_dropout(masks):
