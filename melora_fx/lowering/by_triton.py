@@ -21,6 +21,9 @@ MISSING = "`lowering` (='triton') needs the package triton on CUDA: `pip install
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+MIN_CAPABILITY = (8, 0)
+"""Of the GPUs that the kernels are compiled for: older ones have less shared memory than large ranks take."""
+
 
 def kernels() -> ModuleType:
     """The module `triton_kernels`: only what calls this imports triton.
@@ -62,7 +65,7 @@ def fits(slices: Tensor, parts: Sequence[Part]) -> bool:
         return False
     if kernels().IS_INTERPRETED:
         return slices.dtype != torch.bfloat16
-    return slices.is_cuda
+    return slices.is_cuda and torch.cuda.get_device_capability(slices.device) >= MIN_CAPABILITY
 
 
 def _is_plain(tensor: Tensor) -> bool:

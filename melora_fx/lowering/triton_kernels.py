@@ -90,7 +90,7 @@ def _accumulate(
         a = tl.load(at_first + column[:, None] * first_strides[2], is_column[:, None] & is_rank[None, :], 0.0)
         sums = tl.dot(x, a, sums, input_precision=PRECISION)
 
-    h = sums.to(inputs.dtype.element_ty)
+    h = tl.where(is_rank[None, :], sums, 0.0).to(inputs.dtype.element_ty)  # an infinite x times nothing is no number
     if hidden is not None:
         at_hidden = hidden + (block * num_tokens + tokens[:, None]) * rank + ranks[None, :]
         tl.store(at_hidden, h, is_token & is_rank[None, :])

@@ -82,6 +82,17 @@ def test_sums_are_those_of_float64(sizes, dtype):
     assert torch.equal(sums, kernels.reduce(hidden, x))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, of the sums left out
+def test_an_infinite_input_is_infinite_and_no_more() -> None:
+    """Ranks that fill a tile up are no numbers where they are multiplied by infinity: nothing of them is added."""
+    x = torch.ones(1, 2, 3, device=DEVICE)
+    x[0, 0, 0] = float("inf")
+    factors = torch.ones(1, 1, 3, device=DEVICE)
+    out = torch.zeros(1, 2, 3, device=DEVICE)
+    kernels.accumulate(x, factors, factors.mT.contiguous(), out)
+    assert out.tolist() == [[[float("inf")] * 3, [3.0] * 3]]
+
+
 STRIDED = {
     "rows": lambda t: t,
     "columns_first": lambda t: t.mT.contiguous().mT,
