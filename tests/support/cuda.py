@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import support.interpreter  # noqa: F401 (above what imports triton, as melora_fx does by torchao) # isort: skip
 import melora_fx
 from melora_fx import MELoRAConfig, config
 from support.models import TOLERANCE, Holder, dense_update, fill, randn
