@@ -85,6 +85,16 @@ def test_one_cell_is_measured():
     assert saved["PEFT LoRA, equal rank"] > saved["ours"]
 
 
+def test_a_side_stays_compiled_when_the_next_one_is():
+    cell = replace(tiny_cell(), mode="compiled")
+    steps = [train_step.prepare_side(name, cell, "cpu", "aot_eager")[0] for name in ("frozen", "ours")]
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    for step in steps:
+        step()
+    assert stats["unique_graphs"] == before > 0
+
+
 def test_the_environment_of_a_cell_that_keeps_its_memory(monkeypatch):
     calls = []
     monkeypatch.setattr(train_step, "run_apart", lambda module, which, **options: calls.append(options) or [])
