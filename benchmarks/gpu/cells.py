@@ -1,5 +1,6 @@
 """A part's cases that measure something, one after another."""
 
+import gc
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -55,9 +56,10 @@ def _run(cell: Cell, record: Recorder) -> None:
         record.ends(cell.name, FAILED, reason=in_a_line(error))
     if is_lost():
         raise SystemExit(LOST)
+    torch.compiler.reset()
+    gc.collect()  # models hold cycles: without it those of a cell are there while the next one's are made
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    torch.compiler.reset()
 
 
 def is_lost() -> bool:
