@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("correct", "Does CUDA compute what the CPU computes?", 3, (PYTEST, TRANSFORMERS)),
+    Part("correct", "Does CUDA compute what the CPU computes?", 5, (PYTEST, TRANSFORMERS)),
     Part("sessions", "Do graphs compute on CUDA and TensorRT what torch computes?", 3, (*GRAPHS, ONNX, PEFT)),
     Part("train", "What does a training step cost over the frozen model's, here and in PEFT?", 6, (ONNX, PEFT)),
     Part("latency", "What does an adapter cost at inference, merged and unmerged?", 4, (ONNX, PEFT)),

@@ -198,6 +198,7 @@ print(len(made), max(kernel.metadata.shared for kernel in made), kernels.IS_INTE
 """
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the other tests compile what they launch, and time is short")
 @pytest.mark.parametrize(
     ("rank", "dtype", "architecture"),
     [
