@@ -1,6 +1,7 @@
 """The parts one after another, each in its share of the minutes and in processes of its own, which can be lost."""
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,6 +22,9 @@ from .worker import NOT_BEGUN
 
 GRACE_S = 15
 """How long a case may go on after its part's share of the time."""
+OUT_OF_TIME = 124
+"""The code of a process that was ended after its time, as that of `timeout`."""
+WORKER = ["-m", "benchmarks.gpu.worker"]
 DRY_RUN_VARIABLE = "MELORA_FX_DRY_RUN"
 """Tells the tests of part *correct* to run on the CPU."""
 
@@ -74,7 +78,8 @@ def _run_part(part: Part, record: Recorder, say: Say) -> int:
         tried = latest(read(record.path)[num_before:])
         for case, line in tried.items():
             if line["outcome"] == BEGUN:  # and never ended
-                reason = f"its process ended with {code}, see the log"
+                is_late = code == OUT_OF_TIME
+                reason = "its part's time was over" if is_late else f"its process ended with {code}, see the log"
                 append(record.path, line | {"outcome": FAILED, "reason": reason})
                 say(f"  {case}: failed, {reason}")
         has_gone_on = len(tried) > len(record.tried)
@@ -91,24 +96,35 @@ def _run_part(part: Part, record: Recorder, say: Say) -> int:
 def _work(record: Recorder, say: Say) -> int:
     """The exit code of one process of a part; ends it, and all that it has started, when its time is over."""
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     if record.dry:
         environment |= {DRY_RUN_VARIABLE: "1"}
-    command = [sys.executable, "-m", "benchmarks.gpu.worker", record.to_json()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, *WORKER, record.to_json()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
 
-        def end() -> None:
-            say(f"  stopped {GRACE_S} s after the part's time")
-            os.killpg(process.pid, signal.SIGKILL)
+        def watch() -> None:
+            try:
+                process.wait(max(record.deadline - time.time(), 0) + GRACE_S)
+            except subprocess.TimeoutExpired:
+                say(f"  stopped {GRACE_S} s after the part's time")
+                is_late.set()
+            _end_group(process)  # also what a lost process has started: it holds the output open
 
-        timer = threading.Timer(max(record.deadline - time.time(), 0) + GRACE_S, end)
-        timer.start()
+        is_late = threading.Event()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         try:
             for text in process.stdout:
                 say(text.rstrip("\n"))
-            return process.wait()
+        except BaseException:  # this process is being stopped
+            _end_group(process)
+            raise
         finally:
-            timer.cancel()
-            if process.poll() is None:  # this process is being stopped
-                os.killpg(process.pid, signal.SIGKILL)
+            watcher.join()
+        return OUT_OF_TIME if is_late.is_set() else process.wait()
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

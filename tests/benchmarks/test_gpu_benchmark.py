@@ -188,6 +188,68 @@ def test_a_process_ends_with_its_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "stopped 0 s after the part's time" in capsys.readouterr().out
 
 
+def test_a_case_that_its_process_was_stopped_in_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_work", Processes((["a", "b"], schedule.OUT_OF_TIME), ([], 0)))
+    assert main(["gpu", "--dry-run", "--part", "fold", "--out", str(tmp_path)]) == FAILED
+    assert read(tmp_path / "fold.jsonl")[-1]["reason"] == "its part's time was over"
+
+
+def write_script(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(["import os, subprocess, sys, time", *lines]))
+
+
+def has_ended(file: Path) -> bool:
+    """Whether the process whose number the file holds ends within half a minute."""
+    end = time.time() + 30
+    while time.time() < end:
+        try:
+            state = (Path("/proc") / file.read_text() / "stat").read_text()
+        except OSError:
+            return True
+        if state.rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for processes")
+def test_nothing_is_left_of_a_process_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has started holds its output open."""
+    write_script(
+        tmp_path / "lost.py",
+        "sleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])",
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(sleeper.pid))",
+        "sys.stdout.buffer.write(b'no text: \\xff\\n'), sys.stdout.flush()",
+        "os.kill(os.getpid(), 9)",
+    )
+    monkeypatch.setattr(schedule, "WORKER", [str(tmp_path / "lost.py")])
+    said: list[str] = []
+    start = time.time()
+    assert schedule._work(make_recorder(tmp_path), said.append) == -9
+    assert time.time() - start < 60
+    assert said == ["no text: \ufffd"]
+    assert has_ended(tmp_path / "pid")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for processes")
+def test_a_process_ends_when_the_command_is_killed(tmp_path: Path) -> None:
+    write_script(
+        tmp_path / "worker.py",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "from benchmarks.gpu.worker import end_with",
+        f"open({str(tmp_path / 'new')!r}, 'w').write(str(os.getpid()))",
+        f"os.replace({str(tmp_path / 'new')!r}, {str(tmp_path / 'pid')!r})",
+        "end_with(os.getppid())",
+    )
+    write_script(
+        tmp_path / "command.py",
+        f"subprocess.Popen([sys.executable, {str(tmp_path / 'worker.py')!r}], start_new_session=True)",
+        f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.01)",
+    )
+    subprocess.run([sys.executable, tmp_path / "command.py"], check=True)
+    assert has_ended(tmp_path / "pid")
+
+
 TESTS = """
 import pytest
 
