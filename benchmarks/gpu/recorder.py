@@ -24,6 +24,7 @@ class Recorder:
         dry: build everything with small models on the CPU, time nothing.
         again: run also what an earlier run has done.
         only: cases whose name contains this.
+        num_before: how many lines there were before this run.
         tried: cases that this run has tried already, in an earlier process.
         num_not_begun: how many cases there was no time for.
     """
@@ -34,6 +35,7 @@ class Recorder:
     dry: bool = False
     again: bool = False
     only: str = ""
+    num_before: int = 0
     tried: list[str] = field(default_factory=list)
     num_not_begun: int = 0
 

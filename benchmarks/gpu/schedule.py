@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from benchmarks.checkout import DONE, LEFT_OUT, ROOT
+from benchmarks.checkout import DONE, LEFT_OUT, MISUSED, ROOT
 from benchmarks.checkout import FAILED as A_CASE_FAILED
 
 from .options import OUT, RESULTS
@@ -24,6 +25,8 @@ GRACE_S = 15
 """How long a case may go on after its part's share of the time."""
 OUT_OF_TIME = 124
 """The code of a process that was ended after its time, as that of `timeout`."""
+WORTHWHILE_S = 30
+"""The least time for which processes are started once more: each takes some ten seconds to import all."""
 WORKER = ["-m", "benchmarks.gpu.worker"]
 DRY_RUN_VARIABLE = "MELORA_FX_DRY_RUN"
 """Tells the tests of part *correct* to run on the CPU."""
@@ -32,7 +35,7 @@ Say = Callable[[str], None]
 
 
 def run(options: argparse.Namespace) -> int:
-    """An exit status: 0, or 1 where a case failed, 3 where something is missing or not begun."""
+    """An exit status: 0, or 1 where a case failed, 2 for arguments, 3 where something is missing or not begun."""
     if options.report:
         from .report import write_report  # draws: heavy
 
@@ -41,24 +44,53 @@ def run(options: argparse.Namespace) -> int:
         print("there is no CUDA device: --dry-run builds every case on the CPU", file=sys.stderr)
         return LEFT_OUT
     folder = options.out or OUT
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [part for part in PARTS if options.part in (None, part.name)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / "log.txt").open("a", encoding="utf-8")
+    except OSError as error:
+        print(f"`{folder}` cannot be written: {error.strerror}", file=sys.stderr)
+        return MISUSED
     end = time.time() + 60 * options.minutes
-    statuses = []
-    with (folder / "log.txt").open("a") as log:
+    records = {part: _recorder(part, folder, options) for part in PARTS if options.part in (None, part.name)}
+    with log:
 
         def say(text: str) -> None:
             print(text, flush=True)
             print(text, file=log, flush=True)
 
-        for index, part in enumerate(parts):
-            left = max(end - time.time(), 0)
-            share = left * part.minutes / sum(each.minutes for each in parts[index:])
-            say(f"{part.name}: {part.question} ({share:.0f} s of {left:.0f} s)")
-            record = Recorder(part.name, folder, time.time() + share, options.dry_run, options.again, options.only)
-            statuses.append(_run_part(part, record, say))
+        statuses = _run_parts(records, end, say)
+        late = {part: record for part, record in records.items() if record.num_not_begun}
+        if late and end - time.time() > WORTHWHILE_S:
+            say("again, in what the shares have left over:")
+            statuses |= _run_parts(late, end, say)
         say(f"see {folder}")
-    return max(statuses, key=(DONE, LEFT_OUT, A_CASE_FAILED).index)
+    if set(statuses.values()) == {DONE} and not any(map(_is_named, records.values())):
+        print(f"`--only {options.only}` is in the name of no case", file=sys.stderr)
+        return MISUSED
+    return max(statuses.values(), key=(DONE, LEFT_OUT, A_CASE_FAILED).index)
+
+
+def _recorder(part: Part, folder: Path, options: argparse.Namespace) -> Recorder:
+    num_before = len(read(part.file(folder)))
+    options_of_cases = {"dry": options.dry_run, "again": options.again, "only": options.only}
+    return Recorder(part.name, folder, deadline=0, num_before=num_before, **options_of_cases)
+
+
+def _is_named(record: Recorder) -> bool:
+    """Whether a case that has been run, now or before, has the text of `--only` in its name."""
+    return not record.only or any(record.only in case for case in latest(read(record.path)))
+
+
+def _run_parts(records: Mapping[Part, Recorder], end: float, say: Say) -> dict[Part, int]:
+    """The exit status of each part; each gets its share of the time until `end`."""
+    statuses = {}
+    for index, (part, record) in enumerate(records.items()):
+        left = max(end - time.time(), 0)
+        share = left * part.minutes / sum(each.minutes for each in [*records][index:])
+        say(f"{part.name}: {part.question} ({share:.0f} s of {left:.0f} s)")
+        record.deadline = time.time() + share
+        statuses[part] = _run_part(part, record, say)
+    return statuses
 
 
 def _has_device() -> bool:
@@ -72,10 +104,9 @@ def _run_part(part: Part, record: Recorder, say: Say) -> int:
     if part.missing:
         say(f"  left out: {part.missing}")
         return LEFT_OUT
-    num_before = len(read(record.path))
     while True:
         code = _work(record, say)
-        tried = latest(read(record.path)[num_before:])
+        tried = latest(read(record.path)[record.num_before :])
         for case, line in tried.items():
             if line["outcome"] == BEGUN:  # and never ended
                 is_late = code == OUT_OF_TIME
@@ -86,7 +117,8 @@ def _run_part(part: Part, record: Recorder, say: Say) -> int:
         record.tried = list(tried)
         if code in (0, NOT_BEGUN) or not has_gone_on or time.time() > record.deadline:
             break
-    outcomes = Counter(line["outcome"] for line in latest(read(record.path)[num_before:]).values())
+    record.num_not_begun = int(code in (NOT_BEGUN, OUT_OF_TIME))  # at least: the process has counted them
+    outcomes = Counter(line["outcome"] for line in latest(read(record.path)[record.num_before :]).values())
     say(f"  {', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items())) or 'nothing run'}")
     if outcomes[FAILED] or code not in (0, NOT_BEGUN):
         return A_CASE_FAILED

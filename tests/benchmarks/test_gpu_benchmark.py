@@ -114,6 +114,17 @@ def test_lines_that_were_cut_off(tmp_path: Path) -> None:
     assert [line["case"] for line in read(path)] == ["a", "é"]
 
 
+def test_what_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert main(["gpu", "--dry-run", "--out", str(tmp_path / "file")]) == MISUSED
+    assert f"`{tmp_path / 'file'}` cannot be written" in capsys.readouterr().err
+    arguments = ["gpu", "--dry-run", "--part", "fold", "--out", str(tmp_path), "--only"]
+    monkeypatch.setattr(schedule, "_work", Processes((["a"], 0), ([], 0), ([], 0)))
+    assert main([*arguments, "a"]) == main([*arguments, "a"]) == DONE
+    assert main([*arguments, "b"]) == MISUSED
+    assert "`--only b` is in the name of no case" in capsys.readouterr().err
+
+
 def test_what_is_run_and_in_which_order(tmp_path: Path) -> None:
     record = make_recorder(tmp_path)
     for case, outcome in (("done", rows.PASSED), ("no", rows.SKIPPED), ("bad", rows.FAILED), ("lacks", rows.LACKING)):
@@ -161,12 +172,13 @@ class Processes:
     ("scripts", "status", "tried"),
     [
         ([(["a", "b"], 0)], DONE, [[]]),
-        ([(["a"], NOT_BEGUN)], LEFT_OUT, [[]]),
+        ([(["a"], NOT_BEGUN), (["b"], 0)], DONE, [[], ["a"]]),
+        ([(["a"], NOT_BEGUN), ([], NOT_BEGUN)], LEFT_OUT, [[], ["a"]]),
         ([(["a", "b"], -11), (["c"], 0)], FAILED, [[], ["a", "b"]]),
         ([(["a"], -11), (["b"], -9), ([], 0)], FAILED, [[], ["a"], ["a", "b"]]),
         ([([], 1)], FAILED, [[]]),
     ],
-    ids=["done", "no time", "lost", "lost twice", "nothing begun"],
+    ids=["done", "no time at first", "no time", "lost", "lost twice", "nothing begun"],
 )
 def test_a_lost_process_costs_its_case_alone(
     scripts: Any, status: int, tried: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
