@@ -62,7 +62,9 @@ class Recorder:
         """Those of `names` that are to be run: first those that no earlier run has tried."""
         now = self.origin
         earlier = {} if self.again else latest(read(self.path))
-        found = {case: line["outcome"] for case, line in earlier.items() if all(line[key] == now[key] for key in SAME)}
+        found = {
+            case: line["outcome"] for case, line in earlier.items() if all(line.get(key) == now[key] for key in SAME)
+        }
         wanted = [name for name in names if name not in self.tried and self.only in name]
         return sorted(
             (name for name in wanted if found.get(name) not in (PASSED, SKIPPED)), key=lambda name: name in found

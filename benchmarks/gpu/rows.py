@@ -13,18 +13,20 @@ BEGUN, PASSED, FAILED, SKIPPED, LACKING = "begun", "passed", "failed", "skipped"
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Adds a line, also behind one that was cut off when a process ended."""
     is_cut = path.is_file() and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if is_cut else "") + json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> list[Line]:
     """All lines of a file that are whole; none where there is no file."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:  # cut off
             continue
+        if isinstance(line, dict) and "case" in line:
+            lines.append(line)
     return lines
 
 

@@ -112,6 +112,9 @@ def test_lines_that_were_cut_off(tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"case": "b", "outc')
     append(path, {"case": "é"})
     assert [line["case"] for line in read(path)] == ["a", "é"]
+    path.write_bytes(path.read_bytes() + b'[1]\nnull\n{"other": 1}\n\xff\n')
+    append(path, {"case": "of\u2028two lines"})
+    assert [line["case"] for line in read(path)] == ["a", "é", "of\u2028two lines"], "what is not ours is left out"
 
 
 def test_what_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
