@@ -1,7 +1,6 @@
 """Does CUDA compute what the CPU computes? The tests that need a CUDA device, each of them one case."""
 
 import time
-from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -37,6 +36,8 @@ class _Cases:
 
     def __init__(self, record: Recorder) -> None:
         self.record = record
+        self.session: pytest.Session
+        self.start = 0.0
         self.reports: list[pytest.TestReport] = []
         self.is_lost = False
 
@@ -48,24 +49,26 @@ class _Cases:
         by_name = {item.nodeid: item for item in items}
         items[:] = [by_name[name] for name in self.record.in_order(by_name)]
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, bool, bool]:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         if not self.record.begins(item.nodeid, 0 if self.record.dry else SECONDS):
-            return True
-        start = time.perf_counter()
+            return True  # done with it: what runs tests is not called
+        self.session = item.session
+        self.start = time.perf_counter()
         self.reports = []
-        done = yield
-        bad = next((report for report in self.reports if not report.passed), None)
-        outcome = PASSED if bad is None else SKIPPED if bad.skipped else FAILED
-        reason = {} if bad is None else {"reason": _reason(bad)}
-        self.record.ends(item.nodeid, outcome, **reason, seconds=round(time.perf_counter() - start, 1))
-        if is_lost():
-            self.is_lost = True
-            item.session.shouldstop = "the device is lost to this process"
-        return done
+        return None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.reports.append(report)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        bad = next((report for report in self.reports if not report.passed), None)
+        outcome = PASSED if bad is None else SKIPPED if bad.skipped else FAILED
+        reason = {} if bad is None else {"reason": _reason(bad)}
+        self.record.ends(nodeid, outcome, **reason, seconds=round(time.perf_counter() - self.start, 1))
+        if is_lost():
+            self.is_lost = True
+            self.session.shouldstop = "the device is lost to this process"
 
 
 def _reason(report: Any) -> str:

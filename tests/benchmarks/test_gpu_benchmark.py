@@ -304,6 +304,15 @@ def test_each_test_is_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "no fixture" in last["test_set_up"]["reason"]
 
 
+def test_no_test_begins_without_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "test_late.py").write_text("def test_one(): pass\ndef test_other(): pass\n")
+    monkeypatch.setattr(correct, "TESTS", (str(tmp_path),))
+    record = Recorder("correct", tmp_path, time.time() + correct.SECONDS - 1)
+    correct.run(record)
+    assert record.num_not_begun == 2
+    assert read(record.path) == []
+
+
 def test_a_part_runs_dry(tmp_path: Path, capsys) -> None:
     record = make_recorder(tmp_path)
     fold.run(record)
