@@ -36,10 +36,10 @@ _CELLS = (  # setting, mode, tokens, sides, seconds
     (replace(_MINILM, dtype="float32"), "eager", 8192, SIDES, 25),
     (_LLAMA, "eager", 4096, TRITON_SIDES, 35),
     (_MINILM, "eager", 8192, TRITON_SIDES, 25),
-    (_MINILM, "compiled", 8192, COMPILED_SIDES, 80),
-    (_LLAMA, "compiled", 4096, COMPILED_SIDES, 180),
-    (_MINILM, "compiled", 8192, TRITON_SIDES, 80),
-    (_SMOLLM2, "compiled", 4096, COMPILED_SIDES, 240),
+    (_MINILM, "compiled", 8192, COMPILED_SIDES, 60),
+    (_LLAMA, "compiled", 4096, COMPILED_SIDES, 120),
+    (_MINILM, "compiled", 8192, TRITON_SIDES, 60),
+    (_SMOLLM2, "compiled", 4096, COMPILED_SIDES, 160),
 )
 
 
