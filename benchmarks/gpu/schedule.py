@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TextIO
 
 from benchmarks.checkout import DONE, LEFT_OUT, MISUSED, ROOT
 from benchmarks.checkout import FAILED as A_CASE_FAILED
@@ -44,11 +46,8 @@ def run(options: argparse.Namespace) -> int:
         print("there is no CUDA device: --dry-run builds every case on the CPU", file=sys.stderr)
         return LEFT_OUT
     folder = options.out or OUT
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = (folder / "log.txt").open("a", encoding="utf-8")
-    except OSError as error:
-        print(f"`{folder}` cannot be written: {error.strerror}", file=sys.stderr)
+    log = _open_log(folder)
+    if log is None:
         return MISUSED
     end = time.time() + 60 * options.minutes
     records = {part: _recorder(part, folder, options) for part in PARTS if options.part in (None, part.name)}
@@ -68,6 +67,25 @@ def run(options: argparse.Namespace) -> int:
         print(f"`--only {options.only}` is in the name of no case", file=sys.stderr)
         return MISUSED
     return max(statuses.values(), key=(DONE, LEFT_OUT, A_CASE_FAILED).index)
+
+
+def _open_log(folder: Path) -> TextIO | None:
+    """The log of `folder`, locked for as long as this process runs; None, and why, if there is none for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / "log.txt").open("a", encoding="utf-8")
+    except OSError as error:
+        print(f"`{folder}` cannot be written: {error.strerror}", file=sys.stderr)
+        return None
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another run writes into `{folder}`", file=sys.stderr)
+        log.close()
+        return None
+    except OSError:  # a disk without locks
+        pass
+    return log
 
 
 def _recorder(part: Part, folder: Path, options: argparse.Namespace) -> Recorder:

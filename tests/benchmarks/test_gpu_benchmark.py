@@ -128,6 +128,20 @@ def test_what_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "`--only b` is in the name of no case" in capsys.readouterr().err
 
 
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    arguments = ["gpu", "--dry-run", "--part", "fold", "--out", str(tmp_path)]
+    statuses = []
+
+    def work(record: Recorder, say: schedule.Say) -> int:
+        statuses.append(main(arguments))
+        return 0
+
+    monkeypatch.setattr(schedule, "_work", work)
+    assert main(arguments) == DONE
+    assert statuses == [MISUSED]
+    assert f"another run writes into `{tmp_path}`" in capsys.readouterr().err
+
+
 def test_what_is_run_and_in_which_order(tmp_path: Path) -> None:
     record = make_recorder(tmp_path)
     for case, outcome in (("done", rows.PASSED), ("no", rows.SKIPPED), ("bad", rows.FAILED), ("lacks", rows.LACKING)):
