@@ -16,7 +16,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import melora_fx
@@ -29,7 +28,7 @@ from .cases import Case, Row, measured_rows, run_cases
 from .checkout import source_digest
 from .latency_cells import QUICK, TARGETS, Cell, Form, cells
 from .latency_report import write_report
-from .models import EXAMPLE, build
+from .models import EXAMPLE, build, token_arrays
 from .needs import why_missing
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
@@ -110,8 +109,7 @@ class Workshop:
 
     def inputs(self, cell: Cell) -> dict[str, Any]:
         """Token ids, and a mask of ones."""
-        ids = np.random.default_rng(0).integers(3, 32, (cell.batch, cell.sequence))
-        arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        arrays = token_arrays(cell.batch, cell.sequence)
         if not cell.provider.startswith("torch"):
             return arrays
         return {name: torch.as_tensor(array, device=self.device) for name, array in arrays.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from torch import nn
@@ -33,6 +34,12 @@ from .random_models import SHAPES, random_model
 
 EXAMPLE = {"input_ids": torch.full((2, 16), 5), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
 """What the encoders are exported with."""
+
+
+def token_arrays(batch: int, sequence: int) -> dict[str, np.ndarray]:
+    """Random token ids, and a mask of ones; the same for the same sizes."""
+    ids = np.random.default_rng(0).integers(3, 32, (batch, sequence))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ recorder     what that process is told, and how it writes down what it finds
 rows         results as JSON lines: one file a part, one line a case
 origin       device, driver, versions and commit of a line
 cells        cases that measure something, one after another
+graphs       whether graphs can be made and run here
 correct      part: the tests that need a CUDA device
 sessions     part: graphs on ONNX Runtime's CUDA and TensorRT beside torch
 train        part: training steps over the frozen model's

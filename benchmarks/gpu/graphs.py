@@ -29,8 +29,8 @@ def why_no_graph() -> str:
 
 def why_no_session(provider: str) -> str:
     """What to install before a graph can run on a `provider` of `OrtRunner`; empty where nothing is missing."""
-    if ONNXRUNTIME.why_missing(CACHE):
-        return ONNXRUNTIME.why_missing(CACHE)
+    if reason := ONNXRUNTIME.why_missing(CACHE):
+        return reason
     import onnxruntime
 
     name, remedy = _PROVIDERS[provider]

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
+from benchmarks.checkout import ROOT
+
 from .parts import PARTS
 
-ROOT = Path(__file__).parents[2]
 OUT = ROOT / "benchmark-output" / "gpu"
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 

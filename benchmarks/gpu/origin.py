@@ -7,15 +7,14 @@ from datetime import UTC, datetime
 
 import torch
 
-from benchmarks.checkout import source_digest
 from melora_fx.versions import package_version, source_commit
 
 PACKAGES = ("triton", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt")
 
 
-def origin(*, dry: bool, folders: tuple[str, ...] = ()) -> dict[str, str]:
-    """The fields that end each line. `folders`: further ones whose code the results depend on."""
-    own = {"settings": "dry run" if dry else "", "source": source_digest(*folders)}
+def origin(source: str, *, dry: bool) -> dict[str, str]:
+    """The fields that end each line. `source`: the digest of the code."""
+    own = {"settings": "dry run" if dry else "", "source": source}
     return own | _machine() | {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
 
 

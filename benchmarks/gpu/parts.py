@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.checkout import source_digest
 from benchmarks.needs import CACHE, ONNX, ONNX_IR, ONNXRUNTIME, ONNXSCRIPT, PEFT, PYTEST, TRANSFORMERS, Need
 
 GRAPHS = (ONNX_IR, ONNXSCRIPT, ONNXRUNTIME)
@@ -32,6 +33,11 @@ class Part(NamedTuple):
         return "; ".join(filter(None, (need.why_missing(CACHE) for need in self.needs)))
 
     @property
+    def digest(self) -> str:
+        """That of the code which its results depend on: the tests' too where they are what is run."""
+        return source_digest(*(("tests",) if self.name == "correct" else ()))
+
+    @property
     def run(self) -> Callable[[Any], None]:
         """Runs all cases, given the `Recorder`."""
         return importlib.import_module(f"benchmarks.gpu.{self.name}").run
@@ -48,3 +54,7 @@ PARTS = (
     Part("latency", "What does an adapter cost at inference, merged and unmerged?", 4, (ONNX, PEFT)),
     Part("fold", "How fast is a fold beside PEFT's merge?", 1, (ONNX, PEFT)),
 )
+
+
+def part_named(name: str) -> Part:
+    return next(part for part in PARTS if part.name == name)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .parts import part_named
 from .rows import BEGUN, PASSED, SKIPPED, append, latest, read
 
 SAME = ("settings", "device", "versions", "source")
@@ -53,10 +54,10 @@ class Recorder:
 
     @property
     def origin(self) -> dict[str, str]:
-        """Of a line of now. The tests' code counts where they are what is run."""
+        """Of a line of now."""
         from .origin import origin  # heavy: the process that starts the parts' has no use for it
 
-        return origin(dry=self.dry, folders=("tests",) if self.part == "correct" else ())
+        return origin(part_named(self.part).digest, dry=self.dry)
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are to be run: first those that no earlier run has tried."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkout import DONE, MISUSED, source_digest
+from benchmarks.checkout import DONE, MISUSED
 from benchmarks.latency_report import latency_table, table_of
 from benchmarks.train_report import plot_steps, steps_table
 from exporters.measuring.plots import format_ms, plot_latency
@@ -17,7 +17,7 @@ from exporters.measuring.tables import markdown_table
 from melora_fx.files import write_atomically
 from melora_fx.versions import source_commit
 
-from .parts import PARTS, Part
+from .parts import PARTS, Part, part_named
 from .rows import BEGUN, PASSED, Line, append, read
 
 Row = dict[str, str]
@@ -65,8 +65,7 @@ def _write_lines(lines: Iterable[Line], path: Path) -> None:
 
 def _commit_of(line: Line) -> str:
     """The commit of a line that was made without a repository: this one's, if the code is the same."""
-    folders = ("tests",) if line["part"] == "correct" else ()
-    return source_commit() if line["source"] == source_digest(*folders) else ""
+    return source_commit() if line["source"] == part_named(line["part"]).digest else ""
 
 
 def _origins(found: Iterable[Sequence[Line]]) -> Iterator[str]:

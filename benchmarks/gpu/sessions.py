@@ -18,7 +18,7 @@ from torch import nn
 
 import melora_fx
 from benchmarks.cases import Row
-from benchmarks.models import EXAMPLE, build
+from benchmarks.models import EXAMPLE, build, token_arrays
 from benchmarks.needs import CACHE
 from benchmarks.random_models import SMALL
 from exporters import OrtRunner, TorchRunner, export_onnx, write_ort_adapter
@@ -103,9 +103,9 @@ def _strengthen(model: nn.Module) -> None:
     """Makes the adapter large enough for its absence to be seen in half precision."""
     for site in melora_fx.sites(model).values():
         site.lora_b.mul_(10)
-    adapted = TorchRunner(model).run(inputs_of(SMALL_SHAPES[0]))
+    adapted = TorchRunner(model).run(token_arrays(*SMALL_SHAPES[0]))
     with melora_fx.disabled(model):
-        base = TorchRunner(model).run(inputs_of(SMALL_SHAPES[0]))
+        base = TorchRunner(model).run(token_arrays(*SMALL_SHAPES[0]))
     assert _difference(base, adapted)["difference"] > 10 * TOLERANCE["fp16"]
 
 
@@ -121,7 +121,7 @@ def _beside_torch(
         write_ort_adapter(path.with_name("adapter"), path, file)
         adapters = {"no adapter": None, "adapter folder": path.with_name("adapter"), "adapter file": file}
     for shape, (name, adapter) in itertools.product(shapes, adapters.items()):
-        inputs = inputs_of(shape)
+        inputs = token_arrays(*shape)
         with melora_fx.disabled(model) if name == "no adapter" else contextlib.nullcontext():
             expected = TorchRunner(model).run(inputs)
         found = runner.run(inputs, adapter)
@@ -131,7 +131,7 @@ def _beside_torch(
 
 def _beside_itself(graph: Graph, path: Path, provider: str, shape: tuple[int, int]) -> Iterator[Row]:
     """The other ways to run the graph on the same provider."""
-    inputs = inputs_of(shape)
+    inputs = token_arrays(*shape)
     fixed = _ranges([shape]) if provider == "tensorrt" else None
     runner = OrtRunner(path, provider=provider, shapes=fixed)
     expected = runner.run(inputs)
@@ -146,12 +146,6 @@ def _beside_itself(graph: Graph, path: Path, provider: str, shape: tuple[int, in
         replayed = OrtRunner(path, provider=provider, shapes=_ranges([shape]), provider_options=options)
         found = [replayed.run(inputs) for _ in range(3)][-1]
         yield {"side": "in a CUDA graph", **_difference(found, expected), "tolerance": tolerance}
-
-
-def inputs_of(shape: tuple[int, int]) -> Arrays:
-    """Token ids, and a mask of ones."""
-    ids = np.random.default_rng(0).integers(3, 32, shape)
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
 def _ranges(shapes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int, int]]:

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 
-from .parts import PARTS
+from .parts import part_named
 from .recorder import Recorder
 
 NOT_BEGUN = 4
@@ -16,9 +16,8 @@ NOT_BEGUN = 4
 
 def main(argument: str) -> int:
     record = Recorder.from_json(argument)
-    part = next(part for part in PARTS if part.name == record.part)
     warnings.simplefilter("ignore")
-    part.run(record)
+    part_named(record.part).run(record)
     return NOT_BEGUN if record.num_not_begun else 0
 
 
