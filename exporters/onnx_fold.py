@@ -111,7 +111,7 @@ def _site_places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
     lines = []
     for site in adapter.configs:
         place = facts.weights.get(f"{site}.weight", facts.weights.get(site))
-        if place is not None:
+        if place is not None and not (place.is_transposed and site in adapter.row_dims):
             places[site] = place
         else:
             known = [site_of(name) for name in facts.weights]
@@ -191,6 +191,7 @@ def _new_facts(graph: onnx_ir.Model, adapter: Adapter, weights: WeightBytes, pla
             "config": config.to_dict(),
             "base": adapter.fingerprints.get(site) or fingerprint(weights.read(places[site])),
             "is_transposed": adapter.transposed.get(site, False),
+            **({"row_dims": adapter.row_dims[site]} if site in adapter.row_dims else {}),
         }
         for site, config in adapter.configs.items()
     }

@@ -28,7 +28,7 @@ def sharing_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def _spans(model: nn.Module) -> Iterator[_Span]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            yield (*_span(parameter), without_wrappers(name))
+            yield (*span_of(parameter), without_wrappers(name))
 
 
 def _overlapping(spans: Iterable[_Span]) -> Iterator[list[str]]:
@@ -47,7 +47,7 @@ def _overlapping(spans: Iterable[_Span]) -> Iterator[list[str]]:
         yield group
 
 
-def _span(parameter: torch.Tensor) -> tuple[int, int, int]:
+def span_of(parameter: torch.Tensor) -> tuple[int, int, int]:
     """(device's number, first byte, end) of the memory that a parameter lives in; itself, where it has none."""
     tensor = parameter.detach()
     if type(tensor) is not torch.Tensor or tensor.is_meta or not tensor.numel():

@@ -4,12 +4,14 @@ An upgrade that takes one away breaks this file, and `tests/test_private.py`, wh
 documented way does not do, and the version that it was first seen to work with.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.comptime import comptime
+from torch._dynamo.variables.torch import get_overridable_functions
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -122,6 +124,11 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def in_autograd_function() -> bool:
+    """Whether an `autograd.Function` runs its forward: it turns forward mode off, as `no_grad` does not. torch 2.13."""
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def in_functorch() -> bool:
     """Whether a transform of `torch.func` (grad, vmap, jvp) is running. torch 2.13."""
     return torch._C._are_functorch_transforms_active()
@@ -142,6 +149,43 @@ def is_wrapped(tensor: Tensor) -> bool:
     if functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor):
         return True
     return tensor._is_zerotensor()
+
+
+compiles_around = torch._C._dynamo.eval_frame.get_eval_frame_callback
+"""What compiles the functions that are called from here, where Dynamo has left this one alone: none outside of
+`torch.compile`. Not a function of ours, which it would compile too. torch 2.13."""
+
+
+while_compiling = comptime
+"""Runs a function of one argument while Dynamo compiles the call, and does nothing elsewhere. torch 2.13."""
+
+
+def compiled_so_far(compilation: Any) -> tuple[nn.Module | None, fx.Graph]:
+    """`self` of the function that has called `while_compiling`, None behind a graph break, and the graph at that point.
+    torch 2.13.
+    """
+    try:
+        model = compilation.get_local("self")
+    except KeyError:
+        return None, compilation.graph()
+    return model._i_will_not_complain_if_bc_breaks_VariableTracker().value, compilation.graph()
+
+
+def inputs_of_compiled(graph: fx.Graph) -> Iterator[tuple[Any, list[fx.Node]]]:
+    """Each value that a graph of Dynamo is given, with its users, but for graphs that it calls. torch 2.13."""
+    for node in graph.find_nodes(op="placeholder"):
+        argument = node.meta.get("grapharg")
+        if argument is not None:
+            users = [user for user in node.users if not isinstance(user.target, torch._ops.HigherOrderOperator)]
+            yield argument.example, users
+
+
+def has_compiled_modules(model: nn.Module) -> bool:
+    """Whether some module of `model` has been compiled by itself, in place or in a wrapper. torch 2.13."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or WRAPPED[0] in module._modules
+        for module in model.modules()
+    )
 
 
 def in_fx_trace() -> bool:
@@ -172,6 +216,14 @@ def tree_paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
 
 GROUPED_MM = torch._grouped_mm
 """What models call that were written before `torch.nn.functional.grouped_mm` was there. torch 2.13."""
+
+
+def let_dynamo_ask(function: Any) -> None:
+    """From here on Dynamo asks the `__torch_function__` of what `function` is given, as eager mode does: for functions
+    that are in no public list it does not. torch 2.13.
+    """
+    get_overridable_functions().add(function)
+
 
 HAS_ADAPTERS = "_hf_peft_config_loaded"
 """Attribute by which a model says that it has adapters to train: without it a Trainer refuses a quantised one, and with

@@ -5,6 +5,7 @@ import gc
 import os
 
 import pytest
+import rich.style  # noqa: F401 (its first import draws one of Python's random numbers)
 import support.interpreter  # noqa: F401 (above what imports triton)
 import torch
 import transformers

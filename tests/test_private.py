@@ -270,6 +270,20 @@ def test_grouped_product() -> None:
     assert product.shape == (4, 8)
 
 
+def test_dynamo_asks() -> None:
+    class Named(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> str:
+            return func.__name__
+
+    def product(x: torch.Tensor, stack: torch.Tensor, ends: torch.Tensor) -> Any:
+        return nn.functional.grouped_mm(x, stack.as_subclass(Named), offs=ends)
+
+    torch_private.let_dynamo_ask(torch_private.GROUPED_MM)
+    inputs = randn(4, 16).bfloat16(), randn(2, 16, 8).bfloat16(), torch.tensor([1, 4], dtype=torch.int32)
+    assert torch.compile(product, backend="eager", fullgraph=True)(*inputs) == "_grouped_mm"
+
+
 def test_names_in_checkpoints() -> None:
     model = bert_classifier()
     keys = [*model.state_dict()]
@@ -372,3 +386,62 @@ def test_nodes_and_nameless_axes_of_sessions(tmp_path: Path) -> None:
     assert private.node_counts(session) == {"CPUExecutionProvider": 1}
     assert private.is_nameless_axis(session.get_inputs()[0].shape[0])
     assert not private.is_nameless_axis("batch")
+
+
+def test_what_dynamo_compiles() -> None:
+    seen: dict[str, Any] = {}
+
+    def look(compilation: Any) -> None:
+        seen["model"], graph = torch_private.compiled_so_far(compilation)
+        for value, users in torch_private.inputs_of_compiled(graph):
+            if isinstance(value, nn.Parameter):
+                seen[str(tuple(value.shape))] = [(user.target.__name__, __file__ in user.stack_trace) for user in users]
+
+    class Looks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = nn.functional.linear(x, self.weight, self.bias)
+            torch_private.while_compiling(look)
+            return y
+
+    model = Looks(IN, OUT)
+    model(randn(2, IN))
+    assert not seen
+    torch.compile(model, backend="eager", fullgraph=True)(randn(2, IN))
+    assert seen == {"model": model, str((OUT, IN)): [("linear", True)], str((OUT,)): [("linear", True)]}
+
+
+def test_inside_an_autograd_function() -> None:
+    seen = []
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch_private.in_autograd_function())
+            return x.clone()
+
+    Looks.apply(randn(2))
+    for block in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with block:
+            seen.append(torch_private.in_autograd_function())
+    assert seen == [True, False, False, False]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled_around_and_inside() -> None:
+    found = []
+
+    def look() -> None:
+        found.append(torch_private.compiles_around())
+
+    def calls(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        look()
+        return x
+
+    look()
+    assert found == [None]
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    assert not torch_private.has_compiled_modules(model)
+    model[0].compile()
+    assert torch_private.has_compiled_modules(model)
+    assert torch_private.has_compiled_modules(nn.Sequential(torch.compile(nn.Linear(IN, OUT))))

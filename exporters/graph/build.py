@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from exporters.private import export_by_transformers, grouped_translations
 from melora_fx import MELoRAError
 from melora_fx.capture.example_inputs import all_dynamic
-from melora_fx.capture.model_settings import in_mode, without_cache
+from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
 from melora_fx.torch_private import tree_map
 
 from .axes import DynamicAxes, name_axes, refuse_fixed_axes
@@ -40,7 +40,7 @@ def build_graph(
     Raises:
         MELoRAError: where the model or the exporter fails, its own message is given; for an axis that the model fixes.
     """
-    with in_mode(model, training=False), without_cache(model), torch.no_grad():
+    with own_attributes(model), in_mode(model, training=False), without_cache(model), torch.no_grad():
         outputs = _run(model, inputs)
         graph_model = _export(model, inputs, dynamic_axes, opset)
     _name_outputs(graph_model.graph, outputs)

@@ -28,6 +28,7 @@ from melora_fx import MELoRAError, disabled
 from melora_fx.adapter.tensors import factor_names
 from melora_fx.rewriting.sites import is_disabled
 from melora_fx.saving.model_adapter import adapter_of, kept_tensor_names
+from melora_fx.torch_private import preserve_versions
 
 from .export import AdapterTrial, Export, Sites
 
@@ -59,15 +60,16 @@ def distinct_values(model: nn.Module, sites: Sites) -> Iterator[None]:
     tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
     generator = torch.Generator().manual_seed(0)
     saved = [tensor.detach().clone() for tensor in tensors]
-    try:
-        with torch.no_grad():
-            for tensor in tensors:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, values in zip(tensors, saved, strict=True):
-                tensor.copy_(values)
+    with preserve_versions([tensor for tensor in tensors if not tensor.is_inference()]):  # the bits come back
+        try:
+            with torch.no_grad():
+                for tensor in tensors:
+                    tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, values in zip(tensors, saved, strict=True):
+                    tensor.copy_(values)
 
 
 def own_values(export: Export) -> None:

@@ -5,12 +5,12 @@ The inserted nodes of a graph carry the tag of their site; the module that runs 
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from melora_fx.config import MELoRAConfig
 from melora_fx.names import get_attribute, join_path, site_name
 
-from .tensors import FACTORS, AdapterTensors
+from .tensors import FACTORS, AdapterTensors, as_matrices
 
 SITE_TAG = "melora_site"
 """Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
@@ -24,7 +24,7 @@ class SiteRecord:
     """Recorded in the rewritten module: one site of its graph.
 
     `parameter`: path of the weight below that module. `is_aten`: whether the adapter's nodes are ATen alone, which
-    forward-mode derivatives and ONNX need.
+    forward-mode derivatives and ONNX need. `row_dims`: as in `as_matrices`.
     """
 
     parameter: str
@@ -33,6 +33,11 @@ class SiteRecord:
     weight_is_transposed: bool
     lowering: str
     is_aten: bool = True
+    row_dims: int | None = None
+
+    def matrices_of(self, weight: Tensor) -> Tensor:
+        """The weight as it is multiplied by, a matrix or a stack of such, which lie transposed or not: a view."""
+        return as_matrices(weight, self.row_dims)
 
     @property
     def owner_path(self) -> str:

@@ -7,6 +7,7 @@ N num_blocks, I in_features, O out_features, P parts of `split`, O_p out_feature
 block.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +138,15 @@ def diagonal_blocks(weight: torch.Tensor, num_blocks: int, parts: Sequence[int])
         strides = (height * row + width * column, row, column)
         yield weight.as_strided((num_blocks, height, width), strides, offset)
         offset += size * row
+
+
+def as_matrices(weight: torch.Tensor, row_dims: int | None) -> torch.Tensor:
+    """A weight as it is multiplied by, a matrix or a stack of matrices (E, …, …): a view.
+
+    `row_dims`: of one matrix that is stored in three dimensions, as (I, heads, O / heads), how many of these are its
+    rows; None where the weight is a matrix or a stack as it lies.
+    """
+    return weight if row_dims is None else weight.view(math.prod(weight.shape[:row_dims]), -1)
 
 
 def matrices(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,10 +2,12 @@
 
 graphs            Capture: a graph and the module that it stands for
 modules           capture_modules: a graph for each module that owns a matrix
-trace             the graph of one module, and why a module has none
+linear_graph      the graphs of the linears of torch and transformers
 packed            quantised linears whose weight only their own forward reads
+trace             what the forward of any other module has shown, which goes on to run itself
+lenient_tracer    the tracer that gets through Python of the user's
+double            a copy of a module, to be traced in its place
 expert_layers     transformers' layers of experts: how they are told, what lets them be captured
-bypassed          weights that a forward reads without calling their module, by its source
 whole_model       capture_whole: one graph by `torch.export`
 example_inputs    the inputs of a capture, and those that it takes afterwards
 shared_weights    the names of tied weights in an exported graph

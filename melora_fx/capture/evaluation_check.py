@@ -9,7 +9,7 @@ from torch import fx, nn
 from melora_fx.errors import MELoRAError
 from melora_fx.torch_private import tree_leaves
 
-from .model_settings import in_mode, without_cache
+from .model_settings import in_mode, own_attributes, without_cache
 
 
 def check_evaluation(
@@ -17,23 +17,23 @@ def check_evaluation(
 ) -> None:
     """Refuses a capture whose outputs in evaluation are not the model's; without values there is nothing to compare.
 
-    `graph_module`, which shares the model's tensors, is in evaluation afterwards; buffers that a forward writes are as
-    before.
+    `graph_module` is in evaluation afterwards. Both run on copies of their buffers, which a forward may write to.
     """
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         return
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), in_mode(model, training=False), without_cache(model):
-        expected = _leaves(model(*args, **kwargs))
-        graph_module.eval()
-        actual = _leaves(graph_module(*args, **kwargs))
-    for name, buffer in model.named_buffers():
-        buffer.data.copy_(buffers[name])
+    with torch.no_grad(), own_attributes(model), in_mode(model, training=False), without_cache(model):
+        expected = _leaves(_run(model, args, kwargs))
+        actual = _leaves(_run(graph_module.eval(), args, kwargs))
     if not _are_near(actual, expected):
         raise MELoRAError(
             f"`{type(model).__name__}` cannot be captured whole: its forward differs between train and eval mode "
             "by more than dropout, which one graph cannot follow: rewrite it without `example_inputs=`"
         )
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return torch.func.functional_call(model, buffers, args, kwargs)
 
 
 def _are_near(actual: list[Any], expected: list[Any]) -> bool:

@@ -9,10 +9,15 @@ REMEDY = 'a loop over experts depends on data: first call `model.set_experts_imp
 
 
 IN_PLACE_REMEDY = (
-    'its experts are chosen by data: after `model.set_experts_implementation("grouped_mm")` pass `example_inputs=`, or '
-    'adapt it in place after `model.set_experts_implementation("batched_mm")`'
+    'its experts are called one by one: first call `model.set_experts_implementation("grouped_mm")` or `("batched_mm")`'
 )
-"""What is said of experts that cannot be captured in place."""
+"""What is said of experts that cannot be adapted as they are."""
+
+
+NO_FORWARD_MODE = (
+    "experts in the grouped form have no forward-mode derivatives: call "
+    '`model.set_experts_implementation("batched_mm")` before `rewrite`'
+)
 
 
 def loops_over_experts(model: nn.Module) -> bool:

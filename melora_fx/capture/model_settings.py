@@ -1,7 +1,9 @@
-"""Settings of a model inside a block: train or eval mode, and no key-value cache."""
+"""Settings of a model inside a block, train or eval mode and no key-value cache; and its attributes, kept over one."""
 
-from collections.abc import Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -30,3 +32,45 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
+
+
+@contextmanager
+def own_attributes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module has the attributes that it had, the same objects with the same contents.
+
+    `torch.export` puts equal copies into the place of lists, dicts and tuples, and leaves what a forward has put into
+    the modules' own.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    contents = [(each, list(_items(each))) for _, attributes in before for each in _containers(attributes.values())]
+    try:
+        yield
+    finally:
+        for container, items in contents:
+            container.clear()
+            if isinstance(container, list | deque):
+                container.extend(items)
+            else:
+                container.update(items)
+        for module, attributes in before:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+
+
+def _containers(values: Iterable[Any]) -> Iterator[Any]:
+    """The lists, dicts and sets among `values`, and those within them."""
+    pending = list(values)
+    seen = set[int]()
+    while pending:
+        value = pending.pop()
+        if type(value) not in (list, dict, set, deque, OrderedDict, defaultdict, tuple) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        pending += value.values() if isinstance(value, dict) else value
+        if not isinstance(value, tuple):
+            yield value
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return container.items() if isinstance(container, dict) else container

@@ -1,24 +1,24 @@
-"""Graphs of a model's modules: each module that owns a matrix is traced on its own, its children left as calls.
+"""Graphs of a model's modules: of each that owns a matrix, its linear's or what traces of it show; children are calls.
 
 A GraphModule is taken as it is, and below it only the modules that its graph calls. `whole_model.py` makes one graph of
 a whole model; the matcher and the rewriter take both alike.
 """
 
+import inspect
 from collections.abc import Iterator
-from typing import Any
 
+import torch
 from torch import fx, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from melora_fx.names import join_path, site_name, without_wrappers
 from melora_fx.torch_private import is_convolution, is_experts_layer
 
-from .bypassed import bypassed_children
 from .expert_layers import IN_PLACE_REMEDY
 from .graphs import Capture, copy_graph
+from .linear_graph import linear_graph
 from .packed import is_packed_linear
-from .trace import UntraceableError, trace_module
+from .trace import KEEPS, Proxies, UntraceableError, keeping, refuse_replaced_forward, trace_module
 
 
 def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
@@ -31,37 +31,65 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
     """
     captures: list[Capture] = []
     refused: dict[str, str] = {}
-    templates: dict[Any, fx.Graph] = {}
+    proxies: list[tuple[Capture, Proxies]] = []
     for path, module in _called_modules(model):
-        if isinstance(module, fx.GraphModule):
+        if isinstance(module, torch.jit.ScriptModule):
+            refused |= _refusals(path, module, _SCRIPTED)
+        elif isinstance(module, fx.GraphModule):
             captures.append(Capture(path, module, copy_graph(module.graph)))
-            continue
-        for child, reason in bypassed_children(module):
-            refused |= _refusals(join_path(path, child), module.get_submodule(child), reason)
-        if not _matrices(module):
-            continue
-        try:
-            captures.append(Capture(path, module, trace_module(module, templates)))
-        except UntraceableError as error:
-            reason = IN_PLACE_REMEDY if is_experts_layer(module) else str(error)
-            refused |= _refusals(path, module, reason)
+        elif isinstance(module, nn.MultiheadAttention):
+            refused |= _refusals(join_path(path, "out_proj"), module.out_proj, _IN_ONE_CALL)
+            refused |= _refusals(path, module, _IN_ONE_CALL)
+        elif matrix_names(module):
+            try:
+                captures.append(_capture(path, module, proxies))
+            except UntraceableError as error:
+                refused |= _refusals(path, module, str(error))
+    for capture in keeping(proxies):
+        captures = [each for each in captures if each is not capture]
+        refused |= _refusals(capture.path, capture.module, KEEPS)
     return captures, refused
+
+
+_SCRIPTED = "TorchScript has compiled it: `rewrite` before `torch.jit.script` or `torch.jit.trace`"
+_WHOLE = "pass `example_inputs=`"
+_IN_ONE_CALL = f"`nn.MultiheadAttention` gives its weights to one function of torch, past any adapter: {_WHOLE}"
+
+
+def _capture(path: str, module: nn.Module, proxies: list[tuple[Capture, Proxies]]) -> Capture:
+    """`proxies`: those of its traces are added, with the capture."""
+    graph = linear_graph(module)
+    if graph is not None:
+        refuse_replaced_forward(module)
+        return Capture(path, module, graph)
+    if inspect.getattr_static(type(module), "forward") is nn.Module.forward:
+        raise UntraceableError(f"a `{type(module).__name__}` has no forward, others compute with it: {_WHOLE}")
+    traces = trace_module(module)
+    first, *others = traces.graphs
+    failure = traces.failure
+    if failure and is_experts_layer(module):
+        failure = IN_PLACE_REMEDY
+    elif failure:
+        failure = f"`{type(module).__name__}.forward` cannot be traced ({failure}): {_WHOLE}"
+    capture = Capture(path, module, first, tuple(others), runs_own_forward=True, failure=failure)
+    proxies.append((capture, traces.proxies))
+    return capture
 
 
 def _refusals(path: str, module: nn.Module, reason: str) -> dict[str, str]:
     """`reason` for each matrix of the module at `path`."""
-    return {site_name(path, matrix): reason for matrix in _matrices(module)}
+    return {site_name(path, matrix): reason for matrix in matrix_names(module)}
 
 
-def _matrices(module: nn.Module) -> list[str]:
+def matrix_names(module: nn.Module) -> list[str]:
     """Names of the module's own parameters that a linear could multiply by: 2-D, or 3-D for a stack of experts."""
     if is_packed_linear(module):
         return ["weight"]
     if isinstance(module, nn.Embedding | parametrize.ParametrizationList) or is_convolution(module):
         return []
     parameters = dict(module.named_parameters(recurse=False))
-    if any(isinstance(value, UninitializedParameter) for value in parameters.values()):
-        return []  # a lazy module has no matrix yet
+    if is_experts_layer(module):  # whose biases have two dimensions
+        return [name for name, value in parameters.items() if value.dim() == 3]
     return [name for name, value in parameters.items() if _is_matrix_or_stack(value)]
 
 

@@ -1,131 +1,186 @@
-"""The graph of one module by a trace of its own forward, and why a module has none.
+"""What the forward of one module computes, by traces of it: which products with its weights there are.
 
-A trace decides once and for all what a forward decides by its mode, its options or its data; such forwards are refused.
+The module goes on to run its own forward. A trace runs the user's Python on proxies, which go one way at each branch
+and answer each question about them with something; so it shows products, and no more, as far as it comes. It runs a
+double of the module, and what it may have changed elsewhere is put back.
 """
 
+import gc
 import inspect
+import itertools
+import random
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from melora_fx.torch_private import is_constant_of_trace, registered
-
-from .graphs import copy_graph
-from .packed import is_packed_linear, packed_graph
+from .double import double_of, holders
+from .graphs import Capture
+from .lenient_tracer import LenientTracer
+from .model_settings import own_attributes
 
 
 class UntraceableError(Exception):
     """Why a module cannot be traced on its own."""
 
 
-def trace_module(module: nn.Module, templates: dict[Any, fx.Graph]) -> fx.Graph:
-    """A graph of the module's own forward, with its children as calls; nothing of the module is changed.
+Proxies = list["weakref.ref[fx.Proxy]"]
 
-    Args:
-        module: the module to trace.
-        templates: graphs of the modules traced so far, by what their forward can depend on; added to. Equal modules,
-            as the layers of a model, are traced once.
+
+@dataclass(frozen=True)
+class Traces:
+    """`graphs`: what traces of a module have shown, none twice. `failure`: what ended one before its end, or None.
+    `proxies`: those of all.
+    """
+
+    graphs: list[fx.Graph]
+    failure: str | None
+    proxies: Proxies
+
+
+def trace_module(module: nn.Module) -> Traces:
+    """Traces of the module's own forward in either mode, with its optional arguments and without, one way at branches
+    and the other; its children are calls. Nothing is changed.
 
     Raises:
-        UntraceableError: where a trace would not be right for every call.
+        UntraceableError: where a trace would leave something behind.
     """
+    refuse_replaced_forward(module)
+    graphs: dict[str, fx.Graph] = {}
+    failures: list[str] = []
+    proxies: Proxies = []
+    for training, defaults in itertools.product((module.training, not module.training), _choices_of_defaults(module)):
+        for trace in _of_both_branches(module, training, defaults):
+            graphs.setdefault(str(trace.graph), trace.graph)
+            failures += [trace.failure] if trace.failure else []
+            proxies += trace.proxies
+    return Traces(list(graphs.values()), failures[0] if failures else None, proxies)
+
+
+def _of_both_branches(module: nn.Module, training: bool, defaults: dict[str, Any]) -> Iterator["_Trace"]:
+    for branch in (True, False):
+        trace = _trace(module, training, defaults, LenientTracer(branch))
+        yield trace
+        if not trace.has_branched:
+            return
+
+
+def refuse_replaced_forward(module: nn.Module) -> None:
+    """Raises UntraceableError where the module's forward is not that of its class."""
     if "forward" in vars(module):
         raise UntraceableError(
-            "its `forward` was replaced on the instance (by a dispatch or offload hook), which would bypass the "
-            "adapter: remove the hook first"
+            "its `forward` was replaced on the instance, as dispatch and offload hooks do, which would bypass the "
+            "adapter: put the class's own back first"
         )
-    if is_packed_linear(module):
-        return packed_graph(module)
-    key = _template_key(module)
-    if key is None:
-        return _trace_forward(module)
-    if key not in templates:
-        templates[key] = _trace_forward(module)
-    return copy_graph(templates[key])
 
 
-def _template_key(module: nn.Module) -> Any:
-    """What a forward can depend on, for modules that hold parameters and plain values only; None for the others."""
-    own, buffers, children = registered(module)
-    if children or buffers:
-        return None
-    values = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    if not all(isinstance(value, int | float | str | None) for value in values.values()):
-        return None
-    parameters = tuple((name, value is None or value.shape) for name, value in own.items())
-    return type(module), parameters, tuple(sorted(values.items(), key=lambda item: item[0]))
-
-
-def _trace_forward(module: nn.Module) -> fx.Graph:
-    """The graph, where it is the same in train and eval mode and whatever optional arguments are given."""
-    _refuse_options(module)
-    try:
-        graph = _trace_unchanged(module)
-        other_mode = _trace_in_other_mode(module)
-    except UntraceableError:
-        raise
-    except Exception as error:  # a forward can raise anything when it is given proxies
-        raise UntraceableError(
-            f"`{type(module).__name__}.forward` cannot be traced ({_first_line(error)}): pass `example_inputs=`"
-        ) from error
-    if str(graph) != str(other_mode):
-        raise UntraceableError("its forward differs between train and eval mode: pass `example_inputs=`")
-    return graph
-
-
-def _refuse_options(module: nn.Module) -> None:
-    """Raises for arguments that are None where they are not given: a trace would fix whether they are."""
+def _choices_of_defaults(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The arguments that are not given, with their defaults: all that have one, and none."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]  # without `self`
-    options = [parameter.name for parameter in parameters if parameter.default is None]
-    if options:
-        raise UntraceableError(
-            f"a trace would decide for good whether {', '.join(map(repr, options))} is given: pass `example_inputs=`"
-        )
+    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+    if defaults:
+        yield defaults
+    yield {}
 
 
-def _trace_unchanged(module: nn.Module) -> fx.Graph:
-    """The graph; what the forward or the tracer wrote on the module is put back, and is a reason to refuse."""
-    holders: list[dict[str, Any]] = [vars(module), *registered(module)]
-    before = [dict(holder) for holder in holders]
-    tracer = _OwnerTracer()
-    try:
-        graph = tracer.trace(module)
-        changed = _changed_keys(holders, before)
-    finally:
-        vars(tracer).clear()  # it refers to itself, and would keep the module alive
-        for holder, old in zip(holders, before, strict=True):
-            holder.clear()
-            holder.update(old)
+@dataclass(frozen=True)
+class _Trace:
+    """`has_branched`: whether it has asked what a tensor is."""
+
+    graph: fx.Graph
+    failure: str | None
+    has_branched: bool
+    proxies: Proxies
+
+
+def _trace(module: nn.Module, training: bool, defaults: dict[str, Any], tracer: LenientTracer) -> _Trace:
+    """One trace of a double of the module."""
+    before = [dict(holder) for holder in holders(module)]
+    with warnings.catch_warnings(), own_attributes(module), _same_random_state(module):
+        warnings.simplefilter("ignore")
+        trace = _traced(tracer, double_of(module, training), defaults)
+        changed = _changed(holders(module), before)
     if changed:
-        what = "makes tensors" if is_constant_of_trace(changed[0]) else f"sets {', '.join(map(repr, changed))}"
-        raise UntraceableError(f"its forward {what}, which a trace would do once and for all: pass `example_inputs=`")
-    return graph
+        raise UntraceableError(f"its forward changes {', '.join(map(repr, changed))}, {_AS_A_TRACE_WOULD}")
+    return trace
 
 
-def _changed_keys(holders: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
-    """The keys that are new in `holders` or hold another object than they did in `before`."""
+_AS_A_TRACE_WOULD = "which a trace would do too: pass `example_inputs=`"
+KEEPS = f"its forward keeps tensors outside of its module, {_AS_A_TRACE_WOULD}"
+
+
+def _traced(tracer: LenientTracer, double: nn.Module, defaults: dict[str, Any]) -> _Trace:
+    failure: str | None = None
+    try:
+        tracer.trace(double, concrete_args=defaults or None)
+    except Exception as error:  # a forward can raise anything when it is given proxies
+        failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    trace = _Trace(tracer.graph, failure, tracer.num_branches > 0, tracer.proxies)
+    vars(tracer).clear()  # it refers to itself, and would keep the double alive
+    return trace
+
+
+def _changed(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
+    """Names of what is new or another object in `now`."""
     return [
         name
-        for holder, old in zip(holders, before, strict=True)
+        for holder, old in zip(now, before, strict=True)
         for name in holder
         if name not in old or holder[name] is not old[name]
     ]
 
 
-def _trace_in_other_mode(module: nn.Module) -> fx.Graph:
-    module.training = not module.training
+def keeping(traced: list[tuple[Capture, Proxies]]) -> list[Capture]:
+    """Those of the captures of which some proxy is still there, in a list or a dict of the user's; it is taken out of
+    there.
+    """
+    for generation in range(3):  # an exception's frames hold some, or what refers to itself
+        if not any(_alive(proxies) for _, proxies in traced):
+            return []
+        gc.collect(generation)
+    found = [capture for capture, proxies in traced if _alive(proxies)]
+    for proxy in [proxy for _, proxies in traced for proxy in _alive(proxies)]:
+        for holder in gc.get_referrers(proxy):
+            _take_out(holder, proxy)
+    return found
+
+
+def _alive(proxies: Proxies) -> list[fx.Proxy]:
+    """Those that are still there, but for those of weights, which FX keeps for a while."""
+    found = [proxy for reference in proxies if (proxy := reference()) is not None]
+    return [proxy for proxy in found if proxy.node.op != "get_attr"]
+
+
+def _take_out(holder: Any, proxy: Any) -> None:
+    if isinstance(holder, list):
+        holder[:] = [item for item in holder if item is not proxy]
+    elif isinstance(holder, set):
+        holder.discard(proxy)
+    elif isinstance(holder, dict):
+        for key in [key for key, value in holder.items() if key is proxy or value is proxy]:
+            del holder[key]
+
+
+@contextmanager
+def _same_random_state(module: nn.Module) -> Iterator[None]:
+    """The block leaves the random numbers to come as they were, on the CPU and on the GPUs that `module` is on: to ask
+    others would wake them.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy else None
     try:
-        return _trace_unchanged(module)
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
     finally:
-        module.training = not module.training
-
-
-class _OwnerTracer(fx.Tracer):
-    """Traces one module's own forward and leaves every child as a call."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(state)

@@ -15,7 +15,7 @@ from melora_fx.torch_private import clear_export_hooks, follows_mode, tree_map
 from .evaluation_check import check_evaluation
 from .example_inputs import all_dynamic, as_arguments, check_input_sizes, frozen_sizes
 from .expert_layers import REMEDY, loops_over_experts
-from .model_settings import in_mode, without_cache
+from .model_settings import in_mode, own_attributes, without_cache
 from .shared_weights import name_by_user, repeated_modules
 from .training_mode import follow_training_mode
 
@@ -102,7 +102,7 @@ def _export_in_mode(
 ) -> tuple[ExportedProgram | None, Exception | None]:
     """The program, or why there is none."""
     shapes = tree_map(all_dynamic, kwargs or args)
-    with in_mode(model, training=training):
+    with own_attributes(model), in_mode(model, training=training):
         try:
             return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
         except Exception as error:  # the model's own forward can raise anything

@@ -15,8 +15,9 @@ from melora_fx.adapter.site import owner_of
 from melora_fx.adapter.tensors import TENSORS
 from melora_fx.adapter.update import Scratch, add_update
 from melora_fx.names import join_path, unwrap, without_wrappers
+from melora_fx.rewriting.adapted_module import rewritten_modules
 from melora_fx.rewriting.marks import ROOT_MARK, root_marks
-from melora_fx.rewriting.module import rewritten_modules, uninstall
+from melora_fx.rewriting.module import uninstall
 from melora_fx.rewriting.sites import (
     AdapterSite,
     is_folded,
@@ -26,6 +27,7 @@ from melora_fx.rewriting.sites import (
     warn_of_lost_sites,
 )
 from melora_fx.rewriting.stale_optimizer import stop_watching
+from melora_fx.rewriting.watch import stop_watching_reads
 from melora_fx.saving.model_adapter import adapter_of
 from melora_fx.torch_private import preserve_versions
 
@@ -144,13 +146,14 @@ def _remove_adapters(model: nn.Module) -> None:
             owner = owner_of(module, record)
             for kind in TENSORS:
                 if hasattr(owner, record.attribute(kind)):
-                    delattr(owner, record.attribute(kind))
+                    nn.Module.__delattr__(owner, record.attribute(kind))
         uninstall(module)
     named = model.named_parameters(remove_duplicate=False)
     parameters = {without_wrappers(name): parameter for name, parameter in named}
     for path, root, mark in list(root_marks(model)):
         mark.patches.take_all_off(root)
         stop_watching(root)
+        stop_watching_reads(root)
         del vars(root)[ROOT_MARK]
         for name, requires_grad in mark.requires_grad.items():
             parameter = parameters.get(join_path(path, name))

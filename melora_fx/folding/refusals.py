@@ -50,12 +50,19 @@ def refuse_shared(shared: dict[str, list[str]]) -> None:
     )
 
 
+def _is_changed_since(module: nn.Module) -> bool:
+    """Whether someone has put another class on the class of a rewritten module, or a tensor out of its place."""
+    return not vars(type(module)).keys() & {"melora_class", "melora_unwatched"}
+
+
 def _obstacle(site: AdapterSite) -> str | None:
     """Why the site cannot be folded, or None."""
     if is_packed_linear(site.owner):
         return f"the weight of a {site.pattern} is packed: {_DEQUANTISE}"
     if site.record.parameter_name not in registered(site.owner)[0]:
         return "its weight is pruned or parametrized: make it permanent first"
+    if _is_changed_since(site.module):
+        return "its module was parametrized after `rewrite`: `parametrize.remove_parametrizations` first"
     if reason := resized(site):
         return reason
     weight = site.weight.detach()

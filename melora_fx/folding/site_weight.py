@@ -10,7 +10,7 @@ from melora_fx.rewriting.sites import AdapterSite
 
 def oriented_weight(site: AdapterSite) -> torch.Tensor:
     """The site's weight as (O, I) or (E, O, I), a view."""
-    weight = site.weight.detach()
+    weight = site.record.matrices_of(site.weight.detach())
     return weight.mT if site.weight_is_transposed else weight
 
 

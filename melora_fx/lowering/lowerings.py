@@ -6,12 +6,14 @@ copied, saved and exported, and what runs wherever a call of a lowering would no
 
 from collections.abc import Iterable
 
+import torch
 from torch import fx, nn
 
 from melora_fx.adapter.site import SiteRecord
 from melora_fx.capture.graphs import copy_graph
 from melora_fx.patterns.patterns import find_linear_nodes
 from melora_fx.patterns.planned_site import PlannedSite
+from melora_fx.torch_private import in_forward_mode, in_functorch, in_fx_trace, is_exporting
 
 from .grouped_call import GROUPED
 from .lowering import Lowering
@@ -61,6 +63,15 @@ def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> f
         if record and replace:
             replace(lowered, linear, record, owner)
     return lowered
+
+
+def needs_plain_nodes() -> bool:
+    """Whether nodes are what is asked for, as by exporters, or have a rule that the one call lacks, as `vmap` needs."""
+    if in_functorch() or in_forward_mode():
+        return True
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    return torch.jit.is_tracing() or in_fx_trace()
 
 
 def _allowed(site: PlannedSite) -> list[Lowering]:

@@ -54,7 +54,8 @@ def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.
     operands = linear.operands
     if operands is None:  # it has changed since `rewrite`
         return
-    _, out_features = features_of(weight_of(owner, record.parameter), is_transposed=record.weight_is_transposed)
+    matrix = record.matrices_of(weight_of(owner, record.parameter))
+    _, out_features = features_of(matrix, is_transposed=record.weight_is_transposed)
     parts = record.config.parts(out_features)
     total = next(user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
     with graph.inserting_before(total):

@@ -18,11 +18,18 @@ def group_by_weight(captures: Iterable[Capture], config: MELoRAConfig) -> Iterat
     """Every linear of the captured graphs; what several nodes of one graph multiply by is one."""
     for capture in captures:
         groups: dict[str, list[LinearNode]] = {}
-        for linear in find_linear_nodes(capture.graph, capture.module):
-            groups.setdefault(linear.parameter, []).append(linear)
+        for graph in capture.graphs:
+            for linear in find_linear_nodes(graph, capture.module):
+                if not capture.runs_own_forward or is_own(linear.parameter):
+                    groups.setdefault(linear.parameter, []).append(linear)
         for parameter, nodes in groups.items():
             name = name_in_model(capture, parameter)
             yield PlannedSite(name, capture, parameter, tuple(nodes), weight_of(capture.module, parameter), config)
+
+
+def is_own(parameter: str) -> bool:
+    """Whether a parameter of a captured module is held by that module itself, not by one below it."""
+    return "." not in parameter
 
 
 def name_in_model(capture: Capture, parameter: str) -> str:

@@ -1,5 +1,6 @@
 """From a model to a plan: capture it, find its linears and their obstacles, choose by `targets`. Changes nothing."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -15,7 +16,7 @@ from melora_fx.shared_memory import sharing_parameters
 
 from .linears import misfit
 from .obstacles import find_candidates, find_obstacles
-from .refusals import refuse_distributed, refuse_rewritten
+from .refusals import refuse_distributed, refuse_lazy, refuse_rewritten
 from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
 
 
@@ -25,7 +26,8 @@ class Plan:
 
     `model`: the model that the sites belong to: the one given, or the whole-graph capture of it.
     Name → why: `refused` are linears that cannot be adapted although `targets` names them, `unsuitable` the others that
-    cannot, `misfits` those that only this configuration cannot adapt.
+    cannot, `misfits` those that only this configuration cannot adapt. `missed`: the unsuitable ones that `targets` asks
+    for among others, as "all-linear" does.
     """
 
     model: nn.Module
@@ -34,6 +36,7 @@ class Plan:
     refused: dict[str, str]
     unsuitable: dict[str, str]
     misfits: dict[str, str]
+    missed: tuple[str, ...]
 
 
 def make_plan(
@@ -48,9 +51,10 @@ def make_plan(
     found = _with_shared_names(found, captured)
     original = model if isinstance(model, nn.Module) else captured
     owners = {name: _owner(original, name) for name in [*found, *obstacles]}
-    chosen = resolve_targets(targets, config, owners, _output_names(original, found))
+    chosen = resolve_targets(targets, config, owners, _output_names(original, found), original)
     asked_for = {name for name in obstacles if name in chosen and names_one_by_one(targets, name)}
     misfits = {name: reason for name in found if name in chosen and (reason := misfit(found[name], chosen[name]))}
+    misfits |= _half_adapted(found, chosen)
     return Plan(
         model=captured,
         sites=[
@@ -62,6 +66,7 @@ def make_plan(
         refused={name: reason for name, reason in obstacles.items() if name in asked_for},
         unsuitable={name: reason for name, reason in obstacles.items() if name not in asked_for},
         misfits=misfits,
+        missed=tuple(name for name in obstacles if name in chosen and name not in asked_for),
     )
 
 
@@ -77,6 +82,7 @@ def _refuse(model: nn.Module | ExportedProgram, config: MELoRAConfig) -> None:
         raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
     refuse_distributed(model, "rewrite")
     refuse_rewritten(model)
+    refuse_lazy(model)
 
 
 def _captured(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None) -> nn.Module:
@@ -96,6 +102,22 @@ def _with_shared_names(found: dict[str, PlannedSite], model: nn.Module) -> dict[
         others = sharing.get(join_path(planned.capture.path, planned.parameter), ())
         named[name] = replace(planned, shared_with=tuple(site_of(other) for other in others))
     return named
+
+
+def _half_adapted(found: Mapping[str, PlannedSite], chosen: Collection[str]) -> dict[str, str]:
+    """The chosen linears whose weight a forward multiplies by under another name, which is not chosen."""
+    reasons = {}
+    for name in chosen:
+        for other in found[name].shared_with if name in found else ():
+            if other in found and other not in chosen and _is_alias(found[other], found[name]):
+                forward = f"`{type(found[other].owner).__name__}.forward`"
+                reasons[name] = f"{forward} multiplies by its weight as `{other}`: name both in `targets`"
+    return reasons
+
+
+def _is_alias(other: PlannedSite, linear: PlannedSite) -> bool:
+    """Whether a forward of the user's multiplies by the very weight under the name of `other`."""
+    return other.capture.runs_own_forward and other.weight is linear.weight
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from melora_fx.adapter.site import MODULE_MARK
 from melora_fx.errors import MELoRAError
@@ -22,6 +23,19 @@ def refuse_rewritten(model: nn.Module) -> None:
             f"the model is already rewritten ({len(names)} modules, the first `{names[0]}`): `fold` it first, or "
             "`load_adapter` to change the adapter's values"
         )
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raises MELoRAError where parameters of `model` have no shape yet."""
+    names = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
+    if names:
+        raise MELoRAError(
+            f"{_listed(names)}: of a lazy module that has no shape yet: call the model once, then `rewrite`"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:5]) + (f", … ({len(names) - 5} more)" if len(names) > 5 else "")
 
 
 _DISTRIBUTED = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"}

@@ -25,7 +25,11 @@ def name_matches(pattern: str, name: str) -> bool:
 
 
 def resolve_targets(
-    targets: TargetSpec, config: MELoRAConfig, owners: Mapping[str, nn.Module], outputs: frozenset[str]
+    targets: TargetSpec,
+    config: MELoRAConfig,
+    owners: Mapping[str, nn.Module],
+    outputs: frozenset[str],
+    model: nn.Module,
 ) -> dict[str, MELoRAConfig]:
     """The configuration of each name in `owners` that `targets` asks for, in the order of `owners`.
 
@@ -36,6 +40,7 @@ def resolve_targets(
         config: used wherever `targets` gives no configuration of its own.
         owners: every linear of the model: its name and the module that owns its weight.
         outputs: names that "all-linear" leaves out: output embeddings and classification heads.
+        model: asked for what a target names that is no linear, for the text of an error.
 
     Raises:
         ValueError: where a name matches nothing; the nearest names are listed.
@@ -56,7 +61,7 @@ def resolve_targets(
             chosen[name] = rule
     unmatched = [pattern for pattern in rules if pattern not in matched]
     if unmatched:
-        raise ValueError("\n".join(_no_match(pattern, list(owners)) for pattern in unmatched))
+        raise ValueError("\n".join(_no_match(pattern, list(owners), model) for pattern in unmatched))
     if not chosen:
         raise ValueError(f"`targets` leaves every linear alone: all of {list(rules)} are mapped to None")
     return chosen
@@ -67,7 +72,8 @@ def names_one_by_one(targets: TargetSpec, name: str) -> bool:
     if callable(targets):
         return False
     patterns = [targets] if isinstance(targets, str) else targets
-    return any(pattern != ALL_LINEAR and name_matches(pattern, name) for pattern in patterns)
+    first = next((pattern for pattern in patterns if _rule_matches(pattern, name, frozenset())), ALL_LINEAR)
+    return first != ALL_LINEAR
 
 
 def is_classification_head(name: str) -> bool:
@@ -114,10 +120,18 @@ def _rule_matches(pattern: str, name: str, outputs: frozenset[str]) -> bool:
     return name not in outputs if pattern == ALL_LINEAR else name_matches(pattern, name)
 
 
-def _no_match(pattern: str, names: list[str]) -> str:
+def _no_match(pattern: str, names: list[str], model: nn.Module) -> str:
+    for path, named in (*model.named_modules(), *model.named_parameters()):
+        if pattern != ALL_LINEAR and path and name_matches(pattern, path):
+            kind = f"parameter {tuple(named.shape)}" if isinstance(named, nn.Parameter) else type(named).__name__
+            return f"`targets`: {pattern!r} names `{path}`, a {kind} that is no linear{_nearest(pattern, names)}"
     if not names:
         return f"`targets`: {pattern!r} matches nothing: the model has no linear nodes that can be adapted"
-    return f"`targets`: {pattern!r} matches none of the {len(names)} linears; nearest: {nearest(pattern, names)}"
+    return f"`targets`: {pattern!r} matches none of the {len(names)} linears{_nearest(pattern, names)}"
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    return f"; nearest: {nearest(pattern, names)}" if names else ""
 
 
 def _some(names: list[str]) -> str:

@@ -40,7 +40,8 @@ class AdapterNodes:
         self.linear = linear
         self.record = record
         self.config = record.config
-        self.in_features, self.out_features = features_of(weight, is_transposed=record.weight_is_transposed)
+        matrices = record.matrices_of(weight)
+        self.in_features, self.out_features = features_of(matrices, is_transposed=record.weight_is_transposed)
         parts = self.config.parts(self.out_features)
         self.row_sizes = [size // self.config.num_blocks for size in parts]  # of each part, in one block of B
         self.rank_sizes = [max(self.config.ranks)] * len(parts)  # of each part, in one block of A

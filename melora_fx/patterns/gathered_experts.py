@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from melora_fx.adapter.site import SiteRecord
 
 from .adapter_nodes import AdapterNodes, aten
-from .node import LinearNode, argument, operator_name, pattern_name
+from .node import KNOWN_SHAPE, LinearNode, argument, operator_name, pattern_name
 from .stacks import choice_of, stack_of
 
 
@@ -46,8 +46,14 @@ def insert_gathered(graph: fx.Graph, linear: LinearNode, record: SiteRecord, wei
 
 
 def _is_row(x: Any, dims: tuple[int, int]) -> bool:
-    """Whether `x` is made of one row for each matrix, by an `unsqueeze` of one of the dimensions `dims`."""
-    return isinstance(x, fx.Node) and operator_name(x) == "unsqueeze" and argument(x, 1, "dim") in dims
+    """Whether `x` is made of one row for each matrix: by an `unsqueeze` of one of the dimensions `dims`, or by its
+    shape, where that is known.
+    """
+    if not isinstance(x, fx.Node):
+        return False
+    if KNOWN_SHAPE in x.meta:
+        return x.meta[KNOWN_SHAPE][dims[0]] == 1
+    return operator_name(x) == "unsqueeze" and argument(x, 1, "dim") in dims
 
 
 class _GatheredNodes(AdapterNodes):

@@ -16,6 +16,10 @@ CALLS = ("call_function", "call_method")
 """What `node.op` is of nodes that call an operator."""
 
 
+KNOWN_SHAPE = "melora_shape"
+"""Key in `node.meta` of an input whose shape is known: of a product that a module computes by itself."""
+
+
 class Pattern(NamedTuple):
     """One way in which graphs multiply by a parameter, and how an adapter goes beside it.
 
@@ -58,6 +62,7 @@ class LinearNode:
         operands: what `F.linear` would take; None where it cannot give the same bits from the whole weight.
         choice: of a stack, the experts of the rows (S,), or the ends of their groups (E,).
         gather: of a stack, the node that gathers each row's matrix; None where none does.
+        row_dims: of one matrix that is stored in three dimensions, how many of these are its rows; else None.
         matched_by: the entry of PATTERNS that found it.
     """
 
@@ -72,6 +77,7 @@ class LinearNode:
     operands: Operands | None = None
     choice: fx.Node | None = None
     gather: fx.Node | None = None
+    row_dims: int | None = None
     matched_by: Pattern | None = None
 
 

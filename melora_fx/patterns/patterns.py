@@ -1,9 +1,10 @@
 """PATTERNS: all that is taken for a linear in an FX graph, whatever wrote it; and the one walk that finds them.
 
-A linear node computes  y = x Wᵀ (+ b)  from a 2-D parameter W of the model, or the same for each row from a stack of
-such. W may stand on either side of the product, be reached through views (transposed, expanded over a batch, cut into
-rows for q, k and v), and what the node is called (`F.linear`, `addmm`, `@`, `einsum`, `aten.bmm`, …) is all that
-differs between a traced module and an exported program. A node whose weight is not a parameter is not a linear node.
+A linear node computes  y = x Wᵀ (+ b)  from a parameter W of the model, which is a matrix or, flattened, lies in three
+dimensions; or the same for each row from a stack of matrices. W may stand on either side of the product, be reached
+through views (transposed, expanded over a batch, cut into rows for q, k and v), and what the node is called
+(`F.linear`, `addmm`, `@`, `einsum`, `aten.bmm`, …) is all that differs between a traced module and an exported program.
+A node whose weight is not a parameter is not a linear node.
 """
 
 import operator
@@ -22,8 +23,9 @@ from melora_fx.torch_private import GROUPED_MM
 from .adapter_nodes import insert_adapter
 from .gathered_experts import insert_gathered, match_gathered
 from .grouped_experts import insert_grouped, match_grouped
-from .node import CALLS, LinearNode, Operands, Pattern, argument, operator_key, operator_name, pattern_name
-from .views import CASTS, WeightView, view_of_parameter
+from .node import CALLS, KNOWN_SHAPE, LinearNode, Operands, Pattern, argument, operator_key, operator_name, pattern_name
+from .stacks import matrix_in_three
+from .views import CASTS, WeightView, known_view, view_of_parameter
 
 
 def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]:
@@ -74,28 +76,39 @@ def _match_product(node: fx.Node, owner: nn.Module, left: Any, right: Any) -> Li
 
 
 def _match_einsum(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    """`…i,oi->…o` in any letters and order of operands: the contracted letter and the new one come last."""
+    """`…i,oi->…o` in any letters, dots and order of operands: the contracted letters and the new ones come last. A
+    weight of three dimensions has two letters on one side, as `…i,ihd->…hd` and `…hd,ohd->…o` have.
+    """
     operands: Any = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
-    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
+    inputs, _, output = str(node.args[0]).replace(" ", "").replace("...", ".").partition("->")
     terms = inputs.split(",")
     if not len(operands) == len(terms) == 2:
         return None
     for x, w in ((0, 1), (1, 0)):
-        weight = view_of_parameter(operands[w], owner)
-        if weight is None or not _is_product(terms[x], terms[w], output):
-            continue
-        contracts_first = terms[w][0] == terms[x][-1]
-        is_transposed = weight.is_transposed ^ contracts_first
-        return _linear_node(node, operands[x], replace(weight, is_transposed=is_transposed))
+        weight = _einsum_weight(operands[w], terms[x], terms[w], output, owner)
+        if weight is not None:
+            return _linear_node(node, operands[x], weight)
     return None
 
 
-def _is_product(x_term: str, w_term: str, output: str) -> bool:
-    """Whether the last letter of `x_term` is contracted with a matrix, whose other letter is new and comes last."""
-    new = w_term.replace(x_term[-1:], "")
-    has_new_letter = len(w_term) == 2 and len(new) == 1
-    letters_differ = len(set(x_term + new)) == len(x_term) + 1
-    return has_new_letter and letters_differ and output == x_term[:-1] + new
+def _einsum_weight(value: Any, x_term: str, w_term: str, output: str, owner: nn.Module) -> WeightView | None:
+    """The weight that `value` shows, as `F.linear` would take it; None where the letters are of another product."""
+    for row_dims in range(1, len(w_term)):
+        rows, columns = w_term[:row_dims], w_term[row_dims:]
+        contracts_rows = _is_product(x_term, rows, columns, output)
+        if not contracts_rows and (row_dims > 1 or not _is_product(x_term, columns, rows, output)):
+            continue  # `…i,eoi->…eo` is each matrix of a stack, not one
+        is_matrix = len(w_term) == 2
+        weight = view_of_parameter(value, owner) if is_matrix else matrix_in_three(value, owner, row_dims)
+        return weight and replace(weight, is_transposed=weight.is_transposed ^ contracts_rows)
+    return None
+
+
+def _is_product(x_term: str, contracted: str, new: str, output: str) -> bool:
+    """Whether the last letters of `x_term` are contracted, and the `new` ones come last in their place."""
+    are_letters_distinct = len(set(x_term + new)) == len(x_term + new)
+    kept = x_term.removesuffix(contracted)
+    return are_letters_distinct and kept != x_term and output == kept + new
 
 
 def _match_packed(node: fx.Node, owner: nn.Module) -> LinearNode | None:
@@ -109,6 +122,8 @@ def _linear_node(node: fx.Node, input: Any, weight: WeightView | None) -> Linear
     """The node, where `weight` is the matrix that `F.linear` would take; some rows only where they are outputs."""
     if weight is None or not isinstance(input, fx.Node) or (weight.is_transposed and not weight.is_whole):
         return None
+    if node.kwargs.get("out") is not None:  # whoever reads that would have the base's
+        return None
     return LinearNode(
         node=node,
         input=input,
@@ -117,6 +132,7 @@ def _linear_node(node: fx.Node, input: Any, weight: WeightView | None) -> Linear
         weight_is_transposed=weight.is_transposed,
         rows=None if weight.is_whole else weight.rows,
         weight_is_cast=weight.is_cast,
+        row_dims=weight.row_dims,
     )
 
 
@@ -131,6 +147,8 @@ def _is_vector(bias: Any, owner: nn.Module) -> bool:
     """Whether a bias is absent, or a parameter of one dimension, cast or not."""
     while isinstance(bias, fx.Node) and operator_name(bias) in CASTS and bias.args:
         bias = bias.args[0]
+    if isinstance(bias, fx.Node) and KNOWN_SHAPE in bias.meta:
+        return len(bias.meta[KNOWN_SHAPE]) == 1
     if not isinstance(bias, fx.Node) or bias.op != "get_attr":
         return bias is None
     return getattr(get_attribute(owner, str(bias.target)), "ndim", None) == 1
@@ -138,6 +156,9 @@ def _is_vector(bias: Any, owner: nn.Module) -> bool:
 
 def _is_matrix_or_transpose(value: Any) -> bool:
     """Whether a factor is a tensor of the module as it is, or with its last two dimensions exchanged."""
+    known = known_view(value)
+    if isinstance(known, WeightView):
+        return known.is_plain
     if not isinstance(value, fx.Node):
         return False
     is_transposed = operator_name(value) in ("t", "T", "mT", "numpy_T", "transpose")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from melora_fx.adapter.tensors import features_of, num_matrices
+from melora_fx.adapter.tensors import as_matrices, features_of, num_matrices
 from melora_fx.capture.graphs import Capture
 from melora_fx.config import MELoRAConfig
 from melora_fx.names import get_attribute
@@ -30,14 +30,19 @@ class PlannedSite:
     shared_with: tuple[str, ...] = ()
 
     @property
+    def matrices(self) -> torch.Tensor:
+        """The weight as the graphs multiply by it, a matrix or a stack of such: a view."""
+        return as_matrices(self.weight, self.nodes[0].row_dims)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(in_features, out_features) of the weight, or of each matrix in a stack."""
-        return features_of(self.weight, is_transposed=self.nodes[0].weight_is_transposed)
+        return features_of(self.matrices, is_transposed=self.nodes[0].weight_is_transposed)
 
     @property
     def num_experts(self) -> int:
         """How many matrices the weight is a stack of; 1 for a matrix."""
-        return num_matrices(self.weight)
+        return num_matrices(self.matrices)
 
     @property
     def owner(self) -> nn.Module:

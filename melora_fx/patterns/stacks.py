@@ -7,40 +7,70 @@ no graph of it.
 E experts, I in_features, O out_features.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from .node import operator_name, parameter_of
-from .views import CASTS, apply_views, behind_views, is_view
+from melora_fx.torch_private import is_operator, is_packet
+
+from .node import CALLS, operator_name, parameter_of, weight_of
+from .views import CASTS, WeightView, apply_views, behind_views, is_view, known_view
 
 _PRODUCTS = {
-    *("mm", "matmul", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "linear", "tensordot"),
+    *("mm", "matmul", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "linear", "tensordot", "inner"),
+    *("linalg_multi_dot", "bilinear", "sparse_mm", "_sparse_mm"),
+    *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
     *("_grouped_mm", "grouped_mm", "grouped_mm_fallback"),
 }
 
 
 def products_with(read: fx.Node) -> list[str]:
-    """Names of the operators that multiply by what the `get_attr` node `read` gives, or by parts and views of it."""
+    """The operators that multiply by what the `get_attr` node `read` gives, or by what is made of it and of other
+    parameters alone (a part, a view, a masked or a normalised weight): "linear", "mul, linear".
+    """
     found: dict[str, None] = {}
     seen: set[fx.Node] = set()
-    pending = [read]
+    pending = [(read, "")]
+    of_parameters: dict[fx.Node, bool] = {}
     while pending:
-        for user in pending.pop().users:
+        node, before = pending.pop()
+        for user in node.users:
             name = operator_name(user)
-            if name in _PRODUCTS:
-                found[name] = None
-            elif user not in seen and (is_view(user) or choice_of(user) is not None):
+            if name in _PRODUCTS or _is_custom(user):
+                found[before + name] = None
+                continue
+            follows = is_view(user) or choice_of(user) is not None or _is_of_parameters(user, of_parameters)
+            if follows and user not in seen:
                 seen.add(user)
-                pending.append(user)
+                pending.append((user, before if is_view(user) else f"{before}{name}, "))
     return list(found)
+
+
+def _is_custom(node: fx.Node) -> bool:
+    """Whether it calls an operator that someone has registered, which may multiply."""
+    target = node.target
+    return (is_operator(target) or is_packet(target)) and not str(target).startswith(("aten.", "prims."))
+
+
+def _is_of_parameters(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    """Whether `node` is computed from what the module holds, and from nothing that it is given. `known`: what is known
+    of the graph's nodes, filled by the first call.
+    """
+    if not known:
+        for each in node.graph.nodes:
+            of_sources = all(known[source] for source in each.all_input_nodes)
+            known[each] = of_sources if each.op in CALLS else each.op == "get_attr"
+    return known[node]
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack in a graph, perhaps one matrix gathered for each row. `is_transposed`: it shows the transposes."""
+    """A parameter of three dimensions in a graph, most often a stack, perhaps with one matrix gathered for each row.
+    `is_transposed`: it shows the transposes.
+    """
 
     parameter: str
     is_transposed: bool
@@ -50,6 +80,9 @@ class Stack:
 
 def stack_of(value: Any, owner: nn.Module) -> Stack | None:
     """The stack that `value` shows whole, or matrices of it, with no other view than a transposition; or None."""
+    known = known_view(value)
+    if known is not None:
+        return known if isinstance(known, Stack) else None
     views: list[fx.Node] = []
     gather: fx.Node | None = None
     value = behind_views(value, views)
@@ -65,9 +98,30 @@ def stack_of(value: Any, owner: nn.Module) -> Stack | None:
     except (RuntimeError, TypeError, IndexError, ValueError):
         return None
     is_cast = any(operator_name(view) in CASTS for view in views)
+    return stack_shown(str(value.target), shown, whole, is_cast=is_cast, gather=gather)
+
+
+def matrix_in_three(value: Any, owner: nn.Module, row_dims: int) -> WeightView | None:
+    """The parameter of three dimensions that `value` shows whole, as the matrix whose rows are `row_dims` of them; None
+    for other values, and for one whose other dimensions do not lie side by side.
+    """
+    found = stack_of(value, owner)
+    if found is None or found.is_transposed or found.gather is not None:
+        return None
+    weight = weight_of(owner, found.parameter)
+    if not weight.is_contiguous():
+        return None
+    rows = (0, math.prod(weight.shape[:row_dims]))
+    return WeightView(found.parameter, rows, True, False, found.is_cast, row_dims=row_dims)
+
+
+def stack_shown(
+    parameter: str, shown: Any, whole: torch.Tensor, *, is_cast: bool, gather: fx.Node | None = None
+) -> Stack | None:
+    """What `shown`, made by views of `whole` (E, O, I), shows of a stack of that shape; None for other views."""
     for is_transposed, expected in ((False, whole), (True, whole.mT)):
         if (shown.shape, shown.stride()) == (expected.shape, expected.stride()):
-            return Stack(str(value.target), is_transposed, is_cast, gather)
+            return Stack(parameter, is_transposed, is_cast, gather)
     return None
 
 

@@ -1,8 +1,9 @@
 """Views of a parameter in a graph: which rows of it a matrix shows, and whether as columns."""
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,34 +13,82 @@ from melora_fx.torch_private import in_one_storage
 
 from .node import operator_name, parameter_of
 
+KNOWN_VIEW = "melora_view"
+"""Key in `node.meta` of an input that is a view of a weight: which one, a WeightView or a Stack."""
+
 _TRANSPOSITIONS = {"t", "T", "mT", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim"}
 _RESHAPES = {"unsqueeze", "squeeze", "expand", "view", "reshape", "_unsafe_view", "flatten", "unflatten"}
-_CUTS = {"narrow", "slice", "split", "split_with_sizes", "chunk", "unbind", "select", "getitem"}
-_VIEWS = _TRANSPOSITIONS | _RESHAPES | _CUTS
-_COPIES = {"contiguous", "clone", "detach", "alias"}
+CUTS = {"narrow", "slice", "split", "split_with_sizes", "chunk", "unbind", "select", "getitem"}
+VIEWS = _TRANSPOSITIONS | _RESHAPES | CUTS
+COPIES = {"contiguous", "clone", "alias"}
 
 CASTS = {"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"}
 """Names of the operators that change a tensor's dtype."""
 
-_SAME_VALUES = _VIEWS | _COPIES | CASTS
+HARMLESS_PROPERTIES = {
+    *("dtype", "device", "layout", "shape", "ndim", "nbytes", "itemsize", "names", "grad", "grad_fn"),
+    *("is_leaf", "is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested", "requires_grad"),
+}
+
+HARMLESS = {
+    *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "get_device"),
+    *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference", "is_shared", "is_pinned"),
+    *("is_same_size", "is_set_to", "is_distributed", "is_coalesced", "is_conj", "is_neg", "_is_view", "_is_zerotensor"),
+    *("__len__", "__hash__", "__repr__", "data_ptr"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "result_type"),
+}
+"""Functions and methods that tell nothing of a tensor's values."""
+
+HARMLESS_AS_SECOND = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
+"""Methods that take only the shape, the dtype or the device of their argument."""
+
+_SAME_VALUES = VIEWS | COPIES | CASTS
 """Names of the operators behind which a weight is still the weight, or rows of it."""
 
 
 def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
-    """Names of the operators that use what the `get_attr` nodes `reads` give beside the linear `nodes`."""
-    linear_nodes = set(nodes)
+    """Names of the operators that use what the `get_attr` nodes `reads` give, beside the linear `nodes` and, by these,
+    beside the one argument that is the weight.
+    """
+    linear_nodes = dict.fromkeys(nodes, 0)
     found: dict[str, None] = {}
     pending = list(reads)
     while pending:
-        for user in pending.pop().users:
-            if user in linear_nodes:
-                continue
+        node = pending.pop()
+        for user in node.users:
             name = operator_name(user)
-            if name in _SAME_VALUES:
+            if user in linear_nodes:
+                linear_nodes[user] += _num_arguments(user, node)
+                if linear_nodes[user] > 1:
+                    found[name] = None
+            elif _is_harmless(user, node):
+                continue
+            elif name in _SAME_VALUES:
                 pending.append(user)
             else:
                 found[name] = None
     return list(found)
+
+
+def _is_harmless(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` asks only what kind of tensor `node` is."""
+    name = operator_name(user)
+    as_second = name in HARMLESS_AS_SECOND and bool(user.args) and user.args[0] is not node
+    return as_second or name in HARMLESS or name in HARMLESS_PROPERTIES
+
+
+def _num_arguments(user: fx.Node, node: fx.Node) -> int:
+    """How many arguments of `user` are `node`."""
+    count = 0
+
+    def look(argument: fx.Node) -> fx.Node:
+        nonlocal count
+        count += argument is node
+        return argument
+
+    fx.map_arg((user.args, user.kwargs), look)
+    return count
 
 
 @dataclass(frozen=True)
@@ -47,6 +96,8 @@ class WeightView:
     """A matrix in a graph that is a view of a parameter (R, C): its rows, or their transpose.
 
     `rows`: (start, stop) of the parameter's rows that the view shows. `is_transposed`: it shows them as columns.
+    `is_plain`: it is known to be the parameter itself or its transpose, with nothing in between. `row_dims`: the
+    parameter has three dimensions, of which so many are R.
     """
 
     parameter: str
@@ -54,37 +105,78 @@ class WeightView:
     is_whole: bool
     is_transposed: bool
     is_cast: bool
+    is_plain: bool = False
+    row_dims: int | None = None
 
 
 def view_of_parameter(value: Any, owner: nn.Module) -> WeightView | None:
-    """The view of a 2-D parameter that `value` is, or None.
+    """The view of a 2-D parameter that `value` is, or one of three dimensions flattened to a matrix; or None.
 
     The views on the way are carried out on a tensor without memory; sizes and strides then tell which rows it shows.
     """
+    known = known_view(value)
+    if known is not None:
+        return known if isinstance(known, WeightView) else None
     views: list[fx.Node] = []
     value = behind_views(value, views)
     parameter = parameter_of(value, owner, dim=2)
     if parameter is None:
-        return None
+        parameter = parameter_of(value, owner, dim=3)
+        if parameter is None or min(parameter.shape) == 1 or not parameter.is_contiguous():
+            return None
     is_cast = any(operator_name(view) in CASTS for view in views)
-    num_rows, num_columns = parameter.shape
-    if all(operator_name(view) not in _VIEWS for view in views):
-        return WeightView(str(value.target), (0, num_rows), True, False, is_cast)
-    whole = torch.empty(num_rows, num_columns, device="meta")
+    if any(is_chosen_by_input(view) for view in views):
+        return None
+    if parameter.dim() == 2 and all(operator_name(view) not in VIEWS for view in views):
+        return WeightView(str(value.target), (0, parameter.size(0)), True, False, is_cast)
+    whole = torch.empty(parameter.shape, device="meta")
     try:
         matrix = apply_views(views, whole)
     except (RuntimeError, TypeError, IndexError, ValueError):
         return None
-    found = _rows_shown(matrix, whole)
+    if not isinstance(matrix, torch.Tensor) or not in_one_storage(matrix, whole):
+        return None
+    return view_shown(str(value.target), matrix, int(matrix.storage_offset()), parameter.shape, is_cast=is_cast)
+
+
+def view_shown(
+    parameter: str, matrix: torch.Tensor, offset: int, shape: Sequence[int], *, is_cast: bool, is_copy: bool = False
+) -> WeightView | None:
+    """What `matrix`, a view of a contiguous tensor of that shape that begins after `offset` elements, shows of a
+    parameter; None where it is no matrix of whole rows, nor of whole rows as columns. Of three dimensions it must show
+    all.
+    """
+    if len(shape) == 3:
+        for row_dims in (1, 2):
+            sides = (math.prod(shape[:row_dims]), math.prod(shape[row_dims:]))
+            flat = view_shown(parameter, matrix, offset, sides, is_cast=is_cast, is_copy=is_copy)
+            if flat is not None and flat.is_whole:
+                return replace(flat, row_dims=row_dims)
+        return None
+    found = rows_shown(matrix, offset, shape[1])
     if found is None:
         return None
     rows, is_transposed = found
-    return WeightView(str(value.target), rows, rows == (0, num_rows), is_transposed, is_cast)
+    is_whole = rows == (0, shape[0])
+    is_plain = is_whole and matrix.dim() == 2 and not is_cast and not is_copy
+    return WeightView(parameter, rows, is_whole, is_transposed, is_cast, is_plain)
+
+
+def known_view(value: Any) -> Any:
+    """What KNOWN_VIEW says of a node, or None."""
+    return value.meta.get(KNOWN_VIEW) if isinstance(value, fx.Node) else None
 
 
 def is_view(node: fx.Node) -> bool:
     """Whether `node` is a view, a copy or a cast of its first argument."""
     return operator_name(node) in _SAME_VALUES and bool(node.args)
+
+
+def is_chosen_by_input(view: fx.Node) -> bool:
+    """Whether a view shows rows or columns that what was computed decides."""
+    found: list[fx.Node] = []
+    fx.map_arg((view.args[1:], view.kwargs), found.append)
+    return operator_name(view) in CUTS and bool(found)
 
 
 def behind_views(value: Any, views: list[fx.Node]) -> Any:
@@ -104,7 +196,7 @@ def apply_views(views: Sequence[fx.Node], tensor: torch.Tensor) -> Any:
 
 def _apply_view(tensor: Any, node: fx.Node) -> Any:
     """What `node` makes of `tensor`; a symbolic size counts as 1."""
-    if operator_name(node) not in _VIEWS:
+    if operator_name(node) not in VIEWS:
         return tensor
     args, kwargs = fx.map_arg((node.args[1:], node.kwargs), lambda _: 1)
     if node.op == "call_method":
@@ -113,22 +205,21 @@ def _apply_view(tensor: Any, node: fx.Node) -> Any:
     return node.target(tensor, *args, **kwargs)
 
 
-def _rows_shown(matrix: Any, whole: torch.Tensor) -> tuple[tuple[int, int], bool] | None:
-    """Which rows of `whole` (R, C) the view `matrix` (…, a, b) shows, and whether as columns; None for other views."""
-    if not isinstance(matrix, torch.Tensor) or matrix.dim() < 2:
-        return None
-    if not in_one_storage(matrix, whole):
+def rows_shown(matrix: torch.Tensor, offset: int, num_columns: int) -> tuple[tuple[int, int], bool] | None:
+    """Which rows of a contiguous tensor (R, C) its view `matrix` (…, a, b) shows, which begins after `offset` elements,
+    and whether as columns.
+    """
+    if matrix.dim() < 2:
         return None
     batch = zip(matrix.shape[:-2], matrix.stride()[:-2], strict=True)
     if any(size != 1 and stride != 0 for size, stride in batch):  # not one matrix, expanded
         return None
-    num_columns = whole.size(1)
     sizes = matrix.shape[-2:]
     strides = matrix.stride()[-2:]
     for is_transposed, across, along in ((False, 0, 1), (True, 1, 0)):
         shows_columns = sizes[along] == num_columns and (num_columns == 1 or strides[along] == 1)
         shows_rows = sizes[across] == 1 or strides[across] == num_columns
-        if shows_columns and shows_rows and matrix.storage_offset() % num_columns == 0:
-            start = matrix.storage_offset() // num_columns
+        if shows_columns and shows_rows and offset % num_columns == 0:
+            start = offset // num_columns
             return (start, start + sizes[across]), is_transposed
     return None

@@ -3,9 +3,12 @@
 rewrite          `rewrite`: what is frozen, which tensors the modules get, what is refused
 keep_trainable   the modules that stay trainable
 marks            what stands on rewritten modules and on the root meanwhile
-module           RewrittenModule: install, uninstall, copies and pickles
+adapted_module   AdaptedModule: what every module with adapters has in common
+module           RewrittenModule, which runs a graph: install, uninstall, copies and pickles
 module_class     one class for all modules that run the same code, for Dynamo
 running          which graph a module runs: plain, lowered, or the base's
+own_forward      OwnForwardModule, which runs the forward of its own class
+watch            first forwards, and what Dynamo compiles, watched for reads past a module
 meta_device      adapters that were made on the meta device get their values
 graph_device     graphs of a whole model that go where its tensors go
 graph_pickle     graphs as bytes

@@ -22,12 +22,16 @@ class ModuleMark:
     """On each rewritten module.
 
     Attributes:
-        records: the sites in its graph.
-        adapted_graph: the graph with adapters, which waits here while the base runs; else None.
+        records: its sites.
+        path: the module's dotted name in the model that `rewrite` was given.
+        runs_base: whether the base runs for a while.
+        adapted_graph: the graph with adapters, which waits here meanwhile; else None.
         is_folded: whether the weights are folded for a while.
     """
 
     records: list[SiteRecord]
+    path: str = ""
+    runs_base: bool = False
     adapted_graph: fx.Graph | None = None
     is_folded: bool = False
 
@@ -88,12 +92,14 @@ class RootMark:
         kept: names of the modules kept trainable.
         sites: names of what was adapted.
         patches: what a Hugging Face model says of itself meanwhile.
+        watched: in which modes, `training` or not, a forward has been watched.
     """
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
     patches: Patches = field(default_factory=Patches)
+    watched: set[bool] = field(default_factory=set)
 
 
 def root_mark(model: nn.Module) -> RootMark:

@@ -39,10 +39,11 @@ def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: 
     """Gives the site fresh parameters on `device`."""
     owner = owner_of(module, record)
     old = tensors_of(module, record)
+    matrices = record.matrices_of(weight)
     fresh = AdapterTensors.new(
         record.config,
-        *features_of(weight, is_transposed=record.weight_is_transposed),
-        num_experts=num_matrices(weight),
+        *features_of(matrices, is_transposed=record.weight_is_transposed),
+        num_experts=num_matrices(matrices),
         device=device,
         dtype=old.lora_a.dtype,
     )

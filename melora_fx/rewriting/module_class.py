@@ -21,9 +21,10 @@ import torch
 from torch import fx
 
 from melora_fx.adapter.site import SiteRecord
+from melora_fx.live.foreseen import foresee_calls
 from melora_fx.patterns.node import weight_of
 
-from .running import choosing_forward
+from .running import choosing_forward, weights_behind_properties
 
 
 class ClassKey(NamedTuple):
@@ -33,7 +34,7 @@ class ClassKey(NamedTuple):
     weight's shape of each.
     """
 
-    restored_class: type
+    melora_class: type
     code: str
     operators: tuple[tuple[str, int], ...]
     sites: tuple[tuple[str, torch.Size], ...]
@@ -44,11 +45,11 @@ _classes: WeakValueDictionary[ClassKey, type] = WeakValueDictionary()
 
 
 def class_key(
-    module: fx.GraphModule, restored_class: type, records: list[SiteRecord], code: fx.graph.PythonCode
+    module: fx.GraphModule, melora_class: type, records: list[SiteRecord], code: fx.graph.PythonCode
 ) -> ClassKey:
     """The key of `module`, whose graph is `code`."""
     return ClassKey(
-        restored_class,
+        melora_class,
         code.src,
         operators=tuple((name, id(value)) for name, value in code.globals.items()),
         sites=tuple((record.lowering, weight_of(module, record.parameter).shape) for record in records),
@@ -64,8 +65,11 @@ def class_of(key: ClassKey, module: fx.GraphModule, records: list[SiteRecord]) -
     cls: Any = _classes.get(key)
     if cls is None:
         cls = type(module)
-        cls.forward = _presented_as(cls.forward, choosing_forward(module, cls.forward, records))
+        cls.forward = _presented_as(cls.forward, choosing_forward(module, records))
         _classes[key] = cls
+        for record in records:
+            if record.parameter in weights_behind_properties(module):
+                foresee_calls(module, record, weight_of(module, record.parameter))
     return cls
 
 

@@ -11,16 +11,17 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from melora_fx.adapter.site import SiteRecord
-from melora_fx.adapter.tensors import DROPOUT, SCALING, TENSORS, AdapterTensors
+from melora_fx.adapter.tensors import DROPOUT, SCALING, AdapterTensors
 from melora_fx.capture.example_inputs import ExampleInputs
 from melora_fx.capture.graphs import Capture
 from melora_fx.capture.packed import device_of
 from melora_fx.capture.whole_model import is_exported, make_trainable
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
+from melora_fx.live.foreseen import foresee_linears
 from melora_fx.lowering.lowerings import choose_lowering
 from melora_fx.matching.plan import Plan, make_plan
-from melora_fx.matching.targets import ALL_LINEAR, TargetSpec
+from melora_fx.matching.targets import TargetSpec
 from melora_fx.names import without_wrappers
 from melora_fx.patterns.adapter_nodes import adapter_dtype
 from melora_fx.patterns.node import LinearNode
@@ -30,7 +31,9 @@ from .hugging_face import attach
 from .keep_trainable import is_within, resolve_kept
 from .marks import ROOT_MARK, RootMark, root_mark
 from .module import install
+from .own_forward import install_own_forward
 from .stale_optimizer import watch_optimizers
+from .watch import watch
 
 
 def rewrite(
@@ -65,18 +68,25 @@ def rewrite(
     rewritten = plan.model
     kept = resolve_kept(rewritten, keep_trainable)
     _refuse(plan, kept)
-    if plan.unsuitable and not _only_named(targets):
-        names = ", ".join(f"`{name}` ({reason})" for name, reason in plan.unsuitable.items())
-        warnings.warn(f"`rewrite` leaves {len(plan.unsuitable)} linears alone: {names}", stacklevel=2)
+    if plan.missed:
+        names = ", ".join(f"`{name}` ({plan.unsuitable[name]})" for name in plan.missed)
+        warnings.warn(f"`rewrite` leaves {len(plan.missed)} linears alone: {names}", stacklevel=2)
     if is_exported(rewritten):  # the user's own, planned as it is so that errors come before any change
         assert isinstance(rewritten, fx.GraphModule)
         plan = make_plan(make_trainable(rewritten), targets, config, None)
     mark = RootMark(_requires_grad(rewritten), kept, tuple(site.name for site in plan.sites))
     _freeze(rewritten, kept)
     for capture, sites in _by_capture(plan.sites):
-        install(capture.module, capture.graph, _insert_sites(capture.graph, sites))
+        if capture.runs_own_forward:
+            install_own_forward(capture.module, [_add_site(site) for site in sites], capture.path)
+            for site in sites:
+                foresee_linears(site.owner, site.nodes, site.weight)
+        else:
+            install(capture.module, capture.graph, _insert_sites(capture.graph, sites), capture.path)
     root_mark(rewritten).patches.take_all_off(rewritten)  # a Trainer's, which a fold of a part has left
     vars(rewritten)[ROOT_MARK] = mark
+    if not isinstance(rewritten, fx.GraphModule):  # one graph has no other readers
+        watch(rewritten)
     attach(rewritten)
     watch_optimizers(rewritten)
     return rewritten
@@ -90,25 +100,12 @@ def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
         raise MELoRAError("\n".join(f"`{name}` cannot be adapted: {reason}" for name, reason in plan.refused.items()))
     if not plan.sites:
         raise MELoRAError("no linear can be adapted:\n" + "\n".join(f"`{n}`: {r}" for n, r in plan.unsuitable.items()))
-    taken = [
-        f"`{site.name}`: its module already has `{attribute}`"
-        for site in plan.sites
-        for attribute in (SiteRecord.attribute_of(site.parameter, kind) for kind in TENSORS)
-        if hasattr(site.owner, attribute)
-    ]
-    if taken:
-        raise MELoRAError("\n".join(taken) + "\nrename it: the adapter needs that name")
     both = [site.name for site in plan.sites if any(is_within(site.name, name) for name in kept)]
     if both:
         raise ValueError(
             f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it; "
             f"a mapping leaves it out, `targets={{{both[0]!r}: None, …}}`"
         )
-
-
-def _only_named(targets: TargetSpec) -> bool:
-    """Whether every target is a name, a glob or an expression: then linears that none of them names are not missed."""
-    return not callable(targets) and ALL_LINEAR not in ([targets] if isinstance(targets, str) else targets)
 
 
 def _requires_grad(model: nn.Module) -> dict[str, bool]:
@@ -142,8 +139,7 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
     records = []
     insertions: dict[fx.Node, tuple[LinearNode, SiteRecord, PlannedSite]] = {}
     for site in sites:
-        record = _record_of(site)
-        _add_tensors(site, record)
+        record = _add_site(site)
         records.append(record)
         insertions |= {linear.node: (linear, record, site) for linear in site.nodes}
     for node in reversed(list(graph.nodes)):
@@ -152,6 +148,13 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
             assert linear.matched_by, "it was found by the walk"
             linear.matched_by.insert(graph, linear, record, site.weight)
     return records
+
+
+def _add_site(site: PlannedSite) -> SiteRecord:
+    """The record of a site whose tensors have been added to the weight's owner."""
+    record = _record_of(site)
+    _add_tensors(site, record)
+    return record
 
 
 def _record_of(site: PlannedSite) -> SiteRecord:
@@ -164,6 +167,7 @@ def _record_of(site: PlannedSite) -> SiteRecord:
         weight_is_transposed=site.nodes[0].weight_is_transposed,
         lowering=lowering.name,
         is_aten=site.is_aten,
+        row_dims=site.nodes[0].row_dims,
     )
 
 

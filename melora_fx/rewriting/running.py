@@ -7,15 +7,18 @@ call for each adapter and trains faster. The base's graph has no adapters and ru
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from melora_fx.adapter.site import MODULE_MARK, SITE_TAG, SiteRecord
-from melora_fx.capture.graphs import copy_graph
+from melora_fx.capture.expert_layers import NO_FORWARD_MODE
+from melora_fx.capture.graphs import copy_graph, function_of
+from melora_fx.capture.packed import is_packed_linear
 from melora_fx.errors import MELoRAError
-from melora_fx.lowering.lowerings import PLAIN, lower
-from melora_fx.torch_private import in_forward_mode, in_functorch, in_fx_trace, is_exporting, put_graph
+from melora_fx.live.weight_property import name_of_base
+from melora_fx.lowering.lowerings import PLAIN, lower, needs_plain_nodes
+from melora_fx.torch_private import in_forward_mode, put_graph
 
+from .adapted_module import AdaptedModule
 from .marks import ModuleMark
 
 
@@ -36,71 +39,74 @@ def adapted_graph(module: fx.GraphModule) -> fx.Graph:
     return _mark(module).adapted_graph or module.graph
 
 
-def run_base(module: fx.GraphModule) -> None:
+def run_base(module: AdaptedModule) -> None:
     """The rewritten `module` runs its base until `run_adapted`: its forward, and its graph, which `torch.export`
     interprets.
 
     Function and graph belong to the class and are the same each time, so that compiled code stays valid.
     """
-    cls: Any = type(module)
-    if cls.base_code != module.code:
-        cls.base_graph = without_adapters(adapted_graph(module))
-        cls.base_code = module.code
-        cls.base_function = _forward_of(module, cls.base_graph)
-    _mark(module).adapted_graph = module.graph
-    put_graph(module, cls.base_graph)
+    mark = module.melora_mark
+    if isinstance(module, fx.GraphModule):
+        cls: Any = type(module)
+        if cls.base_code != module.code:
+            cls.base_graph = without_adapters(adapted_graph(module))
+            cls.base_code = module.code
+            cls.base_function = _function_on_base(module, cls.base_graph)
+        mark.adapted_graph = module.graph
+        put_graph(module, cls.base_graph)
+    mark.runs_base = True
 
 
-def run_adapted(module: fx.GraphModule) -> None:
+def run_adapted(module: AdaptedModule) -> None:
     """Undoes `run_base`."""
     mark: ModuleMark | None = vars(module).get(MODULE_MARK)
-    if mark and mark.adapted_graph:  # else it has been folded meanwhile
+    if mark is None:  # it has been folded meanwhile
+        return
+    if isinstance(module, fx.GraphModule) and mark.adapted_graph:
         put_graph(module, mark.adapted_graph)
         mark.adapted_graph = None
+    mark.runs_base = False
 
 
-def choosing_forward(
-    module: fx.GraphModule, plain: Callable[..., Any], records: list[SiteRecord]
-) -> Callable[..., Any]:
+def choosing_forward(module: fx.GraphModule, records: list[SiteRecord]) -> Callable[..., Any]:
     """A forward for `module` and all of its class, which chooses among the three graphs in each call.
 
-    Args:
-        plain: the function of the plain graph.
-        records: the sites of the module, which say how it is lowered.
+    `records`: the sites of the module, which say how it is lowered.
     """
-    lowered = plain
+    plain = lowered = _function_on_base(module, module.graph)
     if any(record.lowering != PLAIN.name for record in records):
-        lowered = _forward_of(module, lower(module.graph, module, records))
+        lowered = _function_on_base(module, lower(module.graph, module, records))
     has_forward_mode = all(record.is_aten for record in records)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.melora_mark.adapted_graph is not None:
+        if self.melora_mark.runs_base:
             return type(self).base_function(self, *args, **kwargs)
         if not has_forward_mode and in_forward_mode():
-            raise MELoRAError(
-                "experts in the grouped form have no forward-mode derivatives: call "
-                '`model.set_experts_implementation("batched_mm")` before `rewrite`'
-            )
-        return (plain if _needs_plain_nodes() else lowered)(self, *args, **kwargs)
+            raise MELoRAError(NO_FORWARD_MODE)
+        return (plain if needs_plain_nodes() else lowered)(self, *args, **kwargs)
 
     return forward
 
 
-def _needs_plain_nodes() -> bool:
-    """Whether nodes are what is asked for, as by exporters, or have a rule that the one call lacks, as `vmap` needs."""
-    if in_functorch() or in_forward_mode():
-        return True
-    if torch.compiler.is_compiling():
-        return is_exporting()
-    return torch.jit.is_tracing() or in_fx_trace()
+def weights_behind_properties(module: nn.Module) -> list[str]:
+    """The adapted weights of `module` in whose place its class has `live.weight_property`: none in the graph of a whole
+    model, which alone reads them, and none that are packed, which no one else can read.
+    """
+    if isinstance(module, AdaptedModule) and module.melora_class is fx.GraphModule:
+        return []
+    return [] if is_packed_linear(module) else [record.parameter for record in _mark(module).records]
 
 
-def _mark(module: fx.GraphModule) -> ModuleMark:
+def _function_on_base(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """The function that runs `graph` on `module`, and reads the adapted weights themselves."""
+    parameters = weights_behind_properties(module)
+    if parameters:
+        graph = copy_graph(graph)
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in parameters:
+            node.target = name_of_base(node.target)
+    return function_of(module, graph)
+
+
+def _mark(module: nn.Module) -> ModuleMark:
     return vars(module)[MODULE_MARK]
-
-
-def _forward_of(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """The function that runs `graph` on `module`, which it does not keep alive."""
-    made = fx.GraphModule(module, graph)
-    graph.owning_module = None
-    return type(made).forward

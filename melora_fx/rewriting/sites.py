@@ -18,8 +18,8 @@ from melora_fx.matching.refusals import refuse_distributed
 from melora_fx.names import join_path
 from melora_fx.patterns.node import weight_of
 
+from .adapted_module import AdaptedModule, code_of, rewritten_modules
 from .marks import root_marks
-from .module import RewrittenModule, rewritten_modules
 from .running import run_adapted, run_base
 
 
@@ -33,7 +33,8 @@ class AdapterSite:
     Attributes:
         in_features, out_features: of one matrix.
         weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`; a stack is (E, O, I) or (E, I, O);
-            of a packed linear a tensor (O, I) on the meta device.
+            of a packed linear a tensor (O, I) on the meta device. One matrix may have three dimensions, as
+            (I, heads, O / heads): `record.matrices_of(weight)` is the matrix.
         lora_a: (N, P·R, I/N), or (E·N, P·R, I/N).
         lora_b: (N, O/N, R), or (E·N, O/N, R).
         scaling: s_i, (N, 1, 1) or (E·N, 1, 1).
@@ -55,12 +56,12 @@ class AdapterSite:
     scaling: torch.Tensor
     owner: nn.Module
     record: SiteRecord
-    module: RewrittenModule
+    module: AdaptedModule
 
     @property
     def code(self) -> str:
-        """The Python code of the graph that computes the site."""
-        return self.module.code
+        """The Python code that computes the site."""
+        return code_of(self.module)
 
     @property
     def tensors(self) -> AdapterTensors:
@@ -70,7 +71,7 @@ class AdapterSite:
     @property
     def num_experts(self) -> int:
         """How many matrices the weight is a stack of; 1 for a matrix."""
-        return num_matrices(self.weight)
+        return num_matrices(self.record.matrices_of(self.weight))
 
     @property
     def num_bytes(self) -> int:
@@ -87,11 +88,11 @@ def sites(model: nn.Module) -> dict[str, AdapterSite]:
     }
 
 
-def make_site(path: str, module: RewrittenModule, record: SiteRecord) -> AdapterSite:
+def make_site(path: str, module: AdaptedModule, record: SiteRecord) -> AdapterSite:
     """The public view of one record of the rewritten module at `path`."""
     owner = owner_of(module, record)
     weight = weight_of(owner, record.parameter_name)
-    in_features, out_features = features_of(weight, is_transposed=record.weight_is_transposed)
+    in_features, out_features = features_of(record.matrices_of(weight), is_transposed=record.weight_is_transposed)
     lora_a, lora_b, scaling = (getattr(owner, record.attribute(kind)) for kind in (*FACTORS, SCALING))
     return AdapterSite(
         name=record.site_name(path),
@@ -193,5 +194,5 @@ def running_base(model: nn.Module) -> Iterator[None]:
             run_adapted(module)
 
 
-def _runs_base(module: RewrittenModule) -> bool:
-    return module.melora_mark.adapted_graph is not None
+def _runs_base(module: AdaptedModule) -> bool:
+    return module.melora_mark.runs_base

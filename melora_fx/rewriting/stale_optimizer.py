@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from melora_fx.adapter.site import owner_of, tensors_of
 from melora_fx.torch_private import registered
 
-from .module import rewritten_modules
+from .adapted_module import rewritten_modules
 
 
 class _Watch:

@@ -2,8 +2,8 @@
 
 `<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), small ranks padded with zeros, and the tensors of the
 modules kept trainable under their own names. A stack of E matrices has E·N blocks, expert by expert. The header's
-`melora` entry is JSON: format_version, versions, and for each site its configuration and its base weight's fingerprint
-and orientation. One rename decides; nothing is ever unpickled.
+`melora` entry is JSON: format_version, versions, and for each site its configuration and how its base weight lies, with
+its fingerprint. One rename decides; nothing is ever unpickled.
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from melora_fx.adapter.tensors import AdapterTensors, factor_names, num_matrices
+from melora_fx.adapter.tensors import AdapterTensors, as_matrices, factor_names, num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.files import write_atomically
@@ -44,6 +44,7 @@ class Adapter:
         kept: names of the modules that were kept trainable.
         model: class of the model that it was trained in and its number of labels, as far as known.
         tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
+        row_dims: as in `as_matrices`, of the sites that have any.
     """
 
     directory: Path
@@ -53,6 +54,7 @@ class Adapter:
     kept: tuple[str, ...]
     model: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(repr=False)
+    row_dims: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -63,26 +65,31 @@ class Adapter:
         """A and B of a site, with its configuration."""
         return AdapterTensors.of(site, self.configs[site], self.tensors)
 
+    def matrices_of(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+        """The base weight of a site as a matrix or a stack of such, which lie transposed or not: a view."""
+        return as_matrices(weight, self.row_dims.get(site))
+
     def oriented(self, site: str, weight: torch.Tensor) -> torch.Tensor:
-        """The base weight of a site as (O, I), or (E, O, I) for a stack, a view of the one given.
+        """The base weight of a site as (O, I), or (E, O, I) for a stack, a view of the one given as it is stored.
 
         Raises:
             MELoRAError: for a square weight in an adapter that does not say which way it lies, and where what it says
                 cannot be.
         """
+        matrices = self.matrices_of(site, weight)
         is_transposed = self.transposed.get(site)
-        is_square = weight.size(-2) == weight.size(-1)
+        is_square = matrices.size(-2) == matrices.size(-1)
         if is_transposed is None and is_square:
             raise MELoRAError(
                 f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter "
                 "saved by an early version does not say: load it into the model and save it again"
             )
         blocks, _, width = self.tensors_of(site).lora_a.shape
-        is_wide = blocks // num_matrices(weight) * width != weight.size(-1)
+        is_wide = blocks // num_matrices(matrices) * width != matrices.size(-1)
         if is_transposed not in (None, is_wide) and not is_square:
             raise MELoRAError(f"`{site}` of `{self.directory}`: what its header says of its weight belies its tensors")
         lies_transposed = is_transposed if is_square else is_wide
-        return weight.mT if lies_transposed else weight
+        return matrices.mT if lies_transposed else matrices
 
     def kept_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are not an adapter's: trained heads."""
@@ -149,6 +156,7 @@ def _parse(header: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path)
         kept=tuple(header["kept"]),
         model=header["model"],
         tensors=tensors,
+        row_dims={name: entry["row_dims"] for name, entry in entries if "row_dims" in entry},
     )
 
 

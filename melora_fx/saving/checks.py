@@ -30,8 +30,9 @@ def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
     for name, config in adapter.configs.items():
         own = adapter.tensors_of(name)
         shapes = (tuple(own.lora_a.shape), tuple(own.lora_b.shape))
-        rows, columns = weights[name].shape[-2:]
-        number = num_matrices(weights[name])
+        matrices = adapter.matrices_of(name, weights[name])
+        rows, columns = matrices.shape[-2:]
+        number = num_matrices(matrices)
         fitting = [config.adapter_shapes(rows, columns, number), config.adapter_shapes(columns, rows, number)]
         if shapes not in fitting:
             lines.append(

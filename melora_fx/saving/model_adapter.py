@@ -48,14 +48,15 @@ def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite] | None = 
 
 
 def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
-    """What files say of each site, as JSON-ready values: its configuration, and its base weight's fingerprint and
-    orientation.
+    """What files say of each site, as JSON-ready values: its configuration, and its base weight's fingerprint and how
+    that lies.
     """
     return {
         name: {
             "config": site.config.to_dict(),
             "base": fingerprint(site.weight),
             "is_transposed": site.weight_is_transposed,
+            **({} if site.record.row_dims is None else {"row_dims": site.record.row_dims}),
         }
         for name, site in found.items()
     }

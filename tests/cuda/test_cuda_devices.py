@@ -19,7 +19,7 @@ from support.cuda import (
     to_device,
 )
 from support.lowered import lowered, step
-from support.models import TOWER_CONFIG, bert, fill, output_of, randn, tokens, tower
+from support.models import TOWER_CONFIG, assert_unchanged, bert, fill, output_of, randn, tokens, tower
 from torch import Tensor, nn
 
 import melora_fx
@@ -151,8 +151,9 @@ def test_swapped_in_place(tmp_path):
 
 def test_an_adapter_of_another_base_is_refused_on_the_device(tmp_path):
     melora_fx.save_adapter(rewritten_tower(DEVICE), tmp_path)
-    with pytest.raises(melora_fx.MELoRAError, match="trained on another base model"):
-        melora_fx.load_adapter(tower(seed=1).to(DEVICE), tmp_path)
+    model = tower(seed=1).to(DEVICE)
+    with assert_unchanged(model), pytest.raises(melora_fx.MELoRAError, match="trained on another base model"):
+        melora_fx.load_adapter(model, tmp_path)
 
 
 def _saved(model: nn.Module, place: str) -> nn.Module:

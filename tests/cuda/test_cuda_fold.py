@@ -21,7 +21,16 @@ from support.cuda import (
 from support.expert_stacks import CONFIG as OF_EXPERTS
 from support.expert_stacks import Experts, inputs, the_site
 from support.lowered import CONFIG, lowered
-from support.models import TOWER_CONFIG, TOWER_SITES, fill, output_of, randn, site_update, snapshot, tower
+from support.models import (
+    TOWER_CONFIG,
+    TOWER_SITES,
+    assert_unchanged,
+    fill,
+    output_of,
+    randn,
+    site_update,
+    tower,
+)
 from torch import Tensor, nn
 
 import melora_fx
@@ -90,12 +99,12 @@ def test_disabled_is_the_base_bit_for_bit_whatever_the_adapter_holds(lowering, d
 @by_dtype()
 def test_folded_gives_every_bit_back(dtype):
     model = rewritten(dtype)
-    before = snapshot(model)
+    before = copy.deepcopy(dict(model.state_dict()))
     adapted = output_of(model, x_of(dtype))
     with melora_fx.folded(model):
         assert_sums_near(output_of(model, x_of(dtype)), adapted.double(), 10)
-        assert not torch.equal(model.up.weight, before["state"]["up.weight"])
-    assert_same(dict(model.state_dict()), before["state"])
+        assert not torch.equal(model.up.weight, before["up.weight"])
+    assert_same(dict(model.state_dict()), before)
     assert_same(output_of(model, x_of(dtype)), adapted)
 
 
@@ -181,9 +190,8 @@ def test_fold_is_in_place_and_leaves_no_trace():
 @by_dtype()
 def test_check_fold_measures_what_it_does_on_the_cpu(dtype):
     model = rewritten(dtype)
-    before = snapshot(model)
-    report = melora_fx.check_fold(model)
-    assert_same(dict(model.state_dict()), before["state"])
+    with assert_unchanged(model):
+        report = melora_fx.check_fold(model)
     reference = {site.name: site for site in melora_fx.check_fold(copy.deepcopy(model).cpu()).sites}
     share = 0.3 if dtype == torch.float32 else 0.02  # another last bit of Δ is rounded otherwise in float32
     for site in report.sites:
@@ -196,12 +204,9 @@ def test_check_fold_measures_what_it_does_on_the_cpu(dtype):
 def test_a_sum_beyond_float16_is_refused_and_nothing_is_changed():
     model = rewritten(torch.float16)
     melora_fx.sites(model)["up"].lora_b.data.fill_(1e6)
-    before = snapshot(model)
-    with pytest.raises(
-        melora_fx.MELoRAError, match="`up`: the sum of weight and update is beyond the range of float16"
-    ):
+    text = "`up`: the sum of weight and update is beyond the range of float16"
+    with assert_unchanged(model), pytest.raises(melora_fx.MELoRAError, match=text):
         melora_fx.fold(model)
-    assert_same(dict(model.state_dict()), before["state"])
 
 
 @pytest.mark.skipif(IS_DRY_RUN, reason="compares the device with the CPU")

@@ -109,6 +109,7 @@ def test_weights_of_one_shape_keep_their_names(target: str, alike: str, tmp_path
         np.testing.assert_array_equal(weight, model.get_parameter(name).detach().numpy())
 
 
+@pytest.mark.slow
 def test_swappable_adapters_survive_the_fusions(exports: Exports, tmp_path: Path) -> None:
     """Equal to `keep` with the model's own adapter, and bit for bit to the base's graph without any."""
     report = exports("adapted gpt2", adapter="swap", target="ort-cpu")

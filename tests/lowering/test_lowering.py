@@ -33,7 +33,7 @@ from support.models import (
     randn,
     tower,
 )
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -152,8 +152,10 @@ def test_graph_and_code_are_those_of_the_plain_lowering(tower_case, config):
     for ours, theirs in zip(*(melora_fx.sites(model).values() for model in models), strict=True):
         assert ours.lowering != theirs.lowering
         assert ours.code == theirs.code
-        assert str(ours.module.graph) == str(theirs.module.graph)
-        assert not any("adapted_linear" in str(node.target) for node in ours.module.graph.nodes)
+        assert "adapted_linear" not in ours.code
+        if isinstance(ours.module, fx.GraphModule):
+            assert str(ours.module.graph) == str(theirs.module.graph)
+            assert not any("adapted_linear" in str(node.target) for node in ours.module.graph.nodes)
 
 
 COPIES = {

@@ -98,11 +98,36 @@ def test_changes_nothing(build, whole, training):
 
 def test_changes_no_statistics_and_no_random_state():
     model = nn.Sequential(nn.Linear(IN, OUT), nn.BatchNorm1d(OUT), nn.Dropout(0.5)).train()
-    state = torch.get_rng_state()
     with assert_unchanged(model):
         melora_fx.match(model, "all-linear", TOWER_CONFIG)
         melora_fx.match(model, "all-linear", TOWER_CONFIG, example_inputs=(randn(3, IN),))
-    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Remembers(nn.Module):
+    """Its forward counts, and keeps something in containers of its own."""
+
+    def __init__(self, held: list[int]) -> None:
+        super().__init__()
+        self.up = nn.Linear(IN, OUT)
+        self.register_buffer("steps", torch.zeros(()))
+        self.calls = 0
+        self.held = held
+        self.lengths: dict[str, list[int]] = {"x": []}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps.add_(1)
+        self.calls += 1
+        self.held.append(self.calls)
+        self.lengths["x"].append(x.dim())
+        return self.up(x)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
+def test_changes_nothing_that_a_forward_keeps(whole):
+    held = [7]
+    model = Remembers(held)
+    with assert_unchanged(model, also=[held]):
+        melora_fx.match(model, "up", TOWER_CONFIG, example_inputs=(randn(3, IN),) if whole else None)
 
 
 def test_changes_nothing_of_a_graph_module_or_program():
@@ -139,7 +164,10 @@ def test_rewritten_model_is_refused(function):
 @pytest.mark.parametrize("function", [melora_fx.match, melora_fx.rewrite], ids=["match", "rewrite"])
 def test_compiled_model_is_refused(function):
     model = torch.compile(tower(), backend="eager")
-    with pytest.raises(MELoRAError, match=r"already compiled.*`rewrite` it first, then call `torch\.compile`"):
+    with (
+        assert_unchanged(model),
+        pytest.raises(MELoRAError, match=r"already compiled.*`rewrite` it first, then call `torch\.compile`"),
+    ):
         function(model, "up", TOWER_CONFIG)
 
 
@@ -163,7 +191,10 @@ def test_model_compiled_in_place_is_refused_or_compiled_anew(function):
 def test_model_rewritten_in_a_part_is_refused():
     model = nn.ModuleDict({"a": tower(), "b": tower()})
     melora_fx.rewrite(model["b"], "up", TOWER_CONFIG)
-    with pytest.raises(MELoRAError, match=r"already rewritten \(1 modules, the first `b\.up`\)"):
+    with (
+        assert_unchanged(model),
+        pytest.raises(MELoRAError, match=r"already rewritten \(1 modules, the first `b\.up`\)"),
+    ):
         melora_fx.rewrite(model, "up", TOWER_CONFIG)
 
 

@@ -4,7 +4,19 @@ import re
 
 import pytest
 import torch
-from support.models import TOWER_SITES, Functional, Holder, Tower, bert, bert_classifier, gpt2, randn, tokens, tower
+from support.models import (
+    TOWER_SITES,
+    Functional,
+    Holder,
+    Tower,
+    assert_unchanged,
+    bert,
+    bert_classifier,
+    gpt2,
+    randn,
+    tokens,
+    tower,
+)
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2ForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -198,25 +210,29 @@ def test_callable_is_given_the_owner_also_of_a_linear_that_cannot_be_adapted():
     ],
 )
 def test_refusals(targets, error, text):
-    with pytest.raises(error, match=text):
-        melora_fx.match(bert(), targets, CONFIG)
+    model = bert()
+    with assert_unchanged(model), pytest.raises(error, match=text):
+        melora_fx.match(model, targets, CONFIG)
 
 
 def test_mapping_that_leaves_every_match_alone_is_refused():
     """It would freeze the whole model and adapt nothing, silently."""
-    with pytest.raises(ValueError, match="`targets`"):
-        melora_fx.rewrite(tower(), {"up": None})
+    model = tower()
+    with assert_unchanged(model), pytest.raises(ValueError, match="`targets`"):
+        melora_fx.rewrite(model, {"up": None})
 
 
 def test_model_without_linears():
-    with pytest.raises(ValueError, match="no linear nodes that can be adapted"):
-        melora_fx.match(nn.Sequential(nn.LayerNorm(4), nn.ReLU()), "all-linear", CONFIG)
+    model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
+    with assert_unchanged(model), pytest.raises(ValueError, match="no linear nodes that can be adapted"):
+        melora_fx.match(model, "all-linear", CONFIG)
 
 
 @pytest.mark.parametrize("function", [melora_fx.match, melora_fx.rewrite], ids=["match", "rewrite"])
 def test_config_and_model_must_have_their_types(function):
-    with pytest.raises(TypeError, match="`config` must be a MELoRAConfig, got 8"):
-        function(tower(), "up", 8)
+    model = tower()
+    with assert_unchanged(model), pytest.raises(TypeError, match="`config` must be a MELoRAConfig, got 8"):
+        function(model, "up", 8)
     with pytest.raises(TypeError, match=r"`model` must be an nn\.Module or an ExportedProgram, got dict"):
         function({}, "up", CONFIG)
 

@@ -21,8 +21,8 @@ pytestmark = [
 
 
 @pytest.mark.default_cases(
-    *sorted({*SIX} - {"T5"}), "nn.MultiheadAttention, cross", "x @ *"
-)  # T5 takes fifteen seconds
+    *sorted({*SIX} - {"T5", "Mixtral", "Llama"}), "nn.MultiheadAttention, cross", "x @ *"
+)  # the others take seven seconds and more
 @pytest.mark.parametrize("name", ZOO)
 def test_properties(name: str) -> None:
     entry = ZOO[name]

@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from support.models import assert_equal, bert_classifier, fill, gpt2, in_situations, output_of, randn, tokens
+from support.models import (
+    assert_equal,
+    assert_unchanged,
+    bert_classifier,
+    fill,
+    gpt2,
+    in_situations,
+    output_of,
+    randn,
+    tokens,
+)
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -325,7 +335,7 @@ def _assert_first_is_refused(model: nn.Module, **options: Any) -> None:
     report = melora_fx.match(model, "all-linear", CONFIG, **options)
     assert [site.name for site in report.sites] == ["2"]
     assert "is parametrized, pruned or normalised" in dict(report.skipped)["0"]
-    with pytest.raises(MELoRAError, match="`0` cannot be adapted: its weight is parametrized"):
+    with assert_unchanged(model), pytest.raises(MELoRAError, match="`0` cannot be adapted: its weight is parametrized"):
         melora_fx.rewrite(model, ["0"], CONFIG, **options)
     with pytest.warns(UserWarning, match="leaves 1 linears alone: `0`"):
         melora_fx.rewrite(model, "all-linear", CONFIG, **options)
@@ -389,9 +399,8 @@ def test_disk_offload_is_refused(tmp_path) -> None:
     places = {f"transformer.{name}": "cpu" for name in ("wte", "wpe", "ln_f")}
     places |= {"lm_head": "cpu", "transformer.h": "disk"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
-    with pytest.raises(
-        MELoRAError, match=r"attn\.c_attn` cannot be adapted: its `forward` was replaced on the instance"
-    ):
+    text = r"attn\.c_attn` cannot be adapted: its `forward` was replaced on the instance"
+    with assert_unchanged(model), pytest.raises(MELoRAError, match=text):
         melora_fx.rewrite(model, GPT2_TARGETS, CONFIG)
 
 
@@ -483,14 +492,12 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @in_situations("name", "Several devices", "refused by name", {f"`{name}`": name for name in WRAPPERS})
 def test_distributed_models_are_refused(name: str, tmp_path) -> None:
     wrapped = WRAPPERS[name](mlp())
-    before = [value.requires_grad for value in wrapped.parameters()]
-    for action in (
-        lambda: melora_fx.rewrite(wrapped, "all-linear", CONFIG),
-        lambda: melora_fx.match(wrapped, "all-linear", CONFIG),
-    ):
-        with pytest.raises(MELoRAError, match="wrapped for several devices, or sharded, are not supported"):
-            action()
-    assert [value.requires_grad for value in wrapped.parameters()] == before
+    for function in (melora_fx.rewrite, melora_fx.match):
+        with (
+            assert_unchanged(wrapped),
+            pytest.raises(MELoRAError, match="wrapped for several devices, or sharded, are not supported"),
+        ):
+            function(wrapped, "all-linear", CONFIG)
     if name in ("DistributedDataParallel", "DataParallel"):
         wrapped = WRAPPERS[name](rewritten_mlp())
         for verb in (melora_fx.fold, melora_fx.check_fold, lambda model: melora_fx.save_adapter(model, tmp_path)):
@@ -511,8 +518,12 @@ def test_forgotten_train() -> None:
 
 @situation("First hour", "`rewrite` after `torch.compile(model)`", "refused; the remedy: the other way round")
 def test_rewrite_after_compile() -> None:
-    with pytest.raises(MELoRAError, match=r"already compiled: `rewrite` it first, then call `torch\.compile`"):
-        melora_fx.rewrite(torch.compile(mlp(), backend="eager"), "all-linear", CONFIG)
+    model = torch.compile(mlp(), backend="eager")
+    with (
+        assert_unchanged(model),
+        pytest.raises(MELoRAError, match=r"already compiled: `rewrite` it first, then call `torch\.compile`"),
+    ):
+        melora_fx.rewrite(model, "all-linear", CONFIG)
 
 
 @situation("First hour", "`rewrite` after `model.compile()`, in place", "works: compiles again")
@@ -558,7 +569,10 @@ def test_fold_of_a_wrapper() -> None:
 @situation("First hour", "`rewrite` twice", "refused; the remedies: `fold`, `load_adapter`")
 def test_rewrite_twice() -> None:
     model = rewritten_mlp()
-    with pytest.raises(MELoRAError, match=r"already rewritten .*: `fold` it first, or `load_adapter`"):
+    with (
+        assert_unchanged(model),
+        pytest.raises(MELoRAError, match=r"already rewritten .*: `fold` it first, or `load_adapter`"),
+    ):
         melora_fx.rewrite(model, "all-linear", CONFIG)
 
 
@@ -582,5 +596,6 @@ def test_load_adapter_of_something_else(tmp_path) -> None:
     (tmp_path / "peft" / "adapter_model.safetensors").write_bytes(b"")
     melora_fx.save_adapter(rewritten_gpt2(), tmp_path / "other")
     for folder, text in (("peft", "peft"), ("nothing", "nothing"), ("other", "is for another model")):
-        with pytest.raises(MELoRAError, match=text):
-            melora_fx.load_adapter(mlp(), tmp_path / folder)
+        model = mlp()
+        with assert_unchanged(model), pytest.raises(MELoRAError, match=text):
+            melora_fx.load_adapter(model, tmp_path / folder)

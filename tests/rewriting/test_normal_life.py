@@ -47,7 +47,7 @@ from transformers import (
 )
 
 import melora_fx
-from melora_fx import AdapterCheckpointCallback, MELoRAConfig
+from melora_fx import AdapterCheckpointCallback, MELoRAConfig, MELoRAError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.ao, of what torchao and bitsandbytes import
@@ -453,7 +453,7 @@ def test_generate_in_rarer_ways(options: Callable[[], dict[str, Any]]) -> None:
 def test_an_adapted_head_whose_vocabulary_grows_says_so() -> None:
     model = fill(melora_fx.rewrite(gpt2(), ["c_attn", "lm_head"], CONFIG))
     model.resize_token_embeddings(57)
-    with pytest.raises(RuntimeError, match="a linear of 57 output features has an adapter of 51"):
+    with pytest.raises(MELoRAError, match="a linear of 57 output features has an adapter of 51"):
         output_of(model, tokens())
 
 

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import assert_equal, dense_update, fill, in_situations, output_of, randn, site_update
+from support.models import (
+    assert_equal,
+    assert_unchanged,
+    dense_update,
+    fill,
+    in_situations,
+    output_of,
+    randn,
+    site_update,
+)
 from support.quantized_bases import (
     BASES,
     CONFIG,
@@ -178,7 +187,10 @@ def test_torchao_after_the_rewrite() -> None:
 def test_plain_nodes_where_no_gradient_passes_are_refused() -> None:
     model, _ = BASES["torchao int8 weights and activations"][0]()
     config = MELoRAConfig(rank=2, num_blocks=4, lowering="plain")
-    with pytest.raises(ValueError, match="gives no gradient to what is below this Int8Tensor: use 'auto'"):
+    with (
+        assert_unchanged(model),
+        pytest.raises(ValueError, match="gives no gradient to what is below this Int8Tensor: use 'auto'"),
+    ):
         melora_fx.rewrite(model, "all-linear", config)
 
 
@@ -193,8 +205,9 @@ def test_rows_of_a_base_without_gradients_are_refused() -> None:
     """What is below would be trained by the gradient of the adapter alone."""
     model, _ = BASES["torchao int8 weights and activations"][0]()
     model[0].__class__ = Rows
-    with pytest.raises(
-        ValueError, match=r"`0`: .* gives no gradient .* this Int8Tensor, and the others need the whole"
+    with (
+        assert_unchanged(model),
+        pytest.raises(ValueError, match=r"`0`: .* gives no gradient .* this Int8Tensor, and the others need the whole"),
     ):
         melora_fx.rewrite(model, "all-linear", CONFIG)
 
@@ -261,11 +274,8 @@ def test_a_packed_forward_without_a_gradient_gets_one() -> None:
 @pytest.mark.filterwarnings("ignore:.*(8bit|4bit|quantiz)")
 def test_a_quantised_head_cannot_be_kept_trainable(base: str, tmp_path) -> None:
     model = _from_pretrained(base, tmp_path, skipped=("nothing",))
-    before = [parameter.requires_grad for parameter in model.parameters()]
-    with pytest.raises(ValueError, match="'classifier' is quantised and cannot be trained"):
+    with assert_unchanged(model), pytest.raises(ValueError, match="'classifier' is quantised and cannot be trained"):
         melora_fx.rewrite(model, ["query"], CONFIG, keep_trainable="classifier")
-    assert [parameter.requires_grad for parameter in model.parameters()] == before
-    assert not melora_fx.sites(model)
 
 
 def _from_pretrained(kind: str, directory: Path, skipped: tuple[str, ...] = ("classifier",)) -> nn.Module:

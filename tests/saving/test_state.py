@@ -459,7 +459,7 @@ def test_whole_capture_only_adapter_on_a_plain_model_without_inputs(tmp_path):
 
 def test_compiled_plain_model_is_refused_for_what_it_is(folder):
     compiled = torch.compile(tower(), backend="eager")
-    with pytest.raises(MELoRAError, match=r"compiled"):
+    with assert_unchanged(compiled), pytest.raises(MELoRAError, match=r"compiled"):
         melora_fx.load_adapter(compiled, folder)
 
 

@@ -15,6 +15,7 @@ from support.properties import CONFIG, Row, measure
 from support.zoo import ZOO
 
 TABLE = Path(__file__).parents[2] / "docs" / "ARCHITECTURES.md"
+_TORCH = torch.__version__.split("+")[0]
 _COLUMNS = (
     "model",
     "linear modules",
@@ -67,14 +68,13 @@ def main() -> None:
     print(f"""# Architectures
 
 Tiny random models, rewritten with "all-linear", rank {CONFIG.rank} and {CONFIG.num_blocks} blocks. Made by
-`PYTHONPATH=tests python -m support.architecture_table > docs/ARCHITECTURES.md` with
-torch {torch.__version__.split("+")[0]} and transformers {transformers.__version__};
-`tests/rewriting/test_architectures.py` checks every row against the code.
+`PYTHONPATH=tests python -m support.architecture_table > docs/ARCHITECTURES.md` with torch {_TORCH} and
+transformers {transformers.__version__}; `tests/rewriting/test_architectures.py` checks every row against the code.
 
 * *linear modules*: `nn.Linear` and `Conv1D` in the module tree, heads included; the sites leave out output
   embeddings and classification heads, and count weights that no module owns.
-* *sites in place*, *whole*: found by each capture, under the same names. Where in place has 0, PyTorch's attention
-  reads its weights past their modules, and `rewrite` says so and names `example_inputs=`.
+* *sites in place*, *whole*: found by each capture, under the same names. Where in place has fewer, PyTorch's
+  attention gives its weights to one function; `rewrite` says so and names `example_inputs=`.
 * *refused*: by the whole capture; `match` lists them with the reason. A stack of expert matrices is one site.
 * *start*: outputs after `rewrite` bit-equal to before, both captures (nn.TransformerEncoder, nn.MultiheadAttention:
   bit-equal in training; their fused path in evaluation rounds otherwise than their own layers: within 1e-5).

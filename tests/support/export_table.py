@@ -112,7 +112,7 @@ def measure(case: Case, folder: Path) -> Row | str:
     try:
         if not (folder / "base.onnx").is_file():
             export_onnx(model, inputs, folder / "base.onnx", **options, verify=False)
-        whole = case.model in ZOO and ZOO[case.model].in_place == 0
+        whole = case.model in ZOO and ZOO[case.model].in_place is not None
         model = fill(melora_fx.rewrite(model, "all-linear", CONFIG, example_inputs=inputs if whole else None))
         report = export_onnx(model, inputs, folder / f"{case.adapter}.onnx", adapter=case.adapter, **options)
         if case.adapter == "swap" and not (folder / "keep.onnx").is_file():

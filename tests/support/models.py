@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
+from support.recorded_state import assert_recorded, recorded_state
 
 IN = 24
 OUT = 36
@@ -104,9 +105,20 @@ def dense_update(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tenso
     return torch.cat(rows)
 
 
+def matrix_of(site: melora_fx.AdapterSite) -> torch.Tensor:
+    """The weight as (O, I) or (I, O), or a stack of such; heads and the features of one are one side."""
+    row_dims = site.record.row_dims
+    return site.weight if row_dims is None else site.weight.flatten(0, row_dims - 1).flatten(1)
+
+
+def as_stored(site: melora_fx.AdapterSite, matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix (O, I), or a stack of such, as the parameter of `site` is stored."""
+    return (matrix.mT if site.weight_is_transposed else matrix).reshape(site.weight.shape)
+
+
 def site_update(site: melora_fx.AdapterSite) -> torch.Tensor:
     """The dense update of a site, (O, I) in float64; (E, O, I) of a stack."""
-    if site.weight.dim() == 2:
+    if matrix_of(site).dim() == 2:
         return dense_update(site.config, site.lora_a, site.lora_b)
     adapters = zip(site.lora_a.chunk(len(site.weight)), site.lora_b.chunk(len(site.weight)), strict=True)
     return torch.stack([dense_update(site.config, a, b) for a, b in adapters])
@@ -114,7 +126,7 @@ def site_update(site: melora_fx.AdapterSite) -> torch.Tensor:
 
 def adapted_weight(site: melora_fx.AdapterSite) -> torch.Tensor:
     """W + ΔW as (O, I), or (E, O, I), in float64, however the parameter is stored."""
-    weight = site.weight.detach().double()
+    weight = matrix_of(site).detach().double()
     return (weight.mT if site.weight_is_transposed else weight) + site_update(site).detach()
 
 
@@ -139,35 +151,6 @@ def randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> tor
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that a dry run or a failed call must leave alone."""
-    return {
-        "state": {name: value.clone() for name, value in model.state_dict().items()},
-        "identity": {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)},
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
-        "types": {name: type(module) for name, module in model.named_modules(remove_duplicate=False)},
-        "training": {name: module.training for name, module in model.named_modules(remove_duplicate=False)},
-        "attributes": {name: set(vars(module)) for name, module in model.named_modules(remove_duplicate=False)},
-    }
-
-
-def assert_untouched(model: nn.Module, before: Mapping[str, Any]) -> None:
-    """`model` is as it was when `before` was taken."""
-    after = snapshot(model)
-    assert list(after["state"]) == list(before["state"])
-    assert_equal(after["state"], before["state"])
-    for aspect in ("identity", "requires_grad", "types", "training", "attributes"):
-        assert after[aspect] == before[aspect], aspect
-
-
-def attempt(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str]:
-    """(result, "") of the call, or (None, text) of its MELoRAError: where both being right and refusing are correct."""
-    try:
-        return function(*args, **options), ""
-    except MELoRAError as error:
-        return None, str(error)
-
-
 def by_torch_save(model: nn.Module) -> nn.Module:
     """A copy by way of a file."""
     buffer = io.BytesIO()
@@ -177,11 +160,25 @@ def by_torch_save(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def assert_unchanged(model: nn.Module) -> Iterator[None]:
-    """The block leaves `model` alone."""
-    before = snapshot(model)
+def assert_unchanged(model: nn.Module, also: Iterable[Any] = ()) -> Iterator[None]:
+    """The block leaves `model`, the containers `also` and the state of the process alone (`recorded_state`)."""
+    before = recorded_state(model, also)
     yield
-    assert_untouched(model, before)
+    assert_recorded(before, recorded_state(model, also))
+
+
+def attempt(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str]:
+    """(result, "") of the call, or (None, text) of its MELoRAError: where both being right and refusing are correct.
+
+    A model, the first argument then, is unchanged where it is refused.
+    """
+    model = args[0] if args and isinstance(args[0], nn.Module) else nn.Module()
+    before = recorded_state(model)
+    try:
+        return function(*args, **options), ""
+    except MELoRAError as error:
+        assert_recorded(before, recorded_state(model))
+        return None, str(error)
 
 
 class Functional(nn.Module):
@@ -345,6 +342,5 @@ def dense_copy(model: nn.Module, plain: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, site in melora_fx.sites(model).items():
             key = name if site.record.parameter_name != "weight" else f"{name}.weight"
-            value = adapted_weight(site)
-            weights[key].copy_(value.mT if site.weight_is_transposed else value)
+            weights[key].copy_(as_stored(site, adapted_weight(site)))
     return dense

@@ -280,7 +280,7 @@ ZOO: dict[str, Entry] = {
     "ViT": Entry(_hf("ViTForImageClassification", "ViTConfig", **_VISION), _image, sites=2 * 6, inductor=True),
     "DINOv2": Entry(_hf("Dinov2ForImageClassification", "Dinov2Config", **_VISION, mlp_ratio=2), _image, sites=2 * 6),
     "CLIP": Entry(_clip, _image_and_text, sites=2 * 6 + 2 * 6 + 2),
-    "nn.TransformerEncoder": Entry(Encoder, _vectors, sites=2 * 4, in_place=0, refused=0),
+    "nn.TransformerEncoder": Entry(Encoder, _vectors, sites=2 * 4, in_place=4, refused=0),
     "nn.MultiheadAttention": Entry(SelfAttention, _vectors, sites=2, in_place=0),
     "nn.MultiheadAttention, cross": Entry(CrossAttention, _vectors, sites=2, in_place=0),
     "x @ self.w.T + self.b": Entry(HandWritten, _vectors, sites=2),

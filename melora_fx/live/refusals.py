@@ -1,0 +1,93 @@
+"""What is said of a use of an adapted weight that no adapter can follow: the site, who reads, and the remedy."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from melora_fx.adapter.site import SiteRecord
+from melora_fx.capture.expert_layers import IN_PLACE_REMEDY
+from melora_fx.errors import MELoRAError
+from melora_fx.torch_private import is_experts_layer
+
+from .reader import OURS, is_of
+
+LEAVE_OUT = "leave this linear out of `targets`"
+REMEDY = "pass `example_inputs=` to `rewrite`, or leave this linear out of `targets`"
+
+
+def refuse_use(owner: Any, parameter: str, operation: str) -> NoReturn:
+    """Raises MELoRAError for an operation that would see a weight that a fold changes."""
+    remedy = IN_PLACE_REMEDY if is_experts_layer(owner) else LEAVE_OUT
+    raise MELoRAError(
+        f"`{_site(owner, parameter)}`: {reader()} uses its weight by `{operation}`, which an adapter cannot follow and "
+        f"a fold would change: {remedy}"
+    )
+
+
+def refuse_in_function(owner: Any, parameter: str) -> NoReturn:
+    """Raises MELoRAError for a product in the forward of an `autograd.Function`."""
+    raise MELoRAError(
+        f"`{_site(owner, parameter)}`: {reader()} multiplies by its weight inside of an `autograd.Function`, or of "
+        f"reentrant checkpointing, that is given it: its adapter would get no gradient: {LEAVE_OUT}"
+    )
+
+
+_texts: ContextVar[list[str] | None] = ContextVar("texts", default=None)
+
+
+@contextmanager
+def hidden_refusals() -> Iterator[list[str]]:
+    """The texts of what `refuse_unasked` raises in the block: TorchScript puts an error without a text in its place."""
+    texts: list[str] = []
+    token = _texts.set(texts)
+    try:
+        yield texts
+    finally:
+        _texts.reset(token)
+
+
+def refuse_unasked(owner: Any, parameter: str, operation: str) -> NoReturn:
+    """Raises MELoRAError for an operation of what does not ask for `__torch_function__`."""
+    try:
+        refuse_use(owner, parameter, operation)
+    except MELoRAError as refusal:
+        texts = _texts.get()
+        if texts is not None:
+            texts.append(str(refusal))
+        raise
+
+
+def refuse_keeping(owner: Any, parameter: str) -> NoReturn:
+    """Raises MELoRAError for a forward that stores the weight on a module, which registers it as a parameter."""
+    raise MELoRAError(
+        f"`{_site(owner, parameter)}`: {reader()} keeps its weight as a parameter of a module (`self.… = weight`), "
+        f"which would be the base's: {LEAVE_OUT}"
+    )
+
+
+def _site(owner: Any, parameter: str) -> str:
+    """The name of the site in the model that `rewrite` was given."""
+    return record_of(owner, parameter).site_name(owner.melora_mark.path)
+
+
+def record_of(owner: Any, parameter: str) -> SiteRecord:
+    """What `owner` keeps of the site whose weight it has under that name."""
+    return next(record for record in owner.melora_mark.records if record.parameter == parameter)
+
+
+def reader() -> str:
+    """The function of the user's that runs now, and where."""
+    if torch.compiler.is_dynamo_compiling():
+        return "what is compiled"
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_of(frame, *OURS, "torch"):
+        frame = frame.f_back
+    if frame is None:
+        return "something"
+    code = frame.f_code
+    return f"`{code.co_qualname}` ({code.co_filename}:{frame.f_lineno})"

@@ -1,0 +1,102 @@
+"""What every module with adapters has in common, whether it runs a graph of ours or its own forward."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from torch import fx, nn
+
+from melora_fx.adapter.site import MODULE_MARK
+from melora_fx.errors import MELoRAError
+from melora_fx.live.products import Product
+from melora_fx.names import unwrap, without_wrappers
+from melora_fx.torch_private import registered
+
+from .marks import ModuleMark
+from .meta_device import on_meta_device, renew_adapters
+
+
+class AdaptedModule(nn.Module):
+    """The part of a rewritten module's class that is ours.
+
+    Attributes:
+        melora_mark: its sites, and what it does for a while instead.
+        melora_class: the class that the module has without adapters.
+        melora_products: the products with its weights that Python of the user's computes.
+        melora_usual: those of them that are calls as `live.products.call_again` takes, by their keys.
+    """
+
+    melora_mark: ModuleMark
+    melora_class: ClassVar[type]
+    melora_products: ClassVar[dict[str, Product]]
+    melora_usual: ClassVar[dict[tuple[Any, ...], Product]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Whoever calls the class of a rewritten module makes a plain one; of a class below it one of that."""
+        return cls.melora_class(*args, **kwargs) if "melora_class" in vars(cls) else super().__new__(cls)
+
+    def __init_subclass__(cls) -> None:
+        """Keeps what a user's class does for each of its subclasses from those that are made here."""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        return replica_of(self)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "AdaptedModule":
+        moved = on_meta_device(self, self.melora_mark.records)
+        super()._apply(fn, recurse)
+        renew_adapters(self, self.melora_mark.records, moved)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        renew_adapters(self, self.melora_mark.records)
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        renew_adapters(self, self.melora_mark.records)
+
+
+def attributes_of_class(original: type) -> dict[str, Any]:
+    """What the class of rewritten modules has that were of the class `original`."""
+    return {"melora_class": original, "melora_products": {}, "melora_usual": {}}
+
+
+def replica_of(module: nn.Module) -> Any:
+    """What `nn.DataParallel` runs on another device: torch's own way would call the class."""
+    replica = object.__new__(type(module))
+    _, buffers, modules = registered(module)
+    own = {"_parameters": {}, "_buffers": dict(buffers), "_modules": dict(modules), "_is_replica": True}
+    vars(replica).update(vars(module) | own)
+    return replica
+
+
+def subclass_of(half: type, original: type, own: dict[str, Any]) -> type:
+    """A new class with the name of `original`, of `half`, which is ours, and `original`; `own` are its attributes."""
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    bases = (original,) if issubclass(original, half) else (half, original)
+    return type(original.__name__, bases, names | own)
+
+
+def refuse_copy_inside_folded(module: AdaptedModule) -> None:
+    """Raises MELoRAError while the weights of `module` are folded for a while."""
+    if module.melora_mark.is_folded:
+        raise MELoRAError("a copy made inside `folded` would hold the adapter twice: copy the model outside of it")
+
+
+def put_class(module: nn.Module, cls: type) -> None:
+    """Exchanges the class of `module`, whatever its own `__setattr__` does."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def code_of(module: AdaptedModule) -> str:
+    """The Python code that computes its sites: of its graph, or of the products with its weights that are known."""
+    if isinstance(module, fx.GraphModule):
+        return module.code
+    return "\n".join(product.code for product in module.melora_products.values())
+
+
+def rewritten_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
+    """Every rewritten module of `model` with its path."""
+    for path, module in unwrap(model).named_modules():
+        if isinstance(module, AdaptedModule) and MODULE_MARK in vars(module):
+            yield without_wrappers(path), module

@@ -1,0 +1,128 @@
+"""A module that runs its own forward, in which the products with its adapted weights have their adapters.
+
+Its class is exchanged for a subclass with the properties of `live/weight_property.py` in the place of these weights;
+all else, the forward too, is the user's. Modules that compute alike share a class, as those that run a graph do.
+"""
+
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from melora_fx.adapter.site import MODULE_MARK, SiteRecord
+from melora_fx.capture.trace import UntraceableError, trace_module
+from melora_fx.errors import MELoRAError
+from melora_fx.live.foreseen import foresee_linears
+from melora_fx.live.weight_property import weight_property
+from melora_fx.patterns.node import weight_of
+from melora_fx.patterns.patterns import find_linear_nodes
+from melora_fx.torch_private import registered
+
+from .adapted_module import AdaptedModule, attributes_of_class, put_class, refuse_copy_inside_folded, subclass_of
+from .marks import ModuleMark
+
+
+class OwnForwardModule(AdaptedModule):
+    """The half of such a module's class that is ours."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_copy_inside_folded(self)
+        reduced: Any = super().__reduce_ex__(protocol)
+        made, arguments, *state = reduced
+        if arguments[:1] == (type(self),):
+            return _blank, (self.melora_class,), *state
+        return made, arguments, *state
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        mark = self.melora_mark
+        vars(self)[MODULE_MARK] = ModuleMark(mark.records, mark.path)
+        if _enter_class(self, self.melora_class):
+            _foresee(self)
+
+    def __delattr__(self, name: str) -> None:
+        if any(record.parameter == name for record in self.melora_mark.records):
+            raise MELoRAError(
+                f"`{name}` of this {self.melora_class.__name__} is adapted, and cannot be parametrized or removed: "
+                "`fold` first"
+            )
+        super().__delattr__(name)
+
+
+class _ClassKey(NamedTuple):
+    """All that the products of a module depend on: of each site its record, the weight's shape and dtype."""
+
+    melora_class: type
+    sites: tuple[Any, ...]
+
+
+_classes: WeakValueDictionary[_ClassKey, type] = WeakValueDictionary()
+
+
+def install_own_forward(module: nn.Module, records: list[SiteRecord], path: str) -> OwnForwardModule:
+    """Gives `module`, at `path` of its model, the properties for the sites of `records`; the same object comes back."""
+    vars(module)[MODULE_MARK] = ModuleMark(records, path)
+    _enter_class(module, type(module))
+    assert isinstance(module, OwnForwardModule)
+    return module
+
+
+def _enter_class(module: nn.Module, original: type) -> bool:
+    """Whether the class is a new one, whose products are not known."""
+    records = vars(module)[MODULE_MARK].records
+    key = _ClassKey(original, tuple(_of_site(module, record) for record in records))
+    cls = _classes.get(key)
+    is_new = cls is None
+    if cls is None:
+        cls = _classes[key] = _new_class(original)
+        for record in records:
+            for name in _names_of_weight(module, record):
+                setattr(cls, name, weight_property(record.parameter, name))
+    put_class(module, cls)
+    return is_new
+
+
+def _foresee(module: OwnForwardModule) -> None:
+    """Makes the products that `rewrite` has made in another process, by a trace of the module as it is without ours."""
+    cls = type(module)
+    put_class(module, module.melora_class)
+    try:
+        graphs = trace_module(module).graphs
+    except UntraceableError:
+        graphs = []
+    finally:
+        put_class(module, cls)
+    for record in module.melora_mark.records:
+        linears = [each for graph in graphs for each in find_linear_nodes(graph, module)]
+        own = [linear for linear in linears if linear.parameter == record.parameter]
+        foresee_linears(module, own, weight_of(module, record.parameter))
+
+
+def _names_of_weight(module: nn.Module, record: SiteRecord) -> tuple[str, ...]:
+    """The names under which `module` itself holds the weight of a site."""
+    own, _, _ = registered(module)
+    return tuple(name for name, parameter in own.items() if parameter is own[record.parameter])
+
+
+def _of_site(module: nn.Module, record: SiteRecord) -> tuple[Any, ...]:
+    weight: torch.Tensor = weight_of(module, record.parameter)
+    return (
+        _names_of_weight(module, record),
+        record.parameter,
+        record.config,
+        record.lowering,
+        record.weight_is_transposed,
+        record.row_dims,
+        weight.shape,
+        weight.dtype,
+    )
+
+
+def _new_class(original: type) -> type:
+    return subclass_of(OwnForwardModule, original, attributes_of_class(original))
+
+
+def _blank(original: type) -> Any:
+    """An object without attributes that `__setstate__` makes a module of."""
+    return object.__new__(_new_class(original))

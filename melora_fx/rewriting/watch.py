@@ -1,0 +1,263 @@
+"""The first forwards of a rewritten model are watched for whoever reads an adapted weight past its module's attribute.
+
+`module.weight` gives forwards what they must have (`live/weight_property.py`). A parameter that is taken from
+`named_parameters()`, or that someone has kept in a list, is the base's, and a product with it has no adapter. Under a
+`TorchFunctionMode` such a product is seen and raises. The mode slows a forward down, so it is on in the first one in
+training and the first one in evaluation. Where Dynamo compiles a forward, the graph that it has made is looked at.
+
+The root's class is exchanged for a subclass with another forward, around the model's own.
+"""
+
+import bisect
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from melora_fx import live
+from melora_fx.capture.packed import is_packed_linear
+from melora_fx.errors import MELoRAError
+from melora_fx.live.arguments import name_of
+from melora_fx.live.reader import is_adapted, is_of, know_methods
+from melora_fx.live.refusals import REMEDY, hidden_refusals, reader
+from melora_fx.live.shown import Standing
+from melora_fx.lowering.lowerings import needs_plain_nodes
+from melora_fx.names import join_path
+from melora_fx.patterns.node import operator_name
+from melora_fx.patterns.views import HARMLESS, HARMLESS_PROPERTIES, is_view
+from melora_fx.shared_memory import sharing_parameters, span_of
+from melora_fx.torch_private import (
+    compiled_so_far,
+    compiles_around,
+    has_compiled_modules,
+    inputs_of_compiled,
+    registered,
+    tree_leaves,
+    while_compiling,
+)
+
+from .adapted_module import put_class, replica_of, rewritten_modules, subclass_of
+from .marks import ROOT_MARK, RootMark
+
+_MADE_OF_GRAPH = "<eval_with_key>"
+"""How the file names begin that FX gives to functions."""
+
+_HARMLESS = {*HARMLESS, *HARMLESS_PROPERTIES, "alias", "requires_grad_"}
+
+
+class WatchedRoot(nn.Module):
+    """The half of a root's class that is ours."""
+
+    melora_unwatched: ClassVar[type]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of AdaptedModule."""
+        return cls.melora_unwatched(*args, **kwargs) if "melora_unwatched" in vars(cls) else super().__new__(cls)
+
+    def __init_subclass__(cls) -> None:
+        """As of AdaptedModule."""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        return replica_of(self)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        know_methods(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        made, arguments, *state = reduced
+        if arguments[:1] == (type(self),):
+            return _blank, (self.melora_unwatched,), *state
+        return made, arguments, *state
+
+
+def _blank(cls: type) -> Any:
+    """An object without attributes, of the class for watched roots of the class `cls`."""
+    return object.__new__(_watched_class(cls))
+
+
+def watch(model: nn.Module) -> None:
+    """From here on the forwards of the rewritten `model` are watched."""
+    know_methods(model)
+    put_class(model, _watched_class(type(model)))
+
+
+def stop_watching_reads(model: nn.Module) -> None:
+    """Undoes `watch`."""
+    if "melora_unwatched" in vars(type(model)):  # not of a class below it, which a user has made
+        assert isinstance(model, WatchedRoot)
+        put_class(model, model.melora_unwatched)
+
+
+_classes: WeakValueDictionary[type, type] = WeakValueDictionary()
+
+
+def _watched_class(cls: type) -> type:
+    watched = _classes.get(cls)
+    if watched is None:
+        own = {"melora_unwatched": cls, "forward": _watching_forward(cls)}
+        watched = _classes[cls] = subclass_of(WatchedRoot, cls, own)
+    return watched
+
+
+def _watching_forward(cls: Any) -> Callable[..., Any]:
+    """A forward around that of `cls`, with a code object of its own, since Dynamo counts compilations by these."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            output = cls.forward(self, *args, **kwargs)
+            while_compiling(_check_graph)
+            return output
+        training = self.training
+        mark: RootMark | None = vars(self).get(ROOT_MARK)  # none on a module of a class below this one
+        if mark is None or training in mark.watched or compiles_around() or not _can_watch(self):
+            return cls.forward(self, *args, **kwargs)
+        with _Watch(self), _refusals_shown():
+            output = cls.forward(self, *args, **kwargs)
+        mark.watched.add(training)
+        return output
+
+    forward.__code__ = forward.__code__.replace()
+    return functools.update_wrapper(forward, cls.forward)
+
+
+@contextmanager
+def _refusals_shown() -> Iterator[None]:
+    """A refusal whose text TorchScript has hidden is raised itself."""
+    with hidden_refusals() as texts:
+        try:
+            yield
+        except RuntimeError as error:
+            if texts and "TorchScript" in str(error):
+                raise MELoRAError(texts[-1]) from error
+            raise
+
+
+def _can_watch(model: nn.Module) -> bool:
+    """Whether the adapters run, and a mode would be in nobody's way: a tracer's, or what Dynamo compiles and guards."""
+    if not all(is_adapted(module) for _, module in rewritten_modules(model)):
+        return False
+    if not torch.is_grad_enabled() and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        return False  # the mode would turn its fast path off, whose outputs are rounded otherwise
+    return not (needs_plain_nodes() or has_compiled_modules(model))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module, parameter, site) of the sites in place; a weight with several names has other readers by right."""
+    shared = sharing_parameters(model)
+    for path, module in rewritten_modules(model):
+        for record in () if is_packed_linear(module) else module.melora_mark.records:
+            if record.parameter in registered(module)[0] and join_path(path, record.parameter) not in shared:
+                yield module, record.parameter, record.site_name(path)
+
+
+class _Weights:
+    """The weights that are watched, to be found by the memory of a tensor: a view of one is one too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        try:
+            places = [place for place in _places(model) if is_adapted(place[0])]
+        except RuntimeError:  # tensors without memory of their own are in the place of parameters, by `functional_call`
+            places = []
+        held = [(registered(module)[0][parameter], name) for module, parameter, name in places]
+        self.spans = sorted((*span, name) for weight, name in held if (span := _span(weight)))
+
+    def name_of(self, value: Any) -> str | None:
+        """The site whose weight `value` lies in, or None."""
+        span = _span(value)
+        index = bisect.bisect_right(self.spans, (*span[:2], math.inf, "")) if span else 0
+        if not span or not index:
+            return None
+        device, _, end, name = self.spans[index - 1]
+        return name if device == span[0] and span[1] < end else None
+
+
+def _span(value: Any) -> tuple[int, int, int] | None:
+    """The memory of a tensor, None for all else: also for a stand-in, and for a tensor of `torch.func` or of
+    forward-mode derivatives, which has none.
+    """
+    if not issubclass(type(value), torch.Tensor) or issubclass(type(value), Standing):
+        return None
+    try:
+        return span_of(value)
+    except RuntimeError:
+        return None
+
+
+class _Watch(TorchFunctionMode):
+    """Raises where a function of torch is given the parameter itself, or a view of it, and not by us."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = _Weights(model)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operation = name_of(func)
+        if operation not in _HARMLESS:
+            for value in tree_leaves((args, kwargs)):
+                site = self.weights.name_of(value)
+                if site and not _is_ours(sys._getframe(1)):
+                    raise MELoRAError(_refusal(site, reader(), operation))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_ours(frame: FrameType | None) -> bool:
+    """Whether it is a function of ours that calls torch in `frame`, those made of graphs included, or that has made
+    torch call what does: a hook of autograd's that packs what is saved.
+    """
+    while frame is not None:
+        if is_of(frame, "melora_fx") or frame.f_code.co_filename.startswith(_MADE_OF_GRAPH):
+            return True
+        if frame.f_code.co_name == "forward" and not is_of(frame, "torch"):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _check_graph(compilation: Any) -> None:
+    """Raises where a node of what Dynamo has compiled, and of none of our graphs, is given an adapted weight."""
+    model, graph = compiled_so_far(compilation)
+    if model is None:  # behind a graph break, where this is not what the forward was compiled to
+        return
+    weights = _Weights(model)
+    for value, users in inputs_of_compiled(graph):
+        site = weights.name_of(value)
+        for user in _behind_views(users) if site else ():
+            operation = operator_name(user)
+            stack = user.stack_trace or ""
+            if operation not in _HARMLESS and not any(file in stack for file in _OUR_FILES):
+                raise _CompiledReadError(_refusal(str(site), "what is compiled", operation))
+
+
+def _behind_views(users: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes, and in the place of views, copies and casts those that use what these give."""
+    for user in users:
+        if is_view(user) or operator_name(user) == "detach":
+            yield from _behind_views(user.users)
+        else:
+            yield user
+
+
+_OUR_FILES = (_MADE_OF_GRAPH, str(Path(live.__file__).parent))
+"""Of the functions that use adapted weights by right."""
+
+
+class _CompiledReadError(MELoRAError, AssertionError):
+    """Dynamo passes an AssertionError on as it is."""
+
+
+def _refusal(name: str, who: str, operation: str) -> str:
+    return (
+        f"`{name}`: {who} uses its weight by `{operation}`, and has it from elsewhere than the module's attribute "
+        f"(`named_parameters()`, a list, a default argument), so that its adapter does not run: {REMEDY}"
+    )

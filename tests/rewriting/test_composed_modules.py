@@ -1,0 +1,62 @@
+"""Hand-written models composed at random: each is right, or refused by name; none is silently wrong."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from support.composed_check import PARTLY, RIGHT, check_composed
+from support.composed_modules import PIECES, ComposedModel, composed_models
+
+from melora_fx import MELoRAConfig
+
+CONFIGS = st.builds(MELoRAConfig, rank=st.integers(1, 2), num_blocks=st.integers(2, 3), alpha=st.just(3.0))
+
+ONLY_REFUSED = ("reader: parameters", "reader: own list", "part: there and back", "product: einsum of a batch")
+"""Without a right model: they take a weight past the attribute that holds it, use it both ways, or as a stack."""
+
+
+def examples(count: int) -> settings:
+    """So many; where one fails, one failure is shrunk and shown."""
+    return settings(
+        max_examples=count,
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@examples(12)
+@given(composed=composed_models(), config=CONFIGS, by_name=st.booleans())
+def test_a_composed_model_is_right_or_refused_by_name(
+    composed: ComposedModel, config: MELoRAConfig, by_name: bool
+) -> None:
+    check_composed(composed, config, by_name=by_name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", PIECES)
+def test_models_with_each_piece(piece: str) -> None:
+    """Some of them are right: a rewrite that refuses the piece each time would pass otherwise."""
+    outcomes: Counter[str] = Counter()
+
+    @examples(5)
+    @given(composed=composed_models(piece), config=CONFIGS, by_name=st.booleans())
+    def check(composed: ComposedModel, config: MELoRAConfig, by_name: bool) -> None:
+        outcomes[check_composed(composed, config, by_name=by_name)] += 1
+
+    check()
+    assert outcomes[RIGHT] + outcomes[PARTLY] or piece in ONLY_REFUSED, outcomes
+
+
+@pytest.mark.slow
+def test_most_of_many_composed_models_are_right() -> None:
+    outcomes: Counter[str] = Counter()
+
+    @examples(300)
+    @given(composed=composed_models(), config=CONFIGS, by_name=st.booleans())
+    def check(composed: ComposedModel, config: MELoRAConfig, by_name: bool) -> None:
+        outcomes[check_composed(composed, config, by_name=by_name)] += 1
+
+    check()
+    assert outcomes[RIGHT] > 0.6 * outcomes.total(), outcomes

@@ -1,0 +1,94 @@
+"""Modules as people write them by hand are adapted rightly or refused by name, never silently wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.capture_table import WRONG, documented
+from support.hand_written import CASES, Case, in_use
+from support.hand_written.case import AT_REWRITE, EITHER, IN_FORWARD, LIMIT, REFUSED, RIGHT, WITH_GRADIENTS
+from support.hand_written.checks import assert_outcome
+
+ADAPTED = (RIGHT, EITHER)
+QUICK = [
+    f"{case.id}-eval" for number, case in enumerate(CASES.values()) if case.outcome not in ADAPTED or number % 5 == 0
+]
+"""Those of the default run: every fifth that is adapted, and all that are refused."""
+ASK_FOR_THE_MODE = (
+    "functional-dropout-train",
+    "train-or-eval-train",
+    "product-in-training-train",
+    "enable-grad-train",
+    "normalised-train",
+    "own-train-train",
+    "encoder-layer-train",
+)
+
+
+def of(outcomes: tuple[str, ...], chosen: Callable[[Case], bool] = lambda case: True) -> Any:
+    """Parametrizes `case` by the cases of these outcomes; those that are slow are marked."""
+    cases = [case for case in CASES.values() if case.outcome in outcomes and chosen(case)]
+    parameters = [pytest.param(case, id=case.id, marks=[pytest.mark.slow] * case.slow) for case in cases]
+    return pytest.mark.parametrize("case", parameters)
+
+
+def or_skipped(function: Callable[..., None], *arguments: Any) -> None:
+    """Skips what the plain model does not do either."""
+    try:
+        function(*arguments)
+    except in_use.NotAskedError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.default_cases(*QUICK, *ASK_FOR_THE_MODE)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@of((RIGHT, AT_REWRITE, IN_FORWARD, WITH_GRADIENTS, REFUSED, EITHER, LIMIT))
+def test_right_or_refused(case, training) -> None:
+    """In evaluation without gradients and with them; the training steps of the rest are slow."""
+    assert_outcome(case, training=training)
+
+
+def test_the_page_has_a_row_for_each_case() -> None:
+    """`PYTHONPATH=tests python -m support.capture_table` makes them."""
+    rows = {(area, what): result for area, what, result in documented()}
+    assert rows.keys() == {(case.area, case.what) for case in CASES.values()}
+    open_outcomes = (EITHER, REFUSED)
+    pinned = {(case.area, case.what): case.outcome for case in CASES.values() if case.outcome not in open_outcomes}
+    assert {key: rows[key] for key in pinned} == pinned
+    assert WRONG not in rows.values()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what torch warns of while it compiles
+@of(ADAPTED)
+def test_compiled(case, fresh_dynamo) -> None:
+    or_skipped(in_use.assert_compiles, case)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@of((IN_FORWARD, REFUSED))
+def test_refused_when_compiled(case, fresh_dynamo) -> None:
+    or_skipped(in_use.assert_refused_compiled, case)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@of(ADAPTED, lambda case: case.is_plain_call)
+def test_exported(case, strict, fresh_dynamo) -> None:
+    or_skipped(in_use.assert_exports, case, strict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", in_use.COPIES)
+@of(ADAPTED)
+def test_copied(case, way) -> None:
+    or_skipped(in_use.assert_copies, case, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@of(ADAPTED, lambda case: case.is_plain_call)
+def test_checkpointed(case, use_reentrant) -> None:
+    or_skipped(in_use.assert_checkpoints, case, use_reentrant)

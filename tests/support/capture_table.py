@@ -1,0 +1,76 @@
+"""The table in docs/CAPTURES.md: modules written by hand, and what becomes of each.
+
+    PYTHONPATH=tests python -m support.capture_table
+
+runs all of them, in train and in eval mode, prints the table, and writes it between the markers of the page. The status
+is 1 where a case is neither right nor refused.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from support.hand_written import CASES, Case
+from support.hand_written.case import AT_REWRITE, IN_FORWARD, LIMIT, RIGHT, WITH_GRADIENTS
+from support.hand_written.checks import Verdict, verdict
+
+PAGE = Path(__file__).parents[2] / "docs" / "CAPTURES.md"
+START = "<!-- table -->"
+END = "<!-- end of table -->"
+HEADER = ("| area | module | result |", "|---|---|---|")
+WRONG = "WRONG"
+_RANK = (RIGHT, WITH_GRADIENTS, IN_FORWARD, AT_REWRITE, WRONG)
+Row = tuple[str, str, str]
+"""Area, module, result."""
+
+
+def found(case: Case) -> Verdict:
+    """What became of the case, in train and in eval mode: the worse of the two."""
+    verdicts = []
+    for training in (True, False):
+        try:
+            verdicts.append(verdict(case, training=training))
+        except Exception as error:  # a table has a row for whatever goes wrong
+            text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            verdicts.append(Verdict(WRONG, f"{'train' if training else 'eval'}, {text}"))
+    return max(verdicts, key=lambda each: _RANK.index(each.outcome))
+
+
+def rows() -> list[Row]:
+    """The table's rows, area by area; the text of what is wrong goes to stderr."""
+    made = []
+    areas = list(dict.fromkeys(case.area for case in CASES.values()))
+    for case in sorted(CASES.values(), key=lambda case: areas.index(case.area)):
+        what = found(case)
+        if case.outcome == WITH_GRADIENTS and what.outcome == IN_FORWARD:
+            what = Verdict(WITH_GRADIENTS, what.text)
+        if case.outcome == LIMIT and what.outcome == WRONG:
+            what = Verdict(LIMIT)
+        made.append((case.area, case.what, what.outcome))
+        print(f"{case.id:32} {what.outcome:30} {what.text[:200]}", file=sys.stderr, flush=True)
+    return made
+
+
+def documented() -> list[Row]:
+    """The rows that the page has."""
+    lines = PAGE.read_text().partition(START)[2].partition(END)[0].strip().splitlines()[len(HEADER) :]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [(area, what, result) for area, what, result in cells]
+
+
+def main() -> int:
+    made = rows()
+    lines = [START, *HEADER, *(f"| {' | '.join(row)} |" for row in made), END]
+    print("\n".join(lines))
+    if PAGE.exists():
+        before, _, rest = PAGE.read_text().partition(START)
+        PAGE.write_text(before + "\n".join(lines) + rest.partition(END)[2])
+    return int(any(result == WRONG for _, _, result in made))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    sys.exit(main())
