@@ -70,6 +70,12 @@ BENCHMARKS = (
         options=(Option("rounds", 7, "rewrites of each side", quick=1),),
     ),
     Benchmark(
+        "site_speed",
+        "What does a site cost in a forward of the user's own, beside the same product by graph?",
+        1,
+        options=(Option("rounds", 200, "of 50 forwards of each side", quick=3),),
+    ),
+    Benchmark(
         "fold_speed",
         "How fast is a fold beside PEFT's merge, on disk beside a copy, in a graph beside an export?",
         8,
