@@ -34,7 +34,7 @@ HARMLESS = {
     *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "get_device"),
     *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference", "is_shared", "is_pinned"),
     *("is_same_size", "is_set_to", "is_distributed", "is_coalesced", "is_conj", "is_neg", "_is_view", "_is_zerotensor"),
-    *("__len__", "__hash__", "__repr__", "data_ptr"),
+    *("__len__", "__hash__", "__repr__", "data_ptr", "untyped_storage"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "result_type"),
 }

@@ -135,6 +135,8 @@ def assert_compiles(case: Case) -> None:
 
 def assert_refused_compiled(case: Case) -> None:
     """A forward that is refused in eager mode is refused when it is compiled."""
+    if case.compiled:
+        raise NotAskedError(case.compiled)
     asked("does not compile", lambda: _compiled(case, plain(case, True), False) and None)
     model = adapted(case, True)
     try:

@@ -222,7 +222,9 @@ def _by_script() -> Any:
         return torch.jit.script(multiply)
 
 
-@case(READ, "a function of TorchScript that is given the weight", "fc", IN_FORWARD, copies=False)
+@case(
+    READ, "a function of TorchScript that is given the weight", "fc", IN_FORWARD, copies=False, compiled="not refused"
+)
 class GivenToTorchScript(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +234,7 @@ class GivenToTorchScript(Child):
         return self.multiply(x, self.fc.weight)
 
 
-@case(READ, "`x.new_tensor(self.fc.weight)`", "fc", IN_FORWARD)
+@case(READ, "`x.new_tensor(self.fc.weight)`", "fc", IN_FORWARD, compiled="not refused")
 class NewTensor(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with warnings.catch_warnings():
@@ -257,7 +259,7 @@ class PenaltyOnAChild(Child):
         return self.fc(x).mean() + 0.1 * self.fc.weight.pow(2).sum()
 
 
-@case(READ, "the weight kept as an attribute, `self.last = self.fc.weight`", "fc", IN_FORWARD)
+@case(READ, "the weight kept as an attribute, `self.last = self.fc.weight`", "fc", IN_FORWARD, compiled="not refused")
 class KeepsTheWeight(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.last = self.fc.weight

@@ -157,7 +157,7 @@ class _MultiplyByModule(torch.autograd.Function):
         return gradient @ ctx.module.weight, None
 
 
-@case(AREA, "an autograd.Function that is given the module", "fc", IN_FORWARD)
+@case(AREA, "an autograd.Function that is given the module", "fc", IN_FORWARD, compiled="not refused")
 class AutogradFunctionOfTheModule(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _MultiplyByModule.apply(x, self.fc)
