@@ -9,7 +9,6 @@ The root's class is exchanged for a subclass with another forward, around the mo
 """
 
 import bisect
-import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +46,7 @@ from melora_fx.torch_private import (
 
 from .adapted_module import put_class, replica_of, rewritten_modules, subclass_of
 from .marks import ROOT_MARK, RootMark
+from .module_class import presented_as
 
 _MADE_OF_GRAPH = "<eval_with_key>"
 """How the file names begin that FX gives to functions."""
@@ -60,11 +60,11 @@ class WatchedRoot(nn.Module):
     melora_unwatched: ClassVar[type]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of AdaptedModule."""
+        """As in `AdaptedModule`."""
         return cls.melora_unwatched(*args, **kwargs) if "melora_unwatched" in vars(cls) else super().__new__(cls)
 
     def __init_subclass__(cls) -> None:
-        """As of AdaptedModule."""
+        """As in `AdaptedModule`."""
 
     def _replicate_for_data_parallel(self) -> Any:
         return replica_of(self)
@@ -127,8 +127,7 @@ def _watching_forward(cls: Any) -> Callable[..., Any]:
         mark.watched.add(training)
         return output
 
-    forward.__code__ = forward.__code__.replace()
-    return functools.update_wrapper(forward, cls.forward)
+    return presented_as(cls.forward, forward)
 
 
 @contextmanager
