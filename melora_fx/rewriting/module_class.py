@@ -65,7 +65,7 @@ def class_of(key: ClassKey, module: fx.GraphModule, records: list[SiteRecord]) -
     cls: Any = _classes.get(key)
     if cls is None:
         cls = type(module)
-        cls.forward = presented_as(cls.forward, choosing_forward(module, records))
+        cls.forward = _presented_as(cls.forward, choosing_forward(module, records))
         _classes[key] = cls
         for record in records:
             if record.parameter in weights_behind_properties(module):
@@ -73,7 +73,7 @@ def class_of(key: ClassKey, module: fx.GraphModule, records: list[SiteRecord]) -
     return cls
 
 
-def presented_as(plain: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+def _presented_as(plain: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` with the name and the signature of `plain` and a code object of its own."""
     presented: Any = functools.update_wrapper(forward, plain)
     presented.__code__ = presented.__code__.replace()

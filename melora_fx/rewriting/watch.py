@@ -9,6 +9,7 @@ The root's class is exchanged for a subclass with another forward, around the mo
 """
 
 import bisect
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +47,6 @@ from melora_fx.torch_private import (
 
 from .adapted_module import put_class, replica_of, rewritten_modules, subclass_of
 from .marks import ROOT_MARK, RootMark
-from .module_class import presented_as
 
 _MADE_OF_GRAPH = "<eval_with_key>"
 """How the file names begin that FX gives to functions."""
@@ -111,7 +111,11 @@ def _watched_class(cls: type) -> type:
 
 
 def _watching_forward(cls: Any) -> Callable[..., Any]:
-    """A forward around that of `cls`, with a code object of its own, since Dynamo counts compilations by these."""
+    """A forward around that of `cls`, with a code object of its own, since Dynamo counts compilations by these.
+
+    It names the other as its `__wrapped__`: FX takes the arguments of a trace from there, and whoever leads around this
+    forward, as accelerate does, leaves out the watch alone.
+    """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
@@ -127,7 +131,8 @@ def _watching_forward(cls: Any) -> Callable[..., Any]:
         mark.watched.add(training)
         return output
 
-    return presented_as(cls.forward, forward)
+    forward.__code__ = forward.__code__.replace()
+    return functools.update_wrapper(forward, cls.forward)
 
 
 @contextmanager
