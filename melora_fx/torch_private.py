@@ -171,13 +171,15 @@ def compiled_so_far(compilation: Any) -> tuple[nn.Module | None, fx.Graph]:
     return model._i_will_not_complain_if_bc_breaks_VariableTracker().value, compilation.graph()
 
 
-def inputs_of_compiled(graph: fx.Graph) -> Iterator[tuple[Any, list[fx.Node]]]:
-    """Each value that a graph of Dynamo is given, with its users, but for graphs that it calls. torch 2.13."""
+def inputs_of_compiled(graph: fx.Graph) -> Iterator[tuple[Any, fx.Node, list[fx.Node]]]:
+    """Each value that a graph of Dynamo is given, with its node and those that use it, but for graphs that it calls.
+    torch 2.13.
+    """
     for node in graph.find_nodes(op="placeholder"):
         argument = node.meta.get("grapharg")
         if argument is not None:
             users = [user for user in node.users if not isinstance(user.target, torch._ops.HigherOrderOperator)]
-            yield argument.example, users
+            yield argument.example, node, users
 
 
 def has_compiled_modules(model: nn.Module) -> bool:

@@ -393,7 +393,7 @@ def test_what_dynamo_compiles() -> None:
 
     def look(compilation: Any) -> None:
         seen["model"], graph = torch_private.compiled_so_far(compilation)
-        for value, users in torch_private.inputs_of_compiled(graph):
+        for value, _, users in torch_private.inputs_of_compiled(graph):
             if isinstance(value, nn.Parameter):
                 seen[str(tuple(value.shape))] = [(user.target.__name__, __file__ in user.stack_trace) for user in users]
 

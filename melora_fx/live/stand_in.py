@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from melora_fx.patterns.views import CASTS, COPIES, HARMLESS, HARMLESS_AS_SECOND, HARMLESS_PROPERTIES, VIEWS
+from melora_fx.patterns.views import CASTS, COPIES, HARMLESS_PROPERTIES, VIEWS, is_harmless
 from melora_fx.torch_private import in_functorch, in_fx_trace, in_one_storage
 
 from .arguments import name_of, stand_ins, value_of, values
@@ -63,10 +63,9 @@ def _use(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     shown: Shown = found[0].shown
     if name == "grad_fn" and is_adapted(shown.owner):  # which only `nn.Module.register_parameter` asks for
         return refuse_keeping(shown.owner, shown.parameter)
-    is_second = name in HARMLESS_AS_SECOND and not isinstance(args[0], Standing)
     is_property = str(function.__name__) == "__get__" and name not in _SHOWING
-    is_harmless = is_property or is_second or name in HARMLESS
-    if is_harmless or not is_adapted(shown.owner):  # a forward may have kept a stand-in till after a fold
+    tells_nothing = is_property or is_harmless(name, is_first=bool(args) and isinstance(args[0], Standing))
+    if tells_nothing or not is_adapted(shown.owner):  # a forward may have kept a stand-in till after a fold
         return function(*values(args), **{key: value_of(value) for key, value in kwargs.items()})
     if len(found) > 1:
         return refuse_use(shown.owner, shown.parameter, name)

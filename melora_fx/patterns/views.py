@@ -62,7 +62,7 @@ def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
                 linear_nodes[user] += _num_arguments(user, node)
                 if linear_nodes[user] > 1:
                     found[name] = None
-            elif _is_harmless(user, node):
+            elif is_harmless_use(user, node):
                 continue
             elif name in _SAME_VALUES:
                 pending.append(user)
@@ -71,11 +71,16 @@ def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
     return list(found)
 
 
-def _is_harmless(user: fx.Node, node: fx.Node) -> bool:
+def is_harmless_use(user: fx.Node, node: fx.Node) -> bool:
     """Whether `user` asks only what kind of tensor `node` is."""
     name = operator_name(user)
-    as_second = name in HARMLESS_AS_SECOND and bool(user.args) and user.args[0] is not node
-    return as_second or name in HARMLESS or name in HARMLESS_PROPERTIES
+    is_first = bool(user.args) and user.args[0] is node
+    return name in HARMLESS_PROPERTIES or is_harmless(name, is_first=is_first)
+
+
+def is_harmless(name: str, *, is_first: bool) -> bool:
+    """Whether a function of that name tells nothing of a tensor's values that is its first argument, or another."""
+    return name in HARMLESS or (name in HARMLESS_AS_SECOND and not is_first)
 
 
 def _num_arguments(user: fx.Node, node: fx.Node) -> int:

@@ -33,7 +33,7 @@ from melora_fx.live.shown import Standing
 from melora_fx.lowering.lowerings import needs_plain_nodes
 from melora_fx.names import join_path
 from melora_fx.patterns.node import operator_name
-from melora_fx.patterns.views import HARMLESS, HARMLESS_PROPERTIES, is_view
+from melora_fx.patterns.views import HARMLESS_PROPERTIES, is_harmless, is_harmless_use, is_view
 from melora_fx.shared_memory import sharing_parameters, span_of
 from melora_fx.torch_private import (
     compiled_so_far,
@@ -51,7 +51,8 @@ from .marks import ROOT_MARK, RootMark
 _MADE_OF_GRAPH = "<eval_with_key>"
 """How the file names begin that FX gives to functions."""
 
-_HARMLESS = {*HARMLESS, *HARMLESS_PROPERTIES, "alias", "requires_grad_"}
+_HARMLESS = {*HARMLESS_PROPERTIES, "alias", "requires_grad_"}
+"""What tells nothing of a parameter's values, beside what `is_harmless` says."""
 
 
 class WatchedRoot(nn.Module):
@@ -207,11 +208,12 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operation = name_of(func)
-        if operation not in _HARMLESS:
-            for value in tree_leaves((args, kwargs)):
-                site = self.weights.name_of(value)
-                if site and not _is_ours(sys._getframe(1)):
-                    raise MELoRAError(_refusal(site, reader(), operation))
+        for value in tree_leaves((args, kwargs)) if operation not in _HARMLESS else ():
+            if is_harmless(operation, is_first=bool(args) and value is args[0]):
+                continue
+            site = self.weights.name_of(value)
+            if site and not _is_ours(sys._getframe(1)):
+                raise MELoRAError(_refusal(site, reader(), operation))
         return func(*args, **(kwargs or {}))
 
 
@@ -234,22 +236,24 @@ def _check_graph(compilation: Any) -> None:
     if model is None:  # behind a graph break, where this is not what the forward was compiled to
         return
     weights = _Weights(model)
-    for value, users in inputs_of_compiled(graph):
+    for value, node, users in inputs_of_compiled(graph):
         site = weights.name_of(value)
-        for user in _behind_views(users) if site else ():
+        for read, user in _uses(node, users) if site else ():
             operation = operator_name(user)
             stack = user.stack_trace or ""
-            if operation not in _HARMLESS and not any(file in stack for file in _OUR_FILES):
+            is_by_right = operation in _HARMLESS or is_harmless_use(user, read)
+            if not is_by_right and not any(file in stack for file in _OUR_FILES):
                 raise _CompiledReadError(_refusal(str(site), "what is compiled", operation))
 
 
-def _behind_views(users: Iterable[fx.Node]) -> Iterator[fx.Node]:
-    """The nodes, and in the place of views, copies and casts those that use what these give."""
+def _uses(node: fx.Node, users: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(what is used, the node that uses it): `node`, or a view, a copy or a cast of it."""
     for user in users:
-        if is_view(user) or operator_name(user) == "detach":
-            yield from _behind_views(user.users)
+        is_of_it = user.args[:1] == (node,)
+        if is_of_it and (is_view(user) or operator_name(user) == "detach"):
+            yield from _uses(user, user.users)
         else:
-            yield user
+            yield node, user
 
 
 _OUR_FILES = (_MADE_OF_GRAPH, str(Path(live.__file__).parent))

@@ -68,6 +68,25 @@ class AliasAndCall(Alias):
         return F.linear(x, self.alias) * torch.sigmoid(self.fc(x))
 
 
+@case(READ, "the input brought to the dtype of the first parameter, `x.to(next(self.parameters()))`", "fc")
+class ToFirstParameter(Child):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.to(next(self.parameters())))
+
+
+@case(READ, "the same by `x.type_as(next(self.parameters()))`", "fc")
+class TypeAsFirstParameter(Child):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.type_as(next(self.parameters())))
+
+
+@case(READ, "a view of the input shaped as the first parameter", "fc")
+class ViewAsFirstParameter(Child):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = next(self.parameters())
+        return self.fc(x) + x.flatten()[:1].expand_as(first).sum(0)[:1]
+
+
 @case(READ, "a property that gives the weight", "fc")
 class Property(Child):
     @property
