@@ -182,12 +182,9 @@ def inputs_of_compiled(graph: fx.Graph) -> Iterator[tuple[Any, fx.Node, list[fx.
             yield argument.example, node, users
 
 
-def has_compiled_modules(model: nn.Module) -> bool:
-    """Whether some module of `model` has been compiled by itself, in place or in a wrapper. torch 2.13."""
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None or WRAPPED[0] in module._modules
-        for module in model.modules()
-    )
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module` has been compiled by itself, in place, or is the wrapper of one that has. torch 2.13."""
+    return getattr(module, "_compiled_call_impl", None) is not None or WRAPPED[0] in module._modules
 
 
 def in_fx_trace() -> bool:

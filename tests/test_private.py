@@ -440,8 +440,8 @@ def test_compiled_around_and_inside() -> None:
 
     look()
     assert found == [None]
-    model = nn.Sequential(nn.Linear(IN, OUT))
-    assert not torch_private.has_compiled_modules(model)
-    model[0].compile()
-    assert torch_private.has_compiled_modules(model)
-    assert torch_private.has_compiled_modules(nn.Sequential(torch.compile(nn.Linear(IN, OUT))))
+    module = nn.Linear(IN, OUT)
+    assert not torch_private.is_compiled(module)
+    module.compile()
+    assert torch_private.is_compiled(module)
+    assert torch_private.is_compiled(torch.compile(nn.Linear(IN, OUT)))

@@ -24,6 +24,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from melora_fx import live
+from melora_fx.adapter.site import MODULE_MARK
 from melora_fx.capture.packed import is_packed_linear
 from melora_fx.errors import MELoRAError
 from melora_fx.live.arguments import name_of
@@ -38,8 +39,8 @@ from melora_fx.shared_memory import sharing_parameters, span_of
 from melora_fx.torch_private import (
     compiled_so_far,
     compiles_around,
-    has_compiled_modules,
     inputs_of_compiled,
+    is_compiled,
     registered,
     tree_leaves,
     while_compiling,
@@ -149,12 +150,19 @@ def _refusals_shown() -> Iterator[None]:
 
 
 def _can_watch(model: nn.Module) -> bool:
-    """Whether the adapters run, and a mode would be in nobody's way: a tracer's, or what Dynamo compiles and guards."""
-    if not all(is_adapted(module) for _, module in rewritten_modules(model)):
+    """Whether the adapters run, and a mode would be in nobody's way: a tracer's, or what Dynamo compiles and guards.
+
+    A model that cannot be watched is asked in each forward: the first module that forbids it ends the search.
+    """
+    if needs_plain_nodes():
         return False
-    if not torch.is_grad_enabled() and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
-        return False  # the mode would turn its fast path off, whose outputs are rounded otherwise
-    return not (needs_plain_nodes() or has_compiled_modules(model))
+    has_fast_path = not torch.is_grad_enabled()
+    for module in model.modules():
+        if is_compiled(module) or (MODULE_MARK in vars(module) and not is_adapted(module)):
+            return False
+        if has_fast_path and isinstance(module, nn.MultiheadAttention):
+            return False  # the mode would turn it off, and the outputs of others are rounded otherwise
+    return True
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
