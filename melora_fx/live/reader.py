@@ -3,6 +3,7 @@
 import functools
 import inspect
 import sys
+from collections.abc import Iterator
 from enum import Enum, auto
 from types import CodeType, FrameType
 from typing import Any
@@ -86,12 +87,15 @@ _OF_ANY_MODULE = {*dir(nn.Module), "_init_weights"} - {"forward", "__call__"}
 
 def is_recomputed() -> bool:
     """Whether torch's or accelerate's checkpointing runs the function that is two frames up from here."""
-    frame: FrameType | None = sys._getframe(2)
+    callers = frames_from(sys._getframe(2))
+    return any(_kind_of(frame.f_globals.get("__name__")) is _Kind.RECOMPUTING for frame in callers)
+
+
+def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame, the one that called it, and so on."""
     while frame is not None:
-        if _kind_of(frame.f_globals.get("__name__")) is _Kind.RECOMPUTING:
-            return True
+        yield frame
         frame = frame.f_back
-    return False
 
 
 def know_methods(model: nn.Module) -> None:

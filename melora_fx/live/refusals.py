@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +13,7 @@ from melora_fx.capture.expert_layers import IN_PLACE_REMEDY
 from melora_fx.errors import MELoRAError
 from melora_fx.torch_private import is_experts_layer
 
-from .reader import OURS, is_of
+from .reader import OURS, frames_from, is_of
 
 LEAVE_OUT = "leave this linear out of `targets`"
 REMEDY = "pass `example_inputs=` to `rewrite`, or leave this linear out of `targets`"
@@ -84,9 +83,7 @@ def reader() -> str:
     """The function of the user's that runs now, and where."""
     if torch.compiler.is_dynamo_compiling():
         return "what is compiled"
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and is_of(frame, *OURS, "torch"):
-        frame = frame.f_back
+    frame = next((each for each in frames_from(sys._getframe(1)) if not is_of(each, *OURS, "torch")), None)
     if frame is None:
         return "something"
     code = frame.f_code

@@ -28,7 +28,7 @@ from melora_fx.adapter.site import MODULE_MARK
 from melora_fx.capture.packed import is_packed_linear
 from melora_fx.errors import MELoRAError
 from melora_fx.live.arguments import name_of
-from melora_fx.live.reader import is_adapted, is_of, know_methods
+from melora_fx.live.reader import frames_from, is_adapted, is_of, know_methods
 from melora_fx.live.refusals import REMEDY, hidden_refusals, reader
 from melora_fx.live.shown import Standing
 from melora_fx.lowering.lowerings import needs_plain_nodes
@@ -225,16 +225,15 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_ours(frame: FrameType | None) -> bool:
-    """Whether it is a function of ours that calls torch in `frame`, those made of graphs included, or that has made
-    torch call what does: a hook of autograd's that packs what is saved.
+def _is_ours(caller: FrameType) -> bool:
+    """Whether it is a function of ours that calls torch in the frame `caller`, those made of graphs included, or that
+    has made torch call what does: a hook of autograd's that packs what is saved.
     """
-    while frame is not None:
+    for frame in frames_from(caller):
         if is_of(frame, "melora_fx") or frame.f_code.co_filename.startswith(_MADE_OF_GRAPH):
             return True
         if frame.f_code.co_name == "forward" and not is_of(frame, "torch"):
             return False
-        frame = frame.f_back
     return False
 
 
