@@ -52,7 +52,7 @@ def refuse_shared(shared: dict[str, list[str]]) -> None:
 
 def _is_changed_since(module: nn.Module) -> bool:
     """Whether someone has put another class on the class of a rewritten module, or a tensor out of its place."""
-    return not vars(type(module)).keys() & {"melora_class", "melora_unwatched"}
+    return "melora_replaced" not in vars(type(module))
 
 
 def _obstacle(site: AdapterSite) -> str | None:

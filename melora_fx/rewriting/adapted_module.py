@@ -1,4 +1,6 @@
-"""What every module with adapters has in common, whether it runs a graph of ours or its own forward."""
+"""What modules whose class is exchanged have in common: the root, and those with adapters, which run a graph of ours or
+their own forward.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -15,7 +17,33 @@ from .marks import ModuleMark
 from .meta_device import on_meta_device, renew_adapters
 
 
-class AdaptedModule(nn.Module):
+class ExchangedModule(nn.Module):
+    """A module whose class has been exchanged for a subclass of it that is made here.
+
+    Attributes:
+        melora_replaced: the class before; of the exchanged class itself, and not of those that a user makes below it.
+    """
+
+    melora_replaced: ClassVar[type]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Whoever calls an exchanged class makes a plain module; of a class below it one of that."""
+        replaced = vars(cls).get("melora_replaced")
+        return super().__new__(cls) if replaced is None else replaced(*args, **kwargs)
+
+    def __init_subclass__(cls) -> None:
+        """Keeps what a user's class does for each of its subclasses from those that are made here."""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """What `nn.DataParallel` runs on another device: torch's own way would call the class."""
+        replica: Any = object.__new__(type(self))
+        _, buffers, modules = registered(self)
+        own = {"_parameters": {}, "_buffers": dict(buffers), "_modules": dict(modules), "_is_replica": True}
+        vars(replica).update(vars(self) | own)
+        return replica
+
+
+class AdaptedModule(ExchangedModule):
     """The part of a rewritten module's class that is ours.
 
     Attributes:
@@ -29,16 +57,6 @@ class AdaptedModule(nn.Module):
     melora_class: ClassVar[type]
     melora_products: ClassVar[dict[str, Product]]
     melora_usual: ClassVar[dict[tuple[Any, ...], Product]]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Whoever calls the class of a rewritten module makes a plain one; of a class below it one of that."""
-        return cls.melora_class(*args, **kwargs) if "melora_class" in vars(cls) else super().__new__(cls)
-
-    def __init_subclass__(cls) -> None:
-        """Keeps what a user's class does for each of its subclasses from those that are made here."""
-
-    def _replicate_for_data_parallel(self) -> Any:
-        return replica_of(self)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "AdaptedModule":
         moved = on_meta_device(self, self.melora_mark.records)
@@ -58,23 +76,22 @@ class AdaptedModule(nn.Module):
 
 def attributes_of_class(original: type) -> dict[str, Any]:
     """What the class of rewritten modules has that were of the class `original`."""
-    return {"melora_class": original, "melora_products": {}, "melora_usual": {}}
-
-
-def replica_of(module: nn.Module) -> Any:
-    """What `nn.DataParallel` runs on another device: torch's own way would call the class."""
-    replica = object.__new__(type(module))
-    _, buffers, modules = registered(module)
-    own = {"_parameters": {}, "_buffers": dict(buffers), "_modules": dict(modules), "_is_replica": True}
-    vars(replica).update(vars(module) | own)
-    return replica
+    return {"melora_replaced": original, "melora_class": original, "melora_products": {}, "melora_usual": {}}
 
 
 def subclass_of(half: type, original: type, own: dict[str, Any]) -> type:
-    """A new class with the name of `original`, of `half`, which is ours, and `original`; `own` are its attributes."""
+    """A new class with the name of `original`, of `half`, an ExchangedModule, and `original`; `own`: its attributes."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     bases = (original,) if issubclass(original, half) else (half, original)
-    return type(original.__name__, bases, names | own)
+    return type(original.__name__, bases, names | {"melora_replaced": original} | own)
+
+
+def with_blank(reduced: Any, module: nn.Module, blank: Callable[[type], Any], cls: type) -> tuple[Any, ...]:
+    """What `__reduce_ex__` has given for `module`, with `blank(cls)` in the place of its class, which no file can name;
+    what a user's own `__reduce__` has given stays.
+    """
+    made, arguments, *state = reduced
+    return (blank, (cls,), *state) if arguments[:1] == (type(module),) else (made, arguments, *state)
 
 
 def refuse_copy_inside_folded(module: AdaptedModule) -> None:

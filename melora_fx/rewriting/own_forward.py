@@ -19,8 +19,16 @@ from melora_fx.patterns.node import weight_of
 from melora_fx.patterns.patterns import find_linear_nodes
 from melora_fx.torch_private import registered
 
-from .adapted_module import AdaptedModule, attributes_of_class, put_class, refuse_copy_inside_folded, subclass_of
-from .marks import ModuleMark
+from .adapted_module import (
+    AdaptedModule,
+    attributes_of_class,
+    put_class,
+    refuse_copy_inside_folded,
+    subclass_of,
+    with_blank,
+)
+from .marks import ROOT_MARK, ModuleMark
+from .watch import watch
 
 
 class OwnForwardModule(AdaptedModule):
@@ -28,11 +36,7 @@ class OwnForwardModule(AdaptedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         refuse_copy_inside_folded(self)
-        reduced: Any = super().__reduce_ex__(protocol)
-        made, arguments, *state = reduced
-        if arguments[:1] == (type(self),):
-            return _blank, (self.melora_class,), *state
-        return made, arguments, *state
+        return with_blank(super().__reduce_ex__(protocol), self, _blank, self.melora_class)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
@@ -40,6 +44,8 @@ class OwnForwardModule(AdaptedModule):
         vars(self)[MODULE_MARK] = ModuleMark(mark.records, mark.path)
         if _enter_class(self, self.melora_class):
             _foresee(self)
+        if ROOT_MARK in vars(self):
+            watch(self)
 
     def __delattr__(self, name: str) -> None:
         if any(record.parameter == name for record in self.melora_mark.records):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -46,7 +46,7 @@ from melora_fx.torch_private import (
     while_compiling,
 )
 
-from .adapted_module import put_class, replica_of, rewritten_modules, subclass_of
+from .adapted_module import ExchangedModule, put_class, rewritten_modules, subclass_of, with_blank
 from .marks import ROOT_MARK, RootMark
 
 _MADE_OF_GRAPH = "<eval_with_key>"
@@ -56,31 +56,15 @@ _HARMLESS = {*HARMLESS_PROPERTIES, "alias", "requires_grad_"}
 """What tells nothing of a parameter's values, beside what `is_harmless` says."""
 
 
-class WatchedRoot(nn.Module):
+class WatchedRoot(ExchangedModule):
     """The half of a root's class that is ours."""
-
-    melora_unwatched: ClassVar[type]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in `AdaptedModule`."""
-        return cls.melora_unwatched(*args, **kwargs) if "melora_unwatched" in vars(cls) else super().__new__(cls)
-
-    def __init_subclass__(cls) -> None:
-        """As in `AdaptedModule`."""
-
-    def _replicate_for_data_parallel(self) -> Any:
-        return replica_of(self)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         know_methods(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        made, arguments, *state = reduced
-        if arguments[:1] == (type(self),):
-            return _blank, (self.melora_unwatched,), *state
-        return made, arguments, *state
+        return with_blank(super().__reduce_ex__(protocol), self, _blank, self.melora_replaced)
 
 
 def _blank(cls: type) -> Any:
@@ -96,9 +80,8 @@ def watch(model: nn.Module) -> None:
 
 def stop_watching_reads(model: nn.Module) -> None:
     """Undoes `watch`."""
-    if "melora_unwatched" in vars(type(model)):  # not of a class below it, which a user has made
-        assert isinstance(model, WatchedRoot)
-        put_class(model, model.melora_unwatched)
+    if isinstance(model, WatchedRoot) and "melora_replaced" in vars(type(model)):  # not of a user's class below it
+        put_class(model, model.melora_replaced)
 
 
 _classes: WeakValueDictionary[type, type] = WeakValueDictionary()
@@ -107,8 +90,7 @@ _classes: WeakValueDictionary[type, type] = WeakValueDictionary()
 def _watched_class(cls: type) -> type:
     watched = _classes.get(cls)
     if watched is None:
-        own = {"melora_unwatched": cls, "forward": _watching_forward(cls)}
-        watched = _classes[cls] = subclass_of(WatchedRoot, cls, own)
+        watched = _classes[cls] = subclass_of(WatchedRoot, cls, {"forward": _watching_forward(cls)})
     return watched
 
 

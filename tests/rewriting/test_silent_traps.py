@@ -1,6 +1,7 @@
 """What would once have gone wrong without a word: each is right now, or refused by name."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -205,6 +206,25 @@ def test_names_that_the_module_already_has_are_refused() -> None:
         pytest.raises(MELoRAError, match="`1` cannot be adapted: its module already has `lora_a`"),
     ):
         melora_fx.rewrite(model, "1", CONFIG)
+
+
+class _ReadsPast(nn.Module):
+    """Owns a matrix, and takes another module's from a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(randn(IN, IN, seed=3))
+        self.fc = nn.Linear(IN, IN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.matrix), dict(self.named_parameters())["fc.weight"])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_whose_root_runs_its_own_forward_is_watched_too(copied) -> None:
+    model = copied(melora_fx.rewrite(_ReadsPast(), "all-linear", CONFIG))
+    with pytest.raises(MELoRAError, match=r"`fc`: .*_ReadsPast\.forward"):
+        model(randn(2, IN))
 
 
 def test_a_copy_of_a_compiled_capture_runs_itself() -> None:
