@@ -89,7 +89,9 @@ def base_model(mixture: Mixture) -> Any:
 
 
 def captured(mixture: Mixture, embeddings: torch.Tensor) -> nn.Module:
-    return melora_fx.capture.whole_model.capture_whole(base_model(mixture), {"inputs_embeds": embeddings.detach()})
+    return melora_fx.whole_capture.whole_model.capture_whole(
+        base_model(mixture), {"inputs_embeds": embeddings.detach()}
+    )
 
 
 def ours(mixture: Mixture, embeddings: torch.Tensor) -> nn.Module:

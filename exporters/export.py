@@ -14,7 +14,7 @@ import onnx_ir
 import torch
 from torch import nn
 
-from exporters.graph.axes import DynamicAxes, axes_of, refuse_malformed_axes, refuse_wrong_axes
+from exporters.graph.axes import axes_of
 from exporters.graph.build import build_graph, count_ops
 from exporters.graph.export import AdapterForm, Export, ExportOptions, Sites
 from exporters.graph.inputs import named_inputs
@@ -27,6 +27,7 @@ from melora_fx.files import staging_folder, writing
 from melora_fx.names import unwrap
 from melora_fx.progress import show_progress
 from melora_fx.rewriting.sites import is_disabled
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_malformed_axes, refuse_wrong_axes
 
 from .export_files import keep_failed, move_files, onnx_file_path, refuse_folder
 from .export_report import ExportReport

@@ -2,47 +2,15 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir
-import torch
 
 from melora_fx import MELoRAError
-
-DynamicAxes = Literal["auto"] | Mapping[str, Mapping[int, str]]
-"""Axes that stay dynamic: "auto" for all that the model leaves free, or input name → {axis: name}."""
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 
 _AXIS_NAMES = ("batch", "sequence")
 """Of the axes 0 and 1, where `dynamic_axes` gives none."""
-
-
-def refuse_malformed_axes(dynamic_axes: Any) -> None:
-    """Raises a ValueError for what is neither "auto" nor a mapping of mappings."""
-    is_mapping = isinstance(dynamic_axes, Mapping)
-    if dynamic_axes != "auto" and not (is_mapping and all(isinstance(axes, Mapping) for axes in dynamic_axes.values())):
-        raise ValueError(f'`dynamic_axes` (={dynamic_axes!r}) must be "auto" or input name → {{axis: name}}')
-
-
-def refuse_wrong_axes(inputs: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:
-    """Raises a ValueError for axes of inputs that are not there, and for names that cannot be theirs."""
-    if isinstance(dynamic_axes, str):
-        return
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    sizes: dict[str, int] = {}
-    for name, axes in dynamic_axes.items():
-        if name not in tensors:
-            raise ValueError(f"`dynamic_axes` names the input `{name}`; the inputs are {', '.join(tensors)}")
-        shape = tuple(tensors[name].shape)
-        if outside := [axis for axis in axes if axis not in range(len(shape))]:
-            raise ValueError(f"`dynamic_axes` of `{name}`, of shape {shape}: it has no axis {outside[0]}")
-        for axis, label in axes.items():
-            if not isinstance(label, str) or not label.isidentifier():
-                raise ValueError(f"`dynamic_axes` of `{name}`, axis {axis}: {label!r} must be a name such as 'batch'")
-            if sizes.setdefault(label, shape[axis]) != shape[axis]:
-                raise ValueError(
-                    f"`dynamic_axes` of `{name}`, axis {axis}: `{label}` is {shape[axis]} here and {sizes[label]} "
-                    "before: axes of one name have one size"
-                )
 
 
 def refuse_fixed_axes(graph: onnx_ir.Graph, dynamic_axes: DynamicAxes) -> None:

@@ -10,16 +10,14 @@ from typing import Any
 import onnx_ir
 import torch
 from torch import nn
-from torch.export import Dim
 from transformers import PreTrainedModel
 
 from exporters.private import export_by_transformers, grouped_translations
 from melora_fx import MELoRAError
-from melora_fx.capture.example_inputs import all_dynamic
 from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
-from melora_fx.torch_private import tree_map
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes, dynamic_shapes
 
-from .axes import DynamicAxes, name_axes, refuse_fixed_axes
+from .axes import name_axes, refuse_fixed_axes
 from .clean import quiet
 from .outputs import named_outputs
 
@@ -65,22 +63,12 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _export(model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes, opset: int | None) -> onnx_ir.Model:
     try:
         with quiet():
-            shapes = _dynamic_shapes(inputs, dynamic_axes)
+            shapes = dynamic_shapes(inputs, dynamic_axes)
             if isinstance(model, PreTrainedModel):
                 return export_by_transformers(model, inputs, shapes, opset)
             return _export_by_torch(model, inputs, shapes, opset)
     except Exception as error:  # exporters raise many kinds
         raise MELoRAError(f"`{type(model).__name__}` cannot be exported: {_reason(error)}") from error
-
-
-def _dynamic_shapes(inputs: dict[str, Any], dynamic_axes: DynamicAxes) -> dict[str, Any]:
-    """`dynamic_shapes` as `torch.export` takes them."""
-    if isinstance(dynamic_axes, str):
-        return tree_map(all_dynamic, inputs)
-    return {
-        name: dict.fromkeys(dynamic_axes.get(name, {}), Dim.AUTO) if isinstance(value, torch.Tensor) else None
-        for name, value in inputs.items()
-    }
 
 
 def _export_by_torch(

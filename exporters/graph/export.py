@@ -14,8 +14,7 @@ from exporters.onnx_files.metadata import GraphFacts
 from exporters.onnx_files.weight_place import WeightPlace
 from exporters.onnx_runtime import Arrays
 from melora_fx import AdapterSite, MELoRAConfig
-
-from .axes import DynamicAxes
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 
 Sites = Mapping[str, AdapterSite]
 Pass = Callable[["Export"], None]

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from melora_fx.capture.example_inputs import as_arguments
-
-from .axes import DynamicAxes
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes, has_dynamic_batch
+from melora_fx.whole_capture.example_inputs import as_arguments
 
 
 def named_inputs(
@@ -21,7 +20,7 @@ def named_inputs(
     Raises:
         TypeError: for more arguments than the model has names for, and for values that are no tensor and no constant.
     """
-    args, kwargs = as_arguments(example_inputs, double=_has_dynamic_batch(dynamic_axes))
+    args, kwargs = as_arguments(example_inputs, double=has_dynamic_batch(dynamic_axes))
     parameters = inspect.signature(model.forward).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):
@@ -37,7 +36,3 @@ def named_inputs(
                 "a text or None becomes a constant of the graph)"
             )
     return {name: inputs[name] for name in sorted(inputs, key=lambda name: names.index(name) if name in names else -1)}
-
-
-def _has_dynamic_batch(dynamic_axes: DynamicAxes) -> bool:
-    return isinstance(dynamic_axes, str) or any(0 in axes for axes in dynamic_axes.values())

@@ -1,4 +1,4 @@
-"""From a model to FX graphs: module by module in place, or one graph of the whole model.
+"""From the modules of a model to FX graphs, each by itself, in place.
 
 graphs            Capture: a graph and the module that it stands for
 modules           capture_modules: a graph for each module that owns a matrix
@@ -8,10 +8,5 @@ trace             what the forward of any other module has shown, which goes on 
 lenient_tracer    the tracer that gets through Python of the user's
 double            a copy of a module, to be traced in its place
 expert_layers     transformers' layers of experts: how they are told, what lets them be captured
-whole_model       capture_whole: one graph by `torch.export`
-example_inputs    the inputs of a capture, and those that it takes afterwards
-shared_weights    the names of tied weights in an exported graph
-training_mode     exported graphs that follow `.train()` and `.eval()`
-evaluation_check  whether a capture computes in evaluation what its model does
 model_settings    a model in another mode, or without its cache, inside a block
 """

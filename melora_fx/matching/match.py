@@ -3,8 +3,9 @@
 from torch import nn
 from torch.export import ExportedProgram
 
-from melora_fx.capture.example_inputs import ExampleInputs
 from melora_fx.config import MELoRAConfig
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes
+from melora_fx.whole_capture.example_inputs import ExampleInputs
 
 from .linears import describe
 from .plan import make_plan
@@ -18,17 +19,18 @@ def match(
     config: MELoRAConfig = MELoRAConfig(),
     *,
     example_inputs: ExampleInputs | None = None,
+    dynamic_axes: DynamicAxes = "auto",
 ) -> MatchReport:
     """What `rewrite` with the same arguments would do, without doing it.
 
     Args:
-        model, targets, config, example_inputs: as in `rewrite`.
+        model, targets, config, example_inputs, dynamic_axes: as in `rewrite`.
 
     Raises:
         ValueError, TypeError: for `targets` that match nothing or have no accepted form.
         MELoRAError: where the model cannot be captured.
     """
-    plan = make_plan(model, targets, config, example_inputs)
+    plan = make_plan(model, targets, config, example_inputs, dynamic_axes)
     return MatchReport(
         sites=tuple(describe(planned) for planned in plan.sites),
         untargeted=tuple(describe(planned) for planned in plan.untargeted),

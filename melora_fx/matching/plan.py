@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from melora_fx.capture.example_inputs import ExampleInputs
-from melora_fx.capture.whole_model import capture_whole, from_program
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.names import get_attribute, join_path, site_of, unwrap
 from melora_fx.patterns.planned_site import PlannedSite
 from melora_fx.shared_memory import sharing_parameters
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_malformed_axes
+from melora_fx.whole_capture.example_inputs import ExampleInputs
+from melora_fx.whole_capture.whole_model import capture_whole, from_program
 
 from .linears import misfit
 from .obstacles import find_candidates, find_obstacles
@@ -40,11 +41,16 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module | ExportedProgram, targets: TargetSpec, config: MELoRAConfig, example_inputs: ExampleInputs | None
+    model: nn.Module | ExportedProgram,
+    targets: TargetSpec,
+    config: MELoRAConfig,
+    example_inputs: ExampleInputs | None = None,
+    dynamic_axes: DynamicAxes = "auto",
 ) -> Plan:
     """Captures, matches and chooses; nothing of `model` is changed. Errors as in `match`."""
     _refuse(model, config)
-    captured = _captured(model, example_inputs)
+    refuse_malformed_axes(dynamic_axes)
+    captured = _captured(model, example_inputs, dynamic_axes)
     candidates = find_candidates(model, captured, config)
     obstacles = find_obstacles(candidates)
     found = {linear.name: linear for linear in candidates.linears if linear.name not in obstacles}
@@ -85,13 +91,15 @@ def _refuse(model: nn.Module | ExportedProgram, config: MELoRAConfig) -> None:
     refuse_lazy(model)
 
 
-def _captured(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None) -> nn.Module:
+def _captured(
+    model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None, dynamic_axes: DynamicAxes
+) -> nn.Module:
     """The model whose graphs are read: `model` itself, or the whole capture of it."""
     if isinstance(model, ExportedProgram):
         return from_program(model)
     if example_inputs is None or isinstance(model, fx.GraphModule):
         return model
-    return capture_whole(model, example_inputs)
+    return capture_whole(model, example_inputs, dynamic_axes)
 
 
 def _with_shared_names(found: dict[str, PlannedSite], model: nn.Module) -> dict[str, PlannedSite]:

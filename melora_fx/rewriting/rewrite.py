@@ -12,10 +12,8 @@ from torch.export import ExportedProgram
 
 from melora_fx.adapter.site import SiteRecord
 from melora_fx.adapter.tensors import DROPOUT, SCALING, AdapterTensors
-from melora_fx.capture.example_inputs import ExampleInputs
 from melora_fx.capture.graphs import Capture
 from melora_fx.capture.packed import device_of
-from melora_fx.capture.whole_model import is_exported, make_trainable
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.live.foreseen import foresee_linears
@@ -26,6 +24,9 @@ from melora_fx.names import without_wrappers
 from melora_fx.patterns.adapter_nodes import adapter_dtype
 from melora_fx.patterns.node import LinearNode
 from melora_fx.patterns.planned_site import PlannedSite
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes
+from melora_fx.whole_capture.example_inputs import ExampleInputs
+from melora_fx.whole_capture.whole_model import is_exported, make_trainable
 
 from .hugging_face import attach
 from .keep_trainable import is_within, resolve_kept
@@ -42,6 +43,7 @@ def rewrite(
     config: MELoRAConfig = MELoRAConfig(),
     *,
     example_inputs: ExampleInputs | None = None,
+    dynamic_axes: DynamicAxes = "auto",
     keep_trainable: str | Sequence[str] = (),
 ) -> nn.Module:
     """The model with an adapter beside each linear that `targets` names, and everything else frozen.
@@ -56,7 +58,9 @@ def rewrite(
             whole name; "all-linear" is every linear but output embeddings and classification heads.
         config: the adapter's configuration, where `targets` gives none of its own.
         example_inputs: captures the whole model by `torch.export` and returns a GraphModule that shares the model's
-            parameters: a dict of keyword arguments or a tuple of positional ones; batch and sequence stay dynamic.
+            parameters: a dict of keyword arguments or a tuple of positional ones.
+        dynamic_axes: of that graph's inputs: "auto" frees batch and sequence; or input name → {axis: name}, every other
+            axis fixed.
         keep_trainable: names, as in `targets`, of modules that stay trainable and are saved with the adapter.
 
     Raises:
@@ -64,7 +68,7 @@ def rewrite(
         MELoRAError: for a model already rewritten or compiled, one that cannot be captured, or a named linear that
             cannot be adapted.
     """
-    plan = make_plan(model, targets, config, example_inputs)
+    plan = make_plan(model, targets, config, example_inputs, dynamic_axes)
     rewritten = plan.model
     kept = resolve_kept(rewritten, keep_trainable)
     _refuse(plan, kept)

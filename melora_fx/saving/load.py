@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from melora_fx.adapter.tensors import DROPOUT, AdapterTensors
-from melora_fx.capture.example_inputs import ExampleInputs
 from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.names import site_of, without_wrappers
 from melora_fx.rewriting.rewrite import rewrite
 from melora_fx.rewriting.sites import AdapterSite, refuse_folded, sites
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes
+from melora_fx.whole_capture.example_inputs import ExampleInputs
 
 from .adapter_file import Adapter, read_adapter
 from .checks import check_fingerprints, check_kept, check_shapes, check_sites
@@ -23,7 +24,11 @@ from .model_adapter import kept_tensor_names, tensors_by_name
 
 
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, example_inputs: ExampleInputs | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    example_inputs: ExampleInputs | None = None,
+    dynamic_axes: DynamicAxes = "auto",
 ) -> nn.Module:
     """The model with the adapter of a folder.
 
@@ -33,7 +38,7 @@ def load_adapter(
     Args:
         model: a plain or a rewritten model.
         directory: a folder written by `save_adapter`.
-        example_inputs: as in `rewrite`, for a plain model.
+        example_inputs, dynamic_axes: as in `rewrite`, for a plain model.
 
     Raises:
         MELoRAError: for a folder that cannot be read, an adapter of another model (each key is named) or with another
@@ -44,12 +49,14 @@ def load_adapter(
     adapter = read_adapter(directory)
     refuse_folded(model, "load_adapter")
     if not sites(model):
-        return _load_into_plain(model, adapter, example_inputs)
+        return _load_into_plain(model, adapter, example_inputs, dynamic_axes)
     _load_into_rewritten(model, adapter)
     return model
 
 
-def _load_into_plain(model: nn.Module, adapter: Adapter, example_inputs: ExampleInputs | None) -> nn.Module:
+def _load_into_plain(
+    model: nn.Module, adapter: Adapter, example_inputs: ExampleInputs | None, dynamic_axes: DynamicAxes
+) -> nn.Module:
     plain = _plain_weights(model)
     check_sites(adapter, plain)
     check_shapes(adapter, plain)
@@ -59,7 +66,7 @@ def _load_into_plain(model: nn.Module, adapter: Adapter, example_inputs: Example
         f"re:{re.escape(name)}": _for_any_base(config) for name, config in adapter.configs.items()
     }
     kept = [f"re:{re.escape(name)}" for name in adapter.kept]
-    rewritten = rewrite(model, targets, example_inputs=example_inputs, keep_trainable=kept)
+    rewritten = rewrite(model, targets, example_inputs=example_inputs, dynamic_axes=dynamic_axes, keep_trainable=kept)
     _copy_values(rewritten, adapter)
     return rewritten
 

@@ -59,7 +59,7 @@ def test_matrix_times_weight(options, form):
 def test_batch_times_weight(options, form, whole):
     model = Holder(Form(form, **options))
     x = randn(2, 5, IN)
-    check(melora_fx.capture.whole_model.capture_whole(model, (x,)) if whole else model, x)
+    check(melora_fx.whole_capture.whole_model.capture_whole(model, (x,)) if whole else model, x)
 
 
 def test_rows_of_a_weight_for_different_inputs():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .graphs import copy_graph
+from melora_fx.capture.graphs import copy_graph
 
 aten = torch.ops.aten
 

@@ -1,0 +1,11 @@
+"""One FX graph of a whole model, by `torch.export`, and what it holds for.
+
+whole_model       capture_whole: the graph, as a module that can be trained, copied and pickled
+example_inputs    the call that a capture is made with
+dynamic_axes      which axes of the inputs may vary afterwards
+assumed_inputs    what the export assumed of the inputs, checked in every call
+conditions        what it assumed of their sizes, as text
+evaluation_check  whether the graph computes what the model does, in evaluation and with axes of one entry
+shared_weights    the names of tied weights in an exported graph
+training_mode     exported graphs that follow `.train()` and `.eval()`
+"""

@@ -1,0 +1,205 @@
+"""What a capture holds for: the arguments, values and sizes that its export assumed, checked in every call."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from melora_fx.errors import MELoRAError
+from melora_fx.torch_private import in_fx_trace, input_structure, tree_code, tree_flatten, tree_unflatten
+
+from .conditions import Condition
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+VARIES = ...
+"""In the place of a number that may vary."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """In the place of a tensor: its sizes, None for each that may vary."""
+
+    sizes: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        return f"({', '.join('any' if size is None else str(size) for size in self.sizes)})"
+
+
+class AssumedInputs:
+    """The call that a capture was made with, and what its export assumed.
+
+    Args:
+        graph_module: the module of the export, which says what it is called with.
+        signature: of the forward that was captured; calls are understood as that understands them.
+        conditions: on the sizes of tensors.
+
+    Attributes:
+        arguments: name → argument, with `Sizes` in the place of each tensor; what goes to `*args` is one argument, a
+            tuple, and to `**kwargs` another, a dict.
+        free_axes: the sizes that may vary, each as it is written first (`x.shape[0]`) → the places that have it: the
+            number of the input, a leaf of the arguments, and the axis.
+    """
+
+    def __init__(
+        self, graph_module: fx.GraphModule, signature: inspect.Signature, conditions: Iterable[Condition]
+    ) -> None:
+        examples = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
+        structure = input_structure(graph_module)
+        args, kwargs = tree_unflatten(map(_leaf, examples), structure)
+        self.conditions = tuple(conditions)
+        self._defaults = {name: each.default for name, each in signature.parameters.items()}
+        self._positional = [name for name, each in signature.parameters.items() if each.kind in _POSITIONAL]
+        self._rest = _name_of(signature, inspect.Parameter.VAR_POSITIONAL)
+        self._others = _name_of(signature, inspect.Parameter.VAR_KEYWORD)
+        self._num_positional = len(args)
+        self._keywords = tuple(kwargs)
+        self.arguments = self._by_name(args, kwargs)
+        numbers = self._by_name(*tree_unflatten(range(len(examples)), structure))
+        names = {number: f"{name}{code}" for name, tree in numbers.items() for code, number in tree_code(tree)}
+        self.free_axes = _free_axes(examples, names)
+
+    def in_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call as the graph takes them: those by position that were so in the example.
+
+        Raises:
+            TypeError: for an argument that the forward does not take, and for a missing one.
+            MELoRAError: for one that is not as the export assumed.
+        """
+        values = self._by_name(args, kwargs)
+        for name, value in values.items():
+            if name not in self.arguments and not _is_same(value, self._defaults[name]):
+                raise MELoRAError(
+                    f"the capture was made without `{name}`, so its graph has none: capture again with `{name}` in "
+                    "`example_inputs`"
+                )
+        for name, argument in self.arguments.items():
+            if name not in values:
+                values[name] = self._default(name)
+            _check(name, values[name], argument)
+        for condition in self.conditions:
+            if not condition.holds(values):
+                raise MELoRAError(
+                    f"the capture assumed that {condition.text}; here {_shapes(condition, values)}: capture again with "
+                    "`example_inputs` of such sizes"
+                )
+        return self._as_in_example(values)
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of a call by the names of the signature, without defaults."""
+        values: dict[str, Any] = dict(zip(self._positional, args, strict=False))
+        rest = args[len(self._positional) :]
+        if rest and not self._rest:
+            raise TypeError(f"the forward takes {len(self._positional)} positional arguments, {len(args)} were given")
+        if rest:
+            values[self._rest] = tuple(rest)
+        others: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name in values:
+                raise TypeError(f"the argument `{name}` is given by position and by name")
+            if name in self._defaults and name not in (self._rest, self._others):
+                values[name] = value
+            elif self._others:
+                others[name] = value
+            else:
+                raise TypeError(f"the forward takes no argument `{name}`")
+        if others:
+            values[self._others] = others
+        return values
+
+    def _default(self, name: str) -> Any:
+        if self._defaults[name] is inspect.Parameter.empty:
+            raise TypeError(f"the argument `{name}` is missing")
+        return self._defaults[name]
+
+    def _as_in_example(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args = [values[name] for name in self._positional[: self._num_positional]]
+        if self._num_positional > len(args):
+            args += values[self._rest]
+        others = values.get(self._others, {})
+        return tuple(args), {name: others[name] if name in others else values[name] for name in self._keywords}
+
+
+def _name_of(signature: inspect.Signature, kind: Any) -> str:
+    """The name of the parameter of this kind, "" where there is none."""
+    return next((name for name, each in signature.parameters.items() if each.kind is kind), "")
+
+
+def _leaf(value: Any) -> Any:
+    """What stands for the example's value of an input."""
+    if isinstance(value, torch.Tensor):
+        return Sizes(tuple(size if isinstance(size, int) else size.node.maybe_as_int() for size in value.shape))
+    return VARIES if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+
+
+def _free_axes(examples: Iterable[Any], names: Mapping[int, str]) -> dict[str, list[tuple[int, int]]]:
+    """As `AssumedInputs.free_axes`, of the export's own examples, whose sizes are symbols."""
+    places: dict[Any, list[tuple[int, int]]] = {}
+    for number, example in enumerate(examples):
+        for axis, size in enumerate(example.shape if isinstance(example, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                places.setdefault(size.node.expr, []).append((number, axis))
+    return {f"{names[found[0][0]]}.shape[{found[0][1]}]": found for found in places.values()}
+
+
+def _check(name: str, value: Any, assumed: Any) -> None:
+    """Raises MELoRAError for a value that is not as the export assumed."""
+    if isinstance(assumed, Sizes):
+        _check_leaf(name, value, assumed)
+        return
+    leaves, structure = tree_flatten(value)
+    assumed_leaves, assumed_structure = tree_flatten(assumed)
+    if structure != assumed_structure:
+        raise MELoRAError(
+            f"`{name}` is built otherwise than in the example: {structure}, and not {assumed_structure}: capture again "
+            "with `example_inputs` like that"
+        )
+    for leaf, assumed_leaf in zip(leaves, assumed_leaves, strict=True):
+        _check_leaf(name, leaf, assumed_leaf)
+
+
+def _check_leaf(name: str, value: Any, assumed: Any) -> None:
+    if isinstance(assumed, Sizes):
+        if not isinstance(value, torch.Tensor):
+            raise MELoRAError(f"the capture is for a tensor `{name}`, here it is {value!r}: capture again")
+        if not _fits(value, assumed.sizes):
+            raise MELoRAError(
+                f"input `{name}` has shape {tuple(value.shape)}, but the capture is for {assumed}: capture again with "
+                "`example_inputs` of that shape"
+            )
+    elif assumed is not VARIES and not _is_same(value, assumed):
+        raise MELoRAError(
+            f"the capture is for `{name}={assumed!r}`, here it is {value!r}: capture again with that in "
+            "`example_inputs`"
+        )
+
+
+def _fits(value: torch.Tensor, sizes: tuple[int | None, ...]) -> bool:
+    if value.dim() != len(sizes):
+        return False
+    return all(want is None or want == got for want, got in zip(sizes, value.shape, strict=True))
+
+
+def _is_same(value: Any, assumed: Any) -> bool:
+    if value is assumed:
+        return True
+    return type(value) is type(assumed) and not isinstance(value, torch.Tensor) and bool(value == assumed)
+
+
+def _shapes(condition: Condition, values: Mapping[str, Any]) -> str:
+    """The shapes that a condition asks about, of arguments that are tensors."""
+    tensors = [name for name in condition.names if isinstance(values[name], torch.Tensor)]
+    return ", ".join(f"`{name}` has shape {tuple(values[name].shape)}" for name in tensors) or "it is not so"
+
+
+def check_inputs(
+    graph_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`AssumedInputs.in_call` of a captured module, as a hook before its forward."""
+    if in_fx_trace():
+        return args, kwargs
+    assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
+    return assumed.in_call(args, kwargs)

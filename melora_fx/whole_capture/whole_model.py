@@ -1,0 +1,143 @@
+"""One graph of a whole model, through `torch.export`, that can be trained, copied and pickled."""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from melora_fx.capture.expert_layers import REMEDY, loops_over_experts
+from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
+from melora_fx.errors import MELoRAError
+from melora_fx.torch_private import clear_export_hooks, follows_mode
+
+from .assumed_inputs import AssumedInputs, check_inputs
+from .conditions import Condition, conditions_of, exporting
+from .dynamic_axes import DynamicAxes, dynamic_shapes, has_dynamic_batch, refuse_wrong_axes
+from .evaluation_check import check_evaluation, has_values
+from .example_inputs import as_arguments
+from .shared_weights import name_by_user, repeated_modules
+from .training_mode import follow_training_mode
+
+
+def capture_whole(
+    model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], dynamic_axes: DynamicAxes = "auto"
+) -> fx.GraphModule:
+    """The whole model as one graph of ATen nodes that shares the model's parameters and buffers.
+
+    Dropout follows `.train()` and `.eval()`; the mode of the result is the model's. A call that is not as the export
+    assumed raises. Changes nothing of the model, nor of the example.
+
+    Args:
+        model: the model to capture.
+        example_inputs: a dict of keyword arguments or a tuple of positional ones; a batch of one is doubled.
+        dynamic_axes: which axes may vary: see `dynamic_axes.py`.
+
+    Raises:
+        TypeError: where `example_inputs` is neither.
+        MELoRAError: where `torch.export` fails, its own message is given; or where the model does in evaluation what
+            the capture, made in training mode, does not.
+    """
+    signature = inspect.signature(model.forward)
+    args, kwargs = as_arguments(example_inputs, double=has_dynamic_batch(dynamic_axes))
+    arguments = _bound(signature, args, kwargs)
+    refuse_wrong_axes(arguments, dynamic_axes)
+    _refuse_mixed_modes(model)
+    program = _export(model, args, kwargs, dynamic_shapes(arguments, dynamic_axes))
+    graph_module = make_trainable(
+        program.module(check_guards=False),
+        repeated_modules(model),
+        signature=signature,
+        conditions=conditions_of(program),
+    )
+    check_evaluation(model, graph_module, args, kwargs)
+    graph_module.train(model.training)
+    vars(graph_module)["model_class"] = type(model).__name__
+    if hasattr(model, "config"):
+        graph_module.config = copy.copy(model.config)
+    return graph_module
+
+
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name."""
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise MELoRAError(f"`example_inputs` are no call of the model's forward{signature}: {error}") from error
+
+
+def from_program(program: ExportedProgram) -> fx.GraphModule:
+    """An exported program as a GraphModule that can be trained, copied and pickled: see `make_trainable`."""
+    return make_trainable(program.module(check_guards=False), conditions=conditions_of(program))
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether `model` is an exported program's module as `torch.export` makes it: `.train()` and `.eval()` raise."""
+    return isinstance(model, fx.GraphModule) and "train" in vars(model)
+
+
+def make_trainable(
+    graph_module: fx.GraphModule,
+    repeated: Mapping[str, str] | None = None,
+    *,
+    signature: inspect.Signature | None = None,
+    conditions: Iterable[Condition] = (),
+) -> fx.GraphModule:
+    """Changes an exported module in place: `.train()` and `.eval()` work and reach dropout, and a call that is not as
+    the export assumed raises. The export's own hooks for that cannot be pickled: one of ours takes their place.
+
+    Args:
+        graph_module: the module.
+        repeated: weights go by the names that the model has them under; this maps the further names of a module that it
+            uses in several places to the first.
+        signature: of the forward that was exported; None takes the module's.
+        conditions: what the export assumed of sizes.
+    """
+    name_by_user(graph_module, repeated or {})
+    clear_export_hooks(graph_module)
+    signature = signature or inspect.signature(graph_module.forward)
+    vars(graph_module)["assumed_inputs"] = AssumedInputs(graph_module, signature, conditions)
+    graph_module.register_forward_pre_hook(check_inputs, with_kwargs=True)
+    return follow_training_mode(graph_module)
+
+
+def _refuse_mixed_modes(model: nn.Module) -> None:
+    """Raises MELoRAError where a dropout or batch norm is in another mode than the model."""
+    others = [name for name, each in model.named_modules() if follows_mode(each) and each.training != model.training]
+    if others:
+        raise MELoRAError(
+            f"some modules are not in the model's own mode (training={model.training}): {', '.join(others[:5])}; one "
+            "graph has one mode: call `.train()` or `.eval()` on the whole model first"
+        )
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any]) -> ExportedProgram:
+    """The program of `model` in training mode, so that dropout is in it, or else in evaluation, with a warning."""
+    with without_cache(model):
+        program, error = _export_in_mode(model, True, args, kwargs, shapes)
+        if program is not None:
+            return program
+        program, _ = _export_in_mode(model, False, args, kwargs, shapes)
+    name = type(model).__name__
+    if program is None:
+        remedy = f"{REMEDY}: " if loops_over_experts(model) else ""
+        raise MELoRAError(f"torch.export cannot capture `{name}`: {remedy}{error}") from error
+    warnings.warn(f"`{name}` can be captured in eval mode only: the graph has no dropout", stacklevel=5)
+    return program
+
+
+def _export_in_mode(
+    model: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any]
+) -> tuple[ExportedProgram | None, Exception | None]:
+    """The program, or why there is none."""
+    with own_attributes(model), in_mode(model, training=training), exporting(has_values=has_values(model)):
+        try:
+            return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
+        except MELoRAError:
+            raise
+        except Exception as error:  # the model's own forward can raise anything
+            return None, error
