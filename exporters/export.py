@@ -20,7 +20,7 @@ from exporters.graph.export import AdapterForm, Export, ExportOptions, Sites
 from exporters.graph.inputs import named_inputs
 from exporters.graph.passes import graph_facts, run_passes
 from exporters.onnx_files.companions import write_companions
-from exporters.onnx_files.metadata import METADATA_KEY, describe
+from exporters.onnx_files.metadata import METADATA_KEY, describe, write_description
 from exporters.onnx_files.onnx_file import read_graph
 from melora_fx import MELoRAError, sites
 from melora_fx.files import staging_folder, writing
@@ -109,13 +109,17 @@ def export_onnx(
     ):
         step("translating the model")
         values.enter_context(held.values(model, found))
-        graph_model = build_graph(model, inputs, dynamic_axes=dynamic_axes, opset=opset)
-        export = Export(graph_model, model, inputs, options, held, found, values)
+        built = build_graph(model, inputs, dynamic_axes=dynamic_axes, opset=opset, tries_ones=verify)
+        export = Export(built.graph_model, model, inputs, options, held, found, values, [*built.conditions])
         step("rewriting the graph")
         run_passes(export)
         step("writing")
         notes = _write(export, facts | graph_facts(export), staging)
         verification = _verify(export, staging, step)
+        if verification and verification.conditions:
+            export.conditions += verification.conditions
+            write_description(staging / options.path.name, facts | graph_facts(export))
+        notes += _notes(built.changed_inputs, verification)
         report = _report(export, verification, notes, staging, start)
         _publish(report, options.path, staging)
     return report
@@ -194,6 +198,13 @@ def _verify(export: Export, staging: Path, step: Callable[[str], None]) -> Verif
         raise MELoRAError(f"{error}\nthe graph is left in `{keep_failed(staging, options.path)}`") from error
 
 
+def _notes(changed_inputs: tuple[str, ...], verification: Verification | None) -> tuple[str, ...]:
+    """What the user should know of where the graph is not all of the model."""
+    changed = [f"the model changes its input `{name}` in place, the graph does not" for name in changed_inputs]
+    larger = verification.conditions if verification else ()
+    return *changed, *(f"the graph is right only where {condition.text}" for condition in larger)
+
+
 def _report(
     export: Export, verification: Verification | None, notes: tuple[str, ...], staging: Path, start: float
 ) -> ExportReport:
@@ -210,6 +221,9 @@ def _report(
         num_nodes=sum(1 for _ in graph.all_nodes()),
         op_counts=count_ops(export.graph_model),
         inputs={value.name or "": axes_of(value) for value in graph.inputs if not value.is_initializer()},
+        ranges={axis: str(sizes) for axis, sizes in export.ranges().items()},
+        assumed=tuple(condition.text for condition in export.conditions),
+        constants=export.constants(),
         num_adapter_inputs=sum(1 for value in graph.inputs if value.is_initializer()),
         outputs={value.name or "": axes_of(value) for value in graph.outputs},
         compared=verification.compared if verification else (),

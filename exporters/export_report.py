@@ -1,6 +1,7 @@
 """What an export wrote, and how near it is to torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,9 @@ class ExportReport:
         forms: number of unmerged sites by form, "block" or "dense".
         op_counts: number of nodes by operator type.
         inputs, outputs: name → axes, a number for a fixed size or a name for a dynamic one.
+        ranges: name of each dynamic axis → the sizes that the graph is right for, in words.
+        assumed: what the export assumed of the inputs' sizes, in full: `OrtRunner` checks it.
+        constants: argument of the model → what it is in the graph.
         num_adapter_inputs: number of optional inputs that an adapter's tensors go to.
         compared: what was compared with torch, in words; empty without `verify`.
         max_abs_error, max_rel_error: the worst of those comparisons; None where nothing was compared.
@@ -31,6 +35,9 @@ class ExportReport:
     num_nodes: int
     op_counts: dict[str, int]
     inputs: dict[str, tuple[int | str, ...]]
+    ranges: dict[str, str]
+    assumed: tuple[str, ...]
+    constants: dict[str, Any]
     num_adapter_inputs: int
     outputs: dict[str, tuple[int | str, ...]]
     compared: tuple[str, ...]
@@ -46,6 +53,8 @@ class ExportReport:
             f"  {self.num_nodes} nodes: {counts}, …",
         ]
         lines += [f"  in   {name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items()]
+        lines += [f"  axis {axis}: {sizes}" for axis, sizes in self.ranges.items()]
+        lines += [f"  for {name}={value!r} only" for name, value in self.constants.items() if value is not None]
         if self.num_adapter_inputs:
             lines.append(f"  in   {self.num_adapter_inputs} optional tensors of an adapter, of any rank")
         lines += [f"  out  {name} ({', '.join(map(str, axes))})" for name, axes in self.outputs.items()]

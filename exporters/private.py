@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir
 from torch import nn
+from torch.export import ExportedProgram
 from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -21,18 +22,31 @@ def name_scopes(node: onnx_ir.Node) -> list[str]:
     return [str(scope) for scope in ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))]
 
 
-def export_by_transformers(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any, opset: int | None) -> Any:
-    """The `onnx_ir.Model` of a Hugging Face model.
+def export_by_transformers(
+    model: PreTrainedModel, inputs: dict[str, Any], shapes: Any, opset: int | None
+) -> tuple[Any, ExportedProgram]:
+    """The `onnx_ir.Model` of a Hugging Face model, and the program that it was made of.
 
-    The exporter leaves its replacement of `forward` on the instance: the instance's attributes are put back.
-    transformers 5.23.
+    The exporter gives only the first: a class between it and its base keeps the second. It leaves its replacement of
+    `forward` on the instance: the instance's attributes are put back. transformers 5.23.
     """
-    from transformers.exporters import OnnxConfig, OnnxExporter  # heavy: only where it is used
+    from transformers.exporters import DynamoExporter, OnnxConfig, OnnxExporter  # heavy: only where it is used
+
+    programs = []
+
+    class Keeping(DynamoExporter):
+        def export_program(self, *args: Any, **kwargs: Any) -> Any:
+            program, metadata = super().export_program(*args, **kwargs)
+            programs.append(program)
+            return program, metadata
+
+    class Exporter(OnnxExporter, Keeping):
+        pass
 
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
     attributes = dict(vars(model))
     try:
-        return OnnxExporter().export(model, dict(inputs), config).program
+        return Exporter().export(model, dict(inputs), config).program, programs[0]
     finally:
         model.__dict__.clear()
         model.__dict__.update(attributes)

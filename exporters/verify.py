@@ -4,29 +4,35 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import torch
 
 from exporters.graph.export import Export
+from exporters.graph.ranges import holds, sizes_above
+from exporters.graph.trial_sizes import trial_sizes
 from exporters.measuring.compare import Comparison, compare
-from exporters.onnx_files.metadata import read_facts
+from exporters.onnx_files.metadata import GraphFacts, read_facts
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import TorchRunner
 from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import in_mode, without_cache
+from melora_fx.whole_capture.conditions import Condition
 
 _RUNTIME_OPS = ("SimplifiedLayerNormalization",)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared with torch, in words, and the worst errors of all comparisons."""
+    """What was compared with torch, in words, and the worst errors of all comparisons; `conditions`: what else must
+    hold of the inputs' sizes.
+    """
 
     compared: tuple[str, ...]
     max_abs_error: float
     max_rel_error: float
+    conditions: tuple[Condition, ...]
 
 
 def check_file(path: Path) -> None:
@@ -48,34 +54,57 @@ def check_file(path: Path) -> None:
 def verify(export: Export, path: Path) -> Verification:
     """Compares the file of an export with its model, in evaluation mode, on ONNX Runtime's CPU.
 
-    Compared are the example's sizes, other sizes of every dynamic axis, a single row, and padding; each with all
-    adapters that the graph's form is to be tried with.
+    Compared are sizes as in `trial_sizes.py`, and padding; each with all adapters that the graph's form is to be tried
+    with. With one entry along an axis the graph may be another function than the model, since the export takes axes to
+    be larger: then they have to be.
 
     Raises:
         MELoRAError: where an error is above the precision's tolerance, or ONNX Runtime cannot run the file.
     """
-    model = export.model
-    inputs = export.inputs
     runner = OrtRunner(path, save_memory=True)
-    constants = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
-    tensors = {name: value for name, value in inputs.items() if name not in constants}
-    torch_runner = TorchRunner(partial(model, **constants))
+    torch_runner = TorchRunner(partial(export.model, **export.constants()))
     facts = read_facts(path)
     comparisons: dict[str, Comparison] = {}
-    with in_mode(model, training=False), without_cache(model):
-        for size, trial in _trials(torch_runner, tensors, _axes(runner)):
-            for adapter in export.adapter.trials(model, export.sites, facts):
-                words = f"{size}, {adapter.name} adapter" if adapter.name else size
-                with adapter.context:
-                    comparison = compare(runner.with_tensors(adapter.inputs()), torch_runner, trial)
-                if not comparison.max_rel_error <= export.options.precision.tolerance:
-                    raise MELoRAError(f"the ONNX graph is not equal to torch at {words}: {comparison}")
-                comparisons[words] = comparison
+    larger: dict[str, None] = {}
+    with in_mode(export.model, training=False), without_cache(export.model):
+        for trial in _trials(export, torch_runner, _axes(runner)):
+            if larger.keys() & set(trial.ones):
+                continue
+            try:
+                comparisons |= _compare(export, runner, torch_runner, facts, trial)
+            except MELoRAError:
+                if not trial.ones:
+                    raise
+                larger |= dict.fromkeys(trial.ones)
     return Verification(
         compared=tuple(comparisons),
         max_abs_error=max(comparison.max_abs_error for comparison in comparisons.values()),
         max_rel_error=max(comparison.max_rel_error for comparison in comparisons.values()),
+        conditions=tuple(sizes_above(1, _axes(runner), larger)),
     )
+
+
+class _Trial(NamedTuple):
+    """Inputs to compare with, and what they are in words; `ones` as in `TrialSizes`."""
+
+    words: str
+    inputs: dict[str, torch.Tensor]
+    ones: tuple[str, ...] = ()
+
+
+def _compare(
+    export: Export, runner: OrtRunner, torch_runner: TorchRunner, facts: GraphFacts, trial: _Trial
+) -> dict[str, Comparison]:
+    """One comparison for each adapter that the graph's form is to be tried with, by what it is in words."""
+    found = {}
+    for adapter in export.adapter.trials(export.model, export.sites, facts):
+        words = f"{trial.words}, {adapter.name} adapter" if adapter.name else trial.words
+        with adapter.context:
+            comparison = compare(runner.with_tensors(adapter.inputs()), torch_runner, trial.inputs)
+        if not comparison.max_rel_error <= export.options.precision.tolerance:
+            raise MELoRAError(f"the ONNX graph is not equal to torch at {words}: {comparison}")
+        found[words] = comparison
+    return found
 
 
 def _axes(runner: OrtRunner) -> dict[str, list[Any]]:
@@ -83,33 +112,27 @@ def _axes(runner: OrtRunner) -> dict[str, list[Any]]:
     return {value.name: value.shape for value in runner.session.get_inputs()}
 
 
-def _trials(
-    torch_runner: TorchRunner, inputs: Mapping[str, torch.Tensor], axes: Mapping[str, list[Any]]
-) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Inputs of several sizes and with padding, named; sizes that the model itself refuses are left out."""
+def _trials(export: Export, torch_runner: TorchRunner, axes: Mapping[str, list[Any]]) -> Iterator[_Trial]:
+    """Inputs of several sizes and with padding; sizes that the export did not assume are left out, and those that the
+    model itself refuses.
+    """
+    tensors = {name: export.inputs[name] for name in axes}
     example = {
-        axis: inputs[name].size(index)
+        axis: tensors[name].size(index)
         for name, shape in axes.items()
         for index, axis in enumerate(shape)
         if isinstance(axis, str)
     }
-    for number, sizes in enumerate(_trial_sizes(example)):
-        trial = _resized(inputs, axes, sizes)
-        if number == 0 or _accepts(torch_runner, trial):
-            yield " ".join(f"{axis}={size}" for axis, size in sizes.items()) or "the example", trial
-    mask = inputs.get("attention_mask")
+    for number, sizes in enumerate(trial_sizes(example, export.ranges())):
+        inputs = _resized(tensors, axes, sizes.sizes)
+        shapes = {name: tensor.shape for name, tensor in inputs.items()}
+        if number == 0 or (holds(export.conditions, shapes) and _accepts(torch_runner, inputs)):
+            yield _Trial(str(sizes), inputs, sizes.ones)
+    mask = tensors.get("attention_mask")
     if mask is not None and mask.dim() == 2 and mask.size(1) > 1:
         padded = mask.clone()
         padded[0, mask.size(1) // 2 :] = 0
-        yield "padding", {**inputs, "attention_mask": padded}
-
-
-def _trial_sizes(example: dict[str, int]) -> list[dict[str, int]]:
-    """The example's sizes, a batch of one, and one more and half of each dynamic axis; none twice."""
-    trials = [example, example | dict.fromkeys(example.keys() & {"batch"}, 1)]
-    for axis, size in example.items():
-        trials += [example | {axis: size + 1}, example | {axis: max(2, size // 2)}]
-    return [sizes for index, sizes in enumerate(trials) if sizes not in trials[:index]]
+        yield _Trial("padding", {**tensors, "attention_mask": padded})
 
 
 def _accepts(torch_runner: TorchRunner, inputs: Mapping[str, torch.Tensor]) -> bool:

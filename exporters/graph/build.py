@@ -5,26 +5,44 @@ The graph's inputs, outputs and dynamic axes get the names that a user of the mo
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from exporters.private import export_by_transformers, grouped_translations
 from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
+from melora_fx.torch_private import tree_map
+from melora_fx.whole_capture.conditions import Condition, conditions_of, exporting
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes, dynamic_shapes
+from melora_fx.whole_capture.example_inputs import changed_names, copied
 
-from .axes import name_axes, refuse_fixed_axes
+from .axes import axes_of, name_axes, refuse_fixed_axes
 from .clean import quiet
 from .outputs import named_outputs
+from .ranges import sizes_above
+
+
+class BuiltGraph(NamedTuple):
+    """A graph, what its export assumed of the sizes of its inputs, and those of them that the forward changes."""
+
+    graph_model: onnx_ir.Model
+    conditions: tuple[Condition, ...]
+    changed_inputs: tuple[str, ...]
 
 
 def build_graph(
-    model: nn.Module, inputs: dict[str, Any], *, dynamic_axes: DynamicAxes = "auto", opset: int | None = None
-) -> onnx_ir.Model:
+    model: nn.Module,
+    inputs: dict[str, Any],
+    *,
+    dynamic_axes: DynamicAxes = "auto",
+    opset: int | None = None,
+    tries_ones: bool = False,
+) -> BuiltGraph:
     """The ONNX graph of `model` in evaluation mode, without a key-value cache.
 
     Weights are not copied: the graph refers to the model's own tensors until it is saved.
@@ -34,35 +52,42 @@ def build_graph(
         inputs: keyword arguments of the model; what is no tensor becomes a constant of the graph.
         dynamic_axes: which axes stay dynamic.
         opset: ONNX operator set; None leaves the exporter's default.
+        tries_ones: whether the graph will be tried with axes of one entry: as in `conditions.exporting`.
 
     Raises:
         MELoRAError: where the model or the exporter fails, its own message is given; for an axis that the model fixes.
     """
     with own_attributes(model), in_mode(model, training=False), without_cache(model), torch.no_grad():
-        outputs = _run(model, inputs)
-        graph_model = _export(model, inputs, dynamic_axes, opset)
+        outputs, changed = _run(model, inputs)
+        graph_model, program = _export(model, inputs, dynamic_axes, opset, tries_ones)
     _name_outputs(graph_model.graph, outputs)
     if opset is not None and graph_model.opset_imports[""] != opset:
         raise MELoRAError(f"the exporter cannot write opset {opset}: it gave {graph_model.opset_imports['']}")
     refuse_fixed_axes(graph_model.graph, dynamic_axes)
     name_axes(graph_model.graph, inputs, dynamic_axes)
-    return graph_model
+    conditions = conditions_of(program)
+    if tries_ones:
+        conditions += sizes_above(0, {value.name or "": axes_of(value) for value in graph_model.graph.inputs})
+    return BuiltGraph(graph_model, tuple(conditions), changed)
 
 
-def _run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's outputs by name."""
+def _run(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The model's outputs by name, and the names of the inputs that it changes in place."""
+    given = tree_map(copied, inputs)
     try:
-        outputs = model(**inputs)
+        outputs = named_outputs(model(**given))
     except Exception as error:  # the model's own forward can raise anything
         raise MELoRAError(
             f"`{type(model).__name__}` does not take `example_inputs`: {type(error).__name__}: {error}"
         ) from error
-    return named_outputs(outputs)
+    return outputs, changed_names(given, inputs)
 
 
-def _export(model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes, opset: int | None) -> onnx_ir.Model:
+def _export(
+    model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes, opset: int | None, tries_ones: bool
+) -> tuple[onnx_ir.Model, ExportedProgram]:
     try:
-        with quiet():
+        with quiet(), exporting(tries_ones=tries_ones):
             shapes = dynamic_shapes(inputs, dynamic_axes)
             if isinstance(model, PreTrainedModel):
                 return export_by_transformers(model, inputs, shapes, opset)
@@ -73,7 +98,7 @@ def _export(model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes,
 
 def _export_by_torch(
     model: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any], opset: int | None
-) -> onnx_ir.Model:
+) -> tuple[onnx_ir.Model, ExportedProgram]:
     program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
     exported = torch.onnx.export(
         program,
@@ -84,7 +109,7 @@ def _export_by_torch(
         custom_translation_table=_grouped_products(program),
     )
     assert exported is not None
-    return exported.model
+    return exported.model, program
 
 
 def _grouped_products(program: torch.export.ExportedProgram) -> dict[Any, Any]:
@@ -96,6 +121,8 @@ def _grouped_products(program: torch.export.ExportedProgram) -> dict[Any, Any]:
 
 def _reason(error: BaseException) -> str:
     """The exporter's message; torch's outermost one advises torch's developers, those below it say what happened."""
+    if isinstance(error, MELoRAError):
+        return str(error)
     causes = [error]
     while isinstance(causes[-1], torch.onnx.errors.OnnxExporterError) and causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

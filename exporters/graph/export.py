@@ -14,7 +14,11 @@ from exporters.onnx_files.metadata import GraphFacts
 from exporters.onnx_files.weight_place import WeightPlace
 from exporters.onnx_runtime import Arrays
 from melora_fx import AdapterSite, MELoRAConfig
+from melora_fx.whole_capture.conditions import Condition
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes
+
+from .axes import axes_of
+from .ranges import AxisRange, axis_ranges
 
 Sites = Mapping[str, AdapterSite]
 Pass = Callable[["Export"], None]
@@ -144,6 +148,7 @@ class Export:
         adapter: what the graph holds of the adapters: as asked for, or nothing where the model computes its base.
         sites: those of the model, whatever the graph holds.
         values: the adapter form's context; closed once the model is to have its own values again.
+        conditions: what holds of the inputs' sizes wherever the graph is right, as far as is known.
         weights: parameter → where it lives in the graph; without those that cannot be told from others.
         kept: tensor of a module kept trainable → where it lives, None where the exporter has folded it into others.
         forms: site → "block" or "dense", in a graph that keeps the adapters.
@@ -158,6 +163,7 @@ class Export:
     adapter: AdapterForm
     sites: Sites
     values: ExitStack
+    conditions: list[Condition] = field(default_factory=list)
     weights: dict[str, WeightPlace] = field(default_factory=dict)
     kept: dict[str, WeightPlace | None] = field(default_factory=dict)
     forms: dict[str, str] = field(default_factory=dict)
@@ -167,3 +173,13 @@ class Export:
     @property
     def graph(self) -> onnx_ir.Graph:
         return self.graph_model.graph
+
+    def ranges(self) -> dict[str, AxisRange]:
+        """The sizes of each dynamic axis for which the graph is right."""
+        axes = {value.name or "": axes_of(value) for value in self.graph.inputs if not value.is_initializer()}
+        tensors = {name: value for name, value in self.inputs.items() if name in axes}
+        return axis_ranges(self.conditions, axes, {name: value.shape for name, value in tensors.items()})
+
+    def constants(self) -> dict[str, Any]:
+        """The example inputs that are no tensors: constants of the graph."""
+        return {name: value for name, value in self.inputs.items() if not isinstance(value, torch.Tensor)}

@@ -45,10 +45,15 @@ def run_passes(export: Export) -> None:
 
 
 def graph_facts(export: Export) -> dict[str, Any]:
-    """What a graph's description says of it beside `describe`: the forms of its updates, and where weights live."""
+    """What a graph's description says of it beside `describe`: the forms of its updates, where weights live, and which
+    inputs it is for.
+    """
     shared = sharing_parameters(export.model)  # a fold into one would change the others
     return {
         "forms": export.forms,
         "weights": places_as_json({name: place for name, place in export.weights.items() if name not in shared}),
         "kept": places_as_json({name: place for name, place in export.kept.items() if place}),
+        "assumed": [condition.text for condition in export.conditions],
+        "ranges": {axis: (found.smallest, found.largest) for axis, found in export.ranges().items()},
+        "constants": export.constants(),
     }

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir
 from torch import nn
 
@@ -14,6 +15,7 @@ from melora_fx.rewriting.module import class_name
 from melora_fx.saving.adapter_file import hash_adapter
 from melora_fx.saving.model_adapter import adapter_tensors, site_entries
 from melora_fx.versions import package_version
+from melora_fx.whole_capture.conditions import Condition
 
 from .onnx_file import read_graph
 from .weight_place import WeightPlace
@@ -35,6 +37,8 @@ class GraphFacts:
         weights: parameter → where it lives in the graph; without those that go by several names, or that the exporter
             could not tell apart.
         kept: the same for the tensors of the modules kept trainable.
+        conditions: what the export assumed of the sizes of inputs; none in graphs of earlier versions.
+        constants: argument of the model → what the export took it to be.
     """
 
     path: Path
@@ -44,6 +48,8 @@ class GraphFacts:
     fingerprints: dict[str, dict[str, Any]]
     weights: dict[str, WeightPlace]
     kept: dict[str, WeightPlace]
+    conditions: tuple[Condition, ...] = ()
+    constants: dict[str, Any] = field(default_factory=dict)
 
 
 def describe(
@@ -75,6 +81,15 @@ def places_as_json(places: dict[str, WeightPlace]) -> dict[str, Any]:
     return {name: asdict(place) for name, place in places.items()}
 
 
+def write_description(path: Path, facts: Mapping[str, Any]) -> None:
+    """Exchanges the description in an exported file; weights in its data file are not read."""
+    graph = onnx.load(path, load_external_data=False)
+    for entry in graph.metadata_props:
+        if entry.key == METADATA_KEY:
+            entry.value = json.dumps(facts)
+    onnx.save(graph, path)
+
+
 def read_facts(path: str | Path) -> GraphFacts:
     """The description in an exported file.
 
@@ -102,9 +117,16 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
             fingerprints={name: entry["base"] for name, entry in facts["sites"].items()},
             weights=_places(facts["weights"]),
             kept=_places(facts["kept"]),
+            conditions=tuple(Condition(text) for text in facts.get("assumed", ())),
+            constants=facts.get("constants", {}),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise MELoRAError(f"`{path}`: its `{METADATA_KEY}` entry cannot be read: {error!r}") from error
+
+
+def conditions_in(graph: onnx_ir.Model, path: str | Path) -> tuple[Condition, ...]:
+    """What the export of a graph assumed of the sizes of its inputs; nothing is known of one that is not ours."""
+    return facts_of(graph, path).conditions if METADATA_KEY in graph.metadata_props else ()
 
 
 def _places(entries: dict[str, Any]) -> dict[str, WeightPlace]:

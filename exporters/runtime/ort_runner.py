@@ -4,13 +4,13 @@ import contextlib
 import copy
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from exporters.adapters.ort_adapter import read_ort_adapter, swap_tensors
-from exporters.onnx_files.metadata import read_facts
+from exporters.onnx_files.metadata import conditions_in, read_facts
 from exporters.onnx_files.onnx_file import (
     axes_by_name,
     content_hash,
@@ -24,6 +24,7 @@ from exporters.private import node_counts
 from melora_fx import MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
+from .input_check import InputCheck
 from .io_binding import ReplayBuffers, run_bound, to_device
 from .providers import Shapes, choose_provider
 from .session import default_config, make_session
@@ -86,11 +87,12 @@ class OrtRunner:
             raise MELoRAError(f"`{self.path}` does not exist")
         graph = read_graph(self.path)
         precision = precision_of(graph)
-        self._axes = axes_by_name(required_inputs(graph))
+        axes = axes_by_name(required_inputs(graph))
+        self._check = InputCheck(self.path, axes, self._shapes, conditions_in(graph, self.path))
         self.choice = choose_provider(
             provider,
             self.path,
-            self._axes,
+            axes,
             precision=precision,
             content=content_hash(self.path, graph) if provider == "tensorrt" else "",
             threads=threads,
@@ -123,11 +125,11 @@ class OrtRunner:
 
         Raises:
             ValueError: for more than one adapter.
-            MELoRAError: for a missing or unknown input, a size outside of `shapes`, an adapter that does not fit, or
-                what ONNX Runtime refuses.
+            MELoRAError: for a missing or unknown input, a size outside of `shapes` or of what the export assumed, an
+                adapter that does not fit, or what ONNX Runtime refuses.
         """
         arrays = {name: as_array(value) for name, value in inputs.items()}
-        self._check_inputs({name: array.shape for name, array in arrays.items()})
+        self._check.refuse({name: array.shape for name, array in arrays.items()})
         loaded = self._load(adapter)
         if self._replay is not None:
             with self._lock, self._own_errors():
@@ -152,7 +154,7 @@ class OrtRunner:
         """
         if self._replay is not None:
             raise ValueError("a CUDA graph keeps its inputs in places of its own: use `run`")
-        self._check_inputs({name: value.shape() for name, value in values.items()})
+        self._check.refuse({name: value.shape() for name, value in values.items()})
         return self._run_bound(values, self._load(adapter))
 
     def with_tensors(self, tensors: Arrays) -> "OrtRunner":
@@ -206,22 +208,6 @@ class OrtRunner:
                 f"`{self.path}` has optional inputs (swappable adapters), which TensorRT and CUDA graphs cannot take: "
                 'export it with `adapter="fold"` or "keep", or use the provider "cuda" without a CUDA graph'
             )
-
-    def _check_inputs(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        missing = [name for name in self.input_names if name not in shapes]
-        unknown = [name for name in shapes if name not in self.input_names]
-        if missing or unknown:
-            raise MELoRAError(
-                f"`{self.path}` takes the inputs {self.input_names}: missing {missing}, unknown {unknown}"
-            )
-        lines = []
-        for name, shape in shapes.items() if self._shapes else ():
-            for axis, size in zip(self._axes[name], shape, strict=False):
-                smallest, _, largest = self._shapes.get(str(axis), (size, size, size))
-                if not smallest <= size <= largest:
-                    lines.append(f"`{axis}` of {name} is {size}, `shapes` says {smallest} to {largest}")
-        if lines:
-            raise MELoRAError(f"`{self.path}`: " + "; ".join(lines))
 
     def _load(self, adapter: str | os.PathLike[str] | None) -> _Adapter:
         """An adapter that fits the graph, read at its first use."""

@@ -49,8 +49,11 @@ class Condition:
         self._test = eval(f"lambda {', '.join(self.names)}: {text}", {"__builtins__": {}, "math": math, **_FUNCTIONS})
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it is true for `values` of its names."""
-        return bool(self._test(*[values[name] for name in self.names]))
+        """Whether it is true for `values` of its names; a remainder by a size of 0 is not."""
+        try:
+            return bool(self._test(*[values[name] for name in self.names]))
+        except ZeroDivisionError:
+            return False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Condition, (self.text,)
@@ -79,18 +82,18 @@ def _is_allowed(node: ast.AST) -> bool:
 
 
 @contextmanager
-def exporting(*, has_values: bool = True) -> Iterator[None]:
+def exporting(*, tries_ones: bool) -> Iterator[None]:
     """For calls of `torch.export`: names an axis that it cannot handle, where it would be busy for minutes.
 
     Args:
-        has_values: whether the model has values to try axes of one entry with. Otherwise the export itself must note
-            where it takes an axis to be larger; it takes several for that of which the model would do with one.
+        tries_ones: whether axes of one entry will be tried afterwards. Otherwise the export itself must note where it
+            takes an axis to be larger; it notes some that the model would serve with one.
 
     Raises:
         MELoRAError: for such an axis.
     """
     try:
-        with conditions_up_to(_MOST_OPERATIONS), nullcontext() if has_values else without_assuming_two():
+        with conditions_up_to(_MOST_OPERATIONS), nullcontext() if tries_ones else without_assuming_two():
             yield
     except LargeConditionError as error:
         size = readable(error.source)

@@ -12,6 +12,7 @@ from melora_fx.torch_private import tree_flatten, tree_leaves, tree_map, tree_un
 
 from .assumed_inputs import AssumedInputs
 from .conditions import Condition
+from .example_inputs import copied
 
 
 def has_values(model: nn.Module) -> bool:
@@ -97,14 +98,10 @@ def _first_entries(args: Any, kwargs: Any, places: Iterable[tuple[int, int]]) ->
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Leaves of what comes out, on copies of the inputs and the buffers."""
-    args, kwargs = tree_map(_copied, (args, kwargs))
+    args, kwargs = tree_map(copied, (args, kwargs))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     outputs = torch.func.functional_call(model, buffers, args, kwargs)
     return tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _are_near(actual: list[Any], expected: list[Any]) -> bool:

@@ -32,3 +32,19 @@ def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any
 
 def _doubled(leaf: Any) -> Any:
     return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+
+def copied(leaf: Any) -> Any:
+    """A tensor's copy, what is no tensor itself: a forward may change its inputs."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def changed_names(after: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, ...]:
+    """The arguments with tensors that are not as they were."""
+    return tuple(name for name in before if not all(map(_is_same, tree_leaves(after[name]), tree_leaves(before[name]))))
+
+
+def _is_same(after: Any, before: Any) -> bool:
+    if not isinstance(before, torch.Tensor):
+        return True
+    return after.shape == before.shape and bool(((after == before) | (after != after)).all())

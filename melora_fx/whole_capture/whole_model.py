@@ -134,7 +134,7 @@ def _export_in_mode(
     model: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any]
 ) -> tuple[ExportedProgram | None, Exception | None]:
     """The program, or why there is none."""
-    with own_attributes(model), in_mode(model, training=training), exporting(has_values=has_values(model)):
+    with own_attributes(model), in_mode(model, training=training), exporting(tries_ones=has_values(model)):
         try:
             return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
         except MELoRAError:

@@ -1,0 +1,87 @@
+"""The range of each dynamic axis of a graph: the sizes for which what the export assumed is true."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from melora_fx.whole_capture.conditions import Condition
+
+_LARGEST = 2**31
+"""Sizes that hold up to here are taken to have no end."""
+
+
+class AxisRange(NamedTuple):
+    """Sizes of an axis: from, to (None for no end), and how far apart they are."""
+
+    smallest: int
+    largest: int | None
+    step: int = 1
+
+    def __str__(self) -> str:
+        sizes = f"{self.smallest} to {self.largest}" if self.largest is not None else f"{self.smallest} and more"
+        return sizes if self.step == 1 else f"{sizes}, in steps of {self.step}"
+
+
+class Shaped(NamedTuple):
+    """Stands for an array in a condition."""
+
+    shape: tuple[int, ...]
+
+
+def holds(conditions: Iterable[Condition], shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether all are true for inputs of these shapes."""
+    inputs = {name: Shaped(tuple(shape)) for name, shape in shapes.items()}
+    return all(condition.holds(inputs) for condition in conditions)
+
+
+def sizes_above(number: int, axes: Mapping[str, Sequence[Any]], labels: Iterable[str] | None = None) -> list[Condition]:
+    """That dynamic axes, all or those with these names, have more entries than `number`."""
+    names = None if labels is None else set(labels)
+    return [
+        Condition(f"{name}.shape[{index}] > {number}")
+        for name, shape in axes.items()
+        for index, axis in enumerate(shape)
+        if isinstance(axis, str) and (names is None or axis in names)
+    ]
+
+
+def axis_ranges(
+    conditions: Sequence[Condition], axes: Mapping[str, Sequence[Any]], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, AxisRange]:
+    """The range of each dynamic axis, with the others as they are in the example.
+
+    Args:
+        conditions: what the export assumed.
+        axes: input → its axes, a size or the name of a dynamic one.
+        shapes: input → its shape in the example, which fulfils them.
+    """
+
+    def fits(size: int, *, axis: str) -> bool:
+        resized = {
+            name: [size if axis == label else old for label, old in zip(axes[name], shape, strict=True)]
+            for name, shape in shapes.items()
+        }
+        return holds(conditions, resized)
+
+    ranges = {}
+    for name, shape in shapes.items():
+        for axis, size in zip(axes[name], shape, strict=True):
+            if isinstance(axis, str) and axis not in ranges:
+                ranges[axis] = _range_around(size, partial(fits, axis=axis))
+    return ranges
+
+
+def _range_around(size: int, fits: Callable[[int], bool]) -> AxisRange:
+    step = next((step for step in range(1, size + 1) if fits(size + step) or fits(size - step)), 1)
+    smallest = next(other for other in range(size % step, size + 1, step) if fits(other))
+    if not fits(size + step):
+        return AxisRange(smallest, size, step)
+    good, bad = 1, 2  # steps above the example's size
+    while fits(size + bad * step):
+        good, bad = bad, 2 * bad
+        if size + bad * step > _LARGEST:
+            return AxisRange(smallest, None, step)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(size + middle * step) else (good, middle)
+    return AxisRange(smallest, size + good * step, step)

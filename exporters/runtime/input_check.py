@@ -1,0 +1,57 @@
+"""Whether inputs are what a graph takes: their names, and sizes within what it was exported and loaded for."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from exporters.graph.ranges import Shaped
+from melora_fx import MELoRAError
+from melora_fx.whole_capture.conditions import Condition
+
+from .providers import Shapes
+
+
+class InputCheck(NamedTuple):
+    """What the inputs of a graph must be.
+
+    Attributes:
+        path: the graph's file, for error texts.
+        axes: input → its axes, a size or the name of a dynamic one.
+        ranges: dynamic axis → (min, opt, max), as the session was asked for.
+        conditions: what the export assumed of sizes; beyond it ONNX Runtime computes, and not what the model does.
+    """
+
+    path: Path
+    axes: Mapping[str, Sequence[int | str]]
+    ranges: Shapes
+    conditions: Sequence[Condition]
+
+    def refuse(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raises MELoRAError for the names or shapes of inputs that it is not for."""
+        missing = [name for name in self.axes if name not in shapes]
+        unknown = [name for name in shapes if name not in self.axes]
+        if missing or unknown:
+            raise MELoRAError(f"`{self.path}` takes the inputs {[*self.axes]}: missing {missing}, unknown {unknown}")
+        if lines := [*self._outside_of_ranges(shapes), *self._against_conditions(shapes)]:
+            raise MELoRAError(f"`{self.path}`: " + "; ".join(lines))
+
+    def _outside_of_ranges(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        lines = []
+        for name, shape in shapes.items() if self.ranges else ():
+            for axis, size in zip(self.axes[name], shape, strict=False):
+                smallest, _, largest = self.ranges.get(str(axis), (size, size, size))
+                if not smallest <= size <= largest:
+                    lines.append(f"`{axis}` of {name} is {size}, `shapes` says {smallest} to {largest}")
+        return lines
+
+    def _against_conditions(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        if any(len(shape) != len(self.axes[name]) for name, shape in shapes.items()):
+            return []  # ONNX Runtime says so
+        inputs = {name: Shaped(tuple(shape)) for name, shape in shapes.items()}
+        return [
+            f"the export assumed that {condition.text}, and "
+            + " and ".join(f"`{name}` has shape {inputs[name].shape}" for name in condition.names)
+            + ": export again with `example_inputs` of such sizes"
+            for condition in self.conditions
+            if not condition.holds(inputs)
+        ]
