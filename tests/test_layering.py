@@ -101,7 +101,7 @@ def borrowed(path: Path) -> Iterator[str]:
             yield ast.unparse(node)
 
 
-def test_internals_are_borrowed_in_two_files() -> None:
+def test_internals_are_borrowed_in_files_of_their_own() -> None:
     """Attributes of instances, which the syntax does not tell from our own, are left to the reader."""
     wrong = [
         f"{path.relative_to(ROOT)}: {name}"

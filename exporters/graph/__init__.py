@@ -1,6 +1,8 @@
 """From a torch module to an ONNX graph: the translation, and each pass over the graph.
 
 axes             the dynamic axes, checked and named
+ranges           the sizes of each axis that the graph is right for
+trial_sizes      those at which it is compared with its model
 inputs, outputs  names for what a model takes and returns
 export           what one pass hands on to the next, and what a target, a precision and an adapter's form are
 build            a model's graph, by transformers' or torch's exporter

@@ -19,7 +19,7 @@ from melora_fx.capture.model_settings import in_mode, own_attributes, without_ca
 from melora_fx.torch_private import tree_map
 from melora_fx.whole_capture.conditions import Condition, conditions_of, exporting
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes, dynamic_shapes
-from melora_fx.whole_capture.example_inputs import changed_names, copied
+from melora_fx.whole_capture.example_inputs import changed_names, copied, name_keywords
 
 from .axes import axes_of, name_axes, refuse_fixed_axes
 from .clean import quiet
@@ -99,6 +99,7 @@ def _export(
 def _export_by_torch(
     model: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any], opset: int | None
 ) -> tuple[onnx_ir.Model, ExportedProgram]:
+    name_keywords(model, inputs)
     program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
     exported = torch.onnx.export(
         program,

@@ -5,5 +5,6 @@ session       sessions that have these providers and fall back to none
 io_binding    inputs and outputs bound to a device's memory
 ort_runner    `OrtRunner`: an ONNX file on a session, with swappable adapters
 torch_runner  `Runner`, the interface, and `TorchRunner`
+input_check   whether inputs are what a graph takes
 graph_inputs  inputs made from what a graph says of itself
 """

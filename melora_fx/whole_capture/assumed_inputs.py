@@ -1,6 +1,7 @@
 """What a capture holds for: the arguments, values and sizes that its export assumed, checked in every call."""
 
 import inspect
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,10 @@ import torch
 from torch import fx, nn
 
 from melora_fx.errors import MELoRAError
-from melora_fx.torch_private import in_fx_trace, input_structure, tree_code, tree_flatten, tree_unflatten
+from melora_fx.torch_private import in_fx_trace, tree_code, tree_flatten, tree_unflatten
 
 from .conditions import Condition
+from .private import input_structure
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -25,7 +27,7 @@ class Sizes:
 
     sizes: tuple[int | None, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"({', '.join('any' if size is None else str(size) for size in self.sizes)})"
 
 
@@ -39,7 +41,7 @@ class AssumedInputs:
 
     Attributes:
         arguments: name → argument, with `Sizes` in the place of each tensor; what goes to `*args` is one argument, a
-            tuple, and to `**kwargs` another, a dict.
+            tuple.
         free_axes: the sizes that may vary, each as it is written first (`x.shape[0]`) → the places that have it: the
             number of the input, a leaf of the arguments, and the axis.
     """
@@ -55,10 +57,11 @@ class AssumedInputs:
         self._positional = [name for name, each in signature.parameters.items() if each.kind in _POSITIONAL]
         self._rest = _name_of(signature, inspect.Parameter.VAR_POSITIONAL)
         self._others = _name_of(signature, inspect.Parameter.VAR_KEYWORD)
+        self._defaults |= {self._rest: ()}
         self._num_positional = len(args)
         self._keywords = tuple(kwargs)
-        self.arguments = self._by_name(args, kwargs)
-        numbers = self._by_name(*tree_unflatten(range(len(examples)), structure))
+        self.arguments = self.by_name(args, kwargs)
+        numbers = self.by_name(*tree_unflatten(range(len(examples)), structure))
         names = {number: f"{name}{code}" for name, tree in numbers.items() for code, number in tree_code(tree)}
         self.free_axes = _free_axes(examples, names)
 
@@ -69,9 +72,9 @@ class AssumedInputs:
             TypeError: for an argument that the forward does not take, and for a missing one.
             MELoRAError: for one that is not as the export assumed.
         """
-        values = self._by_name(args, kwargs)
+        values = self.by_name(args, kwargs)
         for name, value in values.items():
-            if name not in self.arguments and not _is_same(value, self._defaults[name]):
+            if name not in self.arguments and not _is_same(value, self._defaults.get(name)):
                 raise MELoRAError(
                     f"the capture was made without `{name}`, so its graph has none: capture again with `{name}` in "
                     "`example_inputs`"
@@ -88,7 +91,7 @@ class AssumedInputs:
                 )
         return self._as_in_example(values)
 
-    def _by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a call by the names of the signature, without defaults."""
         values: dict[str, Any] = dict(zip(self._positional, args, strict=False))
         rest = args[len(self._positional) :]
@@ -96,31 +99,25 @@ class AssumedInputs:
             raise TypeError(f"the forward takes {len(self._positional)} positional arguments, {len(args)} were given")
         if rest:
             values[self._rest] = tuple(rest)
-        others: dict[str, Any] = {}
         for name, value in kwargs.items():
             if name in values:
                 raise TypeError(f"the argument `{name}` is given by position and by name")
-            if name in self._defaults and name not in (self._rest, self._others):
-                values[name] = value
-            elif self._others:
-                others[name] = value
-            else:
+            if name not in self._defaults and not self._others:
                 raise TypeError(f"the forward takes no argument `{name}`")
-        if others:
-            values[self._others] = others
+            values[name] = value
         return values
 
     def _default(self, name: str) -> Any:
-        if self._defaults[name] is inspect.Parameter.empty:
-            raise TypeError(f"the argument `{name}` is missing")
-        return self._defaults[name]
+        default = self._defaults.get(name, inspect.Parameter.empty)
+        if default is inspect.Parameter.empty:
+            raise TypeError(f"the argument `{name}` is missing: the capture was made with it")
+        return default
 
     def _as_in_example(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args = [values[name] for name in self._positional[: self._num_positional]]
         if self._num_positional > len(args):
             args += values[self._rest]
-        others = values.get(self._others, {})
-        return tuple(args), {name: others[name] if name in others else values[name] for name in self._keywords}
+        return tuple(args), {name: values[name] for name in self._keywords}
 
 
 def _name_of(signature: inspect.Signature, kind: Any) -> str:
@@ -154,8 +151,8 @@ def _check(name: str, value: Any, assumed: Any) -> None:
     assumed_leaves, assumed_structure = tree_flatten(assumed)
     if structure != assumed_structure:
         raise MELoRAError(
-            f"`{name}` is built otherwise than in the example: {structure}, and not {assumed_structure}: capture again "
-            "with `example_inputs` like that"
+            f"`{name}` is built otherwise than in the example, where it is {reprlib.repr(assumed)}: capture again with "
+            "`example_inputs` like that"
         )
     for leaf, assumed_leaf in zip(leaves, assumed_leaves, strict=True):
         _check_leaf(name, leaf, assumed_leaf)
@@ -164,7 +161,7 @@ def _check(name: str, value: Any, assumed: Any) -> None:
 def _check_leaf(name: str, value: Any, assumed: Any) -> None:
     if isinstance(assumed, Sizes):
         if not isinstance(value, torch.Tensor):
-            raise MELoRAError(f"the capture is for a tensor `{name}`, here it is {value!r}: capture again")
+            raise MELoRAError(f"the capture is for a tensor `{name}`, here it is {reprlib.repr(value)}: capture again")
         if not _fits(value, assumed.sizes):
             raise MELoRAError(
                 f"input `{name}` has shape {tuple(value.shape)}, but the capture is for {assumed}: capture again with "
@@ -172,7 +169,7 @@ def _check_leaf(name: str, value: Any, assumed: Any) -> None:
             )
     elif assumed is not VARIES and not _is_same(value, assumed):
         raise MELoRAError(
-            f"the capture is for `{name}={assumed!r}`, here it is {value!r}: capture again with that in "
+            f"the capture is for `{name}={assumed!r}`, here it is {reprlib.repr(value)}: capture again with that in "
             "`example_inputs`"
         )
 

@@ -15,7 +15,8 @@ import sympy
 from torch.export import ExportedProgram
 
 from melora_fx.errors import MELoRAError
-from melora_fx.torch_private import LargeConditionError, conditions_up_to, export_guards, without_assuming_two
+
+from .private import LargeConditionError, conditions_up_to, export_guards, without_assuming_two
 
 _FUNCTIONS: dict[str, Any] = {"min": min, "max": max, "abs": abs, "float": float, "int": int, "round": round}
 _PARTS = (

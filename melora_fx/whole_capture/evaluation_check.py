@@ -1,5 +1,6 @@
 """Whether a capture computes what its model does: in evaluation, and where an axis has one entry."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from melora_fx.torch_private import tree_flatten, tree_leaves, tree_map, tree_un
 
 from .assumed_inputs import AssumedInputs
 from .conditions import Condition
-from .example_inputs import copied
+from .example_inputs import changed_names, copied
 
 
 def has_values(model: nn.Module) -> bool:
@@ -24,7 +25,8 @@ def check_evaluation(
     model: nn.Module, graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Refuses a capture whose outputs in evaluation are not the model's, and notes which axes it takes to be larger
-    than 1, as `torch.export` does without a word; without values there is nothing to compare.
+    than 1, as `torch.export` does without a word; without values there is nothing to compare. Warns where the forward
+    changes its inputs.
 
     `graph_module` is in evaluation afterwards. Both run on copies of what a forward may write to.
     """
@@ -32,12 +34,16 @@ def check_evaluation(
         return
     graph_module.eval()
     with torch.no_grad(), own_attributes(model), in_mode(model, training=False), without_cache(model):
-        if not _are_near(_outputs(graph_module, args, kwargs), _outputs(model, args, kwargs)):
+        expected = _run(model, args, kwargs)
+        if not _are_near(tree_leaves(_run(graph_module, args, kwargs)), tree_leaves(expected)):
             raise MELoRAError(
                 f"`{type(model).__name__}` cannot be captured whole: its forward differs between train and eval mode "
                 "by more than dropout, which one graph cannot follow: rewrite it without `example_inputs=`"
             )
         assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
+        if changed := changed_names(assumed.by_name(*expected[1:]), assumed.by_name(args, kwargs)):
+            names = ", ".join(f"`{name}`" for name in changed)
+            warnings.warn(f"the forward of `{type(model).__name__}` changes its input {names} in place", stacklevel=6)
         assumed.conditions += tuple(_smallest_sizes(model, graph_module, args, kwargs, assumed))
 
 
@@ -58,11 +64,11 @@ def _smallest_sizes(
         """With one entry along these axes; None where the model itself takes no such inputs."""
         inputs = _first_entries(args, kwargs, [place for size in sizes for place in assumed.free_axes[size]])
         try:
-            expected = _outputs(model, *inputs)
+            expected = tree_leaves(_run(model, *inputs))
         except Exception:  # the model's own forward can raise anything
             return None
         try:
-            return _are_near(_outputs(graph_module, *inputs), expected)
+            return _are_near(tree_leaves(_run(graph_module, *inputs)), expected)
         except Exception:  # as can the graph
             return False
 
@@ -96,12 +102,14 @@ def _first_entries(args: Any, kwargs: Any, places: Iterable[tuple[int, int]]) ->
     return made
 
 
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Leaves of what comes out, on copies of the inputs and the buffers."""
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What comes out, with copies of the inputs and the buffers; and these inputs afterwards."""
     args, kwargs = tree_map(copied, (args, kwargs))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     outputs = torch.func.functional_call(model, buffers, args, kwargs)
-    return tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+    return dict(outputs) if isinstance(outputs, Mapping) else outputs, args, kwargs
 
 
 def _are_near(actual: list[Any], expected: list[Any]) -> bool:

@@ -1,9 +1,12 @@
 """The inputs that a capture is made with."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from melora_fx.torch_private import tree_leaves, tree_map
 
@@ -32,6 +35,32 @@ def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any
 
 def _doubled(leaf: Any) -> Any:
     return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+
+def with_named_keywords(signature: inspect.Signature, names: Iterable[str]) -> inspect.Signature:
+    """The signature with a keyword argument for each of `names` that would go to its `**kwargs`, and without that."""
+    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(own) == len(signature.parameters):
+        return signature
+    known = {each.name for each in own}
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names if name not in known]
+    return signature.replace(parameters=[*own, *more])
+
+
+def name_keywords(model: nn.Module, names: Iterable[str]) -> inspect.Signature:
+    """Gives the model an own `forward` with the signature `with_named_keywords`, and returns that: `torch.export` does
+    not find the dynamic shapes of what goes to `**kwargs` (torch 2.13).
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    signature = with_named_keywords(inspect.signature(forward), names)
+    vars(named)["__signature__"] = signature
+    vars(model)["forward"] = named
+    return signature
 
 
 def copied(leaf: Any) -> Any:

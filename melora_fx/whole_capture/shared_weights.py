@@ -1,16 +1,21 @@
-"""Names of weights that a model has in several places: an export keeps one name for all of them.
+"""Names of weights that a model has in several places: an export keeps one name for all of them, or none.
 
 An exported graph reads a tied pair under the name of one, and a module that is used twice under its first path. Here
-each user reads the weight under the name that its own module has for it, so that a site is named after its module.
+each user reads the weight under the name that its own module has for it, so that a site is named after its module. A
+weight that the model keeps in a plain list, too, is a constant of the export: here it is the parameter again.
 """
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import fx, nn
 
+from melora_fx.errors import MELoRAError
 from melora_fx.names import get_attribute
 from melora_fx.shared_memory import sharing_parameters
+from melora_fx.torch_private import in_one_storage
 
 
 def repeated_modules(model: nn.Module) -> dict[str, str]:
@@ -24,7 +29,12 @@ def repeated_modules(model: nn.Module) -> dict[str, str]:
 
 
 def name_by_user(graph_module: fx.GraphModule, repeated: Mapping[str, str]) -> None:
-    """Gives each user of a shared parameter its own name for it, in place; `repeated` as of `repeated_modules`."""
+    """Gives each user of a shared parameter its own name for it, in place; `repeated` as of `repeated_modules`.
+
+    Raises:
+        MELoRAError: where the model reads part of a parameter through a tensor that is none.
+    """
+    _read_parameters_for_constants(graph_module)
     _share_repeated_modules(graph_module, repeated)
     graph = graph_module.graph
     sharing = sharing_parameters(graph_module)
@@ -34,6 +44,48 @@ def name_by_user(graph_module: fx.GraphModule, repeated: Mapping[str, str]) -> N
         if others:
             names = {name.rpartition(".")[0]: name for name in (read, *others)}
             _read_by_own_names(graph, node, names, repeated)
+
+
+def _read_parameters_for_constants(graph_module: fx.GraphModule) -> None:
+    """Lets the graph read a parameter where the export took another tensor over the same memory for a constant."""
+    parameters = dict(graph_module.named_parameters())
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        constant = get_attribute(graph_module, str(node.target))
+        if not isinstance(constant, torch.Tensor) or isinstance(constant, nn.Parameter):
+            continue
+        for name, parameter in parameters.items():
+            if not _overlap(constant, parameter):
+                continue
+            if _memory(constant) != _memory(parameter):
+                raise MELoRAError(
+                    f"`{name}` is also read through a view of it that the model keeps, of shape "
+                    f"{tuple(constant.shape)}, which the capture would take for a constant: make the view in `forward`"
+                )
+            node.target = name
+            break
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's entries lie in its storage."""
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if not (_is_strided(first) and _is_strided(second) and in_one_storage(first, second)):
+        return False
+    (start, end), (other_start, other_end) = _bytes(first), _bytes(second)
+    return start < other_end and other_start < end
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.numel() > 0
+
+
+def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and end within the storage; addresses do not tell on the meta device."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start * tensor.element_size(), (start + int(last) + 1) * tensor.element_size()
 
 
 def _share_repeated_modules(graph_module: fx.GraphModule, repeated: Mapping[str, str]) -> None:

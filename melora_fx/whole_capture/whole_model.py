@@ -13,13 +13,14 @@ from torch.export import ExportedProgram
 from melora_fx.capture.expert_layers import REMEDY, loops_over_experts
 from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
 from melora_fx.errors import MELoRAError
-from melora_fx.torch_private import clear_export_hooks, follows_mode
+from melora_fx.torch_private import follows_mode
 
 from .assumed_inputs import AssumedInputs, check_inputs
 from .conditions import Condition, conditions_of, exporting
 from .dynamic_axes import DynamicAxes, dynamic_shapes, has_dynamic_batch, refuse_wrong_axes
 from .evaluation_check import check_evaluation, has_values
-from .example_inputs import as_arguments
+from .example_inputs import as_arguments, name_keywords, with_named_keywords
+from .private import clear_export_hooks
 from .shared_weights import name_by_user, repeated_modules
 from .training_mode import follow_training_mode
 
@@ -63,9 +64,9 @@ def capture_whole(
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name."""
+    """The arguments by name, also of those that go to `**kwargs`."""
     try:
-        return signature.bind(*args, **kwargs).arguments
+        return with_named_keywords(signature, kwargs).bind(*args, **kwargs).arguments
     except TypeError as error:
         raise MELoRAError(f"`example_inputs` are no call of the model's forward{signature}: {error}") from error
 
@@ -126,7 +127,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     if program is None:
         remedy = f"{REMEDY}: " if loops_over_experts(model) else ""
         raise MELoRAError(f"torch.export cannot capture `{name}`: {remedy}{error}") from error
-    warnings.warn(f"`{name}` can be captured in eval mode only: the graph has no dropout", stacklevel=5)
+    warnings.warn(f"`{name}` can be captured in eval mode only: the graph has no dropout", stacklevel=6)
     return program
 
 
@@ -135,6 +136,7 @@ def _export_in_mode(
 ) -> tuple[ExportedProgram | None, Exception | None]:
     """The program, or why there is none."""
     with own_attributes(model), in_mode(model, training=training), exporting(tries_ones=has_values(model)):
+        name_keywords(model, kwargs)
         try:
             return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
         except MELoRAError:

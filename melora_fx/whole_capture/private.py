@@ -1,0 +1,75 @@
+"""What whole captures borrow of `torch.export` and its sizes: as in `torch_private.py`."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import sympy
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes_config
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+
+def input_structure(module: fx.GraphModule) -> Any:
+    """The structure of (args, kwargs) that an exported module takes. torch 2.13."""
+    return module._in_spec
+
+
+def export_guards(program: ExportedProgram) -> list[str]:
+    """What an export assumed of the sizes of its inputs beside single ranges, such as `L['x'].size()[1] % 4 == 0`.
+
+    The module of the program checks them under `torch._assert`, with hooks that cannot be pickled. torch 2.13.
+    """
+    return list(program._guards_code)
+
+
+def without_assuming_two() -> AbstractContextManager[None]:
+    """In the block `torch.export` notes where it takes an axis to be larger than 1, and does not do so unasked.
+    torch 2.13.
+    """
+    config: Any = symbolic_shapes_config
+    patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
+    return patched
+
+
+class LargeConditionError(Exception):
+    """A condition on the size `source`, such as `L['x'].size()[2]`, that has grown past a limit."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(source)
+        self.source = source
+
+
+@contextmanager
+def conditions_up_to(operations: int) -> Iterator[None]:
+    """In the block `torch.export` raises LargeConditionError before it looks at a condition of more operations: with
+    those it is busy for minutes, and has no limit of its own. torch 2.13.
+    """
+    evaluate = ShapeEnv.evaluate_expr
+
+    def evaluate_small(env: ShapeEnv, condition: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(condition, sympy.Basic) and condition.count_ops() > operations:
+            uses = Counter(part for part in sympy.preorder_traversal(condition) if part in env.var_to_sources)
+            raise LargeConditionError(env.var_to_sources[max(uses, key=uses.__getitem__)][0].name)
+        return evaluate(env, condition, *args, **kwargs)
+
+    setattr(ShapeEnv, "evaluate_expr", evaluate_small)  # noqa: B010, mypy refuses the assignment
+    try:
+        yield
+    finally:
+        setattr(ShapeEnv, "evaluate_expr", evaluate)  # noqa: B010
+
+
+def clear_export_hooks(module: nn.Module) -> None:
+    """Removes every forward hook: those of `ExportedProgram.module()` cannot be pickled, and it gives no handles to
+    them. torch 2.13.
+    """
+    for hooks in (
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks,
+        module._forward_hooks_always_called,
+    ):
+        hooks.clear()
