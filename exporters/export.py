@@ -109,17 +109,17 @@ def export_onnx(
     ):
         step("translating the model")
         values.enter_context(held.values(model, found))
-        built = build_graph(model, inputs, dynamic_axes=dynamic_axes, opset=opset, tries_ones=verify)
+        built = build_graph(model, inputs, dynamic_axes=dynamic_axes, opset=opset)
         export = Export(built.graph_model, model, inputs, options, held, found, values, [*built.conditions])
         step("rewriting the graph")
         run_passes(export)
         step("writing")
         notes = _write(export, facts | graph_facts(export), staging)
         verification = _verify(export, staging, step)
-        if verification and verification.conditions:
-            export.conditions += verification.conditions
+        if verification and list(verification.conditions) != export.conditions:
+            export.conditions = list(verification.conditions)
             write_description(staging / options.path.name, facts | graph_facts(export))
-        notes += _notes(built.changed_inputs, verification)
+        notes += tuple(f"the model changes its input `{name}`, the graph does not" for name in built.changed_inputs)
         report = _report(export, verification, notes, staging, start)
         _publish(report, options.path, staging)
     return report
@@ -196,13 +196,6 @@ def _verify(export: Export, staging: Path, step: Callable[[str], None]) -> Verif
         return compare_with_torch(export, file)
     except MELoRAError as error:
         raise MELoRAError(f"{error}\nthe graph is left in `{keep_failed(staging, options.path)}`") from error
-
-
-def _notes(changed_inputs: tuple[str, ...], verification: Verification | None) -> tuple[str, ...]:
-    """What the user should know of where the graph is not all of the model."""
-    changed = [f"the model changes its input `{name}` in place, the graph does not" for name in changed_inputs]
-    larger = verification.conditions if verification else ()
-    return *changed, *(f"the graph is right only where {condition.text}" for condition in larger)
 
 
 def _report(

@@ -41,7 +41,6 @@ def build_graph(
     *,
     dynamic_axes: DynamicAxes = "auto",
     opset: int | None = None,
-    tries_ones: bool = False,
 ) -> BuiltGraph:
     """The ONNX graph of `model` in evaluation mode, without a key-value cache.
 
@@ -52,22 +51,20 @@ def build_graph(
         inputs: keyword arguments of the model; what is no tensor becomes a constant of the graph.
         dynamic_axes: which axes stay dynamic.
         opset: ONNX operator set; None leaves the exporter's default.
-        tries_ones: whether the graph will be tried with axes of one entry: as in `conditions.exporting`.
 
     Raises:
         MELoRAError: where the model or the exporter fails, its own message is given; for an axis that the model fixes.
     """
     with own_attributes(model), in_mode(model, training=False), without_cache(model), torch.no_grad():
         outputs, changed = _run(model, inputs)
-        graph_model, program = _export(model, inputs, dynamic_axes, opset, tries_ones)
+        graph_model, program = _export(model, inputs, dynamic_axes, opset)
     _name_outputs(graph_model.graph, outputs)
     if opset is not None and graph_model.opset_imports[""] != opset:
         raise MELoRAError(f"the exporter cannot write opset {opset}: it gave {graph_model.opset_imports['']}")
     refuse_fixed_axes(graph_model.graph, dynamic_axes)
     name_axes(graph_model.graph, inputs, dynamic_axes)
     conditions = conditions_of(program)
-    if tries_ones:
-        conditions += sizes_above(0, {value.name or "": axes_of(value) for value in graph_model.graph.inputs})
+    conditions += sizes_above(0, {value.name or "": axes_of(value) for value in graph_model.graph.inputs})
     return BuiltGraph(graph_model, tuple(conditions), changed)
 
 
@@ -84,10 +81,10 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tens
 
 
 def _export(
-    model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes, opset: int | None, tries_ones: bool
+    model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes, opset: int | None
 ) -> tuple[onnx_ir.Model, ExportedProgram]:
     try:
-        with quiet(), exporting(tries_ones=tries_ones):
+        with quiet(), exporting():
             shapes = dynamic_shapes(inputs, dynamic_axes)
             if isinstance(model, PreTrainedModel):
                 return export_by_transformers(model, inputs, shapes, opset)

@@ -163,6 +163,12 @@ class OrtRunner:
         runner._fixed = _Adapter(tensors, self.to_device(tensors))
         return runner
 
+    def without_check(self) -> "OrtRunner":
+        """A runner on the same session that takes inputs whatever the export assumed of their sizes."""
+        runner = copy.copy(self)
+        runner._check = self._check._replace(conditions=())
+        return runner
+
     def describe(self) -> dict[str, Any]:
         """What the session is and does, ready for JSON: the provider asked for, and those that it has, in order, with
         all options as ONNX Runtime reports them; the number of nodes that each provider has been given; threads,
@@ -182,6 +188,7 @@ class OrtRunner:
             "fixed_axes": choice.fixed_axes,
             "session_config": self.session_config,
             "shapes": {axis: list(sizes) for axis, sizes in self._shapes.items()},
+            "assumed": [condition.text for condition in self._check.conditions],
             "onnxruntime": import_onnxruntime().__version__,
         }
 

@@ -8,7 +8,7 @@ import ast
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -29,15 +29,19 @@ _PARTS = (
 class Condition:
     """One condition.
 
-    Attributes:
+    Args:
         text: the comparison.
+        is_doubtful: an export also asks whether sizes are equal to know how a tensor lies in memory, and what it
+            computes may not depend on that.
+
+    Attributes:
         names: what it asks about.
 
     Raises:
         MELoRAError: for a text that is no comparison of numbers.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, is_doubtful: bool = False) -> None:
         try:
             tree = ast.parse(text, mode="eval")
         except (SyntaxError, ValueError) as error:
@@ -46,6 +50,7 @@ class Condition:
             raise MELoRAError(f"`{text}` is no condition on sizes")
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         self.text = text
+        self.is_doubtful = is_doubtful
         self.names = tuple(sorted(names - _FUNCTIONS.keys() - {"math"}))
         self._test = eval(f"lambda {', '.join(self.names)}: {text}", {"__builtins__": {}, "math": math, **_FUNCTIONS})
 
@@ -83,18 +88,15 @@ def _is_allowed(node: ast.AST) -> bool:
 
 
 @contextmanager
-def exporting(*, tries_ones: bool) -> Iterator[None]:
-    """For calls of `torch.export`: names an axis that it cannot handle, where it would be busy for minutes.
-
-    Args:
-        tries_ones: whether axes of one entry will be tried afterwards. Otherwise the export itself must note where it
-            takes an axis to be larger; it notes some that the model would serve with one.
+def exporting() -> Iterator[None]:
+    """For calls of `torch.export`: it notes where it takes an axis to be larger than 1, and an axis that would keep it
+    busy for minutes is named.
 
     Raises:
         MELoRAError: for such an axis.
     """
     try:
-        with conditions_up_to(_MOST_OPERATIONS), nullcontext() if tries_ones else without_assuming_two():
+        with conditions_up_to(_MOST_OPERATIONS), without_assuming_two():
             yield
     except LargeConditionError as error:
         size = readable(error.source)
@@ -112,31 +114,71 @@ they grow past this, as in Swin's shifted windows of any height and width, `torc
 
 def conditions_of(program: ExportedProgram) -> list[Condition]:
     """What an export assumed of the sizes of its inputs, but for single sizes that it froze."""
-    texts = dict.fromkeys(readable(guard) for guard in export_guards(program))
-    return [Condition(text) for text in texts if not _FROZEN.fullmatch(text)]
+    guards: dict[str, list[str]] = {}
+    for guard in export_guards(program):
+        guards.setdefault(readable(guard), []).append(guard)
+    return [
+        Condition(text, is_doubtful=all(" == " in guard for guard in found))
+        for text, found in guards.items()
+        if text and not _FROZEN.fullmatch(text)
+    ]
 
 
 def readable(guard: str) -> str:
-    """A guard of `torch.export`, such as `(-1)*L['x'].size()[1] > -16`, as one reads it: `x.shape[1] < 16`."""
+    """A guard of `torch.export`, such as `(-1)*L['x'].size()[1] > -16`, as one reads it: `x.shape[1] < 16`; "" for one
+    that always holds.
+    """
     text = re.sub(r"L\['(\w+)'\]", r"\1", guard).replace(".size()[", ".shape[")
     sizes = list(dict.fromkeys(_SIZE.findall(text)))
-    symbols = {f"n{index}": sympy.Symbol(f"n{index}", integer=True) for index in range(len(sizes))}
     short = text
-    for name, size in zip(symbols, sizes, strict=True):
-        short = short.replace(size, name)
-    match = re.fullmatch(r"([^<>=!]+) (<|<=|>|>=) ([^<>=!]+)", short)
-    if match is None or re.search(r"[%/]|[a-z]{2}", short):
+    for number, size in enumerate(sizes):
+        short = short.replace(size, f"n{number}")
+    if re.search(r"[%/]|\b(?!min|max|or|and)[a-z]{2}", short) or _FROZEN.fullmatch(text):
         return text
-    left, comparison, right = match.groups()
-    known = {"__builtins__": {}, **symbols}
-    simple = sympy.Rel(eval(left, known), eval(right, known), comparison).canonical
-    if not isinstance(simple, sympy.core.relational.Relational):
-        return text
-    written = dict(zip(symbols, sizes, strict=True))
-    return re.sub(r"n\d+", lambda name: written[name[0]], str(simple))
+    simple = _as_range(short) if len(sizes) == 1 else _canonical(short, len(sizes))
+    return text if simple is None else re.sub(r"n(\d+)", lambda name: sizes[int(name[1])], simple)
 
+
+def _canonical(text: str, num_sizes: int) -> str | None:
+    """A comparison of sums and products of `n0`, `n1`, … in sympy's order; None for another."""
+    match = re.fullmatch(r"([^<>=!a-z]+) (<|<=|>|>=) ([^<>=!a-z]+)", text.replace("n", "N"))
+    if match is None:
+        return None
+    known = {"__builtins__": {}} | {
+        f"N{number}": sympy.Symbol(f"n{number}", integer=True) for number in range(num_sizes)
+    }
+    left, comparison, right = match.groups()
+    simple = sympy.Rel(eval(left, known), eval(right, known), comparison).canonical
+    return str(simple) if isinstance(simple, sympy.core.relational.Relational) else None
+
+
+def _as_range(text: str) -> str | None:
+    """A comparison of sums, products, minima and maxima of the size `n0`, as the smallest and the largest for which it
+    is true; None where these are no range.
+    """
+    condition = Condition(text)
+    end = 2 * sum(map(int, re.findall(r"\b\d+", text))) + 4
+    if end > _MOST_SIZES:
+        return None
+    fits = [condition.holds({"n0": size}) for size in range(end)]
+    last = fits[-1]  # one as large changes nothing any more, or it is not for us
+    if True not in fits or any(condition.holds({"n0": end << power}) != last for power in range(24)):
+        return None
+    smallest, number = fits.index(True), sum(fits)
+    if not all(fits[smallest : smallest + number]):
+        return None
+    parts = [f"n0 > {smallest - 1}"] if smallest else []
+    parts += [f"n0 <= {smallest + number - 1}"] if not last else []
+    return " and ".join(parts)
+
+
+_MOST_SIZES = 2**19
+"""Beyond this many a comparison is left as it is."""
 
 _SIZE = re.compile(r"\w+(?:\[[^][]+\])*\.shape\[\d+\]")
 """The size of an axis of an argument, or of a tensor within one."""
+
+UPPER_BOUND = re.compile(rf"({_SIZE.pattern}) <= (\d+)")
+"""A condition that is the largest size of an axis."""
 
 _FROZEN = re.compile(rf"{_SIZE.pattern} == \d+")

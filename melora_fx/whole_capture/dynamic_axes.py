@@ -12,7 +12,8 @@ DynamicAxes = Literal["auto"] | Mapping[str, Mapping[int, str]]
 """Axes that may vary, if the model lets them: "auto" for batch and sequence, or input name → {axis: name}.
 
 "auto" frees the axes 0 and 1 of each tensor, and further ones that are as long as such an axis 1: those of a mask for
-pairs of tokens. The height and width of images, and frames of sound, are freed by name only.
+pairs of tokens; but no axis of one entry, which a model may repeat. The height and width of images, and frames of
+sound, are freed by name only.
 """
 
 
@@ -63,4 +64,4 @@ def _automatic(leaf: Any, lengths: set[int]) -> dict[int, Any] | None:
     """The entry of one tensor for "auto"; None for what is no tensor."""
     if not isinstance(leaf, torch.Tensor):
         return None
-    return {axis: Dim.AUTO for axis, size in enumerate(leaf.shape) if axis < 2 or size in lengths}
+    return {axis: Dim.AUTO for axis, size in enumerate(leaf.shape) if size != 1 and (axis < 2 or size in lengths)}

@@ -1,7 +1,8 @@
-"""Whether a capture computes what its model does: in evaluation, and where an axis has one entry."""
+"""Whether a capture computes what its model does in evaluation."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import fx, nn
 
 from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
 from melora_fx.errors import MELoRAError
-from melora_fx.torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from melora_fx.torch_private import tree_leaves, tree_map
 
 from .assumed_inputs import AssumedInputs
-from .conditions import Condition
 from .example_inputs import changed_names, copied
+from .tried_sizes import try_sizes
 
 
 def has_values(model: nn.Module) -> bool:
@@ -24,9 +25,8 @@ def has_values(model: nn.Module) -> bool:
 def check_evaluation(
     model: nn.Module, graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Refuses a capture whose outputs in evaluation are not the model's, and notes which axes it takes to be larger
-    than 1, as `torch.export` does without a word; without values there is nothing to compare. Warns where the forward
-    changes its inputs.
+    """Refuses a capture whose outputs in evaluation are not the model's, and notes which axes must be larger than 1;
+    without values there is nothing to compare. Warns where the forward changes its inputs.
 
     `graph_module` is in evaluation afterwards. Both run on copies of what a forward may write to.
     """
@@ -44,62 +44,19 @@ def check_evaluation(
         if changed := changed_names(assumed.by_name(*expected[1:]), assumed.by_name(args, kwargs)):
             names = ", ".join(f"`{name}`" for name in changed)
             warnings.warn(f"the forward of `{type(model).__name__}` changes its input {names} in place", stacklevel=6)
-        assumed.conditions += tuple(_smallest_sizes(model, graph_module, args, kwargs, assumed))
+        try_sizes(assumed, args, kwargs, partial(_is_right, model, graph_module))
 
 
-def _smallest_sizes(
-    model: nn.Module,
-    graph_module: fx.GraphModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    assumed: AssumedInputs,
-) -> Iterator[Condition]:
-    """That each of the free axes has an entry, or two, where the graph is not the model with one.
-
-    Axes of several inputs that are as long in the example, such as the batches of tokens and of their mask, are tried
-    together too: many models take one entry of both, and not of one.
-    """
-
-    def is_right(*sizes: str) -> bool | None:
-        """With one entry along these axes; None where the model itself takes no such inputs."""
-        inputs = _first_entries(args, kwargs, [place for size in sizes for place in assumed.free_axes[size]])
-        try:
-            expected = tree_leaves(_run(model, *inputs))
-        except Exception:  # the model's own forward can raise anything
-            return None
-        try:
-            return _are_near(tree_leaves(_run(graph_module, *inputs)), expected)
-        except Exception:  # as can the graph
-            return False
-
-    leaves = tree_leaves((args, kwargs))
-    right = []
-    for size, places in assumed.free_axes.items():
-        number, axis = places[0]
-        together = [
-            other
-            for other, ((other_number, other_axis), *_) in assumed.free_axes.items()
-            if other_axis == axis and leaves[other_number].size(axis) == leaves[number].size(axis)
-        ]
-        alone = is_right(size)
-        if alone or (len(together) > 1 and is_right(*together)):
-            right.append(size)
-        if alone is False and size in right:
-            others = " and ".join(f"{other} == 1" for other in together if other != size)
-            yield Condition(f"{size} > 1 or ({others})")
-        yield Condition(f"{size} > {0 if size in right else 1}")
-    if len(right) > 1 and not is_right(*right):
-        yield Condition(" or ".join(f"{size} > 1" for size in right))
-
-
-def _first_entries(args: Any, kwargs: Any, places: Iterable[tuple[int, int]]) -> tuple[Any, Any]:
-    """The arguments with the first entry alone along these axes: (number of the input, axis)."""
-    leaves, structure = tree_flatten((args, kwargs))
-    cut = list(leaves)
-    for number, axis in places:
-        cut[number] = cut[number].narrow(axis, 0, 1)
-    made: tuple[Any, Any] = tree_unflatten(cut, structure)
-    return made
+def _is_right(model: nn.Module, graph_module: fx.GraphModule, args: Any, kwargs: Any) -> bool | None:
+    """Whether the graph computes what the model does; None where the model takes no such inputs."""
+    try:
+        expected = _run(model, args, kwargs)
+    except Exception:  # the model's own forward can raise anything
+        return None
+    try:
+        return _are_near(tree_leaves(_run(graph_module, args, kwargs)), tree_leaves(expected))
+    except Exception:  # as can the graph
+        return False
 
 
 def _run(

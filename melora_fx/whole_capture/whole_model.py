@@ -18,7 +18,7 @@ from melora_fx.torch_private import follows_mode
 from .assumed_inputs import AssumedInputs, check_inputs
 from .conditions import Condition, conditions_of, exporting
 from .dynamic_axes import DynamicAxes, dynamic_shapes, has_dynamic_batch, refuse_wrong_axes
-from .evaluation_check import check_evaluation, has_values
+from .evaluation_check import check_evaluation
 from .example_inputs import as_arguments, name_keywords, with_named_keywords
 from .private import clear_export_hooks
 from .shared_weights import name_by_user, repeated_modules
@@ -135,7 +135,7 @@ def _export_in_mode(
     model: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any]
 ) -> tuple[ExportedProgram | None, Exception | None]:
     """The program, or why there is none."""
-    with own_attributes(model), in_mode(model, training=training), exporting(tries_ones=has_values(model)):
+    with own_attributes(model), in_mode(model, training=training), exporting():
         name_keywords(model, kwargs)
         try:
             return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None

@@ -1,0 +1,13 @@
+"""Models whose forward depends on more than the values of tensors, and what becomes of a whole capture.
+
+case       what a case says, and whether it holds
+sizes      sizes that decide what is computed
+axes       which axes may vary
+arguments  how a model is called, and arguments that are no tensors
+state      what a forward keeps, and weights in unusual places
+"""
+
+from support.whole_captures import arguments, axes, sizes, state
+from support.whole_captures.case import CASES, WholeCase, check, check_onnx
+
+__all__ = ["CASES", "WholeCase", "arguments", "axes", "check", "check_onnx", "sizes", "state"]

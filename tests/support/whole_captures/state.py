@@ -1,0 +1,142 @@
+"""What a forward keeps, and weights in unusual places."""
+
+import torch
+from torch import nn
+
+from support.models import IN
+from support.whole_captures.case import Child, whole, x
+
+AREA = "State, and weights in several places"
+
+
+class Square(nn.Module):
+    """Has one nn.Linear, 24 → 24."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(IN, IN)
+
+
+@whole(AREA, "a buffer that is exchanged, `self.n = self.n + 1`", (x(2, 24),), right={"again": (x(2, 24),)})
+class ExchangedBuffer(Child):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.n = self.n + 1
+        return self.fc(x) * self.n, self.n
+
+
+@whole(AREA, "a buffer that is changed, `self.n.add_(1)`", (x(2, 24),), right={"again": (x(2, 24),)})
+class ChangedBuffer(Child):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.n.add_(1)
+        return self.fc(x) * self.n, self.n.clone()
+
+
+@whole(
+    AREA,
+    "a counter in Python, `self.calls += 1`",
+    (x(2, 24),),
+    warns="keeps `calls`",
+)
+class Counter(Child):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.fc(x)
+
+
+@whole(
+    AREA,
+    "a tensor that is kept as an attribute, `self.last = y`",
+    (x(2, 24),),
+    at_rewrite="last",
+)
+class KeepsTensor(Child):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.zeros(2, 36)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x) + self.last.mean()
+        self.last = y
+        return y
+
+
+@whole(
+    AREA,
+    "an input that is changed in place, `x.mul_(2)`",
+    (x(2, 5, 24),),
+    right={"7 tokens": (x(2, 7, 24),)},
+    warns="changes its input `x`",
+)
+class ChangesInput(Child):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mul_(2))
+
+
+@whole(AREA, "the weight in a plain list, beside the module", (x(2, 24),), right={"a batch of 1": (x(1, 24),)})
+class WeightInList(Square):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = [self.fc.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) @ self.weights[0].T
+
+
+@whole(AREA, "the weight in a plain list alone", (x(2, 24),))
+class WeightInListAlone(Square):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = [self.fc.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weights[0].T + self.fc.bias
+
+
+@whole(AREA, "a view of the weight that is made in `__init__`", (x(2, 24),), at_rewrite="`fc.weight` is also read")
+class ViewOfWeight(Square):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = [self.fc.weight[:12]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + (x @ self.rows[0].T).sum()
+
+
+@whole(AREA, "`next(self.fc.parameters())`", (x(2, 24),), right={"a batch of 1": (x(1, 24),)})
+class NextOfParameters(Square):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + x @ next(self.fc.parameters()).T
+
+
+@whole(AREA, "one module twice", (x(2, 24),), right={"a batch of 1": (x(1, 24),)})
+class Twice(Square):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.tanh(self.fc(x)))
+
+
+@whole(AREA, "batch norm in evaluation", (x(4, 24),), right={"a batch of 1": (x(1, 24),)})
+class Normalised(Child):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(36)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.fc(x))
+
+
+@whole(AREA, "`if self.training` returns something else", (x(2, 24),), at_rewrite="differs between train and eval mode")
+class OtherInTraining(Child):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * 3 if self.training else self.fc(x)
