@@ -119,7 +119,7 @@ def export_onnx(
         if verification and list(verification.conditions) != export.conditions:
             export.conditions = list(verification.conditions)
             write_description(staging / options.path.name, facts | graph_facts(export))
-        notes += tuple(f"the model changes its input `{name}`, the graph does not" for name in built.changed_inputs)
+        notes += built.left_out
         report = _report(export, verification, notes, staging, start)
         _publish(report, options.path, staging)
     return report

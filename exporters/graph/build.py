@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from exporters.private import export_by_transformers, grouped_translations
 from melora_fx import MELoRAError
-from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
+from melora_fx.capture.model_settings import changed_attributes, in_mode, own_attributes, without_cache
 from melora_fx.torch_private import tree_map
 from melora_fx.whole_capture.conditions import Condition, conditions_of, exporting
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes, dynamic_shapes
@@ -28,11 +28,11 @@ from .ranges import sizes_above
 
 
 class BuiltGraph(NamedTuple):
-    """A graph, what its export assumed of the sizes of its inputs, and those of them that the forward changes."""
+    """A graph, what its export assumed of the sizes of its inputs, and in words what the model does beside it."""
 
     graph_model: onnx_ir.Model
     conditions: tuple[Condition, ...]
-    changed_inputs: tuple[str, ...]
+    left_out: tuple[str, ...]
 
 
 def build_graph(
@@ -56,7 +56,7 @@ def build_graph(
         MELoRAError: where the model or the exporter fails, its own message is given; for an axis that the model fixes.
     """
     with own_attributes(model), in_mode(model, training=False), without_cache(model), torch.no_grad():
-        outputs, changed = _run(model, inputs)
+        outputs, left_out = _run(model, inputs)
         graph_model, program = _export(model, inputs, dynamic_axes, opset)
     _name_outputs(graph_model.graph, outputs)
     if opset is not None and graph_model.opset_imports[""] != opset:
@@ -65,19 +65,26 @@ def build_graph(
     name_axes(graph_model.graph, inputs, dynamic_axes)
     conditions = conditions_of(program)
     conditions += sizes_above(0, {value.name or "": axes_of(value) for value in graph_model.graph.inputs})
-    return BuiltGraph(graph_model, tuple(conditions), changed)
+    return BuiltGraph(graph_model, tuple(conditions), left_out)
 
 
 def _run(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The model's outputs by name, and the names of the inputs that it changes in place."""
-    given = tree_map(copied, inputs)
+    """The model's outputs by name, and what it does to its inputs and attributes, in words."""
+    outputs, given = list[dict[str, torch.Tensor]](), list[dict[str, Any]]()
+
+    def run() -> None:
+        given.append(tree_map(copied, inputs))
+        outputs.append(named_outputs(model(**given[-1])))
+
     try:
-        outputs = named_outputs(model(**given))
+        kept = changed_attributes(model, run)
     except Exception as error:  # the model's own forward can raise anything
         raise MELoRAError(
             f"`{type(model).__name__}` does not take `example_inputs`: {type(error).__name__}: {error}"
         ) from error
-    return outputs, changed_names(given, inputs)
+    notes = [f"the model changes its input `{name}`, the graph does not" for name in changed_names(given[0], inputs)]
+    notes += [f"the model keeps `{name}` from call to call, the graph has its value of now" for name in kept]
+    return outputs[0], tuple(notes)
 
 
 def _export(

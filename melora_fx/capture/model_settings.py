@@ -1,11 +1,15 @@
 """Settings of a model inside a block, train or eval mode and no key-value cache; and its attributes, kept over one."""
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+from melora_fx.names import join_path
+from melora_fx.torch_private import tree_leaves
 
 
 @contextmanager
@@ -56,6 +60,49 @@ def own_attributes(model: nn.Module) -> Iterator[None]:
             for name in vars(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
+
+
+def changed_attributes(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+    """The attributes, as in `layers.0.calls`, that `run` changes again when it is done once more; buffers are none.
+
+    What is as before after a second run is a cache, and no state.
+    """
+    before = _values(model)
+    run()
+    after = _values(model)
+    if _same(before, after) == after.keys():
+        return []
+    run()
+    return sorted(after.keys() - _same(after, _values(model)))
+
+
+def _values(model: nn.Module) -> dict[str, list[Any]]:
+    """Name → the leaves of each attribute that is no module, parameter or buffer; tensors are copied."""
+    found = {}
+    for path, module in model.named_modules():
+        for name in vars(module).keys() - _OF_ANY_MODULE:
+            leaves = tree_leaves(vars(module)[name])
+            found[join_path(path, name)] = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return found
+
+
+_OF_ANY_MODULE = vars(nn.Module()).keys()
+
+
+def _same(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> set[str]:
+    """The names of what is as it was; of objects that are neither tensors nor plain values, the same one."""
+    return {name for name in before.keys() & after.keys() if _are_same(before[name], after[name])}
+
+
+def _are_same(before: list[Any], after: list[Any]) -> bool:
+    if len(before) != len(after):
+        return False
+    return all(
+        new is old
+        or (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and torch.equal(old, new))
+        or (isinstance(old, int | float | str) and new == old)
+        for old, new in zip(before, after, strict=True)
+    )
 
 
 def _containers(values: Iterable[Any]) -> Iterator[Any]:

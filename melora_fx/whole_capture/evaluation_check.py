@@ -1,14 +1,14 @@
 """Whether a capture computes what its model does in evaluation."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
+from melora_fx.capture.model_settings import changed_attributes, in_mode, own_attributes, without_cache
 from melora_fx.errors import MELoRAError
 from melora_fx.torch_private import tree_leaves, tree_map
 
@@ -26,7 +26,8 @@ def check_evaluation(
     model: nn.Module, graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Refuses a capture whose outputs in evaluation are not the model's, and notes which axes must be larger than 1;
-    without values there is nothing to compare. Warns where the forward changes its inputs.
+    without values there is nothing to compare. Warns where the forward changes its inputs, or keeps something from call
+    to call.
 
     `graph_module` is in evaluation afterwards. Both run on copies of what a forward may write to.
     """
@@ -34,17 +35,34 @@ def check_evaluation(
         return
     graph_module.eval()
     with torch.no_grad(), own_attributes(model), in_mode(model, training=False), without_cache(model):
-        expected = _run(model, args, kwargs)
+        runs = list[Any]()
+        kept = changed_attributes(model, lambda: runs.append(_run(model, args, kwargs)))
+        expected = runs[0]
         if not _are_near(tree_leaves(_run(graph_module, args, kwargs)), tree_leaves(expected)):
             raise MELoRAError(
                 f"`{type(model).__name__}` cannot be captured whole: its forward differs between train and eval mode "
                 "by more than dropout, which one graph cannot follow: rewrite it without `example_inputs=`"
             )
         assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
-        if changed := changed_names(assumed.by_name(*expected[1:]), assumed.by_name(args, kwargs)):
-            names = ", ".join(f"`{name}`" for name in changed)
-            warnings.warn(f"the forward of `{type(model).__name__}` changes its input {names} in place", stacklevel=6)
+        if kept and not _are_near(tree_leaves(runs[1]), tree_leaves(expected)):
+            raise MELoRAError(
+                f"`{type(model).__name__}` cannot be captured whole: its outputs depend on {_quoted(kept)}, which its "
+                "forward keeps from call to call: make it a buffer, or rewrite without `example_inputs=`"
+            )
+        changed = changed_names(assumed.by_name(*expected[1:]), assumed.by_name(args, kwargs))
+        _warn(model, changed, "changes the input {}, and so does the capture")
+        _warn(model, kept, "keeps {} from call to call, the capture does not")
         try_sizes(assumed, args, kwargs, partial(_is_right, model, graph_module))
+
+
+def _warn(model: nn.Module, names: Sequence[str], text: str) -> None:
+    if names:
+        said = text.format(_quoted(names))
+        warnings.warn(f"the forward of `{type(model).__name__}` {said}", stacklevel=7)  # the line that called `rewrite`
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _is_right(model: nn.Module, graph_module: fx.GraphModule, args: Any, kwargs: Any) -> bool | None:

@@ -57,9 +57,9 @@ class Counter(Child):
 
 @whole(
     AREA,
-    "a tensor that is kept as an attribute, `self.last = y`",
+    "a tensor that is kept for the next call, `self.last = y`",
     (x(2, 24),),
-    at_rewrite="last",
+    at_rewrite="its outputs depend on `last`, which its forward keeps",
 )
 class KeepsTensor(Child):
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class KeepsTensor(Child):
     "an input that is changed in place, `x.mul_(2)`",
     (x(2, 5, 24),),
     right={"7 tokens": (x(2, 7, 24),)},
-    warns="changes its input `x`",
+    warns="changes the input `x`, and so does the capture",
 )
 class ChangesInput(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
