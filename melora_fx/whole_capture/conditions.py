@@ -99,9 +99,8 @@ def exporting() -> Iterator[None]:
         with conditions_up_to(_MOST_OPERATIONS), without_assuming_two():
             yield
     except LargeConditionError as error:
-        size = readable(error.source)
         raise MELoRAError(
-            f"the axis {size} cannot vary: the model computes sizes from it in conditions of more than "
+            f"the axis {_by_names(error.source)} cannot vary: the model computes sizes from it in conditions of more than "
             f"{_MOST_OPERATIONS} operations. Leave it out of `dynamic_axes`, or name those that may vary there"
         ) from error
 
@@ -128,7 +127,7 @@ def readable(guard: str) -> str:
     """A guard of `torch.export`, such as `(-1)*L['x'].size()[1] > -16`, as one reads it: `x.shape[1] < 16`; "" for one
     that always holds.
     """
-    text = re.sub(r"L\['(\w+)'\]", r"\1", guard).replace(".size()[", ".shape[")
+    text = _by_names(guard)
     sizes = list(dict.fromkeys(_SIZE.findall(text)))
     short = text
     for number, size in enumerate(sizes):
@@ -137,6 +136,10 @@ def readable(guard: str) -> str:
         return text
     simple = _as_range(short) if len(sizes) == 1 else _canonical(short, len(sizes))
     return text if simple is None else re.sub(r"n(\d+)", lambda name: sizes[int(name[1])], simple)
+
+
+def _by_names(text: str) -> str:
+    return re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
 
 
 def _canonical(text: str, num_sizes: int) -> str | None:

@@ -57,8 +57,9 @@ def try_sizes(assumed: AssumedInputs, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _without(sizes: tuple[str, ...], right: Iterable[tuple[str, ...]]) -> Condition:
     """That not all these axes have one entry, unless further axes have, together with which it is right."""
-    further = [sorted({*others} - {*sizes}) for others in right if {*others} > {*sizes}]
-    ones = [" and ".join(f"{size} == 1" for size in others) for others in further]
+    further = [{*others} - {*sizes} for others in right if {*others} > {*sizes}]
+    fewest = [others for others in further if not any(fewer < others for fewer in further)]
+    ones = [" and ".join(f"{size} == 1" for size in sorted(others)) for others in fewest]
     return Condition(" or ".join([*(f"{size} > 1" for size in sizes), *ones]))
 
 

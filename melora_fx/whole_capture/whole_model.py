@@ -135,10 +135,11 @@ def _export_in_mode(
     model: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any]
 ) -> tuple[ExportedProgram | None, Exception | None]:
     """The program, or why there is none."""
-    with own_attributes(model), in_mode(model, training=training), exporting():
+    with own_attributes(model), in_mode(model, training=training):
         name_keywords(model, kwargs)
         try:
-            return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
+            with exporting():
+                return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes), None
         except MELoRAError:
             raise
         except Exception as error:  # the model's own forward can raise anything
