@@ -145,8 +145,11 @@ class MELoRAConfig:
         num_parts = len(self.parts(out_features))
         return self.total_rank * (num_parts * in_features + out_features) // self.num_blocks
 
-    def misfit(self, in_features: int, out_features: int) -> str | None:
-        """Why a linear of this shape cannot be cut into these blocks, or None when it can."""
+    def misfit(self, in_features: int, out_features: int, *, is_head: bool = False) -> str | None:
+        """Why a linear of this shape cannot be cut into these blocks, or None when it can; and what to do about it.
+
+        A head has as many outputs as the task wants, and they are no reason for another number of blocks.
+        """
         if isinstance(self.split, int) and out_features % self.split:
             return f"`out_features` (={out_features}) must be divisible by `split` (={self.split})"
         if isinstance(self.split, tuple) and sum(self.split) != out_features:
@@ -159,9 +162,11 @@ class MELoRAConfig:
         bad = [f"`{name}` (={size})" for name, size in sizes.items() if size % self.num_blocks]
         if not bad:
             return None
+        rule = f"{' and '.join(bad)} must be divisible by `num_blocks` (={self.num_blocks})"
         common = math.gcd(*sizes.values())
-        divisors = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
-        return f"{' and '.join(bad)} must be divisible by `num_blocks` (={self.num_blocks}); these would do: {divisors}"
+        if is_head or common == 1:
+            return f"{rule}: leave it out of `targets`; a head is trained whole, by `keep_trainable`"
+        return f"{rule}; these would do: {', '.join(str(d) for d in range(1, common + 1) if common % d == 0)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The eight fields as JSON-ready values."""

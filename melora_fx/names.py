@@ -39,6 +39,12 @@ def get_attribute(module: nn.Module, path: str) -> Any:
     return value
 
 
+def with_parents(name: str) -> list[str]:
+    """`name` and those of the modules that it is below, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside a `torch.compile` wrapper, or `model` itself."""
     inner = getattr(model, WRAPPED[0], None)

@@ -38,9 +38,9 @@ def name_in_model(capture: Capture, parameter: str) -> str:
     return site_name(join_path(capture.path, owner), attribute)
 
 
-def misfit(planned: PlannedSite, config: MELoRAConfig) -> str | None:
+def misfit(planned: PlannedSite, config: MELoRAConfig, *, is_head: bool) -> str | None:
     """Why this configuration cannot adapt this linear, or None."""
-    return config.misfit(*planned.shape) or lowering_misfit(replace(planned, config=config))
+    return config.misfit(*planned.shape, is_head=is_head) or lowering_misfit(replace(planned, config=config))
 
 
 def describe(planned: PlannedSite) -> LinearSite:

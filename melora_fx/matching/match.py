@@ -34,5 +34,6 @@ def match(
     return MatchReport(
         sites=tuple(describe(planned) for planned in plan.sites),
         untargeted=tuple(describe(planned) for planned in plan.untargeted),
+        heads=plan.heads,
         skipped=tuple((plan.refused | plan.unsuitable | plan.misfits).items()),
     )

@@ -1,6 +1,6 @@
 """From a model to a plan: capture it, find its linears and their obstacles, choose by `targets`. Changes nothing."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -15,10 +15,12 @@ from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_malformed_a
 from melora_fx.whole_capture.example_inputs import ExampleInputs
 from melora_fx.whole_capture.whole_model import capture_whole, from_program
 
+from .heads import find_heads
+from .keep_trainable import is_within, resolve_kept
 from .linears import misfit
 from .obstacles import find_candidates, find_obstacles
 from .refusals import refuse_distributed, refuse_lazy, refuse_rewritten
-from .targets import TargetSpec, is_classification_head, names_one_by_one, resolve_targets
+from .targets import TargetSpec, asks_for_all, names_one_by_one, resolve_targets
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Plan:
     `model`: the model that the sites belong to: the one given, or the whole-graph capture of it.
     Name → why: `refused` are linears that cannot be adapted although `targets` names them, `unsuitable` the others that
     cannot, `misfits` those that only this configuration cannot adapt. `missed`: the unsuitable ones that `targets` asks
-    for among others, as "all-linear" does.
+    for among others, as "all-linear" does. `heads`: those that "all-linear" leaves out as heads.
+    `kept`: names of the modules that stay trainable.
     """
 
     model: nn.Module
@@ -38,6 +41,8 @@ class Plan:
     unsuitable: dict[str, str]
     misfits: dict[str, str]
     missed: tuple[str, ...]
+    heads: tuple[str, ...]
+    kept: tuple[str, ...]
 
 
 def make_plan(
@@ -46,6 +51,7 @@ def make_plan(
     config: MELoRAConfig,
     example_inputs: ExampleInputs | None = None,
     dynamic_axes: DynamicAxes = "auto",
+    keep_trainable: str | Sequence[str] = (),
 ) -> Plan:
     """Captures, matches and chooses; nothing of `model` is changed. Errors as in `match`."""
     _refuse(model, config)
@@ -57,9 +63,16 @@ def make_plan(
     found = _with_shared_names(found, captured)
     original = model if isinstance(model, nn.Module) else captured
     owners = {name: _owner(original, name) for name in [*found, *obstacles]}
-    chosen = resolve_targets(targets, config, owners, _output_names(original, found), original)
-    asked_for = {name for name in obstacles if name in chosen and names_one_by_one(targets, name)}
-    misfits = {name: reason for name in found if name in chosen and (reason := misfit(found[name], chosen[name]))}
+    kept = resolve_kept(captured, keep_trainable)
+    heads = find_heads(original, owners)
+    left_out = heads | {name for name in owners if any(is_within(name, module) for module in kept)}
+    chosen = resolve_targets(targets, config, owners, left_out, original)
+    asked_for = {name for name in obstacles if name in chosen and names_one_by_one(targets, name, left_out)}
+    misfits = {
+        name: reason
+        for name in found
+        if name in chosen and (reason := misfit(found[name], chosen[name], is_head=name in heads))
+    }
     misfits |= _half_adapted(found, chosen)
     return Plan(
         model=captured,
@@ -73,6 +86,8 @@ def make_plan(
         unsuitable={name: reason for name, reason in obstacles.items() if name not in asked_for},
         misfits=misfits,
         missed=tuple(name for name in obstacles if name in chosen and name not in asked_for),
+        heads=tuple(name for name in owners if name in heads - chosen.keys()) if asks_for_all(targets) else (),
+        kept=kept,
     )
 
 
@@ -132,15 +147,3 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
     """The module that owns the weight of the site `name`: the site itself, or what stands before the parameter."""
     owner = get_attribute(model, name)
     return owner if isinstance(owner, nn.Module) else model.get_submodule(name.rpartition(".")[0])
-
-
-def _output_names(model: nn.Module, found: dict[str, PlannedSite]) -> frozenset[str]:
-    """What "all-linear" leaves out: output embeddings, by the model's own word where it has one, and heads."""
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    embeddings = get_output_embeddings() if callable(get_output_embeddings) else None
-    weight = getattr(embeddings, "weight", None)
-    return frozenset(
-        name
-        for name, planned in found.items()
-        if planned.weight is weight or name.split(".")[-1] == "lm_head" or is_classification_head(name)
-    )

@@ -37,11 +37,13 @@ class MatchReport:
         sites: the linears that `rewrite` would adapt.
         untargeted: the linears that `targets` does not ask for.
         skipped: (name, reason) of each linear that cannot be adapted.
+        heads: names of the linears that "all-linear" leaves out as heads.
     """
 
     sites: tuple[LinearSite, ...]
     untargeted: tuple[LinearSite, ...]
     skipped: tuple[tuple[str, str], ...]
+    heads: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("site", "in", "out", "pattern", "lowering", "parameters")]
@@ -54,6 +56,11 @@ class MatchReport:
             for site in self.sites + self.untargeted
             if site.shared_with
         ]
+        if self.heads:
+            notes.append(
+                f'heads, which "all-linear" leaves out: {", ".join(self.heads)}; train a new one by `keep_trainable`, '
+                "adapt another by its name"
+            )
         notes += [f"skipped {name}: {reason}" for name, reason in self.skipped]
         wrapped = [line for note in notes for line in textwrap.wrap(note, _WIDTH, subsequent_indent="  ")]
         return "\n".join(

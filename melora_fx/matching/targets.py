@@ -3,16 +3,16 @@
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import nn
 
 from melora_fx.config import MELoRAConfig
+from melora_fx.names import with_parents
 
 TargetSpec = str | Sequence[str] | Mapping[str, MELoRAConfig | None] | Callable[[str, nn.Module], bool]
 
 ALL_LINEAR = "all-linear"
-_HEADS = ("classifier", "score")
 
 
 def name_matches(pattern: str, name: str) -> bool:
@@ -28,7 +28,7 @@ def resolve_targets(
     targets: TargetSpec,
     config: MELoRAConfig,
     owners: Mapping[str, nn.Module],
-    outputs: frozenset[str],
+    left_out: Collection[str],
     model: nn.Module,
 ) -> dict[str, MELoRAConfig]:
     """The configuration of each name in `owners` that `targets` asks for, in the order of `owners`.
@@ -36,10 +36,10 @@ def resolve_targets(
     A target that asks for nothing, alone or together, is an error.
 
     Args:
-        targets: as in `rewrite`.
+        targets: as in `rewrite`; what is mapped to None is left alone with all below it.
         config: used wherever `targets` gives no configuration of its own.
         owners: every linear of the model: its name and the module that owns its weight.
-        outputs: names that "all-linear" leaves out: output embeddings and classification heads.
+        left_out: names that "all-linear" leaves out: heads, and what is kept trainable.
         model: asked for what a target names that is no linear, for the text of an error.
 
     Raises:
@@ -55,30 +55,30 @@ def resolve_targets(
     chosen = {}
     matched: set[str] = set()
     for name in owners:
-        hits = [pattern for pattern in rules if _rule_matches(pattern, name, outputs)]
+        hits = [pattern for pattern, rule in rules.items() if _matches(pattern, name, left_out, or_below=rule is None)]
         matched.update(hits)
         if hits and (rule := rules[hits[0]]) is not None:
             chosen[name] = rule
     unmatched = [pattern for pattern in rules if pattern not in matched]
     if unmatched:
-        raise ValueError("\n".join(_no_match(pattern, list(owners), model) for pattern in unmatched))
+        raise ValueError("\n".join(_no_match(pattern, list(owners), left_out, model) for pattern in unmatched))
     if not chosen:
         raise ValueError(f"`targets` leaves every linear alone: all of {list(rules)} are mapped to None")
     return chosen
 
 
-def names_one_by_one(targets: TargetSpec, name: str) -> bool:
+def names_one_by_one(targets: TargetSpec, name: str, left_out: Collection[str]) -> bool:
     """Whether `targets` asks for `name` by a name, a glob or an expression of its own, not as one of all linears."""
     if callable(targets):
         return False
     patterns = [targets] if isinstance(targets, str) else targets
-    first = next((pattern for pattern in patterns if _rule_matches(pattern, name, frozenset())), ALL_LINEAR)
+    first = next((pattern for pattern in patterns if _matches(pattern, name, left_out)), ALL_LINEAR)
     return first != ALL_LINEAR
 
 
-def is_classification_head(name: str) -> bool:
-    """Whether a site of a classification model is its head, or below it."""
-    return name.split(".")[0] in _HEADS
+def asks_for_all(targets: TargetSpec) -> bool:
+    """Whether "all-linear" is one of the `targets`."""
+    return not callable(targets) and ALL_LINEAR in ([targets] if isinstance(targets, str) else targets)
 
 
 def nearest(pattern: str, names: Sequence[str]) -> str:
@@ -116,11 +116,16 @@ def _check_expression(pattern: str) -> None:
         raise ValueError(f"`targets`: {pattern!r} is not a regular expression: {error}") from None
 
 
-def _rule_matches(pattern: str, name: str, outputs: frozenset[str]) -> bool:
-    return name not in outputs if pattern == ALL_LINEAR else name_matches(pattern, name)
+def _matches(pattern: str, name: str, left_out: Collection[str], *, or_below: bool = False) -> bool:
+    """Whether a pattern names the linear `name`; or a module that it is below."""
+    if pattern == ALL_LINEAR:
+        return name not in left_out
+    return any(name_matches(pattern, each) for each in (with_parents(name) if or_below else [name]))
 
 
-def _no_match(pattern: str, names: list[str], model: nn.Module) -> str:
+def _no_match(pattern: str, names: list[str], left_out: Collection[str], model: nn.Module) -> str:
+    if pattern == ALL_LINEAR and names:
+        return f"`targets`: {pattern!r} leaves out all linears, as heads or kept trainable: {_some(names)}"
     for path, named in (*model.named_modules(), *model.named_parameters()):
         if pattern != ALL_LINEAR and path and name_matches(pattern, path):
             kind = f"parameter {tuple(named.shape)}" if isinstance(named, nn.Parameter) else type(named).__name__

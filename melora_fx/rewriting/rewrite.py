@@ -18,6 +18,7 @@ from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.live.foreseen import foresee_linears
 from melora_fx.lowering.lowerings import choose_lowering
+from melora_fx.matching.keep_trainable import is_within
 from melora_fx.matching.plan import Plan, make_plan
 from melora_fx.matching.targets import TargetSpec
 from melora_fx.names import without_wrappers
@@ -29,7 +30,6 @@ from melora_fx.whole_capture.example_inputs import ExampleInputs
 from melora_fx.whole_capture.whole_model import is_exported, make_trainable
 
 from .hugging_face import attach
-from .keep_trainable import is_within, resolve_kept
 from .marks import ROOT_MARK, RootMark, root_mark
 from .module import install
 from .own_forward import install_own_forward
@@ -53,9 +53,9 @@ def rewrite(
     Args:
         model: an nn.Module is changed in place and returned; an ExportedProgram gives a GraphModule.
         targets: a name or list of names; an ordered mapping of name to MELoRAConfig, or to None to leave a linear
-            alone (first match wins); or a callable (name, module) -> bool. A name matches a site when equal to it or
-            to its dotted suffix; with `* ? [` it is a glob on the whole name; after `re:` a regular expression for the
-            whole name; "all-linear" is every linear but output embeddings and classification heads.
+            or all below a module alone (first match wins); or a callable (name, module) -> bool. A name matches a site
+            when equal to it or to its dotted suffix; with `* ? [` it is a glob on the whole name; after `re:` a regular
+            expression for the whole name; "all-linear" is every linear but heads and what is kept trainable.
         config: the adapter's configuration, where `targets` gives none of its own.
         example_inputs: captures the whole model by `torch.export` and returns a GraphModule that shares the model's
             parameters: a dict of keyword arguments or a tuple of positional ones.
@@ -68,16 +68,15 @@ def rewrite(
         MELoRAError: for a model already rewritten or compiled, one that cannot be captured, or a named linear that
             cannot be adapted.
     """
-    plan = make_plan(model, targets, config, example_inputs, dynamic_axes)
-    rewritten = plan.model
-    kept = resolve_kept(rewritten, keep_trainable)
-    _refuse(plan, kept)
+    plan = make_plan(model, targets, config, example_inputs, dynamic_axes, keep_trainable)
+    rewritten, kept = plan.model, plan.kept
+    _refuse(plan)
     if plan.missed:
         names = ", ".join(f"`{name}` ({plan.unsuitable[name]})" for name in plan.missed)
         warnings.warn(f"`rewrite` leaves {len(plan.missed)} linears alone: {names}", stacklevel=2)
     if is_exported(rewritten):  # the user's own, planned as it is so that errors come before any change
         assert isinstance(rewritten, fx.GraphModule)
-        plan = make_plan(make_trainable(rewritten), targets, config, None)
+        plan = make_plan(make_trainable(rewritten), targets, config, keep_trainable=keep_trainable)
     mark = RootMark(_requires_grad(rewritten), kept, tuple(site.name for site in plan.sites))
     _freeze(rewritten, kept)
     for capture, sites in _by_capture(plan.sites):
@@ -96,7 +95,7 @@ def rewrite(
     return rewritten
 
 
-def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
+def _refuse(plan: Plan) -> None:
     """Raises for what was asked for and cannot be done; all offenders at once."""
     if plan.misfits:
         raise ValueError("\n".join(f"`{name}`: {reason}" for name, reason in plan.misfits.items()))
@@ -104,7 +103,7 @@ def _refuse(plan: Plan, kept: tuple[str, ...]) -> None:
         raise MELoRAError("\n".join(f"`{name}` cannot be adapted: {reason}" for name, reason in plan.refused.items()))
     if not plan.sites:
         raise MELoRAError("no linear can be adapted:\n" + "\n".join(f"`{n}`: {r}" for n, r in plan.unsuitable.items()))
-    both = [site.name for site in plan.sites if any(is_within(site.name, name) for name in kept)]
+    both = [site.name for site in plan.sites if any(is_within(site.name, name) for name in plan.kept)]
     if both:
         raise ValueError(
             f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it; "

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from support.heads import HEADING, section
 from support.properties import CONFIG, Row, measure
 from support.zoo import ZOO
 
@@ -49,7 +50,8 @@ def counts_of(row: Row) -> tuple[str, ...]:
 
 def documented() -> dict[str, tuple[str, ...]]:
     """Model → those cells, as the file has them."""
-    rows = [line.split("|")[1:-1] for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    page = TABLE.read_text().partition(HEADING)[0]
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]
     cells = [[cell.strip().strip("`") for cell in row] for row in rows[1:]]
     return {name: (*rest[:6], *rest[8:]) for name, *rest in cells}
 
@@ -71,8 +73,8 @@ Tiny random models, rewritten with "all-linear", rank {CONFIG.rank} and {CONFIG.
 `PYTHONPATH=tests python -m support.architecture_table > docs/ARCHITECTURES.md` with torch {_TORCH} and
 transformers {transformers.__version__}; `tests/rewriting/test_architectures.py` checks every row against the code.
 
-* *linear modules*: `nn.Linear` and `Conv1D` in the module tree, heads included; the sites leave out output
-  embeddings and classification heads, and count weights that no module owns.
+* *linear modules*: `nn.Linear` and `Conv1D` in the module tree, heads included; the sites leave out heads, and count
+  weights that no module owns.
 * *sites in place*, *whole*: found by each capture, under the same names. Where in place has fewer, PyTorch's
   attention gives its weights to one function; `rewrite` says so and names `example_inputs=`.
 * *refused*: by the whole capture; `match` lists them with the reason. A stack of expert matrices is one site.
@@ -92,6 +94,7 @@ model: `aot_eager` for all, in both captures, `inductor` for {", ".join(n for n,
     for name in ZOO:
         print(_line(name, measure(name)))
         sys.stdout.flush()
+    print(f"\n{section()}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from melora_fx.matching.targets import name_matches, nearest
 from melora_fx.names import without_wrappers
+
+from .targets import name_matches, nearest
 
 
 def resolve_kept(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:

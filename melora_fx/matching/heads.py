@@ -1,0 +1,115 @@
+"""Which linears are heads. "all-linear" leaves them out: a head is often new, and an adapter would train beside a
+frozen head of random numbers without a word.
+
+A linear is a head if it shares its weight with an embedding, or with a parameter of which one of these says so:
+
+1. the name, which is all that an exported graph and a model written by hand have;
+2. the model's output embeddings;
+3. the model's class: what a class of transformers adds to a base model (`BertForSequenceClassification` to `BertModel`)
+   is a head, if the class has no output embeddings. Where it has some, it may add pretrained layers too
+   (`cls.predictions.transform.dense` of a `BertForMaskedLM`, projections between encoders), which are none;
+4. the sizes that the configuration names: rows as many as labels, in all that a class with a task has.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from melora_fx.names import get_attribute, join_path, site_of, without_wrappers
+from melora_fx.shared_memory import span_of
+
+_FIRST = {"classifier", "score", "qa_outputs", "classification_head", "logits_proj", "bbox_attention"}
+"""Names of a model's own modules that are heads, with all below them."""
+
+_LAST = {"lm_head", "output_projection", "seq_relationship"}
+"""Names of linears that are heads wherever they are."""
+
+_TASK = re.compile("For[A-Z]|Heads?Model")
+"""What is in the names of transformers' classes with a head."""
+
+_OUTPUT_SIZES = ("vocab_size", "classifier_proj_size")
+"""What configurations call the sizes of heads, besides the number of labels."""
+
+
+def find_heads(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """Those of the linears `names` of `model` that are heads."""
+    spans = {span_of(weight) for weight in _head_weights(model)}
+    return frozenset(name for name in names if _is_named_so(name) or _is_at(spans, get_attribute(model, name)))
+
+
+def _is_named_so(name: str) -> bool:
+    parts = name.split(".")
+    return parts[0] in _FIRST or parts[-1] in _LAST
+
+
+def _is_at(spans: set[tuple[int, int, int]], linear: Any) -> bool:
+    weight = getattr(linear, "weight", None) if isinstance(linear, nn.Module) else linear
+    return isinstance(weight, nn.Parameter) and span_of(weight) in spans
+
+
+def _head_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        vocabulary = module if isinstance(module, nn.Embedding) else _output_embeddings(module)
+        if vocabulary is not None:  # several linears, in models of several streams
+            yield from vocabulary.parameters()
+    pretrained = _pretrained_models(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False) if pretrained else ():
+        if parameter.dim() == 2 and _is_added(site_of(without_wrappers(name)), len(parameter), pretrained):
+            yield parameter
+
+
+def _output_embeddings(module: nn.Module) -> nn.Module | None:
+    get_output_embeddings = getattr(module, "get_output_embeddings", None)
+    found = get_output_embeddings() if callable(get_output_embeddings) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _pretrained_models(model: nn.Module) -> dict[str, Any]:
+    """Path → model of a class of transformers; None for a base model that is of none."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if hasattr(type(module), "base_model_prefix"):
+            found[without_wrappers(path)] = module
+            if _base_model(module) is not module:
+                found[join_path(without_wrappers(path), module.base_model_prefix)] = None
+    return found
+
+
+def _base_model(module: Any) -> nn.Module:
+    return getattr(module, module.base_model_prefix, module)
+
+
+def _is_added(name: str, out_features: int, pretrained: Mapping[str, Any]) -> bool:
+    """Whether a class of transformers adds the linear as a head."""
+    around = [path for path in pretrained if not path or name.startswith(f"{path}.")]
+    models = [pretrained[path] for path in sorted(around, key=len)]
+    if not models or models[-1] is None:
+        return False
+    *outer, model = models
+    if _base_model(model) is not model and _output_embeddings(model) is None:
+        return _has_task(model) or not type(model).__module__.startswith("transformers.")
+    if _has_task(model) and out_features in _output_sizes(model.config):
+        return True
+    return any(_has_task(each) and out_features in _sizes_of_labels_alone(each.config) for each in outer)
+
+
+def _has_task(model: Any) -> bool:
+    return _TASK.search(type(model).__name__) is not None
+
+
+def _label_sizes(config: Any) -> set[int]:
+    """The number of labels, and these with "no object" as detectors have it."""
+    num_labels = getattr(config, "num_labels", None)
+    return {num_labels, num_labels + 1} if num_labels else set()
+
+
+def _output_sizes(config: Any) -> set[int]:
+    sizes = (getattr(config, name, None) for name in _OUTPUT_SIZES)
+    return _label_sizes(config) | {size for size in sizes if size}
+
+
+def _sizes_of_labels_alone(config: Any) -> set[int]:
+    """Without the sizes that something else has too, as the hidden states may."""
+    return _label_sizes(config) - {value for value in vars(config).values() if isinstance(value, int)}
