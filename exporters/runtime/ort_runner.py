@@ -24,6 +24,7 @@ from exporters.private import node_counts
 from melora_fx import MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
+from .adapter_cache import AdapterCache
 from .input_check import InputCheck
 from .io_binding import ReplayBuffers, run_bound, to_device
 from .providers import Shapes, choose_provider
@@ -58,10 +59,11 @@ class OrtRunner:
         session_config: further entries of the session's configuration, under ONNX Runtime's own keys; they go before
             `HALF_CONFIG`, which graphs in half precision get.
         save_memory: load and run in as little memory as ONNX Runtime's CPU can, more slowly: for a single comparison.
+        max_adapters: how many adapters are kept in memory; the least recently used ones leave and are read again.
 
     Raises:
-        ValueError: for an unknown provider, options that it lacks or that exclude each other, or `shapes` that do not
-            fit the graph.
+        ValueError: for an unknown provider, options that it lacks or that exclude each other, `shapes` that do not fit
+            the graph, or `max_adapters` below 1.
         MELoRAError: where ONNX Runtime is not installed, lacks the provider or a library of it, or cannot load the
             file; where the file is not whole, or holds swappable adapters, which TensorRT and CUDA graphs do not take.
     """
@@ -77,12 +79,14 @@ class OrtRunner:
         io_binding: bool | None = None,
         session_config: Mapping[str, str] | None = None,
         save_memory: bool = False,
+        max_adapters: int = 32,
     ) -> None:
         ort = import_onnxruntime()
         self.path = Path(path)
         self.provider = provider
         self.threads = threads
         self._shapes = dict(shapes or {})
+        self._adapters = AdapterCache[_Adapter](max_adapters)
         if not self.path.is_file():
             raise MELoRAError(f"`{self.path}` does not exist")
         graph = read_graph(self.path)
@@ -108,7 +112,6 @@ class OrtRunner:
         self.output_names = [value.name for value in self.session.get_outputs()]
         overridable = [value.name for value in self.session.get_overridable_initializers()]
         self.adapter_names = [name for name in overridable if name not in self.input_names]
-        self._adapters: dict[Path, _Adapter] = {}
         self._fixed = _Adapter()
         self._lock = threading.Lock()
         self._replay: ReplayBuffers | None = None
@@ -120,8 +123,8 @@ class OrtRunner:
 
         Args:
             inputs: every input of the graph.
-            adapter: for a graph exported with "swap", an adapter folder or an .onnx_adapter file, read once; None
-                computes the base.
+            adapter: for a graph exported with "swap", an adapter folder or an .onnx_adapter file, read at its first
+                use and when it was written anew; None computes the base.
 
         Raises:
             ValueError: for more than one adapter.
@@ -217,22 +220,22 @@ class OrtRunner:
             )
 
     def _load(self, adapter: str | os.PathLike[str] | None) -> _Adapter:
-        """An adapter that fits the graph, read at its first use."""
+        """An adapter that fits the graph."""
         if adapter is None:
             return _Adapter()
         if isinstance(adapter, list | tuple):
             raise ValueError(f"`adapter` (={adapter!r}) must be one adapter: a run computes one")
-        path = Path(adapter)
-        if path not in self._adapters:
-            facts = read_facts(self.path)
-            native = None
-            if path.is_dir():
-                tensors = swap_tensors(read_adapter(path), facts)
-            else:
-                native, tensors = read_ort_adapter(path, facts)
-            self._check_fit(path, tensors)
-            self._adapters[path] = _Adapter(tensors, self.to_device(tensors), native)
-        return self._adapters[path]
+        return self._adapters.get(adapter, self._read_adapter)
+
+    def _read_adapter(self, path: Path) -> _Adapter:
+        facts = read_facts(self.path)
+        native = None
+        if path.is_dir():
+            tensors = swap_tensors(read_adapter(path), facts)
+        else:
+            native, tensors = read_ort_adapter(path, facts)
+        self._check_fit(path, tensors)
+        return _Adapter(tensors, self.to_device(tensors), native)
 
     def _check_fit(self, path: Path, tensors: Arrays) -> None:
         """Refuses tensors that are not the graph's optional inputs, in name, shape or type."""

@@ -124,7 +124,7 @@ def test_given_tensors_are_bound_too(folder: Path) -> None:
     plain, bound = (OrtRunner(folder / "swap.onnx", io_binding=io_binding) for io_binding in (False, True))
     x = {"x": randn(3, 4, 24)}
     expected = plain.run(x, adapter=folder / "rank2")
-    tensors = plain._adapters[folder / "rank2"].tensors
+    tensors = plain._load(folder / "rank2").tensors
     assert_equal(plain.with_tensors(tensors).run(x), expected)
     assert_equal(bound.with_tensors(tensors).run(x), expected)
 

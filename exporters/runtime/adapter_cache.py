@@ -1,0 +1,87 @@
+"""The adapters that a runner has read, by path, and whether their files are still those that were read."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from melora_fx import MELoRAError
+from melora_fx.saving.adapter_file import TENSORS_FILE
+
+_Adapter = TypeVar("_Adapter")
+
+_Version = tuple[int, ...]
+"""(inode, bytes, last change of the content, of the file; in ns) of a file: another where it was written anew."""
+
+
+@dataclass(frozen=True)
+class _Entry(Generic[_Adapter]):
+    """An adapter, the file that it was read from, and the version that this had before."""
+
+    adapter: _Adapter
+    file: Path
+    version: _Version | None
+
+
+class AdapterCache(Generic[_Adapter]):
+    """Adapters by path; several threads may call `get` at once.
+
+    Args:
+        max_adapters: how many are kept. One more takes the place of the one that was used least recently; a run that
+            has got that one keeps it to its end.
+    """
+
+    def __init__(self, max_adapters: int) -> None:
+        if not isinstance(max_adapters, int) or max_adapters < 1:
+            raise ValueError(f"`max_adapters` (={max_adapters!r}) must be a positive integer")
+        self._max_adapters = max_adapters
+        self._entries: OrderedDict[str, _Entry[_Adapter]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: str | os.PathLike[str], read: Callable[[Path], _Adapter]) -> _Adapter:
+        """The adapter at `path` as its file is now; as it was read before, where the file is gone.
+
+        Args:
+            path: a folder, or an .onnx_adapter file; of one that is kept the system is asked once for its state.
+            read: gives the adapter at a path, where it is not kept or was written anew.
+
+        Raises:
+            MELoRAError: where there is nothing at `path`, and nothing was read from there before.
+        """
+        key = os.fspath(path)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries.move_to_end(key)
+        if entry and _version_of(entry.file) in (entry.version, None):
+            return entry.adapter
+        file = _file_of(Path(key))
+        version = _version_of(file)  # before it is read: what is written meanwhile counts as new
+        if version is None and file == Path(key):
+            raise MELoRAError(f"the adapter `{key}` does not exist")
+        adapter = read(Path(key))  # not under the lock: runs with other adapters go on
+        with self._lock:
+            self._entries[key] = _Entry(adapter, file, version)
+            self._entries.move_to_end(key)
+            while len(self._entries) > self._max_adapters:
+                self._entries.popitem(last=False)
+        return adapter
+
+
+def _file_of(path: Path) -> Path:
+    """The file that an adapter at `path` is read from."""
+    return path / TENSORS_FILE if path.is_dir() else path
+
+
+def _version_of(file: Path) -> _Version | None:
+    """The version of `file`, or None where there is no such file."""
+    try:
+        facts = os.stat(file)
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:  # a file stands where its folder was
+        return ()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
