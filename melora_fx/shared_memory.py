@@ -47,6 +47,11 @@ def _overlapping(spans: Iterable[_Span]) -> Iterator[list[str]]:
         yield group
 
 
+def overlap(span: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    """Whether two spans have memory in common."""
+    return span[0] == other[0] and span[1] < other[2] and other[1] < span[2]
+
+
 def span_of(parameter: torch.Tensor) -> tuple[int, int, int]:
     """(device's number, first byte, end) of the memory that a parameter lives in; itself, where it has none."""
     tensor = parameter.detach()

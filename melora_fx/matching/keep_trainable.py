@@ -1,27 +1,29 @@
-"""Which modules `keep_trainable` names, and why one cannot be trained."""
+"""Which modules and parameters `keep_trainable` names, and why one cannot be trained."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from melora_fx.names import without_wrappers
+from melora_fx.names import join_path, site_of, without_wrappers
+from melora_fx.shared_memory import overlap, span_of
 
 from .targets import name_matches, nearest
 
 
 def resolve_kept(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of the modules that `patterns` name, without those below another of them.
+    """Names of the modules and parameters that `patterns` name, without those below another of them.
 
     Raises:
         TypeError: where `patterns` is neither a name nor a list of names.
-        ValueError: for a name that matches no module with parameters, and for a quantised module.
+        ValueError: for a name that matches no module with parameters and no parameter, and for what is quantised.
     """
     if not isinstance(patterns, str | Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`keep_trainable` must be a name or a list of names, got {patterns!r}")
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    modules = {without_wrappers(name): module for name, module in model.named_modules()}
-    names = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
+    parameters = {name: list(module.parameters()) for name, module in _modules(model)}
+    parameters |= {name: [parameter] for name, parameter in _parameters(model)}
+    names = [name for name in parameters if name and parameters[name]]
     kept: dict[str, None] = {}
     for pattern in patterns:
         hits = [name for name in names if name_matches(pattern, name)]
@@ -29,7 +31,7 @@ def resolve_kept(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
             raise ValueError(f"`keep_trainable`: {pattern!r} matches no module; nearest: {nearest(pattern, names)}")
         kept.update(dict.fromkeys(hits))
     for name in kept:
-        if not all(_can_be_trained(parameter) for parameter in modules[name].parameters()):
+        if not all(_can_be_trained(parameter) for parameter in parameters[name]):
             raise ValueError(
                 f"`keep_trainable`: {name!r} is quantised and cannot be trained: leave it out of the quantisation "
                 "(`modules_to_not_convert`, `llm_int8_skip_modules`), or adapt it"
@@ -37,9 +39,60 @@ def resolve_kept(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
     return tuple(name for name in kept if not any(name != other and is_within(name, other) for other in kept))
 
 
+def free(model: nn.Module, kept: Collection[str]) -> None:
+    """Lets the modules and parameters `kept` be trained."""
+    for _, parameter in _kept_parameters(model, kept):
+        parameter.requires_grad_(True)
+
+
 def is_within(name: str, module: str) -> bool:
-    """Whether `name` is the module's or below it."""
+    """Whether `name` is the module's, or the parameter's, or below it."""
     return name == module or name.startswith(f"{module}.")
+
+
+def keeps_weight(kept: str, site: str) -> bool:
+    """Whether the weight of `site` is what is called `kept`, or below it."""
+    return is_within(site, kept) or site == site_of(kept)
+
+
+def trained_bases(model: nn.Module, kept: Collection[str], weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """A line for each parameter kept trainable in whose memory the base weight of a site lies.
+
+    Args:
+        model: the model.
+        kept: names of what is kept trainable.
+        weights: site → its base weight.
+    """
+    spans = {name: span_of(weight) for name, weight in weights.items()}
+    return [
+        f"`{name}` is kept trainable and shares its weight with `{site}`, which has an adapter: its base would change"
+        for name, parameter in _kept_parameters(model, kept)
+        for site, span in spans.items()
+        if overlap(span_of(parameter), span)
+    ]
+
+
+def _kept_parameters(model: nn.Module, kept: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is kept, parameter by parameter."""
+    modules = dict(_modules(model))
+    parameters = dict(_parameters(model))
+    for name in kept:
+        if name in parameters:
+            yield name, parameters[name]
+        elif name in modules:
+            yield from modules[name].named_parameters(name, remove_duplicate=False)
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        yield without_wrappers(path), module
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter under each name that its modules have for it."""
+    for path, module in _modules(model):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield join_path(path, name), parameter
 
 
 def _can_be_trained(parameter: nn.Parameter) -> bool:

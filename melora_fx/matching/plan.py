@@ -16,7 +16,7 @@ from melora_fx.whole_capture.example_inputs import ExampleInputs
 from melora_fx.whole_capture.whole_model import capture_whole, from_program
 
 from .heads import find_heads
-from .keep_trainable import is_within, resolve_kept
+from .keep_trainable import keeps_weight, resolve_kept
 from .linears import misfit
 from .obstacles import find_candidates, find_obstacles
 from .refusals import refuse_distributed, refuse_lazy, refuse_rewritten
@@ -65,7 +65,7 @@ def make_plan(
     owners = {name: _owner(original, name) for name in [*found, *obstacles]}
     kept = resolve_kept(captured, keep_trainable)
     heads = find_heads(original, owners)
-    left_out = heads | {name for name in owners if any(is_within(name, module) for module in kept)}
+    left_out = heads | {name for name in owners if any(keeps_weight(each, name) for each in kept)}
     chosen = resolve_targets(targets, config, owners, left_out, original)
     asked_for = {name for name in obstacles if name in chosen and names_one_by_one(targets, name, left_out)}
     misfits = {

@@ -18,7 +18,7 @@ from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
 from melora_fx.live.foreseen import foresee_linears
 from melora_fx.lowering.lowerings import choose_lowering
-from melora_fx.matching.keep_trainable import is_within
+from melora_fx.matching.keep_trainable import free, keeps_weight, trained_bases
 from melora_fx.matching.plan import Plan, make_plan
 from melora_fx.matching.targets import TargetSpec
 from melora_fx.names import without_wrappers
@@ -61,10 +61,12 @@ def rewrite(
             parameters: a dict of keyword arguments or a tuple of positional ones.
         dynamic_axes: of that graph's inputs: "auto" frees batch and sequence; or input name → {axis: name}, every other
             axis fixed.
-        keep_trainable: names, as in `targets`, of modules that stay trainable and are saved with the adapter.
+        keep_trainable: names, as in `targets`, of modules and parameters that stay trainable and are saved with the
+            adapter, a module with its buffers.
 
     Raises:
-        ValueError, TypeError: for a name that matches nothing, or features that the blocks do not divide.
+        ValueError, TypeError: for a name that matches nothing, features that the blocks do not divide, or a weight that
+            would be both adapted and trained.
         MELoRAError: for a model already rewritten or compiled, one that cannot be captured, or a named linear that
             cannot be adapted.
     """
@@ -78,7 +80,8 @@ def rewrite(
         assert isinstance(rewritten, fx.GraphModule)
         plan = make_plan(make_trainable(rewritten), targets, config, keep_trainable=keep_trainable)
     mark = RootMark(_requires_grad(rewritten), kept, tuple(site.name for site in plan.sites))
-    _freeze(rewritten, kept)
+    rewritten.requires_grad_(False)
+    free(rewritten, kept)
     for capture, sites in _by_capture(plan.sites):
         if capture.runs_own_forward:
             install_own_forward(capture.module, [_add_site(site) for site in sites], capture.path)
@@ -103,11 +106,15 @@ def _refuse(plan: Plan) -> None:
         raise MELoRAError("\n".join(f"`{name}` cannot be adapted: {reason}" for name, reason in plan.refused.items()))
     if not plan.sites:
         raise MELoRAError("no linear can be adapted:\n" + "\n".join(f"`{n}`: {r}" for n, r in plan.unsuitable.items()))
-    both = [site.name for site in plan.sites if any(is_within(site.name, name) for name in plan.kept)]
+    both = [site.name for site in plan.sites if any(keeps_weight(name, site.name) for name in plan.kept)]
     if both:
         raise ValueError(
             f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it; "
             f"a mapping leaves it out, `targets={{{both[0]!r}: None, …}}`"
+        )
+    if lines := trained_bases(plan.model, plan.kept, {site.name: site.weight for site in plan.sites}):
+        raise ValueError(
+            "\n".join(lines) + "\ntrain it or adapt it, or give one of the two a copy of the weight before `rewrite`"
         )
 
 
@@ -115,14 +122,6 @@ def _requires_grad(model: nn.Module) -> dict[str, bool]:
     """Of each parameter under each of its names."""
     parameters = model.named_parameters(remove_duplicate=False)
     return {without_wrappers(name): parameter.requires_grad for name, parameter in parameters}
-
-
-def _freeze(model: nn.Module, kept: tuple[str, ...]) -> None:
-    """Freezes `model` but for the modules `kept`."""
-    model.requires_grad_(False)
-    modules = {without_wrappers(name): module for name, module in model.named_modules()}
-    for name in kept:
-        modules[name].requires_grad_(True)
 
 
 def _by_capture(sites: list[PlannedSite]) -> list[tuple[Capture, list[PlannedSite]]]:

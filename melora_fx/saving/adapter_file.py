@@ -1,9 +1,9 @@
 """Adapter folders: `adapter.safetensors`, whose header holds the configuration that is read, and a readable copy.
 
-`<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), small ranks padded with zeros, and the tensors of the
-modules kept trainable under their own names. A stack of E matrices has E·N blocks, expert by expert. The header's
-`melora` entry is JSON: format_version, versions, and for each site its configuration and how its base weight lies, with
-its fingerprint. One rename decides; nothing is ever unpickled.
+`<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), small ranks padded with zeros, and what was kept
+trainable, the tensors of modules and single parameters, under their own names. A stack of E matrices has E·N blocks,
+expert by expert. The header's `melora` entry is JSON: format_version, versions, and for each site its configuration and
+how its base weight lies, with its fingerprint. One rename decides; nothing is ever unpickled.
 """
 
 import functools
@@ -41,7 +41,7 @@ class Adapter:
         configs: configuration of each site.
         fingerprints: of each site's base weight; a site without one is not checked.
         transposed: whether each site's base weight is (I, O); a site without an entry was saved before this was.
-        kept: names of the modules that were kept trainable.
+        kept: names of the modules and parameters that were kept trainable.
         model: class of the model that it was trained in and its number of labels, as far as known.
         tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
         row_dims: as in `as_matrices`, of the sites that have any.

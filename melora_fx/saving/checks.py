@@ -9,6 +9,8 @@ from torch import nn
 from melora_fx.adapter.tensors import num_matrices
 from melora_fx.errors import MELoRAError
 from melora_fx.matching.targets import nearest
+from melora_fx.names import unwrap
+from melora_fx.matching.keep_trainable import trained_bases
 
 from .adapter_file import Adapter
 from .fingerprint import fingerprint_misfit
@@ -58,8 +60,10 @@ def check_fingerprints(adapter: Adapter, actual: Mapping[str, Mapping[str, Any]]
         raise MELoRAError(f"`{adapter.directory}` was trained on another base model:\n" + "\n".join(lines))
 
 
-def check_kept(adapter: Adapter, model: nn.Module) -> None:
-    """Raises MELoRAError where a tensor of the trained modules is not in the model, or has another shape there."""
+def check_kept(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises MELoRAError where a tensor that was kept trainable is not in the model, or has another shape there, or is
+    the base of a site, whose `weights` are given by name.
+    """
     own = tensors_by_name(model)
     lines = []
     for name, tensor in adapter.kept_tensors().items():
@@ -67,6 +71,8 @@ def check_kept(adapter: Adapter, model: nn.Module) -> None:
             lines.append(f"`{name}`: the model has no such tensor")
         elif own[name].shape != tensor.shape:
             lines.append(f"`{name}`: saved as {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
+    if not lines:
+        lines = trained_bases(unwrap(model), adapter.kept, weights)
     if lines:
         raise MELoRAError(f"the trained modules of `{adapter.directory}` do not fit the model:\n" + "\n".join(lines))
 

@@ -61,7 +61,7 @@ def _load_into_plain(
     check_sites(adapter, plain)
     check_shapes(adapter, plain)
     check_fingerprints(adapter, {name: fingerprint(plain[name]) for name in adapter.configs})
-    check_kept(adapter, model)
+    check_kept(adapter, model, {name: plain[name] for name in adapter.configs})
     targets: dict[str, MELoRAConfig | None] = {
         f"re:{re.escape(name)}": _for_any_base(config) for name, config in adapter.configs.items()
     }
@@ -88,7 +88,7 @@ def _load_into_rewritten(model: nn.Module, adapter: Adapter) -> None:
     weights = {name: site.weight for name, site in found.items()}
     check_shapes(adapter, weights)
     check_fingerprints(adapter, {name: fingerprint(weight) for name, weight in weights.items()})
-    check_kept(adapter, model)
+    check_kept(adapter, model, weights)
     _copy_values(model, adapter)
 
 

@@ -1,4 +1,4 @@
-"""What of a rewritten model belongs to its adapter: the tensors of sites and of modules kept trainable, by name."""
+"""What of a rewritten model belongs to its adapter: the tensors of sites and what was kept trainable, by name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import nn
 
 from melora_fx.errors import MELoRAError
 from melora_fx.names import join_path, unwrap, without_wrappers
+from melora_fx.matching.keep_trainable import is_within
 from melora_fx.rewriting.marks import root_marks
 from melora_fx.rewriting.sites import AdapterSite, sites
 
@@ -23,14 +24,14 @@ def adapter_of(model: nn.Module) -> Adapter:
         configs={name: site.config for name, site in sites(model).items()},
         fingerprints={},
         transposed={},
-        kept=kept_modules(model),
+        kept=kept_names(model),
         model={},
         tensors=adapter_tensors(model),
     )
 
 
 def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite] | None = None) -> dict[str, torch.Tensor]:
-    """What an adapter folder of `model` holds: `<site>.lora_a`, `<site>.lora_b`, and the modules kept trainable.
+    """What an adapter folder of `model` holds: `<site>.lora_a`, `<site>.lora_b`, and what was kept trainable.
 
     Cut to the largest rank of each site's configuration: an adapter that was loaded into a larger one is as it was.
     `found`: the model's sites, where they are known.
@@ -62,8 +63,8 @@ def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
     }
 
 
-def kept_modules(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that were kept trainable."""
+def kept_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules and parameters that were kept trainable."""
     names: list[str] = []
     for path, _, mark in root_marks(model):
         names += [join_path(path, name) for name in mark.kept]
@@ -71,16 +72,14 @@ def kept_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 def kept_tensor_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the tensors of the modules that were kept trainable."""
+    """Names of the tensors that were kept trainable, and of the buffers of modules that were."""
     return tuple(_kept_tensors(model))
 
 
 def _kept_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    kept = kept_modules(model)
+    kept = kept_names(model)
     return {
-        name: tensor
-        for name, tensor in tensors_by_name(model).items()
-        if any(name.startswith(f"{module}.") for module in kept)
+        name: tensor for name, tensor in tensors_by_name(model).items() if any(is_within(name, each) for each in kept)
     }
 
 

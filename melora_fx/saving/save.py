@@ -11,11 +11,11 @@ from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, warn_of_lost_sites
 
 from .adapter_file import write_adapter
-from .model_adapter import adapter_tensors, kept_modules, site_entries
+from .model_adapter import adapter_tensors, kept_names, site_entries
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Writes the adapters of `model`, and the modules kept trainable, to a folder; made where there is none.
+    """Writes the adapters of `model`, and what was kept trainable, to a folder; made where there is none.
 
     A crash leaves the old files or the new ones. The files of one adapter are the same each time.
 
@@ -40,5 +40,5 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "adapter records their shapes alone, and will load onto any base of these",
             stacklevel=2,
         )
-    header = {"sites": entries, "kept": list(kept_modules(model)), "model": model_facts}
+    header = {"sites": entries, "kept": list(kept_names(model)), "model": model_facts}
     write_adapter(Path(directory), adapter_tensors(model), header)

@@ -64,6 +64,19 @@ def test_a_checkpoint_is_an_adapter_folder(tmp_path) -> None:
     assert_equal({name: loaded.state_dict()[name] for name in saved}, {n: model.state_dict()[n] for n in saved})
 
 
+@pytest.mark.slow
+def test_a_checkpoint_has_the_biases_that_are_trained(tmp_path) -> None:
+    model = melora_fx.rewrite(bert_classifier(), ["query"], CONFIG, keep_trainable=["query.bias", "classifier"])
+    before = state_of(model)
+    trainer_of(model, tmp_path, AdapterCheckpointCallback())[0].train()
+    saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    assert set(saved) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    name = "bert.encoder.layer.0.attention.self.query.bias"
+    assert not torch.equal(saved[name], before[name])
+    loaded = melora_fx.load_adapter(bert_classifier(), tmp_path / "checkpoint-6")
+    assert_equal(loaded.state_dict()[name], model.state_dict()[name])
+
+
 @pytest.mark.situation("Trainer", "… and `load_best_model_at_end`", "the best adapter comes back")
 def test_the_best_adapter_comes_back_at_the_end(tmp_path) -> None:
     seen: dict[int, dict[str, torch.Tensor]] = {}
