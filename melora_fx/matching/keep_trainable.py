@@ -16,14 +16,15 @@ def resolve_kept(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
 
     Raises:
         TypeError: where `patterns` is neither a name nor a list of names.
-        ValueError: for a name that matches no module with parameters and no parameter, and for what is quantised.
+        ValueError: for a name that matches no parameter and no module that has any or buffers, and for what is
+            quantised.
     """
     if not isinstance(patterns, str | Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`keep_trainable` must be a name or a list of names, got {patterns!r}")
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    parameters = {name: list(module.parameters()) for name, module in _modules(model)}
+    parameters = {name: list(module.parameters()) for name, module in _modules(model) if name and _has_tensors(module)}
     parameters |= {name: [parameter] for name, parameter in _parameters(model)}
-    names = [name for name in parameters if name and parameters[name]]
+    names = list(parameters)
     kept: dict[str, None] = {}
     for pattern in patterns:
         hits = [name for name in names if name_matches(pattern, name)]
@@ -93,6 +94,11 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for path, module in _modules(model):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield join_path(path, name), parameter
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    """Whether there is anything to save of it: a norm without weights still has statistics."""
+    return any(True for _ in module.parameters()) or bool(module.state_dict(keep_vars=True))
 
 
 def _can_be_trained(parameter: nn.Parameter) -> bool:

@@ -29,6 +29,7 @@ from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 from melora_fx.whole_capture.example_inputs import ExampleInputs
 from melora_fx.whole_capture.whole_model import is_exported, make_trainable
 
+from .buffers import record_buffers
 from .hugging_face import attach
 from .marks import ROOT_MARK, RootMark, root_mark
 from .module import install
@@ -74,12 +75,13 @@ def rewrite(
     rewritten, kept = plan.model, plan.kept
     _refuse(plan)
     if plan.missed:
-        names = ", ".join(f"`{name}` ({plan.unsuitable[name]})" for name in plan.missed)
-        warnings.warn(f"`rewrite` leaves {len(plan.missed)} linears alone: {names}", stacklevel=2)
+        missed = ", ".join(f"`{name}` ({plan.unsuitable[name]})" for name in plan.missed)
+        warnings.warn(f"`rewrite` leaves {len(plan.missed)} linears alone: {missed}", stacklevel=2)
     if is_exported(rewritten):  # the user's own, planned as it is so that errors come before any change
         assert isinstance(rewritten, fx.GraphModule)
         plan = make_plan(make_trainable(rewritten), targets, config, keep_trainable=keep_trainable)
-    mark = RootMark(_requires_grad(rewritten), kept, tuple(site.name for site in plan.sites))
+    names = tuple(site.name for site in plan.sites)
+    mark = RootMark(_requires_grad(rewritten), kept, names, record_buffers(rewritten))
     rewritten.requires_grad_(False)
     free(rewritten, kept)
     for capture, sites in _by_capture(plan.sites):

@@ -10,8 +10,9 @@ from torch import nn
 from melora_fx.errors import MELoRAError
 from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.matching.keep_trainable import is_within
+from melora_fx.rewriting.buffers import changed_buffers
 from melora_fx.rewriting.marks import root_marks
-from melora_fx.rewriting.sites import AdapterSite, sites
+from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
 
 from .adapter_file import Adapter
 from .fingerprint import fingerprint
@@ -74,6 +75,22 @@ def kept_names(model: nn.Module) -> tuple[str, ...]:
 def kept_tensor_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the tensors that were kept trainable, and of the buffers of modules that were."""
     return tuple(_kept_tensors(model))
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """Names of what is trained or has changed since `rewrite`, and is not saved: it was not kept trainable."""
+    saved = {id(parameter) for parameter in adapter_parameters(model).values()}
+    saved |= {id(tensor) for tensor in _kept_tensors(model).values()}
+    names = [
+        without_wrappers(name)
+        for name, parameter in unwrap(model).named_parameters()
+        if parameter.requires_grad and id(parameter) not in saved
+    ]
+    kept = kept_names(model)
+    for path, root, mark in root_marks(model):
+        changed = [join_path(path, name) for name in changed_buffers(root, mark.buffers)]
+        names += [name for name in changed if not any(is_within(name, each) for each in kept)]
+    return names
 
 
 def _kept_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,13 +11,15 @@ from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, warn_of_lost_sites
 
 from .adapter_file import write_adapter
-from .model_adapter import adapter_tensors, kept_names, site_entries
+from .model_adapter import adapter_tensors, kept_names, left_out, site_entries
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes the adapters of `model`, and what was kept trainable, to a folder; made where there is none.
 
-    A crash leaves the old files or the new ones. The files of one adapter are the same each time.
+    A crash leaves the old files or the new ones. The files of one adapter are the same each time. Warns of what is not
+    saved although it can be trained, such as a bias that was unfrozen, or has changed since `rewrite`, such as the
+    statistics of a BatchNorm: `rewrite(…, keep_trainable=[…])` names what travels with the adapter.
 
     Raises:
         MELoRAError: for a plain model, or a folder that cannot be written.
@@ -40,5 +42,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "adapter records their shapes alone, and will load onto any base of these",
             stacklevel=2,
         )
+    if lost := left_out(model):
+        warnings.warn(
+            f"`save_adapter` does not save {_listed(lost)}, which can be trained or have changed since `rewrite`: name "
+            "them in its `keep_trainable`, buffers by their module",
+            stacklevel=2,
+        )
     header = {"sites": entries, "kept": list(kept_names(model)), "model": model_facts}
     write_adapter(Path(directory), adapter_tensors(model), header)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:5]) + (f", … ({len(names) - 5} more)" if len(names) > 5 else "")
