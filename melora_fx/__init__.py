@@ -14,6 +14,7 @@ from melora_fx.saving.trainer import AdapterCheckpointCallback
 from melora_fx.rewriting.sites import disabled
 from melora_fx.folding.fold import check_fold, fold, folded
 from melora_fx.folding.report import FoldReport, SiteFold
+from melora_fx.folding.unload import unload
 from melora_fx.folding.fold_checkpoint import fold_checkpoint
 from .errors import MELoRAError
 
@@ -35,6 +36,7 @@ __all__ = [
     "FoldReport",
     "SiteFold",
     "fold",
+    "unload",
     "fold_checkpoint",
     "MELoRAError",
 ]

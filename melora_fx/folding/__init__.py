@@ -1,6 +1,8 @@
-"""Merges adapters into weights, in memory and in checkpoints on disk, and reports what the rounding takes.
+"""Merges adapters into weights, in memory and in checkpoints on disk, and reports what the rounding takes; or takes
+adapters away and leaves the weights.
 
 fold             `fold`, `folded`, `check_fold`: in the memory of a model
+unload           `unload`: the model without its adapters
 refusals         what a fold in memory must refuse
 site_weight      a site's weight, and the blocks of it that a fold changes, as views
 measured_fold    what the rounding of a fold takes, seen tile by tile

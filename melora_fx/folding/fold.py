@@ -11,13 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from melora_fx.adapter.site import owner_of
-from melora_fx.adapter.tensors import TENSORS
 from melora_fx.adapter.update import Scratch, add_update
-from melora_fx.names import join_path, unwrap, without_wrappers
-from melora_fx.rewriting.adapted_module import rewritten_modules
-from melora_fx.rewriting.marks import ROOT_MARK, root_marks
-from melora_fx.rewriting.module import uninstall
+from melora_fx.names import unwrap
 from melora_fx.rewriting.sites import (
     AdapterSite,
     is_folded,
@@ -26,8 +21,6 @@ from melora_fx.rewriting.sites import (
     running_base,
     warn_of_lost_sites,
 )
-from melora_fx.rewriting.stale_optimizer import stop_watching
-from melora_fx.rewriting.watch import stop_watching_reads
 from melora_fx.saving.model_adapter import adapter_of
 from melora_fx.torch_private import preserve_versions
 
@@ -35,6 +28,7 @@ from .measured_fold import measure_fold
 from .refusals import refuse_replaced_forward, refuse_shared, refuse_unfoldable, shared_sites
 from .report import FoldReport, make_report
 from .site_weight import changed_blocks, oriented_weight
+from .unload import remove_adapters
 
 
 def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
@@ -55,7 +49,7 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
     refuse_folded(model, "fold")
     warn_of_lost_sites(model, found)
     refuse_unfoldable(found)
-    refuse_replaced_forward(found)
+    refuse_replaced_forward(found, "fold")
     shared = shared_sites(inner, found)
     if not untie:
         refuse_shared(shared)
@@ -67,7 +61,7 @@ def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
     with torch.no_grad():
         for site in found.values():
             add_update(site.tensors, oriented_weight(site), scratch)
-    _remove_adapters(inner)
+    remove_adapters(inner)
     return model
 
 
@@ -137,25 +131,3 @@ def _untie(model: nn.Module, site: AdapterSite) -> None:
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
-
-
-def _remove_adapters(model: nn.Module) -> None:
-    """Takes away all that `rewrite` has put on modules, and puts `requires_grad` back."""
-    for _, module in list(rewritten_modules(model)):
-        for record in module.melora_mark.records:
-            owner = owner_of(module, record)
-            for kind in TENSORS:
-                if hasattr(owner, record.attribute(kind)):
-                    nn.Module.__delattr__(owner, record.attribute(kind))
-        uninstall(module)
-    named = model.named_parameters(remove_duplicate=False)
-    parameters = {without_wrappers(name): parameter for name, parameter in named}
-    for path, root, mark in list(root_marks(model)):
-        mark.patches.take_all_off(root)
-        stop_watching(root)
-        stop_watching_reads(root)
-        del vars(root)[ROOT_MARK]
-        for name, requires_grad in mark.requires_grad.items():
-            parameter = parameters.get(join_path(path, name))
-            if parameter is not None:
-                parameter.requires_grad_(requires_grad)

@@ -16,6 +16,8 @@ from .site_weight import oriented_weight
 
 _DEQUANTISE = "save the adapter, load it into the dequantised base, fold, and quantise again (docs/FOLD.md)"
 
+_PARAMETRIZED = "its module was parametrized after `rewrite`: `parametrize.remove_parametrizations` first"
+
 
 def refuse_unfoldable(found: dict[str, AdapterSite]) -> None:
     """Raises MELoRAError for weights that cannot be changed, and for sums that would not be finite."""
@@ -24,13 +26,21 @@ def refuse_unfoldable(found: dict[str, AdapterSite]) -> None:
         raise MELoRAError("cannot fold:\n" + "\n".join(lines))
 
 
-def refuse_replaced_forward(found: dict[str, AdapterSite]) -> None:
-    """Raises MELoRAError for modules whose forward a fold could not take the adapter out of."""
+def refuse_parametrized(found: dict[str, AdapterSite], action: str) -> None:
+    """Raises MELoRAError for modules whose own class would not come back."""
+    lines = [f"`{name}`: {_PARAMETRIZED}" for name, site in found.items() if _is_changed_since(site.module)]
+    if lines:
+        raise MELoRAError(f"cannot {action}:\n" + "\n".join(lines))
+
+
+def refuse_replaced_forward(found: dict[str, AdapterSite], action: str) -> None:
+    """Raises MELoRAError for modules whose forward would keep the adapter; `action`: "fold" or "unload"."""
     names = [f"`{name}`" for name, site in found.items() if replaced_forward(site.module)]
     if names:
         raise MELoRAError(
-            f"cannot fold {', '.join(names)}: its `forward` was replaced on the instance after `rewrite`, as accelerate"
-            " does, and would keep the adapter: `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
+            f"cannot {action} {', '.join(names)}: its `forward` was replaced on the instance after `rewrite`, as "
+            "accelerate does, and would keep the adapter: "
+            "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
         )
 
 
@@ -62,7 +72,7 @@ def _obstacle(site: AdapterSite) -> str | None:
     if site.record.parameter_name not in registered(site.owner)[0]:
         return "its weight is pruned or parametrized: make it permanent first"
     if _is_changed_since(site.module):
-        return "its module was parametrized after `rewrite`: `parametrize.remove_parametrizations` first"
+        return _PARAMETRIZED
     if reason := resized(site):
         return reason
     weight = site.weight.detach()
