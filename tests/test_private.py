@@ -22,6 +22,7 @@ from torch.nn.utils import prune
 from exporters import private
 from exporters.graph.clean import quiet
 from melora_fx import torch_private
+from melora_fx.whole_capture import private as export_private
 
 aten = torch.ops.aten
 MIXTRAL = transformers.MixtralConfig(
@@ -35,13 +36,12 @@ MIXTRAL = transformers.MixtralConfig(
 )
 
 
-@pytest.mark.parametrize("module", [torch_private, private], ids=["torch_private", "private"])
-def test_every_name_is_called_here(module: Any) -> None:
-    tree = ast.parse(inspect.getsource(module))
+@pytest.mark.parametrize("short", ["torch_private", "export_private", "private"])
+def test_every_name_is_called_here(short: str) -> None:
+    tree = ast.parse(inspect.getsource(globals()[short]))
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     names += [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
     text = Path(__file__).read_text()
-    short = module.__name__.rpartition(".")[2]
     assert [name for name in names if not re.search(rf"\b{short}\.{name}\b", text)] == []
 
 
@@ -134,11 +134,40 @@ def test_export_hooks_are_cleared() -> None:
     module = exported(nn.Linear(IN, OUT), randn(2, IN))
     with pytest.raises(AssertionError, match="Guard failed"):
         module(randn(3, IN))
-    torch_private.clear_export_hooks(module)
+    export_private.clear_export_hooks(module)
     assert module._forward_pre_hooks == {}
     module.register_forward_hook(lambda *_: None, always_call=True)
-    torch_private.clear_export_hooks(module)
+    export_private.clear_export_hooks(module)
     assert (module._forward_hooks, module._forward_hooks_always_called) == ({}, {})
+
+
+class Branch(nn.Module):
+    """Takes the other branch where there are more than 8 rows, or one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if 1 < x.shape[0] <= 8 else x - 1
+
+
+def test_what_an_export_assumed_of_sizes() -> None:
+    rows = {"x": {0: torch.export.Dim.AUTO}}
+    with export_private.without_assuming_two():
+        program = torch.export.export(Branch(), (randn(3, IN),), dynamic_shapes=rows)
+    assert export_private.export_guards(program) == ["L['x'].size()[0] > 1", "L['x'].size()[0] <= 8"]
+    program = torch.export.export(Branch(), (randn(3, IN),), dynamic_shapes=rows)
+    assert export_private.export_guards(program) == ["L['x'].size()[0] <= 8"]
+
+
+def test_conditions_up_to_a_limit() -> None:
+    rows = {"x": {0: torch.export.Dim.AUTO}}
+    with pytest.raises(export_private.LargeConditionError) as error, export_private.conditions_up_to(0):
+        torch.export.export(Branch(), (randn(3, IN),), dynamic_shapes=rows)
+    assert error.value.source == "L['x'].size()[0]"
+    torch.export.export(Branch(), (randn(3, IN),), dynamic_shapes=rows)
+
+
+def test_the_structure_of_inputs() -> None:
+    structure = export_private.input_structure(exported(nn.Linear(IN, OUT), randn(2, IN)))
+    assert torch_private.tree_unflatten([7], structure) == ((7,), {})
 
 
 def test_fake_tensors() -> None:
@@ -240,6 +269,9 @@ def test_trees() -> None:
     tree = {"a": [1, {"b": 2}], "c": (3,)}
     assert torch_private.tree_map(lambda leaf: leaf * 10, tree) == {"a": [10, {"b": 20}], "c": (30,)}
     assert torch_private.tree_leaves(tree) == [1, 2, 3]
+    leaves, structure = torch_private.tree_flatten(tree)
+    assert torch_private.tree_unflatten([10 * leaf for leaf in leaves], structure) == {"a": [10, {"b": 20}], "c": (30,)}
+    assert torch_private.tree_code(tree) == [("['a'][0]", 1), ("['a'][1]['b']", 2), ("['c'][0]", 3)]
     assert torch_private.tree_paths(tree) == [(("a", "0"), 1), (("a", "1", "b"), 2), (("c", "0"), 3)]
 
 
@@ -329,7 +361,8 @@ def test_an_export_leaves_the_instance_alone_and_is_fused() -> None:
     tokens = torch.arange(8).view(2, 4)
     shapes = {"input_ids": {0: torch.export.Dim.AUTO}}
     with quiet():
-        graph_model = private.export_by_transformers(model, {"input_ids": tokens}, shapes, None)
+        graph_model, program = private.export_by_transformers(model, {"input_ids": tokens}, shapes, None)
+    assert program.graph_signature.user_inputs == ("input_ids",)
     assert [value.name for value in graph_model.graph.inputs] == ["input_ids"]
     assert vars(model) == before
     private.fuse_for_onnxruntime(graph_model, "cpu")

@@ -8,9 +8,9 @@ from torch import nn
 
 from melora_fx.adapter.tensors import num_matrices
 from melora_fx.errors import MELoRAError
+from melora_fx.matching.keep_trainable import trained_bases
 from melora_fx.matching.targets import nearest
 from melora_fx.names import unwrap
-from melora_fx.matching.keep_trainable import trained_bases
 
 from .adapter_file import Adapter
 from .fingerprint import fingerprint_misfit

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from melora_fx.errors import MELoRAError
-from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.matching.keep_trainable import is_within
+from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.buffers import changed_buffers
 from melora_fx.rewriting.marks import root_marks
 from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites

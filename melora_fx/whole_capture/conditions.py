@@ -100,8 +100,8 @@ def exporting() -> Iterator[None]:
             yield
     except LargeConditionError as error:
         raise MELoRAError(
-            f"the axis {_by_names(error.source)} cannot vary: the model computes sizes from it in conditions of more than "
-            f"{_MOST_OPERATIONS} operations. Leave it out of `dynamic_axes`, or name those that may vary there"
+            f"the axis {_by_names(error.source)} cannot vary: the model computes sizes from it in conditions of more "
+            f"than {_MOST_OPERATIONS} operations. Leave it out of `dynamic_axes`, or name those that may vary there"
         ) from error
 
 
