@@ -1,9 +1,9 @@
-"""The table in docs/CAPTURES.md: modules written by hand, and what becomes of each.
+"""The tables in docs/CAPTURES.md: modules written by hand, in place and captured whole, and what becomes of each.
 
     PYTHONPATH=tests python -m support.capture_table
 
-runs all of them, in train and in eval mode, prints the table, and writes it between the markers of the page. The status
-is 1 where a case is neither right nor refused.
+runs all of them, those in place in train and in eval mode, prints the tables, and writes them between the markers of
+the page. The status is 1 where a case is neither right nor refused.
 """
 
 import sys
@@ -15,10 +15,12 @@ import torch
 from support.hand_written import CASES, Case
 from support.hand_written.case import AT_REWRITE, IN_FORWARD, LIMIT, RIGHT, WITH_GRADIENTS
 from support.hand_written.checks import Verdict, verdict
+from support.whole_captures import CASES as WHOLE_CASES
+from support.whole_captures import check
 
 PAGE = Path(__file__).parents[2] / "docs" / "CAPTURES.md"
-START = "<!-- table -->"
-END = "<!-- end of table -->"
+IN_PLACE = "table"
+WHOLE = "whole captures"
 HEADER = ("| area | module | result |", "|---|---|---|")
 WRONG = "WRONG"
 _RANK = (RIGHT, WITH_GRADIENTS, IN_FORWARD, AT_REWRITE, WRONG)
@@ -53,21 +55,43 @@ def rows() -> list[Row]:
     return made
 
 
-def documented() -> list[Row]:
+def whole_rows() -> list[Row]:
+    """The rows of the second table."""
+    made = []
+    for case in WHOLE_CASES.values():
+        try:
+            result = check(case)
+        except Exception as error:  # a table has a row for whatever goes wrong
+            result = WRONG
+            print(f"{case.id:32} {type(error).__name__}: {error}"[:300], file=sys.stderr, flush=True)
+        made.append((case.area, case.what, result))
+    return made
+
+
+def documented(table: str) -> list[Row]:
     """The rows that the page has."""
-    lines = PAGE.read_text().partition(START)[2].partition(END)[0].strip().splitlines()[len(HEADER) :]
+    lines = PAGE.read_text().partition(_start(table))[2].partition(_end(table))[0].strip().splitlines()[len(HEADER) :]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return [(area, what, result) for area, what, result in cells]
 
 
+def _start(table: str) -> str:
+    return f"<!-- {table} -->"
+
+
+def _end(table: str) -> str:
+    return f"<!-- end of {table} -->"
+
+
 def main() -> int:
-    made = rows()
-    lines = [START, *HEADER, *(f"| {' | '.join(row)} |" for row in made), END]
-    print("\n".join(lines))
-    if PAGE.exists():
-        before, _, rest = PAGE.read_text().partition(START)
-        PAGE.write_text(before + "\n".join(lines) + rest.partition(END)[2])
-    return int(any(result == WRONG for _, _, result in made))
+    tables = {IN_PLACE: rows(), WHOLE: whole_rows()}
+    for table, made in tables.items():
+        lines = [_start(table), *HEADER, *(f"| {' | '.join(row)} |" for row in made), _end(table)]
+        print("\n".join(lines))
+        if PAGE.exists():
+            before, _, rest = PAGE.read_text().partition(_start(table))
+            PAGE.write_text(before + "\n".join(lines) + rest.partition(_end(table))[2])
+    return int(any(result == WRONG for made in tables.values() for _, _, result in made))
 
 
 if __name__ == "__main__":

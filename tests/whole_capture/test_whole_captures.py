@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.capture_table import WHOLE, documented
 from support.whole_captures import CASES, WholeCase, check, check_onnx
 
 
@@ -10,6 +11,11 @@ from support.whole_captures import CASES, WholeCase, check, check_onnx
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_right_or_refused(case: WholeCase) -> None:
     check(case)
+
+
+def test_the_page_has_a_row_for_each_case() -> None:
+    """`PYTHONPATH=tests python -m support.capture_table` makes them."""
+    assert documented(WHOLE) == [(case.area, case.what, case.result) for case in CASES.values()]
 
 
 @pytest.mark.default_cases("long-inputs")

@@ -120,7 +120,7 @@ class MaskLeftOut(NoMask):
     'the example names `b` before `a`, `example_inputs={"b": …, "a": …}`',
     {"b": x(2, 5, 24, seed=2), "a": x(2, 5, 24)},
     right={"by position": (x(2, 7, 24, seed=3), x(2, 7, 24, seed=4)), "by name": {"a": x(2, 7, 24), "b": x(2, 7, 24)}},
-    refused={"one twice": ({"a": x(2, 7, 24), "b": x(2, 7, 24), "c": x(2, 7, 24)}, "takes no argument `c`")},
+    refused={"an argument `c`": ({"a": x(2, 7, 24), "b": x(2, 7, 24), "c": x(2, 7, 24)}, "takes no argument `c`")},
 )
 class OtherOrder(Child):
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

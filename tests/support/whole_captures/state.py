@@ -17,7 +17,7 @@ class Square(nn.Module):
         self.fc = nn.Linear(IN, IN)
 
 
-@whole(AREA, "a buffer that is exchanged, `self.n = self.n + 1`", (x(2, 24),), right={"again": (x(2, 24),)})
+@whole(AREA, "a buffer that is exchanged, `self.n = self.n + 1`", (x(2, 24),), right={"a second call": (x(2, 24),)})
 class ExchangedBuffer(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ExchangedBuffer(Child):
         return self.fc(x) * self.n, self.n
 
 
-@whole(AREA, "a buffer that is changed, `self.n.add_(1)`", (x(2, 24),), right={"again": (x(2, 24),)})
+@whole(AREA, "a buffer that is changed, `self.n.add_(1)`", (x(2, 24),), right={"a second call": (x(2, 24),)})
 class ChangedBuffer(Child):
     def __init__(self) -> None:
         super().__init__()
