@@ -1,5 +1,9 @@
-"""Settings of a model inside a block, train or eval mode and no key-value cache; and its attributes, kept over one."""
+"""Settings of a model inside a block, train or eval mode and no key-value cache; and what is kept over one: its
+attributes, and the random numbers to come.
+"""
 
+import random
+import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -121,3 +125,22 @@ def _containers(values: Iterable[Any]) -> Iterator[Any]:
 
 def _items(container: Any) -> Iterable[Any]:
     return container.items() if isinstance(container, dict) else container
+
+
+@contextmanager
+def same_random_state(module: nn.Module) -> Iterator[None]:
+    """The block leaves the random numbers to come as they were, on the CPU and on the GPUs that `module` is on: to ask
+    others would wake them.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(state)

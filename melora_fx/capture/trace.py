@@ -8,22 +8,18 @@ double of the module, and what it may have changed elsewhere is put back.
 import gc
 import inspect
 import itertools
-import random
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from .double import double_of, holders
 from .graphs import Capture
 from .lenient_tracer import LenientTracer
-from .model_settings import own_attributes
+from .model_settings import own_attributes, same_random_state
 
 
 class UntraceableError(Exception):
@@ -102,7 +98,7 @@ class _Trace:
 def _trace(module: nn.Module, training: bool, defaults: dict[str, Any], tracer: LenientTracer) -> _Trace:
     """One trace of a double of the module."""
     before = [dict(holder) for holder in holders(module)]
-    with warnings.catch_warnings(), own_attributes(module), _same_random_state(module):
+    with warnings.catch_warnings(), own_attributes(module), same_random_state(module):
         warnings.simplefilter("ignore")
         trace = _traced(tracer, double_of(module, training), defaults)
         changed = _changed(holders(module), before)
@@ -165,22 +161,3 @@ def _take_out(holder: Any, proxy: Any) -> None:
     elif isinstance(holder, dict):
         for key in [key for key, value in holder.items() if key is proxy or value is proxy]:
             del holder[key]
-
-
-@contextmanager
-def _same_random_state(module: nn.Module) -> Iterator[None]:
-    """The block leaves the random numbers to come as they were, on the CPU and on the GPUs that `module` is on: to ask
-    others would wake them.
-    """
-    tensors = (*module.parameters(), *module.buffers())
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy else None
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(state)

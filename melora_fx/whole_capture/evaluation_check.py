@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from melora_fx.capture.model_settings import changed_attributes, in_mode, own_attributes, without_cache
+from melora_fx.capture.model_settings import (
+    changed_attributes,
+    in_mode,
+    own_attributes,
+    same_random_state,
+    without_cache,
+)
 from melora_fx.errors import MELoRAError
 from melora_fx.torch_private import tree_leaves, tree_map
 
@@ -35,18 +41,26 @@ def check_evaluation(
         return
     graph_module.eval()
     with torch.no_grad(), own_attributes(model), in_mode(model, training=False), without_cache(model):
+        name = type(model).__name__
         runs = list[Any]()
         kept = changed_attributes(model, lambda: runs.append(_run(model, args, kwargs)))
         expected = runs[0]
-        if not _are_near(tree_leaves(_run(graph_module, args, kwargs)), tree_leaves(expected)):
+        try:
+            actual = _run(graph_module, args, kwargs)
+        except Exception as error:  # the graph can raise anything
             raise MELoRAError(
-                f"`{type(model).__name__}` cannot be captured whole: its forward differs between train and eval mode "
-                "by more than dropout, which one graph cannot follow: rewrite it without `example_inputs=`"
+                f"`{name}` cannot be captured whole: its graph raises what the forward catches or avoids, {error}: "
+                "rewrite it without `example_inputs=`"
+            ) from error
+        if not _are_near(tree_leaves(actual), tree_leaves(expected)):
+            raise MELoRAError(
+                f"`{name}` cannot be captured whole: its forward differs between train and eval mode by more than "
+                "dropout, which one graph cannot follow: rewrite it without `example_inputs=`"
             )
         assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
         if kept and not _are_near(tree_leaves(runs[1]), tree_leaves(expected)):
             raise MELoRAError(
-                f"`{type(model).__name__}` cannot be captured whole: its outputs depend on {_quoted(kept)}, which its "
+                f"`{name}` cannot be captured whole: its outputs depend on {_quoted(kept)}, which its "
                 "forward keeps from call to call: make it a buffer, or rewrite without `example_inputs=`"
             )
         changed = changed_names(assumed.by_name(*expected[1:]), assumed.by_name(args, kwargs))
@@ -80,10 +94,13 @@ def _is_right(model: nn.Module, graph_module: fx.GraphModule, args: Any, kwargs:
 def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """What comes out, with copies of the inputs and the buffers; and these inputs afterwards."""
+    """What comes out, with copies of the inputs and the buffers; and these inputs afterwards. Draws the same random
+    numbers each time.
+    """
     args, kwargs = tree_map(copied, (args, kwargs))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    outputs = torch.func.functional_call(model, buffers, args, kwargs)
+    with same_random_state(model):
+        outputs = torch.func.functional_call(model, buffers, args, kwargs)
     return dict(outputs) if isinstance(outputs, Mapping) else outputs, args, kwargs
 
 

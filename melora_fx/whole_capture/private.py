@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sympy
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes_config
@@ -60,6 +61,27 @@ def conditions_up_to(operations: int) -> Iterator[None]:
         yield
     finally:
         setattr(ShapeEnv, "evaluate_expr", evaluate)  # noqa: B010
+
+
+@contextmanager
+def inference_mode_as_no_grad() -> Iterator[None]:
+    """In the block regions of `torch.inference_mode` are regions of `torch.no_grad`, which stand in the graph of an
+    export; those that it drops would be differentiated. torch 2.13.
+    """
+    region: Any = torch.inference_mode
+    enter, leave = region.__enter__, region.__exit__
+
+    def enter_grad_mode(self: Any) -> None:
+        self.grad_mode = torch.set_grad_enabled(not self.mode)
+
+    def leave_grad_mode(self: Any, *error: Any) -> None:
+        self.grad_mode.__exit__(*error)
+
+    region.__enter__, region.__exit__ = enter_grad_mode, leave_grad_mode
+    try:
+        yield
+    finally:
+        region.__enter__, region.__exit__ = enter, leave
 
 
 def clear_export_hooks(module: nn.Module) -> None:

@@ -11,16 +11,17 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from melora_fx.capture.expert_layers import REMEDY, loops_over_experts
-from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
+from melora_fx.capture.model_settings import in_mode, own_attributes, same_random_state, without_cache
 from melora_fx.errors import MELoRAError
 from melora_fx.torch_private import follows_mode
 
+from .assigned_buffers import write_assigned_buffers
 from .assumed_inputs import AssumedInputs, check_inputs
 from .conditions import Condition, conditions_of, exporting
 from .dynamic_axes import DynamicAxes, dynamic_shapes, has_dynamic_batch, refuse_wrong_axes
 from .evaluation_check import check_evaluation
 from .example_inputs import as_arguments, name_keywords, with_named_keywords
-from .private import clear_export_hooks
+from .private import clear_export_hooks, inference_mode_as_no_grad
 from .shared_weights import name_by_user, repeated_modules
 from .training_mode import follow_training_mode
 
@@ -135,7 +136,13 @@ def _export_in_mode(
     model: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any]
 ) -> tuple[ExportedProgram | None, Exception | None]:
     """The program, or why there is none."""
-    with own_attributes(model), in_mode(model, training=training):
+    with (
+        own_attributes(model),
+        same_random_state(model),
+        in_mode(model, training=training),
+        inference_mode_as_no_grad(),
+    ):
+        write_assigned_buffers(model)
         name_keywords(model, kwargs)
         try:
             with exporting():

@@ -480,3 +480,80 @@ def test_use_cache_is_put_back():
 
 def test_tower_in_train_mode_is_traced_like_in_eval():
     assert list(melora_fx.sites(melora_fx.rewrite(Tower().train(), "all-linear", CONFIG))) == list(TOWER_SITES)
+
+
+class Kept(nn.Module):
+    """A child with buffers that its forward assigns to."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.linear = nn.Linear(IN, OUT)
+        self.register_buffer("mean", torch.zeros((), dtype=dtype))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        y = self.linear(x)
+        self.calls = self.calls + 1
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean()
+        return y - self.mean
+
+
+def test_buffers_that_a_child_assigns_to_are_kept():
+    plain = Holder(Kept()).requires_grad_(False)
+    captured = whole(copy.deepcopy(plain), (randn(2, IN),))
+    for seed in range(3):
+        x = randn(4, IN, seed=seed)
+        assert_equal(captured(x), plain(x))
+    assert_equal({name: captured.state_dict()[name] for name in plain.state_dict()}, dict(plain.state_dict()))
+    assert int(captured.inner.calls) == 3
+
+
+def test_a_buffer_that_would_become_another_one_is_refused():
+    model = Holder(Kept(torch.float16))
+    with assert_unchanged(model), pytest.raises(MELoRAError, match=r"assigns .*float32 to the buffer `inner\.mean`"):
+        whole(model, (randn(2, IN),))
+
+
+def test_regions_of_inference_mode_have_no_gradient():
+    class Frozen(nn.Linear):
+        def forward(self, x):
+            with torch.inference_mode():
+                y = super().forward(x)
+            return y.clone()
+
+    enter = torch.inference_mode.__enter__
+    model = nn.Sequential(nn.Linear(IN, IN), Frozen(IN, OUT))
+    captured = fill(whole(model, (randn(2, IN),), "0"))
+    assert torch.inference_mode.__enter__ is enter
+    assert not captured(randn(2, IN)).requires_grad
+
+
+def test_random_numbers_of_a_forward_are_neither_compared_nor_used_up():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * torch.rand(x.shape[0], 1)
+
+    plain = Holder(Noisy(IN, OUT)).requires_grad_(False)
+    before = torch.get_rng_state()
+    captured = whole(copy.deepcopy(plain), (randn(2, IN),))
+    x = randn(3, IN)
+    torch.set_rng_state(before)
+    expected = plain(x)
+    torch.set_rng_state(before)
+    assert_equal(captured(x), expected)
+
+
+def test_a_forward_that_catches_an_error_of_an_operator_is_refused():
+    class Tries(nn.Linear):
+        def forward(self, x):
+            try:
+                return F.linear(x[:, 1:], self.weight)
+            except RuntimeError:
+                return F.linear(x, self.weight)
+
+    model = Holder(Tries(IN, OUT))
+    with (
+        assert_unchanged(model),
+        pytest.raises(MELoRAError, match="`Holder` cannot be captured whole: its graph raises"),
+    ):
+        whole(model, (randn(2, IN),))
