@@ -57,7 +57,10 @@ def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.
     matrix = record.matrices_of(weight_of(owner, record.parameter))
     _, out_features = features_of(matrix, is_transposed=record.weight_is_transposed)
     parts = record.config.parts(out_features)
-    total = next(user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
+    totals = (user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
+    total = next(totals, None)
+    if total is None:  # nobody uses its output: it went with what was behind another product with the weight
+        return
     with graph.inserting_before(total):
         tensors = [graph.get_attr(record.path(kind)) for kind in (*FACTORS, SCALING)]
         dropout = graph.get_attr(record.path(DROPOUT)) if record.config.dropout else None

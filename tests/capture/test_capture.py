@@ -557,3 +557,17 @@ def test_a_forward_that_catches_an_error_of_an_operator_is_refused():
         pytest.raises(MELoRAError, match="`Holder` cannot be captured whole: its graph raises"),
     ):
         whole(model, (randn(2, IN),))
+
+
+def test_a_product_that_nobody_uses_beside_one_that_is_used():
+    class Overwritten(nn.Linear):
+        def forward(self, x):
+            for _ in range(3):
+                y = super().forward(x)
+                x = x / 2
+            return y
+
+    x = randn(2, IN)
+    plain = Holder(Overwritten(IN, OUT))
+    captured = fill(whole(copy.deepcopy(plain), (x,)))
+    assert_near(output_of(captured, x), output_of(dense_copy(captured, plain), x.double()))
