@@ -4,18 +4,22 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from melora_fx.errors import MELoRAError
 from melora_fx.names import join_path
 from melora_fx.torch_private import registered
 
+from .private import may_alias
+
+aten = torch.ops.aten
+
 
 def write_assigned_buffers(model: nn.Module) -> None:
     """Gives the model an own `forward` that at its end writes what was assigned to a buffer into the buffer itself.
 
-    `torch.export` does so for the buffers of the model, and forgets those of its children (torch 2.13). The forward
-    raises a MELoRAError where the values would not be the same in the buffer.
+    `torch.export` does so for the buffers of the model itself, and forgets those of its children (torch 2.13). The
+    forward raises a MELoRAError where the values would not be the same in the buffer.
     """
     forward = model.forward
 
@@ -26,8 +30,10 @@ def write_assigned_buffers(model: nn.Module) -> None:
         for path, buffers, earlier in before:
             for name in earlier.keys() | buffers.keys():
                 if buffers.get(name) is not earlier.get(name):
-                    _write(join_path(path, name), earlier.get(name), buffers.get(name))
-                    buffers[name] = earlier[name]
+                    _refuse_other_kind(join_path(path, name), earlier.get(name), buffers.get(name))
+                    if path:
+                        earlier[name].copy_(buffers[name])
+                        buffers[name] = earlier[name]
         return outputs
 
     vars(model)["forward"] = writing
@@ -38,14 +44,31 @@ def _buffers(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
     return [(path, registered(module)[1]) for path, module in model.named_modules()]
 
 
-def _write(name: str, buffer: torch.Tensor | None, value: torch.Tensor | None) -> None:
+def _refuse_other_kind(name: str, buffer: torch.Tensor | None, value: torch.Tensor | None) -> None:
     if buffer is None or value is None or buffer.dtype != value.dtype or buffer.shape != value.shape:
         raise MELoRAError(
             f"the forward assigns {_kind(value)} to the buffer `{name}`, which is {_kind(buffer)}: a whole capture can "
             "only change the values of a buffer; rewrite the model without `example_inputs=`"
         )
-    buffer.copy_(value)
 
 
 def _kind(value: torch.Tensor | None) -> str:
     return "nothing" if value is None else f"{tuple(value.shape)} of {value.dtype}"
+
+
+def keep_values_read(graph_module: fx.GraphModule) -> None:
+    """Lets a graph that writes to a buffer last of all read a copy of it before, as its backward may need what was
+    read: an assignment leaves the tensor as it was that the buffer had before.
+    """
+    graph = graph_module.graph
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for read in graph.find_nodes(op="get_attr"):
+        users = sorted(read.users, key=order.__getitem__)
+        others, last = users[:-1], users[-1] if users else read
+        is_written_last = last.target is aten.copy_.default and last.args[0] is read
+        if not others or not is_written_last or any(map(may_alias, others)):
+            continue
+        with graph.inserting_after(read):
+            copy = graph.call_function(aten.clone.default, (read,))
+        for user in others:
+            user.replace_input_with(read, copy)

@@ -12,6 +12,8 @@ from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from melora_fx.torch_private import is_operator
+
 
 def input_structure(module: fx.GraphModule) -> Any:
     """The structure of (args, kwargs) that an exported module takes. torch 2.13."""
@@ -82,6 +84,16 @@ def inference_mode_as_no_grad() -> Iterator[None]:
         yield
     finally:
         region.__enter__, region.__exit__ = enter, leave
+
+
+def may_alias(node: fx.Node) -> bool:
+    """Whether what `node` gives may be the memory of an input, or it writes to one; no public name gives an operator's
+    schema. torch 2.13.
+    """
+    if not is_operator(node.target):
+        return True
+    schema = node.target._schema
+    return any(each.alias_info for each in (*schema.returns, *schema.arguments))
 
 
 def clear_export_hooks(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from melora_fx.capture.model_settings import in_mode, own_attributes, same_rando
 from melora_fx.errors import MELoRAError
 from melora_fx.torch_private import follows_mode
 
-from .assigned_buffers import write_assigned_buffers
+from .assigned_buffers import keep_values_read, write_assigned_buffers
 from .assumed_inputs import AssumedInputs, check_inputs
 from .conditions import Condition, conditions_of, exporting
 from .dynamic_axes import DynamicAxes, dynamic_shapes, has_dynamic_batch, refuse_wrong_axes
@@ -100,6 +100,7 @@ def make_trainable(
         conditions: what the export assumed of sizes.
     """
     name_by_user(graph_module, repeated or {})
+    keep_values_read(graph_module)
     clear_export_hooks(graph_module)
     signature = signature or inspect.signature(graph_module.forward)
     vars(graph_module)["assumed_inputs"] = AssumedInputs(graph_module, signature, conditions)
