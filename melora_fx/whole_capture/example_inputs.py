@@ -34,7 +34,10 @@ def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any
 
 
 def _doubled(leaf: Any) -> Any:
-    return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+    """An input twice along its first axis, with a gradient of its own where it wants one."""
+    if not (isinstance(leaf, torch.Tensor) and leaf.dim()):
+        return leaf
+    return torch.cat([leaf, leaf]).detach().requires_grad_(leaf.requires_grad)
 
 
 def with_named_keywords(signature: inspect.Signature, names: Iterable[str]) -> inspect.Signature:

@@ -162,6 +162,13 @@ def test_batch_of_one_is_doubled_so_that_the_batch_stays_free():
         assert_equal(output_of(captured, x), output_of(plain, x))
 
 
+def test_batch_of_one_that_wants_a_gradient():
+    plain = nn.Sequential(nn.Linear(IN, OUT)).requires_grad_(False)
+    x = randn(1, IN).requires_grad_()
+    captured = whole(copy.deepcopy(plain), (x,))
+    assert_equal(captured(x), plain(x))
+
+
 def test_batch_of_one_of_a_hugging_face_model():
     plain = bert()
     captured = whole(bert(), tokens(1, 5), targets="query")
