@@ -1,12 +1,17 @@
-"""Hand-written models composed at random: each is right, or refused by name; none is silently wrong."""
+"""Hand-written models composed at random: each is right, or refused by name; none is silently wrong.
+
+In place, and by `example_inputs=` as one graph.
+"""
 
 from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from support.composed_calls import EXAMPLES, Call
 from support.composed_check import PARTLY, RIGHT, check_composed
 from support.composed_modules import PIECES, ComposedModel, composed_models
+from support.composed_pieces import FROZEN
 
 from melora_fx import MELoRAConfig
 
@@ -14,6 +19,14 @@ CONFIGS = st.builds(MELoRAConfig, rank=st.integers(1, 2), num_blocks=st.integers
 
 ONLY_REFUSED = ("reader: parameters", "reader: own list", "part: there and back", "product: einsum of a batch")
 """Without a right model: they take a weight past the attribute that holds it, use it both ways, or as a stack."""
+
+CAPTURED_PIECES = [piece for piece in PIECES if piece.partition(":")[0] in ("argument", "control", "input", "region")]
+CAPTURED_PIECES += [piece for piece in PIECES if piece.startswith("state") and piece not in FROZEN]
+
+
+def captured_models(piece: str = "") -> st.SearchStrategy[ComposedModel]:
+    """Models that one graph can follow, as far as their Python goes."""
+    return composed_models(piece).filter(lambda composed: composed.is_followed)
 
 
 def examples(count: int) -> settings:
@@ -60,3 +73,35 @@ def test_most_of_many_composed_models_are_right() -> None:
 
     check()
     assert outcomes[RIGHT] > 0.6 * outcomes.total(), outcomes
+
+
+@examples(1)
+@given(composed=captured_models("state: buffer reassigned"), config=CONFIGS, by_name=st.booleans())
+def test_a_captured_composed_model_is_right_or_refused(
+    composed: ComposedModel, config: MELoRAConfig, by_name: bool
+) -> None:
+    check_composed(composed, config, by_name=by_name, example=EXAMPLES[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", CAPTURED_PIECES)
+def test_captured_models_with_each_piece_that_a_graph_may_freeze(piece: str) -> None:
+    @examples(1)
+    @given(composed=captured_models(piece), config=CONFIGS, by_name=st.booleans(), example=st.sampled_from(EXAMPLES))
+    def check(composed: ComposedModel, config: MELoRAConfig, by_name: bool, example: Call) -> None:
+        check_composed(composed, config, by_name=by_name, example=example)
+
+    check()
+
+
+@pytest.mark.slow
+def test_many_captured_composed_models_are_right() -> None:
+    outcomes: Counter[str] = Counter()
+
+    @examples(30)
+    @given(composed=captured_models(), config=CONFIGS, by_name=st.booleans(), example=st.sampled_from(EXAMPLES))
+    def check(composed: ComposedModel, config: MELoRAConfig, by_name: bool, example: Call) -> None:
+        outcomes[check_composed(composed, config, by_name=by_name, example=example)] += 1
+
+    check()
+    assert outcomes[RIGHT] > 0.3 * outcomes.total(), outcomes

@@ -1,22 +1,27 @@
 """What must hold of any hand-written model that `rewrite` is given: it is right, or it is refused by name.
 
+In place the name is a site's, or its linear is named in a warning. A whole capture is refused at once, or in calls that
+are not as it was captured, by the name of an argument.
+
 The oracle is the model's own code in float64 on W + Δ; its gradients of W, taken through Δ, are those of A and B.
 """
 
 import random
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
-from support.composed_modules import NARROW, ComposedModel
-from support.models import adapted_weight, assert_equal, fill, randn, site_update
+from melora_fx.names import get_attribute
+from support.composed_calls import IN_PLACE, OF_GRAPHS, Call
+from support.composed_modules import ComposedModel
+from support.models import adapted_weight, assert_equal, fill, site_update
 from support.recorded_state import assert_recorded, recorded_state
 
 Make = Callable[[], nn.Module]
@@ -32,87 +37,129 @@ class _RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class _Call:
-    """An input of so many positions and what decides branches: the sign of its sum, the mode, the modules' `flag`."""
+class _Rewrite:
+    """How a model is rewritten: with these targets, in place or as the graph that is captured with the call `example`.
 
-    length: int
-    sign: int
-    training: bool
-    flag: bool
+    Of graphs that are captured in evaluation only, as a warning says, calls in training are not made.
+    """
 
-    def run(self, model: nn.Module, autocast: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input, (2, S, 12), and output; the same random numbers each time. In training the input wants a gradient."""
-        model.train(self.training)
-        for module in model.modules():
-            if "flag" in vars(module):
-                module.flag = self.flag
-        x = self.sign * (randn(2, self.length, NARROW, seed=self.length).abs() - 0.4)
-        x = x.to(next(model.parameters()).dtype).requires_grad_(self.training)
-        torch.manual_seed(5)
-        random.seed(5)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return x, model(x)
+    composed: ComposedModel
+    targets: Any
+    config: MELoRAConfig
+    example: Call | None
+
+    def rewritten(self, model: nn.Module) -> tuple[nn.Module, tuple[Call, ...]]:
+        """The model, of which each matrix has an adapter or is named in a warning, and the calls to be made.
+
+        The model that was given is unchanged where it is refused.
+        """
+        names = _matrices(model)
+        options = {"example_inputs": self.example.arguments(self.composed)} if self.example else {}
+        with warnings.catch_warnings(record=True) as caught:
+            for start in ("`rewrite` leaves", f".*{_EVALUATION_ONLY}"):
+                warnings.filterwarnings("always", message=start)
+            before = recorded_state(model)
+            try:
+                rewritten = melora_fx.rewrite(model, self.targets, self.config, **options)
+            except (MELoRAError, ValueError) as error:
+                assert_recorded(before, recorded_state(model))
+                if not (self.example and re.search(f"cannot be captured|torch.export cannot|{_NOTHING}", str(error))):
+                    _assert_named(names, error)
+                raise _RefusedError(REFUSED) from error
+        told = "\n".join(str(warning.message) for warning in caught)
+        if not self.example:
+            silent = set(names) - set(melora_fx.sites(rewritten)) - _named(names, told)
+            assert not silent, f"neither adapted nor refused: {silent}"
+            return rewritten, IN_PLACE
+        modes = (True, False) if _EVALUATION_ONLY not in told else (False,)
+        of_example = [replace(self.example, training=mode) for mode in modes]
+        seconds = [replace(of_example[0], has_second=not self.example.has_second)]
+        return rewritten, (*of_example, *seconds, *[call for call in OF_GRAPHS if call.training in modes])
+
+    def answer(self, call: Call, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Input and output; None where a graph refuses a call that is not its example's, by the name of an argument."""
+        try:
+            return call.run(model, self.composed)
+        except MELoRAError as error:
+            if not self.example:
+                _assert_named(melora_fx.sites(model), error)
+                raise _RefusedError(REFUSED_IN_A_CALL) from error
+            _assert_named(("x", self.composed.second), error)
+            is_example = replace(call, training=self.example.training, sign=self.example.sign) == self.example
+            if is_example and call.batch > 1:  # of one it is doubled
+                raise AssertionError("the capture refuses its own example") from error
+            return None
 
 
-_CALLS = (_Call(5, 1, False, True), _Call(3, -1, True, False), _Call(5, -1, True, True))
+_EVALUATION_ONLY = "can be captured in eval mode only"
+_NOTHING = "'all-linear' matches nothing"
 
 
-def check_composed(composed: ComposedModel, config: MELoRAConfig, *, by_name: bool) -> str:
+def check_composed(composed: ComposedModel, config: MELoRAConfig, *, by_name: bool, example: Call | None = None) -> str:
     """Rewrites the model, with its matrices as targets each by its name or as "all-linear"; the outcome.
+
+    In place, or captured whole with the call `example`. "Refused in a call" are graphs that answer others rightly.
 
     Raises:
         AssertionError: where the model is neither right nor refused.
     """
     with composed.maker() as make:
-        targets = _matrices(make()) if by_name else "all-linear"
+        rewrite = _Rewrite(composed, _matrices(make()) if by_name else "all-linear", config, example)
         try:
-            _check_untrained(make, targets, config, composed.is_for_autocast)
-            return _check_adapted(make, targets, config, composed.is_for_autocast)
+            _check_untrained(make, rewrite)
+            return _check_adapted(make, rewrite)
         except _RefusedError as refusal:
             return str(refusal)
 
 
-def _check_untrained(make: Make, targets: Any, config: MELoRAConfig, autocast: bool) -> None:
+def _check_untrained(make: Make, rewrite: _Rewrite) -> None:
     """Where B = 0: bits, state and random numbers are those of the model itself."""
     plain = make().requires_grad_(False)  # torch computes a product otherwise when the weight is trained
-    model = _rewritten(make(), targets, config)
+    model, calls = rewrite.rewritten(make())
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        for call in _CALLS:
+        for call in calls:
             with mode():
-                _, expected = call.run(plain, autocast)
+                actual = rewrite.answer(call, model)
+                if actual is None:
+                    continue
                 drawn = torch.get_rng_state(), random.getstate()
-                with _refusals_by_name(model):
-                    _, actual = call.run(model, autocast)
-            assert_equal(actual, expected)
+                expected = call.run(plain, rewrite.composed)
+            assert_equal(actual[1], expected[1])
             assert torch.equal(torch.get_rng_state(), drawn[0])
             assert random.getstate() == drawn[1]
             _assert_same_state(model, plain)
 
 
-def _check_adapted(make: Make, targets: Any, config: MELoRAConfig, autocast: bool) -> str:
+def _check_adapted(make: Make, rewrite: _Rewrite) -> str:
     """Where A and B are filled: outputs, gradients and state are the oracle's, and outputs are when it is folded."""
-    model = fill(_rewritten(make(), targets, config))
-    sites = dict(melora_fx.sites(model))
+    model, calls = rewrite.rewritten(make())
+    sites = dict(melora_fx.sites(fill(model)))
     oracle, weights = _oracle(make(), sites)
-    bound = 0.2 if autocast else 1e-4  # of the largest value: some roundings in a row; a wrong Δ is off by far more
-    for call in _CALLS:
-        wanted = call.run(oracle)
-        with _refusals_by_name(model):
-            got = call.run(model, autocast)
-            _assert_near(got[1], wanted[1], bound)
-            assert got[1].requires_grad == wanted[1].requires_grad
-            if wanted[1].requires_grad:
-                expected = _gradients(*wanted, weights.values())
-                actual = _gradients(*got, [factor for site in sites.values() for factor in (site.lora_a, site.lora_b)])
-                for got_each, wanted_each in zip(actual, _through_update(expected, sites), strict=True):
-                    _assert_near(got_each, wanted_each, bound)
+    bound = (
+        0.2 if rewrite.composed.is_for_autocast else 1e-4
+    )  # of the largest value: some roundings in a row; a wrong Δ is off by far more
+    answered = []
+    for call in calls:
+        got = rewrite.answer(call, model)
+        if got is None:
+            continue
+        answered.append(call)
+        wanted = call.run(oracle, rewrite.composed)
+        _assert_near(got[1], wanted[1], bound)
+        assert got[1].requires_grad == wanted[1].requires_grad
+        if wanted[1].requires_grad:
+            expected = _gradients(*wanted, weights.values())
+            actual = _gradients(*got, [factor for site in sites.values() for factor in (site.lora_a, site.lora_b)])
+            for got_each, wanted_each in zip(actual, _through_update(expected, sites), strict=True):
+                _assert_near(got_each, wanted_each, bound)
         _assert_same_state(model, oracle, bound)
-    names = set(_matrices(model))
     melora_fx.fold(model, untie=True)
-    for call in _CALLS:
-        _assert_near(call.run(model, autocast)[1], call.run(oracle)[1], bound)
+    for call in answered:
+        _assert_near(call.run(model, rewrite.composed)[1], call.run(oracle, rewrite.composed)[1], bound)
         _assert_same_state(model, oracle, bound)
-    return RIGHT if names == set(sites) else PARTLY
+    if len(answered) < len(calls):
+        return REFUSED_IN_A_CALL
+    return RIGHT if set(_matrices(make())) == set(sites) else PARTLY
 
 
 def _matrices(model: nn.Module) -> list[str]:
@@ -125,40 +172,13 @@ def _matrices(model: nn.Module) -> list[str]:
     ]
 
 
-def _rewritten(model: nn.Module, targets: Any, config: MELoRAConfig) -> nn.Module:
-    """The model, of which each matrix has an adapter or is named in a warning; unchanged where it is refused."""
-    names = _matrices(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", message="`rewrite` leaves")
-        before = recorded_state(model)
-        try:
-            melora_fx.rewrite(model, targets, config)
-        except (MELoRAError, ValueError) as error:
-            assert_recorded(before, recorded_state(model))
-            _assert_named(names, error)
-            raise _RefusedError(REFUSED) from error
-    told = "\n".join(str(warning.message) for warning in caught)
-    silent = set(names) - set(melora_fx.sites(model)) - _named(names, told)
-    assert not silent, f"neither adapted nor refused: {silent}"
-    return model
-
-
-@contextmanager
-def _refusals_by_name(model: nn.Module) -> Iterator[None]:
-    """An error of a call must name a site."""
-    try:
-        yield
-    except MELoRAError as error:
-        _assert_named(melora_fx.sites(model), error)
-        raise _RefusedError(REFUSED_IN_A_CALL) from error
-
-
 def _assert_named(names: Iterable[str], error: Exception) -> None:
     assert _named(names, str(error)), f"names none of {list(names)}: {error}"
 
 
 def _named(names: Iterable[str], text: str) -> set[str]:
-    return {name for name in names if f"`{name}`" in text or f"'{name}'" in text}
+    """Those of `names` in `text`; an argument also as `scale=1.0` and by its shape."""
+    return {name for name in names if re.search(rf"[`']{re.escape(name)}[`'=]|\b{re.escape(name)}\.shape\[", text)}
 
 
 def _oracle(model: nn.Module, sites: Mapping[str, Any]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -204,12 +224,14 @@ def _assert_near(actual: torch.Tensor, expected: torch.Tensor, bound: float) -> 
 
 
 def _assert_same_state(model: nn.Module, plain: nn.Module, bound: float | None = None) -> None:
-    """What the forwards of `plain` keep, `model` keeps too: the bits, or up to `bound`."""
+    """What the forwards of `plain` keep, `model` keeps too, of graphs the buffers: the bits, or up to `bound`."""
     for path, module in plain.named_modules():
-        other = model.get_submodule(path)
-        kept = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        for name, value in (kept | dict(module.named_buffers(recurse=False))).items():
-            _assert_same(getattr(other, name), value, bound, f"{path}.{name}")
+        kept = dict(module.named_buffers(recurse=False))
+        if not isinstance(model, fx.GraphModule):
+            kept |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        for name, value in kept.items():
+            where = f"{path}.{name}".removeprefix(".")
+            _assert_same(get_attribute(model, where), value, bound, where)
 
 
 def _assert_same(actual: Any, expected: Any, bound: float | None, where: str) -> None:

@@ -20,8 +20,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from support.composed_pieces import (
+    ARGUMENTS,
     CONTROLS,
     FLIPS,
+    FROZEN,
+    INPUTS,
     PARENTS,
     PARTS,
     PRODUCTS,
@@ -75,6 +78,16 @@ class ComposedModel:
         """Whether a piece is about the autocast around the model."""
         return "region: autocast off" in self.pieces
 
+    @property
+    def second(self) -> str:
+        """The name of the second argument that the model's forward takes, "" where there is none."""
+        return next((name for piece, name in _SECONDS.items() if piece in self.pieces), "")
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether a whole capture follows all of its pieces."""
+        return not self.pieces & FROZEN
+
     @contextmanager
     def maker(self) -> Iterator[Callable[[], nn.Module]]:
         """A function that makes the model, of the same values each time; inside the block its source can be read."""
@@ -95,8 +108,11 @@ class ComposedModel:
             del sys.modules[name], linecache.cache[module.__file__]
 
 
+_SECONDS = {"argument: mask": "mask", "argument: number": "scale"}
+
 _OF_BLOCKS = {
     "control": CONTROLS,
+    "input": INPUTS,
     "part": PARTS,
     "product": PRODUCTS,
     "reader": READERS,
@@ -105,7 +121,11 @@ _OF_BLOCKS = {
     "stored": ("oi", "io"),
     "view": (*VIEWS, *FLIPS),
 }
-PIECES = tuple(f"{kind}: {name}" for kind, names in (_OF_BLOCKS | {"parent": PARENTS}).items() for name in names)
+PIECES = tuple(
+    f"{kind}: {name}"
+    for kind, names in (_OF_BLOCKS | {"argument": ARGUMENTS, "parent": PARENTS}).items()
+    for name in names
+)
 
 
 @st.composite
@@ -144,14 +164,16 @@ class _Composer:
         """A class with one hand-written stage, and up to two others before or after it."""
         before, after = (self.draw(st.integers(0, 1)) for _ in range(2))
         stages = [self.of_torch() for _ in range(before)]
-        needed = {"": _HAND_WRITTEN, "parent": _HAND_WRITTEN[2:3]}.get(self.kind, _HAND_WRITTEN[:2])
+        free = {"": _HAND_WRITTEN, "argument": _HAND_WRITTEN, "parent": _HAND_WRITTEN[2:3]}
+        needed = free.get(self.kind, _HAND_WRITTEN[:2])
         stages.append(self.hand_written(depth, needed))
         for _ in range(after):
             is_torchs = self.draw(st.booleans())
             stages.append(self.of_torch() if is_torchs else self.hand_written(depth, _HAND_WRITTEN))
         made = [f"self.stage{index} = {stage}" for index, stage in enumerate(stages)]
         calls = [f"x = self.stage{index}(x)" for index in range(len(stages))]
-        self.write(name, made, [*calls, "return x"])
+        arguments, lines = ARGUMENTS[self.choose_rarely("argument", ARGUMENTS)] if depth == 1 else ARGUMENTS["none"]
+        self.write(name, made, [*lines.splitlines(), *calls, "return x"], arguments=arguments)
 
     def of_torch(self) -> str:
         """The expression that makes one of torch's modules."""
@@ -186,6 +208,7 @@ class _Composer:
         """The name of a class that multiplies by its own matrix, which is (O, I) if `stored` as "oi", or (I, O)."""
         stored = stored or self.choose("stored", ["oi", "io"])
         reader = reader or self.choose_rarely("reader", READERS)
+        input_made, before = INPUTS[self.choose_rarely("input", INPUTS)]
         control = CONTROLS[self.choose_rarely("control", CONTROLS)]
         region = REGIONS[self.choose_rarely("region", REGIONS)]
         state_made, state_after = STATES[self.choose_rarely("state", STATES)]
@@ -199,11 +222,13 @@ class _Composer:
             f"self.bias = nn.Parameter(torch.randn({width_out}))",
             "self.flag = True",
             *reader_made.splitlines(),
+            *input_made.splitlines(),
             *state_made.splitlines(),
         ]
         name = f"Block{next(self.numbers)}"
         method = "project" if reader == "another method" else "forward"
-        self.write(name, made, [*lines.splitlines(), *state_after.splitlines(), "return y"], method, more)
+        lines = "\n".join([before, lines, state_after, "return y"]).strip()
+        self.write(name, made, lines.splitlines(), method, more)
         return name
 
     def product(self, stored: str, width_out: int, read: str) -> str:
@@ -239,11 +264,19 @@ class _Composer:
         bias = "self.bias" if size == width_out else f"self.bias[:{size}]"
         return template.format(x=x, w=weight, b=f"{bias}.float()" if x != "x" else bias)
 
-    def write(self, name: str, made: list[str], lines: list[str], method: str = "forward", more: str = "") -> None:
+    def write(
+        self,
+        name: str,
+        made: list[str],
+        lines: list[str],
+        method: str = "forward",
+        more: str = "",
+        arguments: str = "x",
+    ) -> None:
         """Adds a class: what its `__init__` makes, the lines of its forward or of a method that it calls, and more."""
         methods = [
             "def __init__(self):\n" + indent("\n".join(["super().__init__()", *made]), "    "),
-            f"def {method}(self, x):\n" + indent("\n".join(lines), "    "),
+            f"def {method}(self, {arguments}):\n" + indent("\n".join(lines), "    "),
             *([f"def forward(self, x):\n    return self.{method}(x)"] if method != "forward" else []),
             *([more] if more else []),
         ]

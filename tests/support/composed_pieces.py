@@ -6,10 +6,39 @@ Lines of Python in which `BODY` stands for the lines that set `y` to a product o
 
 from dataclasses import dataclass
 
+ARGUMENTS = {
+    "none": ("x", ""),
+    "mask": ("x, mask=None", "if mask is not None:\n    x = x * mask"),
+    "number": ("x, scale=1.0", "x = scale * x"),
+}
+"""The arguments of the model's forward, and what it does with the second."""
+
+INPUTS = {
+    "none": ("", ""),
+    "in place on a clone": ("", "x = x.clone()\nx.mul_(2)"),
+    "last positions": ("", "x = x[:, -3:]"),
+    "position table": ("self.register_buffer('table', torch.randn(9, 12))", "x = x + self.table[: x.shape[1]]"),
+    "learnt token": (
+        "self.token = nn.Parameter(torch.randn(1, 1, 12))",
+        "x = torch.cat([self.token.expand(x.size(0), -1, -1), x], 1)",
+    ),
+    "pairs of positions": (
+        "",
+        "x = F.pad(x, (0, 0, 0, x.size(1) % 2))\nb, s, _ = x.shape\nx = x.contiguous().view(b, s // 2, 2, -1).mean(2)",
+    ),
+    "view if even": (
+        "",
+        "b, s, _ = x.shape\nif s % 2 == 0:\n    x = x.contiguous().view(b, s // 2, 2, -1).flip(2).flatten(1, 2)",
+    ),
+    "batch norm": ("self.norm = nn.BatchNorm1d(12)", "x = self.norm(x.mT).mT"),
+}
+"""What is made, and what a block does with its input before the product."""
+
 CONTROLS = {
     "none": "BODY",
     "if on a flag": "if self.flag:\n    BODY\nelse:\n    BODY\n    y = -y",
     "if on the shape": "if x.size(1) > 4:\n    BODY\nelse:\n    BODY\n    y = -y",
+    "if on the batch": "if x.size(0) > 1:\n    BODY\nelse:\n    BODY\n    y = -y",
     "if on the data": "if x.sum() > 0:\n    BODY\nelse:\n    BODY\n    y = -y",
     "if on the mode": "if self.training:\n    BODY\nelse:\n    BODY\n    y = -y",
     "early return": "if x.size(1) < 4:\n    BODY\n    return y\nBODY\ny = 2 * y",
@@ -38,6 +67,10 @@ STATES = {
     "buffer reassigned": (
         "self.register_buffer('mean', torch.zeros(()))",
         "self.mean = 0.9 * self.mean + 0.1 * y.detach().mean()\ny = y - self.mean",
+    ),
+    "buffer counted": (
+        "self.register_buffer('n', torch.zeros((), dtype=torch.long))",
+        "self.n = self.n + 1\ny = y * (1 + self.n % 2)",
     ),
     "attribute": ("self.last = None", "self.last = y.detach()\ny = y + self.last.mean()"),
     "cache in a list": ("self.cache = []", "self.cache.append(y.detach())\ny = y + self.cache[0].mean()"),
@@ -95,6 +128,10 @@ PARENTS = {
     "one parameter, two modules": (
         "self.first = {child}\nself.second = nn.Linear(12, 12)\nself.second.weight = self.first.weight",
         "return self.second(torch.tanh(self.first(x)))",
+    ),
+    "list beside the attribute": (
+        "self.child = {child}\nself.held = [self.child.weight]",
+        "return F.linear(torch.tanh(self.child(x)), self.held[0])",
     ),
     "one parameter, own name": (
         "self.child = {child}\nself.matrix = self.child.weight",
@@ -171,3 +208,6 @@ PARTS = {
         ("w", "w.t()"), (12, 12), "entered = x\nx = torch.tanh({0})\ny = {1}\nx = entered", needs_square=True
     ),
 }
+
+FROZEN = frozenset({"state: counter", "state: cache in a list", "state: cache in a dict", "state: random"})
+"""Left out of whole captures, whose graph has what Python had: a count, a filled list or dict, `random.random()`."""
