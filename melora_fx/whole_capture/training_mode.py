@@ -25,10 +25,11 @@ def follow_training_mode(graph_module: fx.GraphModule) -> fx.GraphModule:
 def _following_graph(graph_module: fx.GraphModule) -> fx.Graph:
     """The graph with dropout, attention dropout and batch norm as calls of modules, which are added."""
     graph = copy_graph(graph_module.graph)
-    for node in list(graph.nodes):
+    followers = {node: _follower(node) for node in graph.nodes}
+    for node, follower in followers.items():
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif follower := _follower(node):
+        elif follower:
             name = f"{node.name}_by_mode"
             graph_module.add_submodule(name, follower)
             with graph.inserting_before(node):
@@ -53,9 +54,19 @@ def _follower(node: fx.Node) -> "FollowsMode | None":
 
 def _mode_argument(node: fx.Node) -> tuple[int, float] | None:
     """Position of the argument that the mode decides, and its value in evaluation."""
-    if node.target is aten.add_.Tensor and str(node.args[0]).endswith("num_batches_tracked"):
-        return 1, 0  # batch norm counts batches in training only
+    if _counts_batches(node):
+        return 1, 0
     return _MODE_ARGUMENTS.get(node.target)
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    """Whether a batch norm counts its batches here, which it does in training only: one that is used twice goes on with
+    the count that it has just raised.
+    """
+    count = node
+    while count.target is aten.add_.Tensor and isinstance(count.args[0], fx.Node):
+        count = count.args[0]
+    return count is not node and str(count.target).endswith("num_batches_tracked")
 
 
 class FollowsMode(nn.Module):

@@ -322,6 +322,24 @@ def test_batch_norm_keeps_its_statistics_in_eval_and_moves_them_in_train():
     assert_equal({name: captured.state_dict()[name] for name in plain.state_dict()}, dict(plain.state_dict()))
 
 
+def test_batch_norm_that_is_used_twice_counts_in_train_only():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(IN, IN)
+            self.norm = nn.BatchNorm1d(IN)
+
+        def forward(self, x):
+            return self.norm(torch.tanh(self.norm(self.linear(x))))
+
+    plain = Twice().requires_grad_(False)
+    captured = whole(copy.deepcopy(plain), (randn(7, IN),))
+    for training in (True, False, True):
+        x = randn(5, IN)
+        assert_equal(captured.train(training)(x), plain.train(training)(x))
+    assert int(plain.norm.num_batches_tracked) == int(captured.norm.num_batches_tracked) == 4
+
+
 def test_attention_that_never_calls_its_projection_is_refused_by_name():
     model = Holder(nn.MultiheadAttention(IN, 2))
     for target in ("out_proj", "in_proj_weight"):

@@ -30,6 +30,13 @@ INPUTS = {
         "",
         "b, s, _ = x.shape\nif s % 2 == 0:\n    x = x.contiguous().view(b, s // 2, 2, -1).flip(2).flatten(1, 2)",
     ),
+    "every second position": ("", "x = x[:, ::2]"),
+    "halves exchanged": ("", "x = torch.cat(x.chunk(2, 1)[::-1], 1)"),
+    "rolled": ("", "x = x.roll(1, 1)"),
+    "first position written": ("", "x = x.clone()\nx[:, 0] = 0"),
+    "causal mean": ("", "s = x.size(1)\nx = torch.tril(torch.ones(s, s, dtype=x.dtype)) @ x / s"),
+    "a number of the length": ("", "x = x * int(x.size(1) * 0.5 + 1) / x.size(1) ** 0.5"),
+    "if as many positions as inputs": ("", "if x.size(0) == x.size(1):\n    x = -x"),
     "batch norm": ("self.norm = nn.BatchNorm1d(12)", "x = self.norm(x.mT).mT"),
 }
 """What is made, and what a block does with its input before the product."""
