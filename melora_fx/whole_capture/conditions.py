@@ -132,14 +132,15 @@ def readable(guard: str) -> str:
     short = text
     for number, size in enumerate(sizes):
         short = short.replace(size, f"n{number}")
-    if re.search(r"[%/]|\b(?!min|max|or|and)[a-z]{2}", short) or _FROZEN.fullmatch(text):
+    if re.search(r"[%/.]|\*\*|\b(?!min|max|or|and)[a-z]{2}", short) or _FROZEN.fullmatch(text):
         return text
     simple = _as_range(short) if len(sizes) == 1 else _canonical(short, len(sizes))
     return text if simple is None else re.sub(r"n(\d+)", lambda name: sizes[int(name[1])], simple)
 
 
 def _by_names(text: str) -> str:
-    return re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
+    text = re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
+    return text.replace("torch.sym_float(", "float(").replace("torch._sym_sqrt(", "math.sqrt(")
 
 
 def _canonical(text: str, num_sizes: int) -> str | None:

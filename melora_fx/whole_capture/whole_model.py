@@ -129,7 +129,11 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     if program is None:
         remedy = f"{REMEDY}: " if loops_over_experts(model) else ""
         raise MELoRAError(f"torch.export cannot capture `{name}`: {remedy}{error}") from error
-    warnings.warn(f"`{name}` can be captured in eval mode only: the graph has no dropout", stacklevel=6)
+    warnings.warn(
+        f"`{name}` can be captured in eval mode only: the graph has no dropout, and does in training what the model "
+        "does in evaluation",
+        stacklevel=6,
+    )
     return program
 
 

@@ -195,6 +195,19 @@ def test_size_that_the_model_freezes_is_named():
         captured(tokens=randn(5, IN))
 
 
+def test_numbers_that_are_computed_from_a_length_are_checked():
+    class Rounded(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * int(0.5 * x.size(1)) + int(x.size(1) ** 0.5)
+
+    plain = Rounded(IN, OUT).requires_grad_(False)
+    captured = whole(copy.deepcopy(plain), (randn(2, 4, IN),))
+    x = randn(2, 5, IN)
+    assert_equal(captured(x), plain(x))
+    with pytest.raises(MELoRAError, match=r"float\(x\.shape\[1\]\).*; here `x` has shape \(2, 9, 24\)"):
+        captured(randn(2, 9, IN))
+
+
 def test_model_that_cannot_be_exported():
     class Branches(nn.Module):
         def __init__(self):
