@@ -165,6 +165,33 @@ def test_conditions_up_to_a_limit() -> None:
     torch.export.export(Branch(), (randn(3, IN),), dynamic_shapes=rows)
 
 
+def test_inference_mode_is_recorded_as_no_grad() -> None:
+    class Region(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                y = x * 2
+            return x + y
+
+    x = randn(2, IN).requires_grad_()
+    with export_private.inference_mode_as_no_grad():
+        recorded = exported(Region(), x)
+    for module, gradient in ((recorded, 1), (exported(Region(), x), 3)):
+        (found,) = torch.autograd.grad(module(x).sum(), x)
+        assert_equal(found, torch.full_like(x, gradient))
+    with torch.inference_mode():
+        assert torch.is_inference_mode_enabled()
+
+
+def test_aliases_of_operators() -> None:
+    class Some(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.T * 2).add_(1)
+
+    graph = exported(Some(), randn(2, IN)).graph
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    assert [node.target for node in calls if not export_private.may_alias(node)] == [aten.mul.Tensor]
+
+
 def test_the_structure_of_inputs() -> None:
     structure = export_private.input_structure(exported(nn.Linear(IN, OUT), randn(2, IN)))
     assert torch_private.tree_unflatten([7], structure) == ((7,), {})

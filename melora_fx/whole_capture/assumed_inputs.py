@@ -1,5 +1,6 @@
 """What a capture holds for: the arguments, values and sizes that its export assumed, checked in every call."""
 
+import functools
 import inspect
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -23,9 +24,10 @@ VARIES = ...
 
 @dataclass(frozen=True)
 class Sizes:
-    """In the place of a tensor: its sizes, None for each that may vary."""
+    """In the place of a tensor: its sizes, None for each that may vary, and what its entries are."""
 
     sizes: tuple[int | None, ...]
+    kind: str
 
     def __repr__(self) -> str:
         return f"({', '.join('any' if size is None else str(size) for size in self.sizes)})"
@@ -128,8 +130,17 @@ def _name_of(signature: inspect.Signature, kind: Any) -> str:
 def _leaf(value: Any) -> Any:
     """What stands for the example's value of an input."""
     if isinstance(value, torch.Tensor):
-        return Sizes(tuple(size if isinstance(size, int) else size.node.maybe_as_int() for size in value.shape))
+        sizes = (size if isinstance(size, int) else size.node.maybe_as_int() for size in value.shape)
+        return Sizes(tuple(sizes), _kind(value.dtype))
     return VARIES if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+
+
+@functools.cache
+def _kind(dtype: torch.dtype) -> str:
+    """What a forward may ask for: of one kind all are taken, since a model and its inputs may be cast."""
+    if dtype is torch.bool:
+        return "bool"
+    return "floating point" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
 def _free_axes(examples: Iterable[Any], names: Mapping[int, str]) -> dict[str, list[tuple[int, int]]]:
@@ -166,6 +177,11 @@ def _check_leaf(name: str, value: Any, assumed: Any) -> None:
             raise MELoRAError(
                 f"input `{name}` has shape {tuple(value.shape)}, but the capture is for {assumed}: capture again with "
                 "`example_inputs` of that shape"
+            )
+        if _kind(value.dtype) != assumed.kind:
+            raise MELoRAError(
+                f"input `{name}` is of {value.dtype}, but the capture is for {assumed.kind} values: capture again with "
+                "`example_inputs` of that dtype"
             )
     elif assumed is not VARIES and not _is_same(value, assumed):
         raise MELoRAError(

@@ -68,15 +68,25 @@ def conditions_up_to(operations: int) -> Iterator[None]:
 @contextmanager
 def inference_mode_as_no_grad() -> Iterator[None]:
     """In the block regions of `torch.inference_mode` are regions of `torch.no_grad`, which stand in the graph of an
-    export; those that it drops would be differentiated. torch 2.13.
+    export; those that it drops would be differentiated. Torch itself enters `torch.inference_mode(False)` outside of
+    them. torch 2.13.
     """
     region: Any = torch.inference_mode
     enter, leave = region.__enter__, region.__exit__
+    entered: list[Any] = []
 
     def enter_grad_mode(self: Any) -> None:
+        if not self.mode and not entered:
+            enter(self)
+            return
+        entered.append(self)
         self.grad_mode = torch.set_grad_enabled(not self.mode)
 
     def leave_grad_mode(self: Any, *error: Any) -> None:
+        if self not in entered:
+            leave(self, *error)
+            return
+        entered.remove(self)
         self.grad_mode.__exit__(*error)
 
     region.__enter__, region.__exit__ = enter_grad_mode, leave_grad_mode

@@ -58,7 +58,7 @@ def test_the_fusions_are_those_of_transformers(target: str, tmp_path: Path, capl
     model = bert_classifier(num_layers=1)
     report = export_onnx(model, tokens(), tmp_path, target=target, precision="fp32", verify=False)
     assert not caplog.records
-    graph_model = build_graph(model, tokens())
+    graph_model = build_graph(model, tokens()).graph_model
     fuse_for_onnxruntime(graph_model, find("target", target, TARGETS).fusions)
     assert report.op_counts == count_ops(graph_model)
 

@@ -40,17 +40,17 @@ class Cross(nn.Module):
 
 
 def test_axes_are_named_for_people() -> None:
-    graph = build_graph(Cross(), {"query": randn(2, 5, 8), "memory": randn(2, 7, 8)}).graph
+    graph = build_graph(Cross(), {"query": randn(2, 5, 8), "memory": randn(2, 7, 8)}).graph_model.graph
     assert {value.name: axes_of(value) for value in graph.inputs} == {
-        "query": ("batch", "sequence", "axis_2"),
-        "memory": ("batch", "memory_sequence", "axis_2"),
+        "query": ("batch", "sequence", 8),
+        "memory": ("batch", "memory_sequence", 8),
     }
     assert [value.name for value in graph.outputs] == ["output_0", "output_1"]
     assert axes_of(graph.outputs[0]) == ("batch", "sequence", "memory_sequence")
 
 
 def test_ops_are_counted_and_the_opset_obeyed() -> None:
-    graph_model = build_graph(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {"input": randn(2, 8)}, opset=18)
+    graph_model = build_graph(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {"input": randn(2, 8)}, opset=18).graph_model
     assert count_ops(graph_model) == {"Gemm": 1, "Relu": 1}
     assert graph_model.opset_imports[""] == 18
 

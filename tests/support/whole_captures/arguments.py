@@ -106,6 +106,18 @@ class WithMask(NoMask):
 
 @whole(
     AREA,
+    "a mask of numbers",
+    (x(2, 5, 24), torch.ones(2, 5, 1, dtype=torch.int64)),
+    right={"int32": (x(2, 7, 24), torch.ones(2, 7, 1, dtype=torch.int32))},
+    refused={"bool": ((x(2, 5, 24), torch.ones(2, 5, 1, dtype=torch.bool)), r"`mask` is of torch\.bool, but")},
+)
+class MaskOfNumbers(Child):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.masked_fill(mask, 0.0) if mask.dtype == torch.bool else x * mask)
+
+
+@whole(
+    AREA,
     "an optional mask that the example leaves out",
     (x(2, 5, 24),),
     right={"`mask=None`": {"x": x(2, 5, 24), "mask": None}},

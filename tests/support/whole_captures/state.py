@@ -108,7 +108,7 @@ class WeightInListAlone(Square):
 class ViewOfWeight(Square):
     def __init__(self) -> None:
         super().__init__()
-        self.rows = [self.fc.weight[:12]]
+        self.rows = [self.fc.weight.data[:12]]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x) + (x @ self.rows[0].T).sum()
