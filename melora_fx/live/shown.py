@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from melora_fx.patterns.stacks import Stack, stack_shown
-from melora_fx.patterns.views import WeightView, rows_shown, view_shown
+from melora_fx.patterns.views import WeightView, block_shown, view_shown
 
 PLAIN = (torch.Tensor, nn.Parameter)
 """Types of tensors that are of no kind of their own."""
@@ -58,7 +58,7 @@ def view_text(shown: Shown) -> str:
     if twin is None:
         return f" {shown.is_flipped} {kind}"
     if shown.weight.dim() == 2:
-        return f" {twin.dim()} {rows_shown(twin, shown.offset, shown.weight.size(1))} {kind}"
+        return f" {twin.dim()} {block_shown(twin, shown.offset, shown.weight.size(1))} {kind}"
     return f" {tuple(twin.shape)} {tuple(twin.stride())} {kind}"
 
 

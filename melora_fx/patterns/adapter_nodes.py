@@ -6,6 +6,9 @@ x_i is the i-th of N equal slices of the input, A_i (R, I/N), B_i (O/N, R). All 
 (N, T, I/N), A as (N, R, I/N), B as (N, O/N, R). With `split` into P parts, A is (N, P·R, I/N), part p uses its own R
 rows of it, and B's rows of one block are the rows of the parts in turn.
 
+Where the linear multiplies by a part of the weight, x is padded with zeros and rows of the sum are taken; where an
+`einsum` has its features elsewhere than last, input and output are ordered so. Both cost a copy.
+
 I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts.
 """
 
@@ -17,6 +20,7 @@ from torch import Tensor, fx
 from melora_fx.adapter.site import SITE_TAG, SiteRecord
 from melora_fx.adapter.tensors import DROPOUT, FACTORS, SCALING, features_of
 
+from .einsum_terms import Orders
 from .node import LinearNode
 
 aten = torch.ops.aten
@@ -66,12 +70,16 @@ class AdapterNodes:
             delta = self._left(lora_a, scaled_b)
         else:
             delta = self._blockwise(lora_a, scaled_b, base)
+        if self.linear.scale != 1:
+            delta = self._call("delta_scaled", aten.mul.Tensor, delta, self.linear.scale)
         return self._call("delta", aten.type_as.default, delta, base) if self.casts else delta
 
     def _blockwise(self, lora_a: fx.Node, scaled_b: fx.Node, base: fx.Node) -> fx.Node:
         """x Δᵀ by blocks, without Δ."""
+        orders = self.linear.orders or Orders(None, None, None)
+        value = self._whole_rows(self._ordered(self._input(lora_a), orders.of_input))
         shape = [-1, self.config.num_blocks, self.in_features // self.config.num_blocks]
-        blocks = self._swapped(self._call("input_blocks", aten.reshape.default, self._input(lora_a), shape), 0, 1)
+        blocks = self._swapped(self._call("input_blocks", aten.reshape.default, value, shape), 0, 1)
         hidden = self._call("hidden", aten.bmm.default, blocks, self._swapped(lora_a, 1, 2))
         hiddens = self._parts(hidden, 2, self.rank_sizes)
         b_parts = self._parts(scaled_b, 1, self.row_sizes)
@@ -84,7 +92,18 @@ class AdapterNodes:
             start, stop = self.linear.rows
             flat = self._call("delta_flat", aten.reshape.default, delta, [-1, self.out_features])
             delta = self._call("delta_rows", aten.narrow.default, flat, 1, start, stop - start)
-        return self._call("delta", aten.reshape_as.default, delta, base)
+        delta = self._call("delta", aten.reshape_as.default, delta, self._ordered(base, orders.to_output))
+        return self._ordered(delta, orders.from_output)
+
+    def _whole_rows(self, value: fx.Node) -> fx.Node:
+        """Rows of all in_features: where the node multiplies by some columns of the weight, zeros beside its inputs."""
+        if self.linear.columns is None:
+            return value
+        start, stop = self.linear.columns
+        return self._call("input_padded", aten.constant_pad_nd.default, value, [start, self.in_features - stop])
+
+    def _ordered(self, value: fx.Node, equation: str | None) -> fx.Node:
+        return self._call(f"{value.name}_ordered", aten.einsum.default, equation, [value]) if equation else value
 
     def _joined(self, outputs: list[fx.Node]) -> fx.Node:
         """The parts of `split` (T, N, O_p/N, …) side by side in each row."""
@@ -106,6 +125,9 @@ class AdapterNodes:
         if self.linear.rows is not None:
             start, stop = self.linear.rows
             matrix = self._call("delta_rows", aten.narrow.default, matrix, 0, start, stop - start)
+        if self.linear.columns is not None:
+            start, stop = self.linear.columns
+            matrix = self._call("delta_columns", aten.narrow.default, matrix, 1, start, stop - start)
         return self._call("delta", aten.matmul.default, matrix, self._input(lora_a))
 
     def _input(self, lora_a: fx.Node) -> fx.Node:

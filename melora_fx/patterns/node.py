@@ -12,6 +12,8 @@ from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.names import get_attribute
 from melora_fx.torch_private import is_operator, is_packet
 
+from .einsum_terms import Orders
+
 CALLS = ("call_function", "call_method")
 """What `node.op` is of nodes that call an operator."""
 
@@ -56,8 +58,11 @@ class LinearNode:
     Attributes:
         pattern: what a report calls it.
         weight_is_transposed: the parameter is stored (in_features, out_features), as in `Conv1D`.
-        rows: (start, stop) where the node multiplies by some rows of the parameter only; None for the whole.
+        rows: (start, stop) of the outputs where the node multiplies by a part of the parameter; None for all.
+        columns: the same of the inputs.
         input_is_transposed: the product is W @ x, so input and output are (…, features, tokens).
+        orders: where other dimensions than the last are the features; None where the last ones are.
+        scale: what the product is multiplied by, the `alpha` of `addmm`.
         weight_is_cast: the parameter is cast on the way, so input and parameter may have different dtypes.
         operands: what `F.linear` would take; None where it cannot give the same bits from the whole weight.
         choice: of a stack, the experts of the rows (S,), or the ends of their groups (E,).
@@ -72,7 +77,10 @@ class LinearNode:
     pattern: str
     weight_is_transposed: bool
     rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
     input_is_transposed: bool = False
+    orders: Orders | None = None
+    scale: float = 1
     weight_is_cast: bool = False
     operands: Operands | None = None
     choice: fx.Node | None = None

@@ -21,6 +21,7 @@ from melora_fx.names import get_attribute
 from melora_fx.torch_private import GROUPED_MM
 
 from .adapter_nodes import insert_adapter
+from .einsum_terms import Orders, orders_of_linear, read_einsum
 from .gathered_experts import insert_gathered, match_gathered
 from .grouped_experts import insert_grouped, match_grouped
 from .node import CALLS, KNOWN_SHAPE, LinearNode, Operands, Pattern, argument, operator_key, operator_name, pattern_name
@@ -49,22 +50,29 @@ def _match_linear(node: fx.Node, owner: nn.Module) -> LinearNode | None:
 def _match_addmm(node: fx.Node, owner: nn.Module) -> LinearNode | None:
     right = argument(node, 2, "mat2")
     linear = _match_baddbmm(node, owner)
-    if node.kwargs.get("beta", 1) != 1:
+    if node.kwargs.get("beta", 1) != 1 or (linear and linear.scale != 1):
         return linear
     return _with_operands(linear, Operands(right, argument(node, 0, "input", "self"), is_flipped=True), owner)
 
 
 def _match_baddbmm(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    if node.kwargs.get("alpha", 1) != 1:
+    alpha = node.kwargs.get("alpha", 1)
+    if not isinstance(alpha, int | float):
         return None
-    return _match_product(node, owner, argument(node, 1, "mat1", "batch1"), argument(node, 2, "mat2", "batch2"))
+    left, right = argument(node, 1, "mat1", "batch1", "mat"), argument(node, 2, "mat2", "batch2", "vec")
+    linear = _match_product(node, owner, left, right)
+    return linear and replace(linear, scale=alpha)
 
 
 def _match_matmul(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    right = argument(node, 1, "mat2", "other", "tensor2")
+    right = argument(node, 1, "mat2", "other", "tensor2", "vec")
     linear = _match_product(node, owner, argument(node, 0, "input", "self"), right)
     is_plain = _is_matrix_or_transpose(right)
     return _with_operands(linear, Operands(right, None, is_flipped=True), owner) if is_plain else linear
+
+
+def _match_inner(node: fx.Node, owner: nn.Module) -> LinearNode | None:
+    return _linear_node(node, argument(node, 0, "input", "self"), view_of_parameter(argument(node, 1, "other"), owner))
 
 
 def _match_product(node: fx.Node, owner: nn.Module, left: Any, right: Any) -> LinearNode | None:
@@ -76,39 +84,39 @@ def _match_product(node: fx.Node, owner: nn.Module, left: Any, right: Any) -> Li
 
 
 def _match_einsum(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    """`…i,oi->…o` in any letters, dots and order of operands: the contracted letters and the new ones come last. A
-    weight of three dimensions has two letters on one side, as `…i,ihd->…hd` and `…hd,ohd->…o` have.
+    """`…i,oi->…o` in any letters, dots and order of operands and dimensions. A weight of three dimensions has two
+    letters on one side, as `…i,ihd->…hd` and `…hd,ohd->…o` have.
     """
-    operands: Any = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
-    inputs, _, output = str(node.args[0]).replace(" ", "").replace("...", ".").partition("->")
-    terms = inputs.split(",")
-    if not len(operands) == len(terms) == 2:
+    einsum = read_einsum(node.args)
+    if einsum is None or not len(einsum.operands) == len(einsum.terms) == 2:
         return None
     for x, w in ((0, 1), (1, 0)):
-        weight = _einsum_weight(operands[w], terms[x], terms[w], output, owner)
-        if weight is not None:
-            return _linear_node(node, operands[x], weight)
+        found = _einsum_weight(einsum.operands[w], einsum.terms[x], einsum.terms[w], einsum.output, owner)
+        if found is not None:
+            weight, orders = found
+            linear = _linear_node(node, einsum.operands[x], weight)
+            return linear and replace(linear, orders=orders if any(orders) else None)
     return None
 
 
-def _einsum_weight(value: Any, x_term: str, w_term: str, output: str, owner: nn.Module) -> WeightView | None:
+def _einsum_weight(
+    value: Any, x_term: str, w_term: str, output: str, owner: nn.Module
+) -> tuple[WeightView, Orders] | None:
     """The weight that `value` shows, as `F.linear` would take it; None where the letters are of another product."""
     for row_dims in range(1, len(w_term)):
         rows, columns = w_term[:row_dims], w_term[row_dims:]
-        contracts_rows = _is_product(x_term, rows, columns, output)
-        if not contracts_rows and (row_dims > 1 or not _is_product(x_term, columns, rows, output)):
-            continue  # `…i,eoi->…eo` is each matrix of a stack, not one
+        orders = orders_of_linear(x_term, rows, columns, output)
+        contracts_rows = orders is not None
+        if orders is None and row_dims == 1:  # `…i,eoi->…eo` is each matrix of a stack, not one
+            orders = orders_of_linear(x_term, columns, rows, output)
+        if orders is None:
+            continue
         is_matrix = len(w_term) == 2
         weight = view_of_parameter(value, owner) if is_matrix else matrix_in_three(value, owner, row_dims)
-        return weight and replace(weight, is_transposed=weight.is_transposed ^ contracts_rows)
+        if weight is None:
+            return None
+        return replace(weight, is_transposed=weight.is_transposed ^ contracts_rows), orders
     return None
-
-
-def _is_product(x_term: str, contracted: str, new: str, output: str) -> bool:
-    """Whether the last letters of `x_term` are contracted, and the `new` ones come last in their place."""
-    are_letters_distinct = len(set(x_term + new)) == len(x_term + new)
-    kept = x_term.removesuffix(contracted)
-    return are_letters_distinct and kept != x_term and output == kept + new
 
 
 def _match_packed(node: fx.Node, owner: nn.Module) -> LinearNode | None:
@@ -119,8 +127,8 @@ def _match_packed(node: fx.Node, owner: nn.Module) -> LinearNode | None:
 
 
 def _linear_node(node: fx.Node, input: Any, weight: WeightView | None) -> LinearNode | None:
-    """The node, where `weight` is the matrix that `F.linear` would take; some rows only where they are outputs."""
-    if weight is None or not isinstance(input, fx.Node) or (weight.is_transposed and not weight.is_whole):
+    """The node, where `weight` is the matrix that `F.linear` would take."""
+    if weight is None or not isinstance(input, fx.Node):
         return None
     if node.kwargs.get("out") is not None:  # whoever reads that would have the base's
         return None
@@ -130,7 +138,8 @@ def _linear_node(node: fx.Node, input: Any, weight: WeightView | None) -> Linear
         parameter=weight.parameter,
         pattern=pattern_name(node),
         weight_is_transposed=weight.is_transposed,
-        rows=None if weight.is_whole else weight.rows,
+        rows=weight.columns if weight.is_transposed else weight.rows,
+        columns=weight.rows if weight.is_transposed else weight.columns,
         weight_is_cast=weight.is_cast,
         row_dims=weight.row_dims,
     )
@@ -138,7 +147,8 @@ def _linear_node(node: fx.Node, input: Any, weight: WeightView | None) -> Linear
 
 def _with_operands(linear: LinearNode | None, operands: Operands, owner: nn.Module) -> LinearNode | None:
     """The linear with its operands, if `F.linear` gives the same bits from them."""
-    if linear is None or linear.rows or linear.input_is_transposed or not _is_vector(operands.bias, owner):
+    is_part = linear is not None and (linear.rows or linear.columns)
+    if linear is None or is_part or linear.input_is_transposed or not _is_vector(operands.bias, owner):
         return linear
     return replace(linear, operands=operands)
 
@@ -175,6 +185,9 @@ PATTERNS = (
     Pattern({torch.baddbmm, "aten.baddbmm.default", "baddbmm"}, _match_baddbmm, insert_adapter),
     Pattern({torch.matmul, "aten.matmul.default", operator.matmul, "matmul"}, _match_matmul, insert_adapter),
     Pattern({torch.mm, "aten.mm.default", "mm"} | _BMM, _match_matmul, insert_adapter),
+    Pattern({torch.mv, "aten.mv.default", "mv"}, _match_matmul, insert_adapter),
+    Pattern({torch.addmv, "aten.addmv.default", "addmv"}, _match_baddbmm, insert_adapter),
+    Pattern({torch.inner, "aten.inner.default", "inner"}, _match_inner, insert_adapter),
     Pattern({torch.einsum, torch.functional.einsum, "aten.einsum.default"}, _match_einsum, insert_adapter),
     Pattern({run_base_forward}, _match_packed, insert_adapter),
     Pattern(_BMM, match_gathered, insert_gathered),

@@ -7,7 +7,6 @@ no graph of it.
 E experts, I in_features, O out_features.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,8 +110,7 @@ def matrix_in_three(value: Any, owner: nn.Module, row_dims: int) -> WeightView |
     weight = weight_of(owner, found.parameter)
     if not weight.is_contiguous():
         return None
-    rows = (0, math.prod(weight.shape[:row_dims]))
-    return WeightView(found.parameter, rows, True, False, found.is_cast, row_dims=row_dims)
+    return WeightView(found.parameter, False, found.is_cast, row_dims=row_dims)
 
 
 def stack_shown(

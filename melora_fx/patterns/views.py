@@ -98,20 +98,24 @@ def _num_arguments(user: fx.Node, node: fx.Node) -> int:
 
 @dataclass(frozen=True)
 class WeightView:
-    """A matrix in a graph that is a view of a parameter (R, C): its rows, or their transpose.
+    """A matrix in a graph that is a view of a parameter (R, C): a part of it, or its transpose.
 
-    `rows`: (start, stop) of the parameter's rows that the view shows. `is_transposed`: it shows them as columns.
-    `is_plain`: it is known to be the parameter itself or its transpose, with nothing in between. `row_dims`: the
-    parameter has three dimensions, of which so many are R.
+    `rows`, `columns`: (start, stop) of the parameter's rows and columns that the view shows; None for all.
+    `is_transposed`: it shows rows as columns. `is_plain`: it is known to be the parameter itself or its transpose, with
+    nothing in between. `row_dims`: the parameter has three dimensions, of which so many are R.
     """
 
     parameter: str
-    rows: tuple[int, int]
-    is_whole: bool
     is_transposed: bool
     is_cast: bool
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
     is_plain: bool = False
     row_dims: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.rows is None and self.columns is None
 
 
 def view_of_parameter(value: Any, owner: nn.Module) -> WeightView | None:
@@ -133,7 +137,7 @@ def view_of_parameter(value: Any, owner: nn.Module) -> WeightView | None:
     if any(is_chosen_by_input(view) for view in views):
         return None
     if parameter.dim() == 2 and all(operator_name(view) not in VIEWS for view in views):
-        return WeightView(str(value.target), (0, parameter.size(0)), True, False, is_cast)
+        return WeightView(str(value.target), False, is_cast)
     whole = torch.empty(parameter.shape, device="meta")
     try:
         matrix = apply_views(views, whole)
@@ -148,7 +152,7 @@ def view_shown(
     parameter: str, matrix: torch.Tensor, offset: int, shape: Sequence[int], *, is_cast: bool, is_copy: bool = False
 ) -> WeightView | None:
     """What `matrix`, a view of a contiguous tensor of that shape that begins after `offset` elements, shows of a
-    parameter; None where it is no matrix of whole rows, nor of whole rows as columns. Of three dimensions it must show
+    parameter; None where it is no block of rows and columns, nor the transpose of one. Of three dimensions it must show
     all.
     """
     if len(shape) == 3:
@@ -158,13 +162,20 @@ def view_shown(
             if flat is not None and flat.is_whole:
                 return replace(flat, row_dims=row_dims)
         return None
-    found = rows_shown(matrix, offset, shape[1])
+    found = block_shown(matrix, offset, shape[1])
     if found is None:
         return None
-    rows, is_transposed = found
-    is_whole = rows == (0, shape[0])
+    rows, columns, is_transposed = found
+    is_whole = rows == (0, shape[0]) and columns == (0, shape[1])
     is_plain = is_whole and matrix.dim() == 2 and not is_cast and not is_copy
-    return WeightView(parameter, rows, is_whole, is_transposed, is_cast, is_plain)
+    return WeightView(
+        parameter,
+        is_transposed,
+        is_cast,
+        rows=None if rows == (0, shape[0]) else rows,
+        columns=None if columns == (0, shape[1]) else columns,
+        is_plain=is_plain,
+    )
 
 
 def known_view(value: Any) -> Any:
@@ -210,9 +221,11 @@ def _apply_view(tensor: Any, node: fx.Node) -> Any:
     return node.target(tensor, *args, **kwargs)
 
 
-def rows_shown(matrix: torch.Tensor, offset: int, num_columns: int) -> tuple[tuple[int, int], bool] | None:
-    """Which rows of a contiguous tensor (R, C) its view `matrix` (…, a, b) shows, which begins after `offset` elements,
-    and whether as columns.
+def block_shown(
+    matrix: torch.Tensor, offset: int, num_columns: int
+) -> tuple[tuple[int, int], tuple[int, int], bool] | None:
+    """Which rows and columns of a contiguous tensor (R, C) its view `matrix` (…, a, b) shows, which begins after
+    `offset` elements, and whether transposed.
     """
     if matrix.dim() < 2:
         return None
@@ -221,10 +234,10 @@ def rows_shown(matrix: torch.Tensor, offset: int, num_columns: int) -> tuple[tup
         return None
     sizes = matrix.shape[-2:]
     strides = matrix.stride()[-2:]
+    row, column = divmod(offset, max(num_columns, 1))
     for is_transposed, across, along in ((False, 0, 1), (True, 1, 0)):
-        shows_columns = sizes[along] == num_columns and (num_columns == 1 or strides[along] == 1)
+        shows_columns = sizes[along] == 1 or strides[along] == 1
         shows_rows = sizes[across] == 1 or strides[across] == num_columns
-        if shows_columns and shows_rows and offset % num_columns == 0:
-            start = offset // num_columns
-            return (start, start + sizes[across]), is_transposed
+        if shows_columns and shows_rows and column + sizes[along] <= num_columns:
+            return (row, row + sizes[across]), (column, column + sizes[along]), is_transposed
     return None

@@ -45,6 +45,8 @@ FORMS = {
     "to_heads": ("bti,ihd->bthd", (2, 5, IN), TO_HEADS, True),
     "to_heads_weight_first": ("xyz, abx -> abyz", (2, 5, IN), TO_HEADS, True),
     "to_heads_by_dots": ("...i,ihd->...hd", (2, 5, IN), TO_HEADS, True),
+    "to_heads_in_another_order": ("bti,ihd->bdth", (2, 5, IN), TO_HEADS, True),
+    "from_heads_in_another_order": ("dbht,ohd->tob", (IN // 3, 2, 3, 5), (OUT, 3, IN // 3), False),
     "from_heads": ("bthd,ohd->bto", FROM_HEADS, (OUT, 3, IN // 3), False),
     "from_heads_weight_first": ("hdo,bthd->bto", FROM_HEADS, (3, IN // 3, OUT), True),
 }
@@ -53,7 +55,6 @@ FORMS = {
 NO_LINEARS = {
     "one_matrix_for_each_head": ("bthd,shd->bths", (4, 3, 8)),
     "each_matrix_of_a_stack": ("bti,eoi->bteo", (3, 36, 24)),
-    "other_order": ("bti,ihd->btdh", (24, 3, 12)),
     "heads_first": ("bti,hid->bthd", (3, 24, 12)),
     "sum_over_a_head": ("bti,ihd->bth", (24, 3, 12)),
 }

@@ -50,7 +50,6 @@ formed(
     "matrix-vector",
     "`torch.mv(w, vector)` beside `w @ vector`",
     lambda x, w: (w @ x[0], torch.mv(w, x[1])),
-    AT_REWRITE,
 )
 formed(PRODUCTS, "weight-and-vector", "`w @ vector`", lambda x, w: w @ x[0])
 formed(PRODUCTS, "vector-matrix", "`vector @ w.T`", lambda x, w: x[0] @ w.T)
@@ -59,14 +58,18 @@ formed(
     "addmm",
     "`torch.addmm` with `beta` and `alpha`",
     lambda x, w: torch.addmm(x.mean(), x, w.T, beta=0.5, alpha=2),
-    AT_REWRITE,
+)
+formed(
+    PRODUCTS,
+    "addmm-left",
+    "`torch.addmm` with the weight first and `alpha`",
+    lambda x, w: torch.addmm(x.mean(), w, x.T, alpha=-0.5).T,
 )
 formed(
     PRODUCTS,
     "addmv",
     "`torch.addmv`",
-    lambda x, w: torch.addmv(x.new_ones(OUT), w, x[0]),
-    EITHER,
+    lambda x, w: torch.addmv(x.new_ones(OUT), w, x[0], alpha=3),
 )
 formed(
     PRODUCTS,
@@ -98,6 +101,30 @@ formed(
 )
 formed(
     PRODUCTS,
+    "einsum-with-another-order",
+    "`torch.einsum('bti,oi->bot', x, w)`, `'oi,bti->otb'`, and `'bi,oi'`",
+    lambda x, w: (
+        torch.einsum("bti,oi->bot", x, w),
+        torch.einsum("oi,bti->otb", w, x),
+        torch.einsum("bi,oi", x[0], w),
+    ),
+    shape=(2, 3, IN),
+)
+formed(
+    PRODUCTS,
+    "einsum-of-other-features",
+    "`torch.einsum('b...i,oi->o...b', x, w)`, and `'bit,oi->bto'` of features that are not last",
+    lambda x, w: (torch.einsum("b...i,oi->o...b", x, w), torch.einsum("bit,oi->bto", x.mT, w)),
+    shape=(2, 3, IN),
+)
+formed(
+    PRODUCTS,
+    "einsum-by-numbers",
+    "`torch.einsum(x, [0, 1], w, [2, 1], [2, 0])`",
+    lambda x, w: torch.einsum(x, [0, 1], w, [2, 1], [2, 0]) + torch.einsum(x, [..., 1], w, [2, 1]).T,
+)
+formed(
+    PRODUCTS,
     "einsum-of-heads",
     "`torch.einsum` with the weight viewed as heads",
     lambda x, w: torch.einsum("bi,hdi->bhd", x, w.view(3, -1, IN)),
@@ -111,7 +138,7 @@ formed(
     EITHER,
 )
 formed(PRODUCTS, "tensordot", "`torch.tensordot`", lambda x, w: torch.tensordot(x, w, dims=([1], [1])), EITHER)
-formed(PRODUCTS, "inner", "`torch.inner`", torch.inner, EITHER)
+formed(PRODUCTS, "inner", "`torch.inner`", torch.inner)
 formed(PRODUCTS, "aten", "`torch.ops.aten.linear`", lambda x, w: torch.ops.aten.linear(x, w), EITHER)
 formed(PRODUCTS, "multi-dot", "`torch.linalg.multi_dot`", lambda x, w: torch.linalg.multi_dot([x, w.T, w]), EITHER)
 formed(
@@ -151,13 +178,19 @@ def _by_index(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return F.linear(x, w[torch.tensor([0, 5, 5, 2])])
 
 
-formed(PARTS, "columns", "columns, `x[:, :k] @ w[:, :k].T`", lambda x, w: x[:, :HALF] @ w[:, :HALF].T, AT_REWRITE)
+formed(PARTS, "columns", "columns, `x[:, :k] @ w[:, :k].T`", lambda x, w: x[:, :HALF] @ w[:, :HALF].T)
+formed(PARTS, "columns-left", "columns, `w[:, k:] @ x`", lambda x, w: (w[:, HALF:] @ x[:, HALF:].T).T)
+formed(
+    PARTS,
+    "rows-and-columns",
+    "rows and columns, `w[:12, 4:9]`, and one column",
+    lambda x, w: F.linear(x[:, 4:9], w[:12, 4:9]) + F.linear(x[:, :1], w.narrow(1, 3, 1)[:12]),
+)
 formed(
     PARTS,
     "columns-of-two-inputs",
     "columns for each half of a pair",
     lambda x, w: x[:, :HALF] @ w[:, :HALF].T - x[:, HALF:] @ w[:, HALF:].T,
-    AT_REWRITE,
 )
 formed(
     PARTS,
@@ -196,7 +229,6 @@ formed(
     "transposed-twice",
     "transposed, sliced, and transposed back",
     lambda x, w: F.linear(x[:, 3:9], w.T[3:9].transpose(0, 1)),
-    AT_REWRITE,
 )
 formed(PARTS, "reshaped", "`w.reshape(2, -1, IN)`", lambda x, w: x @ w.reshape(2, -1, IN).mT, AT_REWRITE)
 formed(
