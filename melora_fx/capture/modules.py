@@ -17,6 +17,7 @@ from melora_fx.torch_private import is_convolution, is_experts_layer
 from .expert_layers import IN_PLACE_REMEDY
 from .graphs import Capture, copy_graph
 from .linear_graph import linear_graph
+from .own_products import reads_others
 from .packed import is_packed_linear
 from .trace import KEEPS, Proxies, UntraceableError, keeping, refuse_replaced_forward, trace_module
 
@@ -40,7 +41,9 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
         elif isinstance(module, nn.MultiheadAttention):
             refused |= _refusals(join_path(path, "out_proj"), module.out_proj, _IN_ONE_CALL)
             refused |= _refusals(path, module, _IN_ONE_CALL)
-        elif matrix_names(module):
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            refused |= _refusals(path, module, _RECURRENT.format(type(module).__name__))
+        elif matrix_names(module) or _has_other_parameters(module) or reads_others(module):
             try:
                 captures.append(_capture(path, module, proxies))
             except UntraceableError as error:
@@ -53,6 +56,7 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
 
 _SCRIPTED = "TorchScript has compiled it: `rewrite` before `torch.jit.script` or `torch.jit.trace`"
 _WHOLE = "pass `example_inputs=`"
+_RECURRENT = "`nn.{}` gives its weights to one function of torch, past any adapter: leave it out of `targets`"
 _IN_ONE_CALL = f"`nn.MultiheadAttention` gives its weights to one function of torch, past any adapter: {_WHOLE}"
 
 
@@ -95,6 +99,13 @@ def matrix_names(module: nn.Module) -> list[str]:
 
 def _is_matrix_or_stack(parameter: nn.Parameter) -> bool:
     return parameter.dim() == 2 or (parameter.dim() == 3 and min(parameter.shape) > 1)
+
+
+def _has_other_parameters(module: nn.Module) -> bool:
+    """Whether it owns what is no matrix and no stack and may still be multiplied by, as a kernel is."""
+    if isinstance(module, nn.Embedding | parametrize.ParametrizationList) or is_convolution(module):
+        return False
+    return any(sum(size > 1 for size in value.shape) > 1 for value in module.parameters(recurse=False))
 
 
 def _called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

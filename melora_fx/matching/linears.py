@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from torch import fx
+
 from melora_fx.capture.graphs import Capture
 from melora_fx.config import MELoRAConfig
 from melora_fx.lowering.lowerings import choose_lowering, lowering_misfit
 from melora_fx.names import join_path, site_name
-from melora_fx.patterns.node import LinearNode, weight_of
+from melora_fx.patterns.node import CALLS, LinearNode, weight_of
 from melora_fx.patterns.patterns import find_linear_nodes
 from melora_fx.patterns.planned_site import PlannedSite
 
@@ -38,12 +40,42 @@ def name_in_model(capture: Capture, parameter: str) -> str:
     return site_name(join_path(capture.path, owner), attribute)
 
 
+def reads_of(graphs: Iterable[fx.Graph]) -> Iterator[fx.Node]:
+    """The `get_attr` nodes."""
+    for graph in graphs:
+        yield from graph.find_nodes(op="get_attr")
+
+
 def misfit(planned: PlannedSite, config: MELoRAConfig, *, is_head: bool) -> str | None:
     """Why this configuration cannot adapt this linear, or None."""
     return config.misfit(*planned.shape, is_head=is_head) or lowering_misfit(replace(planned, config=config))
 
 
-def describe(planned: PlannedSite) -> LinearSite:
+def names_unused(planned: Iterable[PlannedSite]) -> set[str]:
+    """Those of which nothing that their graph gives is made: an adapter would change nothing, and get no gradient."""
+    used: dict[fx.Graph, set[fx.Node]] = {}
+    names = set()
+    for site in planned:
+        graph = site.capture.graph
+        if site.capture.runs_own_forward:  # a trace shows products, and not all that is made of them
+            continue
+        if graph not in used:
+            used[graph] = _nodes_used(graph)
+        if not any(linear.node in used[graph] for linear in site.nodes):
+            names.add(site.name)
+    return names
+
+
+def _nodes_used(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that an output, or a change in place, is made of."""
+    used = set[fx.Node]()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in used or (node.op in CALLS and node.is_impure()):
+            used |= {node, *node.all_input_nodes}
+    return used
+
+
+def describe(planned: PlannedSite, *, is_used: bool = True) -> LinearSite:
     """The public view."""
     in_features, out_features = planned.shape
     lowering = choose_lowering(planned)
@@ -56,4 +88,5 @@ def describe(planned: PlannedSite) -> LinearSite:
         num_parameters=planned.num_experts * planned.config.num_parameters(in_features, out_features),
         shared_with=planned.shared_with,
         num_experts=planned.num_experts,
+        is_used=is_used,
     )

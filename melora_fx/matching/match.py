@@ -7,7 +7,7 @@ from melora_fx.config import MELoRAConfig
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 from melora_fx.whole_capture.example_inputs import ExampleInputs
 
-from .linears import describe
+from .linears import describe, names_unused
 from .plan import make_plan
 from .report import MatchReport
 from .targets import TargetSpec
@@ -31,9 +31,10 @@ def match(
         MELoRAError: where the model cannot be captured.
     """
     plan = make_plan(model, targets, config, example_inputs, dynamic_axes)
+    unused = names_unused([*plan.sites, *plan.untargeted])
     return MatchReport(
-        sites=tuple(describe(planned) for planned in plan.sites),
-        untargeted=tuple(describe(planned) for planned in plan.untargeted),
+        sites=tuple(describe(planned, is_used=planned.name not in unused) for planned in plan.sites),
+        untargeted=tuple(describe(planned, is_used=planned.name not in unused) for planned in plan.untargeted),
         heads=plan.heads,
-        skipped=tuple((plan.refused | plan.unsuitable | plan.misfits).items()),
+        skipped=tuple((plan.refused | plan.unsuitable | plan.misfits | plan.others).items()),
     )

@@ -1,58 +1,29 @@
 """OBSTACLES: why linears cannot be adapted. Each is a function from what was found to site name → reason."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
 from melora_fx.adapter.site import SiteRecord
 from melora_fx.adapter.tensors import TENSORS
 from melora_fx.capture.expert_layers import IN_PLACE_REMEDY
-from melora_fx.capture.graphs import Capture
 from melora_fx.capture.modules import capture_modules, matrix_names
 from melora_fx.capture.packed import is_packed_linear
 from melora_fx.config import MELoRAConfig
 from melora_fx.names import site_name, without_wrappers
-from melora_fx.patterns.node import parameter_of
-from melora_fx.patterns.planned_site import PlannedSite
-from melora_fx.patterns.stacks import products_with
+from melora_fx.patterns.node import operator_name, parameter_of
+from melora_fx.patterns.products import RECURRENT, Products
 from melora_fx.patterns.views import is_chosen_by_input, is_view, other_uses
 from melora_fx.torch_private import DERIVED_SUFFIXES, is_convolution, is_experts_layer, registered
 
-from .linears import group_by_weight, is_own, name_in_model
+from .candidates import Candidates
+from .linears import group_by_weight, name_in_model, reads_of
+from .unmatched import Unmatched
 
 _LEAVE_OUT = "leave it out of `targets`"
-
-
-class Candidates(NamedTuple):
-    """What was found in a model.
-
-    Attributes:
-        model: as it was given.
-        captured: the module whose graphs are read: `model` itself, or the whole capture of it.
-        captures: the graphs.
-        uncaptured: the matrices of modules that could not be captured, and why.
-        linears: what the graphs multiply by; a weight of two graphs is there twice.
-    """
-
-    model: nn.Module | ExportedProgram
-    captured: nn.Module
-    captures: list[Capture]
-    uncaptured: dict[str, str]
-    linears: list[PlannedSite]
-
-    @property
-    def names(self) -> set[str]:
-        return {linear.name for linear in self.linears}
-
-
-def find_candidates(model: nn.Module | ExportedProgram, captured: nn.Module, config: MELoRAConfig) -> Candidates:
-    """Captures the modules of `captured` and finds their linears."""
-    captures, uncaptured = capture_modules(captured)
-    return Candidates(model, captured, captures, uncaptured, list(group_by_weight(captures, config)))
 
 
 def uncaptured(candidates: Candidates) -> dict[str, str]:
@@ -65,7 +36,7 @@ def beyond_the_trace(candidates: Candidates) -> dict[str, str]:
     not met the matrix at all.
     """
     seen = candidates.names
-    read = _read_names(candidates)
+    read = candidates.names_read
     reasons: dict[str, str] = {}
     for capture in candidates.captures:
         if not capture.runs_own_forward:
@@ -74,16 +45,6 @@ def beyond_the_trace(candidates: Candidates) -> dict[str, str]:
             if name not in seen and (capture.failure or name not in read):
                 reasons[name] = capture.failure or _NOT_MET
     return reasons
-
-
-def _read_names(candidates: Candidates) -> set[str]:
-    """The names of what graphs read and use."""
-    return {
-        name_in_model(capture, str(node.target))
-        for capture in candidates.captures
-        for node in _reads(capture.graphs)
-        if node.users
-    }
 
 
 _NOT_MET = "no trace of its module's forward has met it: pass `example_inputs=`, or leave it out of `targets`"
@@ -117,65 +78,64 @@ def otherwise_used(candidates: Candidates) -> dict[str, str]:
 def _reads_of_parameters(graphs: Iterable[fx.Graph]) -> dict[tuple[fx.Graph, str], list[fx.Node]]:
     """The `get_attr` nodes by graph and target."""
     reads: dict[tuple[fx.Graph, str], list[fx.Node]] = {}
-    for node in _reads(dict.fromkeys(graphs)):
+    for node in reads_of(dict.fromkeys(graphs)):
         reads.setdefault((node.graph, str(node.target)), []).append(node)
     return reads
 
 
-def _reads(graphs: Iterable[fx.Graph]) -> Iterator[fx.Node]:
-    """The `get_attr` nodes."""
-    for graph in graphs:
-        yield from graph.find_nodes(op="get_attr")
-
-
 def without_pattern(candidates: Candidates) -> dict[str, str]:
-    """The matrices, and stacks of matrices, that graphs multiply by in a form without a pattern."""
-    matched = candidates.names
+    """The matrices, and stacks of matrices, that graphs multiply by in a form without a pattern, or that a forward
+    multiplies by and another module holds.
+    """
     reasons = {}
-    for capture in candidates.captures:
-        for node in _reads(capture.graphs):
-            kind = _kind_of_matrix(node, capture)
-            name = name_in_model(capture, str(node.target))
-            products = products_with(node) if kind and name not in matched else []
-            if products and capture.runs_own_forward and not is_own(str(node.target)):
-                who = capture.path or type(capture.module).__name__
-                reasons[name] = f"`{who}` multiplies by it, and not its own module: pass `example_inputs=`"
-            elif products:
-                remedy = _LEAVE_OUT if str(kind).startswith("a stack") else _PLAIN_FORM
-                reasons[name] = f"{kind} in a form that has no pattern, `{'; '.join(products)}`: {remedy}"
-                if is_experts_layer(capture.module):
-                    reasons[name] = IN_PLACE_REMEDY
+    derived = derived_weight(candidates)
+    for name, used in candidates.unmatched.items():
+        if name in derived or isinstance(used.owner, nn.Embedding):
+            continue
+        if used.products:
+            products = "; ".join(dict.fromkeys(product.text for product in used.products))
+            operators = {operator_name(product.node) for product in used.products}
+            is_matrix = used.parameter.dim() == 2 and not operators & RECURRENT
+            remedy = _PLAIN_FORM if is_matrix else _LEAVE_OUT
+            reasons[name] = f"{_kind(used)} in a form that has no pattern, `{products}`: {remedy}"
+            if is_experts_layer(used.capture.module):
+                reasons[name] = IN_PLACE_REMEDY
+        elif used.has_pattern:
+            who = used.capture.path or type(used.capture.module).__name__
+            reasons[name] = f"`{who}` multiplies by it, and not its own module: pass `example_inputs=`"
     return reasons
 
 
 _PLAIN_FORM = f"multiply by the weight itself, as `F.linear(x, weight)` does, or {_LEAVE_OUT}"
 
 
-def _kind_of_matrix(node: fx.Node, capture: Capture) -> str | None:
-    """What a `get_attr` node gives, if it is a matrix of a module that runs its own forward, or a stack of matrices;
-    in a graph of a whole model embeddings are matrices too.
-    """
-    stack = parameter_of(node, capture.module, dim=3)
-    if stack is not None and min(stack.shape) > 1:
-        return f"a stack of matrices {tuple(stack.shape)}"
-    matrix = parameter_of(node, capture.module, dim=2) if capture.runs_own_forward else None
-    return None if matrix is None else f"its forward multiplies by it, a matrix {tuple(matrix.shape)},"
+def _kind(used: Unmatched) -> str:
+    shape = tuple(used.parameter.shape)
+    if used.parameter.dim() != 2:
+        return f"a stack of matrices {shape}"
+    who = "its forward" if used.capture.runs_own_forward else "the graph"
+    return f"{who} multiplies by it, a matrix {shape},"
 
 
 def rows_by_input(candidates: Candidates) -> dict[str, str]:
     """The matrices of which a graph multiplies by rows that what it computes decides."""
     reasons = {}
     for capture in candidates.captures:
-        for node in _reads(capture.graphs):
-            if parameter_of(node, capture.module, dim=2) is not None and _is_cut_by_input(node):
+        products = Products(capture.module)
+        for node in reads_of(capture.graphs):
+            if parameter_of(node, capture.module, dim=2) is not None and _is_cut_by_input(node, products):
                 name = name_in_model(capture, str(node.target))
                 reasons[name] = f"the input decides by which rows of it the graph multiplies: {_LEAVE_OUT}"
     return reasons
 
 
-def _is_cut_by_input(node: fx.Node) -> bool:
+def _is_cut_by_input(node: fx.Node, products: Products) -> bool:
     views = [user for user in node.users if is_view(user)]
-    return any((is_chosen_by_input(view) and products_with(view)) or _is_cut_by_input(view) for view in views)
+    return any(
+        (is_chosen_by_input(view) and any(each.is_with_weight for each in products.with_(view)))
+        or _is_cut_by_input(view, products)
+        for view in views
+    )
 
 
 def complex_weight(candidates: Candidates) -> dict[str, str]:
@@ -218,16 +178,26 @@ def never_called(candidates: Candidates) -> dict[str, str]:
     model = candidates.model
     if not isinstance(model, nn.Module) or candidates.captured is model:
         return {}
-    reason = "not in the graph: never called with these `example_inputs`, or called in a part that is exported apart"
-    otherwise = f"the graph uses its weight in no product that has a pattern: {_LEAVE_OUT}"
-    packed = "its weight is packed: it is adapted in place, without `example_inputs=`"
-    in_place = group_by_weight(capture_modules(model)[0], MELoRAConfig())
-    read = _read_names(candidates)
-    return {
-        linear.name: packed if is_packed_linear(linear.owner) else otherwise if linear.name in read else reason
-        for linear in in_place
-        if linear.name not in candidates.names
-    }
+    captures, uncaptured = capture_modules(model)
+    in_place = {linear.name: linear.owner for linear in group_by_weight(captures, MELoRAConfig())}
+    read = candidates.names_read
+    reasons: dict[str, str] = {}
+    for name in [*in_place, *uncaptured]:
+        if name in candidates.names:
+            continue
+        if is_packed_linear(in_place.get(name, model)):
+            reasons[name] = "its weight is packed: it is adapted in place, without `example_inputs=`"
+        elif name not in read:
+            reasons[name] = _NOT_CALLED
+        elif name not in candidates.unmatched:
+            reasons[name] = f"the graph uses its weight in no product: {_LEAVE_OUT}"
+    return reasons
+
+
+_NOT_CALLED = (
+    "not in the graph: never called with these `example_inputs`, or its output is not used, or it is called in a part "
+    "that is exported apart"
+)
 
 
 def used_both_ways(candidates: Candidates) -> dict[str, str]:

@@ -15,10 +15,12 @@ from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_malformed_a
 from melora_fx.whole_capture.example_inputs import ExampleInputs
 from melora_fx.whole_capture.whole_model import capture_whole, from_program
 
+from .candidates import find_candidates
 from .heads import find_heads
 from .keep_trainable import keeps_weight, resolve_kept
 from .linears import misfit
-from .obstacles import find_candidates, find_obstacles
+from .obstacles import find_obstacles
+from .other_products import find_other_products
 from .refusals import refuse_distributed, refuse_lazy, refuse_rewritten
 from .targets import TargetSpec, asks_for_all, names_one_by_one, resolve_targets
 
@@ -29,9 +31,9 @@ class Plan:
 
     `model`: the model that the sites belong to: the one given, or the whole-graph capture of it.
     Name → why: `refused` are linears that cannot be adapted although `targets` names them, `unsuitable` the others that
-    cannot, `misfits` those that only this configuration cannot adapt. `missed`: the unsuitable ones that `targets` asks
-    for among others, as "all-linear" does. `heads`: those that "all-linear" leaves out as heads.
-    `kept`: names of the modules that stay trainable.
+    cannot, `misfits` those that only this configuration cannot adapt, `others` the parameters in products that are no
+    linears. `missed`: the unsuitable ones that `targets` asks for among others, as "all-linear" does. `heads`: those
+    that "all-linear" leaves out as heads. `kept`: names of what stays trainable.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Plan:
     refused: dict[str, str]
     unsuitable: dict[str, str]
     misfits: dict[str, str]
+    others: dict[str, str]
     missed: tuple[str, ...]
     heads: tuple[str, ...]
     kept: tuple[str, ...]
@@ -60,13 +63,14 @@ def make_plan(
     candidates = find_candidates(model, captured, config)
     obstacles = find_obstacles(candidates)
     found = {linear.name: linear for linear in candidates.linears if linear.name not in obstacles}
+    others = {name: reason for name, reason in find_other_products(candidates).items() if name not in obstacles}
     found = _with_shared_names(found, captured)
     original = model if isinstance(model, nn.Module) else captured
     owners = {name: _owner(original, name) for name in [*found, *obstacles]}
     kept = resolve_kept(captured, keep_trainable)
     heads = find_heads(original, owners)
     left_out = heads | {name for name in owners if any(keeps_weight(each, name) for each in kept)}
-    chosen = resolve_targets(targets, config, owners, left_out, original)
+    chosen = resolve_targets(targets, config, owners, left_out, original, others)
     asked_for = {name for name in obstacles if name in chosen and names_one_by_one(targets, name, left_out)}
     misfits = {
         name: reason
@@ -85,6 +89,7 @@ def make_plan(
         refused={name: reason for name, reason in obstacles.items() if name in asked_for},
         unsuitable={name: reason for name, reason in obstacles.items() if name not in asked_for},
         misfits=misfits,
+        others=others,
         missed=tuple(name for name in obstacles if name in chosen and name not in asked_for),
         heads=tuple(name for name in owners if name in heads - chosen.keys()) if asks_for_all(targets) else (),
         kept=kept,

@@ -17,6 +17,8 @@ class LinearSite:
         num_parameters: trainable values that its adapter has, or would have.
         shared_with: names of other parameters of the model that share memory with the weight, as tied ones do.
         num_experts: how many linears a stack holds; each has an adapter of its own.
+        is_used: False where a whole capture makes nothing that it gives of the linear's output, as of a pooler behind
+            another head: an adapter would change nothing, and get no gradient.
     """
 
     name: str
@@ -27,6 +29,7 @@ class LinearSite:
     num_parameters: int
     shared_with: tuple[str, ...] = ()
     num_experts: int = 1
+    is_used: bool = True
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class MatchReport:
     Attributes:
         sites: the linears that `rewrite` would adapt.
         untargeted: the linears that `targets` does not ask for.
-        skipped: (name, reason) of each linear that cannot be adapted.
+        skipped: (name, reason) of each linear that cannot be adapted, and of each other parameter, of two dimensions or
+            more, that takes part in a product.
         heads: names of the linears that "all-linear" leaves out as heads.
     """
 
@@ -61,6 +65,11 @@ class MatchReport:
                 f'heads, which "all-linear" leaves out: {", ".join(self.heads)}; train a new one by `keep_trainable`, '
                 "adapt another by its name"
             )
+        notes += [
+            f"unused {site.name}: no output is made of it, an adapter would change nothing"
+            for site in self.sites + self.untargeted
+            if not site.is_used
+        ]
         notes += [f"skipped {name}: {reason}" for name, reason in self.skipped]
         wrapped = [line for note in notes for line in textwrap.wrap(note, _WIDTH, subsequent_indent="  ")]
         return "\n".join(

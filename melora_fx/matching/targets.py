@@ -4,11 +4,12 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import nn
 
 from melora_fx.config import MELoRAConfig
-from melora_fx.names import with_parents
+from melora_fx.names import site_of, with_parents
 
 TargetSpec = str | Sequence[str] | Mapping[str, MELoRAConfig | None] | Callable[[str, nn.Module], bool]
 
@@ -30,6 +31,7 @@ def resolve_targets(
     owners: Mapping[str, nn.Module],
     left_out: Collection[str],
     model: nn.Module,
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, MELoRAConfig]:
     """The configuration of each name in `owners` that `targets` asks for, in the order of `owners`.
 
@@ -41,6 +43,7 @@ def resolve_targets(
         owners: every linear of the model: its name and the module that owns its weight.
         left_out: names that "all-linear" leaves out: heads, and what is kept trainable.
         model: asked for what a target names that is no linear, for the text of an error.
+        others: name → reason of what takes part in products and is no linear, for that text too.
 
     Raises:
         ValueError: where a name matches nothing; the nearest names are listed.
@@ -61,7 +64,7 @@ def resolve_targets(
             chosen[name] = rule
     unmatched = [pattern for pattern in rules if pattern not in matched]
     if unmatched:
-        raise ValueError("\n".join(_no_match(pattern, list(owners), left_out, model) for pattern in unmatched))
+        raise ValueError("\n".join(_no_match(pattern, list(owners), left_out, model, others) for pattern in unmatched))
     if not chosen:
         raise ValueError(f"`targets` leaves every linear alone: all of {list(rules)} are mapped to None")
     return chosen
@@ -123,15 +126,20 @@ def _matches(pattern: str, name: str, left_out: Collection[str], *, or_below: bo
     return any(name_matches(pattern, each) for each in (with_parents(name) if or_below else [name]))
 
 
-def _no_match(pattern: str, names: list[str], left_out: Collection[str], model: nn.Module) -> str:
+def _no_match(
+    pattern: str, names: list[str], left_out: Collection[str], model: nn.Module, others: Mapping[str, str]
+) -> str:
     if pattern == ALL_LINEAR and names:
         return f"`targets`: {pattern!r} leaves out all linears, as heads or kept trainable: {_some(names)}"
     for path, named in (*model.named_modules(), *model.named_parameters()):
         if pattern != ALL_LINEAR and path and name_matches(pattern, path):
             kind = f"parameter {tuple(named.shape)}" if isinstance(named, nn.Parameter) else type(named).__name__
-            return f"`targets`: {pattern!r} names `{path}`, a {kind} that is no linear{_nearest(pattern, names)}"
+            reason = others.get(path) or others.get(site_of(path))
+            why = f" ({reason})" if reason else ""
+            return f"`targets`: {pattern!r} names `{path}`, a {kind} that is no linear{why}{_nearest(pattern, names)}"
     if not names:
-        return f"`targets`: {pattern!r} matches nothing: the model has no linear nodes that can be adapted"
+        reasons = "".join(f"; `{name}`: {reason}" for name, reason in list(others.items())[:5])
+        return f"`targets`: {pattern!r} matches nothing: the model has no linear nodes that can be adapted{reasons}"
     return f"`targets`: {pattern!r} matches none of the {len(names)} linears{_nearest(pattern, names)}"
 
 

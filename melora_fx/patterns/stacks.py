@@ -13,56 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from melora_fx.torch_private import is_operator, is_packet
-
-from .node import CALLS, operator_name, parameter_of, weight_of
-from .views import CASTS, WeightView, apply_views, behind_views, is_view, known_view
-
-_PRODUCTS = {
-    *("mm", "matmul", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "linear", "tensordot", "inner"),
-    *("linalg_multi_dot", "bilinear", "sparse_mm", "_sparse_mm"),
-    *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-    *("_grouped_mm", "grouped_mm", "grouped_mm_fallback"),
-}
-
-
-def products_with(read: fx.Node) -> list[str]:
-    """The operators that multiply by what the `get_attr` node `read` gives, or by what is made of it and of other
-    parameters alone (a part, a view, a masked or a normalised weight): "linear", "mul, linear".
-    """
-    found: dict[str, None] = {}
-    seen: set[fx.Node] = set()
-    pending = [(read, "")]
-    of_parameters: dict[fx.Node, bool] = {}
-    while pending:
-        node, before = pending.pop()
-        for user in node.users:
-            name = operator_name(user)
-            if name in _PRODUCTS or _is_custom(user):
-                found[before + name] = None
-                continue
-            follows = is_view(user) or choice_of(user) is not None or _is_of_parameters(user, of_parameters)
-            if follows and user not in seen:
-                seen.add(user)
-                pending.append((user, before if is_view(user) else f"{before}{name}, "))
-    return list(found)
-
-
-def _is_custom(node: fx.Node) -> bool:
-    """Whether it calls an operator that someone has registered, which may multiply."""
-    target = node.target
-    return (is_operator(target) or is_packet(target)) and not str(target).startswith(("aten.", "prims."))
-
-
-def _is_of_parameters(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
-    """Whether `node` is computed from what the module holds, and from nothing that it is given. `known`: what is known
-    of the graph's nodes, filled by the first call.
-    """
-    if not known:
-        for each in node.graph.nodes:
-            of_sources = all(known[source] for source in each.all_input_nodes)
-            known[each] = of_sources if each.op in CALLS else each.op == "get_attr"
-    return known[node]
+from .node import operator_name, parameter_of, weight_of
+from .views import CASTS, WeightView, apply_views, behind_views, known_view
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
         for user in node.users:
             name = operator_name(user)
             if user in linear_nodes:
-                linear_nodes[user] += _num_arguments(user, node)
+                linear_nodes[user] += num_arguments(user, node)
                 if linear_nodes[user] > 1:
                     found[name] = None
             elif is_harmless_use(user, node):
@@ -83,7 +83,7 @@ def is_harmless(name: str, *, is_first: bool) -> bool:
     return name in HARMLESS or (name in HARMLESS_AS_SECOND and not is_first)
 
 
-def _num_arguments(user: fx.Node, node: fx.Node) -> int:
+def num_arguments(user: fx.Node, node: fx.Node) -> int:
     """How many arguments of `user` are `node`."""
     count = 0
 

@@ -78,7 +78,8 @@ def test_what_cannot_be_captured_is_skipped_with_the_reason():
     report = melora_fx.match(model, ["linear", "weight_hh_l0"], MELoRAConfig(num_blocks=3))
     assert [site.name for site in report.sites] == ["linear"]
     assert [name for name, _ in report.skipped] == ["rnn.weight_hh_l0", "rnn.weight_ih_l0"]
-    assert all("`example_inputs=`" in reason for _, reason in report.skipped)
+    assert all(reason.startswith("`nn.GRU` gives its weights to one function") for _, reason in report.skipped)
+    assert all("example_inputs" not in reason for _, reason in report.skipped)  # which would not help
 
 
 @pytest.mark.default_cases("tower-*", "bert-in_place-train", "bert-whole-eval", "gpt2-whole-train")

@@ -84,7 +84,7 @@ def measure(name: str) -> Row:
         modules=sum(isinstance(module, nn.Linear | Conv1D) for module in plain.modules()),
         in_place=len(melora_fx.sites(models[0])),
         whole=len(melora_fx.sites(models[1])),
-        refused=len(report.skipped),
+        refused=sum("of a convolution" not in reason for _, reason in report.skipped),
         starts_equal=equal,
         effective=(effective[0], effective[1]),
         gradient_error=max(gradient_error(name, whole=whole) for whole in (False, True)),

@@ -219,12 +219,11 @@ def _slowed(model: Any, x: torch.Tensor) -> Any:
 case(READ, "a branch that slices a linear's weight, and is never taken", "fc", name="dead-branch")(
     lambda: _Sliced(False)
 )
-case(READ, "a branch that slices a linear's weight, taken", "fc", IN_FORWARD, name="live-branch")(lambda: _Sliced(True))
+case(READ, "a branch that slices a linear's weight, taken", "fc", name="live-branch")(lambda: _Sliced(True))
 case(
     READ,
     "a branch that slices a linear's weight, taken later",
     "fc",
-    IN_FORWARD,
     name="branch-taken-later",
     calls=(call, _slowed),
 )(lambda: _Sliced(False))

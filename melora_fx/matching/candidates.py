@@ -1,0 +1,55 @@
+"""Candidates: what was found in a model that products are made with."""
+
+from typing import NamedTuple
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from melora_fx.capture.graphs import Capture
+from melora_fx.capture.modules import capture_modules
+from melora_fx.config import MELoRAConfig
+from melora_fx.patterns.planned_site import PlannedSite
+
+from .linears import group_by_weight, name_in_model, reads_of
+from .unmatched import Unmatched, find_unmatched
+
+
+class Candidates(NamedTuple):
+    """What was found in a model.
+
+    Attributes:
+        model: as it was given.
+        captured: the module whose graphs are read: `model` itself, or the whole capture of it.
+        captures: the graphs.
+        uncaptured: the matrices of modules that could not be captured, and why.
+        linears: what the graphs multiply by; a weight of two graphs is there twice.
+        unmatched: the other matrices that take part in products, by name.
+    """
+
+    model: nn.Module | ExportedProgram
+    captured: nn.Module
+    captures: list[Capture]
+    uncaptured: dict[str, str]
+    linears: list[PlannedSite]
+    unmatched: dict[str, Unmatched]
+
+    @property
+    def names(self) -> set[str]:
+        return {linear.name for linear in self.linears}
+
+    @property
+    def names_read(self) -> set[str]:
+        """The names of what graphs read and use."""
+        return {
+            name_in_model(capture, str(node.target))
+            for capture in self.captures
+            for node in reads_of(capture.graphs)
+            if node.users
+        }
+
+
+def find_candidates(model: nn.Module | ExportedProgram, captured: nn.Module, config: MELoRAConfig) -> Candidates:
+    """Captures the modules of `captured` and finds their linears."""
+    captures, uncaptured = capture_modules(captured)
+    linears = list(group_by_weight(captures, config))
+    return Candidates(model, captured, captures, uncaptured, linears, find_unmatched(model, captures, linears))

@@ -1,0 +1,74 @@
+"""What takes part in products and is no linear: a report says it, `targets` never asks for it.
+
+Kernels of convolutions, tables of embeddings that a forward multiplies by, inputs of linears, factors of attention.
+"""
+
+from torch import nn
+
+from melora_fx.capture.graphs import Capture
+from melora_fx.names import get_attribute, site_name, without_wrappers
+from melora_fx.patterns.node import operator_name
+from melora_fx.patterns.products import CONVOLUTIONS
+from melora_fx.torch_private import is_convolution
+
+from .candidates import Candidates
+from .linears import name_in_model
+from .unmatched import Unmatched
+
+
+def find_other_products(candidates: Candidates) -> dict[str, str]:
+    """Name → what the parameter is multiplied in, and what would help; obstacles may be among them."""
+    reasons = _convolutions(candidates)
+    for name, used in candidates.unmatched.items():
+        reasons.setdefault(name, _reason(used))
+    return reasons
+
+
+def _convolutions(candidates: Candidates) -> dict[str, str]:
+    if not isinstance(candidates.model, nn.Module) or candidates.captured is not candidates.model:
+        return {}
+    return {
+        site_name(without_wrappers(path), "weight"): _of_kernel(tuple(module.weight.shape))
+        for path, module in candidates.model.named_modules()
+        if is_convolution(module) and isinstance(module.weight, nn.Parameter)
+    }
+
+
+def _of_kernel(shape: tuple[int, ...]) -> str:
+    remedy = ": as an `nn.Linear` over the channels it would be adapted" if set(shape[2:]) == {1} else ""
+    return f"the kernel {shape} of a convolution, which no adapter serves{remedy}"
+
+
+def _reason(used: Unmatched) -> str:
+    shape = tuple(used.parameter.shape)
+    if isinstance(used.owner, nn.Embedding) and (used.products or used.linears):
+        return _of_table(used)
+    if used.linears and not used.others:
+        names = ", ".join(f"`{name_in_model(used.capture, path)}`" for path in used.inputs_of)
+        return f"a parameter {shape} that is an input of {names}, and not the weight that an adapter goes beside"
+    if used.others and used.others[0].node.op == "call_module":
+        return f"its module gives it to {_called(used)}, which may multiply by it: `example_inputs=` shows that"
+    products = [*used.others, *used.products]
+    if any(operator_name(product.node) in CONVOLUTIONS for product in products):
+        return _of_kernel(shape)
+    return f"a parameter {shape} in `{'; '.join(dict.fromkeys(each.text for each in products))}`, which is no linear"
+
+
+def _of_table(used: Unmatched) -> str:
+    """Of an embedding that a forward multiplies by."""
+    who = used.capture.path or type(used.capture.module).__name__
+    if _is_called(used.capture, used.owner):
+        return (
+            f"`{who}` multiplies by the table of an embedding and looks it up too, which a fold would change: "
+            "a matrix of its own for the product would be adapted"
+        )
+    return f"`{who}` multiplies by the table of an embedding: pass `example_inputs=`"
+
+
+def _is_called(capture: Capture, module: nn.Module) -> bool:
+    calls = [node for graph in capture.graphs for node in graph.find_nodes(op="call_module")]
+    return any(get_attribute(capture.module, str(call.target)) is module for call in calls)
+
+
+def _called(used: Unmatched) -> str:
+    return ", ".join(dict.fromkeys(f"`{each.node.target}`" for each in used.others if each.node.op == "call_module"))

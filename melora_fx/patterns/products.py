@@ -1,0 +1,119 @@
+"""Products that a parameter takes part in, whatever their form, in the graph of a module or of a whole model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import fx, nn
+
+from melora_fx.names import get_attribute
+from melora_fx.torch_private import is_operator, is_packet
+
+from .node import CALLS, argument, operator_name
+from .stacks import choice_of
+from .views import is_view, num_arguments
+
+_WITH_WEIGHTS = {
+    *("__matmul__", "__rmatmul__", "imatmul", "rmatmul"),
+    *("mm", "matmul", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "linear", "tensordot", "inner"),
+    *("linalg_multi_dot", "chain_matmul", "bilinear", "sparse_mm", "_sparse_mm", "linear_cross_entropy"),
+    *("_grouped_mm", "grouped_mm", "grouped_mm_fallback", "multi_head_attention_forward"),
+}
+"""Operators that multiply by weights, as linears do."""
+
+RECURRENT = {
+    *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+}
+
+CONVOLUTIONS = {
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc"),
+    *("convolution", "_convolution"),
+}
+
+_OTHERS = {
+    *("dot", "vdot", "vecdot", "linalg_vecdot", "kron", "scaled_dot_product_attention", "cdist", "_euclidean_dist"),
+    *("matrix_power", "linalg_matrix_power", "matrix_exp", "linalg_matrix_exp", "cov", "corrcoef"),
+    *("pinverse", "linalg_pinv", "inverse", "linalg_inv", "linalg_solve", "linalg_solve_ex", "linalg_lstsq"),
+    *("linalg_solve_triangular", "triangular_solve", "cholesky_solve", "lu_solve", "linalg_lu_solve", "ormqr"),
+    *("linalg_householder_product", "svd_lowrank", "pca_lowrank"),
+}
+
+_ADDED_FIRST = {"addmm", "addmv", "addbmm", "baddbmm"}
+"""Operators whose first argument is added to the product."""
+
+
+class Product(NamedTuple):
+    """A product in which a parameter, or what is made of it and of other parameters alone, takes part.
+
+    Attributes:
+        node: the operator, or the call of a child that has matrices of its own.
+        text: the operators from the parameter to there: "mul, linear".
+        is_with_weight: whether the operator multiplies by weights, as linears do.
+    """
+
+    node: fx.Node
+    text: str
+    is_with_weight: bool
+
+
+@dataclass
+class Products:
+    """The products of a graph, of which `owner` holds the parameters."""
+
+    owner: nn.Module
+    _of_parameters: dict[fx.Node, bool] = field(default_factory=dict)
+
+    def with_(self, read: fx.Node) -> Iterator[Product]:
+        """Those in which what the `get_attr` node `read` gives takes part: a part of it, a view, a masked or a
+        normalised weight.
+        """
+        seen: set[fx.Node] = set()
+        pending = [(read, "")]
+        while pending:
+            node, before = pending.pop()
+            for user in node.users:
+                if _is_added(user, node):
+                    continue
+                name = operator_name(user)
+                is_with_weight = name in _WITH_WEIGHTS | RECURRENT or _is_custom(user)
+                is_other = name in _OTHERS or name in CONVOLUTIONS or self._is_owner_of_matrices(user)
+                if is_with_weight or is_other:
+                    yield Product(user, before + name, is_with_weight)
+                follows = is_view(user) or choice_of(user) is not None or self._is_of_parameters(user)
+                if follows and not is_with_weight and user not in seen:
+                    seen.add(user)
+                    pending.append((user, before if is_view(user) else f"{before}{name}, "))
+
+    def _is_owner_of_matrices(self, node: fx.Node) -> bool:
+        """Whether `node` calls a module that may multiply."""
+        if node.op != "call_module":
+            return False
+        called = get_attribute(self.owner, str(node.target))
+        return not isinstance(called, nn.Module) or any(value.dim() > 1 for value in called.parameters())
+
+    def _is_of_parameters(self, node: fx.Node) -> bool:
+        """Whether `node` is computed from what the module holds, and from nothing that it is given."""
+        if node not in self._of_parameters:
+            for each in node.graph.nodes:
+                is_made = each.op in CALLS or (each.op == "call_module" and not self._is_owner_of_matrices(each))
+                of_sources = all(self._of_parameters[source] for source in each.all_input_nodes)
+                self._of_parameters[each] = of_sources if is_made else each.op == "get_attr"
+        return self._of_parameters[node]
+
+
+def _is_custom(node: fx.Node) -> bool:
+    """Whether it calls an operator that someone has registered, which may multiply."""
+    target = node.target
+    return (is_operator(target) or is_packet(target)) and not str(target).startswith(("aten.", "prims."))
+
+
+def _is_added(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` adds what `node` gives to a product of others."""
+    name = operator_name(user)
+    if name in _ADDED_FIRST:
+        added = argument(user, 0, "input", "self")
+    elif name == "scaled_dot_product_attention":
+        added = argument(user, 3, "attn_mask")
+    else:
+        return False
+    return added is node and num_arguments(user, node) == 1
