@@ -27,8 +27,10 @@ _LEAVE_OUT = "leave it out of `targets`"
 
 
 def uncaptured(candidates: Candidates) -> dict[str, str]:
-    """The matrices of modules without a graph."""
-    return candidates.uncaptured
+    """The matrices of modules without a graph, but for those that others multiply by in a form without a pattern."""
+    unmatched = candidates.unmatched
+    reasons = candidates.uncaptured.items()
+    return {name: reason for name, reason in reasons if name not in unmatched or not unmatched[name].products}
 
 
 def beyond_the_trace(candidates: Candidates) -> dict[str, str]:
@@ -97,12 +99,13 @@ def without_pattern(candidates: Candidates) -> dict[str, str]:
             operators = {operator_name(product.node) for product in used.products}
             is_matrix = used.parameter.dim() == 2 and not operators & RECURRENT
             remedy = _PLAIN_FORM if is_matrix else _LEAVE_OUT
+            if operators == {"multi_head_attention_forward"}:
+                remedy = "pass `example_inputs=`"
             reasons[name] = f"{_kind(used)} in a form that has no pattern, `{products}`: {remedy}"
             if is_experts_layer(used.capture.module):
                 reasons[name] = IN_PLACE_REMEDY
         elif used.has_pattern:
-            who = used.capture.path or type(used.capture.module).__name__
-            reasons[name] = f"`{who}` multiplies by it, and not its own module: pass `example_inputs=`"
+            reasons[name] = f"`{used.reader}` multiplies by it, and not its own module: pass `example_inputs=`"
     return reasons
 
 
@@ -114,6 +117,8 @@ def _kind(used: Unmatched) -> str:
     if used.parameter.dim() != 2:
         return f"a stack of matrices {shape}"
     who = "its forward" if used.capture.runs_own_forward else "the graph"
+    if used.is_foreign:
+        who = f"`{used.reader}`"
     return f"{who} multiplies by it, a matrix {shape},"
 
 

@@ -30,7 +30,7 @@ def _convolutions(candidates: Candidates) -> dict[str, str]:
     return {
         site_name(without_wrappers(path), "weight"): _of_kernel(tuple(module.weight.shape))
         for path, module in candidates.model.named_modules()
-        if is_convolution(module) and isinstance(module.weight, nn.Parameter)
+        if is_convolution(module)
     }
 
 
@@ -44,10 +44,11 @@ def _reason(used: Unmatched) -> str:
     if isinstance(used.owner, nn.Embedding) and (used.products or used.linears):
         return _of_table(used)
     if used.linears and not used.others:
-        names = ", ".join(f"`{name_in_model(used.capture, path)}`" for path in used.inputs_of)
+        names = _listed([name_in_model(used.capture, path) for path in used.inputs_of])
         return f"a parameter {shape} that is an input of {names}, and not the weight that an adapter goes beside"
     if used.others and used.others[0].node.op == "call_module":
-        return f"its module gives it to {_called(used)}, which may multiply by it: `example_inputs=` shows that"
+        names = _listed([str(each.node.target) for each in used.others if each.node.op == "call_module"])
+        return f"its module gives it to {names}, which may multiply by it: `example_inputs=` shows that"
     products = [*used.others, *used.products]
     if any(operator_name(product.node) in CONVOLUTIONS for product in products):
         return _of_kernel(shape)
@@ -56,13 +57,12 @@ def _reason(used: Unmatched) -> str:
 
 def _of_table(used: Unmatched) -> str:
     """Of an embedding that a forward multiplies by."""
-    who = used.capture.path or type(used.capture.module).__name__
     if _is_called(used.capture, used.owner):
         return (
-            f"`{who}` multiplies by the table of an embedding and looks it up too, which a fold would change: "
+            f"`{used.reader}` multiplies by the table of an embedding and looks it up too, which a fold would change: "
             "a matrix of its own for the product would be adapted"
         )
-    return f"`{who}` multiplies by the table of an embedding: pass `example_inputs=`"
+    return f"`{used.reader}` multiplies by the table of an embedding: pass `example_inputs=`"
 
 
 def _is_called(capture: Capture, module: nn.Module) -> bool:
@@ -70,5 +70,7 @@ def _is_called(capture: Capture, module: nn.Module) -> bool:
     return any(get_attribute(capture.module, str(call.target)) is module for call in calls)
 
 
-def _called(used: Unmatched) -> str:
-    return ", ".join(dict.fromkeys(f"`{each.node.target}`" for each in used.others if each.node.op == "call_module"))
+def _listed(names: list[str]) -> str:
+    different = list(dict.fromkeys(names))
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return ", ".join(f"`{name}`" for name in different[:3]) + more

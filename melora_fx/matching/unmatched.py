@@ -46,6 +46,11 @@ class Unmatched:
         return self.capture.runs_own_forward and not is_own(self.path)
 
     @property
+    def reader(self) -> str:
+        """The captured module."""
+        return self.capture.path or type(self.capture.module).__name__
+
+    @property
     def has_pattern(self) -> bool:
         """Whether a linear multiplies by it."""
         return any(linear.parameter == self.path for linear in self.linears)
@@ -97,7 +102,7 @@ def name_of_weight(model: nn.Module | ExportedProgram, path: str) -> str:
         owner, name = before[1:], after.split(".")[0]
     elif isinstance(model, nn.Module):
         module = get_attribute(model, owner)
-        made = [name.removesuffix(suffix) for suffix in DERIVED_SUFFIXES if name.endswith(suffix)]
+        made = [name.removesuffix(suffix) for suffix in (*DERIVED_SUFFIXES, "_g") if name.endswith(suffix)]
         if made and isinstance(getattr(module, "__dict__", {}).get(made[0]), Tensor):
             name = made[0]
     return site_name(owner, name)

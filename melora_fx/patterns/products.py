@@ -76,7 +76,7 @@ class Products:
                     continue
                 name = operator_name(user)
                 is_with_weight = name in _WITH_WEIGHTS | RECURRENT or _is_custom(user)
-                is_other = name in _OTHERS or name in CONVOLUTIONS or self._is_owner_of_matrices(user)
+                is_other = name in _OTHERS or name in CONVOLUTIONS or self._may_multiply(user)
                 if is_with_weight or is_other:
                     yield Product(user, before + name, is_with_weight)
                 follows = is_view(user) or choice_of(user) is not None or self._is_of_parameters(user)
@@ -84,8 +84,13 @@ class Products:
                     seen.add(user)
                     pending.append((user, before if is_view(user) else f"{before}{name}, "))
 
-    def _is_owner_of_matrices(self, node: fx.Node) -> bool:
-        """Whether `node` calls a module that may multiply."""
+    def _may_multiply(self, node: fx.Node) -> bool:
+        """Whether `node` calls a module that has matrices, or is given something else too, to multiply by."""
+        is_call = node.op == "call_module"
+        return is_call and (self._has_matrices(node) or not self._is_of_parameters(node))
+
+    def _has_matrices(self, node: fx.Node) -> bool:
+        """Whether `node` calls a module with matrices of its own."""
         if node.op != "call_module":
             return False
         called = get_attribute(self.owner, str(node.target))
@@ -95,7 +100,7 @@ class Products:
         """Whether `node` is computed from what the module holds, and from nothing that it is given."""
         if node not in self._of_parameters:
             for each in node.graph.nodes:
-                is_made = each.op in CALLS or (each.op == "call_module" and not self._is_owner_of_matrices(each))
+                is_made = each.op in CALLS or (each.op == "call_module" and not self._has_matrices(each))
                 of_sources = all(self._of_parameters[source] for source in each.all_input_nodes)
                 self._of_parameters[each] = of_sources if is_made else each.op == "get_attr"
         return self._of_parameters[node]

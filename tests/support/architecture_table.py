@@ -77,8 +77,8 @@ transformers {transformers.__version__}; `tests/rewriting/test_architectures.py`
   weights that no module owns.
 * *sites in place*, *whole*: found by each capture, under the same names. Where in place has fewer, PyTorch's
   attention gives its weights to one function; `rewrite` says so and names `example_inputs=`.
-* *refused*: by the whole capture; `match` lists them with the reason, as it does the kernels of convolutions, which are
-  not counted. A stack of expert matrices is one site.
+* *refused*: by the whole capture; `match` lists them with the reason, as it does what is no linear, such as
+  the kernels of convolutions, which are not counted. A stack of expert matrices is one site.
 * *start*: outputs after `rewrite` bit-equal to before, both captures (nn.TransformerEncoder, nn.MultiheadAttention:
   bit-equal in training; their fused path in evaluation rounds otherwise than their own layers: within 1e-5).
 * *in effect*: sites, in place + whole, that change an output when their adapter alone is filled.

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import melora_fx
 from melora_fx import MELoRAConfig
+from melora_fx.matching.plan import make_plan
 from support.models import dense_copy, fill, scalings
 from support.zoo import ZOO, build
 
@@ -79,12 +80,12 @@ def measure(name: str) -> Row:
     effective = tuple(num_effective(model, inputs) for model in models)
     for model in adapted:
         fill(model)
-    report = melora_fx.match(build(name)[0], "all-linear", CONFIG, example_inputs=inputs)
+    plan = make_plan(build(name)[0], "all-linear", CONFIG, inputs)
     return Row(
         modules=sum(isinstance(module, nn.Linear | Conv1D) for module in plain.modules()),
         in_place=len(melora_fx.sites(models[0])),
         whole=len(melora_fx.sites(models[1])),
-        refused=sum("of a convolution" not in reason for _, reason in report.skipped),
+        refused=len(plan.refused) + len(plan.unsuitable),
         starts_equal=equal,
         effective=(effective[0], effective[1]),
         gradient_error=max(gradient_error(name, whole=whole) for whole in (False, True)),
