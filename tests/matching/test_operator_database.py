@@ -109,11 +109,11 @@ def test_what_is_no_linear_is_said_and_not_asked_for(form: str, whole: bool) -> 
     """A warning of linears that are left alone would be an error here."""
     build, shape, text = OTHERS[form]
     assert text in said(Product(build, shape), whole)["w"]
-    example = (randn(2, 3, 4),) if whole else None
-    if not whole:
-        assert set(melora_fx.sites(melora_fx.rewrite(Product(build, shape), "all-linear", CONFIG))) == {"fc"}
+    if whole:
+        return
+    assert set(melora_fx.sites(melora_fx.rewrite(Product(build, shape), "all-linear", CONFIG))) == {"fc"}
     with pytest.raises(ValueError, match=r"names `w`, a parameter .* that is no linear \(") as refusal:
-        melora_fx.match(Product(build, shape), "w", CONFIG, example_inputs=example, dynamic_axes={})
+        melora_fx.match(Product(build, shape), "w", CONFIG)
     assert text in str(refusal.value)
 
 
@@ -196,6 +196,51 @@ def test_an_input_of_a_linear() -> None:
     assert "gives it to `project`" in said(Queries(), whole=False)["queries"]
     reason = said(Queries(), whole=True)["queries"]
     assert reason.startswith("a parameter (3, 4) that is an input of `project`")
+
+
+class Multiplies(nn.Module):
+    """Owns nothing, and multiplies by what it is given."""
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w)
+
+
+class Held(nn.Module):
+    """Parameters that others than their own module multiply by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.given = nn.Parameter(randn(4, 4))
+        self.listed = nn.ParameterList([nn.Parameter(randn(4, 4)) for _ in range(2)])
+        self.projections = nn.Parameter(randn(12, 4))
+        self.multiplies = Multiplies()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.multiplies(self.fc(x), self.given)
+        h = F.linear(F.linear(h, self.listed[0]), self.listed[1] * 2)
+        return F.multi_head_attention_forward(
+            *(h, h, h, 4, 2, self.projections, None, None, None, False, 0.0, self.fc.weight, None)
+        )[0]
+
+
+def test_a_remedy_is_one() -> None:
+    """What names `example_inputs=` is a site there; what would not be one does not name it."""
+    in_place, whole = said(Held(), whole=False), said(Held(), whole=True)
+    named = {name for name, reason in in_place.items() if "example_inputs" in reason}
+    assert named == {"given", "listed.0", "projections"}
+    assert {name for name, reason in whole.items() if reason} == {"listed.1"}
+    assert "in a form that has no pattern, `mul, linear`" in in_place["listed.1"]
+
+
+@in_both
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning", "ignore:The tensor attributes")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["old", "new"])
+def test_a_normalised_weight_goes_by_its_name(norm: Any, whole: bool) -> None:
+    reasons = said(nn.Sequential(norm(nn.Linear(4, 3)), norm(nn.Conv1d(3, 6, 3)), nn.Linear(1, 2)), whole)
+    assert {name for name, reason in reasons.items() if reason} == {"0", "1"}
+    assert "parametrized, pruned or normalised" in reasons["0"]
+    assert "the kernel (6, 3, 3)" in reasons["1"]
 
 
 class Pooled(nn.Module):

@@ -45,6 +45,7 @@ def rewritten(targets: Any = "all-linear", config: MELoRAConfig = CONFIG, *, who
     return melora_fx.rewrite(plain(), targets, config, **({"example_inputs": (X,)} if whole else {}))
 
 
+@pytest.mark.default_cases("*-in_place")
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 @pytest.mark.parametrize("config", [CONFIG, SPLIT], ids=["blocks", "split"])
 def test_forms(config: MELoRAConfig, whole: bool) -> None:
