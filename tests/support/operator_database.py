@@ -49,7 +49,7 @@ NO_FACTORS = {
 """Operator and position of what is added, or multiplied element by element."""
 
 CONFIG = MELoRAConfig(rank=1, num_blocks=1)
-_MOST_SAMPLES = 12
+_MOST_SAMPLES = 40
 
 
 class Kernels(TorchDispatchMode):
