@@ -66,6 +66,11 @@ def is_packet(target: Any) -> TypeGuard["torch._ops.OpOverloadPacket"]:
     return isinstance(target, torch._ops.OpOverloadPacket)
 
 
+def is_region(target: Any) -> bool:
+    """Whether it is an operator that is given graphs, of a region of autocast or of a branch. torch 2.13."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
 def operator_key(operator: Any) -> tuple[str, str]:
     """("namespace::packet", "overload") of a registered operator, which has no pickling of its own. torch 2.13."""
     return operator._schema.name, operator._overloadname
@@ -165,7 +170,7 @@ def inputs_of_compiled(graph: fx.Graph) -> Iterator[tuple[Any, fx.Node, list[fx.
     for node in graph.find_nodes(op="placeholder"):
         argument = node.meta.get("grapharg")
         if argument is not None:
-            users = [user for user in node.users if not isinstance(user.target, torch._ops.HigherOrderOperator)]
+            users = [user for user in node.users if not is_region(user.target)]
             yield argument.example, node, users
 
 

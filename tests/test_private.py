@@ -105,6 +105,8 @@ def test_operators() -> None:
     assert not torch_private.is_operator(torch.add)
     assert torch_private.operator_key(aten.add.Tensor) == ("aten::add", "Tensor")
     assert torch_private.operator_key(aten.mm.default) == ("aten::mm", "default")
+    assert torch_private.is_region(torch.ops.higher_order.wrap_with_autocast)
+    assert not torch_private.is_region(aten.mm.default)
 
 
 def test_constants_of_a_trace() -> None:

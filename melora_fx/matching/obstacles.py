@@ -15,7 +15,7 @@ from melora_fx.capture.packed import is_packed_linear
 from melora_fx.config import MELoRAConfig
 from melora_fx.names import site_name, without_wrappers
 from melora_fx.patterns.node import operator_name, parameter_of
-from melora_fx.patterns.products import RECURRENT, Products
+from melora_fx.patterns.products import RECURRENT, REGIONS, Products
 from melora_fx.patterns.views import is_chosen_by_input, is_view, other_uses
 from melora_fx.torch_private import DERIVED_SUFFIXES, is_convolution, is_experts_layer, registered
 
@@ -99,6 +99,8 @@ def without_pattern(candidates: Candidates) -> dict[str, str]:
             operators = {operator_name(product.node) for product in used.products}
             is_matrix = used.parameter.dim() == 2 and not operators & RECURRENT
             remedy = _PLAIN_FORM if is_matrix else _LEAVE_OUT
+            if operators & REGIONS:
+                remedy = "it is adapted in place, without `example_inputs=`"
             if operators == {"multi_head_attention_forward"}:
                 remedy = "pass `example_inputs=`"
             reasons[name] = f"{_kind(used)} in a form that has no pattern, `{products}`: {remedy}"

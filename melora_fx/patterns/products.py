@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from melora_fx.names import get_attribute
-from melora_fx.torch_private import is_operator, is_packet
+from melora_fx.torch_private import is_operator, is_packet, is_region, tree_leaves
 
 from .node import CALLS, argument, operator_name
 from .stacks import choice_of
@@ -24,6 +24,9 @@ _WITH_WEIGHTS = {
 RECURRENT = {
     *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
 }
+
+REGIONS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
+"""Regions of a forward that an exported graph keeps as graphs of their own."""
 
 CONVOLUTIONS = {
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc"),
@@ -79,10 +82,27 @@ class Products:
                 is_other = name in _OTHERS or name in CONVOLUTIONS or self._may_multiply(user)
                 if is_with_weight or is_other:
                     yield Product(user, before + name, is_with_weight)
+                for region, given in self._regions(user, node):
+                    for inside in region.with_(given):
+                        yield Product(user, f"{before}{name}: {inside.text}", inside.is_with_weight)
                 follows = is_view(user) or choice_of(user) is not None or self._is_of_parameters(user)
                 if follows and not is_with_weight and user not in seen:
                     seen.add(user)
                     pending.append((user, before if is_view(user) else f"{before}{name}, "))
+
+    def _regions(self, user: fx.Node, node: fx.Node) -> Iterator[tuple["Products", fx.Node]]:
+        """The graphs of a region (autocast, no gradients, a branch) that are given `node`, and what it is in them."""
+        if not is_region(user.target):
+            return
+        for graph_node in user.all_input_nodes:
+            region = get_attribute(self.owner, str(graph_node.target)) if graph_node.op == "get_attr" else None
+            if not isinstance(region, fx.GraphModule):
+                continue
+            placeholders = region.graph.find_nodes(op="placeholder")
+            operands = tree_leaves((user.args, user.kwargs))[-len(placeholders) :]
+            for placeholder, operand in zip(placeholders, operands, strict=False):
+                if operand is node:
+                    yield Products(region), placeholder
 
     def _may_multiply(self, node: fx.Node) -> bool:
         """Whether `node` calls a module that has matrices, or is given something else too, to multiply by."""

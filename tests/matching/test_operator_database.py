@@ -52,10 +52,10 @@ class Around(nn.Module):
 
 
 def said(model: nn.Module, whole: bool) -> dict[str, str]:
-    """ "" for each site, else its reason."""
+    """ "" for each site, and for heads, that "all-linear" leaves out; else its reason."""
     example = (randn(2, 3, 4),) if whole else None
     report = melora_fx.match(model, "all-linear", CONFIG, example_inputs=example, dynamic_axes={})
-    return {site.name: "" for site in report.sites} | dict(report.skipped)
+    return {site.name: "" for site in (*report.sites, *report.untargeted)} | dict(report.skipped)
 
 
 ADAPTED: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -264,6 +264,32 @@ def test_what_no_run_calls_is_said() -> None:
     assert "never called with these `example_inputs`" in reason
     assert {site.name: site.is_used for site in report.sites} == {"unused": False, "fc": True}
     assert "unused unused: no output is made of it" in str(report)
+
+
+class Region(nn.Module):
+    """Multiplies by `w` where a graph of its own begins in an export."""
+
+    def __init__(self, region: Any) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.w = nn.Parameter(randn(4, 4))
+        self.region = region
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x)
+        with self.region():
+            y = F.linear(x, self.w)
+        return h + y
+
+
+@pytest.mark.parametrize(
+    "region", [lambda: torch.autocast("cpu", enabled=False), torch.no_grad], ids=["autocast", "no_grad"]
+)
+def test_a_region_of_a_whole_capture_is_said(region: Any) -> None:
+    assert said(Region(region), whole=False) == {"fc": "", "w": ""}
+    reasons = said(Region(region), whole=True)
+    assert reasons["fc"] == ""
+    assert "adapted in place, without `example_inputs=`" in reasons["w"]
 
 
 @pytest.mark.slow

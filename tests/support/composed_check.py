@@ -67,9 +67,9 @@ class _Rewrite:
                     _assert_named(names, error)
                 raise _RefusedError(REFUSED) from error
         told = "\n".join(str(warning.message) for warning in caught)
+        silent = set(names) - set(melora_fx.sites(rewritten)) - _named(names, told)
+        assert not silent, f"neither adapted nor refused: {silent}"
         if not self.example:
-            silent = set(names) - set(melora_fx.sites(rewritten)) - _named(names, told)
-            assert not silent, f"neither adapted nor refused: {silent}"
             return rewritten, IN_PLACE
         modes = (True, False) if _EVALUATION_ONLY not in told else (False,)
         of_example = [replace(self.example, training=mode) for mode in modes]
