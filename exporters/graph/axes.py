@@ -6,25 +6,10 @@ from typing import Any
 
 import onnx_ir
 
-from melora_fx import MELoRAError
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 
 _AXIS_NAMES = ("batch", "sequence")
 """Of the axes 0 and 1, where `dynamic_axes` gives none."""
-
-
-def refuse_fixed_axes(graph: onnx_ir.Graph, dynamic_axes: DynamicAxes) -> None:
-    """Raises a MELoRAError for axes that were to be dynamic and that the export has fixed."""
-    if isinstance(dynamic_axes, str):
-        return
-    lines = []
-    for value in graph.inputs:
-        for axis, name in dynamic_axes.get(value.name or "", {}).items():
-            size = axes_of(value)[axis]
-            if isinstance(size, int) or size.isdigit():
-                lines.append(f"`{value.name}` axis {axis} (`{name}`): the model fixes it to {size}")
-    if lines:
-        raise MELoRAError("these axes cannot be dynamic:\n" + "\n".join(lines))
 
 
 def name_axes(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:

@@ -18,10 +18,10 @@ from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import changed_attributes, in_mode, own_attributes, without_cache
 from melora_fx.torch_private import tree_map
 from melora_fx.whole_capture.conditions import Condition, conditions_of, exporting
-from melora_fx.whole_capture.dynamic_axes import DynamicAxes, dynamic_shapes
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes, dynamic_shapes, refuse_fixed_axes
 from melora_fx.whole_capture.example_inputs import changed_names, copied, name_keywords
 
-from .axes import axes_of, name_axes, refuse_fixed_axes
+from .axes import axes_of, name_axes
 from .clean import quiet
 from .outputs import named_outputs
 from .ranges import sizes_above
@@ -61,11 +61,16 @@ def build_graph(
     _name_outputs(graph_model.graph, outputs)
     if opset is not None and graph_model.opset_imports[""] != opset:
         raise MELoRAError(f"the exporter cannot write opset {opset}: it gave {graph_model.opset_imports['']}")
-    refuse_fixed_axes(graph_model.graph, dynamic_axes)
+    refuse_fixed_axes({value.name or "": _sizes(value) for value in graph_model.graph.inputs}, dynamic_axes)
     name_axes(graph_model.graph, inputs, dynamic_axes)
     conditions = conditions_of(program)
     conditions += sizes_above(0, {value.name or "": axes_of(value) for value in graph_model.graph.inputs})
     return BuiltGraph(graph_model, tuple(conditions), left_out)
+
+
+def _sizes(value: onnx_ir.Value) -> list[int | str]:
+    """Its axes: an int for a fixed one, which the exporter may write as a text."""
+    return [int(axis) if str(axis).isdigit() else axis for axis in axes_of(value)]
 
 
 def _run(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:

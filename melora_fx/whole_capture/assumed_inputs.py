@@ -1,9 +1,8 @@
 """What a capture holds for: the arguments, values and sizes that its export assumed, checked in every call."""
 
-import functools
 import inspect
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +65,10 @@ class AssumedInputs:
         numbers = self.by_name(*tree_unflatten(range(len(examples)), structure))
         names = {number: f"{name}{code}" for name, tree in numbers.items() for code, number in tree_code(tree)}
         self.free_axes = _free_axes(examples, names)
+
+    def tensors(self) -> Iterator[tuple[str, Sizes]]:
+        """Those of the arguments that are tensors."""
+        yield from ((name, each) for name, each in self.arguments.items() if isinstance(each, Sizes))
 
     def in_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call as the graph takes them: those by position that were so in the example.
@@ -135,7 +138,6 @@ def _leaf(value: Any) -> Any:
     return VARIES if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
-@functools.cache
 def _kind(dtype: torch.dtype) -> str:
     """What a forward may ask for: of one kind all are taken, since a model and its inputs may be cast."""
     if dtype is torch.bool:

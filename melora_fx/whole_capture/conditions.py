@@ -123,6 +123,16 @@ def conditions_of(program: ExportedProgram) -> list[Condition]:
     ]
 
 
+def within(size: str, allowed: Any) -> tuple[Condition, ...]:
+    """That a size is in a range of `torch.export`, whose `lower` and `upper` may be infinite."""
+    conditions = []
+    if allowed.lower > 2:  # below it, a default
+        conditions.append(Condition(f"{size} >= {allowed.lower}"))
+    if allowed.upper.is_Integer:
+        conditions.append(Condition(f"{size} <= {allowed.upper}"))
+    return tuple(conditions)
+
+
 def readable(guard: str) -> str:
     """A guard of `torch.export`, such as `(-1)*L['x'].size()[1] > -16`, as one reads it: `x.shape[1] < 16`; "" for one
     that always holds.

@@ -1,11 +1,12 @@
 """Which axes of the inputs may vary after a capture."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch.export import Dim
 
+from melora_fx.errors import MELoRAError
 from melora_fx.torch_private import tree_leaves, tree_map
 
 DynamicAxes = Literal["auto"] | Mapping[str, Mapping[int, str]]
@@ -44,6 +45,25 @@ def refuse_wrong_axes(inputs: Mapping[str, Any], dynamic_axes: DynamicAxes) -> N
                     f"`dynamic_axes` of `{name}`, axis {axis}: `{label}` is {shape[axis]} here and {sizes[label]} "
                     "before: axes of one name have one size"
                 )
+
+
+def refuse_fixed_axes(inputs: Mapping[str, Sequence[Any]], dynamic_axes: DynamicAxes) -> None:
+    """Raises a MELoRAError for axes that were to be dynamic and that the export has fixed.
+
+    Args:
+        inputs: name → its axes, an int for one that is fixed.
+        dynamic_axes: what was asked for.
+    """
+    if isinstance(dynamic_axes, str):
+        return
+    lines = [
+        f"`{name}` axis {axis} (`{label}`): the model fixes it to {inputs[name][axis]}"
+        for name, axes in dynamic_axes.items()
+        for axis, label in axes.items()
+        if name in inputs and isinstance(inputs[name][axis], int)
+    ]
+    if lines:
+        raise MELoRAError("these axes cannot be dynamic:\n" + "\n".join(lines))
 
 
 def has_dynamic_batch(dynamic_axes: DynamicAxes) -> bool:

@@ -17,8 +17,8 @@ from melora_fx.torch_private import follows_mode
 
 from .assigned_buffers import keep_values_read, write_assigned_buffers
 from .assumed_inputs import AssumedInputs, check_inputs
-from .conditions import Condition, conditions_of, exporting
-from .dynamic_axes import DynamicAxes, dynamic_shapes, has_dynamic_batch, refuse_wrong_axes
+from .conditions import Condition, conditions_of, exporting, within
+from .dynamic_axes import DynamicAxes, dynamic_shapes, has_dynamic_batch, refuse_fixed_axes, refuse_wrong_axes
 from .evaluation_check import check_evaluation
 from .example_inputs import as_arguments, name_keywords, with_named_keywords
 from .private import clear_export_hooks, inference_mode_as_no_grad
@@ -56,6 +56,8 @@ def capture_whole(
         signature=signature,
         conditions=conditions_of(program),
     )
+    assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
+    refuse_fixed_axes({name: each.sizes for name, each in assumed.tensors()}, dynamic_axes)
     check_evaluation(model, graph_module, args, kwargs)
     graph_module.train(model.training)
     vars(graph_module)["model_class"] = type(model).__name__
@@ -73,8 +75,16 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
 
 
 def from_program(program: ExportedProgram) -> fx.GraphModule:
-    """An exported program as a GraphModule that can be trained, copied and pickled: see `make_trainable`."""
-    return make_trainable(program.module(check_guards=False), conditions=conditions_of(program))
+    """An exported program as a GraphModule that can be trained, copied and pickled: see `make_trainable`. Its calls are
+    for the ranges that its user gave the axes; those that begin at 2, as by default, take one entry too, as torch's do.
+    """
+    graph_module = make_trainable(program.module(check_guards=False), conditions=conditions_of(program))
+    assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
+    examples = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+    for size, ((number, axis), *_) in assumed.free_axes.items():
+        allowed = program.range_constraints.get(examples[number].shape[axis].node.expr)
+        assumed.conditions += within(size, allowed) if allowed is not None else ()
+    return graph_module
 
 
 def is_exported(model: nn.Module) -> bool:
