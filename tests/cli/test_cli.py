@@ -1,6 +1,7 @@
 """The command line as it is typed: what it prints, writes and returns."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_export_writes_the_merged_graph(model_dir: Path, tmp_path: Path) -> None
     melora_fx.save_adapter(model, tmp_path / "adapter")
     result = run("export", model_dir, tmp_path / "adapter", "-o", tmp_path / "out.onnx")
     assert result.returncode == 0, result.stderr
-    assert "equal to torch in 6 comparisons" in result.stdout
+    assert re.search(r"equal to torch in \d+ comparisons", result.stdout)
     assert compare(OrtRunner(tmp_path / "out.onnx"), TorchRunner(model), tokens()).max_rel_error <= 1e-5
 
 

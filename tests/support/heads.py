@@ -147,7 +147,7 @@ def section() -> str:
 What "all-linear" leaves out of every head class that transformers' auto mappings have for {len(ARCHITECTURES)}
 architectures: output embeddings, what shares a weight with an embedding, and what the class adds to its base model. A
 class with output embeddings comes with pretrained layers before them; these are adapted. `keep_trainable` trains a
-head; its name in `targets` adapts it. `tests/matching/test_heads.py` checks every row.
+head; its name in `targets` adapts it. `tests/matching/test_left_out_heads.py` checks every row.
 
 | class | left out | adapted outside the base model |
 |---|---|---|
