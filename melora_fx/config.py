@@ -164,8 +164,10 @@ class MELoRAConfig:
             return None
         rule = f"{' and '.join(bad)} must be divisible by `num_blocks` (={self.num_blocks})"
         common = math.gcd(*sizes.values())
-        if is_head or common == 1:
+        if is_head:
             return f"{rule}: leave it out of `targets`; a head is trained whole, by `keep_trainable`"
+        if common == 1:
+            return f"{rule}: leave it out of `targets`"
         return f"{rule}; these would do: {', '.join(str(d) for d in range(1, common + 1) if common % d == 0)}"
 
     def to_dict(self) -> dict[str, Any]:

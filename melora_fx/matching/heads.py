@@ -8,7 +8,7 @@ A linear is a head if it shares its weight with an embedding, or with a paramete
 3. the model's class: what a class of transformers adds to a base model (`BertForSequenceClassification` to `BertModel`)
    is a head, if the class has no output embeddings. Where it has some, it may add pretrained layers too
    (`cls.predictions.transform.dense` of a `BertForMaskedLM`, projections between encoders), which are none;
-4. the sizes that the configuration names: rows as many as labels, in all that a class with a task has.
+4. the sizes that the configuration names: rows as many as labels, in what a class with a task has beside others.
 """
 
 import re
@@ -22,6 +22,9 @@ from melora_fx.shared_memory import span_of
 
 _FIRST = {"classifier", "score", "qa_outputs", "classification_head", "logits_proj", "bbox_attention"}
 """Names of a model's own modules that are heads, with all below them."""
+
+_ANYWHERE = {"class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"}
+"""Names of modules that are a detector's heads wherever they are, with all below them."""
 
 _LAST = {"lm_head", "output_projection", "seq_relationship"}
 """Names of linears that are heads wherever they are."""
@@ -41,7 +44,7 @@ def find_heads(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
 
 def _is_named_so(name: str) -> bool:
     parts = name.split(".")
-    return parts[0] in _FIRST or parts[-1] in _LAST
+    return parts[0] in _FIRST or parts[-1] in _LAST or not _ANYWHERE.isdisjoint(parts)
 
 
 def _is_at(spans: set[tuple[int, int, int]], linear: Any) -> bool:
@@ -87,29 +90,18 @@ def _is_added(name: str, out_features: int, pretrained: Mapping[str, Any]) -> bo
     models = [pretrained[path] for path in sorted(around, key=len)]
     if not models or models[-1] is None:
         return False
-    *outer, model = models
+    model = models[-1]
     if _base_model(model) is not model and _output_embeddings(model) is None:
         return _has_task(model) or not type(model).__module__.startswith("transformers.")
-    if _has_task(model) and out_features in _output_sizes(model.config):
-        return True
-    return any(_has_task(each) and out_features in _sizes_of_labels_alone(each.config) for each in outer)
+    return _has_task(model) and out_features in _output_sizes(model.config)
 
 
 def _has_task(model: Any) -> bool:
     return _TASK.search(type(model).__name__) is not None
 
 
-def _label_sizes(config: Any) -> set[int]:
-    """The number of labels, and these with "no object" as detectors have it."""
-    num_labels = getattr(config, "num_labels", None)
-    return {num_labels, num_labels + 1} if num_labels else set()
-
-
 def _output_sizes(config: Any) -> set[int]:
+    """The number of labels, also with "no object" as detectors have it, and the other sizes of heads."""
+    num_labels = getattr(config, "num_labels", None)
     sizes = (getattr(config, name, None) for name in _OUTPUT_SIZES)
-    return _label_sizes(config) | {size for size in sizes if size}
-
-
-def _sizes_of_labels_alone(config: Any) -> set[int]:
-    """Without the sizes that something else has too, as the hidden states may."""
-    return _label_sizes(config) - {value for value in vars(config).values() if isinstance(value, int)}
+    return ({num_labels, num_labels + 1} if num_labels else set()) | {size for size in sizes if size}

@@ -59,6 +59,11 @@ def make_plan(
     """Captures, matches and chooses; nothing of `model` is changed. Errors as in `match`."""
     _refuse(model, config)
     refuse_malformed_axes(dynamic_axes)
+    is_graph = isinstance(model, ExportedProgram | fx.GraphModule)
+    if dynamic_axes != "auto" and (example_inputs is None or is_graph):
+        raise ValueError(
+            "`dynamic_axes` is for whole captures of models that are no graphs yet: give `example_inputs` too"
+        )
     captured = _captured(model, example_inputs, dynamic_axes)
     candidates = find_candidates(model, captured, config)
     obstacles = find_obstacles(candidates)

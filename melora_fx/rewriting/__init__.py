@@ -1,7 +1,7 @@
 """Applies a plan to a model: adapters in its graphs, modules that run them, and the sites to read and switch.
 
 rewrite          `rewrite`: what is frozen, which tensors the modules get, what is refused
-buffers          which buffers have changed since
+changes          what has changed since, of what was frozen
 marks            what stands on rewritten modules and on the root meanwhile
 adapted_module   AdaptedModule: what every module with adapters has in common
 module           RewrittenModule, which runs a graph: install, uninstall, copies and pickles

@@ -13,7 +13,7 @@ from torch import fx, nn
 from melora_fx.adapter.site import SiteRecord
 from melora_fx.names import unwrap, without_wrappers
 
-from .buffers import Sums
+from .changes import Sums
 
 ROOT_MARK = "melora_root"
 """Attribute of the module that `rewrite` was called with: its RootMark."""
@@ -92,7 +92,7 @@ class RootMark:
     Attributes:
         requires_grad: of every base parameter before `rewrite`.
         kept: names of the modules and parameters kept trainable.
-        buffers: what the buffers are recognised by, as they were then.
+        values: what the tensors that were frozen are recognised by, as they were then.
         sites: names of what was adapted.
         patches: what a Hugging Face model says of itself meanwhile.
         watched: in which modes, `training` or not, a forward has been watched.
@@ -101,7 +101,7 @@ class RootMark:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
-    buffers: dict[str, Sums] = field(default_factory=dict)
+    values: dict[str, Sums] = field(default_factory=dict)
     patches: Patches = field(default_factory=Patches)
     watched: set[bool] = field(default_factory=set)
 

@@ -29,7 +29,7 @@ from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 from melora_fx.whole_capture.example_inputs import ExampleInputs
 from melora_fx.whole_capture.whole_model import is_exported, make_trainable
 
-from .buffers import record_buffers
+from .changes import record_values
 from .hugging_face import attach
 from .marks import ROOT_MARK, RootMark, root_mark
 from .module import install
@@ -81,7 +81,7 @@ def rewrite(
         assert isinstance(rewritten, fx.GraphModule)
         plan = make_plan(make_trainable(rewritten), targets, config, keep_trainable=keep_trainable)
     names = tuple(site.name for site in plan.sites)
-    mark = RootMark(_requires_grad(rewritten), kept, names, record_buffers(rewritten))
+    mark = RootMark(_requires_grad(rewritten), kept, names, record_values(rewritten, names))
     rewritten.requires_grad_(False)
     free(rewritten, kept)
     for capture, sites in _by_capture(plan.sites):

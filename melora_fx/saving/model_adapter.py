@@ -10,7 +10,7 @@ from torch import nn
 from melora_fx.errors import MELoRAError
 from melora_fx.matching.keep_trainable import is_within
 from melora_fx.names import join_path, unwrap, without_wrappers
-from melora_fx.rewriting.buffers import changed_buffers
+from melora_fx.rewriting.changes import changed_values
 from melora_fx.rewriting.marks import root_marks
 from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
 
@@ -88,8 +88,9 @@ def left_out(model: nn.Module) -> list[str]:
     ]
     kept = kept_names(model)
     for path, root, mark in root_marks(model):
-        changed = [join_path(path, name) for name in changed_buffers(root, mark.buffers)]
-        names += [name for name in changed if not any(is_within(name, each) for each in kept)]
+        changed = [join_path(path, name) for name in changed_values(root, mark.values)]
+        named = {*names, *kept}
+        names += [name for name in changed if not any(is_within(name, each) for each in named)]
     return names
 
 

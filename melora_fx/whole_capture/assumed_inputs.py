@@ -177,7 +177,7 @@ def _check_leaf(name: str, value: Any, assumed: Any) -> None:
             raise MELoRAError(f"the capture is for a tensor `{name}`, here it is {reprlib.repr(value)}: capture again")
         if not _fits(value, assumed.sizes):
             raise MELoRAError(
-                f"input `{name}` has shape {tuple(value.shape)}, but the capture is for {assumed}: capture again with "
+                f"input `{name}` has {_shape(value)}, but the capture is for {assumed}: capture again with "
                 "`example_inputs` of that shape"
             )
         if _kind(value.dtype) != assumed.kind:
@@ -190,6 +190,10 @@ def _check_leaf(name: str, value: Any, assumed: Any) -> None:
             f"the capture is for `{name}={assumed!r}`, here it is {reprlib.repr(value)}: capture again with that in "
             "`example_inputs`"
         )
+
+
+def _shape(value: torch.Tensor) -> str:
+    return "another shape" if torch.compiler.is_compiling() else f"shape {tuple(value.shape)}"
 
 
 def _fits(value: torch.Tensor, sizes: tuple[int | None, ...]) -> bool:
@@ -206,6 +210,8 @@ def _is_same(value: Any, assumed: Any) -> bool:
 
 def _shapes(condition: Condition, values: Mapping[str, Any]) -> str:
     """The shapes that a condition asks about, of arguments that are tensors."""
+    if torch.compiler.is_compiling():  # which has no texts of sizes that vary
+        return "it is not so"
     tensors = [name for name in condition.names if isinstance(values[name], torch.Tensor)]
     return ", ".join(f"`{name}` has shape {tuple(values[name].shape)}" for name in tensors) or "it is not so"
 

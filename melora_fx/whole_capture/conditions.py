@@ -126,7 +126,7 @@ def conditions_of(program: ExportedProgram) -> list[Condition]:
 def within(size: str, allowed: Any) -> tuple[Condition, ...]:
     """That a size is in a range of `torch.export`, whose `lower` and `upper` may be infinite."""
     conditions = []
-    if allowed.lower > 2:  # below it, a default
+    if allowed.lower > 1:
         conditions.append(Condition(f"{size} >= {allowed.lower}"))
     if allowed.upper.is_Integer:
         conditions.append(Condition(f"{size} <= {allowed.upper}"))

@@ -54,8 +54,9 @@ def check_evaluation(
             ) from error
         if not _are_near(tree_leaves(actual), tree_leaves(expected)):
             raise MELoRAError(
-                f"`{name}` cannot be captured whole: its forward differs between train and eval mode by more than "
-                "dropout, which one graph cannot follow: rewrite it without `example_inputs=`"
+                f"`{name}` cannot be captured whole, its graph computes something else: its forward differs between "
+                "train and eval mode by more than dropout, or asks for what no graph knows, as whether gradients are "
+                "recorded: rewrite it without `example_inputs=`"
             )
         assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
         if kept and not _are_near(tree_leaves(runs[1]), tree_leaves(expected)):

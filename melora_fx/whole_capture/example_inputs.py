@@ -15,8 +15,8 @@ ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
 
 def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`example_inputs` as positional and keyword arguments; with `double` a batch of one, which would be frozen, is
-    doubled.
+    """`example_inputs` as positional and keyword arguments, each tensor a copy: an export would read one that is given
+    twice, or that the model has too, as the same input. With `double` a batch of one, which would be frozen, is doubled.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -28,16 +28,16 @@ def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any
         kind = type(example_inputs).__name__
         raise TypeError(f"`example_inputs` must be a dict of keyword or a tuple of positional arguments, got {kind}")
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if double and tensors and all(tensor.size(0) == 1 for tensor in tensors):
-        args, kwargs = tree_map(_doubled, (args, kwargs))
-    return args, kwargs
+    times = 2 if double and tensors and all(tensor.size(0) == 1 for tensor in tensors) else 1
 
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        copy = torch.cat([leaf] * times) if leaf.dim() and times > 1 else leaf.clone()
+        return copy.detach().requires_grad_(leaf.requires_grad)
 
-def _doubled(leaf: Any) -> Any:
-    """An input twice along its first axis, with a gradient of its own where it wants one."""
-    if not (isinstance(leaf, torch.Tensor) and leaf.dim()):
-        return leaf
-    return torch.cat([leaf, leaf]).detach().requires_grad_(leaf.requires_grad)
+    made: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(own, (args, kwargs))
+    return made
 
 
 def with_named_keywords(signature: inspect.Signature, names: Iterable[str]) -> inspect.Signature:

@@ -76,7 +76,7 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
 
 def from_program(program: ExportedProgram) -> fx.GraphModule:
     """An exported program as a GraphModule that can be trained, copied and pickled: see `make_trainable`. Its calls are
-    for the ranges that its user gave the axes; those that begin at 2, as by default, take one entry too, as torch's do.
+    for the ranges of its axes, which begin at 2 where the export took them to.
     """
     graph_module = make_trainable(program.module(check_guards=False), conditions=conditions_of(program))
     assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
@@ -138,7 +138,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     name = type(model).__name__
     if program is None:
         remedy = f"{REMEDY}: " if loops_over_experts(model) else ""
-        raise MELoRAError(f"torch.export cannot capture `{name}`: {remedy}{error}") from error
+        in_place = "in place, without `example_inputs=`, a forward runs as it is"
+        raise MELoRAError(f"torch.export cannot capture `{name}`: {remedy}{error}\n({in_place})") from error
     warnings.warn(
         f"`{name}` can be captured in eval mode only: the graph has no dropout, and does in training what the model "
         "does in evaluation",

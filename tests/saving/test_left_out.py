@@ -46,6 +46,18 @@ def assert_silent(model: nn.Module, folder: Path) -> None:
         melora_fx.save_adapter(model, folder)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda weight: weight.add_(0.01), lambda weight: weight.mul_(1.01)], ids=["added", "scaled"]
+)
+def test_a_parameter_that_was_trained_and_frozen_again_is_named(change: Any, tmp_path: Path) -> None:
+    model = normed()
+    with torch.no_grad():
+        change(model.lin.bias)
+    with pytest.warns(UserWarning, match=r"does not save `lin.bias`, which"):
+        melora_fx.save_adapter(model, tmp_path)
+    assert_silent(melora_fx.rewrite(Normed(), "lin", TOWER_CONFIG).to(torch.bfloat16), tmp_path)
+
+
 @pytest.mark.default_cases("in_place")
 @captures
 def test_statistics_that_have_changed_are_named(whole: bool, tmp_path: Path) -> None:

@@ -81,6 +81,11 @@ def test_axes_that_cannot_vary_are_named(axes: Any, error: type[Exception], text
         melora_fx.match(model, "up", CONFIG, example_inputs=(randn(2, 24),), dynamic_axes=axes)
 
 
+def test_axes_are_for_whole_captures() -> None:
+    with pytest.raises(ValueError, match="`dynamic_axes` is for whole captures"):
+        melora_fx.match(tower(), "up", CONFIG, dynamic_axes={"x": {0: "batch"}})
+
+
 @pytest.mark.slow
 def test_an_axis_that_would_keep_the_export_busy_is_named() -> None:
     """Both sides of Swin's images: sympy took minutes."""

@@ -189,6 +189,20 @@ class OpenKeywords(Child):
         return y + kwargs["shift"] if "shift" in kwargs else y
 
 
+_ONE = x(2, 5, 24)
+
+
+@whole(
+    AREA,
+    "the example gives one tensor twice, `example_inputs=(x, x)`",
+    (_ONE, _ONE),
+    right={"two tensors": (x(2, 7, 24), x(2, 7, 24, seed=4))},
+    exported=True,
+)
+class OneTensorTwice(OtherOrder):
+    pass
+
+
 @whole(
     AREA,
     "a list of tensors",
