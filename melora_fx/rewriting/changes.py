@@ -1,7 +1,7 @@
-"""What has changed since `rewrite` of what it froze: the statistics of a BatchNorm, a bias that was trained and frozen again.
+"""What has changed since `rewrite` of what it froze: the statistics of a BatchNorm, a bias that was trained meanwhile.
 
-No adapter folder holds it. A tensor is known by two sums over its values, of the larger ones over a sample: they stay as
-they are when it is moved, copied or loaded again, and nearly so when it is cast.
+No adapter folder holds it. A tensor is known by two sums over its values, of the larger ones over a sample: they stay
+as they are when it is moved, copied or loaded again, and nearly so when it is cast.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -25,8 +25,8 @@ _ROUNDING = 1e-9
 
 
 def record_values(model: nn.Module, sites: Collection[str] = ()) -> dict[str, Sums]:
-    """By name, what the parameters and the buffers of floats are recognised by that a `state_dict` holds; nothing of the
-    weights of `sites`, which have fingerprints of their own, and of what is on meta.
+    """By name, what the parameters and the buffers of floats are recognised by that a `state_dict` holds; nothing of
+    the weights of `sites`, which have fingerprints of their own, and of what is on meta.
     """
     return {name: _sums(tensor) for name, tensor in _readable(model) if site_of(name) not in sites}
 

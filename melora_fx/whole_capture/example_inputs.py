@@ -16,7 +16,8 @@ ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
 def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`example_inputs` as positional and keyword arguments, each tensor a copy: an export would read one that is given
-    twice, or that the model has too, as the same input. With `double` a batch of one, which would be frozen, is doubled.
+    twice, or that the model has too, as the same input. With `double` a batch of one, which would be frozen, is
+    doubled.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}

@@ -46,13 +46,10 @@ def assert_silent(model: nn.Module, folder: Path) -> None:
         melora_fx.save_adapter(model, folder)
 
 
-@pytest.mark.parametrize(
-    "change", [lambda weight: weight.add_(0.01), lambda weight: weight.mul_(1.01)], ids=["added", "scaled"]
-)
-def test_a_parameter_that_was_trained_and_frozen_again_is_named(change: Any, tmp_path: Path) -> None:
+def test_a_parameter_that_was_trained_and_frozen_again_is_named(tmp_path: Path) -> None:
     model = normed()
     with torch.no_grad():
-        change(model.lin.bias)
+        model.lin.bias.mul_(1.01)
     with pytest.warns(UserWarning, match=r"does not save `lin.bias`, which"):
         melora_fx.save_adapter(model, tmp_path)
     assert_silent(melora_fx.rewrite(Normed(), "lin", TOWER_CONFIG).to(torch.bfloat16), tmp_path)

@@ -59,7 +59,7 @@ class Counter(Child):
     AREA,
     "a tensor that is kept for the next call, `self.last = y`",
     (x(2, 24),),
-    at_rewrite="its outputs depend on `last`, which its forward keeps",
+    at_rewrite=r"\blast\b",  # where warnings are errors, it is torch's that names it
 )
 class KeepsTensor(Child):
     def __init__(self) -> None:
