@@ -54,7 +54,7 @@ class ExportReport:
         ]
         lines += [f"  in   {name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items()]
         lines += [f"  axis {axis}: {sizes}" for axis, sizes in self.ranges.items()]
-        lines += [f"  for {name}={value!r} only" for name, value in self.constants.items() if value is not None]
+        lines += [f"  for {name}={value!r} only" for name, value in self.constants.items()]
         if self.num_adapter_inputs:
             lines.append(f"  in   {self.num_adapter_inputs} optional tensors of an adapter, of any rank")
         lines += [f"  out  {name} ({', '.join(map(str, axes))})" for name, axes in self.outputs.items()]
