@@ -114,6 +114,7 @@ def test_weights_are_in_the_data_file(merged_report: ExportReport) -> None:
     assert sum(int(np.prod(item.dims)) for item in external) > 1000
 
 
+@pytest.mark.slow
 def test_tokenizer_files_come_along(tmp_path: Path) -> None:
     source = tmp_path / "source"
     target = tmp_path / "target"
@@ -183,7 +184,7 @@ def test_swap_is_refused_inside_disabled(tmp_path: Path, model: nn.Module) -> No
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.default_cases("fold")
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["fold", "keep"])
 def test_inside_disabled_the_others_export_the_base(
     adapter: str, model: nn.Module, tmp_path: Path, base_report: ExportReport
@@ -350,6 +351,7 @@ def test_the_file_says_where_each_weight_lives(
             np.testing.assert_array_equal(stored.T if place["is_transposed"] else stored, current[key].detach().numpy())
 
 
+@pytest.mark.slow
 def test_names_are_readable(unmerged_report: ExportReport) -> None:
     graph = onnx.load(unmerged_report.path, load_external_data=False).graph
     names = {item.name for item in graph.initializer}

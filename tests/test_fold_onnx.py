@@ -86,8 +86,9 @@ def test_the_files_are_those_of_a_fresh_export_bit_for_bit(
     assert len(read_facts(tmp_path / "folded" / "model.onnx").weights) >= len(report.sites)
 
 
-@pytest.mark.parametrize("case", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", ["portable", pytest.param("ort-cpu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["bert", "gpt2"])
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_half_precision(case: str, target: str, exports: Exports, tmp_path: Path) -> None:
     """The sum is made of the rounded base: one more rounding than a fresh export, no more."""
     model = base_and_adapter(case, exports, tmp_path, target=target, precision="fp16")
@@ -122,6 +123,7 @@ def test_a_trained_head_is_exchanged(target: str, exports: Exports, tmp_path: Pa
     assert len(data[0]) == len(data[1])
 
 
+@pytest.mark.slow
 def test_a_head_of_another_size_and_one_that_the_graph_lacks(exports: Exports, tmp_path: Path) -> None:
     model = bert_with_biases()
     model.classifier = nn.Linear(24, 7)

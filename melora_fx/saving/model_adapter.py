@@ -86,9 +86,10 @@ def left_out(model: nn.Module) -> list[str]:
         for name, parameter in unwrap(model).named_parameters()
         if parameter.requires_grad and id(parameter) not in saved
     ]
-    kept = kept_names(model)
+    kept, own = kept_names(model), tensors_by_name(model)
     for path, root, mark in root_marks(model):
         changed = [join_path(path, name) for name in changed_values(root, mark.values)]
+        changed = [name for name in changed if id(own.get(name)) not in saved]  # tied to what is
         named = {*names, *kept}
         names += [name for name in changed if not any(is_within(name, each) for each in named)]
     return names

@@ -69,6 +69,7 @@ def test_the_loop_of_the_authors_computes_what_ours_does():
     torch.testing.assert_close(loop(x), model(x))
 
 
+@pytest.mark.slow
 def test_one_cell_is_measured():
     cell = tiny_cell()
     rows = {row["side"]: row for row in train_step.measure(cell, 1, "cpu")}

@@ -73,6 +73,7 @@ def test_export_writes_the_merged_graph(model_dir: Path, tmp_path: Path) -> None
     assert compare(OrtRunner(tmp_path / "out.onnx"), TorchRunner(model), tokens()).max_rel_error <= 1e-5
 
 
+@pytest.mark.slow
 def test_folds_on_disk_and_in_a_graph_give_the_model_with_its_head(tmp_path: Path) -> None:
     """From a base without a head, as most are published."""
     torch.manual_seed(0)

@@ -52,7 +52,7 @@ def test_dense_needs_two_products_and_a_sum_a_site(exports: Exports, tmp_path: P
     }
 
 
-@pytest.mark.default_cases("portable")
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_a_zero_update_is_the_base_bit_for_bit_as_onnx_runtime_optimises_it(
     target: str, exports: Exports, tmp_path: Path

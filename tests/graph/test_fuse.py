@@ -51,7 +51,7 @@ def weights_where_it_says(report: ExportReport) -> dict[str, np.ndarray]:
     return weights
 
 
-@pytest.mark.default_cases("ort-cuda")
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 def test_the_fusions_are_those_of_transformers(target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Stand-ins for the weights, whose type and values differ, change none of them, and no pass complains."""
@@ -70,7 +70,7 @@ def test_packed_weights_are_named_after_what_they_hold(exports: Exports) -> None
     assert place.columns == (24, 48)
 
 
-@pytest.mark.default_cases("ort-cpu")
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 def test_an_addmm_after_an_attention_gets_rows(target: str, tmp_path: Path) -> None:
     """A whole-graph capture of GPT-2 goes through torch's exporter, which flattens an attention's output at once."""

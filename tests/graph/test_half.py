@@ -35,7 +35,7 @@ def test_weights_are_half_and_inputs_and_outputs_as_they_were(adapter: str, targ
         assert kinds == {FLOAT}
 
 
-@pytest.mark.default_cases("portable")
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["portable", "ort-cuda"])
 def test_norms_of_large_activations_do_not_overflow(target: str, tmp_path: Path) -> None:
     """Activations of 1,000, whose squares half precision cannot hold, as language models have them."""

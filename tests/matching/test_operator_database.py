@@ -21,7 +21,9 @@ TESTS = Path(__file__).parent.parent
 CONFIG = MELoRAConfig(rank=1, num_blocks=1)
 WITHOUT_MATRICES = {"dot", "vdot"}
 
-in_both = pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
+in_both = pytest.mark.parametrize(
+    "whole", [pytest.param(False, id="in_place"), pytest.param(True, id="whole", marks=pytest.mark.slow)]
+)
 
 
 class Product(nn.Module):
@@ -53,8 +55,8 @@ class Around(nn.Module):
 
 def said(model: nn.Module, whole: bool) -> dict[str, str]:
     """ "" for each site, and for heads, that "all-linear" leaves out; else its reason."""
-    example = (randn(2, 3, 4),) if whole else None
-    report = melora_fx.match(model, "all-linear", CONFIG, example_inputs=example, dynamic_axes={})
+    options: dict[str, Any] = {"example_inputs": (randn(2, 3, 4),), "dynamic_axes": {}} if whole else {}
+    report = melora_fx.match(model, "all-linear", CONFIG, **options)
     return {site.name: "" for site in (*report.sites, *report.untargeted)} | dict(report.skipped)
 
 
