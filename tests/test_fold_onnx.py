@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 PAIRS = [*((case, "portable") for case in CASES), ("bert", "ort-cpu"), ("gpt2", "ort-cpu"), ("llama", "ort-cuda")]
 
 
-@pytest.mark.default_cases("tower*", "bert-ort-cpu")
+@pytest.mark.default_cases("tower*")
 @pytest.mark.parametrize(("case", "target"), PAIRS)
 def test_the_files_are_those_of_a_fresh_export_bit_for_bit(
     case: str, target: str, exports: Exports, tmp_path: Path
@@ -230,7 +230,7 @@ def test_a_sum_beyond_half_precision_leaves_the_earlier_graph(exports: Exports, 
     assert {file.name for file in tmp_path.iterdir()} == {"base", "adapter", "large", "out.onnx"}
 
 
-@pytest.mark.default_cases("ort-cpu")
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_tied_weights_are_refused(target: str, exports: Exports, tmp_path: Path) -> None:
     graph = exports("gpt2", target=target).path

@@ -23,10 +23,10 @@ from melora_fx.shared_memory import span_of
 _FIRST = {"classifier", "score", "qa_outputs", "classification_head", "logits_proj", "bbox_attention"}
 """Names of a model's own modules that are heads, with all below them."""
 
-_ANYWHERE = {"class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"}
-"""Names of modules that are a detector's heads wherever they are, with all below them."""
+_OF_DETECTORS = re.compile("(class|bbox|score)_(embed|head)$")
+"""How the names of modules end that are a detector's heads wherever they are, with all below them."""
 
-_LAST = {"lm_head", "output_projection", "seq_relationship"}
+_LAST = {"lm_head", "output_projection", "seq_relationship", "final_layer"}
 """Names of linears that are heads wherever they are."""
 
 _TASK = re.compile("For[A-Z]|Heads?Model")
@@ -44,7 +44,7 @@ def find_heads(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
 
 def _is_named_so(name: str) -> bool:
     parts = name.split(".")
-    return parts[0] in _FIRST or parts[-1] in _LAST or not _ANYWHERE.isdisjoint(parts)
+    return parts[0] in _FIRST or parts[-1] in _LAST or any(map(_OF_DETECTORS.search, parts))
 
 
 def _is_at(spans: set[tuple[int, int, int]], linear: Any) -> bool:

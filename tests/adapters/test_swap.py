@@ -167,6 +167,7 @@ def test_a_broken_adapter_file_is_refused(tower_swap: str, tmp_path: Path) -> No
         OrtRunner(tower_swap).run({"x": randn(2, 24)}, adapter=tmp_path / "a.onnx_adapter")
 
 
+@pytest.mark.slow
 def test_an_untrained_model_is_swappable_too(tmp_path: Path) -> None:
     """Its tensors are equal zeros, which exporters store once."""
     base = rewritten_classifier(fill_seed=None)

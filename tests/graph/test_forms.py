@@ -27,7 +27,7 @@ def test_the_rule(num_blocks: int, rank: int, tokens: int, form: str) -> None:
     assert choose_form(num_blocks, rank, tokens) == form
 
 
-@pytest.mark.default_cases("ort-cpu-block")
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["block", "dense"])
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_both_forms_compute_the_model(form: str, target: str, tmp_path: Path) -> None:
@@ -42,6 +42,7 @@ def test_both_forms_compute_the_model(form: str, target: str, tmp_path: Path) ->
         assert initializer_names(tmp_path / "model.onnx").count("blockdiag") == dense
 
 
+@pytest.mark.slow
 def test_dense_needs_two_products_and_a_sum_a_site(exports: Exports, tmp_path: Path) -> None:
     base = exports("bert").op_counts
     model = fill(melora_fx.rewrite(bert_classifier(num_layers=1), ["query", "value"], CONFIG))

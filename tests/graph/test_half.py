@@ -18,7 +18,7 @@ FLOAT = onnx.TensorProto.FLOAT
 FLOAT16 = onnx.TensorProto.FLOAT16
 
 
-@pytest.mark.default_cases("ort-cuda-fold", "portable-keep")
+@pytest.mark.default_cases("ort-cuda-fold")
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
 @pytest.mark.parametrize("target", ["portable", "ort-cuda"])
 def test_weights_are_half_and_inputs_and_outputs_as_they_were(adapter: str, target: str, exports: Exports) -> None:

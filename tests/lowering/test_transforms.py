@@ -49,6 +49,7 @@ def test_func_grad(config, mode):
     assert_close(list(found.values()), list(expected))
 
 
+@pytest.mark.default_cases("eager")
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_func_vmap_over_inputs_and_over_adapters(mode):
     model = lowered(tower)

@@ -8,10 +8,11 @@ from support.architecture_table import TABLE
 from support.heads import CLASSES, CONFIG, HEAD_SIZES, build, documented_heads, find, row
 from support.models import IN, OUT, assert_unchanged, bert, bert_classifier, randn, tokens
 from torch import nn
-from transformers import BertConfig, BertModel, BertPreTrainedModel
+from transformers import BertConfig, BertModel, BertPreTrainedModel, RTDetrConfig, RTDetrForObjectDetection
 
 import melora_fx
 from melora_fx import MELoRAConfig
+from melora_fx.matching.heads import find_heads
 
 EIGHT = MELoRAConfig(rank=2, num_blocks=8)
 
@@ -114,6 +115,25 @@ def test_the_names_are_all_that_an_exported_graph_has(name: str) -> None:
     model.add_module(name, nn.Linear(OUT, 3))
     program = torch.export.export(model, (randn(2, IN),))
     assert melora_fx.match(program, "all-linear", CONFIG).heads == (name,)
+
+
+@pytest.mark.parametrize("name", ["class_embed", "enc_out_bbox_embed", "enc_score_head"])
+def test_the_heads_of_detectors_are_left_out_wherever_they_are(name: str) -> None:
+    """Their base models hold them, in lists; numbers of labels tell nothing there."""
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.Module())
+    model[1].add_module(name, nn.ModuleList([nn.Linear(IN, 3)]))
+    assert find_heads(model, ["0", f"1.{name}.0"]) == {f"1.{name}.0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_labels", [3, 8])
+def test_as_many_labels_as_heads_or_layers(num_labels: int) -> None:
+    config = RTDetrConfig(encoder_layers=1, decoder_layers=1)
+    config.num_labels = num_labels
+    with torch.device("meta"):
+        report = melora_fx.match(RTDetrForObjectDetection(config), "all-linear", MELoRAConfig(rank=1, num_blocks=1))
+    assert {"model.enc_score_head", "model.decoder.class_embed.0"} <= set(report.heads)
+    assert num_labels not in {site.out_features for site in report.sites}
 
 
 def small() -> nn.Module:

@@ -300,6 +300,7 @@ def test_dropout_of_the_loaded_adapter_is_used_or_refused(tmp_path):
     assert is_random is (melora_fx.sites(model)["up"].config.dropout > 0)
 
 
+@pytest.mark.default_cases("in_place")
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_kept_modules_travel_with_the_adapter(whole, tmp_path):
     options = {"example_inputs": tokens()} if whole else {}
