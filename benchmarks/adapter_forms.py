@@ -44,10 +44,10 @@ def export_forms(model: str, folder: Path, num_blocks: int, rank: int) -> dict[s
     """The base graph and the two forms of an unmerged one."""
     paths = {form: folder / f"{form}.onnx" for form in ("base", "block", "dense")}
     if not paths["base"].is_file():
-        export_onnx(build(model, "base", folder, "", 0, 0), EXAMPLE, paths["base"], verify=False)
+        export_onnx(build(model, "base", folder, "", 0, 0), EXAMPLE, paths["base"])
     unmerged = build(model, "unmerged", folder, "all-linear", num_blocks, rank)
     for form in ("block", "dense"):
-        export_onnx(unmerged, EXAMPLE, paths[form], adapter="keep", form=form, verify=False)
+        export_onnx(unmerged, EXAMPLE, paths[form], adapter="keep", form=form)
     return paths
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,16 @@ class Comparison:
         )
 
 
-def compare(runner_a: Runner, runner_b: Runner, inputs: Mapping[str, Any]) -> Comparison:
+def compare(
+    runner_a: Runner, runner_b: Runner, inputs: Mapping[str, Any], scales: Mapping[str, float] = MappingProxyType({})
+) -> Comparison:
     """Runs both on the same inputs and compares every output.
 
     A value that is not finite on one side only counts as an infinite error.
+
+    Args:
+        runner_a, runner_b, inputs: what is run.
+        scales: output → what its error is relative to at least: few values may be small by chance.
 
     Raises:
         MELoRAError: where the outputs have different names or shapes.
@@ -51,17 +58,24 @@ def compare(runner_a: Runner, runner_b: Runner, inputs: Mapping[str, Any]) -> Co
     for name, expected in outputs_b.items():
         if outputs_a[name].shape != expected.shape:
             raise MELoRAError(f"output `{name}` has the shapes {outputs_a[name].shape} and {expected.shape}")
-        abs_errors[name], rel_errors[name] = _errors(outputs_a[name], expected)
+        abs_errors[name], rel_errors[name] = _errors(outputs_a[name], expected, scales.get(name, 0.0))
     return Comparison(abs_errors, rel_errors)
 
 
-def _errors(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """(absolute, relative) error; the relative one is divided by the largest finite |expected|, unless that is zero."""
+def largest(values: np.ndarray) -> float:
+    """The largest size of a finite value; 0 where there is none."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+
+
+def _errors(actual: np.ndarray, expected: np.ndarray, least_scale: float) -> tuple[float, float]:
+    """(absolute, relative) error; the relative one is divided by the largest finite |expected|, or by `least_scale`,
+    unless both are zero.
+    """
     actual = actual.astype(np.float64)
     expected = expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
         same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
         difference = np.where(same, 0.0, np.abs(actual - expected))
     error = float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))
-    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+    scale = max(largest(expected), least_scale)
     return error, error / scale if scale else error

@@ -51,7 +51,7 @@ class InputCheck(NamedTuple):
         return [
             f"the export assumed that {condition.text}, and "
             + " and ".join(f"`{name}` has shape {inputs[name].shape}" for name in condition.names)
-            + ": export again with `example_inputs` of such sizes"
+            + ": export again with `example_inputs` of such sizes, and with `verify=True`, which tries one entry too"
             for condition in self.conditions
             if not condition.holds(inputs)
         ]

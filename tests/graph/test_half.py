@@ -29,7 +29,7 @@ def test_weights_are_half_and_inputs_and_outputs_as_they_were(adapter: str, targ
     assert {item.data_type for item in large} - {onnx.TensorProto.INT64} == {FLOAT16}
     assert {value.type.tensor_type.elem_type for value in graph.output} == {FLOAT}
     assert report.max_rel_error is not None
-    assert 1e-6 < report.max_rel_error < 1e-2
+    assert 1e-6 < report.max_rel_error < 2e-2
     if adapter == "swap":
         kinds = {v.type.tensor_type.elem_type for v in graph.input if "lora" in v.name}
         assert kinds == {FLOAT}
@@ -46,7 +46,7 @@ def test_norms_of_large_activations_do_not_overflow(target: str, tmp_path: Path)
         model.model.embed_tokens.weight.mul_(1000 / model.model.embed_tokens.weight.abs().max())
     report = export_onnx(model, tokens(), tmp_path, target=target, precision="fp16")
     assert report.max_rel_error is not None
-    assert report.max_rel_error < 1e-2
+    assert report.max_rel_error < 2e-2
 
 
 def test_values_beyond_the_range_are_cut_to_it(tmp_path: Path) -> None:

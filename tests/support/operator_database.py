@@ -150,9 +150,10 @@ def said(entry: Any, operands: list[Any], options: dict[str, Any], position: tup
     others = tuple(tensor.detach() for where, tensor in tensors_in(operands) if where != position)
     model = Operator(entry.op, operands, options, position)
     found = []
-    for capture, example in (("in_place", None), ("whole", (h, others))):
+    whole: dict[str, Any] = {"example_inputs": (h, others), "dynamic_axes": {}}
+    for capture, options_of_match in (("in_place", {}), ("whole", whole)):
         try:
-            report = melora_fx.match(model, "all-linear", CONFIG, example_inputs=example, dynamic_axes={})
+            report = melora_fx.match(model, "all-linear", CONFIG, **options_of_match)
         except Exception:
             assert capture == "whole"
             continue
