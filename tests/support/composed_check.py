@@ -189,10 +189,8 @@ def _oracle(model: nn.Module, sites: Mapping[str, Any]) -> tuple[nn.Module, dict
         value = adapted_weight(site)
         own = site.record.parameter_name
         owner = model.get_submodule(name if own == "weight" else name.rpartition(".")[0])
-        parameter = getattr(owner, own)
-        if any(parameter is weight for weight in weights.values()):
-            parameter = nn.Parameter(parameter.clone())
-            setattr(owner, own, parameter)
+        parameter = nn.Parameter(getattr(owner, own).clone())
+        setattr(owner, own, parameter)
         parameter.data.copy_(value.mT if site.weight_is_transposed else value)
         weights[name] = parameter.requires_grad_()
     return model, weights

@@ -46,7 +46,7 @@ CONTROLS = {
     "if on a flag": "if self.flag:\n    BODY\nelse:\n    BODY\n    y = -y",
     "if on the shape": "if x.size(1) > 4:\n    BODY\nelse:\n    BODY\n    y = -y",
     "if on the batch": "if x.size(0) > 1:\n    BODY\nelse:\n    BODY\n    y = -y",
-    "if on the data": "if x.sum() > 0:\n    BODY\nelse:\n    BODY\n    y = -y",
+    "if on the data": "if x[0, 0, :5].sum() > 0:\n    BODY\nelse:\n    BODY\n    y = -y",
     "if on the mode": "if self.training:\n    BODY\nelse:\n    BODY\n    y = -y",
     "early return": "if x.size(1) < 4:\n    BODY\n    return y\nBODY\ny = 2 * y",
     "loop over constants": "total = 0\nfor scale in (0.5, 1.5):\n    BODY\n    total = total + scale * y\ny = total",
