@@ -174,9 +174,9 @@ class _Comparing:
     def _compare(self, words: str, inputs: dict[str, torch.Tensor]) -> None:
         """With all adapters that the graph's form is to be tried with."""
         export = self._export
-        tolerance = export.options.precision.tolerance
-        if any(value.numel() > self._tensors[name].numel() for name, value in inputs.items()):
-            tolerance *= 2  # longer sums are rounded more often
+        precision = export.options.precision
+        has_more = any(value.numel() > self._tensors[name].numel() for name, value in inputs.items())
+        tolerance = precision.tolerance_of_more if has_more else precision.tolerance
         for adapter in export.adapter.trials(export.model, export.sites, self._facts):
             also = f"{words}, {adapter.name} adapter" if adapter.name else words
             with adapter.context:

@@ -24,7 +24,7 @@ from melora_fx.whole_capture.example_inputs import changed_names, copied, name_k
 from .axes import axes_of, name_axes
 from .clean import quiet
 from .outputs import named_outputs
-from .ranges import sizes_above
+from .ranges import without_empty_axes
 
 
 class BuiltGraph(NamedTuple):
@@ -64,7 +64,7 @@ def build_graph(
     refuse_fixed_axes({value.name or "": _sizes(value) for value in graph_model.graph.inputs}, dynamic_axes)
     name_axes(graph_model.graph, inputs, dynamic_axes)
     conditions = conditions_of(program)
-    conditions += sizes_above(0, {value.name or "": axes_of(value) for value in graph_model.graph.inputs})
+    conditions += without_empty_axes({value.name or "": axes_of(value) for value in graph_model.graph.inputs})
     return BuiltGraph(graph_model, tuple(conditions), left_out)
 
 

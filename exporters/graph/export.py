@@ -54,6 +54,7 @@ class Precision(NamedTuple):
     Attributes:
         name, about: as those of a target.
         tolerance: largest relative error against torch in float32.
+        tolerance_of_more: the same for inputs with more entries than the example's: their sums round more often.
         convert: the pass that brings a float32 graph to it; None for float32 itself.
         needs_runtime: whether that pass calls ONNX Runtime.
     """
@@ -61,6 +62,7 @@ class Precision(NamedTuple):
     name: str
     about: str
     tolerance: float
+    tolerance_of_more: float
     convert: Pass | None = None
     needs_runtime: bool = False
 

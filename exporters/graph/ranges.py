@@ -34,14 +34,13 @@ def holds(conditions: Iterable[Condition], shapes: Mapping[str, Sequence[int]]) 
     return all(condition.holds(inputs) for condition in conditions)
 
 
-def sizes_above(number: int, axes: Mapping[str, Sequence[Any]], labels: Iterable[str] | None = None) -> list[Condition]:
-    """That dynamic axes, all or those with these names, have more entries than `number`."""
-    names = None if labels is None else set(labels)
+def without_empty_axes(axes: Mapping[str, Sequence[Any]]) -> list[Condition]:
+    """That each dynamic axis of each input has an entry: a graph's Reshape takes 0 for the size that it had."""
     return [
-        Condition(f"{name}.shape[{index}] > {number}")
+        Condition(f"{name}.shape[{index}] > 0")
         for name, shape in axes.items()
         for index, axis in enumerate(shape)
-        if isinstance(axis, str) and (names is None or axis in names)
+        if isinstance(axis, str)
     ]
 
 
