@@ -26,8 +26,9 @@ from melora_fx.folding.report import make_report
 from melora_fx.matching.targets import nearest
 from melora_fx.names import site_of
 from melora_fx.progress import show_progress
-from melora_fx.saving.adapter_file import Adapter, read_adapter
-from melora_fx.saving.checks import check_fingerprints, check_shapes, refuse_non_finite
+from melora_fx.saving.adapter import Adapter
+from melora_fx.saving.adapter_file import read_adapter
+from melora_fx.saving.checks import check_base, kept_of
 from melora_fx.saving.fingerprint import fingerprint
 
 from .export_files import move_files, onnx_file_path, refuse_folder
@@ -69,7 +70,7 @@ def fold_onnx(
     _refuse_overwriting(weights, out)
     places = _site_places(adapter, facts)
     _refuse_weights(weights, places)
-    _refuse_adapter(adapter, weights, places)
+    _refuse_adapter(adapter, weights, places, facts)
     measured: list[SiteFold] = []
     scratch = Scratch()
     for site, place in places.items():
@@ -137,12 +138,23 @@ def _refuse_weights(weights: WeightBytes, places: Mapping[str, WeightPlace]) -> 
         )
 
 
-def _refuse_adapter(adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace]) -> None:
-    """Raises for an adapter of another base, and for values that are not finite."""
+def _refuse_adapter(
+    adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace], facts: GraphFacts
+) -> None:
+    """Raises for an adapter of another base, and for one that exchanges a part of a head."""
     found = {site: weights.read(place) for site, place in places.items()}
-    check_shapes(adapter, found)
-    check_fingerprints(adapter, {site: fingerprint(weight) for site, weight in found.items()})
-    refuse_non_finite(adapter)
+    heads = {name: weights.read(place) for name, place in facts.weights.items() if _is_float(weights, place)}
+    check_base(
+        adapter,
+        found,
+        {site: fingerprint(weight) for site, weight in found.items()},
+        adapter.kept_tensors() | kept_of(adapter, heads),
+        "the graph",
+    )
+
+
+def _is_float(weights: WeightBytes, place: WeightPlace) -> bool:
+    return weights.tensors[place.initializer].dtype in TORCH_DTYPES
 
 
 def _fold_weight(

@@ -36,6 +36,10 @@ INITS: dict[str, Callable[[torch.Tensor], None]] = {
     "orthogonal": _orthogonal,
 }
 """How A_i starts: fills (E, P, R_i, I/N) in place, the A_i of all E matrices of a stack and P parts of `split`."""
+_LARGEST = 1 << 20
+"""Of ranks, numbers of blocks, and parts or their sizes."""
+_ALPHAS = (1e-30, 1e30)
+"""Smallest and largest alpha: its scaling is a number in float32."""
 LOWERINGS = ("auto", "weight", "activation", "triton", "plain")
 
 
@@ -194,13 +198,18 @@ def _check_int(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"`{name}` (={value}) must be at least 1")
+    if value > _LARGEST:
+        raise ValueError(f"`{name}` must be at most {_LARGEST}")
 
 
 def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
-    if not (value > 0 and math.isfinite(value)):
+    if not value > 0:
         raise ValueError(f"`{name}` (={value}) must be positive and finite")
+    if not _ALPHAS[0] <= value <= _ALPHAS[1]:
+        shown = value if isinstance(value, float) else "an integer"  # which may have more digits than can be shown
+        raise ValueError(f"`{name}` (={shown}) must be finite, from {_ALPHAS[0]:g} to {_ALPHAS[1]:g}")
 
 
 def _checked_split(split: Any) -> int | tuple[int, ...]:

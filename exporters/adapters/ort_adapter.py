@@ -8,19 +8,22 @@ N num_blocks, I in_features, O out_features, R the rank.
 
 import json
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from exporters.onnx_files.metadata import GraphFacts, read_facts
+from exporters.onnx_files.metadata import GraphFacts, facts_of
+from exporters.onnx_files.onnx_file import axes_by_name, optional_inputs, read_graph
 from exporters.onnx_runtime import Arrays, import_onnxruntime
 from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import factor_names
 from melora_fx.files import write_atomically
-from melora_fx.saving.adapter_file import Adapter, read_adapter
-from melora_fx.saving.fingerprint import fingerprint_misfit
+from melora_fx.saving.adapter import Adapter
+from melora_fx.saving.adapter_file import read_adapter
+from melora_fx.saving.checks import check_fingerprints, check_shapes
 
 
 def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
@@ -36,7 +39,37 @@ def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
     misfits = [misfit for name in adapter.configs if (misfit := _misfit(name, adapter, facts))]
     if misfits:
         raise MELoRAError(f"`{adapter.directory}` does not fit `{facts.path}`:\n" + "\n".join(misfits))
+    _check_base(adapter, facts)
     return _site_tensors(adapter) | _kept_tensors(adapter, facts)
+
+
+def check_inputs(
+    path: str | Path, tensors: Arrays, graph: str | Path, inputs: Mapping[str, Sequence[int | str]]
+) -> None:
+    """Refuses tensors that are not a graph's optional inputs, in name or shape.
+
+    Args:
+        path: where they come from, for error texts.
+        tensors: the tensors by the names of inputs.
+        graph: the graph's file, for error texts.
+        inputs: its optional inputs: name → axes, a size or the name of a dynamic one, of the same size in all of them.
+
+    Raises:
+        MELoRAError: names every tensor that does not fit.
+    """
+    unknown = [name for name in tensors if name not in inputs]
+    if unknown:
+        raise MELoRAError(f"`{path}` is for another graph than `{graph}`, which has no inputs {unknown}")
+    sizes: dict[str, int] = {}
+    lines = []
+    for name, array in tensors.items():
+        axes = inputs[name]
+        free = {axis: size for axis, size in zip(axes, array.shape, strict=False) if isinstance(axis, str)}
+        right = tuple(sizes.setdefault(axis, free[axis]) if axis in free else axis for axis in axes)
+        if len(axes) != array.ndim or right != array.shape:
+            lines.append(f"`{name}` has the shape {array.shape}, the graph's is ({', '.join(map(str, axes))})")
+    if lines:
+        raise MELoRAError(f"`{path}` is for another graph than `{graph}`: " + "; ".join(lines))
 
 
 def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: str | Path) -> None:
@@ -53,8 +86,10 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
     """
     ort = import_onnxruntime()
     out_path = Path(out_path)
-    facts = read_facts(onnx_path)
+    graph = read_graph(onnx_path)
+    facts = facts_of(graph, onnx_path)
     tensors = swap_tensors(read_adapter(adapter_dir), facts)
+    check_inputs(adapter_dir, tensors, onnx_path, axes_by_name(optional_inputs(graph)))
     adapter_format = ort.AdapterFormat()
     adapter_format.set_adapter_version(1)
     adapter_format.set_model_version(_base_version(facts))
@@ -109,7 +144,7 @@ def _kept_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
     tensors: Arrays = {}
     for name, tensor in adapter.kept_tensors().items():
         place = facts.kept.get(name)
-        if place is None:
+        if place is None or not tensor.is_floating_point():
             raise MELoRAError(
                 f"`{facts.path}` has no input for `{name}`, which `{adapter.directory}` has trained: export the graph "
                 "from a model that keeps it trainable"
@@ -127,10 +162,23 @@ def _misfit(name: str, adapter: Adapter, facts: GraphFacts) -> str | None:
             f"`{name}`: num_blocks {config.num_blocks} and split {config.split}, "
             f"the graph's are {expected.num_blocks} and {expected.split}"
         )
-    if name not in adapter.fingerprints:
-        return None
-    reason = fingerprint_misfit(facts.fingerprints[name], adapter.fingerprints[name])
-    return f"`{name}`: {reason}" if reason else None
+    if adapter.row_dims.get(name) != facts.row_dims.get(name):
+        return f"`{name}`: its weight is another matrix of three dimensions than the graph's"
+    return None
+
+
+def _check_base(adapter: Adapter, facts: GraphFacts) -> None:
+    """Raises MELoRAError for an adapter of another base than the graph's."""
+    described = {name: facts.fingerprints[name] for name in adapter.configs}
+    weights = {name: torch.empty(base["shape"], device="meta") for name, base in described.items()}
+    check_shapes(adapter, weights)
+    check_fingerprints(adapter, described)
+    saved = adapter.kept_tensors()
+    if lost := [name for name in facts.kept if name not in saved]:
+        raise MELoRAError(
+            f"`{adapter.directory}` lacks {', '.join(map(repr, lost))}, which `{facts.path}` takes with an adapter: "
+            "one head would stay where another belongs"
+        )
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,8 @@ from torch import nn
 
 from melora_fx import AdapterSite, MELoRAConfig, MELoRAError
 from melora_fx.rewriting.module import class_name
-from melora_fx.saving.adapter_file import hash_adapter
+from melora_fx.saving.adapter import hash_adapter
+from melora_fx.saving.header import parse_json, parse_sites
 from melora_fx.saving.model_adapter import adapter_tensors, site_entries
 from melora_fx.versions import package_version
 from melora_fx.whole_capture.conditions import Condition
@@ -37,6 +38,7 @@ class GraphFacts:
         weights: parameter → where it lives in the graph; without those that go by several names, or that the exporter
             could not tell apart.
         kept: the same for the tensors of the modules kept trainable.
+        row_dims: site → as in `as_matrices`, of the sites that have any.
         conditions: what the export assumed of the sizes of inputs; none in graphs of earlier versions.
         constants: argument of the model → what the export took it to be.
     """
@@ -48,6 +50,7 @@ class GraphFacts:
     fingerprints: dict[str, dict[str, Any]]
     weights: dict[str, WeightPlace]
     kept: dict[str, WeightPlace]
+    row_dims: dict[str, int] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
     constants: dict[str, Any] = field(default_factory=dict)
 
@@ -106,22 +109,29 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
     if text is None:
         raise MELoRAError(f"`{path}` was not written by `export_onnx`: it has no `{METADATA_KEY}` entry")
     try:
-        facts = json.loads(text)
-        if facts["format_version"] > _VERSION:
-            raise MELoRAError(f"`{path}` has format_version {facts['format_version']}; this one reads up to {_VERSION}")
+        facts = parse_json(text)
+        if facts["format_version"] != _VERSION:
+            raise ValueError(f"it has format_version {facts['format_version']!r}; this melora_fx reads {_VERSION}")
+        described = parse_sites(facts["sites"])
+        for name in ("adapter", "adapter_sha256"):
+            if not isinstance(facts[name], str):
+                raise TypeError(f"`{name}` must be a text, got {facts[name]!r}")
         return GraphFacts(
             path=Path(path),
             adapter=facts["adapter"],
             adapter_sha256=facts["adapter_sha256"],
-            configs={name: MELoRAConfig.from_dict(entry["config"]) for name, entry in facts["sites"].items()},
-            fingerprints={name: entry["base"] for name, entry in facts["sites"].items()},
-            weights=_places(facts["weights"]),
-            kept=_places(facts["kept"]),
+            configs={name: site.config for name, site in described.items()},
+            fingerprints={name: site.base for name, site in described.items()},
+            row_dims={name: site.row_dims for name, site in described.items() if site.row_dims is not None},
+            weights=_places(facts["weights"], graph),
+            kept=_places(facts["kept"], graph),
             conditions=tuple(Condition(text) for text in facts.get("assumed", ())),
-            constants=facts.get("constants", {}),
+            constants=dict(facts.get("constants", {})),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise MELoRAError(f"`{path}`: its `{METADATA_KEY}` entry cannot be read: {error!r}") from error
+    except MELoRAError as error:
+        raise MELoRAError(f"`{path}`: its `{METADATA_KEY}` entry cannot be read: {error}") from error
 
 
 def conditions_in(graph: onnx_ir.Model, path: str | Path) -> tuple[Condition, ...]:
@@ -129,13 +139,29 @@ def conditions_in(graph: onnx_ir.Model, path: str | Path) -> tuple[Condition, ..
     return facts_of(graph, path).conditions if METADATA_KEY in graph.metadata_props else ()
 
 
-def _places(entries: dict[str, Any]) -> dict[str, WeightPlace]:
-    """The inverse of `places_as_json`."""
-    return {
-        name: WeightPlace(
-            initializer=entry["initializer"],
-            is_transposed=entry["is_transposed"],
-            columns=tuple(entry["columns"] or ()) or None,
-        )
-        for name, entry in entries.items()
-    }
+def _places(entries: dict[str, Any], graph: onnx_ir.Model) -> dict[str, WeightPlace]:
+    """The inverse of `places_as_json`, each place in the graph.
+
+    Raises:
+        ValueError, TypeError, KeyError: for an entry of another form, or a place that the graph has not.
+    """
+    return {name: _place(name, entry, graph) for name, entry in entries.items()}
+
+
+def _place(name: str, entry: dict[str, Any], graph: onnx_ir.Model) -> WeightPlace:
+    columns = entry["columns"]
+    place = WeightPlace(entry["initializer"], entry["is_transposed"], tuple(columns) if columns else None)
+    value = graph.graph.initializers.get(place.initializer)
+    if value is None or value.const_value is None:
+        raise ValueError(f"the graph has no weight {place.initializer!r}, where `{name}` is said to be")
+    if not isinstance(place.is_transposed, bool):
+        raise TypeError(f"`is_transposed` of `{name}` must be true or false, got {place.is_transposed!r}")
+    rank = len(value.const_value.shape)
+    if place.is_transposed and rank < 2:
+        raise ValueError(f"`{name}` is said to be transposed, and has {rank} dimensions")
+    if place.columns is not None:
+        start, stop = place.columns
+        width = value.const_value.shape.numpy()[1] if rank == 2 else 0
+        if not all(type(column) is int for column in place.columns) or not 0 <= start < stop <= width:
+            raise ValueError(f"`{name}` is said to be columns {start!r} to {stop!r} of {width}")
+    return place

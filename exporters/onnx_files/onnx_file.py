@@ -80,6 +80,11 @@ def required_inputs(model: onnx_ir.Model) -> list[onnx_ir.Value]:
     return [value for value in model.graph.inputs if not value.is_initializer()]
 
 
+def optional_inputs(model: onnx_ir.Model) -> list[onnx_ir.Value]:
+    """The inputs with a default."""
+    return [value for value in model.graph.inputs if value.is_initializer()]
+
+
 def axes_by_name(values: Iterable[onnx_ir.Value]) -> dict[str, tuple[int | str, ...]]:
     """Axes of graph inputs or outputs: a size, the name of a dynamic axis, or "?" for one without a name."""
     return {

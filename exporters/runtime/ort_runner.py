@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporters.adapters.ort_adapter import read_ort_adapter, swap_tensors
+from exporters.adapters.ort_adapter import check_inputs, read_ort_adapter, swap_tensors
 from exporters.onnx_files.metadata import conditions_in, read_facts
 from exporters.onnx_files.onnx_file import (
     axes_by_name,
@@ -234,25 +234,9 @@ class OrtRunner:
             tensors = swap_tensors(read_adapter(path), facts)
         else:
             native, tensors = read_ort_adapter(path, facts)
-        self._check_fit(path, tensors)
+        expected = {value.name: value.shape for value in self.session.get_overridable_initializers()}
+        check_inputs(path, tensors, self.path, expected)
         return _Adapter(tensors, self.to_device(tensors), native)
-
-    def _check_fit(self, path: Path, tensors: Arrays) -> None:
-        """Refuses tensors that are not the graph's optional inputs, in name, shape or type."""
-        expected = {value.name: value for value in self.session.get_overridable_initializers()}
-        unknown = [name for name in tensors if name not in expected]
-        if unknown:
-            raise MELoRAError(f"`{path}` is for another graph than `{self.path}`, which has no inputs {unknown}")
-        sizes: dict[str, int] = {}
-        lines = []
-        for name, array in tensors.items():
-            axes = expected[name].shape
-            free = {axis: size for axis, size in zip(axes, array.shape, strict=False) if isinstance(axis, str)}
-            right = tuple(sizes.setdefault(axis, free[axis]) if axis in free else axis for axis in axes)
-            if len(axes) != array.ndim or right != array.shape:
-                lines.append(f"`{name}` has the shape {array.shape}, the graph's is ({', '.join(map(str, axes))})")
-        if lines:
-            raise MELoRAError(f"`{path}` is for another graph than `{self.path}`: " + "; ".join(lines))
 
     @contextlib.contextmanager
     def _own_errors(self) -> Iterator[None]:

@@ -1,7 +1,9 @@
 """From the names of a model's parameters to the keys of a checkpoint, by transformers' own rules."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import transformers
 
 from melora_fx.load_model import load_model
@@ -18,11 +20,13 @@ class KeyMap:
         keys: parameter → key.
         converted: parameters that are stored in another form, several keys in one or one in several.
         tied: parameters that share their memory with others in the model: name → the others.
+        tensors: the model's own, by name, on the meta device; None where transformers does not know its class.
     """
 
     keys: dict[str, str]
     converted: frozenset[str]
     tied: dict[str, tuple[str, ...]]
+    tensors: Mapping[str, torch.Tensor] | None = None
 
 
 def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | None) -> KeyMap:
@@ -47,4 +51,4 @@ def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | N
     for name, source in tied_weights(model).items():
         groups.setdefault(source, {source}).add(name)
     tied = {name: tuple(sorted(group - {name})) for group in groups.values() for name in group}
-    return KeyMap(keys, frozenset(converted), tied)
+    return KeyMap(keys, frozenset(converted), tied, model.state_dict())

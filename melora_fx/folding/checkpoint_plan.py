@@ -8,8 +8,8 @@ import torch
 
 from melora_fx.errors import MELoRAError
 from melora_fx.matching.targets import nearest
-from melora_fx.saving.adapter_file import Adapter
-from melora_fx.saving.checks import check_fingerprints, check_shapes, refuse_non_finite
+from melora_fx.saving.adapter import Adapter
+from melora_fx.saving.checks import check_fingerprints, check_kept, check_shapes, kept_of
 
 from .checkpoint import DTYPES, FOLDED_KEY, Checkpoint, StoredTensor
 from .checkpoint_keys import KeyMap, map_keys
@@ -38,7 +38,7 @@ def plan_fold(checkpoint: Checkpoint, adapter: Adapter) -> FoldPlan:
     _refuse_folded(checkpoint)
     names = map_keys(checkpoint, adapter.model.get("class"), adapter.model.get("num_labels"))
     weights = _find_weights(checkpoint, adapter, names)
-    _check_values(adapter, weights)
+    _check_values(checkpoint, adapter, weights, names)
     return FoldPlan(weights, _find_heads(checkpoint, adapter, names))
 
 
@@ -98,8 +98,8 @@ def _find_heads(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict
     return heads
 
 
-def _check_values(adapter: Adapter, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuses an adapter of another base, or values that are not finite; reads a few values of each weight."""
+def _check_values(checkpoint: Checkpoint, adapter: Adapter, stored: Mapping[str, StoredTensor], names: KeyMap) -> None:
+    """Refuses an adapter of another base; reads a few values of each weight."""
     flat = [
         f"`{site}`: its weight has shape {tensor.shape}"
         for site, tensor in stored.items()
@@ -109,7 +109,20 @@ def _check_values(adapter: Adapter, stored: Mapping[str, StoredTensor]) -> None:
         raise MELoRAError(f"`{adapter.directory}` is for matrices and stacks of them:\n" + "\n".join(flat))
     shapes = {site: torch.empty(tensor.shape, device="meta") for site, tensor in stored.items()}
     check_shapes(adapter, shapes)
+    check_fingerprints(adapter, {site: tensor.fingerprint() for site, tensor in stored.items()})
+    check_kept(adapter, kept_of(adapter, _tensors(checkpoint, adapter, names)), "the base")
     for site, shape in shapes.items():
         adapter.oriented(site, shape)
-    check_fingerprints(adapter, {site: tensor.fingerprint() for site, tensor in stored.items()})
-    refuse_non_finite(adapter)
+
+
+def _tensors(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> Mapping[str, torch.Tensor]:
+    """The base's tensors by name, on the meta device. Of a class that transformers does not know, what is not in the
+    checkpoint is taken for new.
+    """
+    if names.tensors is not None:
+        return names.tensors
+    stored = {
+        key: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.int64), device="meta")
+        for key, tensor in checkpoint.tensors.items()
+    }
+    return {**adapter.kept_tensors(), **stored}

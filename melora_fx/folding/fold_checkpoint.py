@@ -17,7 +17,8 @@ from melora_fx.adapter.update import Scratch
 from melora_fx.errors import MELoRAError
 from melora_fx.files import new_folder, writing
 from melora_fx.progress import show_progress
-from melora_fx.saving.adapter_file import Adapter, read_adapter
+from melora_fx.saving.adapter import Adapter
+from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.tensor_file import Entry, make_header, serialise
 
 from .checkpoint import CONFIG_FILE, FOLDED_KEY, INDEX_FILE, Checkpoint, StoredTensor, open_checkpoint

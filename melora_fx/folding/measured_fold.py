@@ -10,7 +10,7 @@ import torch
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.adapter.update import Scratch, Tile, add_update, beyond_range, update_tiles
 from melora_fx.errors import MELoRAError
-from melora_fx.saving.adapter_file import Adapter
+from melora_fx.saving.adapter import Adapter
 
 from .report import SiteFold
 

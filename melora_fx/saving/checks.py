@@ -1,4 +1,4 @@
-"""Refuses adapters that do not belong to a model, by names, shapes and fingerprints, or that are not finite."""
+"""Refuses adapters that do not belong to a model, a checkpoint or a graph: by names, shapes and fingerprints."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,13 +8,12 @@ from torch import nn
 
 from melora_fx.adapter.tensors import num_matrices
 from melora_fx.errors import MELoRAError
-from melora_fx.matching.keep_trainable import trained_bases
+from melora_fx.matching.keep_trainable import is_within, trained_bases
 from melora_fx.matching.targets import nearest
 from melora_fx.names import unwrap
 
-from .adapter_file import Adapter
+from .adapter import Adapter
 from .fingerprint import fingerprint_misfit
-from .model_adapter import tensors_by_name
 
 
 def check_sites(adapter: Adapter, known: Collection[str]) -> None:
@@ -24,6 +23,26 @@ def check_sites(adapter: Adapter, known: Collection[str]) -> None:
         raise MELoRAError(
             f"`{adapter.directory}` is for another model; it has sites that this one lacks:\n" + "\n".join(lines)
         )
+
+
+def check_base(
+    adapter: Adapter,
+    weights: Mapping[str, torch.Tensor],
+    fingerprints: Mapping[str, Mapping[str, Any]],
+    kept: Mapping[str, torch.Tensor],
+    base: str = "the model",
+) -> None:
+    """Raises MELoRAError where the adapter was not trained on this base, of which its sites have been found.
+
+    Args:
+        adapter: the adapter.
+        weights: site → its base weight, which may be on the meta device.
+        fingerprints: site → fingerprint of that weight.
+        kept, base: as `own` and `base` in `check_kept`.
+    """
+    check_shapes(adapter, weights)
+    check_fingerprints(adapter, fingerprints)
+    check_kept(adapter, kept, base)
 
 
 def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
@@ -60,27 +79,39 @@ def check_fingerprints(adapter: Adapter, actual: Mapping[str, Mapping[str, Any]]
         raise MELoRAError(f"`{adapter.directory}` was trained on another base model:\n" + "\n".join(lines))
 
 
-def check_kept(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raises MELoRAError where a tensor that was kept trainable is not in the model, or has another shape there, or is
-    the base of a site, whose `weights` are given by name.
+def check_kept(adapter: Adapter, own: Mapping[str, torch.Tensor], base: str = "the model") -> None:
+    """Raises MELoRAError where the tensors that were kept trainable are not just those of the `base`.
+
+    Args:
+        adapter: the adapter.
+        own: what the base holds under the names that the adapter keeps (`kept_of`), on the meta device or with values.
+        base: what error texts call it.
     """
-    own = tensors_by_name(model)
     lines = []
-    for name, tensor in adapter.kept_tensors().items():
+    saved = adapter.kept_tensors()
+    for name, tensor in saved.items():
         if name not in own:
-            lines.append(f"`{name}`: the model has no such tensor")
+            lines.append(f"`{name}`: {base} has no such tensor")
         elif own[name].shape != tensor.shape:
-            lines.append(f"`{name}`: saved as {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
-    if not lines:
-        lines = trained_bases(unwrap(model), adapter.kept, weights)
+            lines.append(f"`{name}`: saved as {tuple(tensor.shape)}, {base}'s is {tuple(own[name].shape)}")
+        elif _kind(own[name]) != _kind(tensor):
+            lines.append(f"`{name}`: saved as {tensor.dtype}, {base}'s is {own[name].dtype}")
+    lines += [f"`{name}`: {base} has it, the adapter does not" for name in own if name not in saved]
     if lines:
+        raise MELoRAError(f"the trained modules of `{adapter.directory}` do not fit {base}:\n" + "\n".join(lines))
+
+
+def kept_of(adapter: Adapter, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of a base's tensors, by name, that belong to what the adapter keeps trainable."""
+    return {name: tensor for name, tensor in tensors.items() if any(is_within(name, kept) for kept in adapter.kept)}
+
+
+def check_trained_bases(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises MELoRAError where what the adapter keeps trainable is the base of a site, whose `weights` are given."""
+    if lines := trained_bases(unwrap(model), adapter.kept, weights):
         raise MELoRAError(f"the trained modules of `{adapter.directory}` do not fit the model:\n" + "\n".join(lines))
 
 
-def refuse_non_finite(adapter: Adapter) -> None:
-    """Raises MELoRAError for an adapter that holds NaN or infinity, and names the tensors."""
-    wrong = [
-        name for name, value in adapter.tensors.items() if value.is_floating_point() and not value.isfinite().all()
-    ]
-    if wrong:
-        raise MELoRAError(f"`{adapter.directory}` holds NaN or infinity in {', '.join(map(repr, wrong))}")
+def _kind(tensor: torch.Tensor) -> object:
+    """What a tensor's values are: floating point numbers of any width convert to each other, nothing else does."""
+    return "floating" if tensor.is_floating_point() else tensor.dtype

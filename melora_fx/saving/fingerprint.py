@@ -5,18 +5,22 @@ from typing import Any
 
 import torch
 
-_NUM_VALUES = 64
+NUM_VALUES = 64
+WITHOUT_VALUES = ("quantised", "meta", "imported")
+"""Why a fingerprint has no values: what `without_values` says in its place."""
 
 
 def fingerprint(weight: torch.Tensor) -> dict[str, Any]:
     """What a base weight is recognised by: its shape, dtype, and 64 of its values in float32.
 
-    The values are left out where they cannot be read: of a quantised weight, or one on the meta device.
+    The values are left out where they cannot be read, and it says why: of a quantised weight, or one on meta.
     """
     facts: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
-    if _is_readable(weight):
-        return facts | {"values": _sample(weight).tolist()}
-    return facts
+    if weight.is_meta:
+        return facts | {"without_values": "meta"}
+    if type(weight.detach()) is not torch.Tensor or not weight.is_floating_point():
+        return facts | {"without_values": "quantised"}
+    return facts | {"values": _sample(weight).tolist()}
 
 
 def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
@@ -37,14 +41,10 @@ def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 def sampled_positions(numel: int) -> torch.Tensor:
     """Where a fingerprint's values stand in a flattened weight: at even distances."""
-    return torch.linspace(0, numel - 1, _NUM_VALUES, dtype=torch.float64).long()
+    return torch.linspace(0, numel - 1, NUM_VALUES, dtype=torch.float64).long()
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
     """The values of a fingerprint, in float32."""
     index = sampled_positions(weight.numel()).to(weight.device)
     return weight.detach()[torch.unravel_index(index, weight.shape)].float().cpu()
-
-
-def _is_readable(weight: torch.Tensor) -> bool:
-    return not weight.is_meta and type(weight.detach()) is torch.Tensor and weight.is_floating_point()

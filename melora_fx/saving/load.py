@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -17,8 +18,9 @@ from melora_fx.rewriting.sites import AdapterSite, refuse_folded, sites
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 from melora_fx.whole_capture.example_inputs import ExampleInputs
 
-from .adapter_file import Adapter, read_adapter
-from .checks import check_fingerprints, check_kept, check_shapes, check_sites
+from .adapter import Adapter
+from .adapter_file import read_adapter
+from .checks import check_base, check_sites, check_trained_bases, kept_of
 from .fingerprint import fingerprint
 from .model_adapter import kept_tensor_names, tensors_by_name
 
@@ -59,9 +61,8 @@ def _load_into_plain(
 ) -> nn.Module:
     plain = _plain_weights(model)
     check_sites(adapter, plain)
-    check_shapes(adapter, plain)
-    check_fingerprints(adapter, {name: fingerprint(plain[name]) for name in adapter.configs})
-    check_kept(adapter, model, {name: plain[name] for name in adapter.configs})
+    weights = {name: plain[name] for name in adapter.configs}
+    _check_model(adapter, model, weights)
     targets: dict[str, MELoRAConfig | None] = {
         f"re:{re.escape(name)}": _for_any_base(config) for name, config in adapter.configs.items()
     }
@@ -86,10 +87,15 @@ def _load_into_rewritten(model: nn.Module, adapter: Adapter) -> None:
         _refuse_other_blocks(name, site, adapter.configs[name])
     _refuse_other_heads(model, adapter)
     weights = {name: site.weight for name, site in found.items()}
-    check_shapes(adapter, weights)
-    check_fingerprints(adapter, {name: fingerprint(weight) for name, weight in weights.items()})
-    check_kept(adapter, model, weights)
+    _check_model(adapter, model, weights)
     _copy_values(model, adapter)
+
+
+def _check_model(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises MELoRAError for a model with another base than the adapter's; `weights` are those of its sites."""
+    kept = kept_of(adapter, tensors_by_name(model))
+    check_base(adapter, weights, {name: fingerprint(weight) for name, weight in weights.items()}, kept)
+    check_trained_bases(adapter, model, weights)
 
 
 def _refuse_other_blocks(name: str, site: AdapterSite, saved: MELoRAConfig) -> None:

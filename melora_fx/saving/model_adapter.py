@@ -14,7 +14,7 @@ from melora_fx.rewriting.changes import changed_values
 from melora_fx.rewriting.marks import root_marks
 from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
 
-from .adapter_file import Adapter
+from .adapter import Adapter
 from .fingerprint import fingerprint
 
 

@@ -2,8 +2,12 @@
 
 import os
 import warnings
+from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from melora_fx.errors import MELoRAError
@@ -12,6 +16,7 @@ from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, war
 
 from .adapter_file import write_adapter
 from .model_adapter import adapter_tensors, kept_names, left_out, site_entries
+from .well_formed import non_finite_names
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -22,7 +27,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     statistics of a BatchNorm: `rewrite(…, keep_trainable=[…])` names what travels with the adapter.
 
     Raises:
-        MELoRAError: for a plain model, or a folder that cannot be written.
+        MELoRAError: for a plain model, an adapter or base weights that are not finite, or a folder that cannot be
+            written.
     """
     found = require_sites(model, "save_adapter")
     warn_of_lost_sites(model, found)
@@ -42,6 +48,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "adapter records their shapes alone, and will load onto any base of these",
             stacklevel=2,
         )
+    tensors = adapter_tensors(model)
+    _refuse_non_finite(entries, tensors)
     if lost := left_out(model):
         warnings.warn(
             f"`save_adapter` does not save {_listed(lost)}, which can be trained or have changed since `rewrite`: name "
@@ -49,7 +57,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             stacklevel=2,
         )
     header = {"sites": entries, "kept": list(kept_names(model)), "model": model_facts}
-    write_adapter(Path(directory), adapter_tensors(model), header)
+    write_adapter(Path(directory), tensors, header)
+
+
+def _refuse_non_finite(entries: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises MELoRAError for what no one could load: an adapter, or a base weight, that is not finite."""
+    if names := non_finite_names(tensors):
+        raise MELoRAError(
+            f"the adapter holds NaN or infinity in {_listed(names)}, as training has diverged: nothing is saved, an "
+            "adapter that was saved there before stays"
+        )
+    if names := [name for name, entry in entries.items() if not all(map(isfinite, entry["base"].get("values", ())))]:
+        raise MELoRAError(f"the base weights of {_listed(names)} hold NaN or infinity: load the model again")
 
 
 def _listed(names: list[str]) -> str:

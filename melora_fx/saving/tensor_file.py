@@ -41,6 +41,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             file.write(data)
 
 
+def read_metadata(data: bytes) -> dict[str, str]:
+    """The metadata in the bytes of a safetensors file, whose form safetensors has checked."""
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + length]).get(METADATA) or {})
+
+
 def serialise(tensor: torch.Tensor) -> tuple[Entry, bytes]:
     """A tensor's entry in a header, and its bytes."""
     file = save({"tensor": tensor.contiguous()})

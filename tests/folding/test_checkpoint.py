@@ -268,7 +268,12 @@ def saved(model: nn.Module, folder: Path) -> Checkpoint:
 
 def test_keys_of_the_class_itself(tmp_path: Path) -> None:
     found = map_keys(saved(bert_classifier(), tmp_path), "BertForSequenceClassification", 3)
-    assert found == KeyMap({name: name for name in bert_classifier().state_dict()}, frozenset(), {})
+    assert found.keys == {name: name for name in bert_classifier().state_dict()}
+    assert (found.converted, found.tied) == (frozenset(), {})
+    assert found.tensors is not None
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
+        name: tensor.shape for name, tensor in bert_classifier().state_dict().items()
+    }
 
 
 def test_checkpoint_without_the_prefix_that_the_class_has(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from support.adapter_files import edit_header
 from support.fold_folders import (
     BLOCKS,
     SINGLE,
@@ -18,7 +19,6 @@ from support.fold_folders import (
     assert_only_these_differ,
     bits,
     content_of,
-    edit_header,
     edit_tensors,
     llama,
     metadata_of,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.adapter_files import edit_header
 from support.fold_folders import (
     BLOCKS,
     CONFIG,
@@ -18,7 +19,6 @@ from support.fold_folders import (
     Folders,
     assert_only_these_differ,
     bits,
-    edit_header,
     edit_json,
     edit_tensors,
     llama,

@@ -7,8 +7,8 @@ import struct
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.adapter_files import TENSORS, header_of, write_file
 from support.models import (
     IN,
     OUT,
@@ -39,7 +39,6 @@ from melora_fx import MELoRAConfig, MELoRAError
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
 
 
@@ -54,16 +53,13 @@ def adapter_state(model):
     return {name: p.detach().clone() for name, p in melora_fx.adapter_parameters(model).items()}
 
 
-def header_of(folder):
-    with safe_open(folder / TENSORS, framework="pt") as file:
-        return json.loads(file.metadata()["melora"])
-
-
 def rewrite_file(folder, *, header=None, metadata=None, tensors=None):
-    """The folder's file again with another header or other tensors."""
-    text = json.dumps(header_of(folder) if header is None else header)
+    """The folder's file again with another header or other tensors, signed."""
     values = load_file(folder / TENSORS) if tensors is None else tensors
-    save_file(values, folder / TENSORS, {"format": "pt", "melora": text} if metadata is None else metadata)
+    if metadata is not None:
+        save_file(values, folder / TENSORS, metadata)
+    else:
+        write_file(folder, header_of(folder) if header is None else header, values)
 
 
 def test_round_trip_on_a_plain_model(case, tmp_path):
@@ -179,7 +175,7 @@ def test_file_holds_the_documented_tensors_and_header(folder):
     assert set(tensors) == {f"{name}.{kind}" for name in TOWER_SITES for kind in ("lora_a", "lora_b")}
     assert tensors["up.lora_a"].shape == (3, 2, IN // 3)
     assert tensors["up.lora_b"].shape == (3, OUT // 3, 2)
-    assert header["format_version"] == 1
+    assert header["format_version"] == 2
     assert list(header["sites"]) == list(TOWER_SITES)
     assert MELoRAConfig.from_dict(header["sites"]["up"]["config"]) == TOWER_CONFIG
     assert header["sites"]["up"]["base"]["shape"] == [OUT, IN]
@@ -518,8 +514,8 @@ def test_file_of_another_program(folder):
 
 
 def test_future_format(folder):
-    rewrite_file(folder, header={"format_version": 2, "everything": "else"})
-    assert_refused(tower(), folder, "has format_version 2; this melora_fx reads up to 1")
+    rewrite_file(folder, header={"format_version": 3, "everything": "else"})
+    assert_refused(tower(), folder, "has format_version 3; this melora_fx reads 1, 2")
 
 
 @pytest.mark.parametrize(

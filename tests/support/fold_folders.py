@@ -19,6 +19,7 @@ from transformers import (
 
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx.saving.adapter import hash_file
 from support.models import (
     fill,
     randn,
@@ -160,17 +161,10 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
     tensors = load_file(path)
     metadata = metadata_of(path)
     change(tensors)
+    header = json.loads(metadata.get("melora", "{}"))
+    if "sha256" in header:
+        metadata["melora"] = json.dumps(header | {"sha256": hash_file(header, tensors)})
     save_file(tensors, path, metadata)
-
-
-def edit_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """An adapter folder's file again with another header."""
-    path = folder / "adapter.safetensors"
-    metadata = metadata_of(path)
-    tensors = load_file(path)
-    header = json.loads(metadata["melora"])
-    change(header)
-    save_file(tensors, path, metadata | {"melora": json.dumps(header)})
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

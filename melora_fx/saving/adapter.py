@@ -1,0 +1,102 @@
+"""An adapter apart from models: what a folder holds, and what identifies it."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melora_fx.adapter.tensors import AdapterTensors, as_matrices, factor_names, num_matrices
+from melora_fx.config import MELoRAConfig
+from melora_fx.errors import MELoRAError
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder as read: everything that any consumer of it needs, without a model.
+
+    Attributes:
+        directory: where it came from, for error texts.
+        configs: configuration of each site.
+        fingerprints: of each site's base weight; a site without one is not checked.
+        transposed: whether each site's base weight is (I, O); a site without an entry was saved before this was.
+        kept: names of the modules and parameters that were kept trainable.
+        model: class of the model that it was trained in and its number of labels, as far as known.
+        tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
+        row_dims: as in `as_matrices`, of the sites that have any.
+        header: the whole header of its file.
+    """
+
+    directory: Path
+    configs: dict[str, MELoRAConfig]
+    fingerprints: dict[str, dict[str, Any]]
+    transposed: dict[str, bool]
+    kept: tuple[str, ...]
+    model: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+    row_dims: dict[str, int] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The adapter's identity: see `hash_adapter`."""
+        return hash_adapter(self.configs, self.tensors)
+
+    def tensors_of(self, site: str) -> AdapterTensors:
+        """A and B of a site, with its configuration."""
+        return AdapterTensors.of(site, self.configs[site], self.tensors)
+
+    def matrices_of(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+        """The base weight of a site as a matrix or a stack of such, which lie transposed or not: a view."""
+        return as_matrices(weight, self.row_dims.get(site))
+
+    def oriented(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+        """The base weight of a site as (O, I), or (E, O, I) for a stack, a view of the one given as it is stored.
+
+        Raises:
+            MELoRAError: for a square weight in an adapter that does not say which way it lies, and where what it says
+                cannot be.
+        """
+        matrices = self.matrices_of(site, weight)
+        is_transposed = self.transposed.get(site)
+        is_square = matrices.size(-2) == matrices.size(-1)
+        if is_transposed is None and is_square:
+            raise MELoRAError(
+                f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter "
+                "saved by an early version does not say: load it into the model and save it again"
+            )
+        blocks, _, width = self.tensors_of(site).lora_a.shape
+        is_wide = blocks // num_matrices(matrices) * width != matrices.size(-1)
+        if is_transposed not in (None, is_wide) and not is_square:
+            raise MELoRAError(f"`{site}` of `{self.directory}`: what its header says of its weight belies its tensors")
+        lies_transposed = is_transposed if is_square else is_wide
+        return matrices.mT if lies_transposed else matrices
+
+    def kept_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are not an adapter's: trained heads."""
+        own = {name for site in self.configs for name in factor_names(site)}
+        return {name: tensor for name, tensor in self.tensors.items() if name not in own}
+
+
+def hash_adapter(configs: Mapping[str, MELoRAConfig], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the sites' configurations and all tensors: the same for a model and for its adapter folder."""
+    return _hash(json.dumps({name: configs[name].to_dict() for name in sorted(configs)}), tensors)
+
+
+def hash_file(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over all tensors and the rest of a header: what its entry `sha256` has to be."""
+    rest = {name: value for name, value in header.items() if name != "sha256"}
+    return _hash(json.dumps(rest, sort_keys=True), tensors)
+
+
+def _hash(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
