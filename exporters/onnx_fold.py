@@ -191,7 +191,8 @@ def _num_uses(value: onnx_ir.Value) -> int:
 
 def _exchange(tensor: torch.Tensor, parameter: torch.Tensor) -> None:
     limit = torch.finfo(parameter.dtype).max  # as exports to half precision do
-    parameter.copy_(tensor.clamp(-limit, limit))
+    wide = tensor.to(torch.promote_types(tensor.dtype, parameter.dtype))
+    parameter.copy_(wide.clamp(-limit, limit))
 
 
 def _new_facts(graph: onnx_ir.Model, adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace]) -> str:

@@ -10,7 +10,7 @@ import onnx
 import torch
 
 from exporters.graph.export import Export
-from exporters.graph.ranges import AxisRange, Shaped, axis_ranges, holds
+from exporters.graph.ranges import AxisRange, axis_ranges, holds
 from exporters.graph.trial_sizes import Sizes, in_words, trial_sizes
 from exporters.measuring.compare import Comparison, compare, largest
 from exporters.onnx_files.metadata import read_facts
@@ -18,7 +18,7 @@ from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import TorchRunner
 from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import in_mode, without_cache
-from melora_fx.whole_capture.conditions import Condition
+from melora_fx.whole_capture.conditions import Condition, Shaped
 from melora_fx.whole_capture.tried_sizes import beyond, with_single_entries
 
 _RUNTIME_OPS = ("SimplifiedLayerNormalization",)

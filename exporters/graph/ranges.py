@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from melora_fx.whole_capture.conditions import Condition
+from melora_fx.whole_capture.conditions import Condition, Shaped
 
 _LARGEST = 2**31
 """Sizes that hold up to here are taken to have no end."""
@@ -20,12 +20,6 @@ class AxisRange(NamedTuple):
     def __str__(self) -> str:
         sizes = f"{self.smallest} to {self.largest}" if self.largest is not None else f"{self.smallest} and more"
         return sizes if self.step == 1 else f"{sizes}, in steps of {self.step}"
-
-
-class Shaped(NamedTuple):
-    """Stands for an array in a condition."""
-
-    shape: tuple[int, ...]
 
 
 def holds(conditions: Iterable[Condition], shapes: Mapping[str, Sequence[int]]) -> bool:

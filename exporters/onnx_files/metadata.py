@@ -16,7 +16,7 @@ from melora_fx.saving.adapter import hash_adapter
 from melora_fx.saving.header import parse_json, parse_sites
 from melora_fx.saving.model_adapter import adapter_tensors, site_entries
 from melora_fx.versions import package_version
-from melora_fx.whole_capture.conditions import Condition
+from melora_fx.whole_capture.conditions import Condition, Shaped
 
 from .onnx_file import read_graph
 from .weight_place import WeightPlace
@@ -113,6 +113,8 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
         if facts["format_version"] != _VERSION:
             raise ValueError(f"it has format_version {facts['format_version']!r}; this melora_fx reads {_VERSION}")
         described = parse_sites(facts["sites"])
+        if unknown := [name for name, site in described.items() if not site.base]:
+            raise ValueError(f"site {unknown[0]!r} has no `base`")
         for name in ("adapter", "adapter_sha256"):
             if not isinstance(facts[name], str):
                 raise TypeError(f"`{name}` must be a text, got {facts[name]!r}")
@@ -125,11 +127,11 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
             row_dims={name: site.row_dims for name, site in described.items() if site.row_dims is not None},
             weights=_places(facts["weights"], graph),
             kept=_places(facts["kept"], graph),
-            conditions=tuple(Condition(text) for text in facts.get("assumed", ())),
+            conditions=_conditions(facts.get("assumed", []), graph),
             constants=dict(facts.get("constants", {})),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise MELoRAError(f"`{path}`: its `{METADATA_KEY}` entry cannot be read: {error!r}") from error
+        raise MELoRAError(f"`{path}`: its `{METADATA_KEY}` entry cannot be read: {str(error)[:300]!r}") from error
     except MELoRAError as error:
         raise MELoRAError(f"`{path}`: its `{METADATA_KEY}` entry cannot be read: {error}") from error
 
@@ -137,6 +139,16 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
 def conditions_in(graph: onnx_ir.Model, path: str | Path) -> tuple[Condition, ...]:
     """What the export of a graph assumed of the sizes of its inputs; nothing is known of one that is not ours."""
     return facts_of(graph, path).conditions if METADATA_KEY in graph.metadata_props else ()
+
+
+def _conditions(texts: Any, graph: onnx_ir.Model) -> tuple[Condition, ...]:
+    conditions = tuple(Condition(text) for text in texts)
+    ranks = {value.name: len(value.shape) for value in graph.graph.inputs if value.shape is not None}
+    for condition in conditions:
+        if unknown := [name for name in condition.names if name not in ranks]:
+            raise ValueError(f"`{condition.text}` is about {unknown[0]!r}, which is no input of the graph")
+        condition.holds({name: Shaped((1,) * ranks[name]) for name in condition.names})
+    return conditions
 
 
 def _places(entries: dict[str, Any], graph: onnx_ir.Model) -> dict[str, WeightPlace]:

@@ -73,7 +73,10 @@ class AdapterCache(Generic[_Adapter]):
 
 def _file_of(path: Path) -> Path:
     """The file that an adapter at `path` is read from."""
-    return path / TENSORS_FILE if path.is_dir() else path
+    try:
+        return path / TENSORS_FILE if path.is_dir() else path
+    except OSError:
+        return path
 
 
 def _version_of(file: Path) -> _Version | None:
@@ -84,4 +87,8 @@ def _version_of(file: Path) -> _Version | None:
         return None
     except NotADirectoryError:  # a file stands where its folder was
         return ()
+    except (OSError, ValueError) as error:  # a name that the system does not take, a folder that it does not open
+        raise MELoRAError(
+            f"the adapter `{file}` cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from exporters.graph.ranges import Shaped
 from melora_fx import MELoRAError
-from melora_fx.whole_capture.conditions import Condition
+from melora_fx.whole_capture.conditions import Condition, Shaped
 
 from .providers import Shapes
 

@@ -20,7 +20,9 @@ from melora_fx.config import MELoRAConfig
 from .fingerprint import NUM_VALUES, WITHOUT_VALUES
 
 FORMAT_VERSION = 2
-"""What is written. Version 1 has no `sha256`, and does not say why a fingerprint has no values."""
+"""What is written. In version 1 there is no `sha256`, a configuration may leave out what is as by default, and a
+fingerprint without values does not say why.
+"""
 _KEYS = {
     1: {"format_version", "versions", "sites", "kept", "model"},
     2: {"format_version", "versions", "sites", "kept", "model", "sha256"},
@@ -79,6 +81,8 @@ def parse_header(text: str) -> Header:
     if version > 1:
         for name, site in sites.items():
             _check_reason(name, site.base)
+            if lost := sorted(site.config.to_dict().keys() - content["sites"][name]["config"].keys()):
+                raise ValueError(f"site `{name}`: `config` lacks {_shown(lost)}")
     return Header(
         format_version=version,
         sites=sites,
@@ -124,7 +128,7 @@ def _site(name: str, entry: Any) -> SiteHeader:
             raise ValueError("`row_dims` is for weights of three dimensions")
         return SiteHeader(config, _fingerprint(entry.get("base")), is_transposed, row_dims)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {_cut(str(error))}") from error
 
 
 def _fingerprint(base: Any) -> dict[str, Any]:
@@ -135,8 +139,8 @@ def _fingerprint(base: Any) -> dict[str, Any]:
     shape = _list("`base.shape`", base["shape"])
     for size in shape:
         _integer("`base.shape`", size, 1, _MAX_ELEMENTS)
-    if not 1 <= len(shape) <= 3 or math.prod(shape) > _MAX_ELEMENTS:
-        raise ValueError(f"`base.shape` (={_shown(shape)}) must be that of a weight, of three dimensions at most")
+    if len(shape) not in (2, 3) or math.prod(shape) > _MAX_ELEMENTS:
+        raise ValueError(f"`base.shape` (={_shown(shape)}) must be that of a matrix or a stack of matrices")
     if not isinstance(getattr(torch, _text("`base.dtype`", base["dtype"], 64), None), torch.dtype):
         raise ValueError(f"`base.dtype` (={_shown(base['dtype'])}) must be a dtype of torch")
     if "values" in base:
@@ -223,8 +227,11 @@ def _is_finite(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     """A value of an error text; of a long one its beginning."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _refuse_constant(name: str) -> None:

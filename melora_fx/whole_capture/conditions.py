@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 from torch.export import ExportedProgram
@@ -21,9 +21,19 @@ from .private import LargeConditionError, conditions_up_to, export_guards, witho
 _FUNCTIONS: dict[str, Any] = {"min": min, "max": max, "abs": abs, "float": float, "int": int, "round": round}
 _PARTS = (
     ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator, ast.Compare, ast.cmpop,
-    ast.Constant, ast.expr_context, ast.Subscript,
+    ast.expr_context, ast.Subscript,
 )  # fmt: skip
-"""What a condition may be made of beside names, calls and attributes: the text may come from a file."""
+"""What a condition may be made of beside names, numbers, calls and attributes: the text may come from a file."""
+_MATH = ("ceil", "floor", "isqrt", "log", "log2", "sqrt", "trunc")
+_MOST_CHARACTERS = 10_000
+_MOST_POWERS = 4
+_LARGEST_NUMBER = 1 << 63
+
+
+class Shaped(NamedTuple):
+    """Stands for an array in a condition."""
+
+    shape: tuple[int, ...]
 
 
 class Condition:
@@ -42,12 +52,15 @@ class Condition:
     """
 
     def __init__(self, text: str, *, is_doubtful: bool = False) -> None:
+        if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
+            raise MELoRAError(f"{str(text)[:200]!r} is no condition on sizes")
         try:
             tree = ast.parse(text, mode="eval")
-        except (SyntaxError, ValueError) as error:
-            raise MELoRAError(f"`{text}` is no condition on sizes: {error}") from error
-        if not all(_is_allowed(node) for node in ast.walk(tree)):
-            raise MELoRAError(f"`{text}` is no condition on sizes")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise MELoRAError(f"`{text[:200]}` is no condition on sizes: {error}") from error
+        nodes = [*ast.walk(tree)]
+        if not all(map(_is_allowed, nodes)) or sum(isinstance(node, ast.Pow) for node in nodes) > _MOST_POWERS:
+            raise MELoRAError(f"`{text[:200]}` is no condition on sizes")
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         self.text = text
         self.is_doubtful = is_doubtful
@@ -55,11 +68,17 @@ class Condition:
         self._test = eval(f"lambda {', '.join(self.names)}: {text}", {"__builtins__": {}, "math": math, **_FUNCTIONS})
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it is true for `values` of its names; a remainder by a size of 0 is not."""
+        """Whether it is true for `values` of its names; a remainder by a size of 0 is not.
+
+        Raises:
+            MELoRAError: for values that it cannot be about, such as shapes with fewer axes.
+        """
         try:
             return bool(self._test(*[values[name] for name in self.names]))
         except ZeroDivisionError:
             return False
+        except (ArithmeticError, AttributeError, IndexError, RecursionError, TypeError, ValueError) as error:
+            raise MELoRAError(f"`{self.text}` cannot be evaluated: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Condition, (self.text,)
@@ -74,14 +93,24 @@ class Condition:
         return hash(self.text)
 
 
+def _is_small(node: ast.expr) -> bool:
+    """Whether it is a number that a condition may be raised to."""
+    number = node.operand if isinstance(node, ast.UnaryOp) else node
+    return isinstance(number, ast.Constant) and isinstance(number.value, int | float) and number.value <= 8
+
+
 def _is_allowed(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
-        is_math = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
+        is_math = isinstance(node.func, ast.Attribute) and node.func.attr in _MATH
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         return not node.keywords and (name in _FUNCTIONS or is_math)
     if isinstance(node, ast.Attribute):
-        of_math = isinstance(node.value, ast.Name) and node.value.id == "math" and not node.attr.startswith("_")
+        of_math = isinstance(node.value, ast.Name) and node.value.id == "math" and node.attr in _MATH
         return node.attr == "shape" or of_math
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, int | float) and abs(node.value) <= _LARGEST_NUMBER
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        return isinstance(node.right, ast.Constant | ast.UnaryOp) and _is_small(node.right)
     if isinstance(node, ast.Name):
         return not node.id.startswith("__")
     return isinstance(node, _PARTS)

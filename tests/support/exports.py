@@ -13,7 +13,19 @@ from torch import nn
 import melora_fx
 from exporters import ExportReport, export_onnx
 from melora_fx import MELoRAConfig
-from support.models import assert_unchanged, bert, bert_classifier, fill, gpt2, randn, rewritten_tower, tokens, tower
+from support.models import (
+    adapted_kept_tower,
+    assert_unchanged,
+    bert,
+    bert_classifier,
+    fill,
+    gpt2,
+    kept_tower,
+    randn,
+    rewritten_tower,
+    tokens,
+    tower,
+)
 from support.zoo import build
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=3)
@@ -37,6 +49,8 @@ def adapted_bert(seed: int = 0) -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]]]] = {
     "tower": (tower, lambda: {"x": randn(2, 24)}),
     "adapted tower": (rewritten_tower, lambda: {"x": randn(2, 24)}),
+    "kept tower": (kept_tower, lambda: {"x": randn(2, 24)}),
+    "adapted kept tower": (adapted_kept_tower, lambda: {"x": randn(2, 24)}),
     "sequence tower": (tower, lambda: {"x": randn(2, 5, 24)}),
     "adapted sequence tower": (rewritten_tower, lambda: {"x": randn(2, 5, 24)}),
     "bert": (lambda: bert_classifier(num_layers=1), tokens),

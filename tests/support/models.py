@@ -272,6 +272,24 @@ def rewritten_tower(seed: int = 0, config: MELoRAConfig = TOWER_CONFIG, **option
     return fill(melora_fx.rewrite(tower(seed), "all-linear", config, **options), seed=seed + 100)
 
 
+def kept_tower() -> nn.Module:
+    """A tower whose norm has values of its own, which no exporter takes for those of another."""
+    model = tower()
+    with torch.no_grad():
+        model.norm.weight.add_(0.1 * randn(OUT, seed=1))
+        model.norm.bias.add_(0.1 * randn(OUT, seed=2))
+    return model
+
+
+def adapted_kept_tower(seed: int = 0) -> nn.Module:
+    """With adapters of unequal ranks on some of its linears, and its norm kept trainable and trained."""
+    config = MELoRAConfig(rank=(1, 2, 2), num_blocks=3, alpha=5.0)
+    model = fill(melora_fx.rewrite(kept_tower(), ["up", "gate", "conv"], config, keep_trainable="norm"), seed)
+    with torch.no_grad():
+        model.norm.bias.add_(0.1 * randn(OUT, seed=seed + 3))
+    return model
+
+
 _BERT = {
     "vocab_size": 50,
     "hidden_size": 24,
