@@ -17,12 +17,13 @@ from exporters.measuring.plots import import_pyplot, plot_latency
 from exporters.onnx_runtime import import_onnxruntime
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import Runner, TorchRunner
+from exporters.training.texts import read_texts
 from melora_fx import MELoRAConfig
 from melora_fx.files import writing
 
 from .base import head_names, load_base
 from .batches import Batches, compute_accuracy, compute_logits
-from .data import load_csv, load_topics
+from .data import load_topics
 from .report import console, plot_training, print_code, print_results, print_texts
 from .training import train
 
@@ -59,7 +60,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     """
     _check_requirements(options.out)
     torch.manual_seed(_SEED)
-    texts = load_csv(options.data, options.text, options.label) if options.data else load_topics()
+    texts = read_texts(options.data, options.text, options.label) if options.data else load_topics()
     model, tokenizer = load_base(options.model, texts.labels)
     batches = Batches(tokenizer, texts)
     print_texts(texts)

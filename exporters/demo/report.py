@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from exporters.measuring.plots import import_pyplot
+from exporters.training.texts import Texts
 from melora_fx.tables import table
-
-from .data import Texts
 
 console = Console()
 
@@ -20,6 +20,8 @@ def print_texts(texts: Texts) -> None:
         f"[bold]data[/]: {len(texts.train)} training and {len(texts.held_out)} held-out texts, "
         f"{len(texts.labels)} labels: {', '.join(texts.labels)}"
     )
+    for note in texts.notes:
+        console.print(f"[bold]note[/]: {escape(note)}")
 
 
 def print_code(title: str, code: str) -> None:
