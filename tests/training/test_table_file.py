@@ -129,10 +129,11 @@ def test_short_rows_are_counted(path: Path) -> None:
     assert found.notes == ("left out: 2 of 6 rows, with fewer cells than the header's 2 (the first in line 4)",)
 
 
-TEXTS = st.text(st.sampled_from("ab ,;\t|\"'\n\réß"), min_size=1, max_size=8)
+TEXTS = st.lists(st.sampled_from([*"ab ,;\t|\"'\néß", "\r\n"]), min_size=1, max_size=8).map("".join)
+"""Without a lone \\r, which the csv module of Python 3.11 writes without quotes."""
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=40, deadline=None, database=None)
 @given(
     rows=st.lists(st.tuples(TEXTS, st.sampled_from(["LABEL 0", "LABEL 1"])), min_size=1, max_size=5),
     delimiter=st.sampled_from(DELIMITERS),

@@ -97,10 +97,10 @@ def test_texts_of_two_labels_are_never_held_out() -> None:
         split_texts([("x", "a"), ("y", "a"), ("z", "a"), ("x", "b"), ("y", "b")])
 
 
-CHARACTERS = st.sampled_from(["a", "B", "é", " ", "\n", '"', ",", "x,A"])
+CHARACTERS = st.sampled_from(["a", "É", "é", " ", "\n", '"', ",", "x,Q"])
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=40, deadline=None, database=None)
 @given(
     rows=st.lists(st.tuples(st.lists(CHARACTERS, max_size=3).map("".join), st.sampled_from(["A", "B ", "C", "", " "]))),
     share=st.floats(0.01, 0.99),
@@ -109,7 +109,8 @@ CHARACTERS = st.sampled_from(["a", "B", "é", " ", "\n", '"', ",", "x,A"])
 def test_every_row_is_accounted_for(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], share: float, seed: int
 ) -> None:
-    rows = [*rows, *[(f"sure {i}", "AB"[i % 2]) for i in range(6)]]
+    rows = [(f"{label}: {text}" if label == "C" else text, label) for text, label in rows]  # C has texts of its own
+    rows += [(f"sure {i}", "AB"[i % 2]) for i in range(6)]
     path = write(tmp_path_factory.getbasetemp() / "rows.csv", rows)
     texts = read_texts(path, "text", "label", held_out=share, seed=seed)
     given = Counter((text, label.strip()) for text, label in rows)
