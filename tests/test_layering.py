@@ -17,7 +17,7 @@ _ROOMS = {
     "exporters": """
         onnx_runtime private example_inputs export_report export_files
         onnx_files adapters graph runtime onnx_fold measuring tensorrt_check triton_server
-        verify targets export demo cli __init__
+        verify targets export training demo cli __init__
     """,
 }
 ORDER = {package: rooms.split() for package, rooms in _ROOMS.items()}

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from exporters.runtime.torch_runner import Runner
-
-from .data import Texts
+from exporters.training.texts import Texts
 
 BATCH = 16
 _EXAMPLES = 8

@@ -17,13 +17,15 @@ from exporters.measuring.plots import import_pyplot, plot_latency
 from exporters.onnx_runtime import import_onnxruntime
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import Runner, TorchRunner
+from exporters.training.plots import plot_training
+from exporters.training.texts import read_texts
 from melora_fx import MELoRAConfig
 from melora_fx.files import writing
 
 from .base import head_names, load_base
 from .batches import Batches, compute_accuracy, compute_logits
-from .data import load_csv, load_topics
-from .report import console, plot_training, print_code, print_results, print_texts
+from .data import load_topics
+from .report import console, print_code, print_results, print_texts
 from .training import train
 
 _SEED = 0
@@ -59,7 +61,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     """
     _check_requirements(options.out)
     torch.manual_seed(_SEED)
-    texts = load_csv(options.data, options.text, options.label) if options.data else load_topics()
+    texts = read_texts(options.data, options.text, options.label) if options.data else load_topics()
     model, tokenizer = load_base(options.model, texts.labels)
     batches = Batches(tokenizer, texts)
     print_texts(texts)
@@ -70,8 +72,9 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     console.rule("train")
     history = train(model, batches, num_epochs=1 if options.quick else 5, seed=_SEED)
     melora_fx.save_adapter(model, options.out / "adapter")
-    results |= {"accuracy_after": history.accuracies[-1], "majority_baseline": texts.majority_baseline}
-    plot_training(history.losses, history.accuracies, texts.majority_baseline, options.out / "training.png")
+    results |= {"accuracy_after": history.evaluations[-1][1], "majority_baseline": texts.majority_baseline}
+    evaluations = [(0, results["accuracy_before"]), *history.evaluations]
+    plot_training(history.losses, evaluations, texts.majority_baseline, options.out / "training.png")
 
     graphs = _export(model, batches, options)
     results |= _fold(model, graphs, batches)

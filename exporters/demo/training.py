@@ -23,10 +23,10 @@ _COMPILE_PAYS_S = 600.0
 
 @dataclass(frozen=True)
 class History:
-    """Training loss (mean over the batch) of each step, held-out accuracy after each epoch."""
+    """Training loss (mean over the batch) of each step; (steps done, held-out accuracy) after each epoch."""
 
     losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
 
 
 def train(model: nn.Module, batches: Batches, num_epochs: int, seed: int) -> History:
@@ -49,8 +49,9 @@ def train(model: nn.Module, batches: Batches, num_epochs: int, seed: int) -> His
                 scheduler.step()
                 history.losses.append(loss.item())
                 show(f"loss {history.losses[-1]:.3f}", advance=1)
-            history.accuracies.append(compute_accuracy(TorchRunner(model.eval()), batches))
-            console.print(f"epoch {len(history.accuracies)}: held-out accuracy {history.accuracies[-1]:.1%}")
+            accuracy = compute_accuracy(TorchRunner(model.eval()), batches)
+            history.evaluations.append((len(history.losses), accuracy))
+            console.print(f"epoch {len(history.evaluations)}: held-out accuracy {accuracy:.1%}")
     return history
 
 

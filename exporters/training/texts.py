@@ -1,0 +1,146 @@
+"""A user's labelled texts, split into a training and a held-out part."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from melora_fx import MELoRAError
+
+from .split import Row, ambiguous_keys, drop_single_texts, name_some, split, text_key
+from .table_file import read_text_rows
+from .text_file import counted
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts with the index of their label in `labels`, in a training and a held-out part.
+
+    Attributes:
+        labels: sorted.
+        train, held_out: (text, index of its label); no text stands in both.
+        notes: what the user should know of how they came out of the file.
+    """
+
+    labels: tuple[str, ...]
+    train: tuple[tuple[str, int], ...]
+    held_out: tuple[tuple[str, int], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def majority_baseline(self) -> float:
+        """Held-out accuracy of always answering the most frequent training label."""
+        most_frequent = Counter(label for _, label in self.train).most_common(1)[0][0]
+        return sum(label == most_frequent for _, label in self.held_out) / len(self.held_out)
+
+
+def read_texts(
+    path: Path, text_column: str, label_column: str, *, held_out: float | Path = 0.2, seed: int = 0
+) -> Texts:
+    """The labelled texts of a delimited file with a header, as `read_text_rows` reads it.
+
+    Labels lose surrounding white space. What is left out is counted in the notes: rows without a text or a label, and
+    labels of a single text. The same rows and seed give the same texts in the same order, whatever the rows' order.
+
+    Args:
+        path: the file.
+        text_column, label_column: its columns.
+        held_out: the share of each label's rows that is held out, between 0 and 1, as `split` does it; or a file of the
+            same columns whose texts are, and are left out of the training.
+        seed: of the choice of the held-out texts.
+
+    Raises:
+        ValueError: for a share that is not between 0 and 1, or the same column twice.
+        MELoRAError: for a file that cannot be used; see `read_text_rows`. For fewer than two labels, a label that only
+            the held-out file has, or one that the held-out file leaves without training text.
+    """
+    if text_column == label_column:
+        raise ValueError(f"`text_column` and `label_column` (={label_column!r}) must be different columns")
+    if isinstance(held_out, str | os.PathLike):
+        return _read_two_files(Path(path), Path(held_out), text_column, label_column)
+    if not 0 < held_out < 1:
+        raise ValueError(f"`held_out` (={held_out}) must be between 0 and 1, or a file")
+    rows, notes = _read_rows(Path(path), text_column, label_column)
+    try:
+        texts = split_texts(rows, held_out, seed)
+    except MELoRAError as error:
+        raise MELoRAError(f"`{path}`: {error}") from error
+    return Texts(texts.labels, texts.train, texts.held_out, (*notes, *texts.notes))
+
+
+def split_texts(rows: Sequence[Row], held_out: float = 0.2, seed: int = 0) -> Texts:
+    """(text, label) rows as `Texts`; arguments as for `read_texts`.
+
+    Raises:
+        MELoRAError: for fewer than two labels of two different texts each, or a label whose texts all stand under
+            others too.
+    """
+    kept, notes = drop_single_texts(rows)
+    labels = tuple(sorted({label for _, label in kept}))
+    if len(labels) < 2:
+        raise MELoRAError(f"needs two labels with two different texts each, it has {len(labels)}")
+    if ambiguous := ambiguous_keys(kept):
+        example = next(text for text, _ in kept if text_key(text) in ambiguous)
+        number = counted(len(ambiguous), "text")
+        notes.append(f"never held out: {number} under more than one label, such as {name_some([example])}")
+    train, rest = split(kept, held_out, seed)
+    return Texts(labels, _indexed(train, labels), _indexed(rest, labels), tuple(notes))
+
+
+def _read_two_files(path: Path, held_out_path: Path, text_column: str, label_column: str) -> Texts:
+    train, notes = _read_rows(path, text_column, label_column)
+    held_out, held_out_notes = _read_rows(held_out_path, text_column, label_column)
+    labels = tuple(sorted({label for _, label in train}))
+    if unknown := sorted({label for _, label in held_out} - {*labels}):
+        raise MELoRAError(f"`{held_out_path}` has labels that `{path}` has not: {name_some(unknown)}")
+    keys = {text_key(text) for text, _ in held_out}
+    kept = [row for row in train if text_key(row[0]) not in keys]
+    if len(kept) < len(train):
+        notes.append(
+            f"`{path.name}`: left out: {counted(len(train) - len(kept), 'row')} whose text stands in "
+            f"`{held_out_path.name}` too"
+        )
+    if bare := sorted({*labels} - {label for _, label in kept}):
+        raise MELoRAError(f"`{held_out_path}` has all texts that `{path}` has for {name_some(bare)}")
+    if len(labels) < 2:
+        raise MELoRAError(f"`{path}`: needs two labels, it has {len(labels)}")
+    if untested := sorted({*labels} - {label for _, label in held_out}):
+        notes.append(f"`{held_out_path.name}` has no texts of {name_some(untested)}")
+    return Texts(labels, _indexed(sorted(kept), labels), _indexed(held_out, labels), (*notes, *held_out_notes))
+
+
+def _indexed(rows: Sequence[Row], labels: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    number = {label: index for index, label in enumerate(labels)}
+    return tuple((text, number[label]) for text, label in rows)
+
+
+def _read_rows(path: Path, text_column: str, label_column: str) -> tuple[list[Row], list[str]]:
+    """(rows that have a text and a label, notes that name the file)."""
+    table = read_text_rows(path, text_column, label_column)
+    notes = list(table.notes)
+    rows = [(text, label.strip()) for text, label in table.rows if text.strip() and label.strip()]
+    if not rows:
+        said = "".join(f"; {note}" for note in notes)
+        raise MELoRAError(f"`{path}` is empty: no row has both a {text_column!r} and a {label_column!r}{said}")
+    if dropped := len(table.rows) - len(rows):
+        notes.append(f"left out: {dropped} of {counted(table.num_read, 'row')}, without a text or a label")
+    notes += _label_notes({label for _, label in rows})
+    return rows, [f"`{path.name}`: {note}" for note in notes]
+
+
+def _label_notes(labels: set[str]) -> list[str]:
+    """What looks like a mistake in the labels, and is not changed."""
+    by_case: dict[str, list[str]] = defaultdict(list)
+    for label in sorted(labels):
+        by_case[label.casefold()].append(label)
+    same = [found for found in by_case.values() if len(found) > 1]
+    notes = [f"labels that differ only in case are kept apart: {name_some(found)}" for found in same]
+    if all(re.fullmatch(r"[-+]?\d*[.,]?\d+", label) for label in labels) and any(
+        re.search("[.,]", label) for label in labels
+    ):
+        notes.append(
+            f"the labels are numbers with fractions ({name_some(sorted(labels)[:2])}): each is a class of its own"
+        )
+    return notes
