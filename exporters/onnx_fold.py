@@ -23,12 +23,13 @@ from melora_fx.adapter.update import Scratch
 from melora_fx.files import staging_folder, writing
 from melora_fx.folding.measured_fold import fold_and_measure
 from melora_fx.folding.report import make_report
+from melora_fx.matching.keep_trainable import is_within
 from melora_fx.matching.targets import nearest
 from melora_fx.names import site_of
 from melora_fx.progress import show_progress
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
-from melora_fx.saving.checks import check_base, kept_of
+from melora_fx.saving.checks import check_base
 from melora_fx.saving.fingerprint import fingerprint
 
 from .export_files import move_files, onnx_file_path, refuse_folder
@@ -143,14 +144,15 @@ def _refuse_adapter(
 ) -> None:
     """Raises for an adapter of another base, and for one that exchanges a part of a head."""
     found = {site: weights.read(place) for site, place in places.items()}
-    heads = {name: weights.read(place) for name, place in facts.weights.items() if _is_float(weights, place)}
-    check_base(
-        adapter,
-        found,
-        {site: fingerprint(weight) for site, weight in found.items()},
-        adapter.kept_tensors() | kept_of(adapter, heads),
-        "the graph",
-    )
+    names = {initializer.removesuffix(".T"): initializer for initializer in weights.tensors}
+    places = {name: place for name in names if (place := find_tensor(weights.tensors, name))} | facts.weights
+    heads = {
+        name: weights.read(place)
+        for name, place in places.items()
+        if any(is_within(name, kept) for kept in adapter.kept) and _is_float(weights, place)
+    }
+    fingerprints = {site: fingerprint(weight) for site, weight in found.items()}
+    check_base(adapter, found, fingerprints, adapter.kept_tensors() | heads, "the graph")
 
 
 def _is_float(weights: WeightBytes, place: WeightPlace) -> bool:

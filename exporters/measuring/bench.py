@@ -1,7 +1,6 @@
 """What the user's own graphs cost beside each other. `melora-fx bench` runs it."""
 
 import functools
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from exporters.onnx_files.metadata import METADATA_KEY
+from exporters.onnx_files.metadata import METADATA_KEY, read_facts
 from exporters.onnx_runtime import Arrays
 from exporters.runtime.graph_inputs import axis_roles, make_inputs
 from exporters.runtime.ort_runner import OrtRunner
@@ -176,8 +175,8 @@ def _shapes(options: BenchOptions, runner: OrtRunner) -> list[Shape]:
 
 def _model_of(runner: OrtRunner) -> str:
     """The model's class, where `export_onnx` has written the graph."""
-    entry = runner.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    return json.loads(entry)["model"].rpartition(".")[2] if entry else ""
+    is_ours = METADATA_KEY in runner.session.get_modelmeta().custom_metadata_map
+    return read_facts(runner.path).model.rpartition(".")[2] if is_ours else ""
 
 
 def _at(rows: Sequence[Measurement], shape: Shape) -> list[Measurement]:

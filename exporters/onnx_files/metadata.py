@@ -31,6 +31,7 @@ class GraphFacts:
 
     Attributes:
         path: the file, for error texts.
+        model: the class of the model, with its module.
         adapter: which adapters the graph has, as in `exporters/targets.py`: "fold", say, or "none".
         adapter_sha256: the identity of the adapter that it holds, or "none".
         configs: site → its configuration.
@@ -44,6 +45,7 @@ class GraphFacts:
     """
 
     path: Path
+    model: str
     adapter: str
     adapter_sha256: str
     configs: dict[str, MELoRAConfig]
@@ -115,11 +117,12 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
         described = parse_sites(facts["sites"])
         if unknown := [name for name, site in described.items() if not site.base]:
             raise ValueError(f"site {unknown[0]!r} has no `base`")
-        for name in ("adapter", "adapter_sha256"):
+        for name in ("model", "adapter", "adapter_sha256"):
             if not isinstance(facts[name], str):
                 raise TypeError(f"`{name}` must be a text, got {facts[name]!r}")
         return GraphFacts(
             path=Path(path),
+            model=facts["model"],
             adapter=facts["adapter"],
             adapter_sha256=facts["adapter_sha256"],
             configs={name: site.config for name, site in described.items()},

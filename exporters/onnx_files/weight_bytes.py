@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir
 import torch
 
+from melora_fx import MELoRAError
+
 from .metadata import METADATA_KEY
 from .onnx_file import data_files
 from .weight_place import WeightPlace
@@ -90,7 +92,12 @@ class WeightBytes:
         if isinstance(tensor, onnx_ir.ExternalTensor):
             file = self.files[str(tensor.location)]
             return np.memmap(file, np.uint8, "c", tensor.offset or 0, (tensor.nbytes,))
-        return np.frombuffer(bytearray(tensor.tobytes()), np.uint8)
+        data = np.frombuffer(bytearray(tensor.tobytes()), np.uint8)
+        if data.nbytes != tensor.nbytes:
+            raise MELoRAError(
+                f"`{self.path}`: `{name}` has {data.nbytes} bytes, its shape and type say {tensor.nbytes}"
+            )
+        return data
 
     def _view(self, place: WeightPlace, data: np.ndarray) -> torch.Tensor:
         """The parameter at `place` as it lies in the model, a view of its initializer's bytes."""

@@ -156,7 +156,7 @@ def _shape_inputs(node: onnx_ir.Node) -> list[onnx_ir.Value]:
 def _main_types(node: onnx_ir.Node, opset: int) -> set[str]:
     """Element types of the tensors that the node computes with: those that share its main input's type."""
     schema = _schema(node.op_type, opset)
-    if schema is None:
+    if schema is None or (len(node.inputs) and not schema.inputs):  # one with inputs that it does not take
         return set()
     inputs = [(_formal(schema.inputs, place).type_str, value) for place, value in enumerate(node.inputs)]
     outputs = [(_formal(schema.outputs, place).type_str, value) for place, value in enumerate(node.outputs)]

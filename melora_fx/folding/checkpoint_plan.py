@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from melora_fx.errors import MELoRAError
+from melora_fx.matching.keep_trainable import is_within
 from melora_fx.matching.targets import nearest
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.checks import check_fingerprints, check_kept, check_shapes, kept_of
@@ -116,8 +117,8 @@ def _check_values(checkpoint: Checkpoint, adapter: Adapter, stored: Mapping[str,
 
 
 def _tensors(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> Mapping[str, torch.Tensor]:
-    """The base's tensors by name, on the meta device. Of a class that transformers does not know, what is not in the
-    checkpoint is taken for new.
+    """The base's tensors by name, on the meta device. Of a class that transformers does not know, a kept module of
+    which the checkpoint has nothing is taken for new.
     """
     if names.tensors is not None:
         return names.tensors
@@ -125,4 +126,6 @@ def _tensors(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> Mapping
         key: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.int64), device="meta")
         for key, tensor in checkpoint.tensors.items()
     }
-    return {**adapter.kept_tensors(), **stored}
+    new = [kept for kept in adapter.kept if not any(is_within(key, kept) for key in stored)]
+    heads = {name: tensor for name, tensor in adapter.kept_tensors().items() if any(is_within(name, k) for k in new)}
+    return heads | stored
