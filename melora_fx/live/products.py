@@ -25,7 +25,7 @@ from melora_fx.patterns.node import KNOWN_SHAPE, weight_of
 from melora_fx.patterns.patterns import find_linear_nodes
 from melora_fx.patterns.stacks import Stack
 from melora_fx.patterns.views import KNOWN_VIEW, WeightView
-from melora_fx.torch_private import in_autograd_function, in_forward_mode
+from melora_fx.torch_private import in_autograd_function, in_forward_mode, never_compiled
 
 from .reader import is_adapted, is_recomputed
 from .refusals import record_of, refuse_in_function, refuse_use
@@ -253,7 +253,7 @@ def _described(value: Any, shown: Shown, name: str, tensors: list[Any]) -> str:
     return f" {value}"
 
 
-@torch.compiler.disable
+@never_compiled
 def _add_product(
     products: dict[str, Product], key: str, shown: Shown, name: str, function: Any, args: Any, kwargs: Any
 ) -> None:
