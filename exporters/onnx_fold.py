@@ -4,19 +4,20 @@ The graph says in its metadata which initializer, or which columns of one, holds
 node is touched.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx_ir
 import torch
 
 from exporters.onnx_files.companions import copy_companions
 from exporters.onnx_files.metadata import METADATA_KEY, GraphFacts, facts_of
 from exporters.onnx_files.onnx_file import read_graph
-from exporters.onnx_files.weight_bytes import TORCH_DTYPES, Change, WeightBytes
 from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from melora_fx import FoldReport, MELoRAError, SiteFold
 from melora_fx.adapter.update import Scratch
@@ -33,6 +34,11 @@ from melora_fx.saving.checks import check_base
 from melora_fx.saving.fingerprint import fingerprint
 
 from .export_files import move_files, onnx_file_path, refuse_folder
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from exporters.onnx_files.weight_bytes import Change, WeightBytes
 
 
 def fold_onnx(
@@ -59,6 +65,8 @@ def fold_onnx(
             an adapter already, or does not say where a weight is: it is tied, or the exporter has merged it with
             others; where the adapter is not finite, or the file cannot be written. Nothing is written then.
     """
+    from exporters.onnx_files.weight_bytes import WeightBytes  # imports onnx_ir
+
     source = onnx_file_path(onnx_path)
     out = onnx_file_path(out_path)
     refuse_folder(source)
@@ -131,7 +139,7 @@ def _refuse_weights(weights: WeightBytes, places: Mapping[str, WeightPlace]) -> 
     """Raises for weights of sites that are not floating point."""
     tensors = {site: weights.tensors[place.initializer] for site, place in places.items()}
     quantised = [
-        f"`{site}`: {tensor.dtype.name}" for site, tensor in tensors.items() if tensor.dtype not in TORCH_DTYPES
+        f"`{site}`: {tensor.dtype.name}" for site, tensor in tensors.items() if not weights.is_floating(places[site])
     ]
     if quantised:
         raise MELoRAError(
@@ -149,14 +157,10 @@ def _refuse_adapter(
     heads = {
         name: weights.read(place)
         for name, place in places.items()
-        if any(is_within(name, kept) for kept in adapter.kept) and _is_float(weights, place)
+        if any(is_within(name, kept) for kept in adapter.kept) and weights.is_floating(place)
     }
     fingerprints = {site: fingerprint(weight) for site, weight in found.items()}
     check_base(adapter, found, fingerprints, adapter.kept_tensors() | heads, "the graph")
-
-
-def _is_float(weights: WeightBytes, place: WeightPlace) -> bool:
-    return weights.tensors[place.initializer].dtype in TORCH_DTYPES
 
 
 def _fold_weight(

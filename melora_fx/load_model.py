@@ -1,19 +1,20 @@
 """The model in a Hugging Face folder."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
 
 from .errors import MELoRAError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_model(
     folder: Path, *, with_weights: bool = True, class_name: str | None = None, num_labels: int | None = None
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The model in a folder, in evaluation mode.
 
     Args:
@@ -27,8 +28,10 @@ def load_model(
     """
     if not (folder / "config.json").is_file():
         raise MELoRAError(f"`{folder}` is not a Hugging Face model folder: it has no config.json")
+    import transformers  # heavy: only where it is used
+
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers and its validation raise many kinds
         raise MELoRAError(f"`{folder}/config.json` cannot be read: {error}") from error
     if num_labels is not None:

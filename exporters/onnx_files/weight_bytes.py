@@ -53,6 +53,10 @@ class WeightBytes:
         """The parameter at `place`, memory-mapped where it is in a file of its own."""
         return self._view(place, self._bytes(place.initializer))
 
+    def is_floating(self, place: WeightPlace) -> bool:
+        """Whether the parameter at `place` is of floating point numbers: another is quantised, or a counter."""
+        return self.tensors[place.initializer].dtype in TORCH_DTYPES
+
     def change(self, place: WeightPlace, change: Change) -> None:
         """Notes that the parameter at `place` is to be changed when the graph is written."""
         self.changes.setdefault(place.initializer, []).append((place, change))
