@@ -5,7 +5,7 @@ options    options that several commands have, and the parsers of texts
 training   demo, match
 folding    fold, fold-onnx
 exporting  export
-adapters   adapter to-ort
+adapters   adapter inspect, adapter to-ort
 timing     bench
 terminal   errors, warnings and logs, as the user sees them
 """

@@ -13,7 +13,7 @@ import typer
 
 from melora_fx.versions import package_version
 
-from .adapters import adapter_to_ort
+from .adapters import adapter_to_ort, inspect_adapter
 from .exporting import export
 from .folding import fold, fold_into_onnx
 from .terminal import quiet_pipe, tidy_terminal
@@ -31,7 +31,10 @@ _COMMANDS: tuple[Command, ...] = (
     ("export", export, "./my-model ./demo-output/adapter -o merged.onnx --target ort-cpu"),
     ("bench", bench, "base.onnx unmerged.onnx --batch 1,8 --sequence 16,128 --plot bench.png"),
 )
-_ADAPTER_COMMANDS: tuple[Command, ...] = (("to-ort", adapter_to_ort, "./adapter swap.onnx -o adapter.onnx_adapter"),)
+_ADAPTER_COMMANDS: tuple[Command, ...] = (
+    ("inspect", inspect_adapter, "./adapter --base ./my-model"),
+    ("to-ort", adapter_to_ort, "./adapter swap.onnx -o adapter.onnx_adapter"),
+)
 
 _NAME = "melora-fx"
 _DEBUG = "--debug"

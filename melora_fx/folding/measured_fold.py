@@ -70,7 +70,7 @@ class _Losses:
         norm = 0.0
         ranks: list[int] = []
         for own in adapter.by_matrix():
-            matrix_norm, matrix_ranks = _norm_and_ranks(own)
+            matrix_norm, matrix_ranks = norm_and_ranks(own)
             norm = math.hypot(norm, matrix_norm)
             ranks += matrix_ranks
         return SiteFold(
@@ -83,7 +83,7 @@ class _Losses:
         )
 
 
-def _norm_and_ranks(adapter: AdapterTensors) -> tuple[float, list[int]]:
+def norm_and_ranks(adapter: AdapterTensors) -> tuple[float, list[int]]:
     """‖Δ‖, and the numerical rank of each s_i B_i A_i, from the R × R matrices BᵀB and AAᵀ alone.
 
     ‖Δ‖² is the trace of their product, and its eigenvalues are the squares of the singular values: of those float64

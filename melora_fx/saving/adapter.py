@@ -13,6 +13,7 @@ import torch
 from melora_fx.adapter.tensors import AdapterTensors, as_matrices, factor_names, num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
+from melora_fx.matching.keep_trainable import is_within
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Adapter:
             raise MELoRAError(f"`{site}` of `{self.directory}`: what its header says of its weight belies its tensors")
         lies_transposed = is_transposed if is_square else is_wide
         return matrices.mT if lies_transposed else matrices
+
+    def tensors_kept_by(self, kept: str) -> list[str]:
+        """Names of the tensors that belong to one of the names in `kept`."""
+        return [name for name in self.kept_tensors() if is_within(name, kept)]
 
     def kept_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are not an adapter's: trained heads."""

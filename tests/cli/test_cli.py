@@ -41,7 +41,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["demo", "match", "fold", "export", "fold-onnx", "adapter to-ort", "bench"])
+@pytest.mark.parametrize(
+    "command", ["demo", "match", "fold", "export", "fold-onnx", "adapter inspect", "adapter to-ort", "bench"]
+)
 def test_help_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.returncode == 0
