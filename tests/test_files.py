@@ -1,18 +1,23 @@
 """An export's files: all of them or none, whatever ends it, and an earlier export stays until the last moment."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.full_disk import full_disk
 from support.models import assert_unchanged, randn, rewritten_tower, tower
 
+import melora_fx
 from exporters import OrtRunner, export_onnx
 from melora_fx import MELoRAError
-from melora_fx.files import new_folder, staging_folder
+from melora_fx.files import new_folder, staging_folder, write_atomically, write_together
+from melora_fx.saving import adapter_file
 
 
 def names(folder: Path) -> set[str]:
@@ -30,6 +35,71 @@ def test_what_a_killed_export_left_is_removed_and_a_running_ones_files_are_not(t
             assert names(tmp_path) == {running.name, second.name, ".other.onnx.abcdefgh.tmp"}
             assert names(running) == {"weights"}
     assert names(tmp_path) == {".other.onnx.abcdefgh.tmp"}
+
+
+def test_what_earlier_versions_left_is_removed_and_users_files_are_not(tmp_path: Path) -> None:
+    for file in (".model.safetensors.123.tmp", ".model.safetensors.a_b0c1d2.new"):
+        (tmp_path / file).touch()
+    mine = {".model.safetensors.tmp", ".model.safetensors.backup.tmp", "model.safetensors.123.tmp", ".other.123.tmp"}
+    for file in mine:
+        (tmp_path / file).touch()
+    write_atomically(tmp_path / "model.safetensors", lambda path: path.write_text("new"))
+    assert names(tmp_path) == {"model.safetensors", *mine}
+
+
+def test_a_staging_folder_that_another_run_has_removed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its lock it is like a killed run's."""
+    make = tempfile.mkdtemp
+    made = []
+
+    def removed_at_first(**options: Any) -> str:
+        made.append(make(**options))
+        if len(made) == 1:
+            shutil.rmtree(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", removed_at_first)
+    with staging_folder(tmp_path / "model.onnx") as staging:
+        assert [str(staging)] == made[1:]
+    assert names(tmp_path) == set()
+
+
+def test_files_written_together_are_all_new_or_none(tmp_path: Path) -> None:
+    def fails(path: Path) -> None:
+        path.write_text("half")
+        raise ValueError
+
+    (tmp_path / "first").write_text("old")
+    with pytest.raises(ValueError, match=r"^$"):
+        write_together(tmp_path, {"first": lambda path: path.write_text("new"), "second": fails})
+    assert names(tmp_path) == {"first"}
+    assert (tmp_path / "first").read_text() == "old"
+
+
+def test_a_failed_save_leaves_no_folder_that_it_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rewritten_tower()
+    (tmp_path / "mine").mkdir()
+    with full_disk(100):
+        for folder in ("new", "mine", "mine/new/deep"):
+            with pytest.raises(MELoRAError, match=f"{folder}` cannot be written: File too large"):
+                melora_fx.save_adapter(model, tmp_path / folder)
+        with (
+            pytest.raises(MELoRAError, match="cannot be written: File too large"),
+            new_folder(tmp_path / "a/b") as made,
+        ):
+            (made / "weights").write_bytes(bytes(1000))
+    with pytest.raises(MELoRAError, match="cannot be written: File name too long"):
+        melora_fx.save_adapter(model, tmp_path / "new" / ("n" * 300))
+
+    def cannot_be_serialised(*_: object) -> None:
+        raise TypeError
+
+    monkeypatch.setattr(adapter_file, "write_tensors", cannot_be_serialised)
+    with pytest.raises(TypeError):
+        melora_fx.save_adapter(model, tmp_path / "new")
+    assert [file.name for file in tmp_path.rglob("*")] == ["mine"]
 
 
 def test_a_new_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from melora_fx.adapter.tensors import AdapterTensors, as_matrices, factor_names, num_matrices
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
-from melora_fx.files import write_atomically
+from melora_fx.files import made_folder, write_together
 from melora_fx.versions import package_version
 
 from .tensor_file import write_tensors
@@ -161,7 +161,7 @@ def _parse(header: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path)
 
 
 def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    """Writes an adapter folder; made where there is none. A crash leaves the old files or the new ones.
+    """Writes an adapter folder; made where there is none. A crash leaves the old adapter or the new one.
 
     One adapter gives the same bytes each time.
 
@@ -178,8 +178,13 @@ def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dic
     metadata = {"format": "pt", _HEADER_KEY: text}
     on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
-        write_atomically(directory / TENSORS_FILE, lambda path: write_tensors(path, on_cpu, metadata))
+        with made_folder(directory):
+            write_together(
+                directory,
+                {
+                    CONFIG_FILE: lambda path: path.write_text(text + "\n"),
+                    TENSORS_FILE: lambda path: write_tensors(path, on_cpu, metadata),
+                },
+            )
     except OSError as error:
         raise MELoRAError(f"`{directory}` cannot be written: {error.strerror or error}") from error
