@@ -158,6 +158,6 @@ def in_graph(encoder: str, options: Namespace) -> list[Row]:
         ),
     }
     seconds = time_in_turn(sides, rounds=options.rounds)
-    written = [(folder / f"{name}.onnx.data").read_bytes() for name in ("fresh", "folded")]
+    written = [next(folder.glob(f"{name}.onnx.*.data")).read_bytes() for name in ("fresh", "folded")]
     assert written[0] == written[1], "a fold gives the bits of a fresh export"
     return rows_of(seconds, "export_onnx", {}, part="onnx", dtype="float32", threads=options.threads)

@@ -100,6 +100,27 @@ def read_facts(path: str | Path) -> GraphFacts:
     return facts_of(read_graph(path), path)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is a graph with a description."""
+    graph = _read_proto(path)
+    return graph is not None and any(entry.key == METADATA_KEY for entry in graph.metadata_props)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file is a graph without a description: another tool's."""
+    graph = _read_proto(path)
+    return graph is not None and all(entry.key != METADATA_KEY for entry in graph.metadata_props)
+
+
+def _read_proto(path: Path) -> onnx.ModelProto | None:
+    """The graph in a file without its external data; None for what is no graph."""
+    try:
+        graph = onnx.load(path, load_external_data=False)
+    except Exception:  # protobuf raises its own kinds
+        return None
+    return graph if graph.HasField("graph") else None
+
+
 def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
     """The description in a graph that has been read from `path`."""
     text = graph.metadata_props.get(METADATA_KEY)

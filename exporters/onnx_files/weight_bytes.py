@@ -12,6 +12,7 @@ import torch
 
 from .metadata import METADATA_KEY
 from .onnx_file import data_files
+from .save_graph import save_graph
 from .weight_place import WeightPlace
 
 TORCH_DTYPES = {
@@ -56,8 +57,8 @@ class WeightBytes:
         self.changes.setdefault(place.initializer, []).append((place, change))
 
     def write(self, path: Path, facts: str) -> None:
-        """Writes the graph with its changed weights and `facts` as its new description; the weights stand beside it, in
-        NAME.onnx.data. Each weight is read, changed and written on its own.
+        """Writes the graph with its changed weights and `facts` as its new description, by `save_graph`. Each weight is
+        read, changed and written on its own.
         """
         self._settle_places()
         buffer = np.empty(max((self.tensors[name].nbytes for name in self.changes), default=0), np.uint8)
@@ -68,7 +69,7 @@ class WeightBytes:
             )
             self.graph.graph.initializers[name].const_value = changed
         self.graph.metadata_props[METADATA_KEY] = facts
-        onnx_ir.save(self.graph, path, external_data=f"{path.name}.data")
+        save_graph(self.graph, path)
 
     def _settle_places(self) -> None:
         """Names external data by its files' whole paths: through a graph's folder onnx_ir follows no links. What nodes
