@@ -132,6 +132,7 @@ def test_graphs_of_one_model_share_a_folder_and_of_two_do_not(tmp_path: Path) ->
         refuse_other_model(other, out / "third.onnx")
 
 
+@pytest.mark.slow
 def test_a_fold_is_refused_there_too(exports: Exports, tmp_path: Path) -> None:
     base = Path(exports("bert", target="portable").path)
     melora_fx.save_adapter(fill(melora_fx.rewrite(bert_classifier(num_layers=1), "query")), tmp_path / "adapter")

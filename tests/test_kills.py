@@ -75,6 +75,7 @@ def test_publication_over_an_earlier_graph(tmp_path: Path) -> None:
     assert seen == {1.0, 2.0}
 
 
+@pytest.mark.slow
 def test_an_adapter_over_an_earlier_one(tmp_path: Path) -> None:
     old, new = (fill(rewritten_tower(), seed=seed) for seed in (0, 1))
     folder = tmp_path / "adapter"
