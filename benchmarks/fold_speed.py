@@ -143,7 +143,7 @@ def on_disk(options: Namespace) -> list[Row]:
 
 
 def in_graph(encoder: str, options: Namespace) -> list[Row]:
-    folder = options.folder
+    folder = options.folder / encoder  # graphs of two models share no folder
     base = build(encoder, "base", options.cache, "", 0, 0)
     ids = torch.arange(128).remainder(96).add(3).view(8, 16)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -59,11 +59,10 @@ def refuse_other_model(companions: Path, path: Path) -> None:
 def publish(staging: Path, path: Path, keep: Collection[Path] = ()) -> None:
     """Moves the finished files of `staging` beside `path`.
 
-    Wherever the process is killed, the old graph is there with its weights, or the new one with its own. The new
-    weights come first, under a name of their own, with all else that is new; then goes what describes the old graph;
-    the graph's rename decides; what describes the new graph follows, and at last the old weights go, and those that
-    killed runs have left. A description is missing rather than another graph's. One export at a time does this in a
-    folder.
+    Wherever the process is killed, the old graph is there with its weights, or the new one with its own. First goes
+    what describes the old graph; the new weights come, under a name of their own, with all else that is new; the
+    graph's rename decides; what describes the new graph follows, and at last the old weights go, and those that killed
+    runs have left. A description is missing rather than another graph's. One export at a time does this in a folder.
 
     Args:
         staging: a folder on the same disk, with the graph, its weights, and what belongs beside it.
@@ -79,10 +78,10 @@ def publish(staging: Path, path: Path, keep: Collection[Path] = ()) -> None:
         new = [file for file, place in places.items() if not place.exists() or is_data_name(file.name, path.name)]
         changed = [file for file in places if file not in new and not says_the_same(file, places[file])]
         outdated = [*(places[file] for file in changed), *({report_path(path)} - set(places.values()))]
-        for file in new:
-            os.replace(file, places[file])
         for place in outdated:
             place.unlink(missing_ok=True)
+        for file in new:
+            os.replace(file, places[file])
         os.replace(staging / path.name, path)
         for file in changed:
             os.replace(file, places[file])

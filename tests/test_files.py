@@ -174,7 +174,7 @@ if step == "moving":
 else:
     module, name = {
         "translating": (exporters.export, "build_graph"),
-        "writing": (onnx_ir, "save"),
+        "writing": (onnx_ir, "to_proto"),
         "comparing": (exporters.verify, "compare"),
         "moving_starts": (exporters.export, "publish"),
     }[step]

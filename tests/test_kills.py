@@ -5,19 +5,24 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import load_file
 from support.fold_folders import Folders
 from support.kills import killed_at_each_change
 from support.models import bert, fill, randn, rewritten_tower, tower
-from support.onnx_files import publish_small, value_in
+from support.onnx_files import data_of, publish_small, save_small, value_in
 from support.training import rewritten, trainer_of
 
 import melora_fx
 from exporters import OrtRunner, export_onnx, fold_onnx
 from exporters.adapters.ort_adapter import write_ort_adapter
+from exporters.export_files import publish
 from melora_fx import AdapterCheckpointCallback
+from melora_fx.files import staging_folder
 
 X = {"x": randn(2, 24)}
 
@@ -73,6 +78,31 @@ def test_publication_over_an_earlier_graph(tmp_path: Path) -> None:
 
     assert check_kills(folder, run, check) > 10
     assert seen == {1.0, 2.0}
+
+
+@pytest.mark.slow
+def test_publication_of_other_weights_of_one_name(tmp_path: Path) -> None:
+    """Where all that the hash is of is the same, the rename of the weights exchanges them."""
+    path = tmp_path / "graphs" / "model.onnx"
+    old, new = np.zeros((2, 1 << 16), np.float32)
+    new[1 << 15] = 1.0  # between two samples
+    seen = set()
+
+    def write(values: np.ndarray) -> None:
+        with staging_folder(path) as staging:
+            save_small(staging / path.name, values)
+            publish(staging, path)
+
+    def check() -> None:
+        (values,) = onnx.load(path).graph.initializer
+        seen.add(float(numpy_helper.to_array(values)[1 << 15]))
+
+    write(old)
+    before = data_of(path).name
+    assert check_kills(path.parent, lambda: write(new), check) > 5
+    write(new)
+    assert data_of(path).name == before
+    assert seen == {0.0, 1.0}
 
 
 @pytest.mark.slow
