@@ -20,6 +20,7 @@ from exporters.graph.inputs import named_inputs
 from exporters.onnx_files.companions import write_companions
 from exporters.onnx_files.metadata import METADATA_KEY, describe, write_description
 from exporters.onnx_files.onnx_file import read_graph
+from exporters.onnx_files.save_graph import save_graph
 from melora_fx import MELoRAError, sites
 from melora_fx.files import staging_folder, writing
 from melora_fx.names import unwrap
@@ -27,7 +28,7 @@ from melora_fx.progress import show_progress
 from melora_fx.rewriting.sites import is_disabled
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_malformed_axes, refuse_wrong_axes
 
-from .export_files import keep_failed, move_files, onnx_file_path, refuse_folder
+from .export_files import keep_failed, onnx_file_path, publish, refuse_folder, refuse_other_model, report_path
 from .export_report import ExportReport
 from .onnx_runtime import import_onnxruntime
 from .private import runs_under_accelerate
@@ -52,10 +53,11 @@ def export_onnx(
 ) -> ExportReport:
     """Writes `model` as an ONNX graph; the model is as before afterwards.
 
-    Beside NAME.onnx: its weights NAME.onnx.data, the report NAME.export.json and, for a Hugging Face model, its
+    Beside NAME.onnx: its weights NAME.onnx.HASH.data, the report NAME.export.json and, for a Hugging Face model, its
     configuration and its tokenizer's files, from `config._name_or_path` where that is a local folder. All is written to
-    a temporary folder, checked there, and then moved; other files in the folder stay. A graph that fails the check is
-    left in the folder NAME.failed instead.
+    a temporary folder, checked there, and then moved; other files in the folder stay. Wherever the process is killed,
+    the earlier graph or the new one is there, each with its own weights. A graph that fails the check is left in the
+    folder NAME.failed instead.
 
     Args:
         model: a rewritten model, or a plain one, which is exported as it is, in float32. A causal language model is
@@ -79,8 +81,8 @@ def export_onnx(
         ValueError, TypeError: for an option or inputs of no accepted form.
         MELoRAError: where the model cannot be folded; for "swap" inside `disabled` or without sites; where the model
             cannot be exported, or not with these dynamic axes or for this target; where the folder cannot be written,
-            ONNX Runtime is not installed, or the graph is not equal to torch. No file of an earlier export is touched
-            then.
+            or holds another model's configuration, tokenizer or weights; where ONNX Runtime is not installed, or the
+            graph is not equal to torch. No file of an earlier export is touched then.
     """
     from exporters.graph.build import build_graph  # these two import onnx_ir and onnxscript
     from exporters.graph.passes import graph_facts, run_passes
@@ -109,6 +111,7 @@ def export_onnx(
         staging_folder(options.path) as staging,
         contextlib.ExitStack() as values,
     ):
+        notes = _write_companions(model, options.path, staging)
         step("translating the model")
         values.enter_context(held.values(model, found))
         built = build_graph(model, inputs, dynamic_axes=dynamic_axes, opset=opset)
@@ -116,7 +119,7 @@ def export_onnx(
         step("rewriting the graph")
         run_passes(export)
         step("writing")
-        notes = _write(export, facts | graph_facts(export), staging)
+        _write(export, facts | graph_facts(export), staging)
         verification = _verify(export, staging, step)
         if verification and list(verification.conditions) != export.conditions:
             export.conditions = list(verification.conditions)
@@ -175,15 +178,19 @@ def _describe(model: nn.Module, options: ExportOptions, held: AdapterForm, found
     return facts | {"precision": options.precision.name}
 
 
-def _write(export: Export, facts: Mapping[str, Any], staging: Path) -> tuple[str, ...]:
-    """Writes the graph with its description, its weights and what belongs beside it; returns notes for the user."""
-    import onnx_ir
+def _write_companions(model: nn.Module, path: Path, staging: Path) -> tuple[str, ...]:
+    """Writes what belongs beside the graph, where that is no other model's place; returns notes for the user."""
+    with writing(path):
+        notes = write_companions(model, staging)
+        refuse_other_model(staging, path)
+    return notes
 
-    name = export.options.path.name
+
+def _write(export: Export, facts: Mapping[str, Any], staging: Path) -> None:
+    """Writes the graph with its description, and its weights."""
     export.graph_model.metadata_props[METADATA_KEY] = json.dumps(facts)
     with writing(export.options.path):
-        onnx_ir.save(export.graph_model, staging / name, external_data=f"{name}.data")
-        return write_companions(export.model, staging)
+        save_graph(export.graph_model, staging / export.options.path.name)
 
 
 def _verify(export: Export, staging: Path, step: Callable[[str], None]) -> Verification | None:
@@ -214,7 +221,7 @@ def _report(
     graph = export.graph
     return ExportReport(
         path=str(options.path),
-        files=(_report_name(options.path), *sorted(file.name for file in staging.iterdir())),
+        files=(report_path(options.path).name, *sorted(file.name for file in staging.iterdir())),
         adapter=export.adapter.name,
         target=options.target.name,
         precision=options.precision.name,
@@ -239,9 +246,5 @@ def _report(
 def _publish(report: ExportReport, path: Path, staging: Path) -> None:
     """Writes the report beside the other files, and moves them all to their place."""
     with writing(path):
-        (staging / _report_name(path)).write_text(json.dumps(asdict(report), indent=2) + "\n")
-        move_files(staging, path)
-
-
-def _report_name(path: Path) -> str:
-    return f"{path.stem}.export.json"
+        (staging / report_path(path).name).write_text(json.dumps(asdict(report), indent=2) + "\n")
+        publish(staging, path)

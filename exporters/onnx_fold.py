@@ -33,7 +33,7 @@ from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.checks import check_base
 from melora_fx.saving.fingerprint import fingerprint
 
-from .export_files import move_files, onnx_file_path, refuse_folder
+from .export_files import onnx_file_path, publish, refuse_folder, refuse_other_model
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -48,8 +48,10 @@ def fold_onnx(
 
     In float32 the new graph is the one that an export of the folded model would give, bit for bit. In float16 the
     base's weights have been rounded before the update is added. A trained head is exchanged where the graph has one of
-    the same shape. Beside NAME.onnx stands NAME.onnx.data, and config.json and the tokenizer's files where they stand
-    beside the base's graph; other files in the folder stay. There is no way back from a folded graph: keep the base's.
+    the same shape. Beside NAME.onnx stand its weights NAME.onnx.HASH.data, and config.json and the tokenizer's files
+    where they stand beside the base's graph; other files in the folder stay. Wherever the process is killed, an earlier
+    graph of this name or the new one is there, each with its own weights. There is no way back from a folded graph:
+    keep the base's.
 
     Args:
         onnx_path: a graph that `export_onnx` wrote from a model without adapters; a .onnx file, or a folder with a
@@ -63,7 +65,8 @@ def fold_onnx(
     Raises:
         MELoRAError: where the graph or the adapter cannot be read or belong to different models; where the graph holds
             an adapter already, or does not say where a weight is: it is tied, or the exporter has merged it with
-            others; where the adapter is not finite, or the file cannot be written. Nothing is written then.
+            others; where the adapter is not finite, the file cannot be written, or its folder holds another model's
+            configuration, tokenizer or weights. Nothing is written then.
     """
     from exporters.onnx_files.weight_bytes import WeightBytes  # imports onnx_ir
 
@@ -87,10 +90,11 @@ def fold_onnx(
     for place, exchange in _head_changes(adapter, facts, weights):
         weights.change(place, exchange)
     with show_progress(f"folding into {out.name}"), staging_folder(out) as staging, writing(out):
-        weights.write(staging / out.name, _new_facts(graph, adapter, weights, places))
         if source.parent.resolve() != out.parent.resolve():
             copy_companions(source.parent, staging)
-        move_files(staging, out)
+        refuse_other_model(staging, out)
+        weights.write(staging / out.name, _new_facts(graph, adapter, weights, places))
+        publish(staging, out, keep=weights.files.values())
     return make_report(measured, adapter.sha256)
 
 
@@ -110,9 +114,8 @@ def _refuse_graph(facts: GraphFacts, source: Path) -> None:
 def _refuse_overwriting(weights: WeightBytes, out: Path) -> None:
     """Raises where the base's graph, or a file of its weights, would be overwritten."""
     own = {file.resolve() for file in (weights.path, *weights.files.values())}
-    for file in (out, out.with_name(f"{out.name}.data")):
-        if file.resolve() in own:
-            raise MELoRAError(f"`{file}` is the base's own: a fold keeps it, name another file")
+    if out.resolve() in own:
+        raise MELoRAError(f"`{out}` is the base's own: a fold keeps it, name another file")
 
 
 def _site_places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:

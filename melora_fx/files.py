@@ -1,11 +1,11 @@
 """Where files are made and how failures to write are told: aside, under a lock, and named."""
 
 import contextlib
-import glob
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from .errors import MELoRAError
@@ -26,26 +26,30 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Makes a folder and those above it; after a block that raises, the new ones are gone if they are empty."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
     """A temporary folder on the disk of `path`, removed in any case; so are those that killed runs have left.
 
-    A run locks its folder, and the lock ends with the process: what is locked belongs to one that runs.
+    The folder of `path` is made; after a block that raises it is gone again if it is empty.
     """
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if (lock := _lock(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
-        lock = _lock(fresh)
-        staging = fresh.rename(fresh.with_suffix(".tmp"))  # under this name only once it is locked
-    try:
+    with contextlib.ExitStack() as stack:
+        with writing(path.parent):
+            stack.enter_context(made_folder(path.parent))
+            staging = stack.enter_context(_staging(path))
         yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -61,8 +65,67 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(made, path)
 
 
-def _lock(folder: Path) -> int | None:
-    """A file descriptor that locks the folder until it is closed; None where another has, or it cannot be locked.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path on the disk of `path`, flushes the file to the disk, and renames it."""
+    write_together(path.parent, {path.name: write})
+
+
+def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """`write_atomically` for several files of a folder: they are renamed in their order when all are written."""
+    with _staging(folder / list(writers)[-1]) as staging:
+        for name, write in writers.items():
+            write(staging / name)
+            with open(staging / name, "rb+") as file:
+                os.fsync(file.fileno())
+        for name in writers:
+            os.replace(staging / name, folder / name)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One block at a time of all that lock this folder, in any process; no lock where the disk has none."""
+    lock = _lock(folder, wait=True)
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
+@contextlib.contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """`staging_folder`, in a folder that is there.
+
+    A run locks its staging folder, and the lock ends with the process: what is not locked was left by a killed one.
+    Process ids would not do: they are used again, and are others in a container on the same disk.
+    """
+    _remove_left(path)
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        lock = _lock(staging, wait=True)
+        if staging.exists():
+            break
+        _unlock(lock)  # another run took it for a killed one's, before it was locked
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        _unlock(lock)
+
+
+def _remove_left(path: Path) -> None:
+    """Removes the staging folders of killed runs; earlier versions had .new too, and files with their process id."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.([a-z0-9_]{{8}}\.(tmp|new)|\d+\.tmp)")
+    for left in path.parent.iterdir():
+        if name.fullmatch(left.name) and (lock := _lock(left, wait=False)) is not None:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+            _unlock(lock)
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """A file descriptor that locks a file or folder; None where another has the lock, or it cannot be locked.
 
     The folder itself is locked: a file for filelock would be published with all else that lies in it.
     """
@@ -70,8 +133,8 @@ def _lock(folder: Path) -> int | None:
         return None
     descriptor = None
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         if descriptor is not None:
             os.close(descriptor)
@@ -79,13 +142,7 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `path`, flushes it to the disk, and renames it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a forked process may still have the descriptor
+        os.close(lock)

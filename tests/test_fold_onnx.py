@@ -25,6 +25,7 @@ from support.models import (
     tokens,
     tower,
 )
+from support.onnx_files import data_of
 from support.zoo import build
 from torch import nn
 
@@ -117,7 +118,7 @@ def test_a_trained_head_is_exchanged(target: str, exports: Exports, tmp_path: Pa
     melora_fx.save_adapter(model, tmp_path / "adapter")
     export_onnx(model, inputs, tmp_path / "fresh", target=target, verify=False)
     fold_onnx(base, tmp_path / "adapter", tmp_path / "folded")
-    data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("fresh", "folded")]
+    data = [data_of(tmp_path / name / "model.onnx").read_bytes() for name in ("fresh", "folded")]
     feed = {name: value.numpy() for name, value in inputs.items()}
     outputs = [OrtRunner(tmp_path / name / "model.onnx").run(feed)["logits"] for name in ("fresh", "folded")]
     assert_equal(torch.from_numpy(outputs[1]), torch.from_numpy(outputs[0]))
@@ -191,13 +192,21 @@ def test_a_second_adapter_on_a_folded_graph_and_the_base_in_its_own_place(export
     base = contents(tmp_path / "base")
     with pytest.raises(MELoRAError, match=r"model\.onnx` is the base's own: a fold keeps it"):
         fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "base" / "model.onnx")
-    (tmp_path / "base" / "model.onnx").rename(tmp_path / "base" / "moved.onnx")  # its data stays model.onnx.data
-    with pytest.raises(MELoRAError, match=r"model\.onnx\.data` is the base's own: a fold keeps it"):
-        fold_onnx(tmp_path / "base" / "moved.onnx", tmp_path / "adapter", tmp_path / "base" / "model.onnx")
-    (tmp_path / "base" / "moved.onnx").rename(tmp_path / "base" / "model.onnx")
     assert contents(tmp_path / "base") == base
     assert contents(tmp_path / "folded") == folded
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_base_that_was_renamed_keeps_its_weights(exports: Exports, tmp_path: Path) -> None:
+    """They are still called after its old name, which the folded graph gets."""
+    base_and_adapter("tower", exports, tmp_path)
+    folder = tmp_path / "base"
+    before = contents(folder)
+    (folder / "model.onnx").rename(folder / "moved.onnx")
+    fold_onnx(folder / "moved.onnx", tmp_path / "adapter", folder)
+    fold_onnx(folder / "moved.onnx", tmp_path / "adapter", tmp_path / "folded")
+    expected = before | {"moved.onnx": before["model.onnx"]} | contents(tmp_path / "folded")
+    assert contents(folder) == expected
 
 
 def test_another_base_another_model_and_values_that_are_not_finite(exports: Exports, tmp_path: Path) -> None:
@@ -299,7 +308,8 @@ def test_configuration_and_tokenizer_go_along_and_other_files_stay(exports: Expo
     (tmp_path / "out" / "mine.txt").write_text("mine")
     fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"model.onnx", "model.onnx.data", "config.json", "vocab.txt", "mine.txt"}
+    data = data_of(tmp_path / "out" / "model.onnx").name
+    assert names == {"model.onnx", data, "config.json", "vocab.txt", "mine.txt"}
 
 
 def test_an_adapter_shared_module_called_twice(tmp_path: Path) -> None:
@@ -327,7 +337,7 @@ def test_an_adapter_shared_module_called_twice(tmp_path: Path) -> None:
 
 def test_weights_that_are_missing_or_cut_short(exports: Exports, tmp_path: Path) -> None:
     base_and_adapter("tower", exports, tmp_path)
-    data = tmp_path / "base" / "model.onnx.data"
+    data = data_of(tmp_path / "base" / "model.onnx")
     shutil.copy(data, tmp_path / "whole")
     data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(MELoRAError, match="cut short"):
@@ -372,14 +382,14 @@ def test_linked_weights_are_read_and_not_written(link: str, exports: Exports, tm
     """As in a Hugging Face cache; onnx_ir itself refuses both kinds of links."""
     base_and_adapter("tower", exports, tmp_path)
     fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "expected")
-    data = tmp_path / "base" / "model.onnx.data"
+    data = data_of(tmp_path / "base" / "model.onnx")
     before = data.read_bytes()
     data.rename(tmp_path / "elsewhere")
     getattr(data, link)(tmp_path / "elsewhere")
     fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
     assert contents(tmp_path / "folded") == contents(tmp_path / "expected")
     assert (tmp_path / "elsewhere").read_bytes() == before
-    assert not (tmp_path / "folded" / "model.onnx.data").is_symlink()
+    assert not data_of(tmp_path / "folded" / "model.onnx").is_symlink()
 
 
 def test_a_nodes_constant_in_another_file_is_read_into_the_graph(exports: Exports, tmp_path: Path) -> None:
@@ -390,6 +400,6 @@ def test_a_nodes_constant_in_another_file_is_read_into_the_graph(exports: Export
     graph.graph.node.append(onnx.helper.make_node("Constant", [], ["three"], value=value))
     onnx.save(graph, path, save_as_external_data=True, location="all", size_threshold=0, convert_attribute=True)
     fold_onnx(path, tmp_path / "adapter", tmp_path / "out.onnx")
-    assert {file.name for file in tmp_path.glob("out*")} == {"out.onnx", "out.onnx.data"}
+    assert {file.name for file in tmp_path.glob("out*")} == {"out.onnx", data_of(tmp_path / "out.onnx").name}
     node = onnx.load(tmp_path / "out.onnx").graph.node[-1]
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(node.attribute[0].t), [0, 1, 2])

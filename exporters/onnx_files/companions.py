@@ -1,13 +1,19 @@
 """The files that Hugging Face users expect beside a graph: the configuration and the tokenizer's."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from exporters.example_inputs import TOKENIZER_FILES
 from exporters.hugging_face import is_hugging_face_config
 from exporters.private import folder_of
+
+_CONFIG = "config.json"
+_NO_SETTINGS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+"""Keys in a configuration that say where it is from, or how it was loaded."""
 
 
 def write_companions(model: nn.Module, folder: Path) -> tuple[str, ...]:
@@ -30,8 +36,35 @@ def write_companions(model: nn.Module, folder: Path) -> tuple[str, ...]:
 
 def copy_companions(source: Path, folder: Path) -> None:
     """Copies config.json and the tokenizer's files from the folder of one graph to another's."""
-    for file in _files_in(source, ("config.json", *TOKENIZER_FILES)):
+    for file in _files_in(source, (_CONFIG, *TOKENIZER_FILES)):
         shutil.copyfile(file, folder / file.name)
+
+
+def model_weights(folder: Path) -> list[Path]:
+    """The files of a Hugging Face model's weights in a folder; adapters are none."""
+    found = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return sorted(file for file in found if not file.name.startswith("adapter"))
+
+
+def says_the_same(first: Path, second: Path) -> bool:
+    """Whether two files of one name have the same content; of configurations, the same settings."""
+    if first.read_bytes() == second.read_bytes():
+        return True
+    return first.name == _CONFIG and _settings(first) == _settings(second)
+
+
+def _settings(file: Path) -> Any:
+    """What a configuration sets, defaults too; one that cannot be read is its text."""
+    from transformers import CONFIG_MAPPING  # heavy: only where two configurations differ
+
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        settings = json.loads(text)
+        config_class = CONFIG_MAPPING[settings["model_type"]]
+        settings = config_class.from_dict(settings).to_dict()
+    except Exception:  # classes of configurations check their values as they like
+        return text
+    return {key: value for key, value in settings.items() if key not in _NO_SETTINGS}
 
 
 def _files_in(folder: Path, names: tuple[str, ...]) -> list[Path]:

@@ -22,6 +22,7 @@ from .onnx_file import read_graph
 from .weight_place import WeightPlace
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir
 
 METADATA_KEY = "melora"
@@ -108,6 +109,29 @@ def read_facts(path: str | Path) -> GraphFacts:
             `export_onnx`.
     """
     return facts_of(read_graph(path), path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a graph with a description."""
+    graph = _read_proto(path)
+    return graph is not None and any(entry.key == METADATA_KEY for entry in graph.metadata_props)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file is a graph without a description: another tool's."""
+    graph = _read_proto(path)
+    return graph is not None and all(entry.key != METADATA_KEY for entry in graph.metadata_props)
+
+
+def _read_proto(path: Path) -> onnx.ModelProto | None:
+    """The graph in a file without its external data; None for what is no graph."""
+    import onnx
+
+    try:
+        graph = onnx.load(path, load_external_data=False)
+    except Exception:  # protobuf raises its own kinds
+        return None
+    return graph if graph.HasField("graph") else None
 
 
 def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:

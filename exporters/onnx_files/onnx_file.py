@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -50,6 +51,14 @@ def data_files(path: str | os.PathLike[str], model: onnx_ir.Model) -> dict[str, 
     if faults:
         raise MELoRAError(f"the weights of `{path}` cannot be read: " + "; ".join(faults))
     return {location: folder / location for location in ends}
+
+
+def may_refer_to(graph: Path, name: str) -> bool:
+    """Whether the name of a file of weights occurs in a graph's file, as it does where the graph has weights there."""
+    if not graph.is_file() or not graph.stat().st_size:
+        return False
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(os.fsencode(name)) >= 0
 
 
 def _fault(folder: Path, location: str, end: int) -> str | None:

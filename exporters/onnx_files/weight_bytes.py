@@ -14,6 +14,7 @@ from melora_fx import MELoRAError
 
 from .metadata import METADATA_KEY
 from .onnx_file import data_files
+from .save_graph import SMALL_BYTES, known_digests, save_graph
 from .weight_place import WeightPlace
 
 TORCH_DTYPES = {
@@ -62,19 +63,24 @@ class WeightBytes:
         self.changes.setdefault(place.initializer, []).append((place, change))
 
     def write(self, path: Path, facts: str) -> None:
-        """Writes the graph with its changed weights and `facts` as its new description; the weights stand beside it, in
-        NAME.onnx.data. Each weight is read, changed and written on its own.
+        """Writes the graph with its changed weights and `facts` as its new description, by `save_graph`. Each weight is
+        read, changed and written on its own.
         """
         self._settle_places()
         buffer = np.empty(max((self.tensors[name].nbytes for name in self.changes), default=0), np.uint8)
         for name in self.changes:
-            tensor = self.tensors[name]
-            changed = onnx_ir.LazyTensor(
-                partial(self._changed, name, buffer), tensor.dtype, onnx_ir.Shape(tensor.shape.numpy()), name=name
-            )
-            self.graph.graph.initializers[name].const_value = changed
+            self.graph.graph.initializers[name].const_value = self._to_be_changed(name, buffer)
         self.graph.metadata_props[METADATA_KEY] = facts
-        onnx_ir.save(self.graph, path, external_data=f"{path.name}.data")
+        unchanged = {name: digest for name, digest in known_digests(self.graph).items() if name not in self.changes}
+        save_graph(self.graph, path, unchanged)
+
+    def _to_be_changed(self, name: str, buffer: np.ndarray) -> onnx_ir.TensorProtocol:
+        """The initializer as it will be, made when it is written; a small one, which stays in the graph, at once."""
+        tensor = self.tensors[name]
+        if tensor.nbytes <= SMALL_BYTES:
+            return self._changed(name, np.empty(tensor.nbytes, np.uint8))
+        shape = onnx_ir.Shape(tensor.shape.numpy())
+        return onnx_ir.LazyTensor(partial(self._changed, name, buffer), tensor.dtype, shape, name=name)
 
     def _settle_places(self) -> None:
         """Names external data by its files' whole paths: through a graph's folder onnx_ir follows no links. What nodes

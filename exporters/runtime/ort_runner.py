@@ -19,6 +19,7 @@ from exporters.onnx_files.onnx_file import (
     read_graph,
     required_inputs,
 )
+from exporters.onnx_files.save_graph import check_weights
 from exporters.onnx_runtime import Arrays, as_array, import_onnxruntime
 from exporters.private import node_counts
 from melora_fx import MELoRAError
@@ -60,6 +61,7 @@ class OrtRunner:
             `HALF_CONFIG`, which graphs in half precision get.
         save_memory: load and run in as little memory as ONNX Runtime's CPU can, more slowly: for a single comparison.
         max_adapters: how many adapters are kept in memory; the least recently used ones leave and are read again.
+        verify: read all weights first, and refuse any that are not those which `export_onnx` or `fold_onnx` wrote.
 
     Raises:
         ValueError: for an unknown provider, options that it lacks or that exclude each other, `shapes` that do not fit
@@ -80,6 +82,7 @@ class OrtRunner:
         session_config: Mapping[str, str] | None = None,
         save_memory: bool = False,
         max_adapters: int = 32,
+        verify: bool = False,
     ) -> None:
         ort = import_onnxruntime()
         self.path = Path(path)
@@ -87,9 +90,11 @@ class OrtRunner:
         self.threads = threads
         self._shapes = dict(shapes or {})
         self._adapters = AdapterCache[_Adapter](max_adapters)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise MELoRAError(f"`{self.path}` does not exist")
         graph = read_graph(self.path)
+        if verify:
+            check_weights(self.path, graph)
         precision = precision_of(graph)
         axes = axes_by_name(required_inputs(graph))
         self._check = InputCheck(self.path, axes, self._shapes, conditions_in(graph, self.path))

@@ -1,6 +1,5 @@
 """The files beside a checkpoint's weights: which of them belong to a folded one too."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -30,6 +29,8 @@ def find_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     copied: list[Path] = []
     weights: list[str] = []
     hidden: list[str] = []
+    cycles: list[Path] = []
+    own = checkpoint.directory.resolve()
     ours = {*checkpoint.files, CONFIG_FILE, *([INDEX_FILE] if checkpoint.index else [])}
     for path in sorted(checkpoint.directory.iterdir()):
         if path.name in ours:
@@ -39,9 +40,13 @@ def find_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
         elif _holds_weights(path):
             weights.append(path.name)
         else:
-            files = _files_below(path) if path.is_dir() else [path]
+            files = _files_below(path, (own, *own.parents), cycles) if path.is_dir() else [path]
             copied += [file.relative_to(checkpoint.directory) for file in files]
-    reasons = {"they hold the base's weights": weights, "they are hidden": hidden}
+    reasons = {
+        "they hold the base's weights": weights,
+        "they are hidden": hidden,
+        "they are links to folders that they lie in": [str(path.relative_to(checkpoint.directory)) for path in cycles],
+    }
     return copied, [f"not copied, as {reason}: {', '.join(names)}" for reason, names in reasons.items() if names]
 
 
@@ -52,8 +57,23 @@ def _holds_weights(path: Path) -> bool:
     return path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(Path(parent) / name for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+def _files_below(folder: Path, above: tuple[Path, ...], cycles: list[Path]) -> list[Path]:
+    """The files in a folder and in those below it, through links too; `cycles` gets the links to a folder of `above`,
+    which are those that this one lies in, resolved.
+
+    Raises:
+        MELoRAError: for a folder that cannot be read.
+    """
+    real = folder.resolve()
+    if real in above:
+        cycles.append(folder)
+        return []
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise MELoRAError(f"`{folder}` cannot be read: {error.strerror}") from error
+    found = [_files_below(path, (*above, real), cycles) if path.is_dir() else [path] for path in paths]
+    return [file for files in found for file in files]
 
 
 def copy_file(source: Path, target: Path) -> None:

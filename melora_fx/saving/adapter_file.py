@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load
 
 from melora_fx.errors import MELoRAError
-from melora_fx.files import write_atomically
+from melora_fx.files import made_folder, write_together
 from melora_fx.versions import package_version
 
 from .adapter import Adapter, hash_file
@@ -81,7 +81,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    """Writes an adapter folder; made where there is none. A crash leaves the old files or the new ones.
+    """Writes an adapter folder; made where there is none. A crash leaves the old adapter or the new one.
 
     One adapter gives the same bytes each time.
 
@@ -100,8 +100,13 @@ def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dic
     text = json.dumps(content, indent=2)
     metadata = {"format": "pt", _HEADER_KEY: text}
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
-        write_atomically(directory / TENSORS_FILE, lambda path: write_tensors(path, on_cpu, metadata))
+        with made_folder(directory):
+            write_together(
+                directory,
+                {
+                    CONFIG_FILE: lambda path: path.write_text(text + "\n"),
+                    TENSORS_FILE: lambda path: write_tensors(path, on_cpu, metadata),
+                },
+            )
     except OSError as error:
         raise MELoRAError(f"`{directory}` cannot be written: {error.strerror or error}") from error

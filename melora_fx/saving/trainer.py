@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from melora_fx.files import write_atomically, writing
 from melora_fx.names import unwrap
 from melora_fx.rewriting.hugging_face import (
     attach,
@@ -26,8 +26,19 @@ from melora_fx.rewriting.sites import adapter_parameters, require_sites, sites
 
 from .model_adapter import kept_tensor_names, tensors_by_name
 from .save import save_adapter
+from .tensor_file import write_tensors
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+_RESUMED = (
+    SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+)
+"""What a Trainer resumes from, in the order in which it is removed; the main process writes all of it after us."""
 
 
 class AdapterCheckpointCallback(TrainerCallback):
@@ -59,8 +70,8 @@ class AdapterCheckpointCallback(TrainerCallback):
         model = kwargs["model"]
         directory = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
         inner = unwrap(model)
-        if not has_save_pretrained(inner) and (directory / SAFE_WEIGHTS_NAME).exists():
-            _save_checkpoint(inner, directory, prefix=_prefix(model))
+        if not has_save_pretrained(inner) and sites(inner) and (directory / SAFE_WEIGHTS_NAME).exists():
+            _write_trained(inner, directory, prefix=_prefix(model))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,8 +101,26 @@ def _save_checkpoint(
     elif not _CHECKPOINT.fullmatch(Path(save_directory).name):
         save_and_warn(model, save_directory, is_main_process=is_main_process, **options)
     elif is_main_process:
-        save_adapter(model, save_directory)
-        save_file(_trained_tensors(model, prefix), Path(save_directory, SAFE_WEIGHTS_NAME), {"format": "pt"})
+        _remove_old(Path(save_directory))
+        _write_trained(model, Path(save_directory), prefix=prefix)
+
+
+def _remove_old(directory: Path) -> None:
+    """Removes what an earlier run has left here to be resumed from: a kill leaves no weights beside another adapter.
+
+    The weights go first, without which a Trainer refuses to resume.
+    """
+    with writing(directory):
+        for name in _RESUMED:
+            (directory / name).unlink(missing_ok=True)
+
+
+def _write_trained(model: nn.Module, directory: Path, *, prefix: str) -> None:
+    """Writes the adapter, and the same tensors under the model's own names."""
+    save_adapter(model, directory)
+    tensors = _trained_tensors(model, prefix)
+    with writing(directory):
+        write_atomically(directory / SAFE_WEIGHTS_NAME, lambda path: write_tensors(path, tensors, {"format": "pt"}))
 
 
 def _trained_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:

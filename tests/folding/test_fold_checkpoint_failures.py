@@ -173,6 +173,19 @@ def test_links_below_the_top_are_followed(folders: Folders) -> None:
     folders.assert_refused("linked` cannot be read")  # as a broken link beside the weights is
 
 
+def test_links_in_a_circle_end(folders: Folders) -> None:
+    """To a folder that the link lies in, to the base, and beyond it; each way through is taken once."""
+    folders.prepare(bert(), "query")
+    add_files(folders.base, {"a/file": b"a", "b/file": b"b"})
+    for link, target in {"a/own": ".", "a/base": "..", "a/beyond": "../..", "a/b": "../b", "b/a": "../a"}.items():
+        (folders.base / link).symlink_to(target)
+    report = folders.fold()
+    assert {name for name in content_of(folders.out) if "/" in name} == {"a/file", "a/b/file", "b/file", "b/a/file"}
+    (note,) = report.notes
+    cycles = {"a/own", "a/base", "a/beyond", "a/b/a", "b/a/own", "b/a/base", "b/a/beyond", "b/a/b"}
+    assert set(note.removeprefix("not copied, as they are links to folders that they lie in: ").split(", ")) == cycles
+
+
 def test_out_that_is_a_link(folders: Folders) -> None:
     folders.prepare(bert(), "query")
     (folders.parent / "empty").mkdir()

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from support.models import randn
+from support.onnx_files import data_of
 
 from exporters import export_onnx
 from exporters.measuring.machine import device_name, file_size_mib, package_versions, peak_memory_mib, source_commit
@@ -49,7 +50,7 @@ def test_a_graph_that_does_not_run_says_why(graph: Path) -> None:
 
 
 def test_the_file_size_counts_external_data(graph: Path) -> None:
-    both = sum(file.stat().st_size for file in (graph, graph.with_name("wide.onnx.data")))
+    both = sum(file.stat().st_size for file in (graph, data_of(graph)))
     assert file_size_mib(graph) == both / 2**20 > 8
     inline = graph.with_name("inline.onnx")
     onnx.save(onnx.load(graph), inline)

@@ -64,6 +64,15 @@ def test_a_checkpoint_is_an_adapter_folder(tmp_path) -> None:
     assert_equal({name: loaded.state_dict()[name] for name in saved}, {n: model.state_dict()[n] for n in saved})
 
 
+def test_a_checkpoints_files_have_the_mode_of_a_new_file(tmp_path) -> None:
+    model = rewritten()
+    trainer_of(model, tmp_path, AdapterCheckpointCallback())
+    (tmp_path / "new").touch()
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    modes = {file.stat().st_mode for file in (tmp_path / "checkpoint-1").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 @pytest.mark.slow
 def test_a_checkpoint_has_the_biases_that_are_trained(tmp_path) -> None:
     model = melora_fx.rewrite(bert_classifier(), ["query"], CONFIG, keep_trainable=["query.bias", "classifier"])
