@@ -159,6 +159,7 @@ sys.path.insert(0, "tests")
 import onnx_ir
 from support.models import randn, rewritten_tower
 import exporters.export
+import exporters.graph.build
 import exporters.verify
 from exporters import export_onnx
 
@@ -173,7 +174,7 @@ if step == "moving":
     os.replace = replace_all_but_the_last
 else:
     module, name = {
-        "translating": (exporters.export, "build_graph"),
+        "translating": (exporters.graph.build, "build_graph"),
         "writing": (onnx_ir, "to_proto"),
         "comparing": (exporters.verify, "compare"),
         "moving_starts": (exporters.export, "publish"),
