@@ -19,6 +19,8 @@ except ImportError:  # Windows: what killed runs leave is not removed there
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Failures to write in the block, such as a full disk, are errors that name `path`."""
+    if "\0" in str(path):
+        raise MELoRAError(f"{str(path)!r} cannot be written: it is no name of a file")
     try:
         yield
     except OSError as error:

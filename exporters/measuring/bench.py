@@ -1,6 +1,7 @@
 """What the user's own graphs cost beside each other. `melora-fx bench` runs it."""
 
 import functools
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -125,7 +126,7 @@ def _check_options(options: BenchOptions) -> None:
 
 def _load(options: BenchOptions, seed: int) -> list[Contender]:
     """The graphs in the given order, loaded in a random one: what is loaded first is not always the reference."""
-    if missing := [f"`{path}`" for path in options.graphs if not path.is_file()]:
+    if missing := [f"`{path}`" for path in options.graphs if not os.path.isfile(path)]:
         raise MELoRAError(f"{', '.join(missing)}: no such file")
     order = list(range(len(options.graphs)))
     random.Random(seed).shuffle(order)

@@ -5,6 +5,7 @@ Only headers are read; `saving/tensor_file.py` says how a file is laid out.
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,12 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         MELoRAError: where it has no safetensors weights, or a file is missing, truncated or corrupt.
     """
     index = None
-    if (directory / SINGLE_FILE).is_file():
+    if os.path.isfile(directory / SINGLE_FILE):
         names = [SINGLE_FILE]
-    elif (directory / INDEX_FILE).is_file():
+    elif os.path.isfile(directory / INDEX_FILE):
         index = _read_json(directory / INDEX_FILE)
         names = _file_names(directory / INDEX_FILE, index)
-        if missing := [name for name in names if not (directory / name).is_file()]:
+        if missing := [name for name in names if not os.path.isfile(directory / name)]:
             raise MELoRAError(f"`{directory}` lacks {', '.join(map(repr, missing))}, which its index names")
     else:
         raise MELoRAError(
@@ -97,7 +98,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         tensors |= stored
     if index and (lost := sorted(index["weight_map"].keys() - tensors.keys())):
         raise MELoRAError(f"`{directory / INDEX_FILE}` names {', '.join(map(repr, lost))}, which no file has")
-    config = _read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else None
+    config = _read_json(directory / CONFIG_FILE) if os.path.isfile(directory / CONFIG_FILE) else None
     return Checkpoint(directory, files, tensors, index, config)
 
 

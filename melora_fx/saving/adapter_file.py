@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load
 
 from melora_fx.errors import MELoRAError
-from melora_fx.files import made_folder, write_together
+from melora_fx.files import made_folder, write_together, writing
 from melora_fx.versions import package_version
 
 from .adapter import Adapter, hash_file
@@ -99,14 +99,11 @@ def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dic
     content |= {"sha256": hash_file(content, on_cpu)}
     text = json.dumps(content, indent=2)
     metadata = {"format": "pt", _HEADER_KEY: text}
-    try:
-        with made_folder(directory):
-            write_together(
-                directory,
-                {
-                    CONFIG_FILE: lambda path: path.write_text(text + "\n"),
-                    TENSORS_FILE: lambda path: write_tensors(path, on_cpu, metadata),
-                },
-            )
-    except OSError as error:
-        raise MELoRAError(f"`{directory}` cannot be written: {error.strerror or error}") from error
+    with writing(directory), made_folder(directory):
+        write_together(
+            directory,
+            {
+                CONFIG_FILE: lambda path: path.write_text(text + "\n"),
+                TENSORS_FILE: lambda path: write_tensors(path, on_cpu, metadata),
+            },
+        )
