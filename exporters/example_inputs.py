@@ -42,7 +42,7 @@ def _sentences(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokens = torch.arange(16).remainder(model.config.get_text_config().vocab_size).expand(2, -1).contiguous()
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     sentences = ["The quick brown fox jumps over the lazy dog.", "A second, shorter sentence."]

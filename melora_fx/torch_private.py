@@ -4,6 +4,7 @@ An upgrade that takes one away breaks this file, and `tests/test_private.py`, wh
 documented way does not do, and the version that it was first seen to work with.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
@@ -282,6 +283,12 @@ def checkpoint_names(model: Any, keys: Iterable[str]) -> list[tuple[str, str, tu
             converted = (name, *(name.replace(first, other) for other in others))
         found.append((key, name, converted))
     return found
+
+
+def is_needed(model: Any, name: str) -> bool:
+    """Whether `from_pretrained` calls a tensor missing that a checkpoint has not. transformers 5.23."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return not any(re.search(pattern, name) for pattern in patterns)
 
 
 def tied_weights(model: Any) -> dict[str, str]:

@@ -364,6 +364,15 @@ def test_tied_weights() -> None:
     assert torch_private.tied_weights(nn.Linear(IN, OUT)) == {}
 
 
+def test_what_transformers_does_not_miss() -> None:
+    sizes = {"vocab_size": 20, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8}
+    heads = {"decoder_ffn_dim": 8, "encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    with torch.device("meta"):
+        model = transformers.PegasusForConditionalGeneration(transformers.PegasusConfig(**sizes, **heads))
+    ignored = [name for name in model.state_dict() if not torch_private.is_needed(model, name)]
+    assert ignored == ["final_logits_bias"]
+
+
 class Scaled(nn.Module):
     """A linear under a name, so that its node has a scope."""
 

@@ -84,7 +84,14 @@ def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | Non
     source = adapter_dir or base_of
     saved = read_adapter(source) if source else None
     facts = saved.model if saved else {}
-    model = load_model(model_dir, class_name=facts.get("class"), num_labels=facts.get("num_labels"))
+    model = load_model(
+        model_dir,
+        class_name=facts.get("class"),
+        num_labels=facts.get("num_labels"),
+        labels=facts.get("labels", ()),
+        pad_token_id=facts.get("pad_token_id"),
+        brought=saved.kept_tensors() if saved else (),
+    )
     if adapter_dir is not None:
         melora_fx.load_adapter(model, adapter_dir)
     elif saved is not None:  # a new head's zeros would be optimised away, and fold-onnx would have no place for its own
