@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from melora_fx import MELoRAError
 
+from .text_file import counted
+
 Row = tuple[str, str]
 """(text, label)"""
 
 _NAMED = 5
+_MAX_LENGTH = 60
 
 
 def text_key(text: str) -> str:
@@ -21,7 +24,8 @@ def text_key(text: str) -> str:
 def name_some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(f"“{name}”" for name in names[:_NAMED]) + more
+    short = (name if len(name) <= _MAX_LENGTH else name[:_MAX_LENGTH] + "…" for name in names[:_NAMED])
+    return ", ".join(f"“{name}”" for name in short) + more
 
 
 def ambiguous_keys(rows: Iterable[Row]) -> set[str]:
@@ -42,8 +46,8 @@ def drop_single_texts(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     if not single:
         return kept, []
     return kept, [
-        f"{len(rows) - len(kept)} of {len(rows)} rows are left out: {len(single)} labels have a single text: "
-        f"{name_some(single)}"
+        f"left out: {counted(len(rows) - len(kept), 'row')} of labels with a single text, which cannot stand on both "
+        f"sides: {name_some(single)}"
     ]
 
 

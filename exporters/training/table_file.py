@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from melora_fx import MELoRAError
 
-from .text_file import read_text_file
+from .text_file import counted, read_text_file
 
 DELIMITERS = (",", ";", "\t", "|")
 _MAX_CELL = 2**31 - 1
 _SHOWN = 40
+_MAX_NAMES = 20
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,8 @@ class TextRows:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Record:
-    """The cells of one row, and the lines that it stands on."""
+class _Record(NamedTuple):
+    """The cells of one row, and the line that it begins in."""
 
     first_line: int
     cells: list[str]
@@ -44,38 +44,56 @@ class _Lines:
     start: int
 
 
+class _QuoteError(MELoRAError):
+    """A quote that is not closed where it should be."""
+
+
 def read_text_rows(path: Path, text_column: str, label_column: str) -> TextRows:
     """The two columns of a file with a header, delimited by `,`, `;`, `|` or tabs: whichever gives both columns.
 
     A name matches a column exactly, or else without regard to case and surrounding white space. Cells are quoted as in
-    CSV, over several lines where needed. In a file with tabs, quotes are plain characters if every line has as many
-    cells as the header, and they do not all stand in pairs around cells. Rows with too few cells are left out, and a
-    note counts them.
+    CSV, over several lines where needed; in a file with tabs, quotes are plain characters if it cannot be read so and
+    every line has as many cells as the header. Rows with too few cells are left out, and a note counts them.
 
     Raises:
         MELoRAError: for a file that cannot be read or is empty, a missing or ambiguous column, a quote that is not
             closed, or a row with too many cells; names the line.
     """
     text, notes = read_text_file(path)
-    lines = list(io.StringIO(text, newline=""))
     if not text.strip():
         raise MELoRAError(f"`{path}` is empty")
-    said = re.fullmatch(r'"?sep=(.)"?', lines[0].strip("\r\n"))
+    lines = list(io.StringIO(text, newline=""))
+    said = re.fullmatch(r'"?sep=(.)"?', lines[0].strip("\r\n"))  # Excel's own line, above the header
     file = _Lines(path, lines, 1 if said else 0)
     names = (text_column, label_column)
     with _any_cell_size():
         delimiter = _choose_delimiter(file, names, (said[1],) if said else DELIMITERS)
-        is_quoted = not (delimiter == "\t" and _quotes_are_plain(file))
-        records = list(_records(file, delimiter, is_quoted))
-    header, rows = records[0].cells, records[1:]
-    columns = _find_columns(path, header, names)
-    if delimiter == "\t" and not is_quoted:
-        notes.append("quotes are read as plain characters: they are not in pairs around cells")
-    kept = _drop_short(rows, header, notes)
-    _refuse_long(path, kept, header, delimiter)
-    found = [(record.cells[columns[0]], record.cells[columns[1]]) for record in kept]
-    _refuse_swallowed_rows(path, kept, columns, delimiter)
-    return TextRows(tuple(found), len(rows), tuple(notes))
+        try:
+            found = _read(file, names, delimiter, is_quoted=True)
+        except _QuoteError as error:
+            if delimiter != "\t":
+                raise
+            _refuse_uneven_lines(file, error)
+            found = _read(file, names, delimiter, is_quoted=False)
+            notes.append("quotes are read as plain characters: they are not in pairs around cells")
+    return TextRows(found.rows, found.num_read, (*notes, *found.notes))
+
+
+def _read(file: _Lines, names: Sequence[str], delimiter: str, is_quoted: bool) -> TextRows:
+    header, *rows = _records(file, delimiter, is_quoted)
+    num_cells = len(header.cells)
+    columns = _find_columns(file.path, header.cells, names)
+    kept = [record for record in rows if len(record.cells) >= num_cells]
+    _refuse_swallowed_rows(file.path, kept, columns, delimiter)
+    _refuse_long(file.path, kept, num_cells, delimiter)
+    notes = []
+    if short := [record for record in rows if len(record.cells) < num_cells]:
+        notes.append(
+            f"left out: {len(short)} of {counted(len(rows), 'row')}, with fewer cells than the header's {num_cells} "
+            f"(the first in line {short[0].first_line})"
+        )
+    text, label = columns
+    return TextRows(tuple((record.cells[text], record.cells[label]) for record in kept), len(rows), tuple(notes))
 
 
 @contextmanager
@@ -98,9 +116,20 @@ def _records(file: _Lines, delimiter: str, is_quoted: bool) -> Iterator[_Record]
         except StopIteration:
             return
         except csv.Error as error:
-            raise MELoRAError(_quote_error(file, first, delimiter)) from error
+            raise _QuoteError(_quote_error(file, first, delimiter)) from error
         if cells:
             yield _Record(first + 1, cells)
+
+
+def _refuse_uneven_lines(file: _Lines, error: _QuoteError) -> None:
+    """Raises the error, and says which line of a file with tabs keeps its quotes from being plain characters."""
+    header, *rows = _records(file, "\t", False)
+    odd = [record.first_line for record in rows if len(record.cells) != len(header.cells)]
+    if odd:
+        raise MELoRAError(
+            f"{error}; in a file with tabs quotes would be plain characters if each line had as many cells as the "
+            f"header, and line {odd[0]} has not"
+        ) from error
 
 
 def _quote_error(file: _Lines, first: int, delimiter: str) -> str:
@@ -138,15 +167,23 @@ def _choose_delimiter(file: _Lines, names: Sequence[str], delimiters: Sequence[s
             headers[delimiter] = next(_records(file, delimiter, True)).cells
         except (MELoRAError, StopIteration):
             continue
-    if not headers:
-        raise MELoRAError(_quote_error(file, file.start, delimiters[0]))
-    most = max(headers, key=lambda delimiter: len(headers[delimiter]))
+    most = max(headers, key=lambda delimiter: len(headers[delimiter]), default=None)
+    if most is None or (len(headers[most]) == 1 and len(headers) < len(delimiters)):
+        broken = next(delimiter for delimiter in delimiters if delimiter not in headers)
+        raise _QuoteError(_quote_error(file, file.start, broken))
     fitting = [each for each in headers if all(_matches(headers[each], name) for name in names)]
     if not fitting:
         missing = ", ".join(repr(name) for name in names if not _matches(headers[most], name))
-        shown = [name if len(name) <= _SHOWN else name[:_SHOWN] + "…" for name in headers[most]]
-        raise MELoRAError(f"`{file.path}` has no column {missing}; its columns (the first line's cells) are {shown}")
+        raise MELoRAError(
+            f"`{file.path}` has no column {missing}; its columns, from the first line: {_show(headers[most])}"
+        )
     return max(fitting, key=lambda delimiter: len(headers[delimiter]))
+
+
+def _show(header: Sequence[str]) -> str:
+    """The columns' names, as much of them as a line of text can bear: a file without a header has whole texts here."""
+    names = [repr(name if len(name) <= _SHOWN else name[:_SHOWN] + "…") for name in header[:_MAX_NAMES]]
+    return ", ".join(names) + (f" and {len(header) - _MAX_NAMES} more" if len(header) > _MAX_NAMES else "")
 
 
 def _matches(header: Sequence[str], name: str) -> list[int]:
@@ -166,37 +203,14 @@ def _find_columns(path: Path, header: Sequence[str], names: Sequence[str]) -> li
     return found
 
 
-def _quotes_are_plain(file: _Lines) -> bool:
-    """Every line has as many cells as the header if quotes are plain, and not all can be read alone if they are not."""
-    plain = [record.cells for record in _records(file, "\t", False)]
-    if any(len(cells) != len(plain[0]) for cells in plain):
-        return False
-    for number in range(file.start, len(file.lines)):
-        line = _Lines(file.path, [file.lines[number]], 0)
-        try:
-            list(_records(line, "\t", True))
-        except MELoRAError:
-            return True
-    return False
-
-
-def _drop_short(rows: Sequence[_Record], header: Sequence[str], notes: list[str]) -> list[_Record]:
-    short = [record for record in rows if len(record.cells) < len(header)]
-    if short:
-        notes.append(
-            f"{len(short)} of {len(rows)} rows are left out: they have fewer cells than the header's {len(header)} "
-            f"(the first in line {short[0].first_line})"
-        )
-    return [record for record in rows if len(record.cells) >= len(header)]
-
-
-def _refuse_long(path: Path, rows: Sequence[_Record], header: Sequence[str], delimiter: str) -> None:
+def _refuse_long(path: Path, rows: Sequence[_Record], num_cells: int, delimiter: str) -> None:
     """Cells beyond the header's that are empty are a spreadsheet's, and do no harm."""
-    long = [record for record in rows if any(record.cells[len(header) :])]
+    long = [record for record in rows if any(record.cells[num_cells:])]
     if long:
         raise MELoRAError(
-            f"`{path}`: line {long[0].first_line} has {len(long[0].cells)} cells and the header {len(header)} "
-            f"({len(long)} such rows); a text with {delimiter!r} in it must stand in quotes"
+            f"`{path}`: line {long[0].first_line} has {len(long[0].cells)} cells and the header {num_cells} "
+            f"({counted(len(long), 'such row')}); a text with {delimiter!r} in it must stand in quotes, and every "
+            "column needs a name"
         )
 
 
@@ -204,11 +218,11 @@ def _refuse_swallowed_rows(path: Path, rows: Sequence[_Record], columns: Sequenc
     """A cell over several lines is no text if one of the lines is a whole row, with a label that the file has."""
     labels = {record.cells[columns[1]] for record in rows}
     for record in rows:
-        for cell in record.cells:
+        for cell in (cell for cell in record.cells if "\n" in cell or "\r" in cell):
             for number, line in enumerate(re.split(r"\r\n|\r|\n", cell)[:-1]):
                 cells = line.split(delimiter)
                 if len(cells) == len(record.cells) and cells[columns[1]] in labels - {""}:
-                    raise MELoRAError(
+                    raise _QuoteError(
                         f"`{path}`: the quote that opens in line {record.first_line} is not closed in its row: the "
                         f"cell goes on over other rows, such as {line[:_SHOWN]!r} in line {record.first_line + number}"
                     )

@@ -2,6 +2,7 @@
 
 import codecs
 import re
+import string
 from pathlib import Path
 
 from melora_fx import MELoRAError
@@ -19,9 +20,11 @@ _OTHER_FILES = {
     b"\x1f\x8b": "compressed by gzip",
     b"PAR1": "a Parquet file",
 }
-_MAX_WESTERN_SHARE = 0.2
+_MAX_WESTERN_SHARE = 0.4
 """Of the letters of a text in a Western European language, far fewer stand outside ASCII; in another alphabet, far more
 do."""
+_FEW_LETTERS = 8
+"""So many may be any share: a share of few letters says little."""
 
 
 def read_text_file(path: Path) -> tuple[str, list[str]]:
@@ -61,6 +64,11 @@ def read_text_file(path: Path) -> tuple[str, list[str]]:
     return text, []
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 row" and "2 rows"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _refuse_nul_bytes(path: Path, data: bytes) -> None:
     """NUL bytes at every second place are UTF-16 without its mark; others are no text."""
     count = data.count(0)
@@ -83,18 +91,21 @@ def _decode_western(path: Path, data: bytes, offset: int) -> tuple[str, list[str
     where = f"line {_line(data, offset)} (byte {data[offset]:#04x} at offset {offset}) is not UTF-8"
     as_utf8 = data.decode("utf-8", errors="replace")
     num_broken = as_utf8.count("\N{REPLACEMENT CHARACTER}")
-    if sum(not character.isascii() for character in as_utf8) > 2 * num_broken:
-        raise MELoRAError(f"`{path}` cannot be read: {where}, and most of the file is; repair it there")
-    try:
-        text, name = data.decode("cp1252"), "Windows-1252"
-    except UnicodeDecodeError:
-        text, name = data.decode("latin-1"), "Latin-1"
-    letters = [character for character in text if character.isalpha() or not character.isascii()]
-    if sum(not letter.isascii() for letter in letters) > max(8, _MAX_WESTERN_SHARE * len(letters)):
+    if len(as_utf8) - len(as_utf8.encode("ascii", errors="ignore")) > 2 * num_broken:
+        raise MELoRAError(
+            f"`{path}` cannot be read: {where}, and most of the file is: repair or remove what stands there"
+        )
+    num_others = len(data) - len(data.translate(None, bytes(range(128, 256))))
+    num_letters = len(data) - len(data.translate(None, string.ascii_letters.encode())) + num_others
+    if num_others > max(_FEW_LETTERS, _MAX_WESTERN_SHARE * num_letters):
         raise MELoRAError(
             f"`{path}` cannot be read: {where}, nor a Western European encoding; convert it from its own, such as "
             "iconv -f cp1251 -t utf-8"
         )
+    try:
+        text, name = data.decode("cp1252"), "Windows-1252"
+    except UnicodeDecodeError:
+        text, name = data.decode("latin-1"), "Latin-1"
     found = re.search(r"\w*[^\W\x00-\x7f]\w*|[^\x00-\x7f]", text)
     word = found[0] if found else ""
     note = f"{where}: the file is read as {name} (“{word}”); if this is wrong, convert it: iconv -f latin1 -t utf-8"

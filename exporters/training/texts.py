@@ -1,6 +1,7 @@
 """A user's labelled texts, split into a training and a held-out part."""
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from melora_fx import MELoRAError
 
 from .split import Row, ambiguous_keys, drop_single_texts, name_some, split, text_key
 from .table_file import read_text_rows
+from .text_file import counted
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,9 @@ def split_texts(rows: Sequence[Row], held_out: float = 0.2, seed: int = 0) -> Te
     if len(labels) < 2:
         raise MELoRAError(f"needs two labels with two different texts each, it has {len(labels)}")
     if ambiguous := ambiguous_keys(kept):
-        notes.append(
-            f"{len(ambiguous)} texts stand under more than one label: they are trained on and never held out, such as "
-            f"{name_some(sorted(ambiguous)[:1])}"
-        )
+        example = next(text for text, _ in kept if text_key(text) in ambiguous)
+        number = counted(len(ambiguous), "text")
+        notes.append(f"never held out: {number} under more than one label, such as {name_some([example])}")
     train, rest = split(kept, held_out, seed)
     return Texts(labels, _indexed(train, labels), _indexed(rest, labels), tuple(notes))
 
@@ -98,7 +99,7 @@ def _read_two_files(path: Path, held_out_path: Path, text_column: str, label_col
     kept = [row for row in train if text_key(row[0]) not in keys]
     if len(kept) < len(train):
         notes.append(
-            f"`{path.name}`: {len(train) - len(kept)} of {len(train)} rows are left out: their texts stand in "
+            f"`{path.name}`: left out: {counted(len(train) - len(kept), 'row')} whose text stands in "
             f"`{held_out_path.name}` too"
         )
     if bare := sorted({*labels} - {label for _, label in kept}):
@@ -121,9 +122,10 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> tuple[list[Ro
     notes = list(table.notes)
     rows = [(text, label.strip()) for text, label in table.rows if text.strip() and label.strip()]
     if not rows:
-        raise MELoRAError(f"`{path}` is empty: no row has both a {text_column!r} and a {label_column!r}")
+        said = "".join(f"; {note}" for note in notes)
+        raise MELoRAError(f"`{path}` is empty: no row has both a {text_column!r} and a {label_column!r}{said}")
     if dropped := len(table.rows) - len(rows):
-        notes.append(f"{dropped} of {table.num_read} rows are left out: they have no text or no label")
+        notes.append(f"left out: {dropped} of {counted(table.num_read, 'row')}, without a text or a label")
     notes += _label_notes({label for _, label in rows})
     return rows, [f"`{path.name}`: {note}" for note in notes]
 
@@ -134,4 +136,11 @@ def _label_notes(labels: set[str]) -> list[str]:
     for label in sorted(labels):
         by_case[label.casefold()].append(label)
     same = [found for found in by_case.values() if len(found) > 1]
-    return [f"labels that differ only in case are kept apart: {name_some(found)}" for found in same]
+    notes = [f"labels that differ only in case are kept apart: {name_some(found)}" for found in same]
+    if all(re.fullmatch(r"[-+]?\d*[.,]?\d+", label) for label in labels) and any(
+        re.search("[.,]", label) for label in labels
+    ):
+        notes.append(
+            f"the labels are numbers with fractions ({name_some(sorted(labels)[:2])}): each is a class of its own"
+        )
+    return notes
