@@ -3,16 +3,24 @@
 A further target is a line here; a precision, or a way to hold adapters, a line here and a file of its pass in `graph/`.
 """
 
-from collections.abc import Iterable
-from typing import Protocol, TypeVar
+import functools
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
 
+import melora_fx
 from exporters.graph.export import AdapterForm, Precision, Target, UpdateForm
-from exporters.graph.forms import add_biases_last, is_dense_faster, write_forms
-from exporters.graph.half import to_float16
-from exporters.graph.swap_inputs import distinct_values, open_inputs, own_values, refuse_without_adapters, swap_trials
-from exporters.tensorrt_check.check import check_tensorrt
-from exporters.tensorrt_check.obstacles import refuse_obstacles
-from melora_fx import folded
+
+
+def _later(function: str) -> Callable[..., Any]:
+    """A function whose module is imported when it is called: the command line lists the names below, and needs none."""
+    return functools.partial(_call, function)
+
+
+def _call(function: str, /, *args: Any, **kwargs: Any) -> Any:
+    module, _, name = function.rpartition(".")
+    return getattr(import_module(module), name)(*args, **kwargs)
+
 
 TARGETS = (
     Target("portable", "standard ONNX operators only"),
@@ -23,28 +31,41 @@ TARGETS = (
         "only what TensorRT builds",
         provider="tensorrt",
         takes_swap=False,
-        check=refuse_obstacles,
-        explain=check_tensorrt,
+        check=_later("exporters.tensorrt_check.obstacles.refuse_obstacles"),
+        explain=_later("exporters.tensorrt_check.check.check_tensorrt"),
     ),
 )
 
 PRECISIONS = (
     Precision("fp32", "float32", tolerance=1e-4, tolerance_of_more=1e-4),
-    Precision("fp16", "half precision inside", 2e-2, tolerance_of_more=4e-2, convert=to_float16, needs_runtime=True),
+    Precision(
+        "fp16",
+        "half precision inside",
+        tolerance=2e-2,
+        tolerance_of_more=4e-2,
+        convert=_later("exporters.graph.half.to_float16"),
+        needs_runtime=True,
+    ),
 )
 
+_ADD_BIASES_LAST = _later("exporters.graph.forms.add_biases_last")
+
 ADAPTERS = (
-    AdapterForm("fold", "merged", values=lambda model, _: folded(model)),
-    AdapterForm("keep", "unmerged", passes=(write_forms, add_biases_last), stays=True),
+    AdapterForm("fold", "merged", values=lambda model, _: melora_fx.folded(model)),
+    AdapterForm("keep", "unmerged", passes=(_later("exporters.graph.forms.write_forms"), _ADD_BIASES_LAST), stays=True),
     AdapterForm(
         "swap",
         "adapters as inputs",
-        values=distinct_values,
-        passes=(own_values, add_biases_last, open_inputs),
+        values=_later("exporters.graph.swap_inputs.distinct_values"),
+        passes=(
+            _later("exporters.graph.swap_inputs.own_values"),
+            _ADD_BIASES_LAST,
+            _later("exporters.graph.swap_inputs.open_inputs"),
+        ),
         stays=True,
         is_swappable=True,
-        refuse=refuse_without_adapters,
-        trials=swap_trials,
+        refuse=_later("exporters.graph.swap_inputs.refuse_without_adapters"),
+        trials=_later("exporters.graph.swap_inputs.swap_trials"),
     ),
 )
 
@@ -52,7 +73,7 @@ NO_ADAPTER = AdapterForm("none", "the base alone")
 """What the graph of a model holds that has no sites, or is inside `disabled`."""
 
 FORMS = (
-    UpdateForm("auto", "the faster", is_dense=is_dense_faster),
+    UpdateForm("auto", "the faster", is_dense=_later("exporters.graph.forms.is_dense_faster")),
     UpdateForm("block", "as the model computes it", is_dense=lambda *_: False),
     UpdateForm("dense", "block-diagonal matrices", is_dense=lambda *_: True),
 )

@@ -38,7 +38,7 @@ MODULES = {module_of(path) for package in ORDER for path in files(package)}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names of what a file imports, also inside of functions: modules, and names in modules."""
+    """Dotted names of what a file imports, also inside of functions and by `_later`: modules, and names in modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -46,6 +46,8 @@ def imports(path: Path) -> Iterator[str]:
             own = module_of(path).split(".")[: -node.level] if node.level else []
             base = ".".join([*own, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_later":
+            yield from (ast.literal_eval(argument) for argument in node.args)
 
 
 def resolve(name: str) -> str | None:

@@ -7,4 +7,5 @@ folding    fold, fold-onnx
 exporting  export
 adapters   adapter to-ort
 timing     bench
+terminal   errors, warnings and logs, as the user sees them
 """

@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from exporters.adapters.ort_adapter import write_ort_adapter
-
 from .options import AdapterDir
 
 
@@ -16,5 +14,7 @@ def adapter_to_ort(
     out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx_adapter file.")],
 ) -> None:
     """Write an adapter for ONNX Runtime's LoraAdapter: one session, many adapters."""
+    from exporters.adapters.ort_adapter import write_ort_adapter
+
     write_ort_adapter(adapter_dir, graph, out)
     print(f"{out}: {out.stat().st_size / 1024:.0f} KiB, for {graph}")

@@ -1,15 +1,22 @@
-"""Every command of `melora-fx`, and `main`."""
+"""Every command of `melora-fx`, and `main`.
 
+The modules of the commands import torch, transformers and onnx inside of their functions: --help and completion need
+none of them.
+"""
+
+import contextlib
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from melora_fx import MELoRAError
+from melora_fx.versions import package_version
 
 from .adapters import adapter_to_ort
 from .exporting import export
 from .folding import fold, fold_into_onnx
+from .terminal import quiet_pipe, tidy_terminal
 from .timing import bench
 from .training import demo, match
 
@@ -26,9 +33,10 @@ _COMMANDS: tuple[Command, ...] = (
 )
 _ADAPTER_COMMANDS: tuple[Command, ...] = (("to-ort", adapter_to_ort, "./adapter swap.onnx -o adapter.onnx_adapter"),)
 
+_DEBUG = "--debug"
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Rewrite, fold and export transformers with MELoRA adapters.",
@@ -41,14 +49,29 @@ for _name, _function, _example in _ADAPTER_COMMANDS:
     adapter_app.command(_name, epilog=f"Example: melora-fx adapter {_name} {_example}")(_function)
 
 
-def main() -> None:
-    """Runs the command line; what the user can mend is one line, not a traceback."""
-    from transformers.utils import logging
+def _print_versions(is_asked: bool) -> None:
+    if is_asked:
+        print(f"melora-fx {package_version('melora_fx')}")
+        for package in ("torch", "transformers", "onnxruntime"):
+            print(f"{package} {package_version(package)}")
+        raise typer.Exit
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        app()
-    except (MELoRAError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print versions and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(_DEBUG, help="Show the traceback of an error, and all warnings and logs; in any place.")
+    ] = False,
+) -> None:
+    """Options of `melora-fx` itself; `main` reads `debug`, which may stand behind a command too."""
+
+
+def main() -> None:
+    """Runs the command line; an error is one message on stderr, and its traceback with --debug."""
+    arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
+    is_debugging = len(arguments) < len(sys.argv[1:])
+    with quiet_pipe(), contextlib.nullcontext() if is_debugging else tidy_terminal():
+        app(arguments)

@@ -5,17 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-import melora_fx
-from exporters.example_inputs import example_inputs
-from exporters.export import export_onnx
 from exporters.export_report import ExportReport
 from exporters.runtime.providers import Shapes
 from exporters.targets import ADAPTERS, FORMS, PRECISIONS, TARGETS, find, in_words
-from exporters.triton_server.repository import write_triton_repository
-from melora_fx.load_model import load_model
-from melora_fx.saving.adapter_file import read_adapter
 
-from .options import axis_range
+from .options import axis_range, named_in
+from .terminal import hide_loading_bars
 
 _DEFAULT_SHAPES = {"batch": (1, 8, 32), "sequence": (16, 64, 128)}
 _SHAPES_TEXT = ", ".join(f"{axis}={low}:{usual}:{high}" for axis, (low, usual, high) in _DEFAULT_SHAPES.items())
@@ -26,7 +21,13 @@ _AdapterDir = Annotated[
 _BaseOf = Annotated[
     Path | None, typer.Option(help="Without an adapter: one whose model class and head the graph gets, for fold-onnx.")
 ]
-_Adapter = Annotated[str, typer.Option(help=f"{in_words(ADAPTERS)}.")]
+_Adapter = Annotated[str, typer.Option(help=f"{in_words(ADAPTERS)}.", autocompletion=named_in(ADAPTERS))]
+_Target = Annotated[str, typer.Option(help=f"{in_words(TARGETS)}.", autocompletion=named_in(TARGETS))]
+_Precision = Annotated[
+    str,
+    typer.Option(help=f'{in_words(PRECISIONS)}; "auto": the target\'s.', autocompletion=named_in(PRECISIONS)),
+]
+_Form = Annotated[str, typer.Option(help=f"Unmerged updates: {in_words(FORMS)}.", autocompletion=named_in(FORMS))]
 _Shapes = Annotated[
     list[Any],
     typer.Option(
@@ -46,14 +47,18 @@ def export(
     adapter_dir: _AdapterDir = None,
     base_of: _BaseOf = None,
     adapter: _Adapter = "fold",
-    target: Annotated[str, typer.Option(help=f"{in_words(TARGETS)}.")] = "portable",
-    precision: Annotated[str, typer.Option(help=f'{in_words(PRECISIONS)}; "auto": the target\'s.')] = "auto",
-    form: Annotated[str, typer.Option(help=f"Unmerged updates: {in_words(FORMS)}.")] = "auto",
+    target: _Target = "portable",
+    precision: _Precision = "auto",
+    form: _Form = "auto",
     verify: Annotated[bool, typer.Option(help="Compare the graph with torch.")] = True,
     shapes: _Shapes = [],  # noqa: B006  (typer copies it)
     triton: _Triton = None,
 ) -> None:
     """Write a base model and an adapter as an ONNX graph that has been compared with torch."""
+    from exporters.example_inputs import example_inputs
+    from exporters.export import export_onnx
+    from exporters.triton_server.repository import write_triton_repository
+
     asked = dict(shapes)
     if len(asked) < len(shapes):
         raise ValueError(f"`--shapes` gives an axis twice: {', '.join(axis for axis, _ in shapes)}")
@@ -79,8 +84,13 @@ def export(
 
 def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | None) -> Any:
     """The base with the adapter; or the base alone, with the class and head of the model that `base_of` adapts."""
+    from melora_fx import load_adapter
+    from melora_fx.load_model import load_model
+    from melora_fx.saving.adapter_file import read_adapter
+
     if adapter_dir is not None and base_of is not None:
         raise ValueError("`--base-of` is for graphs without an adapter: leave it out, or the adapter")
+    hide_loading_bars()
     source = adapter_dir or base_of
     saved = read_adapter(source) if source else None
     facts = saved.model if saved else {}
@@ -93,7 +103,7 @@ def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | Non
         brought=saved.kept_tensors() if saved else (),
     )
     if adapter_dir is not None:
-        melora_fx.load_adapter(model, adapter_dir)
+        load_adapter(model, adapter_dir)
     elif saved is not None:  # a new head's zeros would be optimised away, and fold-onnx would have no place for its own
         model.load_state_dict(saved.kept_tensors(), strict=False)
     return model

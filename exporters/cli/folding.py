@@ -4,15 +4,14 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import melora_fx
-from exporters.onnx_fold import fold_onnx
-from melora_fx import FoldReport
-
 from .options import AdapterDir
+
+if TYPE_CHECKING:
+    from melora_fx import FoldReport
 
 
 def fold(
@@ -21,7 +20,9 @@ def fold(
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; empty, or not there.")],
 ) -> None:
     """Merge an adapter into a model folder on disk, and say what rounding takes of it."""
-    _print_fold(melora_fx.fold_checkpoint, base_dir, adapter_dir, out)
+    from melora_fx import fold_checkpoint
+
+    _print_fold(fold_checkpoint, base_dir, adapter_dir, out)
 
 
 def fold_into_onnx(
@@ -30,10 +31,12 @@ def fold_into_onnx(
     out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file to write, or a folder.")],
 ) -> None:
     """Merge an adapter into a base graph that was exported once, without building the model."""
+    from exporters.onnx_fold import fold_onnx
+
     _print_fold(fold_onnx, graph, adapter_dir, out)
 
 
-def _print_fold(function: Callable[[Path, Path, Path], FoldReport], base: Path, adapter_dir: Path, out: Path) -> None:
+def _print_fold(function: Callable[[Path, Path, Path], "FoldReport"], base: Path, adapter_dir: Path, out: Path) -> None:
     """Folds, and prints where to and what was lost; the report says what its warning would."""
     start = time.perf_counter()
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """Options that several commands have, and the parsers of what typer has no type for: each reads one option's text."""
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,11 @@ def axis_range(text: str) -> tuple[str, tuple[int, int, int]]:
     if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
         raise typer.BadParameter(f"{text!r}: sizes must be 1 or more, smallest, usual and largest in this order")
     return axis, sizes
+
+
+def named_in(table: Iterable[Any]) -> Callable[[], list[tuple[str, str]]]:
+    """What a shell completes to: the names in a table of `exporters.targets`, and what each is."""
+    return lambda: [(entry.name, entry.about) for entry in table]
 
 
 AdapterDir = Annotated[Path, typer.Argument(help="Adapter folder, as save_adapter writes it.")]

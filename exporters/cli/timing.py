@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from exporters.measuring.bench import BenchOptions, run_bench
+from exporters.runtime.providers import PROVIDERS
 
 from .options import axis_size, numbers
 
@@ -32,7 +32,10 @@ def bench(
     axis: _Axis = [],  # noqa: B006
     threads: Annotated[int, typer.Option(help="Threads of one run.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed runs of each graph at each shape.")] = 30,
-    provider: Annotated[str, typer.Option(help="What runs the graphs: cpu, cuda or tensorrt.")] = "cpu",
+    provider: Annotated[
+        str,
+        typer.Option(help="What runs the graphs: cpu, cuda or tensorrt.", autocompletion=lambda: [*PROVIDERS]),
+    ] = "cpu",
     max_difference: Annotated[
         float | None, typer.Option(help="Refuse graphs whose outputs differ by more (relative) from the first one's.")
     ] = None,
@@ -40,6 +43,8 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Write a picture to this file (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Time ONNX graphs against each other: in turn, in random order, medians and ratios to the first."""
+    from exporters.measuring.bench import BenchOptions, run_bench
+
     run_bench(
         BenchOptions(
             graphs=tuple(graphs),

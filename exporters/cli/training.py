@@ -8,12 +8,8 @@ from typing import Annotated
 
 import typer
 
-import melora_fx
-from exporters.demo.demo import DemoOptions, run_demo
-from melora_fx import MELoRAConfig
-from melora_fx.load_model import load_model
-
 from .options import NumBlocks, Rank, Targets
+from .terminal import hide_loading_bars
 
 
 def demo(
@@ -30,6 +26,10 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A short training: under a minute.")] = False,
 ) -> None:
     """Train, fold, export and time a real transformer, from pretrained weights to ONNX Runtime."""
+    from exporters.demo.demo import DemoOptions, run_demo
+    from melora_fx import MELoRAConfig
+
+    hide_loading_bars()
     config = MELoRAConfig(rank=rank, num_blocks=num_blocks)
     run_demo(
         DemoOptions(
@@ -53,7 +53,10 @@ def match(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show which linears would be adapted, which not, and why."""
+    import melora_fx
+    from melora_fx.load_model import load_model
+
     model = load_model(model_dir, with_weights=False)
-    config = MELoRAConfig(rank=rank, num_blocks=num_blocks)
+    config = melora_fx.MELoRAConfig(rank=rank, num_blocks=num_blocks)
     report = melora_fx.match(model, list(chain.from_iterable(targets)), config)
     print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else report)

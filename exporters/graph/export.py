@@ -1,26 +1,31 @@
-"""One export on its way through the passes, and the table entries (`exporters/targets.py`) that it was asked for."""
+"""One export on its way through the passes, and the table entries (`exporters/targets.py`) that it was asked for.
+
+The command line lists the entries: they import neither torch nor onnx.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import onnx_ir
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import onnx_ir
+    import torch
+    from torch import nn
 
-from exporters.onnx_files.metadata import GraphFacts
-from exporters.onnx_files.weight_place import WeightPlace
-from exporters.onnx_runtime import Arrays
-from melora_fx import AdapterSite, MELoRAConfig
-from melora_fx.whole_capture.conditions import Condition
-from melora_fx.whole_capture.dynamic_axes import DynamicAxes
+    from exporters.onnx_files.metadata import GraphFacts
+    from exporters.onnx_files.weight_place import WeightPlace
+    from exporters.onnx_runtime import Arrays
+    from melora_fx import AdapterSite, MELoRAConfig
+    from melora_fx.whole_capture.conditions import Condition
+    from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 
-from .axes import axes_of
-from .ranges import AxisRange, axis_ranges
+    from .ranges import AxisRange
 
-Sites = Mapping[str, AdapterSite]
+Sites = Mapping[str, "AdapterSite"]
 Pass = Callable[["Export"], None]
 
 
@@ -178,10 +183,15 @@ class Export:
 
     def ranges(self) -> dict[str, AxisRange]:
         """The sizes of each dynamic axis for which the graph is right."""
+        from .axes import axes_of
+        from .ranges import axis_ranges
+
         axes = {value.name or "": axes_of(value) for value in self.graph.inputs if not value.is_initializer()}
         tensors = {name: value for name, value in self.inputs.items() if name in axes}
         return axis_ranges(self.conditions, axes, {name: value.shape for name, value in tensors.items()})
 
     def constants(self) -> dict[str, Any]:
         """The example inputs that are no tensors: constants of the graph."""
+        import torch
+
         return {name: value for name, value in self.inputs.items() if not isinstance(value, torch.Tensor)}
