@@ -25,6 +25,7 @@ def load_model(
     labels: Sequence[str] = (),
     pad_token_id: int | None = None,
     brought: Collection[str] = (),
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model in a folder, in evaluation mode. Code that lies in the folder is never run.
 
@@ -36,6 +37,7 @@ def load_model(
         labels: their names, in the order of their indices; none leaves the configuration's.
         pad_token_id: the padding token; None leaves the configuration's.
         brought: names of tensors that an adapter brings: the folder may lack them, or have them in other sizes.
+        dtype: of the weights; None leaves the folder's.
 
     Raises:
         MELoRAError: for a folder without a configuration, weights or a known class, and for weights that the model
@@ -61,7 +63,7 @@ def load_model(
                 return model_class(config).eval()
         except Exception as error:  # whatever a model does with sizes that do not fit
             raise MELoRAError(f"`{folder}/config.json` makes no {name}: {type(error).__name__}: {error}") from error
-    model, new = load_weights(model_class, folder, config)
+    model, new = load_weights(model_class, folder, config, **({} if dtype is None else {"dtype": dtype}))
     refuse_missing(folder, type(model).__name__, new, brought=brought)
     return model
 
