@@ -193,15 +193,18 @@ def _threads(count: int) -> str:
 
 
 def _table(rows: Sequence[Measurement]) -> Table:
-    table = Table("graph", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    caption = "≈: p20 to p80 is wider than the difference from the first graph"
+    table = Table("graph", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for heading in ("median ms", "p20–p80", "ratio", "differs by", "peak MiB", "file MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for shape in dict.fromkeys((row.batch, row.sequence) for row in rows):
         table.add_row(f"[bold]{_shape(*shape)}[/]")
+        latencies = LatencyTable(tuple(row.latency for row in _at(rows, shape)))
         for row in _at(rows, shape):
+            about = "≈" if latencies.is_within_noise(row.latency) else ""
             p20_to_p80 = f"{format_ms(row.p20_ms)}–{format_ms(row.p80_ms)}"
             difference = f"{row.max_rel_difference:.0e}" if row.max_rel_difference else "0"
             memory = "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f}"
-            cells = (format_ms(row.median_ms), p20_to_p80, f"{row.ratio:.2f}", difference, memory)
+            cells = (format_ms(row.median_ms), p20_to_p80, f"{about}{row.ratio:.2f}", difference, memory)
             table.add_row(f" {escape(row.form)}", *cells, f"{row.file_size_mib:.1f}")
     return table

@@ -36,11 +36,24 @@ class LatencyTable:
         return next(row for row in self.rows if row.name == name)
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("", "median ms", "p20", "p80", "ratio")]
+        rows: list[tuple[str, ...]] = [("", "median ms", "p20", "p80", "ratio", "")]
         for row in self.rows:
             times = (row.median_ms, row.p20_ms, row.p80_ms, row.ratio)
-            rows.append((row.name, *(f"{value:.2f}" for value in times)))
-        return "\n".join(table(rows, right=range(1, 5)))
+            mark = "within noise" if self.is_within_noise(row) else ""
+            rows.append((row.name, *(f"{value:.2f}" for value in times), mark))
+        lines = table(rows, right=range(1, 5))
+        if any(map(self.is_within_noise, self.rows)):
+            lines.append("within noise: p20 to p80 is wider than the difference from the reference's median")
+        return "\n".join(lines)
+
+    def is_within_noise(self, row: Latency) -> bool:
+        """p20 to p80 of the row, or of the reference, is wider than their medians are apart: it shows no difference."""
+        first = self.rows[0]
+        if row == first and row.ratio == 1:
+            return False
+        compared = (row, first) if first.ratio == 1 else (row,)  # a row of results may lack its reference
+        spread_ms = max(each.p80_ms - each.p20_ms for each in compared)
+        return abs(row.median_ms - row.median_ms / row.ratio) < spread_ms
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the table, one row a runner."""

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from .latency import Latency, LatencyTable
 
 _COLORS = ("#5f6b6d", "#2a7fc0", "#c0792a", "#3d9970", "#8e5ea2", "#b5383c", "#7f8c1d", "#20848c")
 _MAX_COLUMNS = 3
+_LONG_NAME = 20
 
 
 def import_pyplot() -> Any:
@@ -48,7 +49,7 @@ def plot_latency(panels: Mapping[str, LatencyTable], title: str, path: str | os.
     """
     pyplot = import_pyplot()
     names = list(dict.fromkeys(row.name for table in panels.values() for row in table.rows))
-    figure, grid = _make_grid(pyplot, len(panels), len(names))
+    figure, grid = _make_grid(pyplot, len(panels), names)
     for axes, (panel, table) in zip(grid.flat, panels.items(), strict=False):
         axes.set_title(panel, fontsize=10, loc="left")
         _draw(axes, table, names)
@@ -57,20 +58,24 @@ def plot_latency(panels: Mapping[str, LatencyTable], title: str, path: str | os.
     for column in grid.T:  # the lowest panel of each column carries the scale
         lowest = [axes for axes in column if axes.get_visible()][-1]
         lowest.tick_params(labelbottom=True)
-        lowest.set_xlabel(f"time ÷ time of {names[0]}")
+        lowest.set_xlabel(f"time ÷ time of {names[0] if len(names[0]) <= _LONG_NAME else 'the first'}")
     grid[0, 0].set(xlim=_range(panels), ylim=(len(names) - 0.4, -0.6))
     grid[0, 0].set_yticks(range(len(names)), names)
-    figure.suptitle(f"{title}\nleft is faster; dot: median, bar: p20 to p80", fontsize=11)
+    legend = "left is faster; dot: median, bar: p20 to p80"
+    if any(table.is_within_noise(row) for table in panels.values() for row in table.rows):
+        legend += "\nhollow dot and ≈: within noise, p20 to p80 is wider than the difference"
+    figure.suptitle(f"{title}\n{legend}", fontsize=11)
     figure.savefig(Path(path), dpi=150)
     pyplot.close(figure)
 
 
-def _make_grid(pyplot: Any, num_panels: int, num_lines: int) -> tuple[Any, Any]:
+def _make_grid(pyplot: Any, num_panels: int, names: Sequence[str]) -> tuple[Any, Any]:
     """(figure, panels (rows, columns)), as large as its lines need; all panels share their axes."""
     num_columns = min(num_panels, _MAX_COLUMNS)
     num_rows = -(-num_panels // num_columns)
     width = 7.5 if num_columns == 1 else 1.8 + 3.4 * num_columns
-    height = 1.1 + num_rows * (0.65 + 0.3 * num_lines)
+    width += 0.09 * max(0, max(map(len, names)) - _LONG_NAME)
+    height = 1.1 + num_rows * (0.65 + 0.3 * len(names))
     return pyplot.subplots(
         num_rows,
         num_columns,
@@ -89,9 +94,11 @@ def _draw(axes: Any, table: LatencyTable, names: list[str]) -> None:
         line = names.index(row.name)
         color = _COLORS[line % len(_COLORS)]
         axes.hlines(line, row.p20_ms / reference, row.p80_ms / reference, color=color, linewidth=5, alpha=0.35)
-        axes.plot(row.ratio, line, "o", color=color, markersize=6, zorder=3)
+        is_noise = table.is_within_noise(row)
+        face = "white" if is_noise else color
+        axes.plot(row.ratio, line, "o", color=color, markerfacecolor=face, markersize=6, zorder=3)
         axes.annotate(
-            f"{row.ratio:.2f} ×  {format_ms(row.median_ms)} ms",
+            f"{'≈' if is_noise else ''}{row.ratio:.2f} ×  {format_ms(row.median_ms)} ms",
             (1.02, line),
             xycoords=("axes fraction", "data"),
             va="center",

@@ -9,7 +9,8 @@ base             a pretrained classifier, and what is new in it
 default_targets  which linears are adapted where the user names none
 batches          tokenised batches of the texts, and the logits of a runner on them
 checkpoints      what a killed run goes on from
-report           what a training prints and plots
+report           what a training prints
+plots            `plot_training`: losses and accuracies of a training
 loop             the training loop: AdamW, linear decay, evaluations
 train            `run_train`: texts, base, targets, training, adapter, report
 """

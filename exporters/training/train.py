@@ -21,7 +21,8 @@ from .batches import Batches
 from .checkpoints import Checkpoints, History, hash_base, hash_texts
 from .default_targets import default_targets, match_targets
 from .loop import Schedule, train
-from .report import console, plot_training, print_texts
+from .plots import plot_training
+from .report import console, print_texts
 from .texts import Texts, read_texts
 from .tokenizer import TokenLengths, measure_texts
 

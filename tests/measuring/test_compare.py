@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters import compare, measure_latency
+from exporters import Latency, LatencyTable, compare, measure_latency
 from exporters.measuring.latency import time_runners
 from melora_fx import MELoRAError
 
@@ -92,3 +92,18 @@ def test_threads_must_be_the_same() -> None:
         measure_latency({"a": Constant(threads=1, a=[0]), "b": Constant(threads=2, b=[0])}, {})
     with pytest.raises(ValueError, match="at least one runner"):
         measure_latency({}, {})
+
+
+def test_a_difference_within_the_noise_is_said() -> None:
+    def row(name: str, median_ms: float, spread_ms: float) -> Latency:
+        return Latency(name, median_ms, median_ms - spread_ms / 2, median_ms + spread_ms / 2, median_ms / 10, 9, 1)
+
+    table = LatencyTable((row("base", 10, 0.5), row("close", 10.4, 0.1), row("noisy", 12, 2.1), row("slow", 12, 1.9)))
+    assert [table.is_within_noise(each) for each in table.rows] == [False, True, True, False]
+    assert [line.endswith("within noise") for line in str(table).splitlines()[1:5]] == [False, True, True, False]
+    assert (
+        str(table).splitlines()[5]
+        == "within noise: p20 to p80 is wider than the difference from the reference's median"
+    )
+    assert "noise" not in str(LatencyTable((table["base"], table["slow"])))
+    assert table.is_within_noise(LatencyTable((table["noisy"],)).rows[0]), "a table may lack its reference"

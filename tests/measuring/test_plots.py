@@ -26,9 +26,23 @@ def test_one_panel_a_table_on_one_scale(tmp_path: Path, monkeypatch: pytest.Monk
     low, high = first.get_xlim()
     assert low < 0.99
     assert high > 2.5 * 1.05
-    assert [text.get_text() for text in first.texts] == ["1.00 ×  10.0 ms", "1.02 ×  10.2 ms"]
+    assert [text.get_text() for text in first.texts] == ["1.00 ×  10.0 ms", "≈1.02 ×  10.2 ms"]
+    assert [line.get_markerfacecolor() for line in first.get_lines() if line.get_marker() == "o"][1:] == ["white"]
+    assert [text.get_text() for text in second.texts] == ["1.00 ×  10.0 ms", "2.50 ×  25.0 ms"]
     assert "title" in figure.get_suptitle()
+    assert "hollow dot and ≈: within noise" in figure.get_suptitle()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
+def test_long_names_and_clear_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    plot_latency({"one": table(**{"a" * 40: 1, "other": 2})}, "title", tmp_path / "a.svg")
+    figure = pyplot.gcf()
+    assert figure.axes[0].get_xlabel() == "time ÷ time of the first"
+    assert figure.get_figwidth() > 9
+    assert "noise" not in figure.get_suptitle()
     monkeypatch.undo()
     pyplot.close("all")
 
