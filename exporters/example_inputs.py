@@ -1,11 +1,15 @@
 """Hugging Face model folders: inputs to trace their models with."""
 
+from __future__ import annotations
+
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,6 +46,8 @@ def _sentences(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokens = torch.arange(16).remainder(model.config.get_text_config().vocab_size).expand(2, -1).contiguous()
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    from transformers import AutoTokenizer  # heavy: only where it is used
+
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

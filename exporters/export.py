@@ -1,5 +1,7 @@
 """`export_onnx`: a model, merged or unmerged, as an ONNX file that has been compared with torch."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -8,17 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir
 import torch
 from torch import nn
 
-from exporters.graph.axes import axes_of
-from exporters.graph.build import build_graph, count_ops
 from exporters.graph.export import AdapterForm, Export, ExportOptions, Sites
 from exporters.graph.inputs import named_inputs
-from exporters.graph.passes import graph_facts, run_passes
 from exporters.onnx_files.companions import write_companions
 from exporters.onnx_files.metadata import METADATA_KEY, describe, write_description
 from exporters.onnx_files.onnx_file import read_graph
@@ -34,8 +32,9 @@ from .export_report import ExportReport
 from .onnx_runtime import import_onnxruntime
 from .private import runs_under_accelerate
 from .targets import ADAPTERS, FORMS, NO_ADAPTER, PRECISIONS, TARGETS, find
-from .verify import Verification, check_file
-from .verify import verify as compare_with_torch
+
+if TYPE_CHECKING:
+    from .verify import Verification
 
 
 def export_onnx(
@@ -83,6 +82,9 @@ def export_onnx(
             ONNX Runtime is not installed, or the graph is not equal to torch. No file of an earlier export is touched
             then.
     """
+    from exporters.graph.build import build_graph  # these two import onnx_ir and onnxscript
+    from exporters.graph.passes import graph_facts, run_passes
+
     start = time.perf_counter()
     found_target = find("target", target, TARGETS)
     options = ExportOptions(
@@ -175,6 +177,8 @@ def _describe(model: nn.Module, options: ExportOptions, held: AdapterForm, found
 
 def _write(export: Export, facts: Mapping[str, Any], staging: Path) -> tuple[str, ...]:
     """Writes the graph with its description, its weights and what belongs beside it; returns notes for the user."""
+    import onnx_ir
+
     name = export.options.path.name
     export.graph_model.metadata_props[METADATA_KEY] = json.dumps(facts)
     with writing(export.options.path):
@@ -184,6 +188,8 @@ def _write(export: Export, facts: Mapping[str, Any], staging: Path) -> tuple[str
 
 def _verify(export: Export, staging: Path, step: Callable[[str], None]) -> Verification | None:
     """Checks the written file; one that is refused is kept in the folder NAME.failed."""
+    from . import verify  # imports onnx
+
     options = export.options
     file = staging / options.path.name
     try:
@@ -192,8 +198,8 @@ def _verify(export: Export, staging: Path, step: Callable[[str], None]) -> Verif
         if not options.verify:
             return None
         step("comparing with torch")
-        check_file(file)
-        return compare_with_torch(export, file)
+        verify.check_file(file)
+        return verify.verify(export, file)
     except MELoRAError as error:
         raise MELoRAError(f"{error}\nthe graph is left in `{keep_failed(staging, options.path)}`") from error
 
@@ -201,6 +207,9 @@ def _verify(export: Export, staging: Path, step: Callable[[str], None]) -> Verif
 def _report(
     export: Export, verification: Verification | None, notes: tuple[str, ...], staging: Path, start: float
 ) -> ExportReport:
+    from exporters.graph.axes import axes_of
+    from exporters.graph.build import count_ops
+
     options = export.options
     graph = export.graph
     return ExportReport(

@@ -4,19 +4,20 @@ The graph says in its metadata which initializer, or which columns of one, holds
 node is touched.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx_ir
 import torch
 
 from exporters.onnx_files.companions import copy_companions
 from exporters.onnx_files.metadata import METADATA_KEY, GraphFacts, facts_of
 from exporters.onnx_files.onnx_file import read_graph
-from exporters.onnx_files.weight_bytes import TORCH_DTYPES, Change, WeightBytes
 from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from melora_fx import FoldReport, MELoRAError, SiteFold
 from melora_fx.adapter.update import Scratch
@@ -31,6 +32,11 @@ from melora_fx.saving.checks import check_fingerprints, check_shapes, refuse_non
 from melora_fx.saving.fingerprint import fingerprint
 
 from .export_files import move_files, onnx_file_path, refuse_folder
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from exporters.onnx_files.weight_bytes import Change, WeightBytes
 
 
 def fold_onnx(
@@ -57,6 +63,8 @@ def fold_onnx(
             an adapter already, or does not say where a weight is: it is tied, or the exporter has merged it with
             others; where the adapter is not finite, or the file cannot be written. Nothing is written then.
     """
+    from exporters.onnx_files.weight_bytes import WeightBytes  # imports onnx_ir
+
     source = onnx_file_path(onnx_path)
     out = onnx_file_path(out_path)
     refuse_folder(source)
@@ -127,6 +135,8 @@ def _site_places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
 
 def _refuse_weights(weights: WeightBytes, places: Mapping[str, WeightPlace]) -> None:
     """Raises for weights of sites that are not floating point."""
+    from exporters.onnx_files.weight_bytes import TORCH_DTYPES
+
     tensors = {site: weights.tensors[place.initializer] for site, place in places.items()}
     quantised = [
         f"`{site}`: {tensor.dtype.name}" for site, tensor in tensors.items() if tensor.dtype not in TORCH_DTYPES

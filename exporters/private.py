@@ -4,15 +4,19 @@ One function or name for each; an upgrade that takes one away breaks this file, 
 every one. Each says why the documented way does not do, and the version that it was first seen to work with.
 """
 
+from __future__ import annotations
+
 import ast
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir
 from torch import nn
 from torch.export import ExportedProgram
-from transformers import PretrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def name_scopes(node: onnx_ir.Node) -> list[str]:

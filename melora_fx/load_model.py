@@ -3,15 +3,15 @@
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import MELoRAError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NAMED = 8
 
@@ -26,7 +26,7 @@ def load_model(
     pad_token_id: int | None = None,
     brought: Collection[str] = (),
     dtype: torch.dtype | None = None,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The model in a folder, in evaluation mode. Code that lies in the folder is never run.
 
     Args:
@@ -44,6 +44,8 @@ def load_model(
             needs and that neither the folder has nor `brought` names.
     """
     config = load_config(folder)
+    import transformers  # heavy: only where it is used
+
     if num_labels is not None and num_labels != config.num_labels:
         config.num_labels = num_labels
     if labels:
@@ -77,6 +79,8 @@ def load_config(folder: Path) -> Any:
     file = folder / "config.json"
     if not file.is_file():
         raise MELoRAError(f"`{folder}` is not a Hugging Face model folder: it has no config.json")
+    from transformers import CONFIG_MAPPING, AutoConfig  # heavy: only where they are used
+
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if "auto_map" in content and content.get("model_type") not in CONFIG_MAPPING:
@@ -91,7 +95,7 @@ def load_config(folder: Path) -> Any:
         raise MELoRAError(f"`{file}` cannot be read: {error}") from error
 
 
-def load_weights(model_class: Any, folder: Path, config: Any, **options: Any) -> tuple[PreTrainedModel, dict[str, str]]:
+def load_weights(model_class: Any, folder: Path, config: Any, **options: Any) -> tuple[Any, dict[str, str]]:
     """(model in evaluation mode, what is new in it): its tensors that the folder lacks, or has in another size.
 
     These hold the random values of a fresh model; those in another size are mapped to a text that says which. What

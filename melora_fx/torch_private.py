@@ -11,8 +11,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.comptime import comptime
-from torch._dynamo.variables.torch import get_overridable_functions
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -149,12 +148,20 @@ compiles_around = torch._C._dynamo.eval_frame.get_eval_frame_callback
 `torch.compile`. Not a function of ours, which it would compile too. torch 2.13."""
 
 
-while_compiling = comptime
-"""Runs a function of one argument while Dynamo compiles the call, and does nothing elsewhere. torch 2.13."""
+def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which Dynamo leaves alone; `torch.compiler.disable` would import Dynamo here already. torch 2.13."""
+    return _disable_dynamo(function)
+
+
+def while_compiling() -> Any:
+    """What runs a function of one argument while Dynamo compiles the call, and does nothing elsewhere. torch 2.13."""
+    from torch._dynamo.comptime import comptime  # heavy: only where it is used
+
+    return comptime
 
 
 def compiled_so_far(compilation: Any) -> tuple[nn.Module | None, fx.Graph]:
-    """`self` of the function that has called `while_compiling`, None behind a graph break, and the graph at that point.
+    """`self` of the function in which `while_compiling` runs, None behind a graph break, and the graph at that point.
     torch 2.13.
     """
     try:
@@ -230,6 +237,8 @@ def let_dynamo_ask(function: Any) -> None:
     """From here on Dynamo asks the `__torch_function__` of what `function` is given, as eager mode does: for functions
     that are in no public list it does not. torch 2.13.
     """
+    from torch._dynamo.variables.torch import get_overridable_functions  # heavy: only where it is used
+
     get_overridable_functions().add(function)
 
 
@@ -242,9 +251,8 @@ KEYS_NOT_SAVED = "_keys_to_ignore_on_save"
 
 
 def is_experts_layer(module: nn.Module) -> bool:
-    """Whether `module` is one of transformers' layers of experts, by what their decorator gives the class.
-
-    transformers 5.17.
+    """Whether `module` is one of transformers' layers of experts, by what their decorator gives the class. transformers
+    5.17.
     """
     return hasattr(module, "_apply_gate")
 

@@ -15,7 +15,7 @@ _ROOMS = {
         adapter capture whole_capture patterns lowering live matching rewriting saving folding __init__
     """,
     "exporters": """
-        onnx_runtime private example_inputs export_report export_files
+        onnx_runtime private hugging_face example_inputs export_report export_files
         onnx_files adapters graph runtime onnx_fold measuring tensorrt_check triton_server
         verify targets export training demo cli __init__
     """,

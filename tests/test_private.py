@@ -471,7 +471,7 @@ def test_what_dynamo_compiles() -> None:
     class Looks(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = nn.functional.linear(x, self.weight, self.bias)
-            torch_private.while_compiling(look)
+            torch_private.while_compiling()(look)
             return y
 
     model = Looks(IN, OUT)
@@ -479,6 +479,21 @@ def test_what_dynamo_compiles() -> None:
     assert not seen
     torch.compile(model, backend="eager", fullgraph=True)(randn(2, IN))
     assert seen == {"model": model, str((OUT, IN)): [("linear", True)], str((OUT,)): [("linear", True)]}
+
+
+def test_what_dynamo_leaves_alone() -> None:
+    @torch_private.never_compiled
+    def compiling() -> list[bool]:
+        return [compiling_inside()]
+
+    def compiling_inside() -> bool:
+        return torch.compiler.is_compiling()
+
+    def around(x: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+        return x + torch.compiler.is_compiling(), compiling()
+
+    assert around(torch.zeros(1)) == (torch.zeros(1), [False])
+    assert torch.compile(around, backend="eager")(torch.zeros(1)) == (torch.ones(1), [False])
 
 
 def test_inside_an_autograd_function() -> None:

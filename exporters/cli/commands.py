@@ -34,6 +34,7 @@ _COMMANDS: tuple[Command, ...] = (
 )
 _ADAPTER_COMMANDS: tuple[Command, ...] = (("to-ort", adapter_to_ort, "./adapter swap.onnx -o adapter.onnx_adapter"),)
 
+_NAME = "melora-fx"
 _DEBUG = "--debug"
 
 app = typer.Typer(
@@ -45,14 +46,14 @@ app = typer.Typer(
 adapter_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Work with adapter folders.")
 app.add_typer(adapter_app, name="adapter")
 for _name, _function, _example in _COMMANDS:
-    app.command(_name, epilog=f"Example: melora-fx {_name} {_example}")(_function)
+    app.command(_name, epilog=f"Example: {_NAME} {_name} {_example}")(_function)
 for _name, _function, _example in _ADAPTER_COMMANDS:
-    adapter_app.command(_name, epilog=f"Example: melora-fx adapter {_name} {_example}")(_function)
+    adapter_app.command(_name, epilog=f"Example: {_NAME} adapter {_name} {_example}")(_function)
 
 
 def _print_versions(is_asked: bool) -> None:
     if is_asked:
-        print(f"melora-fx {package_version('melora_fx')}")
+        print(f"{_NAME} {package_version('melora_fx')}")
         for package in ("torch", "transformers", "onnxruntime"):
             print(f"{package} {package_version(package)}")
         raise typer.Exit
@@ -75,4 +76,4 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
     is_debugging = len(arguments) < len(sys.argv[1:])
     with quiet_pipe(), contextlib.nullcontext() if is_debugging else tidy_terminal():
-        app(arguments)
+        app(arguments, prog_name=_NAME)

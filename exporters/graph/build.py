@@ -11,8 +11,8 @@ import onnx_ir
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from transformers import PreTrainedModel
 
+from exporters.hugging_face import is_hugging_face_model
 from exporters.private import export_by_transformers, grouped_translations
 from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import changed_attributes, in_mode, own_attributes, without_cache
@@ -98,7 +98,7 @@ def _export(
     try:
         with quiet(), exporting():
             shapes = dynamic_shapes(inputs, dynamic_axes)
-            if isinstance(model, PreTrainedModel):
+            if is_hugging_face_model(model):
                 return export_by_transformers(model, inputs, shapes, opset)
             return _export_by_torch(model, inputs, shapes, opset)
     except Exception as error:  # exporters raise many kinds

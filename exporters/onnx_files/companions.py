@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from torch import nn
-from transformers import PretrainedConfig
 
 from exporters.example_inputs import TOKENIZER_FILES
+from exporters.hugging_face import is_hugging_face_config
 from exporters.private import folder_of
 
 
@@ -18,7 +18,7 @@ def write_companions(model: nn.Module, folder: Path) -> tuple[str, ...]:
         notes on what is missing, for the user.
     """
     config = getattr(model, "config", None)
-    if not isinstance(config, PretrainedConfig):
+    if not is_hugging_face_config(config):
         return ()
     config.save_pretrained(folder)
     source = folder_of(config)

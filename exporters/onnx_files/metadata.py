@@ -1,13 +1,13 @@
 """What an exported file says of itself: the `melora` entry of its `metadata_props`, as JSON."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-import onnx_ir
 from torch import nn
 
 from melora_fx import AdapterSite, MELoRAConfig, MELoRAError
@@ -19,6 +19,9 @@ from melora_fx.whole_capture.conditions import Condition
 
 from .onnx_file import read_graph
 from .weight_place import WeightPlace
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 METADATA_KEY = "melora"
 _VERSION = 1
@@ -83,6 +86,8 @@ def places_as_json(places: dict[str, WeightPlace]) -> dict[str, Any]:
 
 def write_description(path: Path, facts: Mapping[str, Any]) -> None:
     """Exchanges the description in an exported file; weights in its data file are not read."""
+    import onnx  # heavy: only where it is used
+
     graph = onnx.load(path, load_external_data=False)
     for entry in graph.metadata_props:
         if entry.key == METADATA_KEY:

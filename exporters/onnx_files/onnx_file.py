@@ -1,13 +1,17 @@
 """A .onnx file from outside: its graph, the axes of its inputs and outputs, and the files that its weights are in."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-
-import onnx_ir
+from typing import TYPE_CHECKING
 
 from melora_fx import MELoRAError
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 
 def read_graph(path: str | os.PathLike[str]) -> onnx_ir.Model:
@@ -16,6 +20,8 @@ def read_graph(path: str | os.PathLike[str]) -> onnx_ir.Model:
     Raises:
         MELoRAError: for a file that is missing or no ONNX graph, or whose external data is not whole.
     """
+    import onnx_ir  # heavy: only where it is used
+
     try:
         model = onnx_ir.load(path)
         data_files(path, model)
@@ -60,6 +66,8 @@ def _fault(folder: Path, location: str, end: int) -> str | None:
 
 def _external_tensors(model: onnx_ir.Model) -> Iterator[onnx_ir.ExternalTensor]:
     """Initializers, and the tensors that nodes hold, in subgraphs too."""
+    import onnx_ir
+
     for graph in model.graphs():
         tensors = [value.const_value for value in graph.initializers.values()]
         for attribute in (attribute for node in graph for attribute in node.attributes.values()):
@@ -90,6 +98,8 @@ def axes_by_name(values: Iterable[onnx_ir.Value]) -> dict[str, tuple[int | str, 
 
 def precision_of(model: onnx_ir.Model) -> str:
     """ "fp16" where the graph holds weights of half precision, else "fp32"."""
+    import onnx_ir
+
     weights = (value.const_value for value in model.graph.initializers.values())
     half = any(weight.dtype == onnx_ir.DataType.FLOAT16 and len(weight.shape) > 1 for weight in weights if weight)
     return "fp16" if half else "fp32"

@@ -7,22 +7,26 @@ Sources, read in November 2026:
 types of TensorRT 11: https://docs.nvidia.com/deeplearning/tensorrt/11.4.1/api/migration/tensorrt-10x-to-11x-trtexec.html
 """
 
+from __future__ import annotations
+
 import os
 import shlex
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import onnx_ir
-from onnx_ir import DataType
+from typing import TYPE_CHECKING
 
 from exporters.onnx_files.onnx_file import axes_by_name, content_hash, precision_of, read_graph, required_inputs
 from exporters.runtime.providers import Shapes, profile_shapes, tensorrt_options
 from melora_fx import MELoRAError
 
-from .obstacles import Obstacle, find_obstacles, group_obstacles
 from .operators import TABLE, UNCHECKED
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from .obstacles import Obstacle
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class TensorRTReport:
         return not self.obstacles
 
     def __str__(self) -> str:
+        from .obstacles import group_obstacles
+
         verdict = "TensorRT builds the whole of it" if self.ok else "TensorRT would not build all of it"
         lines = [f"{self.path}: {self.num_nodes} nodes", f"  {verdict}, by {TABLE}"]
         for label, texts in (("no", group_obstacles(self.obstacles)), ("note", self.notes)):
@@ -75,6 +81,8 @@ def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> Tens
         MELoRAError: for a file that is missing or is no ONNX graph, missing or short weight files, and inputs that have
             axes without a name.
     """
+    from .obstacles import find_obstacles  # imports onnx
+
     path = Path(onnx_path)
     model = read_graph(path)
     inputs = axes_by_name(required_inputs(model))
@@ -108,6 +116,8 @@ def _trtexec(path: Path, profile: dict[str, str]) -> tuple[str, ...]:
 
 
 def _notes(model: onnx_ir.Model) -> Iterator[str]:
+    from onnx_ir import DataType
+
     ends = (*required_inputs(model), *model.graph.outputs)
     int64 = [value.name or "" for value in ends if value.dtype == DataType.INT64]
     if int64 or any(value.dtype == DataType.INT64 for value in model.graph.initializers.values()):

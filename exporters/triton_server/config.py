@@ -1,12 +1,16 @@
 """config.pbtxt, the description of a model for the Triton Inference Server, in protobuf's text format."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import onnx_ir
+from typing import TYPE_CHECKING
 
 from exporters.onnx_files.onnx_file import axes_by_name, required_inputs
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 TYPES = {
     "BOOL": "TYPE_BOOL",

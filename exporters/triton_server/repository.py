@@ -9,14 +9,15 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/use
 https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/batcher.html
 """
 
+from __future__ import annotations
+
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import onnx_ir
+from typing import TYPE_CHECKING
 
 from exporters.onnx_files.onnx_file import (
     axes_by_name,
@@ -31,6 +32,9 @@ from melora_fx import MELoRAError
 from melora_fx.files import new_folder
 
 from .config import TYPES, Serving, tensorrt_parameters, type_name, write_config
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import transformers
-
 from melora_fx.load_model import load_model
 from melora_fx.torch_private import checkpoint_names, is_needed, tied_weights
 
@@ -36,6 +34,8 @@ def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | N
     Raises:
         MELoRAError: where the checkpoint is of a model that this class is not for.
     """
+    import transformers  # heavy: only where it is used
+
     if checkpoint.config is None or not hasattr(transformers, class_name or ""):
         return KeyMap({key: key for key in checkpoint.tensors}, frozenset(), {})
     model = load_model(checkpoint.directory, with_weights=False, class_name=class_name, num_labels=num_labels)

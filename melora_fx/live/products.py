@@ -25,7 +25,7 @@ from melora_fx.patterns.node import KNOWN_SHAPE, weight_of
 from melora_fx.patterns.patterns import find_linear_nodes
 from melora_fx.patterns.stacks import Stack
 from melora_fx.patterns.views import KNOWN_VIEW, WeightView
-from melora_fx.torch_private import in_autograd_function, in_forward_mode
+from melora_fx.torch_private import compiles_around, in_autograd_function, in_forward_mode, never_compiled
 
 from .reader import is_adapted, is_recomputed
 from .refusals import record_of, refuse_in_function, refuse_use
@@ -227,7 +227,9 @@ def prepare_product(
         tensors.append(shown.choice)
     products = type(shown.owner).melora_products
     if key not in products:
-        _add_product(products, key, shown, name, function, args, kwargs)
+        is_compiling = torch.compiler.is_dynamo_compiling() or compiles_around()
+        add = _add_uncompiled if is_compiling else _add_product  # the first imports Dynamo
+        add(products, key, shown, name, function, args, kwargs)
     return products[key], tensors
 
 
@@ -253,7 +255,6 @@ def _described(value: Any, shown: Shown, name: str, tensors: list[Any]) -> str:
     return f" {value}"
 
 
-@torch.compiler.disable
 def _add_product(
     products: dict[str, Product], key: str, shown: Shown, name: str, function: Any, args: Any, kwargs: Any
 ) -> None:
@@ -274,3 +275,6 @@ def _add_product(
         products[key] = make_product(shown.owner, record, function, args, kwargs, view)
     except NoPatternError as error:
         refuse_use(shown.owner, shown.parameter, f"{name}{error}")
+
+
+_add_uncompiled = never_compiled(_add_product)

@@ -21,30 +21,33 @@ from .adapted_module import rewritten_modules
 
 
 class _Watch:
-    """The rewritten models that there are, the optimizers that have been looked at, and the hook."""
+    """The rewritten models that there are, by `id`, the optimizers that have been looked at, and the hook."""
 
     def __init__(self) -> None:
-        self.models: WeakSet[nn.Module] = WeakSet()
+        self.models: dict[int, weakref.ref[nn.Module]] = {}
         self.checked: WeakSet[Optimizer] = WeakSet()
         self.hook: RemovableHandle | None = None
 
     def add(self, model: nn.Module) -> None:
-        self.models.add(model)
+        self.models[id(model)] = weakref.ref(model)
         self.checked.clear()  # one that has stepped before may hold this model
         self.hook = self.hook or register_optimizer_step_pre_hook(self.check)
-        weakref.finalize(model, self.remove_hook_if_alone).atexit = False
+        weakref.finalize(model, self.forget, id(model)).atexit = False
 
     def discard(self, model: nn.Module) -> None:
-        self.models.discard(model)
+        self.models.pop(id(model), None)
         self.remove_unused_hook()
 
     def remove_unused_hook(self) -> None:
-        if self.hook and not list(self.models):
+        if self.hook and not self.models:
             self.hook.remove()
             self.hook = None
 
-    def remove_hook_if_alone(self) -> None:
-        """When a model is collected PyTorch may be going through its hooks: it notices if one of several is gone."""
+    def forget(self, key: int) -> None:
+        """A model has been collected, at any time. PyTorch may be going through its hooks: it notices if one of several
+        is gone. Dynamo may be compiling with `fullgraph=True`, and raises at any generator, such as those of a WeakSet.
+        """
+        self.models.pop(key, None)
         if self.hook and list(self.hook.hooks_dict_ref() or ()) == [self.hook.id]:
             self.remove_unused_hook()
 
@@ -53,12 +56,15 @@ class _Watch:
             return
         self.checked.add(optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for stale in filter(None, [_stale_linears(model, held) for model in self.models]):
+        for stale in filter(None, [_stale_linears(model, held) for model in self._alive()]):
             warnings.warn(
                 f"this {type(optimizer).__name__} holds the weights of {stale} linears, which `rewrite` has frozen, "
                 "and not their adapters: make the optimizer after `rewrite`",
                 stacklevel=3,  # where `step` is called
             )
+
+    def _alive(self) -> list[nn.Module]:
+        return [model for reference in self.models.values() if (model := reference()) is not None]
 
 
 _watch = _Watch()

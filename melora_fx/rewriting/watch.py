@@ -104,7 +104,7 @@ def _watching_forward(cls: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             output = cls.forward(self, *args, **kwargs)
-            while_compiling(_check_graph)
+            while_compiling()(_check_graph)
             return output
         training = self.training
         mark: RootMark | None = vars(self).get(ROOT_MARK)  # none on a module of a class below this one

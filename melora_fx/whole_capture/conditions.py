@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import sympy
 from torch.export import ExportedProgram
 
 from melora_fx.errors import MELoRAError
@@ -158,6 +157,8 @@ def _canonical(text: str, num_sizes: int) -> str | None:
     match = re.fullmatch(r"([^<>=!a-z]+) (<|<=|>|>=) ([^<>=!a-z]+)", text.replace("n", "N"))
     if match is None:
         return None
+    import sympy  # heavy: only where it is used
+
     known = {"__builtins__": {}} | {
         f"N{number}": sympy.Symbol(f"n{number}", integer=True) for number in range(num_sizes)
     }

@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import sympy
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes_config
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from melora_fx.torch_private import is_operator
 
@@ -50,9 +48,12 @@ def conditions_up_to(operations: int) -> Iterator[None]:
     """In the block `torch.export` raises LargeConditionError before it looks at a condition of more operations: with
     those it is busy for minutes, and has no limit of its own. torch 2.13.
     """
+    import sympy  # heavy: only where it is used
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     evaluate = ShapeEnv.evaluate_expr
 
-    def evaluate_small(env: ShapeEnv, condition: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluate_small(env: Any, condition: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(condition, sympy.Basic) and condition.count_ops() > operations:
             uses = Counter(part for part in sympy.preorder_traversal(condition) if part in env.var_to_sources)
             raise LargeConditionError(env.var_to_sources[max(uses, key=uses.__getitem__)][0].name)

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import inspect
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,22 @@ def test_a_hook_of_others_is_not_disturbed() -> None:
         hook.remove()
     watch.remove_unused_hook()
     assert watch.hook is None
+
+
+def test_a_model_is_collected_without_a_generator() -> None:
+    """At which Dynamo raises where it compiles whole graphs: a collection may happen then too."""
+    watch = _Watch()
+    models = [tower()]
+    watch.add(models[0])
+    called = []
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code) if event == "call" else None)
+    try:
+        models.clear()
+        gc.collect()
+    finally:
+        sys.setprofile(None)
+    assert watch.forget.__code__ in called
+    assert [code.co_name for code in called if code.co_flags & inspect.CO_GENERATOR] == []
 
 
 def test_patches_tell_none_from_nothing() -> None:
