@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from melora_fx.load_model import load_model
-from melora_fx.torch_private import checkpoint_names, is_needed, tied_weights
 
 from .checkpoint import Checkpoint
+from .private import checkpoint_names, is_needed, tied_weights
 
 
 @dataclass(frozen=True)
