@@ -11,7 +11,10 @@ TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"}
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-for requirement in [*project["dependencies"], *extras["cpu"], *extras["demo"], *extras["test"]]:
+for requirement in [
+    *project["dependencies"],
+    *(each for extra in ("cpu", "train", "demo", "test") for each in extras[extra]),
+]:
     declared = re.fullmatch(r"([\w-]+)>=([\d.]+)( *;.*)?", requirement)
     if declared is None and ">=" in requirement:
         raise SystemExit(f"cannot read the minimum version that {requirement!r} declares")

@@ -48,7 +48,7 @@ def _sentences(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     from transformers import AutoTokenizer  # heavy: only where it is used
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     sentences = ["The quick brown fox jumps over the lazy dog.", "A second, shorter sentence."]

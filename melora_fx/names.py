@@ -49,3 +49,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module inside a `torch.compile` wrapper, or `model` itself."""
     inner = getattr(model, WRAPPED[0], None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def default_labels(count: int) -> list[str]:
+    """What transformers calls labels that have no names."""
+    return [f"LABEL_{index}" for index in range(count)]

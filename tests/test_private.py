@@ -22,6 +22,7 @@ from torch.nn.utils import prune
 from exporters import private
 from exporters.graph.clean import quiet
 from melora_fx import torch_private
+from melora_fx.folding import private as fold_private
 from melora_fx.whole_capture import private as export_private
 
 aten = torch.ops.aten
@@ -36,7 +37,7 @@ MIXTRAL = transformers.MixtralConfig(
 )
 
 
-@pytest.mark.parametrize("short", ["torch_private", "export_private", "private"])
+@pytest.mark.parametrize("short", ["torch_private", "fold_private", "export_private", "private"])
 def test_every_name_is_called_here(short: str) -> None:
     tree = ast.parse(inspect.getsource(globals()[short]))
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -348,20 +349,29 @@ def test_dynamo_asks() -> None:
 def test_names_in_checkpoints() -> None:
     model = bert_classifier()
     keys = [*model.state_dict()]
-    assert {(key, name) for key, name, _ in torch_private.checkpoint_names(model, keys)} == {(key, key) for key in keys}
-    assert torch_private.checkpoint_names(model, ["bert.embeddings.LayerNorm.gamma"]) == [
+    assert {(key, name) for key, name, _ in fold_private.checkpoint_names(model, keys)} == {(key, key) for key in keys}
+    assert fold_private.checkpoint_names(model, ["bert.embeddings.LayerNorm.gamma"]) == [
         ("bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight", ())
     ]
     stored = [f"model.layers.0.block_sparse_moe.experts.{expert}.w{i}.weight" for expert in (0, 1) for i in (1, 2, 3)]
     with torch.device("meta"):
-        found = torch_private.checkpoint_names(transformers.MixtralForCausalLM(MIXTRAL), stored)
+        found = fold_private.checkpoint_names(transformers.MixtralForCausalLM(MIXTRAL), stored)
     converted = {name for *_, names in found for name in names}
     assert converted == {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
 
 
 def test_tied_weights() -> None:
-    assert torch_private.tied_weights(gpt2()) == {"lm_head.weight": "transformer.wte.weight"}
-    assert torch_private.tied_weights(nn.Linear(IN, OUT)) == {}
+    assert fold_private.tied_weights(gpt2()) == {"lm_head.weight": "transformer.wte.weight"}
+    assert fold_private.tied_weights(nn.Linear(IN, OUT)) == {}
+
+
+def test_what_transformers_does_not_miss() -> None:
+    sizes = {"vocab_size": 20, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8}
+    heads = {"decoder_ffn_dim": 8, "encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    with torch.device("meta"):
+        model = transformers.PegasusForConditionalGeneration(transformers.PegasusConfig(**sizes, **heads))
+    ignored = [name for name in model.state_dict() if not fold_private.is_needed(model, name)]
+    assert ignored == ["final_logits_bias"]
 
 
 class Scaled(nn.Module):

@@ -2,7 +2,7 @@
 
 commands   every command with an example, and `main`
 options    options that several commands have, and the parsers of texts
-training   demo, match
+training   train, demo, match
 folding    fold, fold-onnx
 exporting  export
 adapters   adapter inspect, adapter to-ort

@@ -18,13 +18,14 @@ from .exporting import export
 from .folding import fold, fold_into_onnx
 from .terminal import quiet_pipe, tidy_terminal
 from .timing import bench
-from .training import demo, match
+from .training import demo, match, train
 
 Command = tuple[str, Callable[..., None], str]
 """Name, function, and the arguments of the example that --help shows."""
 
 _COMMANDS: tuple[Command, ...] = (
     ("demo", demo, "--out demo-output --quick"),
+    ("train", train, "./my-model --data texts.csv --out ./trained"),
     ("match", match, "./my-model --targets q_proj,v_proj --num-blocks 4"),
     ("fold", fold, "./my-model ./adapter -o ./my-model-folded"),
     ("fold-onnx", fold_into_onnx, "base.onnx ./adapter -o merged.onnx"),

@@ -84,6 +84,8 @@ def export(
 
 def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | None) -> Any:
     """The base with the adapter; or the base alone, with the class and head of the model that `base_of` adapts."""
+    import torch
+
     from melora_fx import load_adapter
     from melora_fx.load_model import load_model
     from melora_fx.saving.adapter_file import read_adapter
@@ -94,7 +96,15 @@ def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | Non
     source = adapter_dir or base_of
     saved = read_adapter(source) if source else None
     facts = saved.model if saved else {}
-    model = load_model(model_dir, class_name=facts.get("class"), num_labels=facts.get("num_labels"))
+    model = load_model(
+        model_dir,
+        class_name=facts.get("class"),
+        num_labels=facts.get("num_labels"),
+        labels=facts.get("labels", ()),
+        pad_token_id=facts.get("pad_token_id"),
+        brought=saved.kept_tensors() if saved else (),
+        dtype=torch.float32,  # what graphs are made of; half precision is an option of the export
+    )
     if adapter_dir is not None:
         load_adapter(model, adapter_dir)
     elif saved is not None:  # a new head's zeros would be optimised away, and fold-onnx would have no place for its own

@@ -41,6 +41,14 @@ def axis_range(text: str) -> tuple[str, tuple[int, int, int]]:
     return axis, sizes
 
 
+def share_or_file(text: str) -> float | Path:
+    """A share, such as 0.2, or else a file."""
+    try:
+        return float(text)
+    except ValueError:
+        return Path(text)
+
+
 def named_in(table: Iterable[Any]) -> Callable[[], list[tuple[str, str]]]:
     """What a shell completes to: the names in a table of `exporters.targets`, and what each is."""
     return lambda: [(entry.name, entry.about) for entry in table]

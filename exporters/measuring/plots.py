@@ -27,7 +27,7 @@ def import_pyplot() -> Any:
         mpl.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise MELoRAError('matplotlib is not installed: pip install "melora_fx[demo]"') from error
+        raise MELoRAError('matplotlib is not installed: pip install "melora_fx[train]"') from error
     return pyplot
 
 

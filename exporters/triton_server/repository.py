@@ -219,7 +219,7 @@ def _batch_axis(values: Axes) -> tuple[str, str]:
 def _write(target: Path, version: int, config: str, files: Mapping[str, Path]) -> tuple[str, ...]:
     """Writes the model's folder, or one more version of it, in one rename; the files written, relative to it."""
     names = tuple(f"{version}/{name}" for name in files)
-    if target.exists():
+    if os.path.exists(target):
         _check_addable(target, version, config)
         with new_folder(target / str(version)) as made:
             _copy(files, made)

@@ -10,6 +10,7 @@ report           `FoldReport`: the measured sites as a table, with a remedy
 fold_checkpoint  `fold_checkpoint`: on disk
 checkpoint       where the tensors of a checkpoint lie
 checkpoint_keys  the names of a model's parameters in a checkpoint
+private          what is borrowed of transformers
 checkpoint_plan  what a fold changes in a checkpoint, checked before anything is written
 edited_copy      copies files and changes stretches of them on the way
 other_files      what else of a checkpoint's folder is copied

@@ -1,14 +1,15 @@
 """From the names of a model's parameters to the keys of a checkpoint, by transformers' own rules."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from melora_fx.load_model import load_model
-from melora_fx.torch_private import checkpoint_names, tied_weights
 
 from .checkpoint import Checkpoint
+from .private import checkpoint_names, is_needed, tied_weights
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class KeyMap:
         converted: parameters that are stored in another form, several keys in one or one in several.
         tied: parameters that share their memory with others in the model: name → the others.
         tensors: the model's own, by name, on the meta device; None where transformers does not know its class.
+        lacking: what the model needs and the checkpoint has not, or in another size; the text says which.
     """
 
     keys: dict[str, str]
     converted: frozenset[str]
     tied: dict[str, tuple[str, ...]]
     tensors: Mapping[str, torch.Tensor] | None = None
+    lacking: dict[str, str] = field(default_factory=dict)
 
 
 def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | None) -> KeyMap:
@@ -52,4 +55,19 @@ def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | N
     for name, source in tied_weights(model).items():
         groups.setdefault(source, {source}).add(name)
     tied = {name: tuple(sorted(group - {name})) for group in groups.values() for name in group}
-    return KeyMap(keys, frozenset(converted), tied, model.state_dict())
+    found = KeyMap(keys, frozenset(converted), tied, model.state_dict())
+    return replace(found, lacking=_lacking(checkpoint, model, found))
+
+
+def _lacking(checkpoint: Checkpoint, model: Any, found: KeyMap) -> dict[str, str]:
+    """As `from_pretrained` would report it: a tied parameter is there if one of those that it is tied to is."""
+    lacking: dict[str, str] = {}
+    there = {*found.keys, *found.converted}
+    for name, tensor in model.state_dict().items():
+        if name in found.keys:
+            shape = checkpoint.tensors[found.keys[name]].shape
+            if shape != tuple(tensor.shape):
+                lacking[name] = f"{shape} there, {tuple(tensor.shape)} in the model"
+        elif there.isdisjoint((name, *found.tied.get(name, ()))) and is_needed(model, name):
+            lacking[name] = ""
+    return dict(sorted(lacking.items()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from melora_fx.errors import MELoRAError
+from melora_fx.load_model import refuse_missing
 from melora_fx.matching.keep_trainable import is_within
 from melora_fx.matching.targets import nearest
 from melora_fx.saving.adapter import Adapter
@@ -33,14 +34,18 @@ def plan_fold(checkpoint: Checkpoint, adapter: Adapter) -> FoldPlan:
     """Where an adapter belongs in a checkpoint. Only headers and a few values of each weight are read.
 
     Raises:
-        MELoRAError: where the checkpoint holds an adapter already, is not the adapter's base, or stores a weight in a
-            form that cannot be folded into; for an adapter that is not finite.
+        MELoRAError: where the checkpoint holds an adapter already, is not the adapter's base, stores a weight in a
+            form that cannot be folded into, or lacks a weight that the adapter does not bring; for an adapter that is
+            not finite.
     """
     _refuse_folded(checkpoint)
     names = map_keys(checkpoint, adapter.model.get("class"), adapter.model.get("num_labels"))
     weights = _find_weights(checkpoint, adapter, names)
     _check_values(checkpoint, adapter, weights, names)
-    return FoldPlan(weights, _find_heads(checkpoint, adapter, names))
+    heads = _find_heads(checkpoint, adapter, names)
+    class_name = str(adapter.model.get("class"))
+    refuse_missing(checkpoint.directory, class_name, names.lacking, brought=adapter.kept_tensors())
+    return FoldPlan(weights, heads)
 
 
 def _refuse_folded(checkpoint: Checkpoint) -> None:

@@ -16,6 +16,7 @@ import torch
 from melora_fx.adapter.update import Scratch
 from melora_fx.errors import MELoRAError
 from melora_fx.files import new_folder, writing
+from melora_fx.names import default_labels
 from melora_fx.progress import show_progress
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
@@ -167,17 +168,23 @@ def _write_index(
 
 
 def _write_config(checkpoint: Checkpoint, made: Path, adapter: Adapter) -> None:
-    """Copies config.json; with a trained head, the class that has it and its number of labels stand there."""
+    """Copies config.json; what the adapter says of its model, with a trained head also its class, stands there then."""
     if checkpoint.config is None:
         return
     class_name = adapter.model.get("class")
     num_labels = adapter.model.get("num_labels")
+    pad_token_id = adapter.model.get("pad_token_id")
     config = dict(checkpoint.config)
+    labels = adapter.model.get("labels") or []
     if adapter.kept and class_name:
         config["architectures"] = [class_name]
         if num_labels and num_labels != len(config.get("id2label") or ("", "")):  # two labels where nothing is said
-            labels = {index: f"LABEL_{index}" for index in range(num_labels)}
-            config |= {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+            labels = labels or default_labels(num_labels)
+    names = {str(index): label for index, label in enumerate(labels)}
+    if labels and names != config.get("id2label"):
+        config |= {"id2label": names, "label2id": {label: index for index, label in enumerate(labels)}}
+    if pad_token_id is not None and pad_token_id != config.get("pad_token_id"):
+        config["pad_token_id"] = pad_token_id
     if config == checkpoint.config:
         copy_file(checkpoint.directory / CONFIG_FILE, made / CONFIG_FILE)
     else:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from melora_fx.errors import MELoRAError
+from melora_fx.names import default_labels
 from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, warn_of_lost_sites
 
@@ -36,10 +37,6 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if lines:
         raise MELoRAError("cannot save:\n" + "\n".join(lines))
     refuse_folded(model, "save_adapter")
-    model_facts = {
-        "class": class_name(model),
-        "num_labels": getattr(getattr(model, "config", None), "num_labels", None),
-    }
     entries = site_entries(found)
     unread = [f"`{name}`" for name, entry in entries.items() if "values" not in entry["base"]]
     if unread:
@@ -56,7 +53,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "them in its `keep_trainable`, buffers by their module",
             stacklevel=2,
         )
-    header = {"sites": entries, "kept": list(kept_names(model)), "model": model_facts}
+    header = {"sites": entries, "kept": list(kept_names(model)), "model": _model_facts(model)}
     write_adapter(Path(directory), tensors, header)
 
 
@@ -69,6 +66,23 @@ def _refuse_non_finite(entries: Mapping[str, Any], tensors: Mapping[str, torch.T
         )
     if names := [name for name, entry in entries.items() if not all(map(isfinite, entry["base"].get("values", ())))]:
         raise MELoRAError(f"the base weights of {_listed(names)} hold NaN or infinity: load the model again")
+
+
+def _model_facts(model: nn.Module) -> dict[str, Any]:
+    """What a plain model must be loaded with so that the adapter fits and its users find what they need.
+
+    Names of labels are left out where they say nothing, as LABEL_0 does.
+    """
+    config = getattr(model, "config", None)
+    num_labels = getattr(config, "num_labels", None)
+    facts = {"class": class_name(model), "num_labels": num_labels}
+    if isinstance(names := getattr(config, "id2label", None), dict):
+        labels = [names.get(index) for index in range(len(names))]
+        if len(labels) == num_labels and labels != default_labels(len(labels)):
+            facts["labels"] = [str(label) for label in labels]
+    if isinstance(pad_token_id := getattr(config, "pad_token_id", None), int):
+        facts["pad_token_id"] = pad_token_id
+    return facts
 
 
 def _listed(names: list[str]) -> str:

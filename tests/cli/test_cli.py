@@ -23,7 +23,7 @@ def test_the_module_runs_as_a_program(capsys: pytest.CaptureFixture[str], monkey
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("exporters.cli", run_name="__main__")
     assert not caught.value.code
-    assert {"demo", "match", "fold", "export", "fold-onnx", "bench"} <= set(capsys.readouterr().out.split())
+    assert {"demo", "train", "match", "fold", "export", "fold-onnx", "bench"} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_the_module_runs_in_a_process_of_its_own() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "exporters.cli", "--help"], capture_output=True, text=True, check=True
     )
-    assert {"demo", "match", "fold", "export", "fold-onnx", "bench"} <= set(result.stdout.split())
+    assert {"demo", "train", "match", "fold", "export", "fold-onnx", "bench"} <= set(result.stdout.split())
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "match", "fold", "export", "fold-onnx", "adapter inspect", "adapter to-ort", "bench"]
+    "command",
+    ["demo", "train", "match", "fold", "export", "fold-onnx", "adapter inspect", "adapter to-ort", "bench"],
 )
 def test_help_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
@@ -73,6 +74,15 @@ def test_export_writes_the_merged_graph(model_dir: Path, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     assert re.search(r"equal to torch in \d+ comparisons", result.stdout)
     assert compare(OrtRunner(tmp_path / "out.onnx"), TorchRunner(model), tokens()).max_rel_error <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_base_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
+    bert_classifier(num_layers=1).bfloat16().save_pretrained(tmp_path / "base")
+    result = run("export", tmp_path / "base", "-o", tmp_path / "out.onnx")
+    assert result.returncode == 0, result.stderr
+    expected = BertForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    assert compare(OrtRunner(tmp_path / "out.onnx"), TorchRunner(expected), tokens()).max_rel_error <= 1e-5
 
 
 @pytest.mark.slow

@@ -1,0 +1,77 @@
+"""The model to train: a pretrained transformer with a classification head, and what is new in it."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from melora_fx import MELoRAError
+from melora_fx.load_model import load_config, load_weights, refuse_missing
+
+from .tokenizer import load_tokenizer, set_padding
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model in float32 with its tokenizer.
+
+    Attributes:
+        folder: where they were loaded from.
+        new: names of the modules and parameters that the folder lacks, a head at least: they hold random values, must
+            be trained, and be saved with the adapter.
+    """
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    new: tuple[str, ...]
+
+    @property
+    def keep_trainable(self) -> list[str]:
+        """What is new, as `rewrite` takes it: these very names, and none that only end like them."""
+        return [f"re:{re.escape(name)}" for name in self.new]
+
+
+def load_base(folder: Path, labels: Sequence[str]) -> Base:
+    """The classifier of these labels in a Hugging Face folder. New weights are drawn from torch's generator.
+
+    Raises:
+        MELoRAError: where the folder holds no model that classifies texts, no tokenizer, or not the model's weights.
+    """
+    config = load_config(folder)
+    tokenizer = load_tokenizer(folder)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    config.get_text_config().use_cache = False  # keys and values of a decoder's past, which no classifier needs
+    set_padding(tokenizer, config, folder)
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    options = {} if is_quantized else {"dtype": torch.float32}
+    try:
+        model, lacking = load_weights(AutoModelForSequenceClassification, folder, config, **options)
+    except ValueError as error:  # a class without such a head, a quantisation without its library
+        reason = str(error).splitlines()[0]
+        raise MELoRAError(
+            f"`{folder}`: no classifier can be made of its {config.model_type} model: {reason}"
+        ) from error
+    embeddings = next((name for name, module in model.named_modules() if module is model.get_input_embeddings()), None)
+    if f"{embeddings}.weight" in lacking:  # nothing of a pretrained model
+        refuse_missing(folder, type(model).__name__, lacking)
+    return Base(folder, model, tokenizer, name_new(model, lacking))
+
+
+def name_new(model: nn.Module, lacking: Collection[str]) -> tuple[str, ...]:
+    """The modules all of whose tensors are `lacking`, and the names of the others; a buffer stands for its module."""
+    own = list(model.state_dict())
+    names: dict[str, None] = {}
+    for name in lacking:
+        parents = name.split(".")[:-1]
+        whole = [".".join(parents[:end]) for end in range(1, len(parents) + 1)]
+        fitting = (path for path in whole if all(key in lacking for key in own if key.startswith(f"{path}.")))
+        is_parameter = name in dict(model.named_parameters())
+        names[next(fitting, name if is_parameter else whole[-1])] = None
+    return tuple(names)
