@@ -53,6 +53,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Texts of one step.")] = 16,
     max_tokens: _MaxTokens = None,
     seed: Annotated[int, typer.Option(help="Of the split, the new weights, the order and dropout.")] = 0,
+    device: Annotated[str, typer.Option(help="What trains: cpu, cuda, …; auto: CUDA where there is any.")] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where --out has another training's.")] = False,
 ) -> None:
     """Train an adapter, and what is new in the model, on labelled texts.
@@ -78,6 +79,7 @@ def train(
             batch_size=batch_size,
             max_tokens=max_tokens,
             seed=seed,
+            device=device,
             restart=restart,
         )
     )

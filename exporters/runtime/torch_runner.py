@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from exporters.graph.outputs import named_outputs
 from exporters.onnx_runtime import Arrays
@@ -21,7 +22,7 @@ class TorchRunner:
     """Runs a torch module as it is, in its present mode, without gradients.
 
     Args:
-        model: the module, or a function of it; called with the inputs as keyword arguments.
+        model: the module, or a function of it; called with the inputs as keyword arguments, on the module's device.
         threads: number of torch's intra-operator threads during a run; None leaves torch's own.
     """
 
@@ -31,7 +32,7 @@ class TorchRunner:
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """The outputs by name, for `inputs` of arrays or tensors by name."""
-        tensors = {name: torch.as_tensor(value) for name, value in inputs.items()}
+        tensors = {name: torch.as_tensor(value, device=self._device()) for name, value in inputs.items()}
         before = torch.get_num_threads()
         if self.threads is not None and self.threads != before:
             torch.set_num_threads(self.threads)
@@ -42,3 +43,8 @@ class TorchRunner:
             if torch.get_num_threads() != before:
                 torch.set_num_threads(before)
         return {name: output.detach().cpu().numpy() for name, output in outputs.items()}
+
+    def _device(self) -> torch.device | None:
+        """Where the module's parameters are; None, which leaves a tensor where it is, for a function."""
+        parameters = self.model.parameters() if isinstance(self.model, nn.Module) else iter(())
+        return next((parameter.device for parameter in parameters if not parameter.is_meta), None)

@@ -7,6 +7,7 @@ texts            `read_texts`: a user's labelled texts, split into a training an
 tokenizer        a folder's tokenizer, and how many texts are cut
 base             a pretrained classifier, and what is new in it
 default_targets  which linears are adapted where the user names none
+device           what a training runs on
 batches          tokenised batches of the texts, and the logits of a runner on them
 checkpoints      what a killed run goes on from
 report           what a training prints

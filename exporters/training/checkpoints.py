@@ -96,6 +96,7 @@ class Checkpoints:
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all(),  # empty without CUDA
             "history": dataclasses.asdict(history),
         }
         path = self.folder / f"step-{len(history.losses):08d}"
@@ -122,6 +123,7 @@ class Checkpoints:
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["random"])
+            torch.cuda.set_rng_state_all(state["cuda_random"])
             losses, evaluations = (list(state["history"][name]) for name in ("losses", "evaluations"))
         except Exception as error:  # pickle and torch raise many kinds
             raise MELoRAError(

@@ -17,6 +17,7 @@ from melora_fx.progress import show_progress
 
 from .batches import Batches, compute_accuracy
 from .checkpoints import Checkpoints, History
+from .device import device_of
 from .report import console
 
 _LAST_FACTOR = 0.05
@@ -78,7 +79,9 @@ def train(model: nn.Module, batches: Batches, schedule: Schedule, checkpoints: C
 
 def _step(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, optimizer: Any) -> float:
     """One update; the loss before it."""
-    loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
+    device = device_of(model)
+    logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
+    loss = nn.functional.cross_entropy(logits, labels.to(device))
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

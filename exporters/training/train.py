@@ -20,6 +20,7 @@ from .base import Base, load_base
 from .batches import Batches
 from .checkpoints import Checkpoints, History, hash_base, hash_texts
 from .default_targets import default_targets, match_targets
+from .device import find_device
 from .loop import Schedule, train
 from .plots import plot_training
 from .report import console, print_texts
@@ -40,6 +41,7 @@ class TrainOptions:
         validation: the share of the texts that is held out, or a file of its own.
         targets: the linears to adapt; none: the query and value projections.
         max_tokens: where texts are cut; None: only at the model's limit.
+        device: what trains, as torch names it; "auto" is CUDA where there is any.
         restart: forgets the checkpoints of another run in `out`.
         checkpoint_every_s: seconds; one is written after each epoch, too.
     """
@@ -57,6 +59,7 @@ class TrainOptions:
     batch_size: int = 16
     max_tokens: int | None = None
     seed: int = 0
+    device: str = "auto"
     restart: bool = False
     checkpoint_every_s: float = 180.0
 
@@ -121,7 +124,7 @@ def prepare(options: TrainOptions, texts: Texts, *, checkpoints: str = "checkpoi
     """
     if options.batch_size < 1:
         raise ValueError(f"`batch_size` (={options.batch_size}) must be at least 1")
-    _ = options.schedule  # refuses what is out of range
+    _ = options.schedule, find_device(options.device)  # refuse what is out of range
     print_texts(texts)
     torch.manual_seed(options.seed)
     base = load_base(options.model, texts.labels)
@@ -143,14 +146,18 @@ def prepare(options: TrainOptions, texts: Texts, *, checkpoints: str = "checkpoi
 
 
 def fit(training: Training) -> dict[str, Any]:
-    """Rewrites the model, trains it, and writes adapter and picture; what report.json says of it."""
+    """Rewrites the model, trains it, and writes adapter and picture; what report.json says of it. The model is on the
+    CPU before and after.
+    """
     options, model, out = training.options, training.base.model, training.options.out
     start = time.perf_counter()
     torch.manual_seed(options.seed)
     targets = training.checkpoints.arguments["targets"]
     melora_fx.rewrite(model, targets, options.config, keep_trainable=training.base.keep_trainable)
     training.checkpoints.open(restart=options.restart)
+    model.to(find_device(options.device))
     history = train(model, training.batches, options.schedule, training.checkpoints)
+    model.cpu()
     melora_fx.save_adapter(model, out / "adapter")
     with writing(out):
         plot_training(history.losses, history.evaluations, training.texts.majority_baseline, out / "training.png")
@@ -192,6 +199,7 @@ def _arguments(
         "config": options.config.to_dict(),
         "max_tokens": max_tokens,
         "batch_size": options.batch_size,
+        "device": find_device(options.device).type,
         **asdict(options.schedule),
     }
 

@@ -38,9 +38,8 @@ def test_other_peoples_errors_are_one_line_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
     result = run("export", tmp_path, "-o", tmp_path / "out.onnx")
     assert (result.returncode, result.stdout) == (1, "")
-    assert re.fullmatch(r"error: ZeroDivisionError: .*\(`melora-fx --debug COMMAND …` shows where\)\n", result.stderr), (
-        result.stderr
-    )
+    expected = r"error: ZeroDivisionError: .*\(`melora-fx --debug COMMAND …` shows where\)\n"
+    assert re.fullmatch(expected, result.stderr), result.stderr
 
 
 def test_errors_of_our_own_code_that_no_one_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
