@@ -62,7 +62,9 @@ def test_adapter_gives_the_outputs_that_it_gave(commit: str, name: str, build: A
 def test_adapter_saved_again_is_the_same(commit: str, name: str, tmp_path: Path) -> None:
     folder = ROOT / commit / name
     melora_fx.save_adapter(load(plain(name), name, folder / "adapter"), tmp_path)
-    assert facts_of(tmp_path) == expected_of(folder)
+    again, expected = facts_of(tmp_path), expected_of(folder)
+    assert again["model"].items() >= expected["model"].items()  # the padding token came later
+    assert again | {"model": expected["model"]} == expected
 
 
 @each_checkpoint
