@@ -32,6 +32,7 @@ _SITE_KEYS = {"config", "base", "is_transposed", "row_dims"}
 _MODEL_KEYS = {"class", "num_labels", "labels", "pad_token_id"}
 _MAX_LABELS = 1 << 20
 _MAX_ELEMENTS = 1 << 48
+_LARGEST_FLOAT = torch.finfo(torch.float64).max
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _fingerprint(base: Any) -> dict[str, Any]:
         raise ValueError(f"`base.dtype` (={_shown(base['dtype'])}) must be a dtype of torch")
     if "values" in base:
         values = _list("`base.values`", base["values"])
-        if len(values) != NUM_VALUES or not all(_is_finite(value) for value in values):
+        if len(values) != NUM_VALUES or not _are_finite(values):
             raise ValueError(f"`base.values` must be {NUM_VALUES} finite numbers")
         if not getattr(torch, base["dtype"]).is_floating_point:
             raise ValueError(f"`base.values` are of a floating weight, `base.dtype` is {base['dtype']}")
@@ -218,11 +219,9 @@ def _integer(where: str, value: Any, low: int, high: int) -> int:
     return value
 
 
-def _is_finite(value: Any) -> bool:
-    """Whether it is a number that float64 can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= torch.finfo(torch.float64).max
+def _are_finite(values: list[Any]) -> bool:
+    """Whether they are numbers that float64 can hold."""
+    return all(type(value) in (float, int) for value in values) and max(map(abs, values)) <= _LARGEST_FLOAT
 
 
 def _shown(value: Any) -> str:
