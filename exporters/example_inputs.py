@@ -30,14 +30,15 @@ TOKENIZER_FILES = (
 def example_inputs(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     """Inputs of two rows: sentences, or mere token ids where the folder has no tokenizer; images for a vision model.
 
-    A decoder beside an encoder gets the first tokens of its own.
+    A decoder beside an encoder gets the first tokens of its own, but for a classifier, which makes them itself.
     """
     if model.main_input_name == "pixel_values":
         config: Any = model.config
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return {"pixel_values": torch.randn(2, config.num_channels, size, size)}
     inputs = _sentences(model, folder)
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters and not is_classifier:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :5].contiguous()
     return inputs
 

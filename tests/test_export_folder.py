@@ -14,7 +14,7 @@ import pytest
 from support.exports import Exports
 from support.models import bert_classifier, fill, tokens
 from support.onnx_files import WEIGHT, data_of, publish_small, save_small, value_in, write_graph
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import melora_fx
 from exporters import export_onnx, fold_onnx
@@ -261,3 +261,18 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
     finally:
         tmp_path.chmod(0o700)
     assert value_in(path) == 1.0
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(MELoRAError, match=r"model\.safetensors` is a file, and no \.onnx file: name one, or a folder"):
+        export_onnx(bert_classifier(num_layers=1), tokens(), tmp_path / "model.safetensors", verify=False)
+
+
+@pytest.mark.slow
+def test_the_configuration_names_the_class_that_was_exported(tmp_path: Path) -> None:
+    BertModel(CONFIG).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    export_onnx(model, tokens(), tmp_path / "graph", verify=False)
+    assert json.loads((tmp_path / "graph" / "config.json").read_text())["architectures"] == [type(model).__name__]
+    assert model.config.architectures == ["BertModel"]

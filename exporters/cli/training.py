@@ -97,7 +97,7 @@ def demo(
     num_blocks: NumBlocks = 8,
     targets: _ChosenTargets = [],  # noqa: B006
     max_tokens: _MaxTokens = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A short training: under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A short training: one epoch, one or two minutes.")] = False,
 ) -> None:
     """Train, fold, export and time a real transformer, from pretrained weights to ONNX Runtime."""
     from exporters.demo.data import minilm_folder
@@ -105,6 +105,8 @@ def demo(
     from exporters.training.train import TrainOptions
     from melora_fx import MELoRAConfig
 
+    if data is None and (text, label) != ("text", "label"):
+        raise ValueError("`--text` and `--label` are columns of `--data`: give the file too")
     hide_loading_bars()
     run_demo(
         DemoOptions(

@@ -1,5 +1,6 @@
 """The files that Hugging Face users expect beside a graph: the configuration and the tokenizer's."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 from exporters.example_inputs import TOKENIZER_FILES
 from exporters.hugging_face import is_hugging_face_config
 from exporters.private import folder_of
+from melora_fx.rewriting.module import class_name
 
 _CONFIG = "config.json"
 _NO_SETTINGS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -26,7 +28,9 @@ def write_companions(model: nn.Module, folder: Path) -> tuple[str, ...]:
     config = getattr(model, "config", None)
     if not is_hugging_face_config(config):
         return ()
-    config.save_pretrained(folder)
+    described = copy.deepcopy(config)
+    described.architectures = [class_name(model)]
+    described.save_pretrained(folder)
     source = folder_of(config)
     files = _files_in(source, TOKENIZER_FILES) if source else []
     for file in files:

@@ -22,19 +22,21 @@ class Base:
 
     Attributes:
         folder: where they were loaded from.
-        new: names of the modules and parameters that the folder lacks, a head at least: they hold random values, must
+        new: names of the modules and parameters that the folder lacks, such as a head: they hold random values, must
             be trained, and be saved with the adapter.
+        heads: names of the modules beside the base model that the folder has: they are trained on.
     """
 
     folder: Path
     model: Any
     tokenizer: Any
     new: tuple[str, ...]
+    heads: tuple[str, ...] = ()
 
     @property
     def keep_trainable(self) -> list[str]:
-        """What is new, as `rewrite` takes it: these very names, and none that only end like them."""
-        return [f"re:{re.escape(name)}" for name in self.new]
+        """What is trained whole, as `rewrite` takes it: these very names, and none that only end like them."""
+        return [f"re:{re.escape(name)}" for name in (*self.new, *self.heads)]
 
 
 def load_base(folder: Path, labels: Sequence[str]) -> Base:
@@ -61,7 +63,24 @@ def load_base(folder: Path, labels: Sequence[str]) -> Base:
     embeddings = next((name for name, module in model.named_modules() if module is model.get_input_embeddings()), None)
     if f"{embeddings}.weight" in lacking:  # nothing of a pretrained model
         refuse_missing(folder, type(model).__name__, lacking)
-    return Base(folder, model, tokenizer, name_new(model, lacking))
+    new = name_new(model, lacking)
+    return Base(folder, model, tokenizer, new, tuple(name for name in _beside_base(model) if name not in new))
+
+
+def label_order(folder: Path, labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels as the head in a model folder has them, where it has just these; else as they are given."""
+    own = load_config(folder).id2label
+    in_order = tuple(str(own[index]) for index in sorted(own))
+    return in_order if sorted(in_order) == sorted(labels) else tuple(labels)
+
+
+def _beside_base(model: Any) -> list[str]:
+    """Names of the modules that a classifier adds to its base model, which hold its head."""
+    base = getattr(model, model.base_model_prefix, None)
+    if base is None:
+        return []
+    others = {name: child for name, child in model.named_children() if child is not base}
+    return [name for name, child in others.items() if any(True for _ in child.parameters())]
 
 
 def name_new(model: nn.Module, lacking: Collection[str]) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ class Checkpoints:
             losses, evaluations = (list(state["history"][name]) for name in ("losses", "evaluations"))
         except Exception as error:  # pickle and torch raise many kinds
             raise MELoRAError(
-                f"`{paths[-1]}` cannot be read: {type(error).__name__}: {error}. Remove it to go on from the one before"
+                f"`{paths[-1]}` cannot be read ({type(error).__name__}): remove it to go on from the one before"
             ) from error
         return History(losses, [(int(step), float(accuracy)) for step, accuracy in evaluations])
 

@@ -35,6 +35,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ValueError(f"`epochs` (={self.epochs}) must be at least 1")
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"`seed` (={self.seed}) must be from 0 to {(1 << 31) - 1}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"`learning_rate` (={self.learning_rate}) must be above 0")
 

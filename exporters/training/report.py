@@ -1,17 +1,28 @@
 """What a training prints."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 
 from .texts import Texts
 
 console = Console()
+_SHOWN_LABELS = 20
+_SHOWN_CHARACTERS = 40
 
 
 def print_texts(texts: Texts) -> None:
     console.print(
         f"[bold]data[/]: {len(texts.train)} training and {len(texts.held_out)} held-out texts, "
-        f"{len(texts.labels)} labels: {escape(', '.join(texts.labels))}"
+        f"{len(texts.labels)} labels: {escape(_named(texts.labels))}"
     )
     for note in texts.notes:
         console.print(f"[bold]note[/]: {escape(note)}")
+
+
+def _named(labels: Sequence[str]) -> str:
+    """The labels, long and many ones cut, and without what a terminal would act on."""
+    shown = [label if label.isprintable() else repr(label) for label in labels[:_SHOWN_LABELS]]
+    shown = [label if len(label) <= _SHOWN_CHARACTERS else f"{label[:_SHOWN_CHARACTERS]}…" for label in shown]
+    return ", ".join(shown) + (f", … ({len(labels) - len(shown)} more)" if len(labels) > len(shown) else "")

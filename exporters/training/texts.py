@@ -19,7 +19,7 @@ class Texts:
     """Texts with the index of their label in `labels`, in a training and a held-out part.
 
     Attributes:
-        labels: sorted.
+        labels: sorted, or in the order of a model's head.
         train, held_out: (text, index of its label); no text stands in both.
         notes: what the user should know of how they came out of the file.
     """
@@ -34,6 +34,12 @@ class Texts:
         """Held-out accuracy of always answering the most frequent training label."""
         most_frequent = Counter(label for _, label in self.train).most_common(1)[0][0]
         return sum(label == most_frequent for _, label in self.held_out) / len(self.held_out)
+
+    def with_labels(self, labels: Sequence[str]) -> "Texts":
+        """The same texts with the same labels in another order."""
+        number = [labels.index(label) for label in self.labels]
+        train, held_out = (tuple((text, number[label]) for text, label in part) for part in (self.train, self.held_out))
+        return Texts(tuple(labels), train, held_out, self.notes)
 
 
 def read_texts(
@@ -61,7 +67,7 @@ def read_texts(
     if isinstance(held_out, str | os.PathLike):
         return _read_two_files(Path(path), Path(held_out), text_column, label_column)
     if not 0 < held_out < 1:
-        raise ValueError(f"`held_out` (={held_out}) must be between 0 and 1, or a file")
+        raise ValueError(f"`held_out` (={held_out}; `--validation`) must be between 0 and 1, or a file")
     rows, notes = _read_rows(Path(path), text_column, label_column)
     try:
         texts = split_texts(rows, held_out, seed)
@@ -90,6 +96,8 @@ def split_texts(rows: Sequence[Row], held_out: float = 0.2, seed: int = 0) -> Te
 
 
 def _read_two_files(path: Path, held_out_path: Path, text_column: str, label_column: str) -> Texts:
+    if path.absolute() == held_out_path.absolute():
+        raise MELoRAError(f"`{path}` is both the training and the validation file: give two, or a share")
     train, notes = _read_rows(path, text_column, label_column)
     held_out, held_out_notes = _read_rows(held_out_path, text_column, label_column)
     labels = tuple(sorted({label for _, label in train}))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoTokenizer
 
 from exporters.example_inputs import TOKENIZER_FILES
 from melora_fx import MELoRAError
@@ -106,12 +106,15 @@ def token_limit(tokenizer: Any, model: nn.Module) -> int | None:
 def set_padding(tokenizer: Any, config: Any, folder: Path) -> None:
     """Gives tokenizer and configuration the same padding token: the model's, the tokenizer's, or that of an end.
 
+    A decoder classifies the last token that is no padding: there the tokenizer's goes before the model's, as whoever
+    uses the trained model pads with that.
+
     Raises:
         MELoRAError: where there is none of them.
     """
     text_config = config.get_text_config()
     own = getattr(text_config, "pad_token_id", None)
-    if isinstance(own, int) and 0 <= own < len(tokenizer):
+    if isinstance(own, int) and 0 <= own < len(tokenizer) and not (_is_decoder(config) and tokenizer.pad_token):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own)
         return
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= getattr(text_config, "vocab_size", _NO_LIMIT):
@@ -119,6 +122,11 @@ def set_padding(tokenizer: Any, config: Any, folder: Path) -> None:
     if tokenizer.pad_token is None:
         raise MELoRAError(f"`{folder}`: its tokenizer has neither a padding nor an end token: give it a `pad_token`")
     text_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _is_decoder(config: Any) -> bool:
+    """Whether models of this configuration are decoders alone."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def _num_tokens(model: Any) -> int:

@@ -16,7 +16,7 @@ from melora_fx import MatchReport, MELoRAConfig, MELoRAError
 from melora_fx.files import writing
 from melora_fx.versions import package_version
 
-from .base import Base, load_base
+from .base import Base, label_order, load_base
 from .batches import Batches
 from .checkpoints import Checkpoints, History, hash_base, hash_texts
 from .default_targets import default_targets, match_targets
@@ -125,6 +125,8 @@ def prepare(options: TrainOptions, texts: Texts, *, checkpoints: str = "checkpoi
     if options.batch_size < 1:
         raise ValueError(f"`batch_size` (={options.batch_size}) must be at least 1")
     _ = options.schedule, find_device(options.device)  # refuse what is out of range
+    refuse_model_folder(options)
+    texts = texts.with_labels(label_order(options.model, texts.labels))
     print_texts(texts)
     torch.manual_seed(options.seed)
     base = load_base(options.model, texts.labels)
@@ -133,6 +135,8 @@ def prepare(options: TrainOptions, texts: Texts, *, checkpoints: str = "checkpoi
     console.print(f"[bold]tokens[/]: {lengths}")
     if base.new:
         console.print(f"[bold]new in this model[/], trained and saved with the adapter: {', '.join(base.new)}")
+    if base.heads:
+        console.print(f"[bold]the model's own head[/], trained on: {', '.join(base.heads)}")
     targets = options.targets or default_targets(base.model)
     if not options.targets:
         console.print(f"[bold]targets[/]: {', '.join(targets)}")
@@ -142,7 +146,26 @@ def prepare(options: TrainOptions, texts: Texts, *, checkpoints: str = "checkpoi
     if not options.restart:
         kept.refuse_others()
     batches = Batches(base.tokenizer, texts, lengths.lengths, options.batch_size, lengths.max_tokens)
+    _try_model(base, batches)
     return Training(options, base, batches, lengths, matched, kept)
+
+
+def refuse_model_folder(options: TrainOptions) -> None:
+    """Raises MELoRAError where the results would go into the folder of the model."""
+    model, out = options.model.absolute(), options.out.absolute()
+    if model in (out, *out.parents):
+        raise MELoRAError(f"`{options.out}` is the model's own folder, or in it: give another `--out`")
+
+
+def _try_model(base: Base, batches: Batches) -> None:
+    """Raises MELoRAError where the model cannot compute what its tokenizer makes of the texts."""
+    try:
+        with torch.no_grad():
+            base.model(**batches.example())
+    except Exception as error:  # a model raises what it likes, such as T5 without an end token in each text
+        raise MELoRAError(
+            f"`{base.folder}`: {type(base.model).__name__} cannot take the texts as its tokenizer writes them: {error}"
+        ) from error
 
 
 def fit(training: Training) -> dict[str, Any]:
@@ -220,6 +243,7 @@ def _results(training: Training, history: History, seconds: float) -> dict[str, 
             site.config.total_rank * (site.in_features + site.out_features) for site in sites.values()
         ),
         "new": list(training.base.new),
+        "heads": list(training.base.heads),
         "labels": list(texts.labels),
         "num_train": len(texts.train),
         "num_held_out": len(texts.held_out),

@@ -6,7 +6,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,8 +30,10 @@ from .report import FoldReport, make_report
 from .site_weight import changed_blocks, oriented_weight
 from .unload import remove_adapters
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
-def fold(model: nn.Module, *, untie: bool = False) -> nn.Module:
+
+def fold(model: _Model, *, untie: bool = False) -> _Model:
     """The model with its adapters merged into the weights and no trace of them left; changed in place.
 
     Module types, hooks and `requires_grad` are again as before `rewrite`. A `torch.compile` wrapper is folded inside.

@@ -1,5 +1,7 @@
 """Takes adapters out of a model in memory; `fold` does so when it has merged them."""
 
+from typing import TypeVar
+
 from torch import nn
 
 from melora_fx.adapter.site import owner_of
@@ -14,8 +16,10 @@ from melora_fx.rewriting.watch import stop_watching_reads
 
 from .refusals import refuse_parametrized, refuse_replaced_forward
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
-def unload(model: nn.Module) -> nn.Module:
+
+def unload(model: _Model) -> _Model:
     """The model without its adapters, nothing merged; changed in place.
 
     Weights of sites, module types, hooks, `requires_grad` and the keys of the `state_dict` are as before `rewrite`, bit

@@ -6,6 +6,7 @@ the modules get, and what is refused.
 
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar, overload
 
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -37,7 +38,29 @@ from .own_forward import install_own_forward
 from .stale_optimizer import watch_optimizers
 from .watch import watch
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
+
+@overload
+def rewrite(
+    model: _Model,
+    targets: TargetSpec,
+    config: MELoRAConfig = ...,
+    *,
+    example_inputs: None = None,
+    dynamic_axes: DynamicAxes = ...,
+    keep_trainable: str | Sequence[str] = ...,
+) -> _Model: ...
+@overload
+def rewrite(
+    model: nn.Module | ExportedProgram,
+    targets: TargetSpec,
+    config: MELoRAConfig = ...,
+    *,
+    example_inputs: ExampleInputs | None = ...,
+    dynamic_axes: DynamicAxes = ...,
+    keep_trainable: str | Sequence[str] = ...,
+) -> nn.Module: ...
 def rewrite(
     model: nn.Module | ExportedProgram,
     targets: TargetSpec,

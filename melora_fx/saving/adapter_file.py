@@ -25,6 +25,7 @@ from .well_formed import refuse_malformed
 TENSORS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _HEADER_KEY = "melora"
+_COPY = {"about": f"a copy to read, of the header of {TENSORS_FILE}: changes here have no effect"}
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
@@ -103,7 +104,7 @@ def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dic
         write_together(
             directory,
             {
-                CONFIG_FILE: lambda path: path.write_text(text + "\n"),
+                CONFIG_FILE: lambda path: path.write_text(json.dumps(_COPY | content, indent=2) + "\n"),
                 TENSORS_FILE: lambda path: write_tensors(path, on_cpu, metadata),
             },
         )

@@ -17,7 +17,7 @@ from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, war
 
 from .adapter_file import write_adapter
 from .model_adapter import adapter_tensors, kept_names, left_out, site_entries
-from .well_formed import non_finite_names
+from .well_formed import non_finite_names, padding_is_used
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -44,6 +44,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             f"the base weights of {len(unread)} sites are quantised or on meta ({', '.join(unread[:3])}, …): the "
             "adapter records their shapes alone, and will load onto any base of these",
             stacklevel=2,
+        )
+    if spoilt := [name for name, site in found.items() if padding_is_used(site.tensors)]:
+        raise MELoRAError(
+            f"{_listed(spoilt)}: a block holds values beyond its own rank, which no training puts there: fill only the "
+            "first `rank[i]` rows of A and columns of B of block i"
         )
     tensors = adapter_tensors(model)
     _refuse_non_finite(entries, tensors)

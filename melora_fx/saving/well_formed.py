@@ -74,12 +74,12 @@ def _fault(own: AdapterTensors) -> str | None:
         fitting = config.adapter_shapes(in_features, out_features, blocks // config.num_blocks)
     if shapes != fitting:
         return f"lora_a is {shapes[0]} and lora_b {shapes[1]}, which does not fit its configuration {config}"
-    if _padding_is_used(own):
+    if padding_is_used(own):
         return "it holds values beyond the ranks of its blocks"
     return None
 
 
-def _padding_is_used(own: AdapterTensors) -> bool:
+def padding_is_used(own: AdapterTensors) -> bool:
     """Whether a block has values beyond its own rank, where it is below the largest one."""
     ranks = own.config.ranks
     if min(ranks) == max(ranks):

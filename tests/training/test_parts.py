@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.models import bert_classifier, gpt2
 from support.text_models import TEXT_MODELS, sentences, word_pieces
-from transformers import AutoModelForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from exporters.training.base import load_base, name_new
 from exporters.training.batches import Batches
@@ -138,3 +138,25 @@ def test_a_base_in_half_precision_is_trained_in_float32(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     assert {p.dtype for p in load_base(tmp_path, ["a", "b"]).model.parameters()} == {torch.float32}
+
+
+def test_a_decoder_pads_as_whoever_uses_it_will(tmp_path: Path) -> None:
+    """What it classifies is the last token that is no padding; an encoder keeps the padding that positions go by."""
+    folder = TEXT_MODELS["gpt2"].write(tmp_path / "gpt2")
+    tokenizer = TEXT_MODELS["gpt2"].tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(5)
+    tokenizer.save_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.pad_token_id = 7
+    config.save_pretrained(folder)
+    base = load_base(folder, ("a", "b"))
+    assert (base.tokenizer.pad_token_id, base.model.config.pad_token_id) == (5, 5)
+    roberta = load_base(TEXT_MODELS["roberta"].write(tmp_path / "roberta"), ("a", "b"))
+    assert roberta.tokenizer.pad_token_id == roberta.model.config.pad_token_id == 1
+
+
+def test_texts_in_the_order_of_other_labels() -> None:
+    turned = TEXTS.with_labels(("b", "a"))
+    assert turned.labels == ("b", "a")
+    assert turned.train == tuple((text, 1) for text, _ in TEXTS.train)
+    assert turned.held_out == tuple((text, 0) for text, _ in TEXTS.held_out)

@@ -14,11 +14,18 @@ import pytest
 import torch
 from support.command_line import run
 from support.text_models import TEXT_MODELS, held_out_accuracy, write_csv
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from exporters.runtime.torch_runner import TorchRunner
 from exporters.training.train import TrainOptions, read_texts_of, run_train
 from melora_fx import MELoRAConfig, MELoRAError, fold_checkpoint
+from melora_fx.saving.adapter_file import read_adapter
 
 pytest.importorskip("matplotlib", reason="a training draws a picture")
 
@@ -167,7 +174,9 @@ def test_another_model_is_refused_and_a_restart_begins_anew(
         (("--learning-rate", 0), "`learning_rate` (=0.0) must be above 0"),
         (("--batch-size", 0), "`batch_size` (=0) must be at least 1"),
         (("--validation", "/nowhere.csv"), "/nowhere.csv"),
-        (("--validation", 1.5), "must be between 0 and 1"),
+        (("--validation", 1.5), "`--validation`) must be between 0 and 1"),
+        (("--seed", 10**20), "`seed` (=100000000000000000000) must be from 0 to"),
+        (("--device", "gpu"), "`device` (='gpu') must be auto, cpu, cuda"),
         (("--label", "kind"), "has no column 'kind'"),
     ],
     ids=lambda value: str(value[0]).strip("-") if isinstance(value, tuple) else "",
@@ -219,6 +228,41 @@ def test_models_that_cannot_be_trained(kind: str, text: str, bert: Path, data: P
     result = run("train", model, "--data", data, "--out", tmp_path / "out", "--num-blocks", 4)
     assert (result.returncode, text in result.stderr) == (1, True), result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_folder_of_the_model_and_the_training_file_are_refused(bert: Path, data: Path) -> None:
+    before = sorted(bert.iterdir())
+    result = run("train", bert, "--data", data, "--out", bert / "trained")
+    assert (result.returncode, "is the model's own folder, or in it" in result.stderr) == (1, True), result.stderr
+    assert sorted(bert.iterdir()) == before
+    result = run("train", bert, "--data", data, "--out", bert.parent / "out", "--validation", data)
+    assert (result.returncode, "is both the training and the validation file" in result.stderr) == (1, True)
+
+
+def test_the_models_own_head_is_trained_on_and_keeps_the_order_of_its_labels(
+    bert: Path, data: Path, tmp_path: Path
+) -> None:
+    own = ["travel", "food", "animals"]
+    model = AutoModelForSequenceClassification.from_pretrained(bert, id2label=dict(enumerate(own)))
+    model.save_pretrained(shutil.copytree(bert, tmp_path / "own"))
+    results = run_train(options(tmp_path / "own", data, tmp_path / "out", epochs=1))
+    assert (results["labels"], results["new"], results["heads"]) == (own, [], ["classifier"])
+    adapter = read_adapter(tmp_path / "out" / "adapter")
+    assert adapter.kept == ("classifier",)
+    assert not torch.equal(adapter.tensors["classifier.weight"], model.classifier.weight)
+    assert adapter.model["labels"] == own
+
+
+def test_texts_that_the_model_cannot_take(data: Path, tmp_path: Path) -> None:
+    tokenizer = TEXT_MODELS["gpt2"].tokenizer()
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "pad_token_id": 0}
+    config = T5Config(vocab_size=len(tokenizer), eos_token_id=1, decoder_start_token_id=0, **sizes)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    result = run("train", tmp_path / "t5", "--data", data, "--out", tmp_path / "out", "--num-blocks", 4)
+    assert result.returncode == 1
+    assert "T5ForSequenceClassification cannot take the texts as its tokenizer writes them" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
