@@ -28,7 +28,9 @@ def refuse_folder(path: Path) -> None:
     """Raises a MELoRAError for a path that is a folder, or too long to be a file."""
     with writing(path):
         if path.parent.exists() and not path.parent.is_dir():
-            raise MELoRAError(f"`{path.parent}` is a file, and no .onnx file: name one, or a folder")
+            raise MELoRAError(
+                f"`{path}` cannot be written: `{path.parent}` is a file, and no .onnx file: name one, or a folder"
+            )
         if path.is_dir():
             raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
 

@@ -193,7 +193,7 @@ def test_inside_disabled_the_others_export_the_base(
     with melora_fx.disabled(model):
         report = export_onnx(model, tokens(), tmp_path, adapter=adapter, verify=False)
     assert (report.adapter, report.op_counts) == ("none", base_report.op_counts)
-    weights = [Path(f"{each.path}.data").read_bytes() for each in (report, base_report)]
+    weights = [data_of(Path(each.path)).read_bytes() for each in (report, base_report)]
     assert weights[0] == weights[1]
 
 
@@ -268,7 +268,7 @@ def test_an_interrupted_export_leaves_the_model_and_the_old_file(
     (tmp_path / "model.onnx").write_text("old")
     module, name, value = {
         "fuse": (passes_module, "PASSES", (*passes_module.PASSES[:5], interrupt)),
-        "save": (onnx_ir, "save", interrupt),
+        "save": (onnx_ir, "to_proto", interrupt),
         "compare": (verify_module, "compare", interrupt),
     }[step]
     monkeypatch.setattr(module, name, value)
