@@ -70,7 +70,7 @@ model(torch.ones(2, 8)).sum().backward()
 melora_fx.fold(model)
 """
     found, out, err = added(tmp_path, "import torch", use)
-    assert found == {"melora_fx", "safetensors"}
+    assert found == {"melora_fx"}
     assert (out, err) == ("", "")
 
 

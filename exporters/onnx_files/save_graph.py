@@ -1,4 +1,4 @@
-"""`save_graph`: a graph with its weights beside it, in a file named after a hash of both; `check_weights` checks them.
+"""`save_graph`: a graph with its weights beside it, in a file named after their hash; `check_weights` checks them.
 
 The graph holds the SHA-256 of each weight (`melora_weights` of its metadata); they lie in NAME.onnx.HASH.data. Other
 weights have another name, so that new ones lie beside the old ones until one rename exchanges the graph.
@@ -49,12 +49,17 @@ def save_graph(model: onnx_ir.Model, path: Path, known: Mapping[str, str] | None
         digests = {**_digests(model, unnamed, skip=known or {}), **(known or {})}
         model.metadata_props[WEIGHTS_KEY] = json.dumps(dict(sorted(digests.items())))
         graph = onnx_ir.to_proto(model).SerializeToString()
-        is_external = any(isinstance(value.const_value, onnx_ir.ExternalTensor) for value, _ in before)
+        places = [
+            (digests[name], value.const_value.offset)
+            for name, value in _weights(model).items()
+            if isinstance(value.const_value, onnx_ir.ExternalTensor)
+        ]
     finally:
         for value, tensor in before:
             value.const_value = tensor
-    if is_external:
-        named = path.with_name(_data_name(path, hashlib.sha256(graph).hexdigest()[:_HEX_DIGITS]))
+    if places:
+        digits = hashlib.sha256(json.dumps(places).encode()).hexdigest()[:_HEX_DIGITS]
+        named = path.with_name(_data_name(path, digits))
         os.replace(unnamed, named)
         graph = graph.replace(os.fsencode(unnamed.name), os.fsencode(named.name))  # as long as before
     else:
