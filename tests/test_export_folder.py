@@ -144,7 +144,7 @@ def test_a_fold_is_refused_there_too(exports: Exports, tmp_path: Path) -> None:
 
 
 def test_other_weights_have_another_name(tmp_path: Path) -> None:
-    """Wherever they differ; the same bytes have the same, whatever graph they are of: the last are those of the first."""
+    """Wherever they differ. The last ones have the bytes of the first, and so their name, in whatever graph."""
     size = 3 * (1 << 18) + 5
     rows = np.zeros((3, size), np.float32)
     rows[1, 123_457] = rows[2, -1] = 1.0
