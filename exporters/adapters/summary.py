@@ -120,10 +120,7 @@ def summarise_adapter(directory: str | os.PathLike[str]) -> AdapterSummary:
 
 def _summarise(name: str, own: AdapterTensors) -> SiteSummary:
     config = own.config
-    norm, ranks = 0.0, 0
-    for matrix in own.by_matrix():
-        own_norm, own_ranks = norm_and_ranks(matrix)
-        norm, ranks = (norm**2 + own_norm**2) ** 0.5, ranks + sum(own_ranks)
+    norm, ranks = norm_and_ranks(own)
     return SiteSummary(
         name=name,
         in_features=config.num_blocks * own.lora_a.size(2),
@@ -133,8 +130,8 @@ def _summarise(name: str, own: AdapterTensors) -> SiteSummary:
         rank=_shown(config.rank),
         alpha=_shown(config.alpha),
         dtype=str(own.lora_b.dtype).removeprefix("torch."),
-        total_rank=own.num_experts * config.total_rank * len(own.part_sizes),
-        used_rank=ranks,
+        total_rank=own.total_rank,
+        used_rank=sum(ranks),
         update_norm=norm,
     )
 

@@ -35,7 +35,7 @@ class GraphFacts:
 
     Attributes:
         path: the file, for error texts.
-        model: the class of the model, with its module.
+        model: the name of the model's class.
         adapter: which adapters the graph has, as in `exporters/targets.py`: "fold", say, or "none".
         adapter_sha256: the identity of the adapter that it holds, or "none".
         configs: site → its configuration.

@@ -84,6 +84,11 @@ class AdapterTensors:
         return self.lora_a.size(0) // self.config.num_blocks
 
     @property
+    def total_rank(self) -> int:
+        """The rank that the update can have, over all matrices of a stack and all parts of `split`."""
+        return self.num_experts * self.config.total_rank * len(self.part_sizes)
+
+    @property
     def part_sizes(self) -> tuple[int, ...]:
         """out_features of each part of `split`."""
         return self.config.parts(self.config.num_blocks * self.lora_b.size(1))

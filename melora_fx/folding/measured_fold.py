@@ -67,23 +67,29 @@ class _Losses:
 
     def report(self, adapter: AdapterTensors, dtype: torch.dtype) -> SiteFold:
         """What all tiles of a weight of `dtype` have lost together."""
-        norm = 0.0
-        ranks: list[int] = []
-        for own in adapter.by_matrix():
-            matrix_norm, matrix_ranks = norm_and_ranks(own)
-            norm = math.hypot(norm, matrix_norm)
-            ranks += matrix_ranks
+        norm, ranks = norm_and_ranks(adapter)
         return SiteFold(
             name=self.name,
             dtype=str(dtype).removeprefix("torch."),
             rounding_share=self.rounding / norm if norm else 0.0,
             max_abs_change=self.max_abs_change,
             ranks=tuple(ranks),
-            total_rank=adapter.num_experts * adapter.config.total_rank * len(adapter.part_sizes),
+            total_rank=adapter.total_rank,
         )
 
 
 def norm_and_ranks(adapter: AdapterTensors) -> tuple[float, list[int]]:
+    """‖Δ‖ over all matrices of a stack, or of the one, and the numerical rank of each of their s_i B_i A_i."""
+    norm = 0.0
+    ranks: list[int] = []
+    for own in adapter.by_matrix():
+        matrix_norm, matrix_ranks = _of_matrix(own)
+        norm = math.hypot(norm, matrix_norm)
+        ranks += matrix_ranks
+    return norm, ranks
+
+
+def _of_matrix(adapter: AdapterTensors) -> tuple[float, list[int]]:
     """‖Δ‖, and the numerical rank of each s_i B_i A_i, from the R × R matrices BᵀB and AAᵀ alone.
 
     ‖Δ‖² is the trace of their product, and its eigenvalues are the squares of the singular values: of those float64
