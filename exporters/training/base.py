@@ -86,11 +86,11 @@ def _beside_base(model: Any) -> list[str]:
 def name_new(model: nn.Module, lacking: Collection[str]) -> tuple[str, ...]:
     """The modules all of whose tensors are `lacking`, and the names of the others; a buffer stands for its module."""
     own = list(model.state_dict())
+    parameters = dict(model.named_parameters())
     names: dict[str, None] = {}
     for name in lacking:
         parents = name.split(".")[:-1]
         whole = [".".join(parents[:end]) for end in range(1, len(parents) + 1)]
         fitting = (path for path in whole if all(key in lacking for key in own if key.startswith(f"{path}.")))
-        is_parameter = name in dict(model.named_parameters())
-        names[next(fitting, name if is_parameter else whole[-1])] = None
+        names[next(fitting, name if name in parameters else whole[-1])] = None
     return tuple(names)
