@@ -72,7 +72,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     except (OSError, ValueError) as error:
         raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
-        tensors = load(data)  # which checks where tensors lie in the file, and copies them
+        tensors = dict(sorted(load(data).items()))  # it checks where they lie, and copies them in a random order
         metadata = read_metadata(data)
     except Exception as error:  # safetensors and torch raise many kinds
         raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error

@@ -36,6 +36,7 @@ from torch._dynamo.testing import CompileCounter
 
 import melora_fx
 from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx.saving.adapter_file import read_adapter
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -185,6 +186,19 @@ def test_file_holds_the_documented_tensors_and_header(folder):
     assert "changes here have no effect" in copied.pop("about")
     assert copied == header
     assert sorted(path.name for path in folder.iterdir()) == [TENSORS, CONFIG]
+
+
+def test_tensors_are_read_in_the_order_of_their_names(tmp_path):
+    """A fold writes new tensors in it: the same bytes each time."""
+    model = fill(
+        melora_fx.rewrite(
+            bert_classifier(), "query", MELoRAConfig(rank=1, num_blocks=2), keep_trainable=["dense", "classifier"]
+        )
+    )
+    melora_fx.save_adapter(model, tmp_path)
+    names = list(read_adapter(tmp_path).tensors)
+    assert len(names) > 10
+    assert names == sorted(names)
 
 
 def test_padding_is_zero_in_the_file(tmp_path):
