@@ -130,6 +130,7 @@ def test_tokenizer_files_come_along(tmp_path: Path) -> None:
     assert report.max_abs_error is None
 
 
+@pytest.mark.slow
 def test_a_causal_lm_has_logits_and_no_cache(tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(gpt2(num_layers=1), ["c_attn", "c_fc"], CONFIG))
     report = export_onnx(model, {"input_ids": tokens()["input_ids"]}, tmp_path, adapter="keep")
@@ -362,6 +363,7 @@ def test_names_are_readable(unmerged_report: ExportReport) -> None:
     assert not large
 
 
+@pytest.mark.slow
 def test_the_same_export_twice_gives_the_same_bytes(
     tmp_path: Path, model: nn.Module, unmerged_report: ExportReport
 ) -> None:
@@ -386,6 +388,7 @@ def test_weights_that_share_an_initializer_are_left_out(tmp_path: Path) -> None:
     assert "head.weight" in places
 
 
+@pytest.mark.slow
 def test_axes_are_dynamic_or_fixed_as_asked(tmp_path: Path) -> None:
     """A fixed batch of one is not doubled."""
     axes = {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}

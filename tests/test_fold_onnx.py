@@ -140,6 +140,7 @@ def test_a_head_of_another_size_and_one_that_the_graph_lacks(exports: Exports, t
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.slow
 def test_a_value_that_the_exporter_stores_once_for_two_is_not_a_head_of_its_own(tmp_path: Path) -> None:
     """Two biases of zeros are one initializer of the graph."""
 
@@ -209,6 +210,7 @@ def test_a_base_that_was_renamed_keeps_its_weights(exports: Exports, tmp_path: P
     assert contents(folder) == expected
 
 
+@pytest.mark.slow
 def test_another_base_another_model_and_values_that_are_not_finite(exports: Exports, tmp_path: Path) -> None:
     base_and_adapter("tower", exports, tmp_path)
     export_onnx(tower(seed=5), {"x": randn(2, 24)}, tmp_path / "other", verify=False)
@@ -257,6 +259,7 @@ def test_a_weight_of_two_modules_is_refused(tmp_path: Path) -> None:
         fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
 
 
+@pytest.mark.slow
 def test_equal_weights_of_two_modules_are_told_apart_or_refused(tmp_path: Path) -> None:
     """The exporter may store equal weights once."""
     model = tower()

@@ -86,6 +86,7 @@ def test_one_cell_is_measured():
     assert saved["PEFT LoRA, equal rank"] > saved["ours"]
 
 
+@pytest.mark.slow
 def test_a_side_stays_compiled_when_the_next_one_is():
     cell = replace(tiny_cell(), mode="compiled")
     steps = [train_step.prepare_side(name, cell, "cpu", "aot_eager")[0] for name in ("frozen", "ours")]

@@ -124,6 +124,7 @@ def test_folds_on_disk_and_in_a_graph_give_the_model_with_its_head(tmp_path: Pat
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
 
 
+@pytest.mark.slow
 def test_export_for_tensorrt_prints_how_to_build_it_and_writes_the_repository(model_dir: Path, tmp_path: Path) -> None:
     arguments = ("--target", "tensorrt", "--shapes", "batch=1:4:8", "--triton", tmp_path / "repository", "--no-verify")
     result = run("export", model_dir, "-o", tmp_path / "bert.onnx", *arguments, "--shapes", "sequence=4:16:32")

@@ -494,6 +494,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.default_cases("*-eager", "tower-in_place-compiled", "gpt2-whole-compiled")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.slow
 def test_a_backward_that_was_pending_is_right_after_folded(case, compiled):
     """The weights are the bits that it has saved; inside the block autograd refuses it."""
     run = torch.compile(case.model, backend="aot_eager") if compiled else case.model

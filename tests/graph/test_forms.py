@@ -76,6 +76,7 @@ def test_inputs_of_two_dimensions(tmp_path: Path) -> None:
     np.testing.assert_allclose(actual, output_of(model, randn(5, 24)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_of_packed_projections_stay_blocks(tmp_path: Path) -> None:
     config = {"conv": MELoRAConfig(rank=2, num_blocks=3, split=2), "up": MELoRAConfig(rank=2, num_blocks=3)}
     model = fill(melora_fx.rewrite(tower(), config))

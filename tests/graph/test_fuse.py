@@ -21,6 +21,7 @@ from exporters.targets import TARGETS, find
 
 @pytest.mark.default_cases("ort-cpu")
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+@pytest.mark.slow
 def test_the_merged_graph_has_the_base_graphs_operators(target: str, exports: Exports) -> None:
     base = exports("bert", target=target, precision="fp32")
     merged = exports("adapted bert", target=target, precision="fp32")
@@ -125,6 +126,7 @@ def test_swappable_adapters_survive_the_fusions(exports: Exports, tmp_path: Path
     assert compare(swap, keep, tokens()).max_rel_error > 1e-2
 
 
+@pytest.mark.slow
 def test_the_description_is_json_with_the_target(exports: Exports) -> None:
     report = exports("adapted bert", target="ort-cuda", precision="fp16", adapter="fold")
     graph = onnx.load(report.path, load_external_data=False)

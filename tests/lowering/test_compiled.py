@@ -99,6 +99,7 @@ def test_steps_compile_as_often_as_the_plain_nodes(config, dynamic, shapes):
     assert counts[0] == counts[1] == (1 if len(set(shapes)) == 1 else 2)  # by themselves the shapes recompile once
 
 
+@pytest.mark.slow
 def test_nothing_breaks_the_graph_of_a_hugging_face_model():
     model = fill(melora_fx.rewrite(bert(), "all-linear", CONFIG))
     counter = CompileCounterWithBackend("aot_eager")
@@ -110,6 +111,7 @@ def test_nothing_breaks_the_graph_of_a_hugging_face_model():
 
 
 @pytest.mark.parametrize("lowering", ["auto", "plain"])
+@pytest.mark.slow
 def test_more_shapes_are_compiled_than_one_code_may_have_versions(lowering):
     """Dynamo counts the versions of a code object: 8, and then it runs eagerly, or raises where it may not."""
     counter = CompileCounterWithBackend("aot_eager")

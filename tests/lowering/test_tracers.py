@@ -60,6 +60,7 @@ def test_symbolic_trace_sees_plain_nodes(config):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("strict", [False, True], ids=["not_strict", "strict"])
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
+@pytest.mark.slow
 def test_export_sees_plain_nodes(config, strict, training):
     x = randn(*MANY, IN)
     programs = [

@@ -509,6 +509,7 @@ def test_bfloat16_of_a_model() -> None:
     assert (output_of(model, tokens()) - before).abs().max() <= 0.1 * before.abs().max()
 
 
+@pytest.mark.slow
 def test_folds_into_a_checkpoint_that_holds_stacks(tmp_path: Path) -> None:
     model = gpt_oss("grouped_mm")
     model.save_pretrained(tmp_path / "base")

@@ -304,6 +304,7 @@ def test_compiled_dropout_of_the_adapter_follows_the_mode():
 
 @pytest.mark.default_cases("in_place")
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
+@pytest.mark.slow
 def test_compiled_hugging_face_model_has_no_break_and_no_recompile(whole):
     plain = bert()
     options = {"example_inputs": tokens()} if whole else {}

@@ -98,6 +98,7 @@ def test_save_pretrained_warns_again_after_a_trainer(use: Callable[[Trainer], An
     [(["c_attn"], ()), (["c_attn", "lm_head"], ()), (["c_attn"], ["lm_head"])],
     ids=["head frozen", "head adapted", "head kept trainable"],
 )
+@pytest.mark.slow
 def test_a_tied_language_model_resumes_from_its_adapter(targets: list[str], kept: Any, tmp_path) -> None:
     def losses(directory: Path, *callbacks: TrainerCallback, resume: bool = False) -> dict[int, float]:
         model = melora_fx.rewrite(gpt2(), targets, CONFIG, keep_trainable=kept)
@@ -115,6 +116,7 @@ def test_a_tied_language_model_resumes_from_its_adapter(targets: list[str], kept
 
 
 @pytest.mark.situation("Trainer", "Seq2SeqTrainer, T5, `predict_with_generate`", "trains, generates")
+@pytest.mark.slow
 def test_a_sequence_to_sequence_model_trains_evaluates_and_generates(tmp_path) -> None:
     sizes = {"vocab_size": 50, "d_model": 24, "d_kv": 12, "d_ff": 36, "num_layers": 2, "num_heads": 2}
     plain = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
@@ -138,6 +140,7 @@ def test_a_sequence_to_sequence_model_trains_evaluates_and_generates(tmp_path) -
 
 
 @pytest.mark.situation("Trainer", "`model_init`, two trainings", "each from its own model")
+@pytest.mark.slow
 def test_model_init_makes_a_model_for_each_training(tmp_path) -> None:
     trainer = Trainer(
         model_init=rewritten,
@@ -154,6 +157,7 @@ def test_model_init_makes_a_model_for_each_training(tmp_path) -> None:
 @pytest.mark.situation("Bases that are not plain", "each under bfloat16 autocast", "trains, eager and compiled")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("base", QUANTIZED)
+@pytest.mark.slow
 def test_autocast_over_a_quantised_base(base: str, compiled: bool) -> None:
     model, weights = rewritten_base(base)
     sites = list(melora_fx.sites(model).values())
