@@ -27,6 +27,22 @@ def writing(path: Path) -> Iterator[None]:
         raise MELoRAError(f"`{path}` cannot be written: {error.strerror or error}") from error
 
 
+def refuse_source(out: Path, source: Path) -> None:
+    """Raises MELoRAError where `out` is the folder `source`, which is read, or lies in it."""
+    with writing(out):  # the system may refuse the very name
+        own, read = out.resolve(), source.resolve()
+    if own == read or read in own.parents:
+        raise MELoRAError(f"`{out}` is the folder that is read, or in it: name another place, for `{source}` is kept")
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raises MELoRAError where `out` is there, unless it is an empty folder."""
+    with writing(out):
+        is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if out.is_symlink() or not is_free:
+        raise MELoRAError(f"`{out}` exists already: remove it, or name another folder")
+
+
 @contextlib.contextmanager
 def made_folder(path: Path) -> Iterator[None]:
     """Makes a folder and those above it; after a block that raises, the new ones are gone if they are empty."""
