@@ -4,7 +4,7 @@ N num_blocks, I in_features, O out_features, R ranks of one matrix, P parts of `
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,27 +48,38 @@ def in_blocks(loras: Sequence[Lora], scaling: float) -> AdapterTensors | None:
     return None
 
 
-def as_described(loras: Sequence[Lora], config: MELoRAConfig) -> AdapterTensors | None:
-    """The blocks of LoRAs that `loras_of` has made of this configuration; None where they are not such.
+def as_described(
+    loras: Sequence[Lora], config: MELoRAConfig, order: Callable[[AdapterTensors], list[list[int]]] | None = None
+) -> AdapterTensors | None:
+    """The blocks of LoRAs that were made of this configuration; None where the values say that they were not.
 
-    `config`: with scalings of 1; what `loras` have beyond its ranks must be zero.
+    Args:
+        loras: of the matrices of a stack, or the one; what they have beyond the configuration's ranks must be zero.
+        config: with scalings of 1.
+        order: the ranks of each place, in the order of `places`; by default as `loras_of` puts them.
     """
     in_features, out_features = loras[0].lora_a.size(1), loras[0].lora_b.size(0)
     if config.misfit(in_features, out_features):
         return None
     own = AdapterTensors.new(config, in_features, out_features, num_experts=len(loras), dtype=loras[0].lora_b.dtype)
     own.lora_a.zero_()
-    rank = own.total_rank // len(loras)
-    if rank > loras[0].rank:
-        return None
     for matrix, lora in zip(own.by_matrix(), loras, strict=True):
-        _fill(matrix, lora, [ranks for _, _, _, ranks in places(matrix)])
-    exact = [made.padded(lora.rank) for made, lora in zip(loras_of(own), loras, strict=True)]
-    is_same = all(
-        torch.equal(made.lora_a, lora.lora_a) and torch.equal(made.lora_b, lora.lora_b)
-        for made, lora in zip(exact, loras, strict=True)
-    )
-    return own if is_same else None
+        indices = (order or ranks_in_order)(matrix)
+        flat = [index for ranks in indices for index in ranks]
+        if max(flat) >= lora.rank:
+            return None
+        _fill(matrix, lora, indices)
+        (made,) = loras_of(matrix)
+        others = [index for index in range(lora.rank) if index not in {*flat}]
+        is_same = torch.equal(made.lora_a, lora.lora_a[flat]) and torch.equal(made.lora_b, lora.lora_b[:, flat])
+        if not is_same or lora.lora_a[others].any() or lora.lora_b[:, others].any():
+            return None
+    return own
+
+
+def ranks_in_order(own: AdapterTensors) -> list[list[int]]:
+    """The ranks of each of `places`, as `loras_of` puts them."""
+    return [list(range(ranks.start, ranks.stop)) for _, _, _, ranks in places(own)]
 
 
 def _spans(used: torch.Tensor) -> list[tuple[int, int] | None]:
@@ -140,7 +151,7 @@ def _cut(
     return own
 
 
-def _fill(own: AdapterTensors, lora: Lora, indices: Sequence[slice | list[int]]) -> None:
+def _fill(own: AdapterTensors, lora: Lora, indices: Sequence[list[int]]) -> None:
     """Puts a LoRA's values into the blocks of one matrix; `indices`: its ranks of each place in `places`."""
     width, largest = own.lora_a.size(2), own.lora_b.size(2)
     heights = [size // own.config.num_blocks for size in own.part_sizes]

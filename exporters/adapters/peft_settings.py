@@ -1,0 +1,188 @@
+"""What a PEFT configuration says of an adapter: its scaling, module by module, and everything that makes it another
+method than LoRA, which is refused by name.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melora_fx import MELoRAError
+
+from .bdlora import LISTS
+from .peft_names import CONFIG_FILE
+
+_VARIANTS = {
+    "use_dora": "DoRA",
+    "lora_bias": "LoRA with biases (`lora_bias`)",
+    "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "Activated LoRA",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained embeddings of single tokens",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "kasa_config": "KaSA",
+    "arrow_config": "Arrow",
+}
+"""Settings of PEFT's LoRA that make another method of it, and the method's name."""
+_HARMLESS = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
+    *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config"),
+    *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
+    *("revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_bdlora", "use_rslora"),
+}
+_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+"""Ways to begin that leave the base as it is; by others (PiSSA, OLoRA, CorDA, LoftQ) it is changed on loading."""
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """The settings of an ordinary or a block-diagonal LoRA, checked.
+
+    Attributes:
+        rank, alpha: of modules that no pattern names.
+        rank_pattern, alpha_pattern: pattern of module names → rank, alpha.
+        use_rslora: whether the scaling is alpha / sqrt(rank).
+        dropout: of the adapter's input.
+        fan_in_fan_out: whether weights are stored as (I, O).
+        modules_to_save: names of modules that were trained whole, or the ends of such.
+        target_parameters: paths of stacks, or the ends of such.
+        num_blocks: n of a block-diagonal LoRA; 1 of an ordinary one.
+        packed: "a" and "b" → parts of the names of modules that have this factor in blocks.
+        class_name: of the model, where it is said.
+    """
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    dropout: float
+    fan_in_fan_out: bool
+    modules_to_save: tuple[str, ...]
+    target_parameters: tuple[str, ...]
+    num_blocks: int
+    packed: Mapping[str, tuple[str, ...]]
+    class_name: str | None
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a module, or of a parameter."""
+        return _matched(self.rank_pattern, name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """Its alpha."""
+        return _matched(self.alpha_pattern, name, self.alpha)
+
+    def scaling_of(self, name: str) -> float:
+        """What B A is multiplied by."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def factor_of(self, name: str) -> str | None:
+        """The factor of a module that is stored in blocks."""
+        last = name.rpartition(".")[2]
+        return next((factor for factor, parts in self.packed.items() if any(part in last for part in parts)), None)
+
+
+def parse_settings(directory: Path, config: Mapping[str, Any]) -> PeftSettings:
+    """The settings of a configuration.
+
+    Raises:
+        MELoRAError: for another method, named; for a value of another type, or out of range.
+    """
+    try:
+        _refuse_variants(config)
+        return _parse(config)
+    except (TypeError, ValueError, KeyError, re.error) as error:
+        raise MELoRAError(f"`{directory / CONFIG_FILE}`: {error}") from error
+
+
+def _parse(config: Mapping[str, Any]) -> PeftSettings:
+    bdlora = config.get("use_bdlora") or {}
+    if not isinstance(bdlora, dict):
+        raise TypeError(f"`use_bdlora` must be a JSON object, got {bdlora!r}")
+    mapping = config.get("auto_mapping") or {}
+    class_name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return PeftSettings(
+        rank=_positive_int("r", config.get("r", 8)),
+        alpha=_alpha("lora_alpha", config.get("lora_alpha", 8)),
+        rank_pattern=_pattern(config, "rank_pattern", _positive_int),
+        alpha_pattern=_pattern(config, "alpha_pattern", _alpha),
+        use_rslora=_bool(config, "use_rslora"),
+        dropout=_share("lora_dropout", config.get("lora_dropout") or 0.0),
+        fan_in_fan_out=_bool(config, "fan_in_fan_out"),
+        modules_to_save=_names(config, "modules_to_save"),
+        target_parameters=_names(config, "target_parameters"),
+        num_blocks=_positive_int("nblocks", bdlora.get("nblocks", 1)),
+        packed={factor: _names(bdlora, key) for factor, key in LISTS.items()},
+        class_name=class_name if isinstance(class_name, str) else None,
+    )
+
+
+def _refuse_variants(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for what is not, or not only, LoRA."""
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ValueError(f"its `peft_type` is {kind!r}, and LORA and MELORA are read")
+    for setting, method in _VARIANTS.items():
+        if config.get(setting):
+            raise ValueError(f"the adapter is of {method}, which is not read: merge it into the base with PEFT")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"it has trained biases (`bias` is {config['bias']!r}), which are not read")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _INITS:
+        raise ValueError(
+            f"`init_lora_weights` is {init!r}, by which PEFT changes the base when it loads the adapter: save it with "
+            "PEFT's `path_initial_model_for_weight_conversion`"
+        )
+    unknown = [name for name, value in config.items() if value and name not in {*_HARMLESS, *_VARIANTS}]
+    if unknown:
+        raise ValueError(f"it has settings that are not known: {', '.join(sorted(unknown))}")
+
+
+def _matched(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The first that matches the whole name or the end of it, as PEFT does."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _pattern(config: Mapping[str, Any], name: str, check: Any) -> dict[str, Any]:
+    pattern = config.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise TypeError(f"`{name}` must be a JSON object, got {pattern!r}")
+    for key in pattern:
+        re.compile(key)
+    return {key: check(f"{name}[{key!r}]", value) for key, value in pattern.items()}
+
+
+def _names(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    names = config.get(name) or []
+    if not isinstance(names, list) or not all(isinstance(each, str) and each for each in names):
+        raise TypeError(f"`{name}` must be a list of names, got {names!r}")
+    return tuple(names)
+
+
+def _bool(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name) or False
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be true or false, got {value!r}")
+    return value
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` (={value!r}) must be at least 0 and below 1")
+    return float(value)
+
+
+def _positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
+        raise ValueError(f"`{name}` (={value!r}) must be an integer of at least 1")
+    return value
+
+
+def _alpha(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"`{name}` (={value!r}) must be positive: with another the adapter is none")
+    return float(value)
