@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exporters.adapters.ort_adapter import write_ort_adapter
+    from exporters.adapters.peft_reader import read_peft_adapter
+    from exporters.adapters.peft_writer import write_peft_adapter
     from exporters.measuring.compare import Comparison, compare
     from exporters.measuring.latency import Latency, LatencyTable, measure_latency
     from exporters.runtime.ort_runner import OrtRunner
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "adapters.ort_adapter": ("write_ort_adapter",),
+    "adapters.peft_reader": ("read_peft_adapter",),
+    "adapters.peft_writer": ("write_peft_adapter",),
     "measuring.compare": ("Comparison", "compare"),
     "measuring.latency": ("Latency", "LatencyTable", "measure_latency"),
     "runtime.ort_runner": ("OrtRunner",),
@@ -47,7 +51,9 @@ __all__ = [
     "export_onnx",
     "fold_onnx",
     "measure_latency",
+    "read_peft_adapter",
     "write_ort_adapter",
+    "write_peft_adapter",
     "write_triton_repository",
 ]
 

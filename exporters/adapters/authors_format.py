@@ -42,7 +42,7 @@ def read_authors_sites(folder: PeftFolder) -> tuple[dict[str, AdapterTensors], d
 def _config(folder: PeftFolder) -> MELoRAConfig:
     ranks, alphas = folder.config.get("r"), folder.config.get("lora_alpha")
     try:
-        if not isinstance(ranks, list) or not isinstance(alphas, list) or not ranks:
+        if not isinstance(ranks, list) or not isinstance(alphas, list) or not ranks or len(ranks) != len(alphas):
             raise ValueError(f"`r` (={ranks!r}) and `lora_alpha` (={alphas!r}) must be lists, a number for each block")
         if folder.config.get("bias", "none") != "none":
             raise ValueError(f"it has trained biases (`bias` is {folder.config['bias']!r}), which are not read")
@@ -50,7 +50,7 @@ def _config(folder: PeftFolder) -> MELoRAConfig:
             rank=_one_or_all(ranks),
             num_blocks=len(ranks),
             alpha=_one_or_all(alphas),
-            dropout=folder.config.get("lora_dropout", 0.0),
+            dropout=folder.config.get("lora_dropout") or 0.0,
         )
     except (TypeError, ValueError) as error:
         raise MELoRAError(f"`{folder.directory / CONFIG_FILE}`: {error}") from error
