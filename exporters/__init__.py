@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exporters.adapters.arithmetic import add_adapters, average_adapters, scale_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
     from exporters.measuring.compare import Comparison, compare
     from exporters.measuring.latency import Latency, LatencyTable, measure_latency
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .onnx_fold import fold_onnx
 
 _MODULES = {
+    "adapters.arithmetic": ("add_adapters", "average_adapters", "scale_adapter"),
     "adapters.ort_adapter": ("write_ort_adapter",),
     "measuring.compare": ("Comparison", "compare"),
     "measuring.latency": ("Latency", "LatencyTable", "measure_latency"),
@@ -42,11 +44,14 @@ __all__ = [
     "TensorRTReport",
     "TorchRunner",
     "TritonModel",
+    "add_adapters",
+    "average_adapters",
     "check_tensorrt",
     "compare",
     "export_onnx",
     "fold_onnx",
     "measure_latency",
+    "scale_adapter",
     "write_ort_adapter",
     "write_triton_repository",
 ]
