@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exporters.adapters.arithmetic import add_adapters, average_adapters, scale_adapter
+    from exporters.adapters.compress import CompressReport, compress_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
     from exporters.measuring.compare import Comparison, compare
     from exporters.measuring.latency import Latency, LatencyTable, measure_latency
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "adapters.arithmetic": ("add_adapters", "average_adapters", "scale_adapter"),
+    "adapters.compress": ("CompressReport", "compress_adapter"),
     "adapters.ort_adapter": ("write_ort_adapter",),
     "measuring.compare": ("Comparison", "compare"),
     "measuring.latency": ("Latency", "LatencyTable", "measure_latency"),
@@ -37,6 +39,7 @@ _MODULES = {
 
 __all__ = [
     "Comparison",
+    "CompressReport",
     "ExportReport",
     "Latency",
     "LatencyTable",
@@ -48,6 +51,7 @@ __all__ = [
     "average_adapters",
     "check_tensorrt",
     "compare",
+    "compress_adapter",
     "export_onnx",
     "fold_onnx",
     "measure_latency",
