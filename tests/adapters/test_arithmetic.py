@@ -121,7 +121,7 @@ def test_dtypes_meet_in_the_wider_one(tmp_path: Path) -> None:
 def test_multiples_keep_the_bits(config: MELoRAConfig, tmp_path: Path) -> None:
     folder = made_adapter(tmp_path / "a", {"up": config})
     before = read_adapter(folder).tensors_of("up")
-    for factor in (0.3, -0.3, 1, -1, 0, 3):
+    for factor in (-0.3, 3, 0):
         scale_adapter(folder, factor, tmp_path / "out")
         own = read_adapter(tmp_path / "out").tensors_of("up")
         assert torch.equal(own.lora_a, before.lora_a)
