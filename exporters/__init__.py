@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exporters.adapters.arithmetic import add_adapters, average_adapters, scale_adapter
+    from exporters.adapters.compress import CompressReport, compress_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
     from exporters.adapters.peft_reader import read_peft_adapter
     from exporters.adapters.peft_writer import write_peft_adapter
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from .onnx_fold import fold_onnx
 
 _MODULES = {
+    "adapters.arithmetic": ("add_adapters", "average_adapters", "scale_adapter"),
+    "adapters.compress": ("CompressReport", "compress_adapter"),
     "adapters.ort_adapter": ("write_ort_adapter",),
     "adapters.peft_reader": ("read_peft_adapter",),
     "adapters.peft_writer": ("write_peft_adapter",),
@@ -39,6 +43,7 @@ _MODULES = {
 
 __all__ = [
     "Comparison",
+    "CompressReport",
     "ExportReport",
     "Latency",
     "LatencyTable",
@@ -46,12 +51,16 @@ __all__ = [
     "TensorRTReport",
     "TorchRunner",
     "TritonModel",
+    "add_adapters",
+    "average_adapters",
     "check_tensorrt",
     "compare",
+    "compress_adapter",
     "export_onnx",
     "fold_onnx",
     "measure_latency",
     "read_peft_adapter",
+    "scale_adapter",
     "write_ort_adapter",
     "write_peft_adapter",
     "write_triton_repository",

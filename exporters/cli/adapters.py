@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .options import AdapterDir
+from .options import AdapterDir, decimals
+
+_AdapterDirs = Annotated[list[Path], typer.Argument(help="Adapter folders, as save_adapter writes them.")]
+_OutDir = Annotated[Path, typer.Option("-o", "--out", help="The adapter folder to write; none that is read.")]
 
 
 def inspect_adapter(
@@ -47,3 +51,57 @@ def adapter_to_ort(
 
     write_ort_adapter(adapter_dir, graph, out)
     print(f"{out}: {out.stat().st_size / 1024:.0f} KiB, for {graph}")
+
+
+def scale_update(
+    adapter_dir: AdapterDir,
+    factor: Annotated[float, typer.Option(help="What the update is multiplied by; may be negative, or 0.")],
+    out: _OutDir,
+) -> None:
+    """Write an adapter whose update is a multiple of another one's."""
+    from exporters.adapters.arithmetic import scale_adapter
+
+    scale_adapter(adapter_dir, factor, out)
+    print(f"{out}: {factor:g} × {adapter_dir}")
+
+
+def add_updates(
+    adapter_dirs: _AdapterDirs,
+    out: _OutDir,
+    weights: Annotated[
+        list[Any],
+        typer.Option(parser=decimals, metavar="NUMBERS", help="One for each folder: 0.7,0.3. Default: 1 for each."),
+    ] = [],  # noqa: B006  (typer copies it)
+) -> None:
+    """Write the weighted sum of adapters of one base as one adapter; their ranks add up."""
+    from exporters.adapters.arithmetic import add_adapters
+
+    given = [*chain.from_iterable(weights)] or [1.0] * len(adapter_dirs)
+    if len(given) != len(adapter_dirs):
+        raise ValueError(f"`--weights` gives {len(given)} for {len(adapter_dirs)} adapters: give one each")
+    adapters = dict(zip(adapter_dirs, given, strict=True))
+    if len(adapters) < len(adapter_dirs):
+        raise ValueError("a folder is given twice: give it once, with the sum of its weights")
+    add_adapters(adapters, out)
+    print(f"{out}: {' + '.join(f'{weight:g} × {folder}' for folder, weight in adapters.items())}")
+
+
+def average_updates(adapter_dirs: _AdapterDirs, out: _OutDir) -> None:
+    """Write the mean of adapters of one base as one adapter, and that of their heads; their ranks add up."""
+    from exporters.adapters.arithmetic import average_adapters
+
+    average_adapters(adapter_dirs, out)
+    print(f"{out}: the mean of {', '.join(map(str, adapter_dirs))}")
+
+
+def compress_update(
+    adapter_dir: AdapterDir,
+    rank: Annotated[int, typer.Option(help="Rank that a block has at most.")],
+    out: _OutDir,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Write the nearest adapter of a smaller rank, and say what is lost."""
+    from exporters.adapters.compress import compress_adapter
+
+    report = compress_adapter(adapter_dir, out, rank=rank)
+    print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else report)

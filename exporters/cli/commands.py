@@ -13,7 +13,7 @@ import typer
 
 from melora_fx.versions import package_version
 
-from .adapters import adapter_to_ort, inspect_adapter
+from .adapters import adapter_to_ort, add_updates, average_updates, compress_update, inspect_adapter, scale_update
 from .exporting import export
 from .folding import fold, fold_into_onnx
 from .terminal import quiet_pipe, tidy_terminal
@@ -34,6 +34,10 @@ _COMMANDS: tuple[Command, ...] = (
 )
 _ADAPTER_COMMANDS: tuple[Command, ...] = (
     ("inspect", inspect_adapter, "./adapter --base ./my-model"),
+    ("scale", scale_update, "./adapter --factor 0.5 -o ./half"),
+    ("add", add_updates, "./a ./b --weights 0.7,0.3 -o ./sum"),
+    ("average", average_updates, "./a ./b ./c -o ./mean"),
+    ("compress", compress_update, "./sum --rank 8 -o ./small"),
     ("to-ort", adapter_to_ort, "./adapter swap.onnx -o adapter.onnx_adapter"),
 )
 

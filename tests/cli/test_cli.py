@@ -43,7 +43,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "train", "match", "fold", "export", "fold-onnx", "adapter inspect", "adapter to-ort", "bench"],
+    [
+        *("demo", "train", "match", "fold", "export", "fold-onnx", "bench"),
+        *(f"adapter {name}" for name in ("inspect", "scale", "add", "average", "compress", "to-ort")),
+    ],
 )
 def test_help_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
