@@ -29,15 +29,16 @@ from .mlx_names import ARCHITECTURES, EXPERTS, Architecture
 
 TENSORS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _FOLD = "fold it into the base (`melora-fx fold`), and convert the result by `mlx_lm.convert`"
 
 
 def write_mlx_adapter(adapter_dir: str | Path, out_dir: str | Path) -> None:
     """Writes an adapter folder as one for MLX: for `mlx_lm.load`, `mlx_lm.generate`, `mlx_lm.fuse` and the others.
 
-    The updates are the same, but that those in float64 become float32. mlx_lm is not needed to write them. It refuses
-    an adapter on the head of a base that has none because the embedding's weight serves as one. What has dropout has
-    the largest one of all sites, where MLX trains on.
+    mlx_lm computes the same updates with it, on a plain or a quantised base; float64 becomes float32. MLX is
+    not needed here. Such a folder has one dropout, for training on: the largest of all sites. An adapter on `lm_head`
+    needs a base whose head has a weight of its own: mlx_lm refuses it on others.
 
     Args:
         adapter_dir: a folder written by `melora_fx.save_adapter`.
@@ -98,14 +99,14 @@ def _architecture_of(adapter: Adapter) -> Architecture:
 def _mlx_loras(adapter: Adapter, architecture: Architecture) -> dict[str, list[Lora]]:
     """The updates of each of mlx_lm's modules, by its name; for a stack those of its experts."""
     loras: dict[str, list[Lora]] = {}
-    homeless = []
+    without_module = []
     for site in adapter.configs:
         own = list(_mlx_modules(site, loras_of(adapter.tensors_of(site)), architecture))
         loras |= dict(own)
-        homeless += [] if own else [f"`{site}`"]
-    if homeless:
+        without_module += [] if own else [f"`{site}`"]
+    if without_module:
         raise MELoRAError(
-            f"`{adapter.directory}` has adapters on {', '.join(homeless)}, which are no modules in mlx_lm's "
+            f"`{adapter.directory}` has adapters on {', '.join(without_module)}, which are no modules in mlx_lm's "
             f"`{adapter.model['class']}`: leave them out of `targets`, or {_FOLD}"
         )
     return loras
@@ -188,8 +189,9 @@ def _read_config(path: Path) -> tuple[int, float]:
     if kind in ("dora", "full"):
         what = "DoRA, which scales the weights" if kind == "dora" else "full fine-tuning, without adapters"
         raise MELoRAError(f"`{path.parent}` is {what}, and not LoRA: fuse it into its base by `mlx_lm.fuse`")
-    own = content.get("lora_parameters") if kind == "lora" else None
-    rank, scale = (own.get("rank"), own.get("scale")) if isinstance(own, dict) else (None, None)
+    parameters = content.get("lora_parameters") if kind == "lora" else None
+    own: dict[str, Any] = parameters if isinstance(parameters, dict) else {}
+    rank, scale = own.get("rank"), own.get("scale", math.nan)
     if type(rank) is not int or rank < 1 or type(scale) not in (int, float) or not _is_float32(scale):
         raise MELoRAError(
             f"`{path}` is no configuration of a LoRA by mlx_lm: it must have `fine_tune_type` 'lora' and "
@@ -261,7 +263,7 @@ def _wrong_tensors(tensors: dict[str, torch.Tensor], rank: int) -> Iterator[str]
                 f"`{module}`: lora_a is {tuple(a.shape)} and lora_b {tuple(b.shape)}, which does not fit the "
                 f"rank {rank} of {CONFIG_FILE}: copy both files again"
             )
-        elif not a.numel() or not b.numel() or not (a.is_floating_point() and b.is_floating_point()):
+        elif not a.numel() or not b.numel() or not {a.dtype, b.dtype} <= _FLOATS:
             yield f"`{module}` holds {a.dtype} and {b.dtype}, or nothing: a LoRA holds floating point numbers"
-        elif not math.isfinite(float(a.double().sum())) or not math.isfinite(float(b.double().sum())):
+        elif not (a.isfinite().all() and b.isfinite().all()):
             yield f"`{module}` holds NaN or infinity: take an earlier checkpoint"
