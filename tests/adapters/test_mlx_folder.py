@@ -73,6 +73,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         _tensors(lambda tensors: tensors.update({f"{DOWN}.lora_a": tensors[f"{DOWN}.lora_a"].T.contiguous()})),
         f"`{DOWN}`: lora_a is \\(4, 48\\)",
     ),
+    "stacks of 3 and 2 experts": (
+        _tensors(lambda t: t.update({f"{DOWN}.lora_a": torch.ones(3, 4, 48), f"{DOWN}.lora_b": torch.ones(2, 32, 4)})),
+        f"`{DOWN}`: lora_a is \\(3, 4, 48\\)",
+    ),
     "a number": (
         _tensors(lambda tensors: tensors.update({f"{DOWN}.lora_b": torch.tensor(1.0)})),
         f"`{DOWN}`: .* lora_b \\(\\)",
