@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from exporters.adapters.arithmetic import add_adapters, average_adapters, scale_adapter
     from exporters.adapters.compress import CompressReport, compress_adapter
+    from exporters.adapters.mlx_adapter import write_mlx_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
     from exporters.adapters.peft_reader import read_peft_adapter
     from exporters.adapters.peft_writer import write_peft_adapter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "adapters.arithmetic": ("add_adapters", "average_adapters", "scale_adapter"),
     "adapters.compress": ("CompressReport", "compress_adapter"),
+    "adapters.mlx_adapter": ("write_mlx_adapter",),
     "adapters.ort_adapter": ("write_ort_adapter",),
     "adapters.peft_reader": ("read_peft_adapter",),
     "adapters.peft_writer": ("write_peft_adapter",),
@@ -61,6 +63,7 @@ __all__ = [
     "measure_latency",
     "read_peft_adapter",
     "scale_adapter",
+    "write_mlx_adapter",
     "write_ort_adapter",
     "write_peft_adapter",
     "write_triton_repository",

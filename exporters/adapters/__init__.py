@@ -16,4 +16,6 @@ peft_reader      PEFT's as an adapter
 peft_folder      … the two files
 peft_settings    … what the configuration says
 authors_format   … the files of the MELoRA authors' code
+mlx_adapter  MLX's
+mlx_names    what mlx_lm calls the modules of models
 """
