@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from exporters.adapters.compress import CompressReport, compress_adapter
     from exporters.adapters.mlx_adapter import write_mlx_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
-    from exporters.adapters.peft_reader import read_peft_adapter
-    from exporters.adapters.peft_writer import write_peft_adapter
     from exporters.measuring.compare import Comparison, compare
     from exporters.measuring.latency import Latency, LatencyTable, measure_latency
+    from exporters.peft_adapters.reader import read_peft_adapter
+    from exporters.peft_adapters.writer import write_peft_adapter
     from exporters.runtime.ort_runner import OrtRunner
     from exporters.runtime.torch_runner import TorchRunner
     from exporters.tensorrt_check.check import TensorRTReport, check_tensorrt
@@ -29,8 +29,8 @@ _MODULES = {
     "adapters.compress": ("CompressReport", "compress_adapter"),
     "adapters.mlx_adapter": ("write_mlx_adapter",),
     "adapters.ort_adapter": ("write_ort_adapter",),
-    "adapters.peft_reader": ("read_peft_adapter",),
-    "adapters.peft_writer": ("write_peft_adapter",),
+    "peft_adapters.reader": ("read_peft_adapter",),
+    "peft_adapters.writer": ("write_peft_adapter",),
     "measuring.compare": ("Comparison", "compare"),
     "measuring.latency": ("Latency", "LatencyTable", "measure_latency"),
     "runtime.ort_runner": ("OrtRunner",),

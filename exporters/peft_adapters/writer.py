@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from exporters.adapters.lora_form import Lora, loras_of
 from melora_fx import MELoRAError
 from melora_fx.files import new_folder, refuse_occupied, refuse_source
 from melora_fx.saving.adapter import Adapter
@@ -16,8 +17,7 @@ from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.tensor_file import write_tensors
 
 from .bdlora import Packing, choose_packing, packed
-from .lora_form import Lora, loras_of
-from .peft_names import CONFIG_FILE, METADATA_KEY, PREFIX, TENSORS_FILE, by_module, is_stack, lora_keys, nested
+from .names import CONFIG_FILE, METADATA_KEY, PREFIX, TENSORS_FILE, by_module, is_stack, lora_keys, nested
 
 FORMS = ("lora", "bdlora")
 _TASKS = (

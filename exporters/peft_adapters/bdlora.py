@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from exporters.adapters.lora_form import Lora, places
 from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.saving.adapter import Adapter
 
-from .lora_form import Lora, places
-from .peft_names import is_stack, last_name
+from .names import is_stack, last_name
 
 LISTS = {"a": "target_modules_bd_a", "b": "target_modules_bd_b"}
 

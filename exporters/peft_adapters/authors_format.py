@@ -13,8 +13,8 @@ import torch
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 
-from .peft_folder import PeftFolder
-from .peft_names import CONFIG_FILE, PREFIX
+from .folder import PeftFolder
+from .names import CONFIG_FILE, PREFIX
 
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.(?P<block>\d{1,7})\.weight")
 _ORIGINAL = ".original_module."

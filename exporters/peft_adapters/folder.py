@@ -12,7 +12,7 @@ from melora_fx import MELoRAError
 from melora_fx.saving.header import parse_json
 from melora_fx.saving.tensor_file import read_metadata
 
-from .peft_names import CONFIG_FILE, PICKLE_FILE, TENSORS_FILE
+from .names import CONFIG_FILE, PICKLE_FILE, TENSORS_FILE
 
 _BLOBS = "blobs"
 """Where a Hugging Face cache keeps the files that the folders of its snapshots link to."""

@@ -12,7 +12,7 @@ from typing import Any
 from melora_fx import MELoRAError
 
 from .bdlora import LISTS
-from .peft_names import CONFIG_FILE
+from .names import CONFIG_FILE
 
 _VARIANTS = {
     "use_dora": "DoRA",

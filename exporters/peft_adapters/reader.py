@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from exporters.adapters.find_blocks import as_described, in_blocks
+from exporters.adapters.lora_form import Lora
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.files import refuse_source
@@ -18,11 +20,9 @@ from melora_fx.saving.fingerprint import fingerprint
 
 from .authors_format import read_authors_sites
 from .bdlora import packed_ranks, unpacked
-from .find_blocks import as_described, in_blocks
-from .lora_form import Lora
-from .peft_folder import PeftFolder, read_folder
-from .peft_names import BASE_LAYER, METADATA_KEY, PREFIX, nested
-from .peft_settings import PeftSettings, parse_settings
+from .folder import PeftFolder, read_folder
+from .names import BASE_LAYER, METADATA_KEY, PREFIX, nested
+from .settings import PeftSettings, parse_settings
 
 _BASE_WEIGHT = f"{BASE_LAYER}.weight"
 """Ends the name of an adapted module's own weight, which PEFT saves too where the module is one of embeddings."""

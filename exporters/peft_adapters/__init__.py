@@ -1,0 +1,10 @@
+"""PEFT's adapter folders: written, for all programs that read them, and read.
+
+names           files, keys, and the nesting of stacks of experts
+bdlora          block-diagonal LoRA: one factor in blocks
+writer          an adapter as a PEFT folder
+folder          the two files of a folder, read
+settings        what its configuration says
+authors_format  the files of the MELoRA authors' own code
+reader          a PEFT folder as an adapter
+"""
