@@ -88,9 +88,13 @@ def _refuse_kept(adapter: Adapter) -> None:
 def _architecture_of(adapter: Adapter) -> Architecture:
     name = adapter.model.get("class")
     if name not in ARCHITECTURES:
-        what = f"`{name}`" if name else "a model whose class it does not say"
+        if not name:
+            raise MELoRAError(
+                f"`{adapter.directory}` does not say in which class of models it was trained: load it into its model "
+                "by `load_adapter`, and save it again"
+            )
         raise MELoRAError(
-            f"`{adapter.directory}` was trained in {what}, whose modules' names in mlx_lm are not known; they are of "
+            f"`{adapter.directory}` was trained in `{name}`, whose modules' names in mlx_lm are not known; they are of "
             f"{', '.join(sorted(ARCHITECTURES))}. If mlx_lm has the model, {_FOLD}"
         )
     return ARCHITECTURES[name]

@@ -1,6 +1,7 @@
 """PEFT's adapter folders: written, for all programs that read them, and read.
 
-names           files, keys, and the nesting of stacks of experts
+names           files and keys
+stacks          stacks of experts, which PEFT wraps one around the other
 bdlora          block-diagonal LoRA: one factor in blocks
 writer          an adapter as a PEFT folder
 folder          the two files of a folder, read

@@ -18,7 +18,8 @@ from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.saving.adapter import Adapter
 
-from .names import is_stack, last_name
+from .names import last_name
+from .stacks import is_stack
 
 LISTS = {"a": "target_modules_bd_a", "b": "target_modules_bd_b"}
 

@@ -12,6 +12,8 @@ import torch
 
 from exporters.adapters.find_blocks import as_described, in_blocks
 from exporters.adapters.lora_form import Lora
+from exporters.adapters.mlx_adapter import TENSORS_FILE as MLX_FILE
+from exporters.adapters.mlx_adapter import read_mlx_folder
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.files import refuse_source
@@ -21,8 +23,9 @@ from melora_fx.saving.fingerprint import fingerprint
 from .authors_format import read_authors_sites
 from .bdlora import packed_ranks, unpacked
 from .folder import PeftFolder, read_folder
-from .names import BASE_LAYER, METADATA_KEY, PREFIX, nested
+from .names import BASE_LAYER, METADATA_KEY, PREFIX
 from .settings import PeftSettings, parse_settings
+from .stacks import stack_at, unstacked
 
 _BASE_WEIGHT = f"{BASE_LAYER}.weight"
 """Ends the name of an adapted module's own weight, which PEFT saves too where the module is one of embeddings."""
@@ -55,10 +58,11 @@ class Imported:
 def read_peft_adapter(peft_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
     """Writes a PEFT adapter folder as one of ours: it loads, trains, folds, exports and swaps like any other.
 
-    LoRA, with patterns of ranks and alphas, rank-stabilised, on nn.Linear, Conv1D and stacks of experts
+    What it reads: LoRA, with patterns of ranks and alphas, rank-stabilised, on nn.Linear, Conv1D and stacks of experts
     (`target_parameters`), block-diagonal LoRA, and trained modules (`modules_to_save`). An update whose values lie in
     blocks is stored in blocks; others have `num_blocks=1`. Adapters that the MELoRA authors' code has saved
-    (`peft_type` "MELORA") keep their blocks.
+    (`peft_type` "MELORA") keep their blocks. A folder of mlx_lm's (`adapters.safetensors`) is read too, where its names
+    of modules are transformers'.
 
     Args:
         peft_dir: a folder with adapter_config.json and adapter_model.safetensors or adapter_model.bin.
@@ -70,11 +74,17 @@ def read_peft_adapter(peft_dir: str | os.PathLike[str], out_dir: str | os.PathLi
     """
     directory, out = Path(peft_dir), Path(out_dir)
     refuse_source(out, directory)
+    write_adapter(out, *adapter_content(_take_apart(directory)))
+
+
+def _take_apart(directory: Path) -> Imported:
+    if (directory / MLX_FILE).exists():
+        return _read_mlx(directory)
     folder = read_folder(directory)
     imported = _read_authors(folder) if folder.config.get("peft_type") == "MELORA" else _read_lora(folder)
     if not imported.sites:
         raise MELoRAError(f"`{directory}` adapts no module: it has no lora_A and lora_B")
-    write_adapter(out, *adapter_content(imported))
+    return imported
 
 
 def adapter_content(imported: Imported) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -106,19 +116,17 @@ def _read_lora(folder: PeftFolder) -> Imported:
     described = _described(folder)
     imported = Imported({}, fan_in_fan_out=settings.fan_in_fan_out, class_name=settings.class_name)
     for path, (lora_a, lora_b) in factors.items():
-        stack = _stack_of(folder, path, settings, factors)
-        name = stack or path
-        rank = settings.rank_of(name)
-        if stack:
-            loras = _unstacked(folder, name, lora_a, lora_b, rank)
-            imported.stacks.append(name)
-        else:
-            loras = [_unpacked(folder, name, lora_a, lora_b, settings)]
-        if loras[0].rank != rank:
-            raise MELoRAError(
-                f"`{name}` in `{folder.directory}` has the rank {loras[0].rank}, its configuration says {rank}"
-            )
-        own = _blocks_of(loras, name, settings, described.get(name))
+        try:
+            stack = stack_at(path, factors.keys(), settings.target_parameters)
+            name = stack or path
+            rank = settings.rank_of(name)
+            loras = unstacked(lora_a, lora_b, rank) if stack else [_unpacked(name, lora_a, lora_b, settings)]
+            if loras[0].rank != rank:
+                raise ValueError(f"it has the rank {loras[0].rank}, its configuration says {rank}")
+            own = _blocks_of(loras, name, settings, described.get(name))
+        except ValueError as error:
+            raise MELoRAError(f"`{path}` in `{folder.directory}`: {error}") from error
+        imported.stacks += [name] if stack else []
         config = replace(own.config, dropout=0.0 if stack else settings.dropout)
         imported.sites[name] = AdapterTensors(config, own.lora_a, own.lora_b)
     imported.sites = dict(sorted(imported.sites.items()))
@@ -134,6 +142,18 @@ def _read_authors(folder: PeftFolder) -> Imported:
     imported = Imported(sites, fan_in_fan_out=bool(folder.config.get("fan_in_fan_out")))
     _add_kept(folder, imported, others, tuple(map(str, modules)))
     return imported
+
+
+def _read_mlx(directory: Path) -> Imported:
+    """A folder of mlx_lm's, of models whose modules it calls as transformers does: Llama and its like."""
+    sites = {}
+    for name, found in read_mlx_folder(directory).items():
+        if not found.lora_a.dim() == found.lora_b.dim() == 2:
+            raise MELoRAError(f"`{directory}` adapts `{name}`, a stack of experts: of mlx_lm's, linears alone are read")
+        own = in_blocks([Lora(found.lora_a, found.lora_b)], found.scale)
+        config = MELoRAConfig(rank=found.lora_a.size(0), num_blocks=1, alpha=found.scale * found.lora_a.size(0))
+        sites[name] = own or AdapterTensors(config, found.lora_a[None], found.lora_b[None])
+    return Imported(sites)
 
 
 def _by_module(folder: PeftFolder) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
@@ -159,43 +179,7 @@ def _by_module(folder: PeftFolder) -> tuple[dict[str, tuple[torch.Tensor, torch.
     return {module: (factors["A"], factors["B"]) for module, factors in found.items()}, others
 
 
-def _stack_of(folder: PeftFolder, path: str, settings: PeftSettings, factors: Mapping[str, Any]) -> str | None:
-    """The path of the parameter that PEFT's wrapper at `path` is for; None for a module."""
-    module = path
-    while module.endswith(BASE_LAYER):
-        module = module.removesuffix(BASE_LAYER)
-    ends = [parameter.rpartition(".") for parameter in settings.target_parameters]
-    names = sorted({name for owner, _, name in ends if not owner or module == owner or module.endswith(f".{owner}")})
-    if not names:
-        return None
-    wrappers = [other for other in factors if re.fullmatch(rf"{re.escape(module)}({re.escape(BASE_LAYER)})*", other)]
-    try:
-        found = {key.wrapper: f"{module}.{key.parameter}" for key in nested(module, names)}
-    except ValueError as error:
-        raise MELoRAError(f"`{folder.directory}` cannot be read: {error}") from error
-    if found.keys() != set(wrappers):
-        raise MELoRAError(
-            f"`{folder.directory}` has lora_A and lora_B of {sorted(wrappers)}, where its `target_parameters` ask for "
-            f"{sorted(found)}"
-        )
-    return found[path]
-
-
-def _unstacked(folder: PeftFolder, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, rank: int) -> list[Lora]:
-    """The LoRAs of the experts: A is (E·r, I), B (O, r·E) with the experts side by side."""
-    ranks = lora_a.size(0)
-    if ranks % rank or lora_b.size(1) != ranks:
-        raise MELoRAError(
-            f"`{name}` in `{folder.directory}`: {tuple(lora_a.shape)} and {tuple(lora_b.shape)} are not of experts of "
-            f"rank {rank}"
-        )
-    by_expert = lora_b.unflatten(1, (rank, ranks // rank)).unbind(2)
-    return [Lora(a, b.contiguous()) for a, b in zip(lora_a.split(rank), by_expert, strict=True)]
-
-
-def _unpacked(
-    folder: PeftFolder, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, settings: PeftSettings
-) -> Lora:
+def _unpacked(name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, settings: PeftSettings) -> Lora:
     """The LoRA of a module, of which a block-diagonal one stores one factor in blocks."""
     factor = settings.factor_of(name)
     if factor == "a" and lora_a.size(0) % settings.num_blocks == 0:
@@ -203,10 +187,7 @@ def _unpacked(
     if factor == "b" and lora_b.size(0) % settings.num_blocks == 0:
         lora_b = unpacked(lora_b, settings.num_blocks)
     if lora_a.size(0) != lora_b.size(1):
-        raise MELoRAError(
-            f"`{name}` in `{folder.directory}`: lora_A {tuple(lora_a.shape)} and lora_B {tuple(lora_b.shape)} are not "
-            "of one rank"
-        )
+        raise ValueError(f"lora_A {tuple(lora_a.shape)} and lora_B {tuple(lora_b.shape)} are not of one rank")
     return Lora(lora_a, lora_b)
 
 

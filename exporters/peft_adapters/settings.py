@@ -183,6 +183,7 @@ def _positive_int(name: str, value: Any) -> int:
 
 
 def _alpha(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"`{name}` (={value!r}) must be positive: with another the adapter is none")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
+        shown = repr(value)[:40]
+        raise ValueError(f"`{name}` (={shown}) must be a number from 1e-30 to 1e30; with 0 the adapter would be none")
     return float(value)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from exporters.adapters.lora_form import Lora, loras_of
+from exporters.adapters.lora_form import loras_of
 from melora_fx import MELoRAError
 from melora_fx.files import new_folder, refuse_occupied, refuse_source
 from melora_fx.saving.adapter import Adapter
@@ -17,7 +17,8 @@ from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.tensor_file import write_tensors
 
 from .bdlora import Packing, choose_packing, packed
-from .names import CONFIG_FILE, METADATA_KEY, PREFIX, TENSORS_FILE, by_module, is_stack, lora_keys, nested
+from .names import CONFIG_FILE, METADATA_KEY, PREFIX, TENSORS_FILE, lora_keys
+from .stacks import StackKey, by_module, is_stack, nested, stacked
 
 FORMS = ("lora", "bdlora")
 _TASKS = (
@@ -94,7 +95,7 @@ def peft_content(
     for module, parameters in by_module(stacks).items():
         for key in _nested(adapter, module, parameters):
             padded = [lora.padded(rank) for lora in loras[f"{module}.{key.parameter}"]]
-            tensors |= dict(zip(lora_keys(key.wrapper), _stacked(padded), strict=True))
+            tensors |= dict(zip(lora_keys(key.wrapper), stacked(padded), strict=True))
     tensors |= {PREFIX + name: tensor for name, tensor in adapter.kept_tensors().items()}
     dropouts = {config.dropout for config in adapter.configs.values()}
     config = {
@@ -134,20 +135,13 @@ def _refuse_unknown_forms(adapter: Adapter) -> None:
         )
 
 
-def _nested(adapter: Adapter, module: str, parameters: list[str]) -> Any:
+def _nested(adapter: Adapter, module: str, parameters: list[str]) -> list[StackKey]:
     try:
         return nested(module, parameters)
     except ValueError as error:
         raise MELoRAError(
             f"`{adapter.directory}` cannot be written for PEFT: {error}; fold it into the base"
         ) from error
-
-
-def _stacked(loras: list[Lora]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (E·R, I) and B (O, R·E) of a stack: the ranks of one expert side by side in A, E apart in B."""
-    lora_a = torch.cat([lora.lora_a for lora in loras])
-    lora_b = torch.stack([lora.lora_b for lora in loras], dim=-1).flatten(1)
-    return lora_a, lora_b
 
 
 def _blocks(adapter: Adapter) -> Mapping[str, Any]:
