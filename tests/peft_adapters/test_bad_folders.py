@@ -120,7 +120,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "names of a number": (_config(modules_to_save=3), "`modules_to_save` must be a list of names"),
     "a dropout of 2": (_config(lora_dropout=2), "`lora_dropout`"),
     "no kind": (_config(peft_type=None), "`peft_type` is None"),
-    "stacks that are not there": (_config(target_parameters=["self.query", "self.key"]), "several stacks"),
+    "stacks that are not there": (_config(target_parameters=["query.weight", "query.bias"]), "several stacks"),
     "link to another folder": (_linked(TENSORS, f"../moved {TENSORS}"), "is a link out of its folder"),
     "link to itself": (_linked(CONFIG, CONFIG), "cannot be read|link out of its folder"),
     "link to nothing": (_linked(TENSORS, "nothing"), f"no {TENSORS}"),
