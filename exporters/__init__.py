@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exporters.adapters.gguf_adapter import write_gguf_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
     from exporters.measuring.compare import Comparison, compare
     from exporters.measuring.latency import Latency, LatencyTable, measure_latency
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .onnx_fold import fold_onnx
 
 _MODULES = {
+    "adapters.gguf_adapter": ("write_gguf_adapter",),
     "adapters.ort_adapter": ("write_ort_adapter",),
     "measuring.compare": ("Comparison", "compare"),
     "measuring.latency": ("Latency", "LatencyTable", "measure_latency"),
@@ -47,6 +49,7 @@ __all__ = [
     "export_onnx",
     "fold_onnx",
     "measure_latency",
+    "write_gguf_adapter",
     "write_ort_adapter",
     "write_triton_repository",
 ]
