@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from exporters.adapters.arithmetic import add_adapters, average_adapters, scale_adapter
     from exporters.adapters.compress import CompressReport, compress_adapter
     from exporters.adapters.mlx_adapter import write_mlx_adapter
+    from exporters.adapters.gguf_adapter import write_gguf_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
     from exporters.measuring.compare import Comparison, compare
     from exporters.measuring.latency import Latency, LatencyTable, measure_latency
@@ -28,6 +29,7 @@ _MODULES = {
     "adapters.arithmetic": ("add_adapters", "average_adapters", "scale_adapter"),
     "adapters.compress": ("CompressReport", "compress_adapter"),
     "adapters.mlx_adapter": ("write_mlx_adapter",),
+    "adapters.gguf_adapter": ("write_gguf_adapter",),
     "adapters.ort_adapter": ("write_ort_adapter",),
     "peft_adapters.reader": ("read_peft_adapter",),
     "peft_adapters.writer": ("write_peft_adapter",),
@@ -64,6 +66,7 @@ __all__ = [
     "read_peft_adapter",
     "scale_adapter",
     "write_mlx_adapter",
+    "write_gguf_adapter",
     "write_ort_adapter",
     "write_peft_adapter",
     "write_triton_repository",
