@@ -23,14 +23,13 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` can be: `MaxLoRARanks`, vllm/config/lora.py."""
 _DEFAULT_RANK = 16
 
-_WITHOUT_ADAPTERS = (
+_WITHOUT_ADAPTERS = ("BloomForCausalLM", "FalconForCausalLM", "GPT2ForSequenceClassification", "GPT2LMHeadModel")
+"""Models of vLLM's own that lack `SupportsLoRA` (vllm/model_executor/models), so that `--enable-lora` does not start
+them, and whose linears vLLM does not find in transformers' code either (vllm/model_executor/models/transformers)."""
+_WITH_TRANSFORMERS_CODE = (
     "BertForMaskedLM",
-    "BloomForCausalLM",
     "DbrxForCausalLM",
-    "FalconForCausalLM",
     "FalconMambaForCausalLM",
-    "GPT2ForSequenceClassification",
-    "GPT2LMHeadModel",
     "GPTJForCausalLM",
     "Mamba2ForCausalLM",
     "MambaForCausalLM",
@@ -41,7 +40,8 @@ _WITHOUT_ADAPTERS = (
     "XLMRobertaForTokenClassification",
     "Zamba2ForCausalLM",
 )
-"""Models of vLLM's own that lack `SupportsLoRA` (vllm/model_executor/models): `--enable-lora` does not start them."""
+"""Models of vLLM's own that lack `SupportsLoRA`, and that it may run in transformers' code, which has it; StableLM was
+tried."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,15 @@ def _notes(adapter: Adapter) -> tuple[str, ...]:
     """What vLLM may do, which depends on how it is started."""
     name = str(adapter.model.get("class") or "")
     notes = []
+    if name in _WITH_TRANSFORMERS_CODE:
+        notes.append(
+            f"vLLM's own `{name}` takes no adapters, and `--enable-lora` does not start it. Given `--model-impl "
+            "transformers` too, it runs in transformers' code, which takes them, as far as vLLM supports that model."
+        )
     if any(site.rpartition(".")[2] == "lm_head" for site in adapter.configs):
         notes.append(
             "vLLM adapts `lm_head` of the models that name it in `embedding_modules` (such as Llama), and refuses the "
-            "adapter for others."
+            "adapter for others (such as Qwen2)."
         )
     if name.endswith("Model") and not name.endswith("LMHeadModel"):
         notes.append(

@@ -113,6 +113,13 @@ def test_a_head_is_taken_of_some_models(targets: list[str], tmp_path: Path) -> N
     assert [note[:20] for note in notes] == (["vLLM adapts `lm_head"] if "lm_head" in targets else [])
 
 
+def test_a_model_that_takes_adapters_in_the_code_of_transformers(tmp_path: Path) -> None:
+    melora_fx.save_adapter(melora_fx.rewrite(tower(), LINEAR, BLOCKS), tmp_path / "adapter")
+    edit_header(tmp_path / "adapter", lambda header: header["model"].update({"class": "StableLmForCausalLM"}))
+    notes = check_for_vllm(read_adapter(tmp_path / "adapter")).notes
+    assert [note[:56] for note in notes] == ["vLLM's own `StableLmForCausalLM` takes no adapters, and "]
+
+
 def test_a_file_that_names_no_model_is_taken(tmp_path: Path) -> None:
     model = melora_fx.rewrite(gpt2(num_layers=1), ["lm_head"], MELoRAConfig(rank=1, num_blocks=1))
     melora_fx.save_adapter(model, tmp_path / "adapter")
