@@ -40,8 +40,8 @@ _WITH_TRANSFORMERS_CODE = (
     "XLMRobertaForTokenClassification",
     "Zamba2ForCausalLM",
 )
-"""Models of vLLM's own that lack `SupportsLoRA`, and that it may run in transformers' code, which has it; StableLM was
-tried."""
+"""Models of vLLM's own that lack `SupportsLoRA`, and that it may run in transformers' code, which has it; GPT-J and
+StableLM were tried."""
 
 
 @dataclass(frozen=True)
