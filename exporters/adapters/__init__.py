@@ -15,4 +15,5 @@ find_blocks   ordinary LoRAs as block-diagonal adapters, where their values lie 
 ort_adapter   ONNX Runtime's, for a graph whose adapters are optional inputs
 gguf_adapter  llama.cpp's
 gguf_names    what its converter makes of the weights of each architecture
+vllm         whether vLLM can serve an adapter, and with which flags
 """
