@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from exporters.adapters.arithmetic import add_adapters, average_adapters, scale_adapter
     from exporters.adapters.compress import CompressReport, compress_adapter
-    from exporters.adapters.mlx_adapter import write_mlx_adapter
     from exporters.adapters.gguf_adapter import write_gguf_adapter
+    from exporters.adapters.mlx_adapter import write_mlx_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
     from exporters.measuring.compare import Comparison, compare
     from exporters.measuring.latency import Latency, LatencyTable, measure_latency
@@ -65,8 +65,8 @@ __all__ = [
     "measure_latency",
     "read_peft_adapter",
     "scale_adapter",
-    "write_mlx_adapter",
     "write_gguf_adapter",
+    "write_mlx_adapter",
     "write_ort_adapter",
     "write_peft_adapter",
     "write_triton_repository",

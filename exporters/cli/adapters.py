@@ -50,7 +50,75 @@ def adapter_to_ort(
     from exporters.adapters.ort_adapter import write_ort_adapter
 
     write_ort_adapter(adapter_dir, graph, out)
-    print(f"{out}: {out.stat().st_size / 1024:.0f} KiB, for {graph}")
+    print(f"{out}: {_kib(out)} KiB, for {graph}")
+
+
+def adapter_to_peft(
+    adapter_dir: AdapterDir,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The PEFT folder to write; new, or empty.")],
+    form: Annotated[str, typer.Option(help='"lora", or "bdlora": block-diagonal LoRA, one factor smaller.')] = "lora",
+    reader: Annotated[
+        str, typer.Option("--for", help='Who is to read it: "peft", or "vllm", which takes less and is checked for.')
+    ] = "peft",
+    base_model: Annotated[str | None, typer.Option(help="Path or name of the base, for PEFT's Auto classes.")] = None,
+) -> None:
+    """Write an adapter for PEFT, and all that serves PEFT's: vLLM, SGLang, text-generation-inference."""
+    from exporters.peft_adapters.vllm import check_for_vllm
+    from exporters.peft_adapters.writer import write_peft_adapter
+    from melora_fx.saving.adapter_file import read_adapter
+
+    if reader not in ("peft", "vllm"):
+        raise ValueError(f"`--for` (={reader!r}) must be 'peft' or 'vllm'")
+    if reader == "vllm" and form != "lora":
+        raise ValueError(
+            "vLLM takes `--form lora` alone: it refuses block-diagonal LoRA, or reads it as if it was none"
+        )
+    needs = check_for_vllm(read_adapter(adapter_dir)) if reader == "vllm" else None
+    write_peft_adapter(adapter_dir, out, form=form, base_model=base_model)
+    print(f"{out}: {_kib(out)} KiB")
+    if needs is not None:
+        print(needs)
+
+
+def adapter_from_peft(
+    peft_dir: Annotated[Path, typer.Argument(help="Folder of PEFT's, the MELoRA authors' code or mlx_lm.")],
+    out: _OutDir,
+) -> None:
+    """Read a PEFT adapter: it loads, trains, folds and exports like any other."""
+    from exporters.adapters.summary import summarise_adapter
+    from exporters.peft_adapters.reader import read_peft_adapter
+
+    read_peft_adapter(peft_dir, out)
+    print(summarise_adapter(out))
+
+
+def adapter_to_gguf(
+    adapter_dir: AdapterDir,
+    base: Annotated[Path, typer.Argument(help="Hugging Face folder of the base, whose GGUF file llama.cpp has.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .gguf file.")],
+) -> None:
+    """Write an adapter for llama.cpp: `llama-server -m base.gguf --lora adapter.gguf`."""
+    from exporters.adapters.gguf_adapter import write_gguf_adapter
+
+    write_gguf_adapter(adapter_dir, base, out)
+    print(f"{out}: {_kib(out)} KiB")
+
+
+def adapter_to_mlx(
+    adapter_dir: AdapterDir,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; new, or empty.")],
+) -> None:
+    """Write an adapter for MLX: `mlx_lm.generate --model base --adapter-path folder`."""
+    from exporters.adapters.mlx_adapter import write_mlx_adapter
+
+    write_mlx_adapter(adapter_dir, out)
+    print(f"{out}: {_kib(out)} KiB")
+
+
+def _kib(out: Path) -> str:
+    """Size of a file, or of those in a folder."""
+    files = [out] if out.is_file() else [*out.iterdir()]
+    return f"{sum(file.stat().st_size for file in files) / 1024:.0f}"
 
 
 def scale_update(

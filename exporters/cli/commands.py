@@ -13,7 +13,18 @@ import typer
 
 from melora_fx.versions import package_version
 
-from .adapters import adapter_to_ort, add_updates, average_updates, compress_update, inspect_adapter, scale_update
+from .adapters import (
+    adapter_from_peft,
+    adapter_to_gguf,
+    adapter_to_mlx,
+    adapter_to_ort,
+    adapter_to_peft,
+    add_updates,
+    average_updates,
+    compress_update,
+    inspect_adapter,
+    scale_update,
+)
 from .exporting import export
 from .folding import fold, fold_into_onnx
 from .terminal import quiet_pipe, tidy_terminal
@@ -38,6 +49,10 @@ _ADAPTER_COMMANDS: tuple[Command, ...] = (
     ("add", add_updates, "./a ./b --weights 0.7,0.3 -o ./sum"),
     ("average", average_updates, "./a ./b ./c -o ./mean"),
     ("compress", compress_update, "./sum --rank 8 -o ./small"),
+    ("to-peft", adapter_to_peft, "./adapter -o ./peft-adapter --for vllm"),
+    ("from-peft", adapter_from_peft, "./peft-adapter -o ./adapter"),
+    ("to-gguf", adapter_to_gguf, "./adapter ./my-model -o adapter.gguf"),
+    ("to-mlx", adapter_to_mlx, "./adapter -o ./mlx-adapter"),
     ("to-ort", adapter_to_ort, "./adapter swap.onnx -o adapter.onnx_adapter"),
 )
 

@@ -8,4 +8,5 @@ folder          the two files of a folder, read
 settings        what its configuration says
 authors_format  the files of the MELoRA authors' own code
 reader          a PEFT folder as an adapter
+vllm            whether vLLM can serve an adapter, and with which flags
 """

@@ -24,7 +24,7 @@ from torch import nn
 
 import melora_fx
 from exporters.adapters.lora_form import loras_of
-from exporters.adapters.vllm import RANKS, check_for_vllm
+from exporters.peft_adapters.vllm import RANKS, check_for_vllm
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter

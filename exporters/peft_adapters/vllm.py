@@ -19,6 +19,8 @@ from typing import NoReturn
 from melora_fx.errors import MELoRAError
 from melora_fx.saving.adapter import Adapter
 
+from .stacks import is_stack
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` can be: `MaxLoRARanks`, vllm/config/lora.py."""
 _DEFAULT_RANK = 16
@@ -118,7 +120,7 @@ def _refuse_model(adapter: Adapter) -> None:
 
 def _refuse_sites(adapter: Adapter) -> None:
     """Sites that vLLM has no adaptable layer for."""
-    stacks = [site for site in adapter.configs if _is_stack(adapter, site)]
+    stacks = [site for site in adapter.configs if is_stack(adapter, site)]
     if stacks:
         _refuse(
             adapter,
@@ -140,12 +142,6 @@ def _refuse_sites(adapter: Adapter) -> None:
             f"it adapts {_named(poolers)}, which vLLM drops without a word: its pooler takes no adapters",
             "train without it, or fold the adapter into the base",
         )
-
-
-def _is_stack(adapter: Adapter, site: str) -> bool:
-    """Whether the base weight is a stack of matrices, of one expert perhaps."""
-    shape = adapter.fingerprints.get(site, {}).get("shape", ())
-    return adapter.tensors_of(site).num_experts > 1 or (len(shape) == 3 and site not in adapter.row_dims)
 
 
 def _notes(adapter: Adapter) -> tuple[str, ...]:
