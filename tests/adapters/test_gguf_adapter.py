@@ -170,7 +170,8 @@ def test_llama_cpp_computes_the_folded_model(build: Callable[[], Any], bound: fl
     base = build()
     base.save_pretrained(folders.base)
     inputs = {"input_ids": torch.tensor([[1, 2, 3, 4, 5]])}
-    model = melora_fx.rewrite(type(base).from_pretrained(folders.base).eval(), "all-linear", TWO, example_inputs=inputs)
+    targets = ["all-linear"] if base.config.tie_word_embeddings else ["all-linear", "lm_head"]
+    model = melora_fx.rewrite(type(base).from_pretrained(folders.base).eval(), targets, TWO, example_inputs=inputs)
     melora_fx.save_adapter(fill(model), folders.adapter)
     write_gguf_adapter(folders.adapter, folders.base, folders.out)
     gguf_models.write_gguf(base, folders.parent / "base.gguf")
