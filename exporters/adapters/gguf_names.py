@@ -183,9 +183,12 @@ CONVERSIONS: dict[str, Conversion] = {
     "LlamaForCausalLM": Conversion("llama", _ROTARY),
     "MistralForCausalLM": Conversion("llama", _ROTARY),
     "MixtralForCausalLM": Conversion("llama", _ROTARY, has_experts=True),
+    "ArceeForCausalLM": Conversion("arcee", _ROTARY),
     "GraniteForCausalLM": Conversion("granite", _ROTARY),
+    "SmolLM3ForCausalLM": Conversion("smollm3", _ROTARY),
     "OlmoForCausalLM": Conversion("olmo", _ROTARY),
     "Olmo2ForCausalLM": Conversion("olmo2"),
+    "Olmo3ForCausalLM": Conversion("olmo2"),
     "Qwen2ForCausalLM": Conversion("qwen2"),
     "Qwen2MoeForCausalLM": Conversion("qwen2moe", has_experts=True),
     "Qwen3ForCausalLM": Conversion("qwen3"),
@@ -195,13 +198,22 @@ CONVERSIONS: dict[str, Conversion] = {
     "Gemma3ForCausalLM": Conversion("gemma3"),
     "Phi3ForCausalLM": Conversion("phi3"),
     "StableLmForCausalLM": Conversion("stablelm"),
+    "CohereForCausalLM": Conversion("command-r"),
+    "Exaone4ForCausalLM": Conversion("exaone4"),
+    "Glm4ForCausalLM": Conversion("glm4"),
+    "NemotronForCausalLM": Conversion("nemotron"),
+    "SeedOssForCausalLM": Conversion("seed_oss"),
     "Starcoder2ForCausalLM": Conversion("starcoder2"),
     "GPT2LMHeadModel": Conversion("gpt2"),
     "GPTNeoXForCausalLM": Conversion("gptneox", {"attn_qkv": _by_part(*_HEADS)}),
     "BloomForCausalLM": Conversion("bloom", {"attn_qkv": _by_part("n_head", *_HEADS)}),
     "FalconForCausalLM": Conversion("falcon", {"attn_qkv": _falcon_rows}),
 }
-"""Class of transformers → what llama.cpp's converter does with it; each was compared with the converter."""
+"""Class of transformers → what llama.cpp's converter does with it.
+
+Of each a small base was converted by the converter itself (October 2026), and llama.cpp computed with an adapter of all
+of its linears what the folded model computes.
+"""
 
 REARRANGED = {
     "DeepseekV2ForCausalLM": "kv_b_proj, which it splits and transposes",

@@ -54,6 +54,7 @@ def test_a_base_of_another_architecture_is_refused(folders: Folders) -> None:
     refused(folders, "holds a gpt2 model, not the LlamaForCausalLM")
 
 
+@pytest.mark.default_cases("unknown", "rearranged", "empty")
 @pytest.mark.parametrize(
     ("architectures", "text"),
     [
@@ -89,6 +90,7 @@ def test_a_folder_without_an_adapter_is_refused(folders: Folders) -> None:
     refused(folders, "is not an adapter folder")
 
 
+@pytest.mark.default_cases("adapter*", "base")
 @pytest.mark.parametrize("place", ["adapter/adapter.safetensors", "base/model.safetensors", "base", "base/new.gguf"])
 def test_inputs_are_kept(place: str, folders: Folders) -> None:
     folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
@@ -108,7 +110,12 @@ def test_the_package_is_named(folders: Folders, monkeypatch: pytest.MonkeyPatch)
     refused(folders, "pip install gguf")
 
 
-@pytest.mark.parametrize("place", ["x" * 300, "a\0b", "base.json/below", "/proc/melora_fx/out"])
+@pytest.mark.default_cases("long", "below_a_file")
+@pytest.mark.parametrize(
+    "place",
+    ["x" * 300, "a\0b", "base.json/below", "/proc/melora_fx/out"],
+    ids=["long", "nul", "below_a_file", "nobody_may"],
+)
 def test_places_that_cannot_be_written(place: str, folders: Folders) -> None:
     folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
     (folders.parent / "base.json").touch()
