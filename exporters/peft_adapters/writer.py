@@ -17,7 +17,7 @@ from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.tensor_file import write_tensors
 
 from .bdlora import Packing, choose_packing, packed
-from .names import CONFIG_FILE, METADATA_KEY, PREFIX, TENSORS_FILE, lora_keys
+from .names import CONFIG_FILE, METADATA_KEY, PREFIX, TENSORS_FILE, last_name, lora_keys
 from .stacks import StackKey, by_module, is_stack, nested, stacked
 
 FORMS = ("lora", "bdlora")
@@ -30,6 +30,8 @@ _TASKS = (
     ("Model", "FEATURE_EXTRACTION"),
 )
 """What a class's name ends in → PEFT's task type. Others, such as masked language models, have none."""
+_HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
+"""Modules that PEFT takes for trained ones where a folder names the task, and asks its file for."""
 
 
 def write_peft_adapter(
@@ -100,7 +102,7 @@ def peft_content(
     dropouts = {config.dropout for config in adapter.configs.values()}
     config = {
         "peft_type": "LORA",
-        "task_type": _task_type(adapter.model.get("class")),
+        "task_type": _task_type(adapter),
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": rank,
@@ -153,8 +155,9 @@ def _blocks(adapter: Adapter) -> Mapping[str, Any]:
     return entries
 
 
-def _task_type(class_name: str | None) -> str | None:
-    for ending, task in _TASKS:
-        if re.search(f"({ending})$", class_name or ""):
-            return task
-    return None
+def _task_type(adapter: Adapter) -> str | None:
+    """PEFT's name of the task; none where its model would ask for a head that the adapter has not trained."""
+    name = adapter.model.get("class") or ""
+    task = next((task for ending, task in _TASKS if re.search(f"({ending})$", name)), None)
+    heads = _HEADS.get(task or "")
+    return task if heads is None or heads & {last_name(kept) for kept in adapter.kept} else None

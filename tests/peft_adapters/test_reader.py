@@ -11,8 +11,9 @@ import torch
 from peft import BdLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.fold_folders import llama
+from support.gguf_models import mixtral
 from support.models import bert_classifier, fill, gpt2, randn
-from support.travelling import logits_of, mixtral, worst_error
+from support.travelling import logits_of, worst_error
 from torch import nn
 
 import melora_fx

@@ -1,94 +1,38 @@
-"""vLLM's own models and loader against what `check_for_vllm` says; without a GPU.
+"""vLLM's own models and loader against what `check_for_vllm` says; without a GPU."""
 
-`MELORA_FX_VLLM_PYTHON` names the interpreter of an environment with vLLM 0.33, whose compiled parts are not needed.
-Nothing is imported from it here: `support/vllm_reader.py` runs there.
-"""
-
-import functools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
 from support.fold_folders import llama
 from support.models import bert, bert_classifier, fill, gpt2
-from torch import nn
+from support.vllm_runs import read_by_vllm
 
 import melora_fx
+from exporters import write_peft_adapter
 from exporters.adapters.lora_form import loras_of
 from exporters.peft_adapters.vllm import RANKS, check_for_vllm
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT reads it
-]
+pytestmark = pytest.mark.slow
 
 BLOCKS = MELoRAConfig(rank=(2, 1, 2), num_blocks=3, alpha=(3.0, 1.0, 2.0))
-READER = Path(__file__).parents[1] / "support" / "vllm_reader.py"
 LAYER = "model.layers.0."
 
 
-@functools.cache
-def vllm_python() -> str | None:
-    """An interpreter that has vLLM, if there is one."""
-    python = os.environ.get("MELORA_FX_VLLM_PYTHON", sys.executable)
-    found = subprocess.run([python, "-P", "-c", "import vllm.lora.worker_manager"], capture_output=True, env=_env())
-    return python if found.returncode == 0 else None
-
-
-def _env() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"VLLM_TARGET_DEVICE": "cpu"}
-
-
-def read_by_vllm(folder: Path, *options: str) -> dict[str, Any]:
-    """What vLLM made of `folder/peft` over its own model of `folder/model`."""
-    python = vllm_python()
-    if python is None:
-        pytest.skip("vLLM is not installed: MELORA_FX_VLLM_PYTHON can name an interpreter that has it")
-    out = folder / "updates.safetensors"
-    command = [python, "-P", str(READER), str(folder / "model"), str(folder / "peft"), str(out), *options]
-    ran = subprocess.run(command, capture_output=True, text=True, env=_env(), check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    result = json.loads(ran.stdout.splitlines()[-1])
-    if result["error"] is None:
-        result["updates"] = load_file(out)
-    return result
-
-
-def written(folder: Path, model: Any, targets: list[str]) -> tuple[Adapter, dict[str, Any]]:
-    """The base, our adapter on `targets`, the same as PEFT's file, and the update of each site."""
+def written(folder: Path, model: Any, targets: list[str]) -> tuple[Adapter, dict[str, torch.Tensor]]:
+    """The base, our adapter on `targets`, the same as PEFT's folder, and the update of each site."""
     model.save_pretrained(folder / "model")
-    rewritten = fill(melora_fx.rewrite(model, targets, BLOCKS))
-    melora_fx.save_adapter(rewritten, folder / "adapter")
-    melora_fx.unload(rewritten)
+    melora_fx.save_adapter(fill(melora_fx.rewrite(model, targets, BLOCKS)), folder / "adapter")
+    write_peft_adapter(folder / "adapter", folder / "peft")
     adapter = read_adapter(folder / "adapter")
     loras = {name: loras_of(adapter.tensors_of(name))[0] for name in adapter.configs}
-    rank = max(lora.rank for lora in loras.values())
-    lies = any(adapter.transposed.values())
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(loras), fan_in_fan_out=lies)
-    wrapped = peft.get_peft_model(model, config)
-    for name, lora in loras.items():
-        layer: Any = wrapped.base_model.model.get_submodule(name)
-        _set(layer.lora_A["default"], lora.padded(rank).lora_a)
-        _set(layer.lora_B["default"], lora.padded(rank).lora_b)
-    wrapped.save_pretrained(folder / "peft", save_embedding_layers=False)
     return adapter, {name: lora.lora_b @ lora.lora_a for name, lora in loras.items()}
-
-
-def _set(linear: nn.Linear, value: torch.Tensor) -> None:
-    with torch.no_grad():
-        linear.weight.copy_(value)
 
 
 def assert_holds(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -108,7 +52,7 @@ def test_llama_has_its_projections_packed(tmp_path: Path) -> None:
         "mlp.up_proj": "mlp.gate_up_proj.1",
         "mlp.down_proj": "mlp.down_proj.0",
     }
-    result = read_by_vllm(tmp_path, "--max-lora-rank", str(rank))
+    result = read_by_vllm(tmp_path / "model", tmp_path / "peft", "--max-lora-rank", str(rank))
     assert (result["class"], result["error"], tuple(result["ranks"])) == ("LlamaForCausalLM", None, RANKS)
     assert_holds(result["updates"], {LAYER + new: updates[LAYER + old] for old, new in names.items()})
 
@@ -116,7 +60,7 @@ def test_llama_has_its_projections_packed(tmp_path: Path) -> None:
 def test_a_smaller_flag_is_refused(tmp_path: Path) -> None:
     adapter, _ = written(tmp_path, llama(), ["q_proj"])
     assert check_for_vllm(adapter).max_lora_rank == 8
-    result = read_by_vllm(tmp_path, "--max-lora-rank", "1")
+    result = read_by_vllm(tmp_path / "model", tmp_path / "peft", "--max-lora-rank", "1")
     assert "LoRA rank 5 is greater than max_lora_rank 1" in result["error"]
 
 
@@ -129,7 +73,7 @@ def test_a_classifier_of_bert(tmp_path: Path) -> None:
         "attention.self.key": "attention.self.qkv_proj.1",
         "intermediate.dense": "intermediate.dense.0",
     }
-    result = read_by_vllm(tmp_path, "--runner", "pooling")
+    result = read_by_vllm(tmp_path / "model", tmp_path / "peft", "--runner", "pooling")
     assert (result["class"], result["error"]) == ("BertForSequenceClassification", None)
     assert_holds(result["updates"], {layer + new: updates[layer + old] for old, new in names.items()})
 
@@ -138,7 +82,7 @@ def test_a_pooler_is_dropped_without_a_word(tmp_path: Path) -> None:
     adapter, updates = written(tmp_path, bert(num_layers=1), [r"re:.*(intermediate|pooler)\.dense"])
     with pytest.raises(MELoRAError, match=r"`pooler\.dense`, which vLLM drops without a word"):
         check_for_vllm(adapter)
-    result = read_by_vllm(tmp_path, "--runner", "pooling")
+    result = read_by_vllm(tmp_path / "model", tmp_path / "peft", "--runner", "pooling")
     kept = "encoder.layer.0.intermediate.dense"
     assert result["error"] is None
     assert_holds(result["updates"], {f"model.{kept}.0": updates[kept]})
@@ -148,8 +92,11 @@ def test_a_model_without_adapters_does_not_start(tmp_path: Path) -> None:
     adapter, _ = written(tmp_path, gpt2(num_layers=1), ["c_attn"])
     with pytest.raises(MELoRAError, match="which vLLM serves without adapters"):
         check_for_vllm(adapter)
-    assert "LoRA is not supported for GPT2LMHeadModel" in read_by_vllm(tmp_path)["error"]
-    assert "received ['model.h.0.attn.c_attn'" in read_by_vllm(tmp_path, "--model-impl", "transformers")["error"]
+    assert "LoRA is not supported for GPT2LMHeadModel" in read_by_vllm(tmp_path / "model", tmp_path / "peft")["error"]
+    assert (
+        "received ['model.h.0.attn.c_attn'"
+        in read_by_vllm(tmp_path / "model", tmp_path / "peft", "--model-impl", "transformers")["error"]
+    )
 
 
 def test_a_head_is_refused_for_other_models(tmp_path: Path) -> None:
@@ -157,12 +104,12 @@ def test_a_head_is_refused_for_other_models(tmp_path: Path) -> None:
     config = hf.Qwen2Config(**small, intermediate_size=36, vocab_size=48, tie_word_embeddings=False)
     adapter, _ = written(tmp_path, hf.Qwen2ForCausalLM(config), ["q_proj", "lm_head"])
     assert check_for_vllm(adapter).notes[0].startswith("vLLM adapts `lm_head` of the models that name it")
-    assert "but received ['lm_head', 'lm_head']" in read_by_vllm(tmp_path)["error"]
+    assert "but received ['lm_head', 'lm_head']" in read_by_vllm(tmp_path / "model", tmp_path / "peft")["error"]
 
 
 def test_names_of_a_bare_model_are_left_out_where_text_is_generated(tmp_path: Path) -> None:
     adapter, _ = written(tmp_path, llama().model, ["q_proj"])
     assert "would load the adapter and leave it out" in check_for_vllm(adapter).notes[0]
     llama().save_pretrained(tmp_path / "model")
-    result = read_by_vllm(tmp_path)
+    result = read_by_vllm(tmp_path / "model", tmp_path / "peft")
     assert (result["class"], result["error"], result["updates"]) == ("LlamaForCausalLM", None, {})

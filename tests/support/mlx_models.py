@@ -79,6 +79,7 @@ def save_base(model: Any, folder: Path) -> None:
     rope = config.get("rope_parameters") or {}
     theta, share = rope.get("rope_theta"), rope.get("partial_rotary_factor")
     found = {"rope_theta": theta, "rotary_emb_base": theta, "partial_rotary_factor": share, "rotary_pct": share}
+    found["n_ctx"] = config.get("n_positions")
     found["num_experts"] = config.get("num_experts") or config.get("num_local_experts")
     path.write_text(json.dumps({key: value for key, value in found.items() if value is not None} | config))
 
