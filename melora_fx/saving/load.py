@@ -34,8 +34,11 @@ def load_adapter(
 ) -> nn.Module:
     """The model with the adapter of a folder.
 
-    A plain model is rewritten as the adapter says; in a rewritten one values and scaling are exchanged in place,
-    without a recompile: smaller ranks are padded with zeros.
+    A plain model is rewritten as the adapter says. In a rewritten one values and scaling are exchanged in place,
+    without a recompile. What the adapter has less of, ranks or whole sites, becomes zero in A and in B, so that it has
+    no gradient: the model computes, trains and saves the adapter that it was given, and has the sites for a later one
+    that has them. (Only another `dropout` compiles a model that is compiled in training mode once more.) An optimizer
+    remembers the adapter from before: make a new one.
 
     Args:
         model: a plain or a rewritten model.
@@ -44,7 +47,8 @@ def load_adapter(
 
     Raises:
         MELoRAError: for a folder that cannot be read, an adapter of another model (each key is named) or with another
-            base weight, or one whose blocks or ranks do not fit a rewritten model; nothing is changed then.
+            base weight, or one whose blocks, ranks or trained modules do not fit a rewritten model; nothing is changed
+            then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}: `rewrite` gives one")
@@ -80,13 +84,10 @@ def _for_any_base(config: MELoRAConfig) -> MELoRAConfig:
 def _load_into_rewritten(model: nn.Module, adapter: Adapter) -> None:
     found = sites(model)
     check_sites(adapter, found)
-    absent = [name for name in found if name not in adapter.configs]
-    if absent:
-        raise MELoRAError(f"`{adapter.directory}` has nothing for these sites of the model: {', '.join(absent)}")
-    for name, site in found.items():
-        _refuse_other_blocks(name, site, adapter.configs[name])
+    for name, config in adapter.configs.items():
+        _refuse_other_blocks(name, found[name], config)
     _refuse_other_heads(model, adapter)
-    weights = {name: site.weight for name, site in found.items()}
+    weights = {name: found[name].weight for name in adapter.configs}
     _check_model(adapter, model, weights)
     _copy_values(model, adapter)
 
@@ -127,7 +128,10 @@ def _refuse_other_heads(model: nn.Module, adapter: Adapter) -> None:
 def _copy_values(model: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for name, site in sites(model).items():
-            _copy_site(site, adapter.tensors_of(name))
+            if name in adapter.configs:
+                _copy_site(site, adapter.tensors_of(name))
+            else:
+                _empty_site(site)
         own = tensors_by_name(model)
         for name, tensor in adapter.kept_tensors().items():
             own[name].copy_(tensor)
@@ -146,6 +150,14 @@ def _copy_site(site: AdapterSite, saved: AdapterTensors) -> None:
     else:  # the graph has no dropout node, and values are exchanged without touching it
         config = dataclasses.replace(config, dropout=0.0)
     site.record.config = dataclasses.replace(config, lowering=site.config.lowering)
+    site.record.is_absent = False
+
+
+def _empty_site(site: AdapterSite) -> None:
+    """Puts zeros into the place of the site's values; each factor's gradient is zero with the other."""
+    site.lora_a.zero_()
+    site.lora_b.zero_()
+    site.record.is_absent = True
 
 
 def _plain_weights(model: nn.Module) -> dict[str, torch.Tensor]:
