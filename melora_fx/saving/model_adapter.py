@@ -112,6 +112,8 @@ def left_out(model: nn.Module) -> list[str]:
 
 def _kept_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     kept = kept_names(model)
+    if not kept:
+        return {}
     return {
         name: tensor for name, tensor in tensors_by_name(model).items() if any(is_within(name, each) for each in kept)
     }
