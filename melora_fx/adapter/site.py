@@ -24,7 +24,8 @@ class SiteRecord:
     """Recorded in the rewritten module: one site of its graph.
 
     `parameter`: path of the weight below that module. `is_aten`: whether the adapter's nodes are ATen alone, which
-    forward-mode derivatives and ONNX need. `row_dims`: as in `as_matrices`.
+    forward-mode derivatives and ONNX need. `row_dims`: as in `as_matrices`. `is_absent`: whether the adapter that was
+    loaded last lacks the site, whose A and B are zero then.
     """
 
     parameter: str
@@ -34,6 +35,7 @@ class SiteRecord:
     lowering: str
     is_aten: bool = True
     row_dims: int | None = None
+    is_absent: bool = False
 
     def matrices_of(self, weight: Tensor) -> Tensor:
         """The weight as it is multiplied by, a matrix or a stack of such, which lie transposed or not: a view."""

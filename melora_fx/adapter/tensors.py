@@ -96,8 +96,8 @@ class AdapterTensors:
     def scaling(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """s_i of each block as (E·N, 1, 1), of `dtype` or that of B."""
         like = self.lora_b
-        scalings = torch.tensor(self.config.scalings, dtype=dtype or like.dtype, device=like.device)
-        return scalings.repeat(self.num_experts).view(-1, 1, 1)
+        scalings = self.config.scalings * self.num_experts
+        return torch.tensor(scalings, dtype=dtype or like.dtype, device=like.device).view(-1, 1, 1)
 
     def scaled_b(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """s_i B_i, computed in `dtype` or that of B, without gradients."""
@@ -119,8 +119,10 @@ class AdapterTensors:
             yield AdapterTensors(self.config, lora_a, lora_b)
 
     def with_rank(self, rank: int) -> "AdapterTensors":
-        """Copies of another largest rank: padded with zeros, or cut; without gradients."""
+        """Those of another largest rank: copies, padded with zeros or cut; of this rank the same; without gradients."""
         more = rank - self.lora_b.size(2)
+        if not more:
+            return AdapterTensors(self.config, self.lora_a.detach(), self.lora_b.detach())
         by_part = self.lora_a.detach().unflatten(1, (len(self.part_sizes), -1))
         lora_a = F.pad(by_part, (0, 0, 0, more)).flatten(1, 2)
         return AdapterTensors(self.config, lora_a, F.pad(self.lora_b.detach(), (0, more)))

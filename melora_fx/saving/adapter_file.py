@@ -98,7 +98,7 @@ def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dic
     on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     content = {"format_version": FORMAT_VERSION, "versions": versions} | header
     content |= {"sha256": hash_file(content, on_cpu)}
-    text = json.dumps(content, indent=2)
+    text = json.dumps(content)
     metadata = {"format": "pt", _HEADER_KEY: text}
     with writing(directory), made_folder(directory):
         write_together(

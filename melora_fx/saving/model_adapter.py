@@ -17,35 +17,50 @@ from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
 from .adapter import Adapter
 from .fingerprint import fingerprint
 
+_STALE = (
+    "an optimizer that remembers the larger adapter from before `load_adapter` has written there; make a new optimizer "
+    "after loading"
+)
+
 
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of a rewritten model as if it had been saved and read; base weights are not checked."""
+    found = present_sites(sites(model))
     return Adapter(
         directory=Path(),
-        configs={name: site.config for name, site in sites(model).items()},
+        configs={name: site.config for name, site in found.items()},
         fingerprints={},
         transposed={},
         kept=kept_names(model),
         model={},
-        tensors=adapter_tensors(model),
+        tensors=adapter_tensors(model, found),
     )
 
 
-def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite] | None = None) -> dict[str, torch.Tensor]:
+def present_sites(found: Mapping[str, AdapterSite]) -> dict[str, AdapterSite]:
+    """Those of a model's sites that its adapter has: not those that the one loaded last lacks.
+
+    Raises:
+        MELoRAError: where such a site holds values all the same.
+    """
+    for name, site in found.items():
+        if site.is_absent and (site.lora_a.detach().any() or site.lora_b.detach().any()):
+            raise MELoRAError(f"`{name}` holds values, and the adapter that was loaded lacks it: {_STALE}")
+    return {name: site for name, site in found.items() if not site.is_absent}
+
+
+def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite]) -> dict[str, torch.Tensor]:
     """What an adapter folder of `model` holds: `<site>.lora_a`, `<site>.lora_b`, and what was kept trainable.
 
     Cut to the largest rank of each site's configuration: an adapter that was loaded into a larger one is as it was.
-    `found`: the model's sites, where they are known.
+    `found`: its `present_sites`.
     """
     tensors = _kept_tensors(model)
-    for name, site in (sites(model) if found is None else found).items():
+    for name, site in found.items():
         rank = max(site.config.ranks)
         tensors |= site.tensors.with_rank(rank).named(name)
         if site.lora_b.detach()[:, :, rank:].any():
-            raise MELoRAError(
-                f"`{name}` holds values beyond its rank {rank}: an optimizer that remembers the larger adapter from "
-                "before `load_adapter` has written there; make a new optimizer after loading"
-            )
+            raise MELoRAError(f"`{name}` holds values beyond its rank {rank}: {_STALE}")
     return tensors
 
 
@@ -97,6 +112,8 @@ def left_out(model: nn.Module) -> list[str]:
 
 def _kept_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     kept = kept_names(model)
+    if not kept:
+        return {}
     return {
         name: tensor for name, tensor in tensors_by_name(model).items() if any(is_within(name, each) for each in kept)
     }

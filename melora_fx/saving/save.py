@@ -16,20 +16,21 @@ from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, warn_of_lost_sites
 
 from .adapter_file import write_adapter
-from .model_adapter import adapter_tensors, kept_names, left_out, site_entries
+from .model_adapter import adapter_tensors, kept_names, left_out, present_sites, site_entries
 from .well_formed import non_finite_names, padding_is_used
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes the adapters of `model`, and what was kept trainable, to a folder; made where there is none.
 
-    A crash leaves the old files or the new ones. The files of one adapter are the same each time. Warns of what is not
-    saved although it can be trained, such as a bias that was unfrozen, or has changed since `rewrite`, such as the
-    statistics of a BatchNorm: `rewrite(…, keep_trainable=[…])` names what travels with the adapter.
+    A crash leaves the old files or the new ones. The files of one adapter are the same each time, also after
+    `load_adapter` into a model of more sites or larger ranks. Warns of what is not saved although it can be trained,
+    such as a bias that was unfrozen, or has changed since `rewrite`, such as the statistics of a BatchNorm:
+    `rewrite(…, keep_trainable=[…])` names what travels with the adapter.
 
     Raises:
-        MELoRAError: for a plain model, an adapter or base weights that are not finite, or a folder that cannot be
-            written.
+        MELoRAError: for a plain model, an adapter or base weights that are not finite, values where the adapter that
+            was loaded has none, or a folder that cannot be written.
     """
     found = require_sites(model, "save_adapter")
     warn_of_lost_sites(model, found)
@@ -37,6 +38,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if lines:
         raise MELoRAError("cannot save:\n" + "\n".join(lines))
     refuse_folded(model, "save_adapter")
+    found = present_sites(found)
     entries = site_entries(found)
     unread = [f"`{name}`" for name, entry in entries.items() if "values" not in entry["base"]]
     if unread:
@@ -50,7 +52,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             f"{_listed(spoilt)}: a block holds values beyond its own rank, which no training puts there: fill only the "
             "first `rank[i]` rows of A and columns of B of block i"
         )
-    tensors = adapter_tensors(model)
+    tensors = adapter_tensors(model, found)
     _refuse_non_finite(entries, tensors)
     if lost := left_out(model):
         warnings.warn(
