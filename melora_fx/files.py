@@ -27,6 +27,24 @@ def writing(path: Path) -> Iterator[None]:
         raise MELoRAError(f"`{path}` cannot be written: {error.strerror or error}") from error
 
 
+def read_bytes(path: Path, kind: str) -> bytes:
+    """The content of a file in a folder that must have it.
+
+    Args:
+        path: the file.
+        kind: what the folder is to be, "an adapter folder".
+
+    Raises:
+        MELoRAError: where it is missing, or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise MELoRAError(f"`{path.parent}` is not {kind}: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
 def refuse_source(out: Path, source: Path) -> None:
     """Raises MELoRAError where `out` is the folder `source`, which is read, or lies in it."""
     with writing(out):  # the system may refuse the very name

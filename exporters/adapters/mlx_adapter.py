@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
 from melora_fx.errors import MELoRAError
-from melora_fx.files import new_folder, refuse_occupied, refuse_source
+from melora_fx.files import new_folder, read_bytes, refuse_occupied, refuse_source
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
-from melora_fx.saving.tensor_file import write_tensors
+from melora_fx.saving.tensor_file import read_tensors, write_tensors
 from melora_fx.saving.well_formed import non_finite_names
 
 from .lora_form import Lora, loras_of
@@ -29,6 +28,7 @@ from .mlx_names import ARCHITECTURES, EXPERTS, Architecture
 
 TENSORS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
+_KIND = "an adapter folder of mlx_lm"
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _FOLD = "fold it into the base (`melora-fx fold`), and convert the result by `mlx_lm.convert`"
 
@@ -171,7 +171,7 @@ def read_mlx_folder(mlx_dir: str | Path) -> dict[str, MlxLora]:
     folder = Path(mlx_dir)
     rank, scale = _read_config(folder / CONFIG_FILE)
     path = folder / TENSORS_FILE
-    tensors = _read_tensors(path)
+    tensors, _ = read_tensors(path, _KIND)
     if lines := [*_wrong_names(tensors)] or [*_wrong_tensors(tensors, rank)]:
         raise MELoRAError(f"`{path}` holds no LoRA as mlx_lm writes it:\n" + "\n".join(lines))
     modules = sorted({name.rpartition(".")[0] for name in tensors})
@@ -186,7 +186,7 @@ def _lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> MlxLora:
 def _read_config(path: Path) -> tuple[int, float]:
     """Rank and scale."""
     try:
-        content: Any = json.loads(_bytes_of(path))
+        content: Any = json.loads(read_bytes(path, _KIND))
     except (ValueError, RecursionError) as error:
         raise MELoRAError(f"`{path}` is not JSON, it is truncated or corrupt: {error}") from None
     kind = content.get("fine_tune_type", "lora") if isinstance(content, dict) else None
@@ -207,23 +207,6 @@ def _read_config(path: Path) -> tuple[int, float]:
 def _is_float32(scale: Any) -> bool:
     """Whether it is finite there."""
     return abs(scale) <= torch.finfo(torch.float32).max
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    data = _bytes_of(path)
-    try:
-        return dict(sorted(load(data).items()))
-    except Exception as error:  # safetensors and torch raise many kinds
-        raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
-
-
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise MELoRAError(f"`{path.parent}` is no adapter folder of mlx_lm: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _wrong_names(tensors: dict[str, torch.Tensor]) -> Iterator[str]:

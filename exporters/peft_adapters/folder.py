@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
 from melora_fx import MELoRAError
+from melora_fx.files import read_bytes
 from melora_fx.saving.header import parse_json
-from melora_fx.saving.tensor_file import read_metadata
+from melora_fx.saving.tensor_file import read_tensors
 
 from .names import CONFIG_FILE, PICKLE_FILE, TENSORS_FILE
 
+_KIND = "an adapter folder of PEFT"
 _BLOBS = "blobs"
 """Where a Hugging Face cache keeps the files that the folders of its snapshots link to."""
 
@@ -45,7 +46,8 @@ def read_folder(directory: Path) -> PeftFolder:
     config = _read_config(directory)
     path = directory / TENSORS_FILE
     if path.exists() or path.is_symlink() or not (directory / PICKLE_FILE).exists():
-        tensors, metadata = _read_safetensors(path)
+        _refuse_link(path)
+        tensors, metadata = read_tensors(path, _KIND)
     else:
         tensors, metadata = _read_pickle(directory / PICKLE_FILE), {}
     for key, tensor in tensors.items():
@@ -58,21 +60,14 @@ def read_folder(directory: Path) -> PeftFolder:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
+    _refuse_link(path)
     try:
-        config = parse_json(_bytes_of(path).decode())
+        config = parse_json(read_bytes(path, _KIND).decode())
     except (UnicodeDecodeError, ValueError) as error:
         raise MELoRAError(f"`{path}` cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise MELoRAError(f"`{path}` must hold a JSON object")
     return config
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    data = _bytes_of(path)
-    try:
-        return dict(sorted(load(data).items())), read_metadata(data)
-    except Exception as error:  # safetensors and torch raise many kinds
-        raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -88,16 +83,6 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise MELoRAError(f"`{path}` does not hold tensors by name")
     return dict(sorted(tensors.items()))
-
-
-def _bytes_of(path: Path) -> bytes:
-    _refuse_link(path)
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise MELoRAError(f"`{path.parent}` is not an adapter folder of PEFT: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _refuse_link(path: Path) -> None:

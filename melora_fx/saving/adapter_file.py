@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
 from melora_fx.errors import MELoRAError
 from melora_fx.files import made_folder, write_together, writing
@@ -19,7 +18,7 @@ from melora_fx.versions import package_version
 
 from .adapter import Adapter, hash_file
 from .header import FORMAT_VERSION, parse_header
-from .tensor_file import read_metadata, write_tensors
+from .tensor_file import read_tensors, write_tensors
 from .well_formed import refuse_malformed
 
 TENSORS_FILE = "adapter.safetensors"
@@ -65,17 +64,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
 
 def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     """The header's text and the tensors."""
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise MELoRAError(f"`{path.parent}` is not an adapter folder: it has no {TENSORS_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        tensors = dict(sorted(load(data).items()))  # it checks where they lie, and copies them in a random order
-        metadata = read_metadata(data)
-    except Exception as error:  # safetensors and torch raise many kinds
-        raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
+    tensors, metadata = read_tensors(path, "an adapter folder")
     if _HEADER_KEY not in metadata:
         raise MELoRAError(f"`{path}` was not written by `save_adapter`: its header has no `{_HEADER_KEY}` entry")
     return metadata[_HEADER_KEY], tensors
