@@ -228,6 +228,14 @@ def test_copies_know_what_is_absent(copied, folders):
     assert not melora_fx.sites(model)["gate"].is_absent
 
 
+def test_a_fresh_adapter_has_all_sites(folders):
+    """Which a model is given that leaves the meta device."""
+    model = swapped_tower(folders).to("meta").to_empty(device="cpu")
+    model.load_state_dict(tower().state_dict(), strict=False)
+    melora_fx.save_adapter(model, folders / "again")
+    assert list(read_adapter(folders / "again").configs) == list(melora_fx.sites(model))
+
+
 def test_fold_leaves_the_weight_of_an_absent_site(folders):
     def base():
         model = tower()
