@@ -102,8 +102,8 @@ class Folders:
 
 def kept_values(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that are trained beside the adapters."""
-    own = set(melora_fx.adapter_parameters(model))
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in own}
+    own = {id(parameter) for parameter in melora_fx.adapter_parameters(model).values()}
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
 
 
 def names(folder: Path) -> set[str]:
