@@ -45,6 +45,17 @@ def read_bytes(path: Path, kind: str) -> bytes:
         raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def refuse_link(path: Path) -> None:
+    """Raises MELoRAError for a link that leaves its folder, but for those that a Hugging Face cache is made of."""
+    try:
+        folder, target = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    caches = {parent.parent / "blobs" for parent in (folder, *folder.parents) if parent.name == "snapshots"}
+    if path.is_symlink() and target.parent not in {folder, *caches}:
+        raise MELoRAError(f"`{path}` is a link out of its folder, to `{target}`: put the file itself there")
+
+
 def refuse_source(out: Path, source: Path) -> None:
     """Raises MELoRAError where `out` is the folder `source`, which is read, or lies in it."""
     with writing(out):  # the system may refuse the very name

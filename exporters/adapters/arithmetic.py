@@ -19,11 +19,11 @@ import torch
 
 from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
-from melora_fx.config import MELoRAConfig
+from melora_fx.config import MELoRAConfig, alpha_for, one_or_each
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
 
-from .derived import Kept, all_sites, are_equal, refuse_other_bases, same_or_each, write_derived
+from .derived import Kept, all_sites, are_equal, refuse_other_bases, write_derived
 
 Place = str | os.PathLike[str]
 _Weighted = tuple[float, Adapter]
@@ -133,7 +133,7 @@ def _scaled(name: str, factor: float, own: AdapterTensors) -> AdapterTensors:
     config = own.config
     if abs(factor) != 1:
         alphas = config.alpha if isinstance(config.alpha, tuple) else (config.alpha,)
-        config = _replaced(name, config, alpha=same_or_each([alpha * abs(factor) for alpha in alphas]))
+        config = _replaced(name, config, alpha=one_or_each([alpha * abs(factor) for alpha in alphas]))
     return AdapterTensors(config, own.lora_a, own.lora_b if factor > 0 else -own.lora_b)
 
 
@@ -145,19 +145,12 @@ def _summed(name: str, terms: Sequence[_Term]) -> AdapterTensors:
     scalings = [[weight * scaling for scaling in each.config.scalings] for weight, each in terms]
     common = [max(map(abs, of_block)) for of_block in zip(*scalings, strict=True)]
     ranks = [sum(of_block) for of_block in zip(*(each.config.ranks for each in own), strict=True)]
-    alphas = [_alpha_of(scaling, rank) for scaling, rank in zip(common, ranks, strict=True)]
+    alphas = [alpha_for(scaling, rank) for scaling, rank in zip(common, ranks, strict=True)]
     config = _replaced(
-        name, own[0].config, rank=same_or_each(ranks), alpha=same_or_each(alphas), use_rslora=False
+        name, own[0].config, rank=one_or_each(ranks), alpha=one_or_each(alphas), use_rslora=False
     )  # its bounds are those of `common` too
     ratios = [[scaling / most for scaling, most in zip(each, common, strict=True)] for each in scalings]
     return _side_by_side(config, own, _multiplied(own, ratios))
-
-
-def _alpha_of(scaling: float, rank: int) -> float:
-    """The alpha with alpha / rank = scaling in float64, or nearest to it."""
-    nearest = scaling * rank
-    around = (nearest, math.nextafter(nearest, 0), math.nextafter(nearest, math.inf))
-    return next((alpha for alpha in around if alpha / rank == scaling), nearest)
 
 
 def _multiplied(own: Sequence[AdapterTensors], ratios: Sequence[Sequence[float]]) -> list[torch.Tensor]:

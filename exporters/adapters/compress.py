@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from melora_fx import MELoRAConfig
 from melora_fx.adapter.tensors import AdapterTensors
+from melora_fx.config import one_or_each
 from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.tables import table
 
-from .derived import same_or_each, write_derived
+from .derived import write_derived
 from .summary import in_short
 
 _WIDTH = 120
@@ -163,7 +164,7 @@ def _config_of(config: MELoRAConfig, ranks: Sequence[int], is_kept: Sequence[boo
         alpha if kept else (math.sqrt(rank) if config.use_rslora else float(rank))
         for alpha, rank, kept in zip(own, ranks, is_kept, strict=True)
     ]
-    return dataclasses.replace(config, rank=same_or_each(ranks), alpha=same_or_each(alphas))
+    return dataclasses.replace(config, rank=one_or_each(ranks), alpha=one_or_each(alphas))
 
 
 def _keep_blocks(made: AdapterTensors, own: AdapterTensors, is_kept: Sequence[bool]) -> None:

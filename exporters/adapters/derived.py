@@ -16,7 +16,7 @@ from melora_fx.saving.fingerprint import fingerprint_misfit
 from melora_fx.saving.well_formed import non_finite_names
 
 Kept = dict[str, torch.Tensor]
-_FACTS = ("class", "num_labels", "labels", "pad_token_id")
+_FACTS = ("class", "num_labels", "labels", "pad_token_id", "tied")
 
 
 def write_derived(
@@ -66,11 +66,6 @@ def refuse_other_bases(adapters: Sequence[Adapter]) -> None:
 def all_sites(adapters: Sequence[Adapter]) -> list[str]:
     """The sites of all adapters, each once, in their order."""
     return list(dict.fromkeys(name for adapter in adapters for name in adapter.configs))
-
-
-def same_or_each(values: Sequence[Any]) -> Any:
-    """A configuration's rank or alpha from those of its blocks: one number where they are equal."""
-    return values[0] if len(set(values)) == 1 else tuple(values)
 
 
 def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -130,6 +125,8 @@ def _entry(name: str, config: MELoRAConfig, sources: Sequence[Adapter]) -> dict[
         entry["is_transposed"] = directions[0]
     if name in holders[0].row_dims:
         entry["row_dims"] = holders[0].row_dims[name]
+    if name in holders[0].parameters:
+        entry["parameter"] = holders[0].parameters[name]
     return entry
 
 

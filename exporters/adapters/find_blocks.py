@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from melora_fx.adapter.tensors import AdapterTensors
-from melora_fx.config import MELoRAConfig
+from melora_fx.config import MELoRAConfig, alpha_for, one_or_each
 
 from .lora_form import Lora, loras_of, places
 
@@ -59,10 +59,9 @@ def as_described(
         order: the ranks of each place, in the order of `places`; by default as `loras_of` puts them.
     """
     in_features, out_features = loras[0].lora_a.size(1), loras[0].lora_b.size(0)
-    if config.misfit(in_features, out_features):
+    if config.misfit(in_features, out_features) or loras[0].rank < config.total_rank * len(config.parts(out_features)):
         return None
-    own = AdapterTensors.new(config, in_features, out_features, num_experts=len(loras), dtype=loras[0].lora_b.dtype)
-    own.lora_a.zero_()
+    own = AdapterTensors.zeros(config, in_features, out_features, num_experts=len(loras), dtype=_dtype(loras))
     for matrix, lora in zip(own.by_matrix(), loras, strict=True):
         indices = (order or ranks_in_order)(matrix)
         flat = [index for ranks in indices for index in ranks]
@@ -80,6 +79,11 @@ def as_described(
 def ranks_in_order(own: AdapterTensors) -> list[list[int]]:
     """The ranks of each of `places`, as `loras_of` puts them."""
     return [list(range(ranks.start, ranks.stop)) for _, _, _, ranks in places(own)]
+
+
+def _dtype(loras: Sequence[Lora]) -> torch.dtype:
+    """One that holds A and B."""
+    return torch.promote_types(loras[0].lora_a.dtype, loras[0].lora_b.dtype)
 
 
 def _spans(used: torch.Tensor) -> list[tuple[int, int] | None]:
@@ -138,14 +142,13 @@ def _cut(
             by_place.setdefault(rank, []).append(index)
     most = tuple(max(len(by_place[_Rank(part, block)]) for part in range(num_parts)) for block in range(num_blocks))
     config = MELoRAConfig(
-        rank=most[0] if len(set(most)) == 1 else most,
+        rank=one_or_each(most),
         num_blocks=num_blocks,
-        alpha=scaling * most[0] if len(set(most)) == 1 else tuple(scaling * rank for rank in most),
+        alpha=one_or_each([alpha_for(scaling, rank) for rank in most]),
         split=None if num_parts == 1 else num_parts,
     )
     in_features, out_features = loras[0].lora_a.size(1), loras[0].lora_b.size(0)
-    own = AdapterTensors.new(config, in_features, out_features, num_experts=len(loras), dtype=loras[0].lora_b.dtype)
-    own.lora_a.zero_()
+    own = AdapterTensors.zeros(config, in_features, out_features, num_experts=len(loras), dtype=_dtype(loras))
     for matrix, lora in zip(own.by_matrix(), loras, strict=True):
         _fill(matrix, lora, [by_place[_Rank(part, block)] for part, block, _, _ in places(matrix)])
     return own

@@ -22,7 +22,7 @@ from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.checks import check_fingerprints, check_shapes
 
 from .gguf_names import REMEDY, Conversion, conversion_of, places_of
-from .lora_form import loras_of
+from .lora_form import all_loras
 
 
 def write_gguf_adapter(adapter_dir: str | Path, base_dir: str | Path, out_path: str | Path) -> None:
@@ -131,10 +131,11 @@ def _gguf_tensors(
     """A and B of every weight that llama.cpp has, by their names in the file."""
     tensors: dict[str, np.ndarray] = {}
     lines: list[str] = []
+    loras_by_site = all_loras(adapter)
     for site in sorted(weights):
         name, shape = weights[site]
         is_stack = adapter.matrices_of(site, torch.empty(shape, device="meta")).dim() == 3
-        loras = loras_of(adapter.tensors_of(site))
+        loras = loras_by_site[site]
         lora_a = torch.stack([lora.lora_a for lora in loras]).float()
         lora_b = torch.stack([lora.lora_b for lora in loras]).float()
         try:

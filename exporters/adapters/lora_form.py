@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
+from melora_fx.saving.adapter import Adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,11 @@ class Lora:
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
+
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B."""
+        return self.lora_a, self.lora_b
 
     @property
     def rank(self) -> int:
@@ -47,11 +54,28 @@ def loras_of(own: AdapterTensors) -> list[Lora]:
     return [_lora_of(matrix, dtype) for matrix in own.by_matrix()]
 
 
+def all_loras(adapter: Adapter) -> dict[str, list[Lora]]:
+    """Site → `loras_of` it.
+
+    Raises:
+        MELoRAError: where a scaling makes a value infinite.
+    """
+    found = {site: loras_of(adapter.tensors_of(site)) for site in adapter.configs}
+    for site, loras in found.items():
+        if not all(lora.lora_b.isfinite().all() for lora in loras):
+            raise MELoRAError(
+                f"`{site}` of `{adapter.directory}`: its values times its scaling are more than its dtype holds: train "
+                "with a smaller alpha"
+            )
+    return found
+
+
 def exact_dtype(own: AdapterTensors) -> torch.dtype:
     """The dtype in which s_i B_i is what a fold computes with: the adapter's own, or float32."""
-    wide = torch.promote_types(own.lora_b.dtype, torch.float32)
-    is_exact = torch.equal(own.scaled_b().to(wide), own.scaled_b(wide))
-    return own.lora_b.dtype if is_exact else wide
+    narrow = torch.promote_types(own.lora_a.dtype, own.lora_b.dtype)
+    wide = torch.promote_types(narrow, torch.float32)
+    is_exact = torch.equal(own.scaled_b(narrow).to(wide), own.scaled_b(wide))
+    return narrow if is_exact else wide
 
 
 def places(own: AdapterTensors) -> Iterator[tuple[int, int, int, slice]]:

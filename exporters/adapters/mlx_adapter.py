@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from melora_fx.errors import MELoRAError
-from melora_fx.files import new_folder, read_bytes, refuse_occupied, refuse_source
+from melora_fx.files import new_folder, read_bytes, refuse_link, refuse_occupied, refuse_source
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
+from melora_fx.saving.header import parse_json
 from melora_fx.saving.tensor_file import read_tensors, write_tensors
 from melora_fx.saving.well_formed import non_finite_names
 
-from .lora_form import Lora, loras_of
+from .lora_form import Lora, all_loras
 from .mlx_names import ARCHITECTURES, EXPERTS, Architecture
 
 TENSORS_FILE = "adapters.safetensors"
@@ -104,8 +105,8 @@ def _mlx_loras(adapter: Adapter, architecture: Architecture) -> dict[str, list[L
     """The updates of each of mlx_lm's modules, by its name; for a stack those of its experts."""
     loras: dict[str, list[Lora]] = {}
     without_module = []
-    for site in adapter.configs:
-        own = list(_mlx_modules(site, loras_of(adapter.tensors_of(site)), architecture))
+    for site, own_loras in all_loras(adapter).items():
+        own = list(_mlx_modules(site, own_loras, architecture))
         loras |= dict(own)
         without_module += [] if own else [f"`{site}`"]
     if without_module:
@@ -171,6 +172,7 @@ def read_mlx_folder(mlx_dir: str | Path) -> dict[str, MlxLora]:
     folder = Path(mlx_dir)
     rank, scale = _read_config(folder / CONFIG_FILE)
     path = folder / TENSORS_FILE
+    refuse_link(path)
     tensors, _ = read_tensors(path, _KIND)
     if lines := [*_wrong_names(tensors)] or [*_wrong_tensors(tensors, rank)]:
         raise MELoRAError(f"`{path}` holds no LoRA as mlx_lm writes it:\n" + "\n".join(lines))
@@ -186,7 +188,8 @@ def _lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> MlxLora:
 def _read_config(path: Path) -> tuple[int, float]:
     """Rank and scale."""
     try:
-        content: Any = json.loads(read_bytes(path, _KIND))
+        refuse_link(path)
+        content: Any = parse_json(read_bytes(path, _KIND).decode())
     except (ValueError, RecursionError) as error:
         raise MELoRAError(f"`{path}` is not JSON, it is truncated or corrupt: {error}") from None
     kind = content.get("fine_tune_type", "lora") if isinstance(content, dict) else None

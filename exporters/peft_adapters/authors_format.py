@@ -5,24 +5,27 @@ The keys are `base_model.model.MODULE.lora_A.BLOCK.weight` (r_i, I/n) and `….l
 `utils/save_and_load.py`.
 """
 
+import functools
 import re
-from typing import Any
 
 import torch
 
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
+from melora_fx.config import one_or_each
 
 from .folder import PeftFolder
+from .imported import Imported
 from .names import CONFIG_FILE, PREFIX
+from .settings import modules_to_save
 
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.(?P<block>\d{1,7})\.weight")
 _ORIGINAL = ".original_module."
 """In the keys of a trained module as it was before: the authors' code saves it beside the trained one."""
 
 
-def read_authors_sites(folder: PeftFolder) -> tuple[dict[str, AdapterTensors], dict[str, torch.Tensor]]:
-    """The adapters of modules, and all other tensors by their names in the model.
+def read_authors(folder: PeftFolder) -> Imported:
+    """The adapter in a folder.
 
     Raises:
         MELoRAError: for settings or tensors that do not fit together, and ranks of 0, which their code cannot run.
@@ -36,7 +39,10 @@ def read_authors_sites(folder: PeftFolder) -> tuple[dict[str, AdapterTensors], d
             found.setdefault(match["module"], {})[match["factor"], int(match["block"])] = tensor
         elif _ORIGINAL not in key:
             others[key.removeprefix(PREFIX)] = tensor
-    return {module: _site(folder, module, config, factors) for module, factors in sorted(found.items())}, others
+    imported = Imported(folder.directory, fan_in_fan_out=bool(folder.config.get("fan_in_fan_out")))
+    imported.sites = {module: _site(folder, module, config, factors) for module, factors in found.items()}
+    imported.add_kept(others, modules_to_save(folder.config))
+    return imported
 
 
 def _config(folder: PeftFolder) -> MELoRAConfig:
@@ -47,18 +53,13 @@ def _config(folder: PeftFolder) -> MELoRAConfig:
         if folder.config.get("bias", "none") != "none":
             raise ValueError(f"it has trained biases (`bias` is {folder.config['bias']!r}), which are not read")
         return MELoRAConfig(
-            rank=_one_or_all(ranks),
+            rank=one_or_each(ranks),
             num_blocks=len(ranks),
-            alpha=_one_or_all(alphas),
+            alpha=one_or_each(alphas),
             dropout=folder.config.get("lora_dropout") or 0.0,
         )
     except (TypeError, ValueError) as error:
         raise MELoRAError(f"`{folder.directory / CONFIG_FILE}`: {error}") from error
-
-
-def _one_or_all(values: list[Any]) -> Any:
-    """One number where all are the same."""
-    return values[0] if all(value == values[0] for value in values) else tuple(values)
 
 
 def _site(
@@ -79,8 +80,8 @@ def _site(
     if not width or not height:
         raise MELoRAError(f"{where}: blocks without values")
     number = config.num_blocks
-    own = AdapterTensors.new(config, number * width, number * height, dtype=first_b.dtype)
-    own.lora_a.zero_()
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in factors.values()))
+    own = AdapterTensors.zeros(config, number * width, number * height, dtype=dtype)
     for block, rank in enumerate(config.ranks):
         own.lora_a[block, :rank] = factors["A", block]
         own.lora_b[block, :, :rank] = factors["B", block]

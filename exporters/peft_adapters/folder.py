@@ -8,15 +8,14 @@ from typing import Any
 import torch
 
 from melora_fx import MELoRAError
-from melora_fx.files import read_bytes
+from melora_fx.files import read_bytes, refuse_link
 from melora_fx.saving.header import parse_json
 from melora_fx.saving.tensor_file import read_tensors
+from melora_fx.saving.well_formed import FLOATS, non_finite_names
 
 from .names import CONFIG_FILE, PICKLE_FILE, TENSORS_FILE
 
 _KIND = "an adapter folder of PEFT"
-_BLOBS = "blobs"
-"""Where a Hugging Face cache keeps the files that the folders of its snapshots link to."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +42,35 @@ def read_folder(directory: Path) -> PeftFolder:
         MELoRAError: names the file that is missing, leads elsewhere, or cannot be read, and tensors of other kinds
             than numbers, or with NaN or infinity.
     """
+    _name_sub_folders(directory)
     config = _read_config(directory)
     path = directory / TENSORS_FILE
     if path.exists() or path.is_symlink() or not (directory / PICKLE_FILE).exists():
-        _refuse_link(path)
+        refuse_link(path)
         tensors, metadata = read_tensors(path, _KIND)
     else:
         tensors, metadata = _read_pickle(directory / PICKLE_FILE), {}
     for key, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise MELoRAError(f"`{key}` in `{directory}` holds {tensor.dtype}, in which nothing is trained")
         if not isinstance(tensor, torch.Tensor) or tensor.is_complex() or tensor.layout != torch.strided:
             raise MELoRAError(f"`{key}` in `{directory}` is not a tensor of numbers")
-        if not torch.isfinite(tensor.float()).all():
-            raise MELoRAError(f"`{key}` in `{directory}` holds NaN or infinity")
+    if wrong := non_finite_names(tensors):
+        raise MELoRAError(f"`{directory}` holds NaN or infinity in {', '.join(map(repr, wrong[:5]))}")
     return PeftFolder(directory, config, tensors, metadata)
+
+
+def _name_sub_folders(directory: Path) -> None:
+    """Raises MELoRAError for a folder of adapters, which PEFT writes for a model that has several."""
+    if not (directory / CONFIG_FILE).exists() and directory.is_dir():
+        found = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+        if found:
+            raise MELoRAError(f"`{directory}` holds adapters in folders of their own: name one of {', '.join(found)}")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
-    _refuse_link(path)
+    refuse_link(path)
     try:
         config = parse_json(read_bytes(path, _KIND).decode())
     except (UnicodeDecodeError, ValueError) as error:
@@ -71,7 +81,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    _refuse_link(path)
+    refuse_link(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -83,14 +93,3 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise MELoRAError(f"`{path}` does not hold tensors by name")
     return dict(sorted(tensors.items()))
-
-
-def _refuse_link(path: Path) -> None:
-    """Raises MELoRAError for a link that leaves its folder, but for those of a Hugging Face cache."""
-    try:
-        folder, target = path.parent.resolve(), path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    caches = {parent / _BLOBS for parent in folder.parents[:2]}
-    if path.is_symlink() and target.parent not in {folder, *caches}:
-        raise MELoRAError(f"`{path}` is a link out of its folder, to `{target}`: put the file itself there")

@@ -34,8 +34,10 @@ _HARMLESS = {
     *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
     *("revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_bdlora", "use_rslora"),
 }
-_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
-"""Ways to begin that leave the base as it is; by others (PiSSA, OLoRA, CorDA, LoftQ) it is changed on loading."""
+_INITS = {"gaussian", "eva", "orthogonal", "mica"}
+"""Ways to begin that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it."""
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Modules that PEFT trains, and takes for trained ones, by the task that a folder names."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,17 @@ def parse_settings(directory: Path, config: Mapping[str, Any]) -> PeftSettings:
         raise MELoRAError(f"`{directory / CONFIG_FILE}`: {error}") from error
 
 
+def modules_to_save(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of trained modules: those that are listed, and the heads of the task, which old versions do not list.
+
+    Raises:
+        TypeError: where they are no list of names.
+    """
+    task = config.get("task_type")
+    heads = HEADS.get(task, ()) if isinstance(task, str) else ()
+    return (*_names(config, "modules_to_save"), *heads)
+
+
 def _parse(config: Mapping[str, Any]) -> PeftSettings:
     bdlora = config.get("use_bdlora") or {}
     if not isinstance(bdlora, dict):
@@ -114,7 +127,7 @@ def _parse(config: Mapping[str, Any]) -> PeftSettings:
         use_rslora=_bool(config, "use_rslora"),
         dropout=_share("lora_dropout", config.get("lora_dropout") or 0.0),
         fan_in_fan_out=_bool(config, "fan_in_fan_out"),
-        modules_to_save=_names(config, "modules_to_save"),
+        modules_to_save=modules_to_save(config),
         target_parameters=_names(config, "target_parameters"),
         num_blocks=_positive_int("nblocks", bdlora.get("nblocks", 1)),
         packed={factor: _names(bdlora, key) for factor, key in LISTS.items()},
@@ -125,21 +138,27 @@ def _parse(config: Mapping[str, Any]) -> PeftSettings:
 def _refuse_variants(config: Mapping[str, Any]) -> None:
     """Raises ValueError for what is not, or not only, LoRA."""
     if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(f"its `peft_type` is {kind!r}, and LORA and MELORA are read")
+        raise ValueError(f"its `peft_type` is {kind!r}, and LORA and MELORA are read: merge it into the base with PEFT")
     for setting, method in _VARIANTS.items():
         if config.get(setting):
             raise ValueError(f"the adapter is of {method}, which is not read: merge it into the base with PEFT")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"it has trained biases (`bias` is {config['bias']!r}), which are not read")
+        raise ValueError(
+            f"it has trained biases (`bias` is {config['bias']!r}), which are not read: merge it into the base with "
+            "PEFT"
+        )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _INITS:
         raise ValueError(
-            f"`init_lora_weights` is {init!r}, by which PEFT changes the base when it loads the adapter: save it with "
-            "PEFT's `path_initial_model_for_weight_conversion`"
+            f"`init_lora_weights` is {init!r}, by which PEFT changes the base: save the adapter with PEFT's "
+            "`path_initial_model_for_weight_conversion`"
         )
     unknown = [name for name, value in config.items() if value and name not in {*_HARMLESS, *_VARIANTS}]
     if unknown:
-        raise ValueError(f"it has settings that are not known: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"it has settings that are not known, and may be of another method: {', '.join(sorted(unknown))}; merge it "
+            "into the base with PEFT"
+        )
 
 
 def _matched(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -153,6 +172,8 @@ def _pattern(config: Mapping[str, Any], name: str, check: Any) -> dict[str, Any]
         raise TypeError(f"`{name}` must be a JSON object, got {pattern!r}")
     for key in pattern:
         re.compile(key)
+        if re.search(r"[+*}]\)[+*{]", key):
+            raise ValueError(f"`{name}` has {key!r}, a repetition of a repetition, which may take for ever to match")
     return {key: check(f"{name}[{key!r}]", value) for key, value in pattern.items()}
 
 

@@ -8,7 +8,7 @@ E experts, I in_features, O out_features, r rank of one expert.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,8 +29,13 @@ class StackKey(NamedTuple):
     wrapper: str
 
 
+def is_parameter(adapter: Adapter, site: str) -> bool:
+    """Whether PEFT adapts a site by `target_parameters`: a stack, or a matrix that is not a module's `weight`."""
+    return site in adapter.parameters or is_stack(adapter, site)
+
+
 def is_stack(adapter: Adapter, site: str) -> bool:
-    """Whether a site is a stack of matrices, for which PEFT has `target_parameters`."""
+    """Whether a site is a stack of matrices."""
     shape = adapter.fingerprints.get(site, {}).get("shape", ())
     return adapter.tensors_of(site).num_experts > 1 or (len(shape) == 3 and site not in adapter.row_dims)
 
@@ -85,9 +90,12 @@ def stack_at(wrapper: str, wrappers: Collection[str], target_parameters: Iterabl
     return found[wrapper]
 
 
-def stacked(loras: Iterable[Lora]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (E·r, I) and B (O, r·E) of the experts' LoRAs."""
-    loras = list(loras)
+def stacked(loras: Sequence[Lora], lies_transposed: bool | None = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (E·r, I) and B (O, r·E) of the experts' LoRAs; of one matrix that `lies_transposed` Bᵀ and Aᵀ, as PEFT takes it
+    for one that does not.
+    """
+    if lies_transposed:
+        return loras[0].lora_b.T.contiguous(), loras[0].lora_a.T.contiguous()
     lora_b = torch.stack([lora.lora_b for lora in loras], dim=-1).flatten(1)
     return torch.cat([lora.lora_a for lora in loras]), lora_b
 

@@ -1,10 +1,10 @@
 """Whether vLLM can serve an adapter once it is written as an ordinary LoRA, and with which flags.
 
 The rules are those of vLLM 0.33, from the files named beside them; most were tried with vLLM's own models and loader
-(`tests/adapters/test_vllm.py`). Two things happen to a tensor that vLLM has no layer for. If no layer of the model has
-its last name, loading fails (`LoRAModel.from_local_checkpoint`, vllm/lora/lora_model.py). If one has, but not at its
-path, it is dropped without a word (`LoRAModelManager.activate_adapter`, vllm/lora/model_manager.py): the model then
-answers as if that part had not been trained. Both are refused here where the adapter's file tells.
+(`tests/peft_adapters/test_vllm.py`). Two things happen to a tensor that vLLM has no layer for. If no layer of the
+model has its last name, loading fails (`LoRAModel.from_local_checkpoint`, vllm/lora/lora_model.py). If one has, but
+not at its path, it is dropped without a word (`LoRAModelManager.activate_adapter`, vllm/lora/model_manager.py): the
+model then answers as if that part had not been trained. Both are refused here where the adapter's file tells.
 
 Packed layers need nothing: vLLM puts `q_proj`, `k_proj`, `v_proj` together as `qkv_proj` itself
 (`packed_modules_mapping` of each model), and takes `qkv_proj` where the checkpoint has it so (vllm/.../phi3.py).

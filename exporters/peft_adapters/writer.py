@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from exporters.adapters.lora_form import loras_of
+from exporters.adapters.lora_form import all_loras
 from melora_fx import MELoRAError
 from melora_fx.files import new_folder, refuse_occupied, refuse_source
 from melora_fx.saving.adapter import Adapter
@@ -18,7 +18,8 @@ from melora_fx.saving.tensor_file import write_tensors
 
 from .bdlora import Packing, choose_packing, packed
 from .names import CONFIG_FILE, METADATA_KEY, PREFIX, TENSORS_FILE, last_name, lora_keys
-from .stacks import StackKey, by_module, is_stack, nested, stacked
+from .settings import HEADS
+from .stacks import StackKey, by_module, is_parameter, nested, stacked
 
 FORMS = ("lora", "bdlora")
 _TASKS = (
@@ -26,12 +27,10 @@ _TASKS = (
     ("ForTokenClassification", "TOKEN_CLS"),
     ("ForQuestionAnswering", "QUESTION_ANS"),
     ("ForCausalLM|LMHeadModel", "CAUSAL_LM"),
-    ("ForConditionalGeneration|ForSeq2SeqLM", "SEQ_2_SEQ_LM"),
-    ("Model", "FEATURE_EXTRACTION"),
+    ("T5ForConditionalGeneration|BartForConditionalGeneration|PegasusForConditionalGeneration", "SEQ_2_SEQ_LM"),
 )
-"""What a class's name ends in → PEFT's task type. Others, such as masked language models, have none."""
-_HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
-"""Modules that PEFT takes for trained ones where a folder names the task, and asks its file for."""
+"""What the name of a class of transformers ends in → PEFT's task type: a class of PEFT's that takes texts. Others have
+none, and are computed as they are."""
 
 
 def write_peft_adapter(
@@ -81,24 +80,25 @@ def peft_content(
         MELoRAError: see `write_peft_adapter`.
     """
     _refuse_unknown_forms(adapter)
-    sites = {name: adapter.tensors_of(name) for name in adapter.configs}
-    loras = {name: loras_of(own) for name, own in sites.items()}
-    stacks = [name for name in sites if is_stack(adapter, name)]
+    loras = all_loras(adapter)
+    parameters = [name for name in loras if is_parameter(adapter, name)]
+    modules = [name for name in loras if name not in parameters]
     rank = max(found[0].rank for found in loras.values())
     if packing is not None:
         rank = packing.rank_for(rank)
     tensors: dict[str, torch.Tensor] = {}
-    for name in sites:
-        if name in stacks:
-            continue
-        dense = loras[name][0].padded(rank)
-        factors = dense if packing is None else packed(packing, name, sites[name], dense)
-        tensors |= dict(zip(lora_keys(name), (factors.lora_a, factors.lora_b), strict=True))
-    for module, parameters in by_module(stacks).items():
-        for key in _nested(adapter, module, parameters):
+    for name in modules:
+        lora = loras[name][0].padded(rank)
+        if packing is not None:
+            lora = packed(packing, name, adapter.tensors_of(name), lora)
+        tensors |= dict(zip(lora_keys(name), lora.factors, strict=True))
+    for module, names in by_module(parameters).items():
+        for key in _nested(adapter, module, names):
             padded = [lora.padded(rank) for lora in loras[f"{module}.{key.parameter}"]]
-            tensors |= dict(zip(lora_keys(key.wrapper), stacked(padded), strict=True))
-    tensors |= {PREFIX + name: tensor for name, tensor in adapter.kept_tensors().items()}
+            lies_transposed = len(padded) == 1 and adapter.transposed.get(f"{module}.{key.parameter}")
+            tensors |= dict(zip(lora_keys(key.wrapper), stacked(padded, lies_transposed), strict=True))
+    kept, kept_tensors = _kept(adapter)
+    tensors |= {PREFIX + name: tensor for name, tensor in kept_tensors.items()}
     dropouts = {config.dropout for config in adapter.configs.values()}
     config = {
         "peft_type": "LORA",
@@ -106,20 +106,37 @@ def peft_content(
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": rank,
-        "lora_dropout": dropouts.pop() if len(dropouts) == 1 and not stacks else 0.0,
+        "lora_dropout": dropouts.pop() if len(dropouts) == 1 and not parameters else 0.0,
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "target_modules": [name for name in sites if name not in stacks],
-        "target_parameters": stacks or None,
-        "modules_to_save": list(adapter.kept) or None,
-        "fan_in_fan_out": any(adapter.transposed.get(name) for name in sites if name not in stacks),
+        "target_modules": _target_modules(modules),
+        "target_parameters": parameters or None,
+        "modules_to_save": kept or None,
+        "fan_in_fan_out": any(adapter.transposed.get(name) for name in modules),
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,
         **({} if packing is None else {"use_bdlora": packing.to_dict()}),
     }
-    return config, tensors, {"format": "pt", METADATA_KEY: json.dumps({"blocks": _blocks(adapter)})}
+    return config, tensors, {"format": "pt", METADATA_KEY: json.dumps({"sites": _described(adapter)})}
+
+
+def _target_modules(names: list[str]) -> list[str] | str:
+    """As PEFT takes them: it finds a name at the end of others too, and so one without a dot by an expression alone."""
+    if all("." in name for name in names):
+        return names
+    return "|".join(map(re.escape, names))
+
+
+def _kept(adapter: Adapter) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Modules that were kept trainable, with their tensors, and those that are tied to them in the model: PEFT trains
+    them apart.
+    """
+    tensors = adapter.kept_tensors()
+    tied = {other: tensors[name] for name, others in adapter.model.get("tied", {}).items() for other in others}
+    modules = [*adapter.kept, *dict.fromkeys(name.rpartition(".")[0] for name in tied)]
+    return modules, tensors | {name: tensor.clone() for name, tensor in tied.items()}
 
 
 def _refuse_unknown_forms(adapter: Adapter) -> None:
@@ -128,6 +145,14 @@ def _refuse_unknown_forms(adapter: Adapter) -> None:
         raise MELoRAError(
             f"`{adapter.directory}` adapts {', '.join(map(repr, odd))}, one matrix that is stored in three dimensions, "
             "which PEFT does not adapt: fold it into the base"
+        )
+    at_root = [
+        name for name in adapter.configs if name == "weight" or ("." not in name and is_parameter(adapter, name))
+    ]
+    if at_root:
+        raise MELoRAError(
+            f"`{adapter.directory}` adapts {', '.join(map(repr, at_root))} of the model itself, and PEFT adapts "
+            "modules in it alone: put it into another module, or fold the adapter into the base"
         )
     single = [name for name in adapter.kept if name in adapter.tensors]
     if single:
@@ -146,18 +171,24 @@ def _nested(adapter: Adapter, module: str, parameters: list[str]) -> list[StackK
         ) from error
 
 
-def _blocks(adapter: Adapter) -> Mapping[str, Any]:
-    """How each site is cut, for whoever reads the LoRA back."""
-    entries = {}
+def _described(adapter: Adapter) -> Mapping[str, Any]:
+    """How each site is cut, and its weight lies, for whoever reads the LoRA back."""
+    entries: dict[str, dict[str, Any]] = {}
     for name, config in adapter.configs.items():
         fields = config.to_dict()
         entries[name] = {key: fields[key] for key in ("rank", "num_blocks", "split")}
+        if name in adapter.transposed:
+            entries[name]["is_transposed"] = adapter.transposed[name]
     return entries
 
 
 def _task_type(adapter: Adapter) -> str | None:
     """PEFT's name of the task; none where its model would ask for a head that the adapter has not trained."""
+    import transformers  # heavy: only where it is used
+
     name = adapter.model.get("class") or ""
     task = next((task for ending, task in _TASKS if re.search(f"({ending})$", name)), None)
-    heads = _HEADS.get(task or "")
-    return task if heads is None or heads & {last_name(kept) for kept in adapter.kept} else None
+    if task is None or name not in dir(transformers):
+        return None
+    heads = HEADS.get(task)
+    return task if heads is None or {*heads} & {last_name(kept) for kept in adapter.kept} else None

@@ -57,12 +57,26 @@ class AdapterTensors:
         dtype: torch.dtype = torch.float32,
     ) -> "AdapterTensors":
         """Fresh ones: A as `config.init` says, B zero."""
-        a_shape, b_shape = config.adapter_shapes(in_features, out_features, num_experts)
-        lora_a = torch.zeros(a_shape, device=device, dtype=dtype)
-        blocks = lora_a.view(num_experts, config.num_blocks, -1, max(config.ranks), a_shape[2])
+        own = cls.zeros(config, in_features, out_features, num_experts=num_experts, device=device, dtype=dtype)
+        blocks = own.lora_a.view(num_experts, config.num_blocks, -1, max(config.ranks), own.lora_a.size(2))
         for block, rank in enumerate(config.ranks):
             INITS[config.init](blocks[:, block, :, :rank])
-        return cls(config, lora_a, torch.zeros(b_shape, device=device, dtype=dtype))
+        return own
+
+    @classmethod
+    def zeros(
+        cls,
+        config: MELoRAConfig,
+        in_features: int,
+        out_features: int,
+        *,
+        num_experts: int = 1,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "AdapterTensors":
+        """Those of no update."""
+        shapes = config.adapter_shapes(in_features, out_features, num_experts)
+        return cls(config, *(torch.zeros(shape, device=device, dtype=dtype) for shape in shapes))
 
     @classmethod
     def of(cls, site: str, config: MELoRAConfig, tensors: Mapping[str, torch.Tensor]) -> "AdapterTensors":
@@ -87,6 +101,11 @@ class AdapterTensors:
     def total_rank(self) -> int:
         """The rank that the update can have, over all matrices of a stack and all parts of `split`."""
         return self.num_experts * self.config.total_rank * len(self.part_sizes)
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.config.num_blocks * self.lora_a.size(2)
 
     @property
     def part_sizes(self) -> tuple[int, ...]:

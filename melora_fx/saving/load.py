@@ -12,15 +12,16 @@ from melora_fx.adapter.tensors import DROPOUT, AdapterTensors
 from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
-from melora_fx.names import site_of, without_wrappers
+from melora_fx.names import site_of, unwrap, without_wrappers
 from melora_fx.rewriting.rewrite import rewrite
 from melora_fx.rewriting.sites import AdapterSite, refuse_folded, sites
+from melora_fx.shared_memory import sharing_parameters
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 from melora_fx.whole_capture.example_inputs import ExampleInputs
 
 from .adapter import Adapter
 from .adapter_file import read_adapter
-from .checks import check_base, check_sites, check_trained_bases, kept_of
+from .checks import check_base, check_sites, check_trained_bases, kept_of, trained_apart
 from .fingerprint import fingerprint
 from .model_adapter import kept_tensor_names, tensors_by_name
 
@@ -96,6 +97,16 @@ def _check_model(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch
     kept = kept_of(adapter, tensors_by_name(model)) if adapter.kept else {}
     check_base(adapter, weights, {name: fingerprint(weight) for name, weight in weights.items()}, kept)
     check_trained_bases(adapter, model, weights)
+    if adapter.kept:
+        _refuse_ties(adapter, model)
+
+
+def _refuse_ties(adapter: Adapter, model: nn.Module) -> None:
+    """Raises MELoRAError where the adapter has trained apart what is tied in the model, as other programs do."""
+    tied = sharing_parameters(unwrap(model))
+    pairs = [(name, other) for name in adapter.kept_tensors() for other in tied.get(name, ())]
+    if lines := [reason for name, other in pairs if (reason := trained_apart(adapter, name, other))]:
+        raise MELoRAError(f"`{adapter.directory}` does not fit the model:\n" + "\n".join(lines))
 
 
 def _refuse_other_blocks(name: str, site: AdapterSite, saved: MELoRAConfig) -> None:

@@ -13,6 +13,7 @@ from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.changes import changed_values
 from melora_fx.rewriting.marks import root_marks
 from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
+from melora_fx.shared_memory import sharing_parameters
 
 from .adapter import Adapter
 from .fingerprint import fingerprint
@@ -74,6 +75,7 @@ def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
             "base": fingerprint(site.weight),
             "is_transposed": site.weight_is_transposed,
             **({} if site.record.row_dims is None else {"row_dims": site.record.row_dims}),
+            **({} if site.record.parameter_name == "weight" else {"parameter": site.record.parameter_name}),
         }
         for name, site in found.items()
     }
@@ -90,6 +92,13 @@ def kept_names(model: nn.Module) -> tuple[str, ...]:
 def kept_tensor_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the tensors that were kept trainable, and of the buffers of modules that were."""
     return tuple(_kept_tensors(model))
+
+
+def tied_to_kept(model: nn.Module) -> dict[str, list[str]]:
+    """Name of each tensor that was kept trainable → the names of others that it is tied to."""
+    kept = _kept_tensors(model)
+    tied = sharing_parameters(unwrap(model)) if kept else {}
+    return {name: others for name in kept if (others := [other for other in tied.get(name, ()) if other not in kept])}
 
 
 def left_out(model: nn.Module) -> list[str]:

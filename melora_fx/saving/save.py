@@ -16,7 +16,7 @@ from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, warn_of_lost_sites
 
 from .adapter_file import write_adapter
-from .model_adapter import adapter_tensors, kept_names, left_out, present_sites, site_entries
+from .model_adapter import adapter_tensors, kept_names, left_out, present_sites, site_entries, tied_to_kept
 from .well_formed import non_finite_names, padding_is_used
 
 
@@ -89,6 +89,8 @@ def _model_facts(model: nn.Module) -> dict[str, Any]:
             facts["labels"] = [str(label) for label in labels]
     if isinstance(pad_token_id := getattr(config, "pad_token_id", None), int):
         facts["pad_token_id"] = pad_token_id
+    if tied := tied_to_kept(model):
+        facts["tied"] = tied
     return facts
 
 

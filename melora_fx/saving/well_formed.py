@@ -14,7 +14,7 @@ from melora_fx.matching.keep_trainable import is_within
 
 from .adapter import Adapter
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 """Of buffers beside what is trained, such as the counter of a BatchNorm."""
 
@@ -67,7 +67,7 @@ def _wrong_sites(adapter: Adapter) -> Iterator[str]:
 def _fault(own: AdapterTensors) -> str | None:
     """What is wrong with the tensors of a site by themselves, or None."""
     for name, tensor in own.factors.items():
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             return f"{name} holds {tensor.dtype}, not floating point numbers"
         if tensor.dim() != 3 or not tensor.numel():
             return f"{name} is {tuple(tensor.shape)}, not of three dimensions"
@@ -99,7 +99,7 @@ def padding_is_used(own: AdapterTensors) -> bool:
 
 def _wrong_kept(adapter: Adapter) -> Iterator[str]:
     for name, tensor in adapter.kept_tensors().items():
-        if tensor.dtype not in (*_FLOATS, *_INTEGERS):
+        if tensor.dtype not in (*FLOATS, *_INTEGERS):
             yield f"`{name}` holds {tensor.dtype}, which no trained module has"
 
 

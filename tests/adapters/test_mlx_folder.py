@@ -52,7 +52,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another kind": (_config(lambda content: content.update(fine_tune_type=["x"])), "must have `fine_tune_type`"),
     "no parameters": (_config(lambda content: content.pop("lora_parameters")), "must have .*`lora_parameters`"),
     "alpha": (_config(lambda content: content["lora_parameters"].pop("scale")), "a finite `scale`"),
-    "scale NaN": (_parameters(scale=float("nan")), "a finite `scale`"),
+    "scale NaN": (_parameters(scale=float("nan")), "NaN is no number of JSON"),
     "scale of 400 digits": (_parameters(scale=10**400), "a finite `scale`"),
     "scale true": (_parameters(scale=True), "a finite `scale`"),
     "rank zero": (_parameters(rank=0), "a `rank` from 1"),
