@@ -58,47 +58,6 @@ def test_what_peft_has_trained_apart_is_not_tied_again(modules: list[str], tmp_p
     model = trained(tied_llama(), target_modules=["q_proj"], modules_to_save=modules)
     model.save_pretrained(tmp_path / "peft")
     read_peft_adapter(tmp_path / "peft", tmp_path / "ours")
-    with pytest.raises(
-        MELoRAError, match=r"apart from `.*`, which it is tied to in the model: fold the adapter on disk"
-    ):
-        melora_fx.load_adapter(tied_llama(), tmp_path / "ours")
-    tied_llama().save_pretrained(tmp_path / "base")
-    melora_fx.fold_checkpoint(tmp_path / "base", tmp_path / "ours", tmp_path / "folded")
-    folded = hf.LlamaForCausalLM.from_pretrained(tmp_path / "folded").eval()
-    if modules != ["embed_tokens"]:  # whose head transformers ties again, as its checkpoint has none
-        assert worst_error(logits_of(folded), logits_of(model)) < 1e-5
-
-
-def test_what_is_tied_in_ours_moves_with_it_in_peft(tmp_path: Path) -> None:
-    model = melora_fx.rewrite(tied_llama(), ["q_proj"], BLOCKS, keep_trainable="lm_head")
-    with torch.no_grad():
-        model.lm_head.weight.add_(randn(51, 24) * 0.1)
-    model = saved_again(model, tmp_path)
-    loaded = PeftModel.from_pretrained(tied_llama(), tmp_path / "peft").eval()
-    assert worst_error(logits_of(loaded), logits_of(model)) < 1e-5
-    assert read_adapter(tmp_path / "ours").model["tied"] == {"lm_head.weight": ["model.embed_tokens.weight"]}
-
-
-def saved_again(model: nn.Module, folder: Path) -> nn.Module:
-    melora_fx.save_adapter(fill(model).eval(), folder / "ours")
-    write_peft_adapter(folder / "ours", folder / "peft")
-    return model
-
-
-def gpt2() -> hf.GPT2LMHeadModel:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 51, "n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 32}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, tie_word_embeddings=False)).eval()
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-def test_how_square_weights_lie_is_not_guessed(tmp_path: Path) -> None:
-    """PEFT saves what it found of the last module: here a linear, and the square Conv1D would be folded transposed."""
-    model = trained(gpt2(), target_modules=["attn.c_proj", "lm_head"], task_type="CAUSAL_LM", fan_in_fan_out=True)
-    model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
-    assert json.loads((tmp_path / "peft" / CONFIG).read_text())["fan_in_fan_out"] is False
-    read_peft_adapter(tmp_path / "peft", tmp_path / "ours")
-    gpt2().save_pretrained(tmp_path / "base")
     text = "was trained apart from `.*`, to which the base ties it: merge the adapter where it was trained"
     with pytest.raises(MELoRAError, match=text):
         melora_fx.load_adapter(tied_llama(), tmp_path / "ours")
