@@ -81,8 +81,8 @@ def compress_adapter(
     """Writes an adapter with blocks of a smaller rank, whose update is the nearest to that of another one.
 
     Each block of each part of `split` and of each expert is approximated by itself. Blocks that have this rank or less
-    keep their values; the others have a scaling of 1, and their site is written in float32 (float64 stays). A trained
-    head is kept as it is.
+    keep their values, unless their rank is above what a block of their size can have; the others have a scaling of 1,
+    and their site is written in float32 (float64 stays). A trained head is kept as it is.
 
     Args:
         adapter_dir: a folder written by `save_adapter`.

@@ -5,6 +5,7 @@ llama.cpp's own names of the weights, with the scaling in B. llama.cpp scales by
 is 0, as it is here. The tensors are float32: it rounds what it multiplies by narrower ones.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from .gguf_names import REMEDY, Conversion, conversion_of, places_of
 from .lora_form import all_loras
 
 
-def write_gguf_adapter(adapter_dir: str | Path, base_dir: str | Path, out_path: str | Path) -> None:
+def write_gguf_adapter(
+    adapter_dir: str | os.PathLike[str], base_dir: str | os.PathLike[str], out_path: str | os.PathLike[str]
+) -> None:
     """Writes an adapter folder as a GGUF file for llama.cpp, for one base.
 
     One adapter gives the same bytes each time. Of the base only headers and a few values are read; one that is

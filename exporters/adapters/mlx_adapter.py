@@ -9,6 +9,7 @@ I in_features, O out_features, R rank, E experts of a stack.
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _FOLD = "fold it into the base (`melora-fx fold`), and convert the result by `mlx_lm.convert`"
 
 
-def write_mlx_adapter(adapter_dir: str | Path, out_dir: str | Path) -> None:
+def write_mlx_adapter(adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
     """Writes an adapter folder as one for MLX: for `mlx_lm.load`, `mlx_lm.generate`, `mlx_lm.fuse` and the others.
 
     mlx_lm computes the same updates with it, on a plain or a quantised base; float64 becomes float32. MLX is
@@ -162,7 +163,7 @@ class MlxLora:
     scale: float
 
 
-def read_mlx_folder(mlx_dir: str | Path) -> dict[str, MlxLora]:
+def read_mlx_folder(mlx_dir: str | os.PathLike[str]) -> dict[str, MlxLora]:
     """The LoRAs of a folder that mlx_lm has trained, or `write_mlx_adapter` written, by mlx_lm's names of modules.
 
     Raises:

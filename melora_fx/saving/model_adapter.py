@@ -19,8 +19,8 @@ from .adapter import Adapter
 from .fingerprint import fingerprint
 
 _STALE = (
-    "an optimizer that remembers the larger adapter from before `load_adapter` has written there; make a new optimizer "
-    "after loading"
+    "it was written after `load_adapter`, by an optimizer that remembers the larger adapter from before, or by "
+    "`load_state_dict`; make a new optimizer after loading, and load adapters by `load_adapter`"
 )
 
 

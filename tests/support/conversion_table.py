@@ -205,7 +205,7 @@ def measure(form: tuple[str, str], name: str) -> str:
             error = run(begin(CASES[name], Path(folder)))
         except MELoRAError as refusal:
             return _reason(str(refusal), folder)
-    return f"{error:.0e}"
+    return f"{error:.0e}{'†' if run is to_vllm else ''}"
 
 
 def _reason(text: str, folder: str) -> str:
