@@ -27,6 +27,12 @@ def writing(path: Path) -> Iterator[None]:
         raise MELoRAError(f"`{path}` cannot be written: {error.strerror or error}") from error
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder itself, or leads into it, through links too."""
+    real, real_folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return real_folder in (real, *real.parents)
+
+
 @contextlib.contextmanager
 def made_folder(path: Path) -> Iterator[None]:
     """Makes a folder and those above it; after a block that raises, the new ones are gone if they are empty."""

@@ -15,7 +15,7 @@ import torch
 
 from melora_fx.adapter.update import Scratch
 from melora_fx.errors import MELoRAError
-from melora_fx.files import new_folder, writing
+from melora_fx.files import lies_in, new_folder, writing
 from melora_fx.names import default_labels
 from melora_fx.progress import show_progress
 from melora_fx.saving.adapter import Adapter
@@ -83,7 +83,7 @@ def _refuse_place(base: Path, out: Path) -> None:
     """Raises MELoRAError where `out` is taken, or belongs to the base."""
     with writing(out):  # the system may refuse the very name
         occupied = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
-    if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
+    if lies_in(out, base):
         raise MELoRAError(
             f"`{out}` is the base's own folder, or in it: a fold needs one of its own, and keeps the base"
         )
