@@ -27,6 +27,12 @@ def writing(path: Path) -> Iterator[None]:
         raise MELoRAError(f"`{path}` cannot be written: {error.strerror or error}") from error
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder itself, or leads into it, through links too."""
+    real, real_folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return real_folder in (real, *real.parents)
+
+
 def read_bytes(path: Path, kind: str) -> bytes:
     """The content of a file in a folder that must have it.
 
@@ -59,8 +65,8 @@ def refuse_link(path: Path) -> None:
 def refuse_source(out: Path, source: Path) -> None:
     """Raises MELoRAError where `out` is the folder `source`, which is read, or lies in it."""
     with writing(out):  # the system may refuse the very name
-        own, read = out.resolve(), source.resolve()
-    if own == read or read in own.parents:
+        is_inside = lies_in(out, source)
+    if is_inside:
         raise MELoRAError(f"`{out}` is the folder that is read, or in it: name another place, for `{source}` is kept")
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import MELoRAError
+from .names import first_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,9 +142,8 @@ def refuse_missing(folder: Path, class_name: str, lacking: Mapping[str, str], *,
     lines = [f"`{name}`" + (f" ({size})" if size else "") for name, size in lacking.items() if name not in brought]
     if not lines:
         return
-    more = f", … ({len(lines) - _NAMED} more)" if len(lines) > _NAMED else ""
     raise MELoRAError(
-        f"`{folder}` lacks weights of {class_name}, which would be random: {', '.join(lines[:_NAMED])}{more}. Give the "
+        f"`{folder}` lacks weights of {class_name}, which would be random: {first_of(lines, _NAMED)}. Give the "
         "folder that they were saved in, or an adapter that was trained with them: `melora-fx train` trains and saves "
         "all that is new, in code `rewrite(…, keep_trainable=[…])` does"
     )

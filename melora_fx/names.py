@@ -1,5 +1,6 @@
 """Dotted names: of modules, parameters and sites, and what stands at them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -49,6 +50,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module inside a `torch.compile` wrapper, or `model` itself."""
     inner = getattr(model, WRAPPED[0], None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def first_of(names: Sequence[str], most: int = 5) -> str:
+    """The first names, for a message, and how many more there are."""
+    return ", ".join(names[:most]) + (f", … ({len(names) - most} more)" if len(names) > most else "")
 
 
 def default_labels(count: int) -> list[str]:

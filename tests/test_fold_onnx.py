@@ -126,6 +126,20 @@ def test_a_trained_head_is_exchanged(target: str, exports: Exports, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_a_head_that_the_graph_has_quantised(exports: Exports, tmp_path: Path) -> None:
+    model = bert_with_biases()
+    fill(melora_fx.rewrite(model, ["query"], TOWER_CONFIG, keep_trainable="classifier"))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    graph = onnx.load(exports("bert with biases", target="portable").path)
+    (bias,) = (tensor for tensor in graph.graph.initializer if tensor.name == "classifier.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.ones(3, np.int8), bias.name))
+    onnx.save(graph, tmp_path / "base.onnx")
+    with pytest.raises(MELoRAError, match=r"`classifier\.bias`: the graph's is quantised"):
+        fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.slow
 def test_a_head_of_another_size_and_one_that_the_graph_lacks(exports: Exports, tmp_path: Path) -> None:
     model = bert_with_biases()
     model.classifier = nn.Linear(24, 7)

@@ -15,7 +15,7 @@ from exporters.measuring.plots import plot_latency
 from exporters.onnx_runtime import import_onnxruntime
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import Runner, TorchRunner
-from exporters.training.batches import Batches, compute_accuracy, compute_logits
+from exporters.training.batches import Batches, accuracy_of, compute_logits
 from exporters.training.report import console
 from exporters.training.train import (
     Training,
@@ -105,14 +105,13 @@ def _fold(model: nn.Module, graphs: dict[str, Path], batches: Batches) -> dict[s
     unmerged = compute_logits(OrtRunner(graphs["unmerged"]), batches)
     melora_fx.fold(model)
     folded = compute_logits(TorchRunner(model), batches)
-    merged_runner = OrtRunner(graphs["merged"])
-    merged = compute_logits(merged_runner, batches)
+    merged = compute_logits(OrtRunner(graphs["merged"]), batches)
     return {
         "fold_max_abs_error": float(np.abs(folded - unfolded).max()),
         "merged_max_abs_error": float(np.abs(merged - folded).max()),
         "unmerged_max_abs_error": float(np.abs(unmerged - unfolded).max()),
         "label_agreement": float((merged.argmax(-1) == folded.argmax(-1)).mean()),
-        "accuracy_merged": compute_accuracy(merged_runner, batches),
+        "accuracy_merged": accuracy_of(merged, batches),
     }
 
 

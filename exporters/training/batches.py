@@ -87,5 +87,10 @@ def compute_logits(runner: Runner, batches: Batches) -> np.ndarray:
 
 def compute_accuracy(runner: Runner, batches: Batches) -> float:
     """Share of the held-out texts whose largest logit is that of their label."""
+    return accuracy_of(compute_logits(runner, batches), batches)
+
+
+def accuracy_of(logits: np.ndarray, batches: Batches) -> float:
+    """The same for logits (held-out texts, labels)."""
     labels = np.array([label for _, label in batches.texts.held_out])
-    return float((compute_logits(runner, batches).argmax(-1) == labels).mean())
+    return float((logits.argmax(-1) == labels).mean())

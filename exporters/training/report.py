@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
+from melora_fx.names import first_of
+
 from .texts import Texts
 
 console = Console()
@@ -23,6 +25,6 @@ def print_texts(texts: Texts) -> None:
 
 def _named(labels: Sequence[str]) -> str:
     """The labels, long and many ones cut, and without what a terminal would act on."""
-    shown = [label if label.isprintable() else repr(label) for label in labels[:_SHOWN_LABELS]]
+    shown = [label if label.isprintable() else repr(label) for label in labels]
     shown = [label if len(label) <= _SHOWN_CHARACTERS else f"{label[:_SHOWN_CHARACTERS]}…" for label in shown]
-    return ", ".join(shown) + (f", … ({len(labels) - len(shown)} more)" if len(labels) > len(shown) else "")
+    return first_of(shown, _SHOWN_LABELS)

@@ -13,7 +13,7 @@ import torch
 import melora_fx
 from exporters.measuring.plots import import_pyplot
 from melora_fx import MatchReport, MELoRAConfig, MELoRAError
-from melora_fx.files import writing
+from melora_fx.files import lies_in, writing
 from melora_fx.versions import package_version
 
 from .base import Base, label_order, load_base
@@ -70,7 +70,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Training:
-    """A training that nothing speaks against any more: the plain model, the plan, and where the results go."""
+    """A training that is ready to run, all its inputs checked: the plain model, the plan, and where the results go."""
 
     options: TrainOptions
     base: Base
@@ -152,8 +152,7 @@ def prepare(options: TrainOptions, texts: Texts, *, checkpoints: str = "checkpoi
 
 def refuse_model_folder(options: TrainOptions) -> None:
     """Raises MELoRAError where the results would go into the folder of the model."""
-    model, out = options.model.absolute(), options.out.absolute()
-    if model in (out, *out.parents):
+    if lies_in(options.out, options.model):
         raise MELoRAError(f"`{options.out}` is the model's own folder, or in it: give another `--out`")
 
 

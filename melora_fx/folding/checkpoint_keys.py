@@ -55,15 +55,16 @@ def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | N
     for name, source in tied_weights(model).items():
         groups.setdefault(source, {source}).add(name)
     tied = {name: tuple(sorted(group - {name})) for group in groups.values() for name in group}
-    found = KeyMap(keys, frozenset(converted), tied, model.state_dict())
-    return replace(found, lacking=_lacking(checkpoint, model, found))
+    tensors = model.state_dict()
+    found = KeyMap(keys, frozenset(converted), tied, tensors)
+    return replace(found, lacking=_lacking(checkpoint, model, tensors, found))
 
 
-def _lacking(checkpoint: Checkpoint, model: Any, found: KeyMap) -> dict[str, str]:
+def _lacking(checkpoint: Checkpoint, model: Any, tensors: Mapping[str, torch.Tensor], found: KeyMap) -> dict[str, str]:
     """As `from_pretrained` would report it: a tied parameter is there if one of those that it is tied to is."""
     lacking: dict[str, str] = {}
     there = {*found.keys, *found.converted}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         if name in found.keys:
             shape = checkpoint.tensors[found.keys[name]].shape
             if shape != tuple(tensor.shape):

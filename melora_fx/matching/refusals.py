@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from melora_fx.adapter.site import MODULE_MARK
 from melora_fx.errors import MELoRAError
-from melora_fx.names import unwrap, without_wrappers
+from melora_fx.names import first_of, unwrap, without_wrappers
 
 
 def refuse_rewritten(model: nn.Module) -> None:
@@ -27,15 +27,12 @@ def refuse_rewritten(model: nn.Module) -> None:
 
 def refuse_lazy(model: nn.Module) -> None:
     """Raises MELoRAError where parameters of `model` have no shape yet."""
-    names = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    names = [f"`{name}`" for name, value in tensors if is_lazy(value)]
     if names:
         raise MELoRAError(
-            f"{_listed(names)}: of a lazy module that has no shape yet: call the model once, then `rewrite`"
+            f"{first_of(names)}: of a lazy module that has no shape yet: call the model once, then `rewrite`"
         )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names[:5]) + (f", … ({len(names) - 5} more)" if len(names) > 5 else "")
 
 
 _DISTRIBUTED = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"}

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from torch import nn
 
 from melora_fx.config import MELoRAConfig
-from melora_fx.names import site_of, with_parents
+from melora_fx.names import first_of, site_of, with_parents
 
 TargetSpec = str | Sequence[str] | Mapping[str, MELoRAConfig | None] | Callable[[str, nn.Module], bool]
 
@@ -52,7 +52,9 @@ def resolve_targets(
     if callable(targets):
         chosen = {name: config for name, owner in owners.items() if targets(name, owner)}
         if not chosen:
-            raise ValueError(f"the `targets` callable chose none of the {len(owners)} linears: {_some(list(owners))}")
+            raise ValueError(
+                f"the `targets` callable chose none of the {len(owners)} linears: {first_of(list(owners))}"
+            )
         return chosen
     rules = _rules(targets, config)
     chosen = {}
@@ -87,7 +89,7 @@ def asks_for_all(targets: TargetSpec) -> bool:
 def nearest(pattern: str, names: Sequence[str]) -> str:
     """The names most like `pattern`, for an error text."""
     suffixes = {".".join(name.split(".")[start:]): None for name in names for start in range(name.count(".") + 1)}
-    return _some(difflib.get_close_matches(pattern, suffixes, n=5, cutoff=0.5) or list(names))
+    return first_of(difflib.get_close_matches(pattern, suffixes, n=5, cutoff=0.5) or list(names))
 
 
 def _rules(targets: object, config: MELoRAConfig) -> dict[str, MELoRAConfig | None]:
@@ -130,7 +132,7 @@ def _no_match(
     pattern: str, names: list[str], left_out: Collection[str], model: nn.Module, others: Mapping[str, str]
 ) -> str:
     if pattern == ALL_LINEAR and names:
-        return f"`targets`: {pattern!r} leaves out all linears, as heads or kept trainable: {_some(names)}"
+        return f"`targets`: {pattern!r} leaves out all linears, as heads or kept trainable: {first_of(names)}"
     for path, named in (*model.named_modules(), *model.named_parameters()):
         if pattern != ALL_LINEAR and path and name_matches(pattern, path):
             kind = f"parameter {tuple(named.shape)}" if isinstance(named, nn.Parameter) else type(named).__name__
@@ -145,7 +147,3 @@ def _no_match(
 
 def _nearest(pattern: str, names: list[str]) -> str:
     return f"; nearest: {nearest(pattern, names)}" if names else ""
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", … ({len(names) - 5} more)" if len(names) > 5 else "")

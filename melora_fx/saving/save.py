@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from melora_fx.errors import MELoRAError
-from melora_fx.names import default_labels
+from melora_fx.names import default_labels, first_of
 from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, warn_of_lost_sites
 
@@ -95,4 +95,4 @@ def _model_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names[:5]) + (f", … ({len(names) - 5} more)" if len(names) > 5 else "")
+    return first_of([f"`{name}`" for name in names])

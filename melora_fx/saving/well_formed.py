@@ -11,6 +11,7 @@ import torch
 from melora_fx.adapter.tensors import AdapterTensors, factor_names
 from melora_fx.errors import MELoRAError
 from melora_fx.matching.keep_trainable import is_within
+from melora_fx.names import first_of
 
 from .adapter import Adapter
 
@@ -104,5 +105,4 @@ def _wrong_kept(adapter: Adapter) -> Iterator[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f", … ({len(names) - 10} more)" if len(names) > 10 else ""
-    return ", ".join(map(repr, names[:10])) + more
+    return first_of([*map(repr, names)], 10)

@@ -234,6 +234,9 @@ def test_the_folder_of_the_model_and_the_training_file_are_refused(bert: Path, d
     before = sorted(bert.iterdir())
     result = run("train", bert, "--data", data, "--out", bert / "trained")
     assert (result.returncode, "is the model's own folder, or in it" in result.stderr) == (1, True), result.stderr
+    (data.parent / "link").symlink_to(bert)
+    result = run("train", bert, "--data", data, "--out", data.parent / "link" / "trained")
+    assert (result.returncode, "is the model's own folder, or in it" in result.stderr) == (1, True), result.stderr
     assert sorted(bert.iterdir()) == before
     result = run("train", bert, "--data", data, "--out", bert.parent / "out", "--validation", data)
     assert (result.returncode, "is both the training and the validation file" in result.stderr) == (1, True)
