@@ -62,7 +62,7 @@ def write_mlx_adapter(adapter_dir: str | os.PathLike[str], out_dir: str | os.Pat
         tensors |= _mlx_tensors(name, [lora.padded(rank) for lora in matrices])
     if names := non_finite_names(tensors):
         raise MELoRAError(
-            f"`{source}`: scaled, {', '.join(map(repr, names))} are no numbers of their dtype: train again"
+            f"`{source}`: {', '.join(map(repr, names))} are no numbers in float32: train with a smaller alpha"
         )
     config = {
         "fine_tune_type": "lora",

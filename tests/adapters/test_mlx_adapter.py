@@ -235,12 +235,17 @@ def test_a_head_that_is_always_the_embedding_is_refused(tmp_path: Path) -> None:
     assert_not_written(tmp_path / "adapter", tmp_path / "mlx", "adapters on `lm_head`, which are no modules")
 
 
-def test_values_beyond_float32_are_refused(tmp_path: Path) -> None:
-    model = melora_fx.rewrite(model_of("LlamaForCausalLM"), "q_proj", MELoRAConfig(rank=1, num_blocks=1, alpha=1e30))
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [(torch.float32, "q_proj.*more than its dtype holds"), (torch.float64, r"q_proj.lora_b.*are no numbers")],
+)
+def test_values_beyond_float32_are_refused(dtype: torch.dtype, text: str, tmp_path: Path) -> None:
+    config = MELoRAConfig(rank=1, num_blocks=1, alpha=1e30)
+    model = melora_fx.rewrite(model_of("LlamaForCausalLM").to(dtype), "q_proj", config)
     for site in melora_fx.sites(model).values():
         site.lora_b.data.fill_(1e30)
     melora_fx.save_adapter(model, tmp_path / "adapter")
-    assert_not_written(tmp_path / "adapter", tmp_path / "mlx", r"q_proj.lora_b.*are no numbers")
+    assert_not_written(tmp_path / "adapter", tmp_path / "mlx", text)
 
 
 def test_float64_becomes_float32(tmp_path: Path) -> None:
