@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from melora_fx.errors import MELoRAError
+from melora_fx.names import first_of
 from melora_fx.saving.adapter import Adapter
 
 from .stacks import is_stack
@@ -166,11 +167,8 @@ def _notes(adapter: Adapter) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _named(names: Iterable[str], at_most: int = 3) -> str:
-    """The first of some names, in back-ticks."""
-    listed = list(names)
-    more = f" and {len(listed) - at_most} more" if len(listed) > at_most else ""
-    return ", ".join(f"`{name}`" for name in listed[:at_most]) + more
+def _named(names: Iterable[str]) -> str:
+    return first_of([f"`{name}`" for name in names], 3)
 
 
 def _refuse(adapter: Adapter, reason: str, remedy: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """`melora-fx adapter scale | add | average | compress`, as they are typed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,17 @@ def test_sums_means_and_multiples(folders: tuple[Path, Path], tmp_path: Path) ->
         (("scale", folders[0], "--factor", "-0.5"), f"-0.5 × {folders[0]}", -0.5 * a),
     ):
         result = run("adapter", *arguments, "-o", out)
-        assert (result.returncode, result.stdout, result.stderr) == (0, f"{out}: {printed}\n", "")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert re.fullmatch(rf"{out}: \d+ KiB, {re.escape(printed)}\n", result.stdout)
         torch.testing.assert_close(updates_of(out)["up"], expected, rtol=0, atol=1e-6)
+
+
+def test_json_says_what_was_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("adapter", "average", *folders, "-o", out, "--json")
+    size = sum(file.stat().st_size for file in out.iterdir())
+    content = f"the mean of {folders[0]}, {folders[1]}"
+    assert json.loads(result.stdout) == {"out": str(out), "bytes": size, "content": content}
 
 
 def test_compress_prints_a_table_or_json(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`melora-fx adapter to-peft | from-peft | to-gguf | to-mlx`, as they are typed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ def test_to_vllm_and_back(adapter: Path, tmp_path: Path) -> None:
     result = run("adapter", "to-peft", adapter, "-o", tmp_path / "peft", "--for", "vllm", "--base-model", "me/llama")
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
     assert "KiB\nvllm serve BASE --enable-lora" in result.stdout
+    result = run("adapter", "to-peft", adapter, "-o", tmp_path / "again", "--for", "vllm", "--json")
+    written = json.loads(result.stdout)
+    assert (written["rank"], written["max_lora_rank"], written["flags"]) == (9, 16, "--enable-lora")
+    result = run("adapter", "from-peft", tmp_path / "peft", "-o", tmp_path / "back", "--json")
+    assert len(json.loads(result.stdout)["sites"]) == 14
     result = run("adapter", "from-peft", tmp_path / "peft", "-o", tmp_path / "back")
     assert result.returncode == 0, result.stderr
     assert "14 sites" in result.stdout

@@ -94,7 +94,7 @@ def test_a_pooler_is_dropped_without_a_word(tmp_path: Path) -> None:
 def test_the_text_names_three_of_many(tmp_path: Path) -> None:
     adapter = saved(melora_fx.rewrite(tower(), LINEAR, MELoRAConfig(rank=1, num_blocks=1)), tmp_path / "adapter")
     object.__setattr__(adapter, "kept", tuple("abcde"))
-    with pytest.raises(MELoRAError, match=r"whole \(`a`, `b`, `c` and 2 more\)"):
+    with pytest.raises(MELoRAError, match=r"whole \(`a`, `b`, `c`, … \(2 more\)\)"):
         check_for_vllm(adapter)
 
 

@@ -137,6 +137,8 @@ def from_mlx(trip: Trip) -> float:
     """Our logits with the folder that we wrote for mlx_lm."""
     write_mlx_adapter(trip.ours, trip.folder / "mlx")
     read_peft_adapter(trip.folder / "mlx", trip.folder / "back")
+    if read_adapter(trip.folder / "back").configs.keys() != read_adapter(trip.ours).configs.keys():
+        raise MELoRAError("mlx_lm's names are not those of transformers")
     loaded = melora_fx.load_adapter(trip.case.build(), trip.folder / "back").eval()
     assert_same_blocks(trip.ours, trip.folder / "back")
     return worst_error(logits_of(loaded), trip.logits)
@@ -210,8 +212,11 @@ def measure(form: tuple[str, str], name: str) -> str:
 
 def _reason(text: str, folder: str) -> str:
     """Why, without the place and what to do about it."""
-    line = text.replace(folder, "").splitlines()[0].removeprefix("`/ours` cannot be served by vLLM: ")
-    return re.split(r"[:;] ", re.sub(r"^(`[^`]*`,? ?)+(: )?", "", line))[0].replace("|", "/")
+    line = text.replace(folder, "").splitlines()[0]
+    while (short := re.sub(r" \([^()]*\)", "", line)) != line:
+        line = short
+    line = re.sub(r"^`[^`]*`(,? (in )?`[^`]*`)*:? ", "", line.removeprefix("`/ours` cannot be served by vLLM: "))
+    return re.split(r"[:;] ", line)[0].replace("|", "/")
 
 
 def rows() -> Iterator[list[str]]:
