@@ -21,7 +21,10 @@ from exporters import read_peft_adapter, write_peft_adapter
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),  # PEFT 0.19
+]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 QUERY = "bert.encoder.layer.0.attention.self.query"

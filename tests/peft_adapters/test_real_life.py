@@ -22,6 +22,7 @@ from melora_fx.saving.adapter_file import read_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),  # PEFT 0.19
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
 ]
