@@ -70,6 +70,12 @@ def refuse_source(out: Path, source: Path) -> None:
         raise MELoRAError(f"`{out}` is the folder that is read, or in it: name another place, for `{source}` is kept")
 
 
+def refuse_special(out: Path) -> None:
+    """Raises MELoRAError where `out` is there and no file: a rename would put one into the place of a device."""
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise MELoRAError(f"`{out}` is a folder or a device, and no file: name another place")
+
+
 def refuse_occupied(out: Path) -> None:
     """Raises MELoRAError where `out` is there, unless it is an empty folder."""
     with writing(out):
@@ -99,7 +105,7 @@ def staging_folder(path: Path) -> Iterator[Path]:
     The folder of `path` is made; after a block that raises it is gone again if it is empty.
     """
     with contextlib.ExitStack() as stack:
-        with writing(path.parent):
+        with writing(path):
             stack.enter_context(made_folder(path.parent))
             staging = stack.enter_context(_staging(path))
         yield staging
@@ -124,7 +130,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """`write_atomically` for several files of a folder: they are renamed in their order when all are written."""
+    """`write_atomically` for several files of a folder: they are renamed in their order when all are written.
+
+    Raises:
+        MELoRAError: where one would take the place of a folder or a device.
+    """
+    for name in writers:
+        refuse_special(folder / name)
     with _staging(folder / list(writers)[-1]) as staging:
         for name, write in writers.items():
             write(staging / name)

@@ -38,7 +38,7 @@ def write_gguf_adapter(
         adapter_dir: a folder written by `melora_fx.save_adapter`.
         base_dir: the Hugging Face folder of its base, from which llama.cpp's GGUF file of the base was converted,
             without fusing q, k and v, or gates and ups.
-        out_path: the file to write.
+        out_path: the file to write; a GGUF adapter that is there is replaced.
 
     Raises:
         MELoRAError: for an adapter of another base, or with trained modules beside its sites, an architecture or a
@@ -50,6 +50,8 @@ def write_gguf_adapter(
     base = open_checkpoint(base_dir)
     for source in (adapter_dir, base_dir):
         refuse_source(out_path, source)
+    if os.path.isfile(out_path) and not _is_adapter_file(gguf, out_path):
+        raise MELoRAError(f"`{out_path}` is there already, and no GGUF adapter: name another place")
     if base.config is None:
         raise MELoRAError(f"`{base_dir}` has no {CONFIG_FILE}, which says what llama.cpp makes of its weights")
     conversion = conversion_of(base.config, base_dir)
@@ -65,6 +67,14 @@ def _import_gguf() -> Any:
     except ImportError as error:
         raise MELoRAError("llama.cpp's file format needs the package gguf: pip install gguf") from error
     return gguf
+
+
+def _is_adapter_file(gguf: Any, path: Path) -> bool:
+    try:
+        kind = gguf.GGUFReader(path).get_field(gguf.Keys.General.TYPE)
+    except (ValueError, IndexError, OSError):  # of no GGUF file
+        return False
+    return kind is not None and kind.contents() == gguf.GGUFType.ADAPTER
 
 
 def _refuse_kept(adapter: Adapter) -> None:
@@ -91,6 +101,8 @@ def _find_weights(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[str, tu
                 f"`{site}` shares its weight with {', '.join(map(repr, others))}, which llama.cpp has once: "
                 "`fold(model, untie=True)`, save, and convert that"
             )
+        elif names.tensors is not None and parameter not in names.tensors:
+            lines.append(f"`{site}`: its {CONFIG_FILE} describes a model without it")
         elif parameter not in names.keys and parameter not in names.converted:
             lines.append(f"`{site}`: the base has no such weight; nearest: {nearest(site, list(names.keys))}")
         else:

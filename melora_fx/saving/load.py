@@ -38,8 +38,12 @@ def load_adapter(
     A plain model is rewritten as the adapter says. In a rewritten one values and scaling are exchanged in place,
     without a recompile. What the adapter has less of, ranks or whole sites, becomes zero in A and in B, so that it has
     no gradient: the model computes, trains and saves the adapter that it was given, and has the sites for a later one
-    that has them. (Only another `dropout` compiles a model that is compiled in training mode once more.) An optimizer
-    remembers the adapter from before: make a new one.
+    that has them. An optimizer remembers the adapter from before: make a new one. A `state_dict` holds A and B without
+    their scaling: one from before belongs to the adapter from before.
+
+    Lowering and dropout are the graph's: the adapter's `dropout` is taken over where the model was rewritten with one
+    above 0, and compiles a model that is compiled in training mode once more; a model without trains without. Saved
+    again, the adapter has its own.
 
     Args:
         model: a plain or a rewritten model.
@@ -153,15 +157,13 @@ def _copy_site(site: AdapterSite, saved: AdapterTensors) -> None:
     site.lora_a.copy_(padded.lora_a)
     site.lora_b.copy_(padded.lora_b)
     site.scaling.copy_(saved.scaling(site.scaling.dtype))
-    config = saved.config
     dropout = getattr(site.owner, site.record.attribute(DROPOUT), None)
     if dropout is not None:
-        dropout.p = config.dropout
-    elif config.dropout:  # the graph has no dropout node, and values are exchanged without touching it
-        config = dataclasses.replace(config, dropout=0.0)
-    if config.lowering != site.config.lowering:
-        config = dataclasses.replace(config, lowering=site.config.lowering)
+        dropout.p = saved.config.dropout
+    rate = 0.0 if dropout is None else saved.config.dropout  # values are exchanged without touching the graph
+    config = dataclasses.replace(saved.config, dropout=rate, lowering=site.config.lowering)
     site.record.config = config
+    site.record.saved_config = saved.config if saved.config != config else None
     site.record.is_absent = False
 
 

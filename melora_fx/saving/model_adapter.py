@@ -71,7 +71,7 @@ def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
     """
     return {
         name: {
-            "config": site.config.to_dict(),
+            "config": (site.record.saved_config or site.config).to_dict(),
             "base": fingerprint(site.weight),
             "is_transposed": site.weight_is_transposed,
             **({} if site.record.row_dims is None else {"row_dims": site.record.row_dims}),

@@ -208,11 +208,13 @@ def test_llama_cpp_computes_a_folded_smollm2(folders: Folders) -> None:
     shutil.rmtree(folders.parent)  # more than a gibibyte
 
 
-def test_an_older_file_is_replaced(folders: Folders) -> None:
-    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
-    folders.out.write_bytes(b"older")
+def test_an_older_adapter_is_replaced(folders: Folders) -> None:
+    model = folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
     write_gguf_adapter(folders.adapter, folders.base, folders.out)
-    assert len(updates_of(folders.out)) == 2
+    older = folders.out.read_bytes()
+    melora_fx.save_adapter(fill(model, seed=5), folders.adapter)
+    write_gguf_adapter(folders.adapter, folders.base, folders.out)
+    assert folders.out.read_bytes() != older
 
 
 def test_a_quantised_base(folders: Folders) -> None:

@@ -1,5 +1,6 @@
 """What `write_gguf_adapter` refuses: one error that names it, and nothing is written."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,24 @@ def test_inputs_are_kept(place: str, folders: Folders) -> None:
     folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
     with folders.refused("is the folder that is read, or in it"):
         write_gguf_adapter(folders.adapter, folders.base, folders.parent / place)
+
+
+def test_other_files_are_kept(folders: Folders) -> None:
+    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
+    gguf_models.write_gguf(gguf_models.llama(), folders.parent / "model.gguf")
+    (folders.parent / "notes").write_text("mine")
+    for place in ("model.gguf", "notes"):
+        with folders.refused("is there already, and no GGUF adapter"):
+            write_gguf_adapter(folders.adapter, folders.base, folders.parent / place)
+    os.mkfifo(folders.parent / "pipe")
+    with folders.refused("is a folder or a device, and no file"):
+        write_gguf_adapter(folders.adapter, folders.base, folders.parent / "pipe")
+
+
+def test_a_configuration_of_fewer_layers(folders: Folders) -> None:
+    folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
+    edit_json(folders.base / "config.json", lambda config: config.update(num_hidden_layers=1))
+    refused(folders, "layers.1.self_attn.q_proj`: its config.json describes a model without it")
 
 
 def test_a_full_disk(folders: Folders) -> None:

@@ -1,5 +1,6 @@
 """One session, many adapters: optional inputs of any rank, and ONNX Runtime's own adapter files."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,18 @@ def test_a_graph_without_swappable_adapters_is_refused(tower_folder: Path, expor
     with pytest.raises(MELoRAError, match="no swappable adapters"):
         write_ort_adapter(tower_folder / "adapter", keep, tmp_path / "a.onnx_adapter")
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_read_are_kept(tower_folder: Path, tower_swap: str, tmp_path: Path) -> None:
+    adapter, graph = tmp_path / "adapter", tmp_path / "graph" / Path(tower_swap).name
+    shutil.copytree(tower_folder / "adapter", adapter)
+    shutil.copytree(Path(tower_swap).parent, graph.parent)
+    files = [*adapter.iterdir(), *graph.parent.iterdir()]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        with pytest.raises(MELoRAError, match="name another place"):
+            write_ort_adapter(adapter, graph, file)
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_a_broken_adapter_file_is_refused(tower_swap: str, tmp_path: Path) -> None:

@@ -207,6 +207,17 @@ def test_swap_inside_a_mode(mode, folders):
     assert_equal(output_of(model, X[0]), first)
 
 
+def test_what_the_graph_does_not_compute_with_is_saved_all_the_same(tmp_path):
+    theirs = MELoRAConfig(rank=2, num_blocks=3, alpha=5.0, dropout=0.25, lowering="activation")
+    melora_fx.save_adapter(fill(melora_fx.rewrite(tower(), "up", theirs)), tmp_path / "theirs")
+    model = melora_fx.rewrite(tower(), "up", MELoRAConfig(rank=2, num_blocks=3, lowering="plain"))
+    melora_fx.load_adapter(model, tmp_path / "theirs")
+    config = melora_fx.sites(model)["up"].config
+    assert (config.alpha, config.dropout, config.lowering) == (5.0, 0.0, "plain")
+    melora_fx.save_adapter(model, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "theirs")
+
+
 def test_an_absent_site_computes_the_base(folders):
     """Bit for bit; a graph that was recorded before the swap is refused."""
     model = rewritten_tower()
