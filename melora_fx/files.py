@@ -16,6 +16,17 @@ except ImportError:  # Windows: what killed runs leave is not removed there
     fcntl = None  # type: ignore[assignment]
 
 
+def output_path(place: str | os.PathLike[str]) -> Path:
+    """What is to be written, as a path.
+
+    Raises:
+        ValueError: for "", which would be the working directory.
+    """
+    if not os.fspath(place):
+        raise ValueError("the place to write is '': name a file or folder")
+    return Path(place)
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Failures to write in the block, such as a full disk, are errors that name `path`."""
@@ -58,7 +69,7 @@ def refuse_link(path: Path) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
     caches = {parent.parent / "blobs" for parent in (folder, *folder.parents) if parent.name == "snapshots"}
-    if path.is_symlink() and target.parent not in {folder, *caches}:
+    if os.path.islink(path) and target.parent not in {folder, *caches}:
         raise MELoRAError(f"`{path}` is a link out of its folder, to `{target}`: put the file itself there")
 
 
@@ -121,6 +132,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         made = staging / path.name  # not the staging folder itself, which only its owner may read
         made.mkdir()
         yield made
+        refuse_occupied(path)  # by another run, since the first look
         os.replace(made, path)
 
 

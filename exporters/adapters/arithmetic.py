@@ -11,6 +11,7 @@ N num_blocks, I in_features, O out_features, R the largest rank of a block, P pa
 
 import dataclasses
 import math
+import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.config import MELoRAConfig, alpha_for, one_or_each
+from melora_fx.files import output_path
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
 
@@ -54,7 +56,7 @@ def scale_adapter(adapter_dir: Place, factor: float, out_dir: Place) -> None:
             "multiplied: `add_adapters({folder: factor}, out)` multiplies the updates alone, and keeps it as it is"
         )
     updates = {name: _scaled(name, factor, adapter.tensors_of(name)) for name in adapter.configs}
-    write_derived(Path(out_dir), [adapter], updates, adapter.kept, adapter.kept_tensors())
+    write_derived(output_path(out_dir), [adapter], updates, adapter.kept, adapter.kept_tensors())
 
 
 def add_adapters(adapters: Mapping[str, float] | Mapping[Path, float] | Mapping[Place, float], out_dir: Place) -> None:
@@ -91,7 +93,7 @@ def add_adapters(adapters: Mapping[str, float] | Mapping[Path, float] | Mapping[
     refuse_other_bases(read)
     weighted = [(weight, adapter) for weight, adapter in zip(weights, read, strict=True) if weight]
     kept, kept_tensors = _common_head([adapter for _, adapter in weighted])
-    write_derived(Path(out_dir), read, _sum_of(weighted), kept, kept_tensors)
+    write_derived(output_path(out_dir), read, _sum_of(weighted), kept, kept_tensors)
 
 
 def average_adapters(adapter_dirs: Iterable[Place], out_dir: Place) -> None:
@@ -115,7 +117,7 @@ def average_adapters(adapter_dirs: Iterable[Place], out_dir: Place) -> None:
         raise ValueError("`adapter_dirs` is empty: name at least one")
     refuse_other_bases(read)
     updates = _sum_of([(1 / len(read), adapter) for adapter in read])
-    write_derived(Path(out_dir), read, updates, read[0].kept, _mean_head(read))
+    write_derived(output_path(out_dir), read, updates, read[0].kept, _mean_head(read))
 
 
 def _sum_of(weighted: Sequence[_Weighted]) -> dict[str, AdapterTensors]:
@@ -249,7 +251,7 @@ def _replaced(name: str, config: MELoRAConfig, **changes: object) -> MELoRAConfi
 
 
 def _checked_number(what: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} must be a number, got {value!r}")
     try:
         number = float(value)

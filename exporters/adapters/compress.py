@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from melora_fx import MELoRAConfig
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.config import one_or_each
+from melora_fx.files import output_path
 from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.tables import table
 
@@ -102,7 +102,7 @@ def compress_adapter(
     adapter = read_adapter(adapter_dir)
     made = {name: _compressed(adapter.tensors_of(name), rank) for name in adapter.configs}
     updates = {name: own for name, (own, _) in made.items()}
-    write_derived(Path(out_dir), [adapter], updates, adapter.kept, adapter.kept_tensors())
+    write_derived(output_path(out_dir), [adapter], updates, adapter.kept, adapter.kept_tensors())
     sites = tuple(
         SiteCompression(name, adapter.configs[name].ranks, own.config.ranks, error)
         for name, (own, error) in made.items()

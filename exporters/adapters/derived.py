@@ -16,7 +16,7 @@ from melora_fx.saving.fingerprint import fingerprint_misfit
 from melora_fx.saving.well_formed import non_finite_names
 
 Kept = dict[str, torch.Tensor]
-_FACTS = ("class", "num_labels", "labels", "pad_token_id", "tied")
+_FACTS = ("class", "num_labels", "labels", "pad_token_id", "tied", "shared")
 
 
 def write_derived(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from melora_fx import MELoRAError
-from melora_fx.files import made_folder, refuse_source, write_atomically, writing
+from melora_fx.files import made_folder, output_path, refuse_source, write_atomically, writing
 from melora_fx.folding.checkpoint import CONFIG_FILE, DTYPES, Checkpoint, open_checkpoint
 from melora_fx.folding.checkpoint_keys import KeyMap, map_keys
 from melora_fx.matching.targets import nearest
@@ -45,7 +45,7 @@ def write_gguf_adapter(
             weight of which it is not known what llama.cpp makes of it, or a file that cannot be written.
     """
     gguf = _import_gguf()
-    adapter_dir, base_dir, out_path = Path(adapter_dir), Path(base_dir), Path(out_path)
+    adapter_dir, base_dir, out_path = Path(adapter_dir), Path(base_dir), output_path(out_path)
     adapter = read_adapter(adapter_dir)
     base = open_checkpoint(base_dir)
     for source in (adapter_dir, base_dir):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from melora_fx.errors import MELoRAError
-from melora_fx.files import new_folder, read_bytes, refuse_link, refuse_occupied, refuse_source
+from melora_fx.files import new_folder, output_path, read_bytes, refuse_link, refuse_occupied, refuse_source
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.header import parse_json
@@ -50,7 +50,7 @@ def write_mlx_adapter(adapter_dir: str | os.PathLike[str], out_dir: str | os.Pat
         MELoRAError: for a model whose names in mlx_lm are not known, sites that mlx_lm has no module for, a trained
             head or other parameters beside the adapter, or a folder that is in use or cannot be written.
     """
-    source, out = Path(adapter_dir), Path(out_dir)
+    source, out = Path(adapter_dir), output_path(out_dir)
     refuse_source(out, source)
     refuse_occupied(out)
     adapter = read_adapter(source)

@@ -21,7 +21,7 @@ from exporters.onnx_files.onnx_file import axes_by_name, optional_inputs, read_g
 from exporters.onnx_runtime import Arrays, import_onnxruntime
 from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import factor_names
-from melora_fx.files import made_folder, refuse_source, write_atomically, writing
+from melora_fx.files import made_folder, output_path, refuse_source, write_atomically, writing
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.checks import check_fingerprints, check_shapes
@@ -86,7 +86,7 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
             fit it, or a place that cannot be written, or holds another file.
     """
     ort = import_onnxruntime()
-    out_path = Path(out_path)
+    out_path = output_path(out_path)
     graph = read_graph(onnx_path)
     facts = facts_of(graph, onnx_path)
     adapter = read_adapter(adapter_dir)

@@ -1,13 +1,13 @@
 """PEFT's block-diagonal LoRA: one factor of a linear stored in blocks, the other written out.
 
 A in blocks is (r, I/n) and B in blocks (O, r/n), the blocks one below the other; a block has r/n ranks. PEFT finds the
-linears of each kind by lists of names, any part of the last name of a module, and has one number of blocks for all.
+linears of each kind by lists of names, any part of a module's whole name, and has one number of blocks for all.
 Source: PEFT 0.21, `tuners/lora/variants.py` (BdLoraLinearVariant).
 
 n blocks, I in_features, O out_features, r rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.saving.adapter import Adapter
 
-from .names import last_name
 from .stacks import is_stack
 
 LISTS = {"a": "target_modules_bd_a", "b": "target_modules_bd_b"}
@@ -30,7 +29,7 @@ class Packing:
 
     Attributes:
         num_blocks: n.
-        factors: last name of modules → "a" or "b".
+        factors: name of a module → "a" or "b".
         is_strict: whether that is said of every module.
         block_rank: r/n that a packed site needs.
     """
@@ -46,8 +45,7 @@ class Packing:
 
     def factor_of(self, module: str) -> str | None:
         """The factor of a module that PEFT takes for one in blocks."""
-        name = last_name(module)
-        return next((factor for pattern, factor in self.factors.items() if pattern in name), None)
+        return next((factor for pattern, factor in self.factors.items() if pattern in module), None)
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's own `use_bdlora`."""
@@ -66,22 +64,20 @@ def choose_packing(adapter: Adapter) -> Packing:
             f"`{adapter.directory}` adapts stacks of experts (`{stacks[0]}`), beside which PEFT takes no "
             'block-diagonal LoRA: write it with form="lora"'
         )
-    names = {last_name(site) for site in adapter.configs}
     best: dict[str, str] = {}
     num_blocks = 1
     for number in sorted({config.num_blocks for config in adapter.configs.values()} - {1}):
-        factors = _without_conflicts(_factors(adapter, number), names)
+        fitting = {site: _larger(adapter.tensors_of(site)) for site in adapter.configs if _fits(adapter, site, number)}
+        factors = _without_conflicts(fitting, adapter.configs)
         if _saved(adapter, number, factors) > _saved(adapter, num_blocks, best):
             num_blocks, best = number, factors
     if not best:
         raise MELoRAError(
             f"`{adapter.directory}` has no site that PEFT's block-diagonal LoRA stores in blocks: it takes nn.Linear "
-            'alone, of the same number of blocks where modules have the same name; write it with form="lora"'
+            'alone; write it with form="lora"'
         )
-    sites = [adapter.tensors_of(site) for site in adapter.configs if last_name(site) in best]
-    return Packing(
-        num_blocks, best, is_strict=names == best.keys(), block_rank=max(own.lora_a.size(1) for own in sites)
-    )
+    block_rank = max(adapter.tensors_of(site).lora_a.size(1) for site in best)
+    return Packing(num_blocks, best, is_strict=best.keys() == adapter.configs.keys(), block_rank=block_rank)
 
 
 def packed(packing: Packing, site: str, own: AdapterTensors, dense: Lora) -> Lora:
@@ -130,31 +126,18 @@ def _written_out(own: AdapterTensors, lora_b: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def _factors(adapter: Adapter, num_blocks: int) -> dict[str, str]:
-    """The factor that each name would have in blocks, of names all of whose modules have this number of them."""
-    by_name: dict[str, list[str]] = {}
-    for site in adapter.configs:
-        by_name.setdefault(last_name(site), []).append(site)
-    return {
-        name: _larger(adapter, sites)
-        for name, sites in by_name.items()
-        if all(_fits(adapter, site, num_blocks) for site in sites)
-    }
-
-
 def _fits(adapter: Adapter, site: str, num_blocks: int) -> bool:
     own = adapter.tensors_of(site)
     return own.config.num_blocks == num_blocks and not adapter.transposed.get(site)
 
 
-def _larger(adapter: Adapter, sites: list[str]) -> str:
+def _larger(own: AdapterTensors) -> str:
     """The factor that has more values. B in blocks has those of one part in its rows, one after the other."""
-    sites_own = [adapter.tensors_of(site) for site in sites]
-    is_wide = all(own.lora_b.size(1) > own.lora_a.size(2) for own in sites_own)
-    return "b" if is_wide and all(own.config.split is None for own in sites_own) else "a"
+    is_wide = own.lora_b.size(1) > own.lora_a.size(2)
+    return "b" if is_wide and own.config.split is None else "a"
 
 
-def _without_conflicts(factors: dict[str, str], names: set[str]) -> dict[str, str]:
+def _without_conflicts(factors: dict[str, str], names: Iterable[str]) -> dict[str, str]:
     """Without those that PEFT would find in the name of a module that is another: a part of a name is a match."""
     while True:
         wrong = {
@@ -172,7 +155,7 @@ def _saved(adapter: Adapter, num_blocks: int, factors: Mapping[str, str]) -> int
     """About how many values the packing saves."""
     saved = 0
     for site in adapter.configs:
-        if factor := factors.get(last_name(site)):
+        if factor := factors.get(site):
             own = adapter.tensors_of(site)
             features = own.lora_a.size(2) if factor == "a" else own.lora_b.size(1)
             saved += own.total_rank * features * (num_blocks - 1)

@@ -1,5 +1,6 @@
 """The two files of a PEFT adapter folder, read and looked through before anything is believed."""
 
+import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def read_folder(directory: Path) -> PeftFolder:
     _name_sub_folders(directory)
     config = _read_config(directory)
     path = directory / TENSORS_FILE
-    if path.exists() or path.is_symlink() or not (directory / PICKLE_FILE).exists():
+    if os.path.lexists(path) or not os.path.exists(directory / PICKLE_FILE):
         refuse_link(path)
         tensors, metadata = read_tensors(path, _KIND)
     else:
@@ -53,16 +54,22 @@ def read_folder(directory: Path) -> PeftFolder:
     for key, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype not in FLOATS:
             raise MELoRAError(f"`{key}` in `{directory}` holds {tensor.dtype}, in which nothing is trained")
-        if not isinstance(tensor, torch.Tensor) or tensor.is_complex() or tensor.layout != torch.strided:
+        if not isinstance(tensor, torch.Tensor) or tensor.is_complex() or not _is_stored_whole(tensor):
             raise MELoRAError(f"`{key}` in `{directory}` is not a tensor of numbers")
     if wrong := non_finite_names(tensors):
         raise MELoRAError(f"`{directory}` holds NaN or infinity in {', '.join(map(repr, wrong[:5]))}")
     return PeftFolder(directory, config, tensors, metadata)
 
 
+def _is_stored_whole(tensor: torch.Tensor) -> bool:
+    """Whether each value has a place in memory: a pickle may hold a view that repeats a few without an end."""
+    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return is_plain and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
 def _name_sub_folders(directory: Path) -> None:
     """Raises MELoRAError for a folder of adapters, which PEFT writes for a model that has several."""
-    if not (directory / CONFIG_FILE).exists() and directory.is_dir():
+    if os.path.isdir(directory) and not os.path.exists(directory / CONFIG_FILE):
         found = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
         if found:
             raise MELoRAError(f"`{directory}` holds adapters in folders of their own: name one of {', '.join(found)}")

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from exporters.adapters.derived import are_equal
 from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.saving.adapter_file import write_adapter
 
 CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
 """Names of transformers' Conv1D, of GPT-2 and its like; in other models linears have them too."""
+_EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "wte", "shared", "embed_in", "embed_out")
 
 
 @dataclass
@@ -44,20 +46,25 @@ class Imported:
     kept_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     class_name: str | None = None
 
-    def add_kept(self, tensors: Mapping[str, torch.Tensor], modules: Iterable[str]) -> None:
+    def add_kept(self, tensors: Mapping[str, torch.Tensor], modules: Iterable[str], *, with_tied: bool = False) -> None:
         """Adds modules that were trained whole: tensors whose path has a name of `modules`, or the end of one, in it.
+
+        `with_tied`: also those that are equal to one of these.
 
         Raises:
             MELoRAError: for tensors that belong to none of them.
         """
         modules = list(modules)
+        owners = {
+            name: next((path for module in modules if (path := _path_of(module, name))), None) for name in tensors
+        }
+        trained = [tensors[name] for name, owner in owners.items() if owner is not None]
         for name, tensor in tensors.items():
-            owner = next((found for module in modules if (found := _path_of(module, name))), None)
+            owner = owners[name]
+            if owner is None and with_tied and any(are_equal(tensor, each) for each in trained):
+                owner = name.rpartition(".")[0]
             if owner is None:
-                raise MELoRAError(
-                    f"`{self.directory}` holds `{name}`, which is neither lora_A and lora_B of a module nor of "
-                    "`modules_to_save`: embeddings, magnitudes and biases are not read; merge the adapter with PEFT"
-                )
+                raise MELoRAError(f"`{self.directory}` holds `{name}`, {_why_not(name)}")
             self.kept_tensors[name] = tensor
             self.kept = sorted({*self.kept, owner})
 
@@ -93,7 +100,20 @@ class Imported:
         return self.fan_in_fan_out if is_named_so == self.fan_in_fan_out else None
 
 
+def _why_not(name: str) -> str:
+    """Why a tensor that belongs to no LoRA and to no trained module is not read, and what to do."""
+    merge = "merge the adapter into the base with PEFT"
+    if "lora_" in name:
+        return f"a part of an adapter that is no lora_A or lora_B of a linear, as of an embedding or of DoRA: {merge}"
+    if name.rpartition(".")[0].endswith(_EMBEDDINGS):
+        return (
+            "which PEFT saves of its own where the vocabulary was resized, and by `save_embedding_layers=True`: save "
+            "the adapter with `save_embedding_layers=False`, and the resized base beside it"
+        )
+    return f"which is of no adapted module and of none of `modules_to_save` (trained biases are not read): {merge}"
+
+
 def _path_of(module: str, name: str) -> str | None:
-    """The path at the beginning of a tensor's name that ends in the name, or the end of a path, `module`."""
-    match = re.match(rf"((?:.+?\.)?{re.escape(module)})\.", name)
+    """The path at the beginning of a tensor's name that ends in `module`, without a dot before it too, as in PEFT."""
+    match = re.match(rf"(.*?{re.escape(module)})\.", name)
     return match[1] if match else None

@@ -12,6 +12,7 @@ from exporters.adapters.find_blocks import as_described, in_blocks
 from exporters.adapters.lora_form import Lora
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
+from melora_fx.names import without_wrappers
 from melora_fx.saving.fingerprint import fingerprint
 
 from .bdlora import packed_ranks, unpacked
@@ -46,7 +47,7 @@ def read_lora(folder: PeftFolder) -> Imported:
         site = name.removesuffix(_BASE_WEIGHT)
         imported.bases[site] = fingerprint(others.pop(name))
         imported.transposed.setdefault(site, imported.bases[site]["shape"][-1] != imported.sites[site].in_features)
-    imported.add_kept(others, settings.modules_to_save)
+    imported.add_kept(others, settings.modules_to_save, with_tied=settings.ensure_weight_tying)
     return imported
 
 
@@ -80,6 +81,8 @@ def _add_site(
     elif parameter:
         loras = [_of_parameter(loras[0], parameter, is_transposed)]
         imported.parameters |= {} if site != parameter else {site: site.rpartition(".")[2]}
+    if settings.alpha_of(name) < 0:
+        loras = [Lora(lora.lora_a, -lora.lora_b) for lora in loras]
     own = _blocks_of(loras, name, settings, described.get(name, {}))
     if isinstance(is_transposed, bool):
         imported.transposed[site] = is_transposed
@@ -103,7 +106,7 @@ def _by_module(folder: PeftFolder) -> tuple[dict[str, Lora], dict[str, torch.Ten
     """A and B of each module, and all other tensors, by names without PEFT's prefix."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     others = {}
-    names = [key.removeprefix(PREFIX) for key in folder.tensors]
+    names = [without_wrappers(key).removeprefix(PREFIX) for key in folder.tensors]
     if len(set(names)) < len(names):
         raise MELoRAError(f"`{folder.directory}` holds a tensor twice, with and without the prefix `{PREFIX}`")
     for name, tensor in zip(names, folder.tensors.values(), strict=True):
@@ -136,9 +139,12 @@ def _unpacked(name: str, lora: Lora, settings: PeftSettings) -> Lora:
     """The LoRA of a module, of which a block-diagonal one stores one factor in blocks."""
     lora_a, lora_b = lora.factors
     factor = settings.factor_of(name)
-    if factor == "a" and lora_a.size(0) % settings.num_blocks == 0:
+    rows = {"a": lora_a.size(0), "b": lora_b.size(0)}
+    if factor and rows[factor] % settings.num_blocks:
+        raise ValueError(f"its {rows[factor]} rows cannot be {settings.num_blocks} blocks, as `use_bdlora` says")
+    if factor == "a":
         lora_a = unpacked(lora_a, settings.num_blocks)
-    if factor == "b" and lora_b.size(0) % settings.num_blocks == 0:
+    if factor == "b":
         lora_b = unpacked(lora_b, settings.num_blocks)
     if lora_a.size(0) != lora_b.size(1):
         raise ValueError(f"lora_A {tuple(lora_a.shape)} and lora_B {tuple(lora_b.shape)} are not of one rank")
@@ -147,7 +153,7 @@ def _unpacked(name: str, lora: Lora, settings: PeftSettings) -> Lora:
 
 def _blocks_of(loras: list[Lora], name: str, settings: PeftSettings, described: Mapping[str, Any]) -> AdapterTensors:
     """The site: as it was before it was written for PEFT, or in the blocks that its values lie in, or in one."""
-    scaling = settings.scaling_of(name)
+    scaling = abs(settings.scaling_of(name))
     before = _config_of(described)
     if before is not None and scaling == 1:
         is_packed = settings.factor_of(name) is not None
@@ -158,7 +164,7 @@ def _blocks_of(loras: list[Lora], name: str, settings: PeftSettings, described: 
     if own := in_blocks(loras, scaling):
         return own
     config = MELoRAConfig(
-        rank=loras[0].rank, num_blocks=1, alpha=settings.alpha_of(name), use_rslora=settings.use_rslora
+        rank=loras[0].rank, num_blocks=1, alpha=abs(settings.alpha_of(name)), use_rslora=settings.use_rslora
     )
     lora_a = torch.stack([lora.lora_a for lora in loras])
     return AdapterTensors(config, lora_a, torch.stack([lora.lora_b for lora in loras]))

@@ -10,7 +10,7 @@ from exporters.adapters.mlx_adapter import MlxLora, read_mlx_folder
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.config import alpha_for
-from melora_fx.files import refuse_source
+from melora_fx.files import output_path, refuse_source
 
 from .authors_format import read_authors
 from .folder import read_folder
@@ -39,16 +39,17 @@ def read_peft_adapter(peft_dir: str | os.PathLike[str], out_dir: str | os.PathLi
         MELoRAError: for a folder that cannot be read or is not sound; for other methods, by name: DoRA, trained
             biases, embeddings, QALoRA and the like; for a place that cannot be written.
     """
-    directory, out = Path(peft_dir), Path(out_dir)
+    directory, out = Path(peft_dir), output_path(out_dir)
+    imported = _take_apart(directory)
     refuse_source(out, directory)
     for name in (TENSORS_FILE, PICKLE_FILE, MLX_FILE):
-        if (out / name).exists():
+        if os.path.exists(out / name):
             raise MELoRAError(f"`{out}` is an adapter folder of another program, with {name}: name another place")
-    _take_apart(directory).write(out)
+    imported.write(out)
 
 
 def _take_apart(directory: Path) -> Imported:
-    if (directory / MLX_FILE).exists():
+    if os.path.exists(directory / MLX_FILE):
         return _read_mlx(directory)
     folder = read_folder(directory)
     imported = read_authors(folder) if folder.config.get("peft_type") == "MELORA" else read_lora(folder)

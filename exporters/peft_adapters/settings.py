@@ -3,11 +3,12 @@ method than LoRA, which is refused by name.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from melora_fx import MELoRAError
 
@@ -34,6 +35,7 @@ _HARMLESS = {
     *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
     *("revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_bdlora", "use_rslora"),
 }
+_LONGEST_MATCH_S = 1.0
 _INITS = {"gaussian", "eva", "orthogonal", "mica"}
 """Ways to begin that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it."""
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -45,7 +47,7 @@ class PeftSettings:
     """The settings of an ordinary or a block-diagonal LoRA, checked.
 
     Attributes:
-        rank, alpha: of modules that no pattern names.
+        rank, alpha: of modules that no pattern names; alpha may be negative.
         rank_pattern, alpha_pattern: pattern of module names → rank, alpha.
         use_rslora: whether the scaling is alpha / sqrt(rank).
         dropout: of the adapter's input.
@@ -54,6 +56,7 @@ class PeftSettings:
         target_parameters: paths of stacks, or the ends of such.
         num_blocks: n of a block-diagonal LoRA; 1 of an ordinary one.
         packed: "a" and "b" → parts of the names of modules that have this factor in blocks.
+        ensure_weight_tying: whether modules that are tied to trained ones were trained with them, and saved too.
         class_name: of the model, where it is said.
     """
 
@@ -68,6 +71,7 @@ class PeftSettings:
     target_parameters: tuple[str, ...]
     num_blocks: int
     packed: Mapping[str, tuple[str, ...]]
+    ensure_weight_tying: bool
     class_name: str | None
 
     def rank_of(self, name: str) -> int:
@@ -84,9 +88,15 @@ class PeftSettings:
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def factor_of(self, name: str) -> str | None:
-        """The factor of a module that is stored in blocks."""
-        last = name.rpartition(".")[2]
-        return next((factor for factor, parts in self.packed.items() if any(part in last for part in parts)), None)
+        """The factor of a module that is stored in blocks.
+
+        Raises:
+            ValueError: where the lists name both.
+        """
+        found = [factor for factor, parts in self.packed.items() if any(part in name for part in parts)]
+        if len(found) > 1:
+            raise ValueError("`use_bdlora` names both of its factors: PEFT would not load it either")
+        return found[0] if found else None
 
 
 def parse_settings(directory: Path, config: Mapping[str, Any]) -> PeftSettings:
@@ -98,7 +108,7 @@ def parse_settings(directory: Path, config: Mapping[str, Any]) -> PeftSettings:
     try:
         _refuse_variants(config)
         return _parse(config)
-    except (TypeError, ValueError, KeyError, re.error) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise MELoRAError(f"`{directory / CONFIG_FILE}`: {error}") from error
 
 
@@ -131,6 +141,7 @@ def _parse(config: Mapping[str, Any]) -> PeftSettings:
         target_parameters=_names(config, "target_parameters"),
         num_blocks=_positive_int("nblocks", bdlora.get("nblocks", 1)),
         packed={factor: _names(bdlora, key) for factor, key in LISTS.items()},
+        ensure_weight_tying=_bool(config, "ensure_weight_tying"),
         class_name=class_name if isinstance(class_name, str) else None,
     )
 
@@ -162,8 +173,18 @@ def _refuse_variants(config: Mapping[str, Any]) -> None:
 
 
 def _matched(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The first that matches the whole name or the end of it, as PEFT does."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    """The first that matches the whole name or the end of it, as PEFT does.
+
+    Raises:
+        ValueError: for an expression that takes long to match.
+    """
+    for key, value in pattern.items():
+        try:
+            if regex.match(rf"(.*\.)?({key})$", name, timeout=_LONGEST_MATCH_S):
+                return value
+        except TimeoutError:
+            raise ValueError(f"the expression {key!r} takes for ever to match") from None
+    return default
 
 
 def _pattern(config: Mapping[str, Any], name: str, check: Any) -> dict[str, Any]:
@@ -171,9 +192,10 @@ def _pattern(config: Mapping[str, Any], name: str, check: Any) -> dict[str, Any]
     if not isinstance(pattern, dict):
         raise TypeError(f"`{name}` must be a JSON object, got {pattern!r}")
     for key in pattern:
-        re.compile(key)
-        if re.search(r"[+*}]\)[+*{]", key):
-            raise ValueError(f"`{name}` has {key!r}, a repetition of a repetition, which may take for ever to match")
+        try:
+            regex.compile(key)
+        except regex.error as error:
+            raise ValueError(f"`{name}` has {key!r}, which is no regular expression: {error}") from error
     return {key: check(f"{name}[{key!r}]", value) for key, value in pattern.items()}
 
 
@@ -204,7 +226,7 @@ def _positive_int(name: str, value: Any) -> int:
 
 
 def _alpha(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= abs(value) <= 1e30:
         shown = repr(value)[:40]
-        raise ValueError(f"`{name}` (={shown}) must be a number from 1e-30 to 1e30; with 0 the adapter would be none")
+        raise ValueError(f"`{name}` (={shown}) must be a number of a size from 1e-30 to 1e30; with 0 it adapts nothing")
     return float(value)

@@ -11,7 +11,7 @@ import torch
 
 from exporters.adapters.lora_form import all_loras
 from melora_fx import MELoRAError
-from melora_fx.files import new_folder, refuse_occupied, refuse_source
+from melora_fx.files import new_folder, output_path, refuse_occupied, refuse_source
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.tensor_file import write_tensors
@@ -31,6 +31,9 @@ _TASKS = (
 )
 """What the name of a class of transformers ends in → PEFT's task type: a class of PEFT's that takes texts. Others have
 none, and are computed as they are."""
+_MAMBA = re.compile("Mamba|FalconMamba|FalconH1|NemotronH")
+_NOT_IN_MAMBA = {"dt_proj", "out_proj"}
+"""PEFT refuses `out_proj` (`tuners_utils.py`), and would compute with `dt_proj` as it is in the base."""
 
 
 def write_peft_adapter(
@@ -38,7 +41,7 @@ def write_peft_adapter(
     out_dir: str | os.PathLike[str],
     *,
     form: str = "lora",
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes an adapter folder as PEFT's; what the model computes with it is the same.
 
@@ -61,14 +64,15 @@ def write_peft_adapter(
     if form not in FORMS:
         raise ValueError(f"`form` (={form!r}) must be one of {', '.join(map(repr, FORMS))}")
     adapter = read_adapter(adapter_dir)
-    out = Path(out_dir)
+    out = output_path(out_dir)
     refuse_source(out, Path(adapter_dir))
     refuse_occupied(out)
     packing = choose_packing(adapter) if form == "bdlora" else None
-    config, tensors, metadata = peft_content(adapter, packing, base_model)
+    base = None if base_model is None else os.fspath(base_model)
+    config, tensors, metadata = peft_content(adapter, packing, base)
     with new_folder(out) as made:
         write_tensors(made / TENSORS_FILE, tensors, metadata)
-        (made / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def peft_content(
@@ -146,6 +150,19 @@ def _refuse_unknown_forms(adapter: Adapter) -> None:
             f"`{adapter.directory}` adapts {', '.join(map(repr, odd))}, one matrix that is stored in three dimensions, "
             "which PEFT does not adapt: fold it into the base"
         )
+    if shared := adapter.model.get("shared"):
+        name, names = next(iter(shared.items()))
+        raise MELoRAError(
+            f"`{adapter.directory}` adapts `{name}`, one module of several names ({', '.join(names)}), of which PEFT "
+            "would adapt the first alone: fold it into the base"
+        )
+    if _MAMBA.match(str(adapter.model.get("class"))):
+        refused = [name for name in adapter.configs if last_name(name) in _NOT_IN_MAMBA]
+        if refused:
+            raise MELoRAError(
+                f"`{adapter.directory}` adapts {', '.join(map(repr, refused))}, whose weights Mamba's layers read past "
+                "PEFT's adapter: leave them out of `targets`, or fold the adapter into the base"
+            )
     at_root = [
         name for name in adapter.configs if name == "weight" or ("." not in name and is_parameter(adapter, name))
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from melora_fx.adapter.update import Scratch
-from melora_fx.files import new_folder, refuse_occupied, refuse_source
+from melora_fx.files import new_folder, output_path, refuse_occupied, refuse_source
 from melora_fx.names import default_labels
 from melora_fx.progress import show_progress
 from melora_fx.saving.adapter import Adapter
@@ -55,7 +55,7 @@ def fold_checkpoint(
             finite, or `out_dir` cannot be written. Nothing is written then.
     """
     base = Path(base_dir)
-    out = Path(out_dir)
+    out = output_path(out_dir)
     adapter = read_adapter(adapter_dir)
     checkpoint = open_checkpoint(base)
     refuse_source(out, base)

@@ -29,7 +29,7 @@ _KEYS = {
 }
 _OPTIONAL_KEYS = {"versions"}
 _SITE_KEYS = {"config", "base", "is_transposed", "row_dims", "parameter"}
-_MODEL_KEYS = {"class", "num_labels", "labels", "pad_token_id", "tied"}
+_MODEL_KEYS = {"class", "num_labels", "labels", "pad_token_id", "tied", "shared"}
 _MAX_LABELS = 1 << 20
 _MAX_ELEMENTS = 1 << 48
 _LARGEST_FLOAT = torch.finfo(torch.float64).max
@@ -183,9 +183,10 @@ def _model(facts: Any) -> dict[str, Any]:
         _integer("`model.num_labels`", facts["num_labels"], 0, _MAX_LABELS)
     if facts.get("pad_token_id") is not None:
         _integer("`model.pad_token_id`", facts["pad_token_id"], -1, 1 << 31)
-    for name, others in _dict("`model.tied`", facts.get("tied", {})).items():
-        for tied in (name, *_list("`model.tied`", others)):
-            _text("a name in `model.tied`", tied, 4096)
+    for fact in ("tied", "shared"):
+        for name, others in _dict(f"`model.{fact}`", facts.get(fact, {})).items():
+            for each in (name, *_list(f"`model.{fact}`", others)):
+                _text(f"a name in `model.{fact}`", each, 4096)
     labels = facts.get("labels")
     if labels is not None:
         for label in _list("`model.labels`", labels):

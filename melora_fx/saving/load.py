@@ -23,7 +23,7 @@ from .adapter import Adapter
 from .adapter_file import read_adapter
 from .checks import check_base, check_sites, check_trained_bases, kept_of, trained_apart
 from .fingerprint import fingerprint
-from .model_adapter import kept_tensor_names, tensors_by_name
+from .model_adapter import kept_tensor_names, shared_modules, tensors_by_name
 
 
 def load_adapter(
@@ -103,6 +103,12 @@ def _check_model(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch
     check_trained_bases(adapter, model, weights)
     if adapter.kept:
         _refuse_ties(adapter, model)
+    if adapter.is_foreign and (shared := shared_modules(model, [*adapter.configs, *adapter.kept])):
+        raise MELoRAError(
+            f"`{adapter.directory}` does not fit the model: "
+            + "; ".join(f"`{name}` is one module of several names ({', '.join(own)})" for name, own in shared.items())
+            + ": other programs adapt it under one of them alone; merge the adapter where it was trained"
+        )
 
 
 def _refuse_ties(adapter: Adapter, model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """What of a rewritten model belongs to its adapter: the tensors of sites and what was kept trainable, by name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,16 @@ def tied_to_kept(model: nn.Module) -> dict[str, list[str]]:
     kept = _kept_tensors(model)
     tied = sharing_parameters(unwrap(model)) if kept else {}
     return {name: others for name in kept if (others := [other for other in tied.get(name, ()) if other not in kept])}
+
+
+def shared_modules(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Site or module → all the names that its module has in the model, of those that have several."""
+    paths: dict[int, list[str]] = {}
+    for path, module in unwrap(model).named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(without_wrappers(path))
+    others = {path: own for own in paths.values() if len(own) > 1 for path in own}
+    modules = {name: name if name in others else name.rpartition(".")[0] for name in names}
+    return {name: others[path] for name, path in modules.items() if path in others}
 
 
 def left_out(model: nn.Module) -> list[str]:

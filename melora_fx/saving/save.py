@@ -2,21 +2,29 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from melora_fx.errors import MELoRAError
+from melora_fx.files import output_path
 from melora_fx.names import default_labels, first_of
 from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, warn_of_lost_sites
 
 from .adapter_file import write_adapter
-from .model_adapter import adapter_tensors, kept_names, left_out, present_sites, site_entries, tied_to_kept
+from .model_adapter import (
+    adapter_tensors,
+    kept_names,
+    left_out,
+    present_sites,
+    shared_modules,
+    site_entries,
+    tied_to_kept,
+)
 from .well_formed import non_finite_names, padding_is_used
 
 
@@ -60,8 +68,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "them in its `keep_trainable`, buffers by their module",
             stacklevel=2,
         )
-    header = {"sites": entries, "kept": list(kept_names(model)), "model": _model_facts(model)}
-    write_adapter(Path(directory), tensors, header)
+    header = {"sites": entries, "kept": list(kept_names(model)), "model": _model_facts(model, found)}
+    write_adapter(output_path(directory), tensors, header)
 
 
 def _refuse_non_finite(entries: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -75,10 +83,10 @@ def _refuse_non_finite(entries: Mapping[str, Any], tensors: Mapping[str, torch.T
         raise MELoRAError(f"the base weights of {_listed(names)} hold NaN or infinity: load the model again")
 
 
-def _model_facts(model: nn.Module) -> dict[str, Any]:
+def _model_facts(model: nn.Module, found: Iterable[str]) -> dict[str, Any]:
     """What a plain model must be loaded with so that the adapter fits and its users find what they need.
 
-    Names of labels are left out where they say nothing, as LABEL_0 does.
+    `found`: its sites. Names of labels are left out where they say nothing, as LABEL_0 does.
     """
     config = getattr(model, "config", None)
     num_labels = getattr(config, "num_labels", None)
@@ -91,6 +99,8 @@ def _model_facts(model: nn.Module) -> dict[str, Any]:
         facts["pad_token_id"] = pad_token_id
     if tied := tied_to_kept(model):
         facts["tied"] = tied
+    if shared := shared_modules(model, [*found, *kept_names(model)]):
+        facts["shared"] = shared
     return facts
 
 

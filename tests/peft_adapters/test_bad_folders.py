@@ -103,8 +103,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "another rank": (_put("A", lambda t: torch.cat([t, t])), "not of one rank"),
     "a rank that the configuration belies": (_config(r=3), "it has the rank 2, its configuration says 3"),
     "lora_A alone": (_tensors(lambda t: t.pop(f"{QUERY}.lora_B.weight")), "without the other"),
-    "keys of nothing": (_tensors(lambda t: t.update({"base_model.model.x": torch.ones(1)})), "holds `x`, which is"),
-    "a magnitude": (_tensors(lambda t: t.update({f"{QUERY}.lora_magnitude_vector": torch.ones(1)})), "magnitudes"),
+    "keys of nothing": (
+        _tensors(lambda t: t.update({"base_model.model.x": torch.ones(1)})),
+        "holds `x`, which is",
+    ),
+    "a magnitude": (
+        _tensors(lambda t: t.update({f"{QUERY}.lora_magnitude_vector": torch.ones(1)})),
+        "or of DoRA",
+    ),
     "only a head": (
         _tensors(lambda t: [t.pop(key) for key in [*t] if "lora" in key]),
         "adapts no module",

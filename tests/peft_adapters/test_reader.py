@@ -208,7 +208,7 @@ def test_the_authors_blocks_stay_blocks(authors_folder: Path, tmp_path: Path) ->
         ({"bias": "all"}, "trained biases"),
         ({"r": [2, 2]}, "block 1 has the shapes"),
         ({"r": [2, 1, 1], "lora_alpha": [1, 1, 1]}, "just the 3 blocks"),
-        ({"task_type": None}, "holds `classifier.bias`, which is neither"),
+        ({"task_type": None}, "holds `classifier.bias`, which is of no adapted module"),
     ],
 )
 def test_settings_of_the_authors_that_do_not_fit(changes: Any, text: str, authors_folder: Path, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_embeddings_and_convolutions_are_refused(tmp_path: Path) -> None:
             return self.conv(x)
 
     for name, model, target, text in (
-        ("words", bert_classifier(), "word_embeddings", "embeddings, magnitudes and biases are not read"),
+        ("words", bert_classifier(), "word_embeddings", "no lora_A or lora_B of a linear, as of an embedding"),
         ("conv", Convolution(), "conv", "convolutions and embeddings are not adapted"),
     ):
         peft_model = get_peft_model(model, LoraConfig(target_modules=[target]))
