@@ -97,7 +97,8 @@ def main() -> None:
     """Runs the command line; an error is one message on stderr, and its traceback with --debug."""
     arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
     if "" in arguments:  # of an unset variable: as a path, it would be the working directory
-        sys.exit("error: an argument is empty: give it, or leave it out")
+        print("error: an argument is empty: give it, or leave it out", file=sys.stderr)
+        sys.exit(1)
     is_debugging = len(arguments) < len(sys.argv[1:])
     with quiet_pipe(), contextlib.nullcontext() if is_debugging else tidy_terminal():
         app(arguments, prog_name=_NAME)

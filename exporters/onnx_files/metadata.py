@@ -74,7 +74,7 @@ def describe(
     """
     described = sites if is_swappable else present_sites(sites)
     has_identity = bool(described) and not is_swappable
-    configs = {name: site.config for name, site in described.items()}
+    configs = {name: site.record.file_config for name, site in described.items()}
     return {
         "format_version": _VERSION,
         "model": class_name(model),

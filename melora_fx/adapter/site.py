@@ -44,6 +44,11 @@ class SiteRecord:
         return as_matrices(weight, self.row_dims)
 
     @property
+    def file_config(self) -> MELoRAConfig:
+        """The configuration as the adapter's file has it."""
+        return self.saved_config or self.config
+
+    @property
     def owner_path(self) -> str:
         """Path of the module that holds the weight, below the rewritten module."""
         return self.parameter.rpartition(".")[0]

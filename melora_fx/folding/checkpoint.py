@@ -78,7 +78,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         MELoRAError: where it has no safetensors weights, or a file is missing, truncated or corrupt.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise MELoRAError(f"`{directory}` is no folder: name that of a model")
     index = None
     if os.path.isfile(directory / SINGLE_FILE):

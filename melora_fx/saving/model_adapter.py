@@ -29,7 +29,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     found = present_sites(sites(model))
     return Adapter(
         directory=Path(),
-        configs={name: site.config for name, site in found.items()},
+        configs={name: site.record.file_config for name, site in found.items()},
         fingerprints={},
         transposed={},
         kept=kept_names(model),
@@ -71,7 +71,7 @@ def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
     """
     return {
         name: {
-            "config": (site.record.saved_config or site.config).to_dict(),
+            "config": site.record.file_config.to_dict(),
             "base": fingerprint(site.weight),
             "is_transposed": site.weight_is_transposed,
             **({} if site.record.row_dims is None else {"row_dims": site.record.row_dims}),

@@ -216,6 +216,7 @@ def test_what_the_graph_does_not_compute_with_is_saved_all_the_same(tmp_path):
     assert (config.alpha, config.dropout, config.lowering) == (5.0, 0.0, "plain")
     melora_fx.save_adapter(model, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "theirs")
+    assert melora_fx.check_fold(model).adapter_sha256 == read_adapter(tmp_path / "theirs").sha256
 
 
 def test_an_absent_site_computes_the_base(folders):
