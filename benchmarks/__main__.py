@@ -76,6 +76,13 @@ BENCHMARKS = (
         options=(Option("rounds", 200, "of 50 forwards of each side", quick=3),),
     ),
     Benchmark(
+        "swap_speed",
+        "How long does a swap of adapters from disk take beside PEFT's, reading and writing beside safetensors'?",
+        3,
+        weights=(MINILM, SMOLLM2),
+        options=(Option("rounds", 25, "swaps of each side", quick=2),),
+    ),
+    Benchmark(
         "fold_speed",
         "How fast is a fold beside PEFT's merge, on disk beside a copy, in a graph beside an export?",
         8,

@@ -7,9 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exporters.adapters.arithmetic import add_adapters, average_adapters, scale_adapter
+    from exporters.adapters.compress import CompressReport, compress_adapter
+    from exporters.adapters.gguf_adapter import write_gguf_adapter
+    from exporters.adapters.mlx_adapter import write_mlx_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
     from exporters.measuring.compare import Comparison, compare
     from exporters.measuring.latency import Latency, LatencyTable, measure_latency
+    from exporters.peft_adapters.reader import read_peft_adapter
+    from exporters.peft_adapters.writer import write_peft_adapter
     from exporters.runtime.ort_runner import OrtRunner
     from exporters.runtime.torch_runner import TorchRunner
     from exporters.tensorrt_check.check import TensorRTReport, check_tensorrt
@@ -20,7 +26,13 @@ if TYPE_CHECKING:
     from .onnx_fold import fold_onnx
 
 _MODULES = {
+    "adapters.arithmetic": ("add_adapters", "average_adapters", "scale_adapter"),
+    "adapters.compress": ("CompressReport", "compress_adapter"),
+    "adapters.mlx_adapter": ("write_mlx_adapter",),
+    "adapters.gguf_adapter": ("write_gguf_adapter",),
     "adapters.ort_adapter": ("write_ort_adapter",),
+    "peft_adapters.reader": ("read_peft_adapter",),
+    "peft_adapters.writer": ("write_peft_adapter",),
     "measuring.compare": ("Comparison", "compare"),
     "measuring.latency": ("Latency", "LatencyTable", "measure_latency"),
     "runtime.ort_runner": ("OrtRunner",),
@@ -35,6 +47,7 @@ _MODULES = {
 
 __all__ = [
     "Comparison",
+    "CompressReport",
     "ExportReport",
     "Latency",
     "LatencyTable",
@@ -42,12 +55,20 @@ __all__ = [
     "TensorRTReport",
     "TorchRunner",
     "TritonModel",
+    "add_adapters",
+    "average_adapters",
     "check_tensorrt",
     "compare",
+    "compress_adapter",
     "export_onnx",
     "fold_onnx",
     "measure_latency",
+    "read_peft_adapter",
+    "scale_adapter",
+    "write_gguf_adapter",
+    "write_mlx_adapter",
     "write_ort_adapter",
+    "write_peft_adapter",
     "write_triton_repository",
 ]
 

@@ -214,6 +214,7 @@ def _new_facts(graph: onnx_ir.Model, adapter: Adapter, weights: WeightBytes, pla
             "base": adapter.fingerprints.get(site) or fingerprint(weights.read(places[site])),
             "is_transposed": adapter.transposed.get(site, False),
             **({"row_dims": adapter.row_dims[site]} if site in adapter.row_dims else {}),
+            **({"parameter": adapter.parameters[site]} if site in adapter.parameters else {}),
         }
         for site, config in adapter.configs.items()
     }

@@ -188,6 +188,18 @@ class MELoRAConfig:
         return cls(**values)
 
 
+def alpha_for(scaling: float, rank: int) -> float:
+    """The alpha with alpha / rank = scaling in float64, or nearest to it."""
+    nearest = scaling * rank
+    around = (nearest, math.nextafter(nearest, 0), math.nextafter(nearest, math.inf))
+    return next((alpha for alpha in around if alpha / rank == scaling), nearest)
+
+
+def one_or_each(values: Sequence[Any]) -> Any:
+    """A rank or an alpha as a configuration has it: one number where those of all blocks are equal."""
+    return values[0] if all(value == values[0] for value in values) else tuple(values)
+
+
 def _set(config: MELoRAConfig, name: str, value: Any) -> None:
     """Sets a field of the frozen object while it is made."""
     object.__setattr__(config, name, value)

@@ -16,6 +16,17 @@ except ImportError:  # Windows: what killed runs leave is not removed there
     fcntl = None  # type: ignore[assignment]
 
 
+def output_path(place: str | os.PathLike[str]) -> Path:
+    """What is to be written, as a path.
+
+    Raises:
+        ValueError: for "", which would be the working directory.
+    """
+    if not os.fspath(place):
+        raise ValueError("the place to write is '': name a file or folder")
+    return Path(place)
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Failures to write in the block, such as a full disk, are errors that name `path`."""
@@ -31,6 +42,57 @@ def lies_in(path: Path, folder: Path) -> bool:
     """Whether a path is a folder itself, or leads into it, through links too."""
     real, real_folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     return real_folder in (real, *real.parents)
+
+
+def read_bytes(path: Path, kind: str) -> bytes:
+    """The content of a file in a folder that must have it.
+
+    Args:
+        path: the file.
+        kind: what the folder is to be, "an adapter folder".
+
+    Raises:
+        MELoRAError: where it is missing, or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise MELoRAError(f"`{path.parent}` is not {kind}: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def refuse_link(path: Path) -> None:
+    """Raises MELoRAError for a link that leaves its folder, but for those that a Hugging Face cache is made of."""
+    try:
+        folder, target = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    caches = {parent.parent / "blobs" for parent in (folder, *folder.parents) if parent.name == "snapshots"}
+    if os.path.islink(path) and target.parent not in {folder, *caches}:
+        raise MELoRAError(f"`{path}` is a link out of its folder, to `{target}`: put the file itself there")
+
+
+def refuse_source(out: Path, source: Path) -> None:
+    """Raises MELoRAError where `out` is the folder `source`, which is read, or lies in it."""
+    with writing(out):  # the system may refuse the very name
+        is_inside = lies_in(out, source)
+    if is_inside:
+        raise MELoRAError(f"`{out}` is the folder that is read, or in it: name another place, for `{source}` is kept")
+
+
+def refuse_special(out: Path) -> None:
+    """Raises MELoRAError where `out` is there and no file: a rename would put one into the place of a device."""
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise MELoRAError(f"`{out}` is a folder or a device, and no file: name another place")
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raises MELoRAError where `out` is there, unless it is an empty folder."""
+    with writing(out):
+        is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if out.is_symlink() or not is_free:
+        raise MELoRAError(f"`{out}` exists already: remove it, or name another folder")
 
 
 @contextlib.contextmanager
@@ -54,7 +116,7 @@ def staging_folder(path: Path) -> Iterator[Path]:
     The folder of `path` is made; after a block that raises it is gone again if it is empty.
     """
     with contextlib.ExitStack() as stack:
-        with writing(path.parent):
+        with writing(path):
             stack.enter_context(made_folder(path.parent))
             staging = stack.enter_context(_staging(path))
         yield staging
@@ -70,6 +132,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         made = staging / path.name  # not the staging folder itself, which only its owner may read
         made.mkdir()
         yield made
+        refuse_occupied(path)  # by another run, since the first look
         os.replace(made, path)
 
 
@@ -79,7 +142,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """`write_atomically` for several files of a folder: they are renamed in their order when all are written."""
+    """`write_atomically` for several files of a folder: they are renamed in their order when all are written.
+
+    Raises:
+        MELoRAError: where one would take the place of a folder or a device.
+    """
+    for name in writers:
+        refuse_special(folder / name)
     with _staging(folder / list(writers)[-1]) as staging:
         for name, write in writers.items():
             write(staging / name)

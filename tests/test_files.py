@@ -111,7 +111,7 @@ def test_a_new_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:
         assert not path.exists()
     assert names(path) == {"weights"}
     assert path.stat().st_mode == (tmp_path / "by_hand").stat().st_mode
-    with pytest.raises(MELoRAError, match=r"out` cannot be written: "), new_folder(path) as made:
+    with pytest.raises(MELoRAError, match=r"out` exists already"), new_folder(path) as made:
         (made / "others").touch()
     assert (names(tmp_path), names(path)) == ({"out", "by_hand"}, {"weights"})
 

@@ -7,6 +7,7 @@ N num_blocks, I in_features, O out_features, R the rank.
 """
 
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from exporters.onnx_files.onnx_file import axes_by_name, optional_inputs, read_g
 from exporters.onnx_runtime import Arrays, import_onnxruntime
 from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import factor_names
-from melora_fx.files import write_atomically
+from melora_fx.files import made_folder, output_path, refuse_source, write_atomically, writing
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.checks import check_fingerprints, check_shapes
@@ -78,17 +79,21 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
     Args:
         adapter_dir: a folder written by `melora_fx.save_adapter`.
         onnx_path: the graph, exported with `adapter="swap"` from the same base.
-        out_path: the file to write.
+        out_path: the file to write; an .onnx_adapter file that is there is replaced.
 
     Raises:
         MELoRAError: for a graph that was not written by `export_onnx`, or is not swappable, an adapter that does not
-            fit it, or a file that cannot be written.
+            fit it, or a place that cannot be written, or holds another file.
     """
     ort = import_onnxruntime()
-    out_path = Path(out_path)
+    out_path = output_path(out_path)
     graph = read_graph(onnx_path)
     facts = facts_of(graph, onnx_path)
-    tensors = swap_tensors(read_adapter(adapter_dir), facts)
+    adapter = read_adapter(adapter_dir)
+    refuse_source(out_path, adapter.directory)
+    if os.path.isfile(out_path) and not _is_adapter_file(ort, out_path):
+        raise MELoRAError(f"`{out_path}` is there already, and no .onnx_adapter file: name another place")
+    tensors = swap_tensors(adapter, facts)
     check_inputs(adapter_dir, tensors, onnx_path, axes_by_name(optional_inputs(graph)))
     adapter_format = ort.AdapterFormat()
     adapter_format.set_adapter_version(1)
@@ -96,9 +101,20 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
     values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()}
     adapter_format.set_parameters(values)  # refers to the arrays, which must live until the export
     try:
-        write_atomically(out_path, lambda path: adapter_format.export_adapter(str(path)))
+        with writing(out_path), made_folder(out_path.parent):
+            write_atomically(out_path, lambda path: adapter_format.export_adapter(str(path)))
+    except MELoRAError:
+        raise
     except Exception as error:  # ONNX Runtime's own exception types are private
         raise MELoRAError(f"`{out_path}` cannot be written: {error}") from error
+
+
+def _is_adapter_file(ort: Any, path: Path) -> bool:
+    try:
+        ort.AdapterFormat.read_adapter(str(path))
+    except Exception:  # ONNX Runtime's own exception types are private
+        return False
+    return True
 
 
 def read_ort_adapter(path: str | Path, facts: GraphFacts) -> tuple[Any, Arrays]:

@@ -127,8 +127,8 @@ def _summarise(name: str, own: AdapterTensors) -> SiteSummary:
         out_features=config.num_blocks * own.lora_b.size(1),
         num_experts=own.num_experts,
         num_blocks=config.num_blocks,
-        rank=_shown(config.rank),
-        alpha=_shown(config.alpha),
+        rank=in_short(config.rank),
+        alpha=in_short(config.alpha),
         dtype=str(own.lora_b.dtype).removeprefix("torch."),
         total_rank=own.total_rank,
         used_rank=sum(ranks),
@@ -143,7 +143,7 @@ def _num_parameters(adapter: Adapter, sites: tuple[SiteSummary, ...]) -> int:
     )
 
 
-def _shown(value: float | tuple[float, ...]) -> str:
+def in_short(value: float | tuple[float, ...]) -> str:
     """A rank or an alpha: one number, or the range of several."""
     if isinstance(value, tuple):
         low, high = min(value), max(value)

@@ -5,7 +5,7 @@ options    options that several commands have, and the parsers of texts
 training   train, demo, match
 folding    fold, fold-onnx
 exporting  export
-adapters   adapter inspect, adapter to-ort
+adapters   adapter inspect, scale, add, average, compress, to-peft, from-peft, to-gguf, to-mlx, to-ort
 timing     bench
 terminal   errors, warnings and logs, as the user sees them
 """

@@ -13,7 +13,18 @@ import typer
 
 from melora_fx.versions import package_version
 
-from .adapters import adapter_to_ort, inspect_adapter
+from .adapters import (
+    adapter_from_peft,
+    adapter_to_gguf,
+    adapter_to_mlx,
+    adapter_to_ort,
+    adapter_to_peft,
+    add_updates,
+    average_updates,
+    compress_update,
+    inspect_adapter,
+    scale_update,
+)
 from .exporting import export
 from .folding import fold, fold_into_onnx
 from .terminal import quiet_pipe, tidy_terminal
@@ -34,6 +45,14 @@ _COMMANDS: tuple[Command, ...] = (
 )
 _ADAPTER_COMMANDS: tuple[Command, ...] = (
     ("inspect", inspect_adapter, "./adapter --base ./my-model"),
+    ("scale", scale_update, "./adapter --factor 0.5 -o ./half"),
+    ("add", add_updates, "./a ./b --weights 0.7,0.3 -o ./sum"),
+    ("average", average_updates, "./a ./b ./c -o ./mean"),
+    ("compress", compress_update, "./sum --rank 8 -o ./small"),
+    ("to-peft", adapter_to_peft, "./adapter -o ./peft-adapter --for vllm"),
+    ("from-peft", adapter_from_peft, "./peft-adapter -o ./adapter"),
+    ("to-gguf", adapter_to_gguf, "./adapter ./my-model -o adapter.gguf"),
+    ("to-mlx", adapter_to_mlx, "./adapter -o ./mlx-adapter"),
     ("to-ort", adapter_to_ort, "./adapter swap.onnx -o adapter.onnx_adapter"),
 )
 
@@ -77,6 +96,9 @@ def _options(
 def main() -> None:
     """Runs the command line; an error is one message on stderr, and its traceback with --debug."""
     arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
+    if "" in arguments:  # of an unset variable: as a path, it would be the working directory
+        print("error: an argument is empty: give it, or leave it out", file=sys.stderr)
+        sys.exit(1)
     is_debugging = len(arguments) < len(sys.argv[1:])
     with quiet_pipe(), contextlib.nullcontext() if is_debugging else tidy_terminal():
         app(arguments, prog_name=_NAME)

@@ -21,6 +21,14 @@ def numbers(text: str) -> list[int]:
         raise typer.BadParameter(f"{text!r} must be numbers, as in 1,8") from error
 
 
+def decimals(text: str) -> list[float]:
+    """Comma-separated numbers that need not be whole."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} must be numbers, as in 0.7,0.3") from error
+
+
 def axis_size(text: str) -> tuple[str, int]:
     """The size of an axis by its name."""
     name, _, size = text.partition("=")

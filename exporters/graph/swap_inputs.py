@@ -24,7 +24,7 @@ from torch import nn
 from exporters.adapters.ort_adapter import swap_tensors
 from exporters.onnx_files.metadata import GraphFacts
 from exporters.onnx_runtime import Arrays
-from melora_fx import MELoRAError, disabled
+from melora_fx import AdapterSite, MELoRAError, disabled
 from melora_fx.adapter.tensors import factor_names
 from melora_fx.rewriting.sites import is_disabled
 from melora_fx.saving.model_adapter import adapter_of, kept_tensor_names
@@ -50,7 +50,8 @@ def refuse_without_adapters(model: nn.Module, sites: Sites) -> None:
 @contextmanager
 def distinct_values(model: nn.Module, sites: Sites) -> Iterator[None]:
     """Inside the block the adapters and the modules kept trainable hold random values, afterwards their own again:
-    normal, of variance 1 / (values that a product sums), so that an update is about as large as its input.
+    normal, of variance 1 / (values that a product sums), so that an update is about as large as its input. Sites that
+    the model's adapter lacks have values too, and what is beyond its ranks stays zero.
 
     Exporters store tensors of equal values once, such as the zeros of every untrained B; inputs must stay apart.
     """
@@ -60,16 +61,32 @@ def distinct_values(model: nn.Module, sites: Sites) -> Iterator[None]:
     tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
     generator = torch.Generator().manual_seed(0)
     saved = [tensor.detach().clone() for tensor in tensors]
+    absent = [site.record for site in sites.values() if site.is_absent]
     with preserve_versions([tensor for tensor in tensors if not tensor.is_inference()]):  # the bits come back
         try:
             with torch.no_grad():
                 for tensor in tensors:
                     tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
+                for site in sites.values():
+                    _cut_to_rank(site)
+            for record in absent:
+                record.is_absent = False
             yield
         finally:
+            for record in absent:
+                record.is_absent = True
             with torch.no_grad():
                 for tensor, values in zip(tensors, saved, strict=True):
                     tensor.copy_(values)
+
+
+def _cut_to_rank(site: AdapterSite) -> None:
+    """Puts zeros beyond the rank of the site's adapter, where the model was rewritten with a larger one."""
+    rank = max(site.config.ranks)
+    if rank < site.lora_b.size(2):
+        cut = site.tensors.with_rank(rank).with_rank(site.lora_b.size(2))
+        site.lora_a.copy_(cut.lora_a)
+        site.lora_b.copy_(cut.lora_b)
 
 
 def own_values(export: Export) -> None:

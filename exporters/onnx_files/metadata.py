@@ -14,7 +14,7 @@ from melora_fx import AdapterSite, MELoRAConfig, MELoRAError
 from melora_fx.rewriting.module import class_name
 from melora_fx.saving.adapter import hash_adapter
 from melora_fx.saving.header import parse_json, parse_sites
-from melora_fx.saving.model_adapter import adapter_tensors, site_entries
+from melora_fx.saving.model_adapter import adapter_tensors, present_sites, site_entries
 from melora_fx.versions import package_version
 from melora_fx.whole_capture.conditions import Condition, Shaped
 
@@ -72,15 +72,16 @@ def describe(
         adapter, target: as for `export_onnx`; "none" for a graph of the base.
         is_swappable: whether the graph has no adapter of its own.
     """
-    configs = {name: site.config for name, site in sites.items()}
-    has_identity = bool(sites) and not is_swappable
+    described = sites if is_swappable else present_sites(sites)
+    has_identity = bool(described) and not is_swappable
+    configs = {name: site.record.file_config for name, site in described.items()}
     return {
         "format_version": _VERSION,
         "model": class_name(model),
         "adapter": adapter,
-        "adapter_sha256": hash_adapter(configs, adapter_tensors(model, sites)) if has_identity else "none",
+        "adapter_sha256": hash_adapter(configs, adapter_tensors(model, described)) if has_identity else "none",
         "target": target,
-        "sites": site_entries(sites),
+        "sites": site_entries(described),
         "versions": {package: package_version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
     }
 

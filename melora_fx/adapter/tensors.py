@@ -57,12 +57,26 @@ class AdapterTensors:
         dtype: torch.dtype = torch.float32,
     ) -> "AdapterTensors":
         """Fresh ones: A as `config.init` says, B zero."""
-        a_shape, b_shape = config.adapter_shapes(in_features, out_features, num_experts)
-        lora_a = torch.zeros(a_shape, device=device, dtype=dtype)
-        blocks = lora_a.view(num_experts, config.num_blocks, -1, max(config.ranks), a_shape[2])
+        own = cls.zeros(config, in_features, out_features, num_experts=num_experts, device=device, dtype=dtype)
+        blocks = own.lora_a.view(num_experts, config.num_blocks, -1, max(config.ranks), own.lora_a.size(2))
         for block, rank in enumerate(config.ranks):
             INITS[config.init](blocks[:, block, :, :rank])
-        return cls(config, lora_a, torch.zeros(b_shape, device=device, dtype=dtype))
+        return own
+
+    @classmethod
+    def zeros(
+        cls,
+        config: MELoRAConfig,
+        in_features: int,
+        out_features: int,
+        *,
+        num_experts: int = 1,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "AdapterTensors":
+        """Those of no update."""
+        shapes = config.adapter_shapes(in_features, out_features, num_experts)
+        return cls(config, *(torch.zeros(shape, device=device, dtype=dtype) for shape in shapes))
 
     @classmethod
     def of(cls, site: str, config: MELoRAConfig, tensors: Mapping[str, torch.Tensor]) -> "AdapterTensors":
@@ -89,6 +103,11 @@ class AdapterTensors:
         return self.num_experts * self.config.total_rank * len(self.part_sizes)
 
     @property
+    def in_features(self) -> int:
+        """I."""
+        return self.config.num_blocks * self.lora_a.size(2)
+
+    @property
     def part_sizes(self) -> tuple[int, ...]:
         """out_features of each part of `split`."""
         return self.config.parts(self.config.num_blocks * self.lora_b.size(1))
@@ -96,8 +115,8 @@ class AdapterTensors:
     def scaling(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """s_i of each block as (E·N, 1, 1), of `dtype` or that of B."""
         like = self.lora_b
-        scalings = torch.tensor(self.config.scalings, dtype=dtype or like.dtype, device=like.device)
-        return scalings.repeat(self.num_experts).view(-1, 1, 1)
+        scalings = self.config.scalings * self.num_experts
+        return torch.tensor(scalings, dtype=dtype or like.dtype, device=like.device).view(-1, 1, 1)
 
     def scaled_b(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """s_i B_i, computed in `dtype` or that of B, without gradients."""
@@ -119,8 +138,10 @@ class AdapterTensors:
             yield AdapterTensors(self.config, lora_a, lora_b)
 
     def with_rank(self, rank: int) -> "AdapterTensors":
-        """Copies of another largest rank: padded with zeros, or cut; without gradients."""
+        """Those of another largest rank: copies, padded with zeros or cut; of this rank the same; without gradients."""
         more = rank - self.lora_b.size(2)
+        if not more:
+            return AdapterTensors(self.config, self.lora_a.detach(), self.lora_b.detach())
         by_part = self.lora_a.detach().unflatten(1, (len(self.part_sizes), -1))
         lora_a = F.pad(by_part, (0, 0, 0, more)).flatten(1, 2)
         return AdapterTensors(self.config, lora_a, F.pad(self.lora_b.detach(), (0, more)))

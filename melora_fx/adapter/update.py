@@ -108,13 +108,18 @@ def add_update(
 
 
 def update_tiles(adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch) -> Iterator[Tile]:
-    """The tiles of `weight` (O, I) or (E, O, I), which together are its diagonal blocks; nothing is changed."""
+    """The tiles of `weight` (O, I) or (E, O, I), which together are its diagonal blocks; nothing is changed.
+
+    A matrix whose update is zero has none: the sum would make another value of -0 alone.
+    """
     for matrix, own in zip(matrices(weight), adapter.by_matrix(), strict=True):
         yield from _tiles_of_matrix(own, matrix, scratch)
 
 
 def _tiles_of_matrix(adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch) -> Iterator[Tile]:
     """`update_tiles` of one matrix (O, I)."""
+    if not adapter.lora_b.any():
+        return
     wide = torch.promote_types(torch.promote_types(adapter.lora_b.dtype, torch.float32), weight.dtype)
     rows = max(1, _tile_elements(weight.device) // weight.size(1))
     views = diagonal_blocks(weight, adapter.config.num_blocks, adapter.part_sizes)

@@ -78,6 +78,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         MELoRAError: where it has no safetensors weights, or a file is missing, truncated or corrupt.
     """
+    if not os.path.isdir(directory):
+        raise MELoRAError(f"`{directory}` is no folder: name that of a model")
     index = None
     if os.path.isfile(directory / SINGLE_FILE):
         names = [SINGLE_FILE]
@@ -126,12 +128,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """A file's metadata, and its tensors in the order of their bytes."""
     try:
-        with safe_open(path, framework="pt"):
-            pass  # checks the header and the length of the file
-        with path.open("rb") as file:
+        with path.open("rb") as file, safe_open(path, framework="pt"):  # which checks header and length
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise MELoRAError(f"`{path}` cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
         raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
     metadata = header.pop(METADATA, {})
     tensors = {}

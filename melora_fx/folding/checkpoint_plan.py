@@ -11,7 +11,7 @@ from melora_fx.load_model import refuse_missing
 from melora_fx.matching.keep_trainable import is_within
 from melora_fx.matching.targets import nearest
 from melora_fx.saving.adapter import Adapter
-from melora_fx.saving.checks import check_fingerprints, check_kept, check_shapes, kept_of
+from melora_fx.saving.checks import check_fingerprints, check_kept, check_shapes, kept_of, trained_apart
 
 from .checkpoint import DTYPES, FOLDED_KEY, Checkpoint, StoredTensor
 from .checkpoint_keys import KeyMap, map_keys
@@ -97,7 +97,9 @@ def _find_heads(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict
     for name, tensor in adapter.kept_tensors().items():
         if name in names.converted:
             lines.append(f"`{name}`: the checkpoint stores it in another form: fold in memory, and save")
-        keys = [names.keys[own] for own in (name, *names.tied.get(name, ())) if own in names.keys]
+        tied = names.tied.get(name, ())
+        lines += [f"{reason}" for other in tied if (reason := trained_apart(adapter, name, other))]
+        keys = [names.keys[own] for own in (name, *tied) if own in names.keys]
         heads |= dict.fromkeys(keys or [name], tensor)
     if lines:
         raise MELoRAError(f"`{adapter.directory}` cannot be folded into `{checkpoint.directory}`:\n" + "\n".join(lines))

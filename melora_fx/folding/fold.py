@@ -78,10 +78,13 @@ def check_fold(model: nn.Module) -> FoldReport:
     found = require_sites(model, "check_fold")
     refuse_folded(model, "check_fold")
     refuse_unfoldable(found)
+    adapter = adapter_of(model)
     scratch = Scratch()
     with torch.no_grad():
-        measured = [measure_fold(name, site.tensors, oriented_weight(site), scratch) for name, site in found.items()]
-    return make_report(measured, adapter_of(model).sha256)
+        measured = [
+            measure_fold(name, found[name].tensors, oriented_weight(found[name]), scratch) for name in adapter.configs
+        ]
+    return make_report(measured, adapter.sha256)
 
 
 @contextmanager

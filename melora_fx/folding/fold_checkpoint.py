@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from melora_fx.adapter.update import Scratch
-from melora_fx.errors import MELoRAError
-from melora_fx.files import lies_in, new_folder, writing
+from melora_fx.files import new_folder, output_path, refuse_occupied, refuse_source
 from melora_fx.names import default_labels
 from melora_fx.progress import show_progress
 from melora_fx.saving.adapter import Adapter
@@ -56,10 +55,11 @@ def fold_checkpoint(
             finite, or `out_dir` cannot be written. Nothing is written then.
     """
     base = Path(base_dir)
-    out = Path(out_dir)
+    out = output_path(out_dir)
     adapter = read_adapter(adapter_dir)
     checkpoint = open_checkpoint(base)
-    _refuse_place(base, out)
+    refuse_source(out, base)
+    refuse_occupied(out)
     plan = plan_fold(checkpoint, adapter)
     copied, notes = find_other_files(checkpoint)
     measured: list[SiteFold] = []
@@ -77,18 +77,6 @@ def fold_checkpoint(
         _write_index(checkpoint, made, written, sha256)
         _write_config(checkpoint, made, adapter)
     return make_report(measured, sha256, notes)
-
-
-def _refuse_place(base: Path, out: Path) -> None:
-    """Raises MELoRAError where `out` is taken, or belongs to the base."""
-    with writing(out):  # the system may refuse the very name
-        occupied = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
-    if lies_in(out, base):
-        raise MELoRAError(
-            f"`{out}` is the base's own folder, or in it: a fold needs one of its own, and keeps the base"
-        )
-    if occupied:
-        raise MELoRAError(f"`{out}` exists already: remove it, or name another folder")
 
 
 def _fold_bytes(

@@ -64,6 +64,8 @@ def trained_bases(model: nn.Module, kept: Collection[str], weights: Mapping[str,
         kept: names of what is kept trainable.
         weights: site → its base weight.
     """
+    if not kept:
+        return []
     spans = {name: span_of(weight) for name, weight in weights.items()}
     return [
         f"`{name}` is kept trainable and shares its weight with `{site}`, which has an adapter: its base would change"

@@ -33,8 +33,8 @@ def record_values(model: nn.Module, sites: Collection[str] = ()) -> dict[str, Su
 
 def changed_values(model: nn.Module, recorded: Mapping[str, Sums]) -> list[str]:
     """Names of the tensors whose values are other ones than when they were `recorded`."""
-    present = record_values(model)
-    return [name for name, sums in recorded.items() if name in present and _differ(sums, present[name])]
+    present = dict(_readable(model))
+    return [name for name, sums in recorded.items() if name in present and _differ(sums, _sums(present[name]))]
 
 
 def _readable(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -49,6 +49,8 @@ def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: 
     )
     for kind, tensor in fresh.factors.items():
         setattr(owner, record.attribute(kind), nn.Parameter(tensor, old.factors[kind].requires_grad))
+    record.is_absent = False
+    record.saved_config = None
 
 
 def _refill_scaling(module: nn.Module, record: SiteRecord) -> None:

@@ -69,6 +69,11 @@ class AdapterSite:
         return AdapterTensors(self.config, self.lora_a, self.lora_b)
 
     @property
+    def is_absent(self) -> bool:
+        """Whether the adapter that was loaded last lacks the site: A and B are zero, in training too, and not saved."""
+        return self.record.is_absent
+
+    @property
     def num_experts(self) -> int:
         """How many matrices the weight is a stack of; 1 for a matrix."""
         return num_matrices(self.record.matrices_of(self.weight))

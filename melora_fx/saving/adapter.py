@@ -26,9 +26,11 @@ class Adapter:
         fingerprints: of each site's base weight; a site without one is not checked.
         transposed: whether each site's base weight is (I, O); a site without an entry was saved before this was.
         kept: names of the modules and parameters that were kept trainable.
-        model: class of the model that it was trained in and its number of labels, as far as known.
+        model: class of the model that it was trained in and its number of labels, as far as known, and which of its
+            tensors are tied to the kept ones.
         tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
         row_dims: as in `as_matrices`, of the sites that have any.
+        parameters: a weight's name in its module, of the sites where it is not `weight`.
         header: the whole header of its file.
     """
 
@@ -40,7 +42,13 @@ class Adapter:
     model: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(repr=False)
     row_dims: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
     header: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program has trained it, and it has not been saved from a model since."""
+        return any(base.get("without_values") == "imported" for base in self.fingerprints.values())
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -67,8 +75,8 @@ class Adapter:
         is_square = matrices.size(-2) == matrices.size(-1)
         if is_transposed is None and is_square:
             raise MELoRAError(
-                f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter "
-                "saved by an early version does not say: load it into the model and save it again"
+                f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter of "
+                "another program, or saved by an early version, does not say: load it into the model and save it again"
             )
         blocks, _, width = self.tensors_of(site).lora_a.shape
         is_wide = blocks // num_matrices(matrices) * width != matrices.size(-1)
@@ -103,5 +111,5 @@ def _hash(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
 from melora_fx.errors import MELoRAError
 from melora_fx.files import made_folder, write_together, writing
@@ -19,7 +18,7 @@ from melora_fx.versions import package_version
 
 from .adapter import Adapter, hash_file
 from .header import FORMAT_VERSION, parse_header
-from .tensor_file import read_metadata, write_tensors
+from .tensor_file import read_tensors, write_tensors
 from .well_formed import refuse_malformed
 
 TENSORS_FILE = "adapter.safetensors"
@@ -38,7 +37,14 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
             another format, or not what `save_adapter` writes; where a value is NaN or infinite.
     """
     path = Path(directory) / TENSORS_FILE
-    text, tensors = _read_file(path)
+    tensors, metadata = read_tensors(path, "an adapter folder")
+    if _HEADER_KEY not in metadata:
+        raise MELoRAError(f"`{path}` was not written by `save_adapter`: its header has no `{_HEADER_KEY}` entry")
+    return _checked(path, metadata[_HEADER_KEY], tensors)
+
+
+def _checked(path: Path, text: str, tensors: dict[str, torch.Tensor]) -> Adapter:
+    """The adapter of a header and tensors; `path` names it in error texts."""
     try:
         header = parse_header(text)
     except (ValueError, TypeError) as error:
@@ -52,6 +58,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
         model=header.model,
         tensors=tensors,
         row_dims={name: site.row_dims for name, site in header.sites.items() if site.row_dims is not None},
+        parameters={name: site.parameter for name, site in header.sites.items() if site.parameter is not None},
         header=header.content,
     )
     refuse_malformed(adapter)
@@ -63,25 +70,9 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
     return adapter
 
 
-def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """The header's text and the tensors."""
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise MELoRAError(f"`{path.parent}` is not an adapter folder: it has no {TENSORS_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise MELoRAError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        tensors = dict(sorted(load(data).items()))  # it checks where they lie, and copies them in a random order
-        metadata = read_metadata(data)
-    except Exception as error:  # safetensors and torch raise many kinds
-        raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
-    if _HEADER_KEY not in metadata:
-        raise MELoRAError(f"`{path}` was not written by `save_adapter`: its header has no `{_HEADER_KEY}` entry")
-    return metadata[_HEADER_KEY], tensors
-
-
-def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+def write_adapter(
+    directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any], *, is_foreign: bool = False
+) -> None:
     """Writes an adapter folder; made where there is none. A crash leaves the old adapter or the new one.
 
     One adapter gives the same bytes each time.
@@ -90,15 +81,18 @@ def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], header: dic
         directory: the folder.
         tensors: as in `Adapter.tensors`.
         header: "sites", "kept" and "model"; format and versions are added.
+        is_foreign: what another program has made is checked first, as `read_adapter` does.
 
     Raises:
-        MELoRAError: for a folder that cannot be written.
+        MELoRAError: for a folder that cannot be written, and for what is foreign and no adapter.
     """
     versions = {"torch": torch.__version__, "melora_fx": package_version("melora_fx")}
     on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     content = {"format_version": FORMAT_VERSION, "versions": versions} | header
     content |= {"sha256": hash_file(content, on_cpu)}
-    text = json.dumps(content, indent=2)
+    text = json.dumps(content)
+    if is_foreign:
+        _checked(directory / TENSORS_FILE, text, on_cpu)
     metadata = {"format": "pt", _HEADER_KEY: text}
     with writing(directory), made_folder(directory):
         write_together(

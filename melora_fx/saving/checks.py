@@ -101,6 +101,20 @@ def check_kept(adapter: Adapter, own: Mapping[str, torch.Tensor], base: str = "t
         raise MELoRAError(f"the trained modules of `{adapter.directory}` do not fit {base}:\n" + "\n".join(lines))
 
 
+def trained_apart(adapter: Adapter, name: str, other: str) -> str | None:
+    """Why two tensors that a base ties cannot be what the adapter has trained, or None: other programs untie them.
+
+    `name`: one that was kept trainable. `other`: what it is tied to.
+    """
+    kept = adapter.kept_tensors()
+    is_apart = not torch.equal(kept[name], kept[other]) if other in kept else adapter.is_foreign
+    if not is_apart:
+        return None
+    return (
+        f"`{name}` was trained apart from `{other}`, to which the base ties it: merge the adapter where it was trained"
+    )
+
+
 def kept_of(adapter: Adapter, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those of a base's tensors, by name, that belong to what the adapter keeps trainable."""
     return {name: tensor for name, tensor in tensors.items() if any(is_within(name, kept) for kept in adapter.kept)}

@@ -1,7 +1,7 @@
 """An adapter's header: JSON of which every value is checked before it is used, whoever has written it.
 
     {"format_version": 2, "sha256": …, "versions": {…}, "kept": […], "model": {…},
-     "sites": {NAME: {"config": {…}, "base": {…}, "is_transposed": …, "row_dims": …}}}
+     "sites": {NAME: {"config": {…}, "base": {…}, "is_transposed": …, "row_dims": …, "parameter": …}}}
 
 `base` is the fingerprint of the base weight. One without `values` says in `without_values` why. The description that an
 exported graph has of its sites is the same, and is read here too.
@@ -28,8 +28,8 @@ _KEYS = {
     2: {"format_version", "versions", "sites", "kept", "model", "sha256"},
 }
 _OPTIONAL_KEYS = {"versions"}
-_SITE_KEYS = {"config", "base", "is_transposed", "row_dims"}
-_MODEL_KEYS = {"class", "num_labels", "labels", "pad_token_id"}
+_SITE_KEYS = {"config", "base", "is_transposed", "row_dims", "parameter"}
+_MODEL_KEYS = {"class", "num_labels", "labels", "pad_token_id", "tied", "shared"}
 _MAX_LABELS = 1 << 20
 _MAX_ELEMENTS = 1 << 48
 _LARGEST_FLOAT = torch.finfo(torch.float64).max
@@ -44,12 +44,14 @@ class SiteHeader:
         base: the fingerprint of its base weight; empty where a file of format 1 has none.
         is_transposed: whether the base weight is (I, O); None in files from before this was recorded.
         row_dims: as in `adapter.tensors.as_matrices`.
+        parameter: the weight's name in its module; None where it is `weight`, or a file does not say.
     """
 
     config: MELoRAConfig
     base: dict[str, Any]
     is_transposed: bool | None = None
     row_dims: int | None = None
+    parameter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,10 @@ def _site(name: str, entry: Any) -> SiteHeader:
             raise TypeError(f"`is_transposed` must be true or false, got {_shown(is_transposed)}")
         if row_dims is not None and _integer("`row_dims`", row_dims, 1, 2) and len(entry["base"]["shape"]) != 3:
             raise ValueError("`row_dims` is for weights of three dimensions")
-        return SiteHeader(config, _fingerprint(entry.get("base")), is_transposed, row_dims)
+        parameter = entry.get("parameter")
+        if parameter is not None and not f".{name}".endswith(f".{_text('`parameter`', parameter, 4096)}"):
+            raise ValueError(f"`parameter` (={_shown(parameter)}) is not the end of the site's name")
+        return SiteHeader(config, _fingerprint(entry.get("base")), is_transposed, row_dims, parameter)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{where}: {_cut(str(error))}") from error
 
@@ -178,6 +183,10 @@ def _model(facts: Any) -> dict[str, Any]:
         _integer("`model.num_labels`", facts["num_labels"], 0, _MAX_LABELS)
     if facts.get("pad_token_id") is not None:
         _integer("`model.pad_token_id`", facts["pad_token_id"], -1, 1 << 31)
+    for fact in ("tied", "shared"):
+        for name, others in _dict(f"`model.{fact}`", facts.get(fact, {})).items():
+            for each in (name, *_list(f"`model.{fact}`", others)):
+                _text(f"a name in `model.{fact}`", each, 4096)
     labels = facts.get("labels")
     if labels is not None:
         for label in _list("`model.labels`", labels):

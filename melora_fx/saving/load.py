@@ -12,17 +12,18 @@ from melora_fx.adapter.tensors import DROPOUT, AdapterTensors
 from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.config import MELoRAConfig
 from melora_fx.errors import MELoRAError
-from melora_fx.names import site_of, without_wrappers
+from melora_fx.names import site_of, unwrap, without_wrappers
 from melora_fx.rewriting.rewrite import rewrite
 from melora_fx.rewriting.sites import AdapterSite, refuse_folded, sites
+from melora_fx.shared_memory import sharing_parameters
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 from melora_fx.whole_capture.example_inputs import ExampleInputs
 
 from .adapter import Adapter
 from .adapter_file import read_adapter
-from .checks import check_base, check_sites, check_trained_bases, kept_of
+from .checks import check_base, check_sites, check_trained_bases, kept_of, trained_apart
 from .fingerprint import fingerprint
-from .model_adapter import kept_tensor_names, tensors_by_name
+from .model_adapter import kept_tensor_names, shared_modules, tensors_by_name
 
 
 def load_adapter(
@@ -34,8 +35,15 @@ def load_adapter(
 ) -> nn.Module:
     """The model with the adapter of a folder.
 
-    A plain model is rewritten as the adapter says; in a rewritten one values and scaling are exchanged in place,
-    without a recompile: smaller ranks are padded with zeros.
+    A plain model is rewritten as the adapter says. In a rewritten one values and scaling are exchanged in place,
+    without a recompile. What the adapter has less of, ranks or whole sites, becomes zero in A and in B, so that it has
+    no gradient: the model computes, trains and saves the adapter that it was given, and has the sites for a later one
+    that has them. An optimizer remembers the adapter from before: make a new one. A `state_dict` holds A and B without
+    their scaling: one from before belongs to the adapter from before.
+
+    Lowering and dropout are the graph's: the adapter's `dropout` is taken over where the model was rewritten with one
+    above 0, and compiles a model that is compiled in training mode once more; a model without trains without. Saved
+    again, the adapter has its own.
 
     Args:
         model: a plain or a rewritten model.
@@ -44,16 +52,17 @@ def load_adapter(
 
     Raises:
         MELoRAError: for a folder that cannot be read, an adapter of another model (each key is named) or with another
-            base weight, or one whose blocks or ranks do not fit a rewritten model; nothing is changed then.
+            base weight, or one whose blocks, ranks or trained modules do not fit a rewritten model; nothing is changed
+            then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}: `rewrite` gives one")
     adapter = read_adapter(directory)
     refuse_folded(model, "load_adapter")
-    if not sites(model):
-        return _load_into_plain(model, adapter, example_inputs, dynamic_axes)
-    _load_into_rewritten(model, adapter)
-    return model
+    if found := sites(model):
+        _load_into_rewritten(model, found, adapter)
+        return model
+    return _load_into_plain(model, adapter, example_inputs, dynamic_axes)
 
 
 def _load_into_plain(
@@ -68,7 +77,7 @@ def _load_into_plain(
     }
     kept = [f"re:{re.escape(name)}" for name in adapter.kept]
     rewritten = rewrite(model, targets, example_inputs=example_inputs, dynamic_axes=dynamic_axes, keep_trainable=kept)
-    _copy_values(rewritten, adapter)
+    _copy_values(rewritten, sites(rewritten), adapter)
     return rewritten
 
 
@@ -77,25 +86,37 @@ def _for_any_base(config: MELoRAConfig) -> MELoRAConfig:
     return dataclasses.replace(config, lowering="auto") if config.lowering == "weight" else config
 
 
-def _load_into_rewritten(model: nn.Module, adapter: Adapter) -> None:
-    found = sites(model)
+def _load_into_rewritten(model: nn.Module, found: Mapping[str, AdapterSite], adapter: Adapter) -> None:
     check_sites(adapter, found)
-    absent = [name for name in found if name not in adapter.configs]
-    if absent:
-        raise MELoRAError(f"`{adapter.directory}` has nothing for these sites of the model: {', '.join(absent)}")
-    for name, site in found.items():
-        _refuse_other_blocks(name, site, adapter.configs[name])
+    for name, config in adapter.configs.items():
+        _refuse_other_blocks(name, found[name], config)
     _refuse_other_heads(model, adapter)
-    weights = {name: site.weight for name, site in found.items()}
+    weights = {name: found[name].weight for name in adapter.configs}
     _check_model(adapter, model, weights)
-    _copy_values(model, adapter)
+    _copy_values(model, found, adapter)
 
 
 def _check_model(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Raises MELoRAError for a model with another base than the adapter's; `weights` are those of its sites."""
-    kept = kept_of(adapter, tensors_by_name(model))
+    kept = kept_of(adapter, tensors_by_name(model)) if adapter.kept else {}
     check_base(adapter, weights, {name: fingerprint(weight) for name, weight in weights.items()}, kept)
     check_trained_bases(adapter, model, weights)
+    if adapter.kept:
+        _refuse_ties(adapter, model)
+    if adapter.is_foreign and (shared := shared_modules(model, [*adapter.configs, *adapter.kept])):
+        raise MELoRAError(
+            f"`{adapter.directory}` does not fit the model: "
+            + "; ".join(f"`{name}` is one module of several names ({', '.join(own)})" for name, own in shared.items())
+            + ": other programs adapt it under one of them alone; merge the adapter where it was trained"
+        )
+
+
+def _refuse_ties(adapter: Adapter, model: nn.Module) -> None:
+    """Raises MELoRAError where the adapter has trained apart what is tied in the model, as other programs do."""
+    tied = sharing_parameters(unwrap(model))
+    pairs = [(name, other) for name in adapter.kept_tensors() for other in tied.get(name, ())]
+    if lines := [reason for name, other in pairs if (reason := trained_apart(adapter, name, other))]:
+        raise MELoRAError(f"`{adapter.directory}` does not fit the model:\n" + "\n".join(lines))
 
 
 def _refuse_other_blocks(name: str, site: AdapterSite, saved: MELoRAConfig) -> None:
@@ -124,28 +145,39 @@ def _refuse_other_heads(model: nn.Module, adapter: Adapter) -> None:
         )
 
 
-def _copy_values(model: nn.Module, adapter: Adapter) -> None:
+def _copy_values(model: nn.Module, found: Mapping[str, AdapterSite], adapter: Adapter) -> None:
     with torch.no_grad():
-        for name, site in sites(model).items():
-            _copy_site(site, adapter.tensors_of(name))
-        own = tensors_by_name(model)
+        for name, site in found.items():
+            if name in adapter.configs:
+                _copy_site(site, adapter.tensors_of(name))
+            else:
+                _empty_site(site)
+        own = tensors_by_name(model) if adapter.kept else {}
         for name, tensor in adapter.kept_tensors().items():
             own[name].copy_(tensor)
 
 
 def _copy_site(site: AdapterSite, saved: AdapterTensors) -> None:
     """Puts values and configuration in the place of the site's own; what the saved ranks leave over becomes zero."""
-    config = saved.config
     padded = saved.with_rank(site.lora_b.size(2))
     site.lora_a.copy_(padded.lora_a)
     site.lora_b.copy_(padded.lora_b)
     site.scaling.copy_(saved.scaling(site.scaling.dtype))
     dropout = getattr(site.owner, site.record.attribute(DROPOUT), None)
     if dropout is not None:
-        dropout.p = config.dropout
-    else:  # the graph has no dropout node, and values are exchanged without touching it
-        config = dataclasses.replace(config, dropout=0.0)
-    site.record.config = dataclasses.replace(config, lowering=site.config.lowering)
+        dropout.p = saved.config.dropout
+    rate = 0.0 if dropout is None else saved.config.dropout  # values are exchanged without touching the graph
+    config = dataclasses.replace(saved.config, dropout=rate, lowering=site.config.lowering)
+    site.record.config = config
+    site.record.saved_config = saved.config if saved.config != config else None
+    site.record.is_absent = False
+
+
+def _empty_site(site: AdapterSite) -> None:
+    """Puts zeros into the place of the site's values; each factor's gradient is zero with the other."""
+    site.lora_a.zero_()
+    site.lora_b.zero_()
+    site.record.is_absent = True
 
 
 def _plain_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """What of a rewritten model belongs to its adapter: the tensors of sites and what was kept trainable, by name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,55 @@ from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.changes import changed_values
 from melora_fx.rewriting.marks import root_marks
 from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
+from melora_fx.shared_memory import sharing_parameters
 
 from .adapter import Adapter
 from .fingerprint import fingerprint
 
+_STALE = (
+    "it was written after `load_adapter`, by an optimizer that remembers the larger adapter from before, or by "
+    "`load_state_dict`; make a new optimizer after loading, and load adapters by `load_adapter`"
+)
+
 
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of a rewritten model as if it had been saved and read; base weights are not checked."""
+    found = present_sites(sites(model))
     return Adapter(
         directory=Path(),
-        configs={name: site.config for name, site in sites(model).items()},
+        configs={name: site.record.file_config for name, site in found.items()},
         fingerprints={},
         transposed={},
         kept=kept_names(model),
         model={},
-        tensors=adapter_tensors(model),
+        tensors=adapter_tensors(model, found),
     )
 
 
-def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite] | None = None) -> dict[str, torch.Tensor]:
+def present_sites(found: Mapping[str, AdapterSite]) -> dict[str, AdapterSite]:
+    """Those of a model's sites that its adapter has: not those that the one loaded last lacks.
+
+    Raises:
+        MELoRAError: where such a site holds values all the same.
+    """
+    for name, site in found.items():
+        if site.is_absent and (site.lora_a.detach().any() or site.lora_b.detach().any()):
+            raise MELoRAError(f"`{name}` holds values, and the adapter that was loaded lacks it: {_STALE}")
+    return {name: site for name, site in found.items() if not site.is_absent}
+
+
+def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite]) -> dict[str, torch.Tensor]:
     """What an adapter folder of `model` holds: `<site>.lora_a`, `<site>.lora_b`, and what was kept trainable.
 
     Cut to the largest rank of each site's configuration: an adapter that was loaded into a larger one is as it was.
-    `found`: the model's sites, where they are known.
+    `found`: its `present_sites`.
     """
     tensors = _kept_tensors(model)
-    for name, site in (sites(model) if found is None else found).items():
+    for name, site in found.items():
         rank = max(site.config.ranks)
         tensors |= site.tensors.with_rank(rank).named(name)
         if site.lora_b.detach()[:, :, rank:].any():
-            raise MELoRAError(
-                f"`{name}` holds values beyond its rank {rank}: an optimizer that remembers the larger adapter from "
-                "before `load_adapter` has written there; make a new optimizer after loading"
-            )
+            raise MELoRAError(f"`{name}` holds values beyond its rank {rank}: {_STALE}")
     return tensors
 
 
@@ -55,10 +71,11 @@ def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
     """
     return {
         name: {
-            "config": site.config.to_dict(),
+            "config": site.record.file_config.to_dict(),
             "base": fingerprint(site.weight),
             "is_transposed": site.weight_is_transposed,
             **({} if site.record.row_dims is None else {"row_dims": site.record.row_dims}),
+            **({} if site.record.parameter_name == "weight" else {"parameter": site.record.parameter_name}),
         }
         for name, site in found.items()
     }
@@ -75,6 +92,23 @@ def kept_names(model: nn.Module) -> tuple[str, ...]:
 def kept_tensor_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the tensors that were kept trainable, and of the buffers of modules that were."""
     return tuple(_kept_tensors(model))
+
+
+def tied_to_kept(model: nn.Module) -> dict[str, list[str]]:
+    """Name of each tensor that was kept trainable → the names of others that it is tied to."""
+    kept = _kept_tensors(model)
+    tied = sharing_parameters(unwrap(model)) if kept else {}
+    return {name: others for name in kept if (others := [other for other in tied.get(name, ()) if other not in kept])}
+
+
+def shared_modules(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Site or module → all the names that its module has in the model, of those that have several."""
+    paths: dict[int, list[str]] = {}
+    for path, module in unwrap(model).named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(without_wrappers(path))
+    others = {path: own for own in paths.values() if len(own) > 1 for path in own}
+    modules = {name: name if name in others else name.rpartition(".")[0] for name in names}
+    return {name: others[path] for name, path in modules.items() if path in others}
 
 
 def left_out(model: nn.Module) -> list[str]:
@@ -97,6 +131,8 @@ def left_out(model: nn.Module) -> list[str]:
 
 def _kept_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     kept = kept_names(model)
+    if not kept:
+        return {}
     return {
         name: tensor for name, tensor in tensors_by_name(model).items() if any(is_within(name, each) for each in kept)
     }

@@ -2,34 +2,43 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from melora_fx.errors import MELoRAError
+from melora_fx.files import output_path
 from melora_fx.names import default_labels, first_of
 from melora_fx.rewriting.module import class_name
 from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, warn_of_lost_sites
 
 from .adapter_file import write_adapter
-from .model_adapter import adapter_tensors, kept_names, left_out, site_entries
+from .model_adapter import (
+    adapter_tensors,
+    kept_names,
+    left_out,
+    present_sites,
+    shared_modules,
+    site_entries,
+    tied_to_kept,
+)
 from .well_formed import non_finite_names, padding_is_used
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes the adapters of `model`, and what was kept trainable, to a folder; made where there is none.
 
-    A crash leaves the old files or the new ones. The files of one adapter are the same each time. Warns of what is not
-    saved although it can be trained, such as a bias that was unfrozen, or has changed since `rewrite`, such as the
-    statistics of a BatchNorm: `rewrite(…, keep_trainable=[…])` names what travels with the adapter.
+    A crash leaves the old files or the new ones. The files of one adapter are the same each time, also after
+    `load_adapter` into a model of more sites or larger ranks. Warns of what is not saved although it can be trained,
+    such as a bias that was unfrozen, or has changed since `rewrite`, such as the statistics of a BatchNorm:
+    `rewrite(…, keep_trainable=[…])` names what travels with the adapter.
 
     Raises:
-        MELoRAError: for a plain model, an adapter or base weights that are not finite, or a folder that cannot be
-            written.
+        MELoRAError: for a plain model, an adapter or base weights that are not finite, values where the adapter that
+            was loaded has none, or a folder that cannot be written.
     """
     found = require_sites(model, "save_adapter")
     warn_of_lost_sites(model, found)
@@ -37,6 +46,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if lines:
         raise MELoRAError("cannot save:\n" + "\n".join(lines))
     refuse_folded(model, "save_adapter")
+    found = present_sites(found)
     entries = site_entries(found)
     unread = [f"`{name}`" for name, entry in entries.items() if "values" not in entry["base"]]
     if unread:
@@ -50,7 +60,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             f"{_listed(spoilt)}: a block holds values beyond its own rank, which no training puts there: fill only the "
             "first `rank[i]` rows of A and columns of B of block i"
         )
-    tensors = adapter_tensors(model)
+    tensors = adapter_tensors(model, found)
     _refuse_non_finite(entries, tensors)
     if lost := left_out(model):
         warnings.warn(
@@ -58,8 +68,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "them in its `keep_trainable`, buffers by their module",
             stacklevel=2,
         )
-    header = {"sites": entries, "kept": list(kept_names(model)), "model": _model_facts(model)}
-    write_adapter(Path(directory), tensors, header)
+    header = {"sites": entries, "kept": list(kept_names(model)), "model": _model_facts(model, found)}
+    write_adapter(output_path(directory), tensors, header)
 
 
 def _refuse_non_finite(entries: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -73,10 +83,10 @@ def _refuse_non_finite(entries: Mapping[str, Any], tensors: Mapping[str, torch.T
         raise MELoRAError(f"the base weights of {_listed(names)} hold NaN or infinity: load the model again")
 
 
-def _model_facts(model: nn.Module) -> dict[str, Any]:
+def _model_facts(model: nn.Module, found: Iterable[str]) -> dict[str, Any]:
     """What a plain model must be loaded with so that the adapter fits and its users find what they need.
 
-    Names of labels are left out where they say nothing, as LABEL_0 does.
+    `found`: its sites. Names of labels are left out where they say nothing, as LABEL_0 does.
     """
     config = getattr(model, "config", None)
     num_labels = getattr(config, "num_labels", None)
@@ -87,6 +97,10 @@ def _model_facts(model: nn.Module) -> dict[str, Any]:
             facts["labels"] = [str(label) for label in labels]
     if isinstance(pad_token_id := getattr(config, "pad_token_id", None), int):
         facts["pad_token_id"] = pad_token_id
+    if tied := tied_to_kept(model):
+        facts["tied"] = tied
+    if shared := shared_modules(model, [*found, *kept_names(model)]):
+        facts["shared"] = shared
     return facts
 
 

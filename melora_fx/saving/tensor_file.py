@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
+
+from melora_fx.errors import MELoRAError
+from melora_fx.files import read_bytes
 
 METADATA = "__metadata__"
 """Key in a header of the metadata: strings by name."""
@@ -41,10 +44,23 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             file.write(data)
 
 
-def read_metadata(data: bytes) -> dict[str, str]:
-    """The metadata in the bytes of a safetensors file, whose form safetensors has checked."""
-    length = int.from_bytes(data[:8], "little")
-    return dict(json.loads(data[8 : 8 + length]).get(METADATA) or {})
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file, copies in the order of their names, and its metadata.
+
+    Args:
+        path: the file.
+        kind: as in `read_bytes`.
+
+    Raises:
+        MELoRAError: where it is missing, truncated or corrupt, or cannot be read.
+    """
+    data = read_bytes(path, kind)
+    try:
+        tensors = load(data)  # which checks where they lie in the file, and copies them in a random order
+        length = int.from_bytes(data[:8], "little")
+        return dict(sorted(tensors.items())), dict(json.loads(data[8 : 8 + length]).get(METADATA) or {})
+    except Exception as error:  # safetensors and torch raise many kinds
+        raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
 
 
 def serialise(tensor: torch.Tensor) -> tuple[Entry, bytes]:

@@ -3,6 +3,7 @@
 This is what can be said without a model; `checks` says whether it belongs to one.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from melora_fx.names import first_of
 
 from .adapter import Adapter
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 """Of buffers beside what is trained, such as the counter of a BatchNorm."""
 
@@ -36,7 +37,12 @@ def refuse_non_finite(adapter: Adapter) -> None:
 
 def non_finite_names(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
-    return [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    return [name for name, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """By its extremes, which are NaN where any value is: a pass that writes nothing."""
+    return not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor.detach()))
 
 
 def _wrong_names(adapter: Adapter) -> Iterator[str]:
@@ -62,7 +68,7 @@ def _wrong_sites(adapter: Adapter) -> Iterator[str]:
 def _fault(own: AdapterTensors) -> str | None:
     """What is wrong with the tensors of a site by themselves, or None."""
     for name, tensor in own.factors.items():
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             return f"{name} holds {tensor.dtype}, not floating point numbers"
         if tensor.dim() != 3 or not tensor.numel():
             return f"{name} is {tuple(tensor.shape)}, not of three dimensions"
@@ -94,7 +100,7 @@ def padding_is_used(own: AdapterTensors) -> bool:
 
 def _wrong_kept(adapter: Adapter) -> Iterator[str]:
     for name, tensor in adapter.kept_tensors().items():
-        if tensor.dtype not in (*_FLOATS, *_INTEGERS):
+        if tensor.dtype not in (*FLOATS, *_INTEGERS):
             yield f"`{name}` holds {tensor.dtype}, which no trained module has"
 
 

@@ -151,6 +151,16 @@ def test_a_base_that_is_not_finite_is_the_bases_own_matter() -> None:
     assert non_finite(filled(CONFIG), weight) is None
 
 
+def test_an_update_of_zeros_leaves_every_bit() -> None:
+    """Of a stack, too, the matrices whose update is zero: -0 stays what it is."""
+    stacked = AdapterTensors.new(CONFIG, IN, OUT, num_experts=2)
+    stacked.lora_b[: len(CONFIG.ranks)] = filled(CONFIG).lora_b
+    weight = torch.full((2, OUT, IN), -0.0)
+    add_update(stacked, weight)
+    assert weight[0].any()
+    assert torch.equal(weight[1].view(torch.int32), torch.full((OUT, IN), -0.0).view(torch.int32))
+
+
 IN_PLACE = """
 import sys, torch
 from melora_fx import MELoRAConfig

@@ -5,6 +5,7 @@ before anything is written.
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def test_tensors(consumer: Consumer, case: str, bases: Bases, adapter: Path, tmp
 
 
 def test_every_flipped_bit_is_noticed(adapter: Path) -> None:
+    """But for those that nothing is read from, as in safetensors' own `format`, and other spellings of a number."""
+    whole = read_adapter(adapter)
     data = (adapter / TENSORS).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     generator = np.random.default_rng(0)
@@ -147,8 +150,13 @@ def test_every_flipped_bit_is_noticed(adapter: Path) -> None:
         damaged = bytearray(data)
         damaged[position] ^= 1 << int(generator.integers(8))
         (adapter / TENSORS).write_bytes(damaged)
-        with pytest.raises(MELoRAError):
-            read_adapter(adapter)
+        if position >= start:
+            with pytest.raises(MELoRAError):
+                read_adapter(adapter)
+        else:
+            with suppress(MELoRAError):
+                read = read_adapter(adapter)
+                assert (read.header, read.sha256) == (whole.header, whole.sha256)
 
 
 def test_changed_tensors_are_named_as_such(adapter: Path) -> None:

@@ -1,5 +1,6 @@
 """One session, many adapters: optional inputs of any rank, and ONNX Runtime's own adapter files."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torch import nn
 
 import melora_fx
 from exporters import OrtRunner, TorchRunner, export_onnx, write_ort_adapter
+from exporters.onnx_files.metadata import read_facts
 from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx.saving.adapter_file import read_adapter
 
 
 def adapted(seed: int, rank: int = 2, targets: object = "all-linear") -> nn.Module:
@@ -161,6 +164,18 @@ def test_a_graph_without_swappable_adapters_is_refused(tower_folder: Path, expor
     assert not list(tmp_path.iterdir())
 
 
+def test_files_that_are_read_are_kept(tower_folder: Path, tower_swap: str, tmp_path: Path) -> None:
+    adapter, graph = tmp_path / "adapter", tmp_path / "graph" / Path(tower_swap).name
+    shutil.copytree(tower_folder / "adapter", adapter)
+    shutil.copytree(Path(tower_swap).parent, graph.parent)
+    files = [*adapter.iterdir(), *graph.parent.iterdir()]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        with pytest.raises(MELoRAError, match="name another place"):
+            write_ort_adapter(adapter, graph, file)
+    assert [file.read_bytes() for file in files] == before
+
+
 def test_a_broken_adapter_file_is_refused(tower_swap: str, tmp_path: Path) -> None:
     (tmp_path / "a.onnx_adapter").write_bytes(b"nonsense")
     with pytest.raises(MELoRAError, match=r"not an \.onnx_adapter file"):
@@ -197,3 +212,24 @@ def test_parts_of_packed_projections_cannot_be_inputs(tmp_path: Path) -> None:
 def test_swap_needs_sites(tmp_path: Path) -> None:
     with pytest.raises(MELoRAError, match="needs a rewritten model"):
         export_onnx(tower(), {"x": randn(2, 24)}, tmp_path, adapter="swap")
+
+
+@pytest.mark.slow
+def test_a_model_that_holds_a_smaller_adapter_is_exported(tmp_path: Path) -> None:
+    """With fewer sites than it was rewritten for, and smaller ranks: all of them are inputs."""
+    x = {"x": randn(3, 24)}
+    large = rewritten_tower()
+    small = fill(melora_fx.rewrite(tower(), ["up", "conv"], MELoRAConfig(1, 3, alpha=2.0)), seed=7)
+    melora_fx.save_adapter(small, tmp_path / "small")
+    melora_fx.save_adapter(large, tmp_path / "large")
+    model = melora_fx.load_adapter(rewritten_tower(), tmp_path / "small")
+    kept = read_facts(export_onnx(model, x, tmp_path / "keep", adapter="keep").path)
+    assert list(kept.configs) == ["up", "conv"]
+    assert kept.adapter_sha256 == read_adapter(tmp_path / "small").sha256
+    path = export_onnx(model, x, tmp_path / "swap", adapter="swap").path
+    assert list(read_facts(path).configs) == list(melora_fx.sites(model))
+    for name, expected in (("small", small), ("large", large)):
+        (actual,) = OrtRunner(path).run({"x": x["x"].numpy()}, adapter=tmp_path / name).values()
+        np.testing.assert_allclose(actual, output_of(expected, x["x"]), rtol=1e-5, atol=1e-5)
+    melora_fx.save_adapter(model, tmp_path / "again")
+    assert read_adapter(tmp_path / "again").sha256 == kept.adapter_sha256

@@ -43,7 +43,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "train", "match", "fold", "export", "fold-onnx", "adapter inspect", "adapter to-ort", "bench"],
+    [
+        *("demo", "train", "match", "fold", "export", "fold-onnx", "bench"),
+        *(f"adapter {name}" for name in ("inspect", "scale", "add", "average", "compress", "to-ort")),
+    ],
 )
 def test_help_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
@@ -173,11 +176,25 @@ def test_adapters_become_onnx_runtimes_own_files(model_dir: Path, tmp_path: Path
             "`--shapes` gives an axis twice: batch, batch",
         ),
         (("adapter", "to-ort", "/nowhere", "/nowhere.onnx", "-o", "x"), "`/nowhere.onnx` cannot be read"),
+        (("fold", "MODEL", "", "-o", "TMP"), "an argument is empty"),
         (("demo", "--data", "/nowhere.csv", "--out", "TMP"), "cannot be read"),
         (("demo", "--out", "/dev/null/folder"), "cannot be written"),
         (("demo", "--model", "/nowhere", "--out", "TMP"), "has no config.json"),
     ],
-    ids=["target", "model", "rank", "adapter", "runtime", "precision", "shapes", "to_ort", "data", "out", "demo_model"],
+    ids=[
+        "target",
+        "model",
+        "rank",
+        "adapter",
+        "runtime",
+        "precision",
+        "shapes",
+        "to_ort",
+        "empty",
+        "data",
+        "out",
+        "demo_model",
+    ],
 )
 def test_bad_input_is_one_line(arguments: tuple[object, ...], text: str, model_dir: Path, tmp_path: Path) -> None:
     places = {"MODEL": model_dir, "TMP": tmp_path}

@@ -98,7 +98,7 @@ def test_a_shell_completes_commands_and_names(monkeypatch: pytest.MonkeyPatch) -
     commands = {"demo", "match", "fold", "fold-onnx", "export", "bench", "adapter"}
     assert set(complete(monkeypatch, "melora-fx ")) >= commands
     assert complete(monkeypatch, "melora-fx fo") == ["fold", "fold-onnx"]
-    assert complete(monkeypatch, "melora-fx adapter ") == ["inspect", "to-ort"]
+    assert complete(monkeypatch, "melora-fx adapter to-") == ["to-peft", "to-gguf", "to-mlx", "to-ort"]
     assert complete(monkeypatch, "melora-fx export --target ort") == ["ort-cpu", "ort-cuda"]
     assert complete(monkeypatch, "melora-fx export --adapter ") == ["fold", "keep", "swap"]
     assert complete(monkeypatch, "melora-fx bench --provider ") == ["cpu", "cuda", "tensorrt"]

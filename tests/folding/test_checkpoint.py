@@ -165,7 +165,8 @@ def test_folder_without_safetensors(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
     (tmp_path / CONFIG).write_text("{}")
     assert_refused(tmp_path, f"has neither {SINGLE} nor {INDEX}: load the model and `save_pretrained` it")
-    assert_refused(tmp_path / "nowhere", f"nowhere` has neither {SINGLE}")
+    assert_refused(tmp_path / "nowhere", "nowhere` is no folder: name that of a model")
+    assert_refused(tmp_path / CONFIG, "config.json` is no folder")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from melora_fx.folding import fold_checkpoint as module
 def test_place_in_the_base(out: str, folders: Folders) -> None:
     folders.prepare(bert(), "query")
     (folders.parent / "link").symlink_to(folders.base)
-    folders.assert_refused("is the base's own folder, or in it: a fold needs one of its own", folders.parent / out)
+    folders.assert_refused("is the folder that is read, or in it: name another place", folders.parent / out)
 
 
 def test_place_that_is_taken(folders: Folders) -> None:
@@ -57,7 +57,7 @@ def test_relative_paths(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> No
     melora_fx.fold_checkpoint("base", "adapter", "out")
     assert names(folders.parent) == {"base", "adapter", "out"}
     monkeypatch.chdir(folders.base)
-    folders.assert_refused("is the base's own folder, or in it", "x")
+    folders.assert_refused("is the folder that is read, or in it", "x")
 
 
 @pytest.mark.parametrize("out", ["file/out", "n" * 300, "n" * 250], ids=["below_a_file", "name_too_long", "almost"])
@@ -87,7 +87,7 @@ def test_place_that_another_has_taken_meanwhile(folders: Folders, monkeypatch: p
         (folders.out / "theirs").write_text("theirs")
 
     monkeypatch.setattr(module, "_write_config", taken)
-    with pytest.raises(MELoRAError, match="out` cannot be written: Directory not empty"):
+    with pytest.raises(MELoRAError, match="out` exists already"):
         melora_fx.fold_checkpoint(folders.base, folders.adapter, folders.out)
     assert names(folders.parent) == {"base", "adapter", "out"}
     assert names(folders.out) == {"theirs"}

@@ -279,7 +279,7 @@ def damage(folders: Folders, kind: str) -> None:
     ("kind", "text"),
     [
         ("no_safetensors", "has neither model.safetensors nor model.safetensors.index.json"),
-        ("no_base", "base` has neither model.safetensors"),
+        ("no_base", "base` is no folder: name that of a model"),
         ("missing_shard", "lacks 'model-00001-of-00003.safetensors', which its index names"),
         ("truncated", "model-00001-of-00003.safetensors` cannot be read, it is truncated or corrupt"),
         ("corrupt", "model-00001-of-00003.safetensors` cannot be read, it is truncated or corrupt"),
