@@ -40,7 +40,9 @@ def _next(server: Any, prompt: list[int], num_tokens: int) -> dict[int, float]:
         "n_probs": num_tokens,
         "temperature": -1.0,
         "cache_prompt": False,
-        "samplers": [],
+        "samplers": [],  # so that the token is drawn by chance: one that ends the text would come without probabilities
+        "seed": 0,
+        "ignore_eos": True,
     }
     answer = server.handle_completions(request)
     answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
