@@ -47,7 +47,7 @@ def test_an_import_alone_is_none_of_torch(module: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("package", "brings"), [("melora_fx", {"melora_fx"}), ("exporters", OURS)])
+@pytest.mark.parametrize(("package", "brings"), [("melora_fx", {"melora_fx"}), ("exporters", OURS | {"regex"})])
 def test_public_names_bring_little_beside_torch(package: str, brings: set[str], tmp_path: Path) -> None:
     touch = f"""
 import {package} as package
