@@ -13,6 +13,7 @@ import torch
 import transformers
 from support import gguf_models
 from support.fold_folders import Folders, edit_json, edit_tensors
+from support.gguf_bases import BASES, Base
 from support.llama_cpp import next_log_probabilities, worst_difference
 from support.models import dense_update, fill, randn
 from torch import nn
@@ -255,3 +256,17 @@ def test_every_linear_has_a_name_of_its_own(name: str) -> None:
 def test_bloom_has_its_queries_first() -> None:
     order = CONVERSIONS["BloomForCausalLM"].row_orders["attn_qkv"]
     assert order({"n_head": 2}, 12).tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.class_name)
+def test_llama_cpp_computes_further_architectures(base: Base, folders: Folders) -> None:
+    model = folders.prepare(base.build(), base.targets, TWO)
+    write_gguf_adapter(folders.adapter, folders.base, folders.out)
+    base.write(base.build(), folders.parent / "base.gguf")
+    plain = next_log_probabilities(folders.parent / "base.gguf", PROMPTS, gguf_models.VOCABULARY)
+    adapted = next_log_probabilities(folders.parent / "base.gguf", PROMPTS, gguf_models.VOCABULARY, folders.out)
+    assert worst_difference(plain, base.build(), PROMPTS) < base.bound
+    assert worst_difference(adapted, melora_fx.fold(model), PROMPTS) < base.bound
+    assert worst_difference(adapted, base.build(), PROMPTS) > 0.1

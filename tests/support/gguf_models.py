@@ -39,7 +39,7 @@ _GPT2 = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-_SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 60,
@@ -55,12 +55,12 @@ _SIZES = {
 
 def llama() -> hf.LlamaForCausalLM:
     """Four heads over two keys and values, its head not tied."""
-    return _spread(hf.LlamaForCausalLM, hf.LlamaConfig(**_SIZES))
+    return spread(hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
 
 
 def mixtral() -> hf.MixtralForCausalLM:
     """The same with four experts, two for each token."""
-    return _spread(hf.MixtralForCausalLM, hf.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2))
+    return spread(hf.MixtralForCausalLM, hf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
 
 
 def gpt2() -> hf.GPT2LMHeadModel:
@@ -75,16 +75,16 @@ def gpt2() -> hf.GPT2LMHeadModel:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return _spread(hf.GPT2LMHeadModel, config)
+    return spread(hf.GPT2LMHeadModel, config)
 
 
 def falcon(num_kv_heads: int = 2) -> hf.FalconForCausalLM:
     """Groups of query heads, each with its k and v beside it in one weight."""
-    sizes = _SIZES | {"num_kv_heads": num_kv_heads}
-    return _spread(hf.FalconForCausalLM, hf.FalconConfig(**sizes, new_decoder_architecture=True, alibi=False))
+    sizes = SIZES | {"num_kv_heads": num_kv_heads}
+    return spread(hf.FalconForCausalLM, hf.FalconConfig(**sizes, new_decoder_architecture=True, alibi=False))
 
 
-def _spread(model_class: Any, config: Any) -> Any:
+def spread(model_class: Any, config: Any) -> Any:
     """Large enough weights for an error in one of them to show."""
     torch.manual_seed(0)
     model = model_class(config).eval()
@@ -104,7 +104,7 @@ def write_gguf(model: Any, path: Path) -> None:
     is_gpt2 = isinstance(model, hf.GPT2LMHeadModel)
     writer = gguf.GGUFWriter(path, "gpt2" if is_gpt2 else "llama")
     _add_sizes(writer, model.config)
-    _add_vocabulary(writer)
+    add_vocabulary(writer)
     tensors = _gpt2_tensors(model) if is_gpt2 else _llama_tensors(model)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.detach().float().contiguous().numpy())
@@ -165,7 +165,7 @@ def _add_sizes(writer: Any, config: Any) -> None:
         writer.add_expert_used_count(config.num_experts_per_tok)
 
 
-def _add_vocabulary(writer: Any) -> None:
+def add_vocabulary(writer: Any) -> None:
     rest = VOCABULARY - 3 - _BYTES
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(_BYTES)), *(f"t{i}" for i in range(rest))]
     writer.add_tokenizer_model("llama")
