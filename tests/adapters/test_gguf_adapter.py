@@ -258,6 +258,11 @@ def test_bloom_has_its_queries_first() -> None:
     assert order({"n_head": 2}, 12).tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
 
 
+def test_every_architecture_is_run() -> None:
+    run = {base.class_name for base in BASES} | {"LlamaForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel"}
+    assert run == CONVERSIONS.keys()
+
+
 @needs_llama_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.class_name)
