@@ -100,6 +100,7 @@ def test_example_inputs_leave_the_model_as_a_plain_one_with_shared_parameters():
             assert parameter is shared[name]
 
 
+@pytest.mark.default_cases("bert")
 @pytest.mark.parametrize("build", [bert, gpt2], ids=["bert", "gpt2"])
 def test_hugging_face_captures_agree_bit_for_bit(build):
     inputs = tokens(2, 5)

@@ -375,6 +375,7 @@ def test_tied_weight_is_refused_naming_both(whole, name):
     assert "transformer.wte" in str(caught.value)
 
 
+@pytest.mark.default_cases("in_place")
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_untie_folds_the_head_and_leaves_the_embedding_alone(whole):
     model = tied_gpt2(whole)

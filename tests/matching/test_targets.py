@@ -105,6 +105,7 @@ def test_all_linear_in_a_mapping_and_in_a_list():
     assert chosen(tower(), ["all-linear"]) == list(TOWER_SITES)
 
 
+@pytest.mark.default_cases("in_place")
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_all_linear_leaves_out_the_output_embeddings(whole):
     model = gpt2()

@@ -527,6 +527,7 @@ def test_rewrite_after_compile() -> None:
 
 
 @situation("First hour", "`rewrite` after `model.compile()`, in place", "works: compiles again")
+@pytest.mark.slow
 def test_rewrite_after_compile_in_place() -> None:
     model = bert_classifier()
     inputs = tokens()
