@@ -29,9 +29,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA with a trained head."""
     folder = tmp_path_factory.mktemp("good")
     targets = {"query": MELoRAConfig(rank=2, num_blocks=1, alpha=2.0)}
-    melora_fx.save_adapter(fill(melora_fx.rewrite(bert_classifier(), targets, keep_trainable="classifier")), folder)
-    write_peft_adapter(folder, folder.parent / "good_peft")
-    return folder.parent / "good_peft"
+    model = fill(melora_fx.rewrite(bert_classifier(), targets, keep_trainable="classifier"))
+    melora_fx.save_adapter(model, folder / "ours")
+    write_peft_adapter(folder / "ours", folder / "peft")
+    return folder / "peft"
 
 
 @pytest.fixture
