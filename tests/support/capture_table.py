@@ -15,6 +15,7 @@ import torch
 from support.hand_written import CASES, Case
 from support.hand_written.case import AT_REWRITE, IN_FORWARD, LIMIT, RIGHT, WITH_GRADIENTS
 from support.hand_written.checks import Verdict, verdict
+from support.pages import lines_between, replace_between
 from support.whole_captures import CASES as WHOLE_CASES
 from support.whole_captures import check
 
@@ -70,7 +71,7 @@ def whole_rows() -> list[Row]:
 
 def documented(table: str) -> list[Row]:
     """The rows that the page has."""
-    lines = PAGE.read_text().partition(_start(table))[2].partition(_end(table))[0].strip().splitlines()[len(HEADER) :]
+    lines = lines_between(PAGE, _start(table), _end(table))[len(HEADER) :]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return [(area, what, result) for area, what, result in cells]
 
@@ -86,11 +87,10 @@ def _end(table: str) -> str:
 def main() -> int:
     tables = {IN_PLACE: rows(), WHOLE: whole_rows()}
     for table, made in tables.items():
-        lines = [_start(table), *HEADER, *(f"| {' | '.join(row)} |" for row in made), _end(table)]
+        lines = [*HEADER, *(f"| {' | '.join(row)} |" for row in made)]
         print("\n".join(lines))
         if PAGE.exists():
-            before, _, rest = PAGE.read_text().partition(_start(table))
-            PAGE.write_text(before + "\n".join(lines) + rest.partition(_end(table))[2])
+            replace_between(PAGE, _start(table), lines, _end(table))
     return int(any(result == WRONG for made in tables.values() for _, _, result in made))
 
 

@@ -37,6 +37,7 @@ from melora_fx.saving.model_adapter import adapter_of
 from support import gguf_models, mlx_models
 from support.llama_cpp import next_log_probabilities, worst_difference
 from support.models import fill, tokens
+from support.pages import lines_between, replace_between
 from support.travelling import CASES, UNEVEN, Case, assert_same_blocks, logits_of, merged, worst_error
 from support.vllm_runs import read_by_vllm
 
@@ -227,7 +228,7 @@ def rows() -> Iterator[list[str]]:
 
 def documented() -> dict[tuple[str, str], list[str]]:
     """(program, direction) → the cells, as the page has them."""
-    lines = [line for line in PAGE.read_text().split(_START)[1].splitlines() if line.startswith("| ")][1:]
+    lines = [line for line in lines_between(PAGE, _START, _END) if line.startswith("| ")][1:]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return {(row[0], row[1]): row[2:] for row in cells}
 
@@ -237,8 +238,7 @@ def main() -> None:
     for row in rows():
         lines.append(f"| {' | '.join([*row, *[''] * (2 + len(CASES) - len(row))])} |")
         print(lines[-1], file=sys.stderr, flush=True)
-    before, _, rest = PAGE.read_text().partition(_START)
-    PAGE.write_text("\n".join([before + _START, *lines, _END]) + rest.partition(_END)[2])
+    replace_between(PAGE, _START, lines, _END)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from exporters.targets import ADAPTERS, TARGETS, find
 from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.saving.model_adapter import adapter_of
 from support.models import fill
+from support.pages import lines_between, replace_between
 from support.zoo import ZOO, build
 
 PAGE = Path(__file__).parents[2] / "docs" / "EXPORT.md"
@@ -154,7 +155,7 @@ def line(case: Case, row: Row | str) -> str:
 
 def documented() -> dict[tuple[str, ...], list[str]]:
     """(model, target, precision, adapter) → the other cells, as the page has them."""
-    rows = [row.split("|")[1:-1] for row in PAGE.read_text().split(_START)[1].splitlines() if row.startswith("| `")]
+    rows = [row.split("|")[1:-1] for row in lines_between(PAGE, _START, _END) if row.startswith("| `")]
     cells = [[cell.strip().strip("`") for cell in row] for row in rows]
     return {tuple(row[:4]): row[4:] for row in cells}
 
@@ -166,8 +167,7 @@ def main() -> None:
             for case in group:
                 lines.append(line(case, measure(case, Path(folder))))
                 print(lines[-1], file=sys.stderr, flush=True)
-    before, _, rest = PAGE.read_text().partition(_START)
-    PAGE.write_text("\n".join([before + _START, *lines, _END]) + rest.partition(_END)[2])
+    replace_between(PAGE, _START, lines, _END)
 
 
 if __name__ == "__main__":
