@@ -22,7 +22,7 @@ from exporters.onnx_files.metadata import METADATA_KEY, describe, write_descript
 from exporters.onnx_files.onnx_file import read_graph
 from exporters.onnx_files.save_graph import save_graph
 from melora_fx import MELoRAError, sites
-from melora_fx.files import staging_folder, writing
+from melora_fx.files import output_path, staging_folder, writing
 from melora_fx.names import unwrap
 from melora_fx.progress import show_progress
 from melora_fx.rewriting.sites import is_disabled
@@ -90,7 +90,7 @@ def export_onnx(
     start = time.perf_counter()
     found_target = find("target", target, TARGETS)
     options = ExportOptions(
-        path=onnx_file_path(path),
+        path=onnx_file_path(output_path(path)),
         adapter=find("adapter", adapter, ADAPTERS),
         target=found_target,
         precision=find("precision", precision, PRECISIONS, auto=found_target.precision),

@@ -21,7 +21,7 @@ from exporters.onnx_files.onnx_file import read_graph
 from exporters.onnx_files.weight_place import WeightPlace, find_tensor
 from melora_fx import FoldReport, MELoRAError, SiteFold
 from melora_fx.adapter.update import Scratch
-from melora_fx.files import staging_folder, writing
+from melora_fx.files import output_path, staging_folder, writing
 from melora_fx.folding.measured_fold import fold_and_measure
 from melora_fx.folding.report import make_report
 from melora_fx.matching.keep_trainable import is_within
@@ -71,7 +71,7 @@ def fold_onnx(
     from exporters.onnx_files.weight_bytes import WeightBytes  # imports onnx_ir
 
     source = onnx_file_path(onnx_path)
-    out = onnx_file_path(out_path)
+    out = onnx_file_path(output_path(out_path))
     refuse_folder(source)
     refuse_folder(out)
     adapter = read_adapter(adapter_dir)

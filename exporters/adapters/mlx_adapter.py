@@ -23,7 +23,7 @@ from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.adapter_file import read_adapter
 from melora_fx.saving.header import parse_json
 from melora_fx.saving.tensor_file import read_tensors, write_tensors
-from melora_fx.saving.well_formed import non_finite_names
+from melora_fx.saving.well_formed import FLOATS, non_finite_names
 
 from .lora_form import Lora, all_loras
 from .mlx_names import ARCHITECTURES, EXPERTS, Architecture
@@ -31,7 +31,6 @@ from .mlx_names import ARCHITECTURES, EXPERTS, Architecture
 TENSORS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _KIND = "an adapter folder of mlx_lm"
-_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _FOLD = "fold it into the base (`melora-fx fold`), and convert the result by `mlx_lm.convert`"
 
 
@@ -50,20 +49,19 @@ def write_mlx_adapter(adapter_dir: str | os.PathLike[str], out_dir: str | os.Pat
         MELoRAError: for a model whose names in mlx_lm are not known, sites that mlx_lm has no module for, a trained
             head or other parameters beside the adapter, or a folder that is in use or cannot be written.
     """
-    source, out = Path(adapter_dir), output_path(out_dir)
-    refuse_source(out, source)
+    out = output_path(out_dir)
+    adapter = read_adapter(adapter_dir)
+    refuse_source(out, adapter.directory)
     refuse_occupied(out)
-    adapter = read_adapter(source)
     _refuse_kept(adapter)
     loras = _mlx_loras(adapter, _architecture_of(adapter))
     rank = max(lora.rank for matrices in loras.values() for lora in matrices)
     tensors: dict[str, torch.Tensor] = {}
     for name, matrices in loras.items():
         tensors |= _mlx_tensors(name, [lora.padded(rank) for lora in matrices])
-    if names := non_finite_names(tensors):
-        raise MELoRAError(
-            f"`{source}`: {', '.join(map(repr, names))} are no numbers in float32: train with a smaller alpha"
-        )
+    if wrong := non_finite_names(tensors):
+        listed = ", ".join(map(repr, wrong))
+        raise MELoRAError(f"`{adapter.directory}`: {listed} are no numbers in float32: train with a smaller alpha")
     config = {
         "fine_tune_type": "lora",
         "lora_parameters": {
@@ -191,7 +189,7 @@ def _read_config(path: Path) -> tuple[int, float]:
     try:
         refuse_link(path)
         content: Any = parse_json(read_bytes(path, _KIND).decode())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MELoRAError(f"`{path}` is not JSON, it is truncated or corrupt: {error}") from None
     kind = content.get("fine_tune_type", "lora") if isinstance(content, dict) else None
     if kind in ("dora", "full"):
@@ -254,7 +252,7 @@ def _wrong_tensors(tensors: dict[str, torch.Tensor], rank: int) -> Iterator[str]
                 f"`{module}`: lora_a is {tuple(a.shape)} and lora_b {tuple(b.shape)}, which does not fit the "
                 f"rank {rank} of {CONFIG_FILE}: copy both files again"
             )
-        elif not a.numel() or not b.numel() or not {a.dtype, b.dtype} <= _FLOATS:
+        elif not a.numel() or not b.numel() or not {a.dtype, b.dtype} <= {*FLOATS}:
             yield f"`{module}` holds {a.dtype} and {b.dtype}, or nothing: a LoRA holds floating point numbers"
         elif not (a.isfinite().all() and b.isfinite().all()):
             yield f"`{module}` holds NaN or infinity: take an earlier checkpoint"

@@ -29,7 +29,7 @@ from exporters.onnx_files.onnx_file import (
 )
 from exporters.runtime.providers import PROVIDERS, Axes, Shapes, check_shapes, cuda_options, tensorrt_options
 from melora_fx import MELoRAError
-from melora_fx.files import new_folder
+from melora_fx.files import new_folder, output_path
 
 from .config import TYPES, Serving, tensorrt_parameters, type_name, write_config
 
@@ -124,8 +124,9 @@ def write_triton_repository(
         parameters=_parameters(path, model, inputs, shapes, provider, f"{engine_cache}/{name}", provider_options or {}),
     )
     files = {"model.onnx": path, **weights}
-    written = _write(Path(directory) / name, version, write_config(model, serving), files)
-    return TritonModel(str(Path(directory) / name), version, written, size, notes)
+    target = output_path(directory) / name
+    written = _write(target, version, write_config(model, serving), files)
+    return TritonModel(str(target), version, written, size, notes)
 
 
 def _default_name(path: Path) -> str:
