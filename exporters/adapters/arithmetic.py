@@ -175,7 +175,7 @@ def _side_by_side(
 ) -> AdapterTensors:
     """The ranks of all adapters in each block, in their order; `lora_bs`: what stands in the place of their B."""
     first, experts, blocks, parts = own[0], own[0].num_experts, config.num_blocks, len(own[0].part_sizes)
-    a_shape, b_shape = config.adapter_shapes(blocks * first.lora_a.size(2), sum(first.part_sizes), experts)
+    a_shape, b_shape = config.adapter_shapes(first.in_features, sum(first.part_sizes), experts)
     lora_a, lora_b = lora_bs[0].new_zeros(a_shape), lora_bs[0].new_zeros(b_shape)
     to_a = lora_a.view(experts, blocks, parts, -1, a_shape[2])
     to_b = lora_b.view(experts, blocks, b_shape[1], -1)

@@ -102,7 +102,7 @@ def _misfit(name: str, expected: Adapter, actual: Adapter) -> str | None:
 def _blocks(own: AdapterTensors) -> str:
     """How an update is cut, in words: equal where ranks of the blocks can stand side by side."""
     config = own.config
-    sizes = config.num_blocks * own.lora_a.size(2), config.num_blocks * own.lora_b.size(1)
+    sizes = own.in_features, config.num_blocks * own.lora_b.size(1)
     stack = f"{own.num_experts} matrices of " if own.num_experts > 1 else ""
     parts = f", split {own.part_sizes}" if len(own.part_sizes) > 1 else ""
     return f"{stack}{sizes[0]} → {sizes[1]} features in num_blocks {config.num_blocks}{parts}"

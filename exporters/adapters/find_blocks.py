@@ -63,7 +63,7 @@ def as_described(
         return None
     own = AdapterTensors.zeros(config, in_features, out_features, num_experts=len(loras), dtype=_dtype(loras))
     for matrix, lora in zip(own.by_matrix(), loras, strict=True):
-        indices = (order or ranks_in_order)(matrix)
+        indices = (order or _ranks_in_order)(matrix)
         flat = [index for ranks in indices for index in ranks]
         if max(flat) >= lora.rank:
             return None
@@ -76,7 +76,7 @@ def as_described(
     return own
 
 
-def ranks_in_order(own: AdapterTensors) -> list[list[int]]:
+def _ranks_in_order(own: AdapterTensors) -> list[list[int]]:
     """The ranks of each of `places`, as `loras_of` puts them."""
     return [list(range(ranks.start, ranks.stop)) for _, _, _, ranks in places(own)]
 

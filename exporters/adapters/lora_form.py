@@ -50,7 +50,7 @@ def loras_of(own: AdapterTensors) -> list[Lora]:
 
     They have the adapter's dtype, or float32 where s_i B_i is not a number of a narrower one.
     """
-    dtype = exact_dtype(own)
+    dtype = _exact_dtype(own)
     return [_lora_of(matrix, dtype) for matrix in own.by_matrix()]
 
 
@@ -70,7 +70,7 @@ def all_loras(adapter: Adapter) -> dict[str, list[Lora]]:
     return found
 
 
-def exact_dtype(own: AdapterTensors) -> torch.dtype:
+def _exact_dtype(own: AdapterTensors) -> torch.dtype:
     """The dtype in which s_i B_i is what a fold computes with: the adapter's own, or float32."""
     narrow = torch.promote_types(own.lora_a.dtype, own.lora_b.dtype)
     wide = torch.promote_types(narrow, torch.float32)

@@ -123,7 +123,7 @@ def _summarise(name: str, own: AdapterTensors) -> SiteSummary:
     norm, ranks = norm_and_ranks(own)
     return SiteSummary(
         name=name,
-        in_features=config.num_blocks * own.lora_a.size(2),
+        in_features=own.in_features,
         out_features=config.num_blocks * own.lora_b.size(1),
         num_experts=own.num_experts,
         num_blocks=config.num_blocks,

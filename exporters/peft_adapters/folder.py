@@ -80,7 +80,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     refuse_link(path)
     try:
         config = parse_json(read_bytes(path, _KIND).decode())
-    except (UnicodeDecodeError, ValueError) as error:
+    except ValueError as error:
         raise MELoRAError(f"`{path}` cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise MELoRAError(f"`{path}` must hold a JSON object")

@@ -13,6 +13,8 @@ from melora_fx import MELoRAError
 from melora_fx.adapter.tensors import AdapterTensors
 from melora_fx.saving.adapter_file import write_adapter
 
+from .names import last_name
+
 CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
 """Names of transformers' Conv1D, of GPT-2 and its like; in other models linears have them too."""
 _EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "wte", "shared", "embed_in", "embed_out")
@@ -59,14 +61,12 @@ class Imported:
             name: next((path for module in modules if (path := _path_of(module, name))), None) for name in tensors
         }
         trained = [tensors[name] for name, owner in owners.items() if owner is not None]
-        for name, tensor in tensors.items():
-            owner = owners[name]
-            if owner is None and with_tied and any(are_equal(tensor, each) for each in trained):
-                owner = name.rpartition(".")[0]
-            if owner is None:
+        for name in [name for name, owner in owners.items() if owner is None]:
+            if not (with_tied and any(are_equal(tensors[name], each) for each in trained)):
                 raise MELoRAError(f"`{self.directory}` holds `{name}`, {_why_not(name)}")
-            self.kept_tensors[name] = tensor
-            self.kept = sorted({*self.kept, owner})
+            owners[name] = name.rpartition(".")[0]
+        self.kept_tensors = dict(tensors)
+        self.kept = sorted({owner for owner in owners.values() if owner is not None})
 
     def write(self, out: Path) -> None:
         """Writes the adapter folder.
@@ -96,7 +96,7 @@ class Imported:
         """How the weight lies: as is known, or as PEFT says where it can be believed; of others their shape tells."""
         if name in self.transposed or not is_square or name in self.stacks:
             return self.transposed.get(name)
-        is_named_so = name.rpartition(".")[2] in CONV1D
+        is_named_so = last_name(name) in CONV1D
         return self.fan_in_fan_out if is_named_so == self.fan_in_fan_out else None
 
 

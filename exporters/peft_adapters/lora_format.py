@@ -80,8 +80,8 @@ def _add_site(
         imported.stacks.add(site)
     elif parameter:
         loras = [_of_parameter(loras[0], parameter, is_transposed)]
-        imported.parameters |= {} if site != parameter else {site: site.rpartition(".")[2]}
-    if settings.alpha_of(name) < 0:
+        imported.parameters |= {} if site != parameter else {site: last_name(site)}
+    if settings.is_negative(name):
         loras = [Lora(lora.lora_a, -lora.lora_b) for lora in loras]
     own = _blocks_of(loras, name, settings, described.get(name, {}))
     if isinstance(is_transposed, bool):
@@ -153,7 +153,7 @@ def _unpacked(name: str, lora: Lora, settings: PeftSettings) -> Lora:
 
 def _blocks_of(loras: list[Lora], name: str, settings: PeftSettings, described: Mapping[str, Any]) -> AdapterTensors:
     """The site: as it was before it was written for PEFT, or in the blocks that its values lie in, or in one."""
-    scaling = abs(settings.scaling_of(name))
+    scaling = settings.scaling_of(name)
     before = _config_of(described)
     if before is not None and scaling == 1:
         is_packed = settings.factor_of(name) is not None
@@ -164,7 +164,7 @@ def _blocks_of(loras: list[Lora], name: str, settings: PeftSettings, described: 
     if own := in_blocks(loras, scaling):
         return own
     config = MELoRAConfig(
-        rank=loras[0].rank, num_blocks=1, alpha=abs(settings.alpha_of(name)), use_rslora=settings.use_rslora
+        rank=loras[0].rank, num_blocks=1, alpha=settings.alpha_of(name), use_rslora=settings.use_rslora
     )
     lora_a = torch.stack([lora.lora_a for lora in loras])
     return AdapterTensors(config, lora_a, torch.stack([lora.lora_b for lora in loras]))

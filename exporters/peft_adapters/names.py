@@ -20,5 +20,5 @@ def lora_keys(module: str) -> tuple[str, str]:
 
 
 def last_name(module: str) -> str:
-    """The name that PEFT's lists of module names are matched with."""
+    """A module's own name, behind those of its parents."""
     return module.rpartition(".")[2]

@@ -79,11 +79,15 @@ class PeftSettings:
         return _matched(self.rank_pattern, name, self.rank)
 
     def alpha_of(self, name: str) -> float:
-        """Its alpha."""
-        return _matched(self.alpha_pattern, name, self.alpha)
+        """The size of its alpha."""
+        return abs(_matched(self.alpha_pattern, name, self.alpha))
+
+    def is_negative(self, name: str) -> bool:
+        """Whether its alpha is."""
+        return _matched(self.alpha_pattern, name, self.alpha) < 0
 
     def scaling_of(self, name: str) -> float:
-        """What B A is multiplied by."""
+        """The size of what B A is multiplied by."""
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 

@@ -20,6 +20,7 @@ from melora_fx.errors import MELoRAError
 from melora_fx.names import first_of
 from melora_fx.saving.adapter import Adapter
 
+from .names import last_name
 from .stacks import is_stack
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -154,7 +155,7 @@ def _notes(adapter: Adapter) -> tuple[str, ...]:
             f"vLLM's own `{name}` takes no adapters, and `--enable-lora` does not start it. Given `--model-impl "
             "transformers` too, it runs in transformers' code, which takes them, as far as vLLM supports that model."
         )
-    if any(site.rpartition(".")[2] == "lm_head" for site in adapter.configs):
+    if any(last_name(site) == "lm_head" for site in adapter.configs):
         notes.append(
             "vLLM adapts `lm_head` of the models that name it in `embedding_modules` (such as Llama), and refuses the "
             "adapter for others (such as Qwen2)."

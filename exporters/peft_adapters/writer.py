@@ -69,13 +69,13 @@ def write_peft_adapter(
     refuse_occupied(out)
     packing = choose_packing(adapter) if form == "bdlora" else None
     base = None if base_model is None else os.fspath(base_model)
-    config, tensors, metadata = peft_content(adapter, packing, base)
+    config, tensors, metadata = _content(adapter, packing, base)
     with new_folder(out) as made:
         write_tensors(made / TENSORS_FILE, tensors, metadata)
         (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def peft_content(
+def _content(
     adapter: Adapter, packing: Packing | None, base_model: str | None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
     """What the two files hold: the configuration, and tensors by key with their metadata.

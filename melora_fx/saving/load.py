@@ -103,12 +103,8 @@ def _check_model(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch
     check_trained_bases(adapter, model, weights)
     if adapter.kept:
         _refuse_ties(adapter, model)
-    if adapter.is_foreign and (shared := shared_modules(model, [*adapter.configs, *adapter.kept])):
-        raise MELoRAError(
-            f"`{adapter.directory}` does not fit the model: "
-            + "; ".join(f"`{name}` is one module of several names ({', '.join(own)})" for name, own in shared.items())
-            + ": other programs adapt it under one of them alone; merge the adapter where it was trained"
-        )
+    if adapter.is_foreign:
+        _refuse_shared_modules(adapter, model)
 
 
 def _refuse_ties(adapter: Adapter, model: nn.Module) -> None:
@@ -117,6 +113,16 @@ def _refuse_ties(adapter: Adapter, model: nn.Module) -> None:
     pairs = [(name, other) for name in adapter.kept_tensors() for other in tied.get(name, ())]
     if lines := [reason for name, other in pairs if (reason := trained_apart(adapter, name, other))]:
         raise MELoRAError(f"`{adapter.directory}` does not fit the model:\n" + "\n".join(lines))
+
+
+def _refuse_shared_modules(adapter: Adapter, model: nn.Module) -> None:
+    """Raises MELoRAError where another program's adapter is on a module that has several names in the model."""
+    if shared := shared_modules(model, [*adapter.configs, *adapter.kept]):
+        raise MELoRAError(
+            f"`{adapter.directory}` does not fit the model: "
+            + "; ".join(f"`{name}` is one module of several names ({', '.join(own)})" for name, own in shared.items())
+            + ": other programs adapt it under one of them alone; merge the adapter where it was trained"
+        )
 
 
 def _refuse_other_blocks(name: str, site: AdapterSite, saved: MELoRAConfig) -> None:

@@ -106,9 +106,9 @@ def shared_modules(model: nn.Module, names: Iterable[str]) -> dict[str, list[str
     paths: dict[int, list[str]] = {}
     for path, module in unwrap(model).named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(without_wrappers(path))
-    others = {path: own for own in paths.values() if len(own) > 1 for path in own}
-    modules = {name: name if name in others else name.rpartition(".")[0] for name in names}
-    return {name: others[path] for name, path in modules.items() if path in others}
+    all_names = {path: own for own in paths.values() if len(own) > 1 for path in own}
+    modules = {name: name if name in all_names else name.rpartition(".")[0] for name in names}
+    return {name: all_names[path] for name, path in modules.items() if path in all_names}
 
 
 def left_out(model: nn.Module) -> list[str]:
