@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from exporters.adapters.gguf_adapter import write_gguf_adapter
     from exporters.adapters.mlx_adapter import write_mlx_adapter
     from exporters.adapters.ort_adapter import write_ort_adapter
+    from exporters.generation.generate import generate
     from exporters.measuring.compare import Comparison, compare
     from exporters.measuring.latency import Latency, LatencyTable, measure_latency
     from exporters.peft_adapters.reader import read_peft_adapter
@@ -33,6 +34,7 @@ _MODULES = {
     "adapters.ort_adapter": ("write_ort_adapter",),
     "peft_adapters.reader": ("read_peft_adapter",),
     "peft_adapters.writer": ("write_peft_adapter",),
+    "generation.generate": ("generate",),
     "measuring.compare": ("Comparison", "compare"),
     "measuring.latency": ("Latency", "LatencyTable", "measure_latency"),
     "runtime.ort_runner": ("OrtRunner",),
@@ -62,6 +64,7 @@ __all__ = [
     "compress_adapter",
     "export_onnx",
     "fold_onnx",
+    "generate",
     "measure_latency",
     "read_peft_adapter",
     "scale_adapter",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from exporters.graph.export import AdapterForm, Export, ExportOptions, Sites
-from exporters.graph.inputs import named_inputs
+from exporters.graph.named_tensors import named_inputs
 from exporters.onnx_files.companions import write_companions
 from exporters.onnx_files.metadata import METADATA_KEY, describe, write_description
 from exporters.onnx_files.onnx_file import read_graph
@@ -30,6 +30,7 @@ from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_malformed_a
 
 from .export_files import keep_failed, onnx_file_path, publish, refuse_folder, refuse_other_model, report_path
 from .export_report import ExportReport
+from .hugging_face import is_hugging_face_model
 from .onnx_runtime import import_onnxruntime
 from .private import runs_under_accelerate
 from .targets import ADAPTERS, FORMS, NO_ADAPTER, PRECISIONS, TARGETS, find
@@ -49,19 +50,20 @@ def export_onnx(
     dynamic_axes: DynamicAxes = "auto",
     form: str = "auto",
     opset: int | None = None,
+    use_cache: bool | str = "auto",
     verify: bool = True,
 ) -> ExportReport:
     """Writes `model` as an ONNX graph; the model is as before afterwards.
 
     Beside NAME.onnx: its weights NAME.onnx.HASH.data, the report NAME.export.json and, for a Hugging Face model, its
-    configuration and its tokenizer's files, from `config._name_or_path` where that is a local folder. All is written to
-    a temporary folder, checked there, and then moved; other files in the folder stay. Wherever the process is killed,
+    configurations and its tokenizer's files, from `config._name_or_path` where that is a local folder; for a decoder
+    with a cache onnxruntime-genai's genai_config.json, of the graph written last. All is written to a temporary folder,
+    checked there, and then moved; other files in the folder stay. Wherever the process is killed,
     the earlier graph or the new one is there, each with its own weights. A graph that fails the check is left in the
     folder NAME.failed instead.
 
     Args:
-        model: a rewritten model, or a plain one, which is exported as it is, in float32. A causal language model is
-            exported without a key-value cache.
+        model: a rewritten model, or a plain one, which is exported as it is, in float32.
         example_inputs: a dict of keyword arguments or a tuple of positional ones, tensors or constants of the graph (a
             number, a text, None); a batch of one is doubled where the batch is dynamic. Its number of tokens stands for
             that of a typical run where `form` is "auto".
@@ -75,11 +77,15 @@ def export_onnx(
         dynamic_axes: "auto": all that the model leaves free; or input name → {axis: name}, every other axis fixed.
         form: how "keep" writes an update: "block", "dense", or "auto": for each site the faster one.
         opset: ONNX operator set; None leaves the exporter's default.
+        use_cache: whether the graph of a decoder takes and gives a key-value cache: True, False, or "auto", which
+            follows `model.config.use_cache` where the model generates; the report says why there is none. The inputs
+            and outputs are called as optimum and onnxruntime-genai call them (`exporters.onnx_files.cache_names`).
         verify: check the graph by `onnx.checker` and compare it with torch on ONNX Runtime's CPU, at other sizes too.
 
     Raises:
         ValueError, TypeError: for an option or inputs of no accepted form.
-        MELoRAError: where the model cannot be folded; for "swap" inside `disabled` or without sites; where the model
+        MELoRAError: where `use_cache` is True and the model has no such cache; where the model cannot be folded;
+            for "swap" inside `disabled` or without sites; where the model
             cannot be exported, or not with these dynamic axes or for this target; where the folder cannot be written,
             or holds another model's configuration, tokenizer or weights; where ONNX Runtime is not installed, or the
             graph is not equal to torch. No file of an earlier export is touched then.
@@ -103,6 +109,7 @@ def export_onnx(
     inputs = named_inputs(model, example_inputs, dynamic_axes)
     refuse_wrong_axes(inputs, dynamic_axes)
     model = unwrap(model)
+    inputs, cache_notes = _cached(model, inputs, use_cache, dynamic_axes)
     found = sites(model)
     held = _held_adapter(model, options.adapter, found)
     facts = _describe(model, options, held, found)  # of the base: before it is folded
@@ -119,7 +126,7 @@ def export_onnx(
         step("rewriting the graph")
         run_passes(export)
         step("writing")
-        _write(export, facts | graph_facts(export), staging)
+        notes += (*cache_notes, *_write(export, facts | graph_facts(export), staging))
         verification = _verify(export, staging, step)
         if verification and list(verification.conditions) != export.conditions:
             export.conditions = list(verification.conditions)
@@ -151,6 +158,32 @@ def _refuse(model: nn.Module, options: ExportOptions) -> None:
             'with `precision="fp16"`'
         )
     refuse_folder(options.path)
+
+
+def _cached(
+    model: nn.Module, inputs: dict[str, Any], use_cache: bool | str, dynamic_axes: DynamicAxes
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The inputs to translate the model with: a step with a past where the graph gets a cache; and notes.
+
+    Raises:
+        ValueError: for another `use_cache`, and for a cache beside axes of one's own.
+        MELoRAError: for a model that has no such cache.
+    """
+    from exporters.decoders.example_step import example_step
+    from exporters.decoders.flat_cache import cache_misfit
+
+    if not isinstance(use_cache, bool) and use_cache != "auto":
+        raise ValueError(f'`use_cache` (={use_cache!r}) must be True, False or "auto"')
+    config = getattr(model, "config", None)
+    may_generate = is_hugging_face_model(model) and model.can_generate() and getattr(config, "use_cache", False)
+    if use_cache is False or (use_cache == "auto" and not may_generate):
+        return inputs, ()
+    misfit = "`dynamic_axes` names its own" if not isinstance(dynamic_axes, str) else cache_misfit(model, inputs)
+    if misfit is None:
+        return example_step(model, inputs), ()
+    if use_cache is True:
+        raise MELoRAError(f"`use_cache=True`: the graph cannot have a key-value cache: {misfit}")
+    return inputs, (f"without a key-value cache: {misfit}",)
 
 
 def _held_adapter(model: nn.Module, asked: AdapterForm, found: Sites) -> AdapterForm:
@@ -186,11 +219,21 @@ def _write_companions(model: nn.Module, path: Path, staging: Path) -> tuple[str,
     return notes
 
 
-def _write(export: Export, facts: Mapping[str, Any], staging: Path) -> None:
-    """Writes the graph with its description, and its weights."""
+def _write(export: Export, facts: Mapping[str, Any], staging: Path) -> tuple[str, ...]:
+    """Writes the graph with its description, its weights, and what other programs need to generate from it; returns
+    notes for the user.
+    """
+    notes: tuple[str, ...] = ()
+    if export.has_cache:
+        from exporters.generation.genai_config import write_genai_config
+
+        with writing(export.options.path):
+            notes = write_genai_config(export, staging)
+            refuse_other_model(staging, export.options.path)
     export.graph_model.metadata_props[METADATA_KEY] = json.dumps(facts)
     with writing(export.options.path):
         save_graph(export.graph_model, staging / export.options.path.name)
+    return notes
 
 
 def _verify(export: Export, staging: Path, step: Callable[[str], None]) -> Verification | None:

@@ -20,3 +20,9 @@ def is_hugging_face_config(config: object) -> TypeGuard["PretrainedConfig"]:
 def _is_of(module: str, name: str, value: object) -> bool:
     imported: Any = sys.modules.get(module)
     return imported is not None and isinstance(value, getattr(imported, name))
+
+
+def decoder_config(model: object) -> Any:
+    """The configuration of the part of a model that writes text."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True)

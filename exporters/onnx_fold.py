@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exporters.onnx_files.companions import copy_companions
+from exporters.onnx_files.companions import copy_companions, copy_genai_config
 from exporters.onnx_files.metadata import METADATA_KEY, GraphFacts, facts_of
 from exporters.onnx_files.onnx_file import read_graph
 from exporters.onnx_files.weight_place import WeightPlace, find_tensor
@@ -92,6 +92,7 @@ def fold_onnx(
     with show_progress(f"folding into {out.name}"), staging_folder(out) as staging, writing(out):
         if source.parent.resolve() != out.parent.resolve():
             copy_companions(source.parent, staging)
+        copy_genai_config(source.parent, staging / out.name)
         refuse_other_model(staging, out)
         weights.write(staging / out.name, _new_facts(graph, adapter, weights, places))
         publish(staging, out, keep=weights.files.values())

@@ -7,7 +7,10 @@ every one. Each says why the documented way does not do, and the version that it
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import inspect
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from torch.export import ExportedProgram
 
 if TYPE_CHECKING:
     import onnx_ir
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -56,6 +60,52 @@ def export_by_transformers(
         model.__dict__.update(attributes)
 
 
+def cache_argument(model: nn.Module) -> str | None:
+    """The argument of a model's forward that takes a key-value cache, which transformers 5.24 has given another name;
+    None where there is none.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+def returned_cache(outputs: Any) -> Any:
+    """The key-value cache in a model's outputs, None where there is none: as `cache_argument`."""
+    found = [getattr(outputs, name, None) for name in ("cache", "past_key_values")]
+    return next((cache for cache in found if cache is not None), None)
+
+
+def dynamic_cache(tensors: Sequence[torch.Tensor]) -> Any:
+    """A cache of these keys and values, of each layer in turn, without a copy; an empty one for none. Whatever is
+    passed to its constructor gets concatenated to an empty tensor, which a graph would keep. transformers 5.23.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer  # heavy: only where it is used
+
+    cache: Any = DynamicCache()
+    for keys, values in zip(tensors[::2], tensors[1::2], strict=True):
+        layer: Any = DynamicLayer()
+        layer.keys, layer.values = keys, values
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        cache.layers.append(layer)
+    return cache
+
+
+def is_plain_cache(cache: Any, length: int) -> bool:
+    """Whether a cache holds keys and values of each layer for so many tokens, (batch, heads, length, head_dim), and
+    nothing else. transformers 5.23.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # heavy
+
+    if type(cache) is not DynamicCache or not cache.layers:
+        return False
+    layers: list[Any] = cache.layers
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        and layer.is_initialized
+        and all(states.dim() == 4 and states.size(2) == length for states in (layer.keys, layer.values))
+        for layer in layers
+    )
+
+
 def grouped_translations() -> dict[Any, Any]:
     """How transformers writes products of rows that are sorted by expert in ONNX: torch's exporter has no translation
     of their operators. transformers 5.23.
@@ -65,13 +115,31 @@ def grouped_translations() -> dict[Any, Any]:
     return {target: write for target, write in _ONNX_TRANSLATION_TABLE.items() if "grouped_mm" in str(target)}
 
 
-def fuse_for_onnxruntime(graph_model: onnx_ir.Model, provider: str) -> None:
+def fuse_for_onnxruntime(graph_model: onnx_ir.Model, provider: str, *, has_cache: bool) -> None:
     """transformers' fusions into ONNX Runtime's own operators, in place; its exporter runs them only on graphs that it
     has just made, before weights have names. `provider`: "cpu" or "cuda". transformers 5.23.
     """
-    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime  # heavy: only where it is used
+    from transformers.exporters import onnxruntime_fusions  # heavy: only where it is used
 
-    fuse_for_onnxruntime(graph_model, provider)
+    with _attentions_of_batches(onnxruntime_fusions) if has_cache else contextlib.nullcontext():
+        onnxruntime_fusions.fuse_for_onnxruntime(graph_model, provider)
+
+
+@contextlib.contextmanager
+def _attentions_of_batches(fusions: Any) -> Iterator[None]:
+    """Attentions over a cache are fused for any number of texts, and their rotary embeddings stay outside.
+
+    transformers fuses them for a batch of one alone: after a past ONNX Runtime takes several tokens of one text only.
+    Who calls this says so of the graph. An embedding inside would rotate all texts of a first step by the positions of
+    the first of them, wrong where one is padded. transformers 5.24.
+    """
+    static_dim, shared_rotation = fusions._static_dim, fusions._shared_rotation
+    fusions._static_dim = lambda value, axis: 1 if axis == 0 else static_dim(value, axis)
+    fusions._shared_rotation = lambda *_: None
+    try:
+        yield
+    finally:
+        fusions._static_dim, fusions._shared_rotation = static_dim, shared_rotation
 
 
 def folder_of(config: PretrainedConfig) -> Path | None:

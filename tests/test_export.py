@@ -131,9 +131,10 @@ def test_tokenizer_files_come_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_causal_lm_has_logits_and_no_cache(tmp_path: Path) -> None:
+def test_a_causal_lm_without_a_cache(tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(gpt2(num_layers=1), ["c_attn", "c_fc"], CONFIG))
-    report = export_onnx(model, {"input_ids": tokens()["input_ids"]}, tmp_path, adapter="keep")
+    report = export_onnx(model, {"input_ids": tokens()["input_ids"]}, tmp_path, adapter="keep", use_cache=False)
+    assert list(report.inputs) == ["input_ids"]
     assert list(report.outputs) == ["logits"]
     assert model.config.use_cache
 

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+import transformers.exporters.onnxruntime_fusions
 from support.models import IN, OUT, assert_equal, bert_classifier, gpt2, randn
 from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -404,7 +405,7 @@ def test_an_export_leaves_the_instance_alone_and_is_fused() -> None:
     assert program.graph_signature.user_inputs == ("input_ids",)
     assert [value.name for value in graph_model.graph.inputs] == ["input_ids"]
     assert vars(model) == before
-    private.fuse_for_onnxruntime(graph_model, "cpu")
+    private.fuse_for_onnxruntime(graph_model, "cpu", has_cache=False)
     assert "com.microsoft" in {node.domain for node in graph_model.graph}
 
 
@@ -412,6 +413,37 @@ def test_translations_of_grouped_products() -> None:
     found = private.grouped_translations()
     assert any("grouped_mm_fallback" in str(target) for target in found)
     assert all(callable(write) for write in found.values())
+
+
+def test_caches_are_taken_and_returned() -> None:
+    model = gpt2(num_layers=1).eval()
+    argument = private.cache_argument(model)
+    assert argument in inspect.signature(model.forward).parameters
+    assert private.cache_argument(nn.Linear(IN, OUT)) is None
+    tokens = torch.arange(6).view(2, 3)
+    with torch.no_grad():
+        whole = model(input_ids=tokens, use_cache=True)
+        before = private.returned_cache(model(input_ids=tokens[:, :2], use_cache=True))
+        assert private.is_plain_cache(before, length=2)
+        assert not private.is_plain_cache(before, length=3)
+        assert not private.is_plain_cache(None, length=2)
+        past = private.dynamic_cache([before.layers[0].keys, before.layers[0].values])
+        after = model(input_ids=tokens[:, 2:], use_cache=True, **{argument: past})
+    assert private.returned_cache(model(input_ids=tokens, use_cache=False)) is None
+    torch.testing.assert_close(after.logits[:, 0], whole.logits[:, 2])
+    assert private.is_plain_cache(private.returned_cache(after), length=3)
+
+
+def test_attentions_of_batches_are_put_back() -> None:
+    fusions = transformers.exporters.onnxruntime_fusions
+    names = ("_static_dim", "_shared_rotation")
+    before = [getattr(fusions, name) for name in names]
+    with private._attentions_of_batches(fusions):
+        value = onnx_ir.Value(name="x", shape=onnx_ir.Shape(["batch", 3]))
+        assert fusions._static_dim(value, 0) == 1
+        assert fusions._static_dim(value, 1) == 3
+        assert fusions._shared_rotation(value, value, 16, False) is None
+    assert [getattr(fusions, name) for name in names] == before
 
 
 def test_folders_of_configurations(tmp_path: Path) -> None:

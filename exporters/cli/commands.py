@@ -27,6 +27,7 @@ from .adapters import (
 )
 from .exporting import export
 from .folding import fold, fold_into_onnx
+from .generating import generate
 from .terminal import quiet_pipe, tidy_terminal
 from .timing import bench
 from .training import demo, match, train
@@ -41,6 +42,7 @@ _COMMANDS: tuple[Command, ...] = (
     ("fold", fold, "./my-model ./adapter -o ./my-model-folded"),
     ("fold-onnx", fold_into_onnx, "base.onnx ./adapter -o merged.onnx"),
     ("export", export, "./my-model ./demo-output/adapter -o merged.onnx --target ort-cpu"),
+    ("generate", generate, "./exported 'Once upon a time' --max-new-tokens 32"),
     ("bench", bench, "base.onnx unmerged.onnx --batch 1,8 --sequence 16,128 --plot bench.png"),
 )
 _ADAPTER_COMMANDS: tuple[Command, ...] = (

@@ -36,6 +36,12 @@ _Shapes = Annotated[
         help="Sizes for TensorRT and Triton; may be repeated. Default: " + _SHAPES_TEXT,
     ),
 ]
+_Cache = Annotated[
+    bool | None,
+    typer.Option(
+        "--cache/--no-cache", help="A decoder's key-value cache; default: as the model's configuration has it."
+    ),
+]
 _Triton = Annotated[
     Path | None, typer.Option(help="Also write the graph into this Triton Inference Server model repository.")
 ]
@@ -50,6 +56,7 @@ def export(
     target: _Target = "portable",
     precision: _Precision = "auto",
     form: _Form = "auto",
+    cache: _Cache = None,
     verify: Annotated[bool, typer.Option(help="Compare the graph with torch.")] = True,
     shapes: _Shapes = [],  # noqa: B006  (typer copies it)
     triton: _Triton = None,
@@ -71,6 +78,7 @@ def export(
         target=target,
         precision=precision,
         form=form,
+        use_cache="auto" if cache is None else cache,
         verify=verify,
     )
     print(report)

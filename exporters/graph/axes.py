@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir
 
+from exporters.decoders.example_step import step_axes
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 
 _AXIS_NAMES = ("batch", "sequence")
@@ -42,6 +43,13 @@ def _names_of_symbols(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic
                 name = f"{input_name}_{name}"
             names[symbol] = name
     return names
+
+
+def name_step_axes(graph: onnx_ir.Graph) -> None:
+    """Names the axes of a decoder's inputs and outputs, also those that the exporter computes from others."""
+    for value in (*graph.inputs, *graph.outputs):
+        names = step_axes(value.name or "")
+        value.shape = onnx_ir.Shape([names.get(index, size) for index, size in enumerate(value.shape or ())])
 
 
 def _symbol(size: int | onnx_ir.SymbolicDim) -> str | None:

@@ -12,7 +12,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from exporters.decoders.example_step import step_axes
+from exporters.decoders.flat_cache import flat_cache, identifier
+from exporters.decoders.step_conditions import step_conditions
 from exporters.hugging_face import is_hugging_face_model
+from exporters.onnx_files.cache_names import has_cache, is_past
 from exporters.private import export_by_transformers, grouped_translations
 from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import changed_attributes, in_mode, own_attributes, without_cache
@@ -21,9 +25,9 @@ from melora_fx.whole_capture.conditions import Condition, conditions_of, exporti
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes, dynamic_shapes, refuse_fixed_axes
 from melora_fx.whole_capture.example_inputs import changed_names, copied, name_keywords
 
-from .axes import axes_of, name_axes
+from .axes import axes_of, name_axes, name_step_axes
 from .clean import quiet
-from .outputs import named_outputs
+from .named_tensors import named_outputs
 from .ranges import without_empty_axes
 
 
@@ -42,7 +46,7 @@ def build_graph(
     dynamic_axes: DynamicAxes = "auto",
     opset: int | None = None,
 ) -> BuiltGraph:
-    """The ONNX graph of `model` in evaluation mode, without a key-value cache.
+    """The ONNX graph of `model` in evaluation mode, with a key-value cache if `inputs` are those of a step with one.
 
     Weights are not copied: the graph refers to the model's own tensors until it is saved.
 
@@ -55,16 +59,25 @@ def build_graph(
     Raises:
         MELoRAError: where the model or the exporter fails, its own message is given; for an axis that the model fixes.
     """
-    with own_attributes(model), in_mode(model, training=False), without_cache(model), torch.no_grad():
+    is_step = has_cache(inputs)
+    if is_step:
+        dynamic_axes = {name: step_axes(name) for name in inputs}
+    cache = flat_cache(model) if is_step else without_cache(model)
+    with own_attributes(model), in_mode(model, training=False), cache, torch.no_grad():
         outputs, left_out = _run(model, inputs)
         graph_model, program = _export(model, inputs, dynamic_axes, opset)
+    _name_inputs(graph_model.graph, inputs)
     _name_outputs(graph_model.graph, outputs)
     if opset is not None and graph_model.opset_imports[""] != opset:
         raise MELoRAError(f"the exporter cannot write opset {opset}: it gave {graph_model.opset_imports['']}")
     refuse_fixed_axes({value.name or "": _sizes(value) for value in graph_model.graph.inputs}, dynamic_axes)
     name_axes(graph_model.graph, inputs, dynamic_axes)
     conditions = conditions_of(program)
-    conditions += without_empty_axes({value.name or "": axes_of(value) for value in graph_model.graph.inputs})
+    if is_step:
+        name_step_axes(graph_model.graph)
+        conditions = step_conditions(conditions, filter(is_past, inputs))
+    else:
+        conditions += without_empty_axes({value.name or "": axes_of(value) for value in graph_model.graph.inputs})
     return BuiltGraph(graph_model, tuple(conditions), left_out)
 
 
@@ -97,6 +110,9 @@ def _export(
 ) -> tuple[onnx_ir.Model, ExportedProgram]:
     try:
         with quiet(), exporting():
+            inputs = {identifier(name): value for name, value in inputs.items()}
+            if not isinstance(dynamic_axes, str):
+                dynamic_axes = {identifier(name): axes for name, axes in dynamic_axes.items()}
             shapes = dynamic_shapes(inputs, dynamic_axes)
             if is_hugging_face_model(model):
                 return export_by_transformers(model, inputs, shapes, opset)
@@ -137,6 +153,13 @@ def _reason(error: BaseException) -> str:
     while isinstance(causes[-1], torch.onnx.errors.OnnxExporterError) and causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     return "; ".join(f"{type(cause).__name__}: {cause}" for cause in causes[1:][-2:] or causes)
+
+
+def _name_inputs(graph: onnx_ir.Graph, names: Iterable[str]) -> None:
+    """Gives the graph's inputs the names of the model's, of which the exporter has taken what an argument can have."""
+    by_identifier = {identifier(name): name for name in names}
+    for value in graph.inputs:
+        value.name = by_identifier.get(value.name or "", value.name)
 
 
 def _name_outputs(graph: onnx_ir.Graph, names: Iterable[str]) -> None:

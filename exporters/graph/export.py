@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from .ranges import AxisRange
 
+CACHED_ATTENTION = "GroupQueryAttention"
+"""ONNX Runtime's operator that attends to the cache and adds to it."""
+
 Sites = Mapping[str, "AdapterSite"]
 Pass = Callable[["Export"], None]
 
@@ -182,13 +185,34 @@ class Export:
         return self.graph_model.graph
 
     def ranges(self) -> dict[str, AxisRange]:
-        """The sizes of each dynamic axis for which the graph is right."""
+        """The sizes of each dynamic axis for which the graph is right, one token a step where it needs that."""
+        from exporters.decoders.step_conditions import ONE_TOKEN_OR_TEXT
+
         from .axes import axes_of
         from .ranges import axis_ranges
 
         axes = {value.name or "": axes_of(value) for value in self.graph.inputs if not value.is_initializer()}
         tensors = {name: value for name, value in self.inputs.items() if name in axes}
-        return axis_ranges(self.conditions, axes, {name: value.shape for name, value in tensors.items()})
+        conditions = [condition for condition in self.conditions if condition != ONE_TOKEN_OR_TEXT]
+        return axis_ranges(conditions, axes, {name: value.shape for name, value in tensors.items()}, self.sums())
+
+    def sums(self) -> dict[str, tuple[str, ...]]:
+        """The dynamic axes that are as long as others together."""
+        from exporters.decoders.example_step import PAST_AXIS, TOTAL_AXIS
+
+        return {TOTAL_AXIS: (PAST_AXIS, "sequence")} if self.has_cache else {}
+
+    @property
+    def has_one_token_steps(self) -> bool:
+        """Whether a step after a past takes one token, or one text: ONNX Runtime's attention over a cache does."""
+        return self.has_cache and any(node.op_type == CACHED_ATTENTION for node in self.graph)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the graph takes and gives a key-value cache."""
+        from exporters.onnx_files.cache_names import has_cache
+
+        return has_cache(self.inputs)
 
     def constants(self) -> dict[str, Any]:
         """The example inputs that are no tensors: constants of the graph."""

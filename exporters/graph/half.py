@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from exporters.onnx_files.cache_names import is_past, is_present
 from exporters.onnx_runtime import import_onnxruntime
 from exporters.private import float16_converter
 
@@ -38,19 +39,23 @@ _STUB_BYTES = 4096
 
 
 def to_float16(export: Export) -> None:
-    """Puts a float16 graph in the place of the float32 one; inputs and outputs keep their types.
+    """Puts a float16 graph in the place of the float32 one; inputs and outputs keep their types, but for a cache's.
 
     Initializers are cast one by one when the graph is saved.
     """
     import_onnxruntime()  # its error names the extras
     graph = export.graph
-    keep = [value.name for value in (*graph.inputs, *graph.outputs)]
+    keep = [value.name for value in (*graph.inputs, *graph.outputs) if not _is_cache(value.name or "")]
     large = _set_aside_large(graph)
     export.graph_model = _convert(export.graph_model, keep)
     _join_float32(export.graph_model)
     _put_back_in_half(export.graph, large)
     export.graph.sort()
     export.has_stale_types = True
+
+
+def _is_cache(name: str) -> bool:
+    return is_past(name) or is_present(name)
 
 
 def _set_aside_large(graph: onnx_ir.Graph) -> dict[str, onnx_ir.TensorProtocol]:

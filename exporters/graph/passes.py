@@ -5,6 +5,7 @@ from typing import Any
 from exporters.onnx_files.metadata import places_as_json
 from melora_fx.shared_memory import sharing_parameters
 
+from .cache_lengths import read_lengths_off_mask
 from .clean import drop_inferred, drop_traces
 from .export import Export, Pass
 from .fuse import fuse
@@ -31,6 +32,7 @@ PASSES: tuple[Pass, ...] = (
     drop_traces,
     write_adapter,
     fuse,
+    read_lengths_off_mask,
     convert,
     drop_inferred,
     attach_defaults,

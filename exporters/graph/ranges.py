@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from melora_fx.whole_capture.conditions import Condition, Shaped
@@ -39,7 +40,10 @@ def without_empty_axes(axes: Mapping[str, Sequence[Any]]) -> list[Condition]:
 
 
 def axis_ranges(
-    conditions: Sequence[Condition], axes: Mapping[str, Sequence[Any]], shapes: Mapping[str, Sequence[int]]
+    conditions: Sequence[Condition],
+    axes: Mapping[str, Sequence[Any]],
+    shapes: Mapping[str, Sequence[int]],
+    sums: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, AxisRange]:
     """The range of each dynamic axis, with the others as they are in the example.
 
@@ -47,21 +51,27 @@ def axis_ranges(
         conditions: what the export assumed.
         axes: input → its axes, a size or the name of a dynamic one.
         shapes: input → its shape in the example, which fulfils them.
+        sums: axis → those that it is as long as together; it has no range of its own.
     """
 
     def fits(size: int, *, axis: str) -> bool:
-        resized = {
-            name: [size if axis == label else old for label, old in zip(axes[name], shape, strict=True)]
-            for name, shape in shapes.items()
-        }
+        sizes = _sizes(axes, shapes) | {axis: size}
+        sizes |= {total: sum(sizes[part] for part in parts) for total, parts in sums.items()}
+        resized = {name: [sizes[label] if isinstance(label, str) else label for label in axes[name]] for name in shapes}
         return holds(conditions, resized)
 
     ranges = {}
     for name, shape in shapes.items():
         for axis, size in zip(axes[name], shape, strict=True):
-            if isinstance(axis, str) and axis not in ranges:
+            if isinstance(axis, str) and axis not in ranges and axis not in sums:
                 ranges[axis] = _range_around(size, partial(fits, axis=axis))
     return ranges
+
+
+def _sizes(axes: Mapping[str, Sequence[Any]], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The size of each dynamic axis in the example."""
+    sized = [pair for name, shape in shapes.items() for pair in zip(axes[name], shape, strict=True)]
+    return {axis: size for axis, size in sized if isinstance(axis, str)}
 
 
 def _range_around(size: int, fits: Callable[[int], bool]) -> AxisRange:

@@ -49,8 +49,15 @@ def compare(
     Raises:
         MELoRAError: where the outputs have different names or shapes.
     """
-    outputs_a = runner_a.run(inputs)
-    outputs_b = runner_b.run(inputs)
+    return compare_arrays(runner_a.run(inputs), runner_b.run(inputs), scales)
+
+
+def compare_arrays(
+    outputs_a: Mapping[str, np.ndarray],
+    outputs_b: Mapping[str, np.ndarray],
+    scales: Mapping[str, float] = MappingProxyType({}),
+) -> Comparison:
+    """As `compare`, of outputs that are there already."""
     if outputs_a.keys() != outputs_b.keys():
         raise MELoRAError(f"the outputs have different names: {[*outputs_a]} and {[*outputs_b]}")
     abs_errors = {}

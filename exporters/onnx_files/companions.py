@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from exporters.example_inputs import TOKENIZER_FILES
-from exporters.hugging_face import is_hugging_face_config
+from exporters.hugging_face import is_hugging_face_config, is_hugging_face_model
 from exporters.private import folder_of
 from melora_fx.rewriting.module import class_name
 
 _CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+GENAI_CONFIG = "genai_config.json"
 _NO_SETTINGS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 """Keys in a configuration that say where it is from, or how it was loaded."""
 
@@ -31,6 +33,8 @@ def write_companions(model: nn.Module, folder: Path) -> tuple[str, ...]:
     described = copy.deepcopy(config)
     described.architectures = [class_name(model)]
     described.save_pretrained(folder)
+    if is_hugging_face_model(model) and model.can_generate() and (settings := model.generation_config) is not None:
+        (folder / GENERATION_CONFIG).write_text(settings.to_json_string(use_diff=True), encoding="utf-8")
     source = folder_of(config)
     files = _files_in(source, TOKENIZER_FILES) if source else []
     for file in files:
@@ -39,9 +43,18 @@ def write_companions(model: nn.Module, folder: Path) -> tuple[str, ...]:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies config.json and the tokenizer's files from the folder of one graph to another's."""
-    for file in _files_in(source, (_CONFIG, *TOKENIZER_FILES)):
+    """Copies the configurations and the tokenizer's files from the folder of one graph to another's."""
+    for file in _files_in(source, (_CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)):
         shutil.copyfile(file, folder / file.name)
+
+
+def copy_genai_config(source: Path, path: Path) -> None:
+    """Copies what onnxruntime-genai reads of a graph to another graph's folder, for that graph: `path`."""
+    file = source / GENAI_CONFIG
+    if file.is_file():
+        described = json.loads(file.read_text(encoding="utf-8"))
+        described["model"]["decoder"]["filename"] = path.name
+        path.with_name(GENAI_CONFIG).write_text(json.dumps(described, indent=4) + "\n", encoding="utf-8")
 
 
 def model_weights(folder: Path) -> list[Path]:
@@ -54,7 +67,19 @@ def says_the_same(first: Path, second: Path) -> bool:
     """Whether two files of one name have the same content; of configurations, the same settings."""
     if first.read_bytes() == second.read_bytes():
         return True
+    if first.name == GENAI_CONFIG:  # of the graph written last
+        return _of_any_graph(first) == _of_any_graph(second)
     return first.name == _CONFIG and _settings(first) == _settings(second)
+
+
+def _of_any_graph(file: Path) -> Any:
+    """What a genai_config.json says of a model, whichever of its graphs it names; one of another form is its text."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        settings = json.loads(text)["model"]
+        return settings | {"decoder": None}
+    except (ValueError, KeyError, TypeError):
+        return text
 
 
 def _settings(file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 providers      which of ONNX Runtime's providers, with which options: decisions only
 session        sessions that have these providers and fall back to none
+cache_inputs   one step of a decoder, and its empty cache
 io_binding     inputs and outputs bound to a device's memory
 adapter_cache  the adapters that a runner keeps, read anew when they were saved anew
 ort_runner     `OrtRunner`: an ONNX file on a session, with swappable adapters

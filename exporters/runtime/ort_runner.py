@@ -26,6 +26,7 @@ from melora_fx import MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
 from .adapter_cache import AdapterCache
+from .cache_inputs import with_empty_cache
 from .input_check import InputCheck
 from .io_binding import ReplayBuffers, run_bound, to_device
 from .providers import Shapes, choose_provider
@@ -127,7 +128,8 @@ class OrtRunner:
         """The outputs by name, for `inputs` of arrays or tensors by name; an input that the graph lacks is refused.
 
         Args:
-            inputs: every input of the graph.
+            inputs: every input of the graph; a decoder's first step needs its tokens only, and a mask where texts are
+                padded.
             adapter: for a graph exported with "swap", an adapter folder or an .onnx_adapter file, read at its first
                 use and when it was written anew; None computes the base.
 
@@ -136,7 +138,8 @@ class OrtRunner:
             MELoRAError: for a missing or unknown input, a size outside of `shapes` or of what the export assumed, an
                 adapter that does not fit, or what ONNX Runtime refuses.
         """
-        arrays = {name: as_array(value) for name, value in inputs.items()}
+        given = with_empty_cache(self.session.get_inputs(), inputs)
+        arrays = {name: as_array(value) for name, value in given.items()}
         self._check.refuse({name: array.shape for name, array in arrays.items()})
         loaded = self._load(adapter)
         if self._replay is not None:

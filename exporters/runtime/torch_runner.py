@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from exporters.graph.outputs import named_outputs
+from exporters.graph.named_tensors import named_outputs
 from exporters.onnx_runtime import Arrays
 
 

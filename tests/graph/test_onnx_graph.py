@@ -9,7 +9,7 @@ from torch import nn
 
 from exporters.graph.axes import axes_of
 from exporters.graph.build import build_graph, count_ops
-from exporters.graph.outputs import named_outputs
+from exporters.graph.named_tensors import named_outputs
 from melora_fx import MELoRAError
 
 

@@ -1,4 +1,4 @@
-"""The example inputs by name: a graph's inputs have names."""
+"""Names for the tensors that a model takes and returns: a graph's inputs and outputs have names."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from melora_fx import MELoRAError
+from melora_fx.torch_private import tree_paths
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes, has_dynamic_batch
 from melora_fx.whole_capture.example_inputs import as_arguments
 
@@ -36,3 +38,28 @@ def named_inputs(
                 "a text or None becomes a constant of the graph)"
             )
     return {name: inputs[name] for name in sorted(inputs, key=lambda name: names.index(name) if name in names else -1)}
+
+
+def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model's output by name: its fields' names, else `output` or `output_0`, `output_1`, …
+
+    Raises:
+        MELoRAError: for an output without any tensor.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return {"output": outputs}
+    named = {}
+    for keys, leaf in tree_paths(_without_empty_fields(outputs)):
+        if isinstance(leaf, torch.Tensor):
+            path = ("output", *keys) if keys[0].isdigit() else keys
+            named["_".join(path)] = leaf
+    if not named:
+        raise MELoRAError(f"the model returns no tensor that has a name, but a {type(outputs).__name__}")
+    return named
+
+
+def _without_empty_fields(outputs: Any) -> Any:
+    """Hugging Face outputs as dicts, without the fields that are None."""
+    if not isinstance(outputs, Mapping):
+        return outputs
+    return {name: value for name, value in outputs.items() if value is not None}

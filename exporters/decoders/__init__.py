@@ -1,0 +1,6 @@
+"""The torch side of decoders with a key-value cache: what their graphs are made of.
+
+flat_cache       a model whose forward takes and gives the cache as tensors by name
+example_step     a step with a past to translate a decoder with
+step_conditions  what holds of the sizes of a step's inputs
+"""

@@ -1,0 +1,72 @@
+"""A step with a past, by which a decoder is translated: some tokens follow others, and one text is padded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from exporters.onnx_files.cache_names import (
+    MASK,
+    POSITIONS,
+    TOKENS,
+    is_cross,
+    is_past,
+    is_present,
+    past_of,
+)
+
+from .flat_cache import cache_layout, flat_cache
+
+_LEAST_TOKENS = 5
+"""Of a text in the example: past and new tokens of several each, and not as many."""
+
+PAST_AXIS, TOTAL_AXIS, SOURCE_AXIS = "past_sequence", "total_sequence", "encoder_sequence"
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """The position of each token among those of its text that are no padding; (batch, sequence) both."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def example_step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The inputs of a step by name, made of example texts: the first tokens are the past.
+
+    Args:
+        model: a decoder that has a cache.
+        inputs: `input_ids`, and `attention_mask` if there is padding; of two rows and more.
+    """
+    layout = cache_layout(model)
+    assert layout is not None
+    tokens, mask = padded_texts(inputs[TOKENS], inputs.get(MASK))
+    positions = {POSITIONS: positions_of(mask)} if layout.takes_positions else {}
+    split = tokens.size(1) - (tokens.size(1) - 1) // 2
+    before = {TOKENS: tokens[:, :split], MASK: mask[:, :split]} | {n: p[:, :split] for n, p in positions.items()}
+    with torch.no_grad(), flat_cache(model):
+        outputs = model(**before)
+    past = {past_of(name): value.clone() for name, value in outputs.items() if is_present(name)}
+    step = {TOKENS: tokens[:, split:], MASK: mask} | {name: value[:, split:] for name, value in positions.items()}
+    return {name: value.contiguous() for name, value in step.items()} | past
+
+
+def padded_texts(tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask with tokens enough for an example, the first text padded: a mask of ones would be left out."""
+    repeats = -(-_LEAST_TOKENS // tokens.size(1))
+    mask = torch.ones_like(tokens) if mask is None else mask
+    tokens, mask = tokens.repeat(1, repeats), mask.repeat(1, repeats).clone()
+    mask[0, 0] = 0
+    mask[:, -1] = 1
+    return tokens, mask
+
+
+def step_axes(name: str) -> dict[int, str]:
+    """The dynamic axes of a step's input or output, by index."""
+    if is_cross(name):
+        return {0: "batch", 2: SOURCE_AXIS}
+    if is_past(name):
+        return {0: "batch", 2: PAST_AXIS}
+    if is_present(name):
+        return {0: "batch", 2: TOTAL_AXIS}
+    if name == "encoder_attention_mask":
+        return {0: "batch", 1: SOURCE_AXIS}
+    return {0: "batch", 1: TOTAL_AXIS if name == MASK else "sequence"}

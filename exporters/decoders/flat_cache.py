@@ -1,0 +1,102 @@
+"""A model's forward with the key-value cache as tensors by name, as a graph has it.
+
+    forward(input_ids, attention_mask, position_ids, past_key_values.0.key, …) → {logits, present.0.key, …}
+
+Caches of models with a sliding window are kept whole: their masks leave out what lies before the window.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from exporters.hugging_face import decoder_config, is_hugging_face_model
+from exporters.onnx_files.cache_names import LOGITS, MASK, POSITIONS, TOKENS, is_past, past_names, present_of
+from exporters.private import cache_argument, dynamic_cache, is_plain_cache, returned_cache
+
+_DATA_DEPENDENT_ROPES = ("dynamic", "longrope")
+"""Kinds of rotary embeddings whose frequencies depend on the tokens so far: a graph would have those of its example."""
+
+
+class CacheLayout(NamedTuple):
+    """What a decoder keeps of the tokens so far: the number of layers, and whether its forward takes positions."""
+
+    num_layers: int
+    takes_positions: bool
+
+
+def cache_misfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+    """Why a model's graph can have no cache, in words; None where it can."""
+    if not is_hugging_face_model(model) or not model.can_generate():
+        return f"`{type(model).__name__}` is no model of transformers that generates"
+    if model.config.is_encoder_decoder:
+        return "it has an encoder"
+    if TOKENS not in inputs:
+        return f"`example_inputs` has no `{TOKENS}`"
+    if others := [name for name in inputs if name not in (TOKENS, MASK, POSITIONS)]:
+        return f"`example_inputs` gives {', '.join(f'`{name}`' for name in others)} beside the tokens"
+    if cache_argument(model) is None or MASK not in inspect.signature(model.forward).parameters:
+        return f"`{type(model).__name__}.forward` takes no cache and `{MASK}`"
+    if (rope := _rope_type(model)) in _DATA_DEPENDENT_ROPES:
+        return f"its rotary embedding (`rope_type` {rope!r}) changes with the number of tokens"
+    return None if cache_layout(model) else "what it keeps of earlier tokens is more than keys and values of each layer"
+
+
+def _rope_type(model: nn.Module) -> str | None:
+    """The kind of the model's rotary embedding, as its configuration names it."""
+    parameters = getattr(decoder_config(model), "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, Mapping))]
+    found = [str(kind["rope_type"]) for kind in kinds if "rope_type" in kind]
+    return next((kind for kind in found if kind in _DATA_DEPENDENT_ROPES), found[0] if found else None)
+
+
+def cache_layout(model: nn.Module) -> CacheLayout | None:
+    """The layout of the cache that the model's forward returns; None for one that is no list of keys and values."""
+    argument = cache_argument(model)
+    if argument is None:
+        return None
+    device = next(model.parameters()).device
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
+    with torch.no_grad():
+        cache = returned_cache(model(**{TOKENS: tokens}, use_cache=True))
+    if not is_plain_cache(cache, length=2):
+        return None
+    return CacheLayout(len(cache.layers), POSITIONS in inspect.signature(model.forward).parameters)
+
+
+@contextmanager
+def flat_cache(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model takes the cache as tensors and returns a dict, by the names of a graph's inputs and
+    outputs; without tensors of a past it starts one.
+    """
+    own, attributes = model.forward, dict(vars(model))
+    argument = cache_argument(model)
+    assert argument is not None
+
+    def forward(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        past = [value for name, value in inputs.items() if is_past(_dotted(name))]
+        others = {name: value for name, value in inputs.items() if not is_past(_dotted(name))}
+        outputs = own(**others, **{argument: dynamic_cache(past)}, use_cache=True)
+        kept = [tensor for layer in returned_cache(outputs).layers for tensor in (layer.keys, layer.values)]
+        names = map(present_of, past_names(len(kept) // 2))
+        return {LOGITS: outputs.logits, **dict(zip(names, kept, strict=True))}
+
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        vars(model).pop("forward")
+        vars(model).update({name: value for name, value in attributes.items() if name == "forward"})
+
+
+def identifier(name: str) -> str:
+    """The name of an input as an argument can have it: `past_key_values.0.key` is `past_key_values_0_key`."""
+    return name.replace(".", "_")
+
+
+def _dotted(name: str) -> str:
+    """The inverse, for the cache's inputs."""
+    return name.replace("past_key_values_", "past_key_values.")

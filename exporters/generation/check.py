@@ -1,0 +1,155 @@
+"""Does a decoder's graph compute what torch computes, step by step, with a cache that each fills by itself?
+
+Wrong padding raises no error: texts are tried alone and beside others, padded before them and behind.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from exporters.decoders.flat_cache import flat_cache
+from exporters.decoders.step_conditions import without_refuted
+from exporters.graph.export import Export
+from exporters.hugging_face import decoder_config
+from exporters.measuring.compare import Comparison, compare_arrays, largest
+from exporters.onnx_files.cache_names import LOGITS, TOKENS, is_present, past_of
+from exporters.onnx_files.metadata import read_facts
+from exporters.onnx_runtime import Arrays
+from exporters.runtime.cache_inputs import empty_cache, step_inputs
+from exporters.runtime.ort_runner import OrtRunner
+from exporters.runtime.torch_runner import Runner, TorchRunner
+from melora_fx import MELoRAError
+from melora_fx.whole_capture.conditions import Condition
+
+_MOST_TOKENS = 2**10
+"""Windows above this are not tried: attention takes memory with the square of the tokens."""
+
+
+class Texts(NamedTuple):
+    """What is tried: token ids and mask, (batch, all), and the number of tokens of each step."""
+
+    words: str
+    tokens: np.ndarray
+    mask: np.ndarray
+    steps: tuple[int, ...]
+
+
+class StepsComparison(NamedTuple):
+    """What was compared, in words → how near it is; and what must hold of the sizes of a step, as far as is known."""
+
+    comparisons: dict[str, Comparison]
+    conditions: list[Condition]
+
+
+def compare_steps(export: Export, path: Path) -> StepsComparison:
+    """Compares the file of a decoder's export with its model, in its present mode, on ONNX Runtime's CPU.
+
+    Raises:
+        MELoRAError: where an error is above the precision's tolerance, or ONNX Runtime cannot run the file.
+    """
+    runner = OrtRunner(path, save_memory=True).without_check()
+    facts = read_facts(path)
+    precision = export.options.precision
+    comparisons: dict[str, Comparison] = {}
+    tried = list[dict[str, tuple[int, ...]]]()
+    with flat_cache(export.model):
+        torch_runner = TorchRunner(export.model)
+        for texts in _trial_texts(export):
+            for adapter in export.adapter.trials(export.model, export.sites, facts):
+                also = f"{texts.words}, {adapter.name} adapter" if adapter.name else texts.words
+                with adapter.context:
+                    comparison, shapes = _compare(runner.with_tensors(adapter.inputs()), torch_runner, texts)
+                if not comparison.max_rel_error <= precision.tolerance_of_more:
+                    raise MELoRAError(f"the ONNX graph is not equal to torch at {also}: {comparison}")
+                comparisons[also] = comparison
+                tried += shapes
+    return StepsComparison(comparisons, without_refuted(export.conditions, tried))
+
+
+def _trial_texts(export: Export) -> Iterator[Texts]:
+    """One text and two, by one token a step and by several, padded and not; as many tokens as a window and more."""
+    ids = export.inputs[TOKENS].cpu().numpy()
+    vocabulary = int(decoder_config(export.model).vocab_size)
+    generator = np.random.default_rng(0)
+
+    def tokens(batch: int, length: int) -> np.ndarray:
+        made = generator.integers(0, vocabulary, (batch, length))
+        made[:, : ids.shape[1]] = ids[:batch, :length] if length >= ids.shape[1] else made[:, : ids.shape[1]]
+        return made
+
+    def texts(words: str, batch: int, *steps: int, padding: slice | None = None) -> Texts:
+        mask = np.ones((batch, sum(steps)), np.int64)
+        if padding is not None:
+            mask[0, padding] = 0
+        return Texts(words, tokens(batch, sum(steps)), mask, steps)
+
+    yield texts("one text", 1, 6, 1, 1)
+    yield texts("one token", 1, 1, 1)
+    yield texts("several tokens a step", 1, 5, 3, 1)
+    yield texts("two texts", 2, 6, 1)
+    yield texts("padding before a text", 2, 7, 1, 1, padding=slice(0, 3))
+    yield texts("padding behind a text", 2, 7, 1, 1, padding=slice(4, 7))
+    if not export.has_one_token_steps:
+        yield texts("several tokens of two texts a step", 2, 5, 3, 2, padding=slice(0, 2))
+    for window in _windows(export):
+        if window <= _MOST_TOKENS:
+            yield texts(f"a window of {window} tokens and more", 1, window + 2, 1)
+            yield texts(f"padding, and a window of {window} tokens", 2, window + 2, 1, 1, padding=slice(0, 3))
+
+
+def _windows(export: Export) -> Sequence[int]:
+    """How many tokens a layer attends to, where these are not all; none for more than the model has positions."""
+    config = decoder_config(export.model)
+    found = {getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")}
+    most = getattr(config, "max_position_embeddings", None) or _MOST_TOKENS
+    return sorted(size for size in found if isinstance(size, int) and 0 < size < most - 4)
+
+
+def _compare(
+    runner: OrtRunner, torch_runner: Runner, texts: Texts
+) -> tuple[Comparison, list[dict[str, tuple[int, ...]]]]:
+    """The errors over all steps, and the shapes of each step's inputs."""
+    inputs = runner.session.get_inputs()
+    names = [value.name for value in inputs]
+    cache_a = empty_cache(inputs, len(texts.tokens))
+    cache_b = {name: value.astype(np.float32) for name, value in cache_a.items()}
+    scales: dict[str, float] = {}
+    found, shapes = [], []
+    end = 0
+    for size in texts.steps:
+        start, end = end, end + size
+        mask = texts.mask[:, :end]
+        given = step_inputs(names, texts.tokens[:, start:end], mask)
+        outputs_a, outputs_b = runner.run(given | cache_a), torch_runner.run(given | cache_b)
+        cache_a, cache_b = _next_cache(outputs_a), _next_cache(outputs_b)
+        read_a, read_b = _without_padding(outputs_a, mask), _without_padding(outputs_b, mask)
+        scales = {name: max(scales.get(name, 0.0), largest(value)) for name, value in read_b.items()}
+        found.append(compare_arrays(read_a, read_b, scales))
+        shapes.append({name: value.shape for name, value in given.items()})
+    return _worst(found), shapes
+
+
+def _next_cache(outputs: Arrays) -> Arrays:
+    return {past_of(name): value for name, value in outputs.items() if is_present(name)}
+
+
+def _without_padding(outputs: Arrays, mask: np.ndarray) -> Arrays:
+    """The outputs with zeros at padding: what is computed there, nobody reads."""
+    read = {}
+    for name, value in outputs.items():
+        is_read = mask.astype(bool)
+        if name == LOGITS:
+            read[name] = np.where(is_read[:, -value.shape[1] :, None], value, 0)
+        else:
+            read[name] = np.where(is_read[:, None, :, None], value, 0)
+    return read
+
+
+def _worst(found: Sequence[Comparison]) -> Comparison:
+    names = found[0].max_abs_errors
+    return Comparison(
+        {name: max(each.max_abs_errors[name] for each in found) for name in names},
+        {name: max(each.max_rel_errors[name] for each in found) for name in names},
+    )

@@ -1,0 +1,51 @@
+"""A decoder's graph and its cache: each step adds tokens to the texts, and gives the logits of what may follow them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from exporters.onnx_files.cache_names import LOGITS, has_cache, is_present, past_of
+from exporters.runtime.cache_inputs import empty_cache, step_inputs
+from exporters.runtime.ort_runner import OrtRunner
+from melora_fx import MELoRAError
+
+
+class CachedDecoder:
+    """Texts on their way through a graph; their cache stays where the session computes, and is never copied.
+
+    Args:
+        runner: of a graph with a cache.
+        batch: number of texts.
+        adapter: as for `OrtRunner.run`.
+
+    Raises:
+        MELoRAError: for a graph without a cache.
+    """
+
+    def __init__(self, runner: OrtRunner, batch: int, adapter: str | os.PathLike[str] | None = None) -> None:
+        if not has_cache(runner.input_names):
+            raise MELoRAError(
+                f"`{runner.path}` has no key-value cache: export a model that generates with `use_cache=True`"
+            )
+        self._runner = runner
+        self._adapter = adapter
+        self._cache: dict[str, Any] = runner.to_device(empty_cache(runner.session.get_inputs(), batch))
+
+    def step(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The logits after each of the new tokens, (batch, new, vocabulary).
+
+        Args:
+            tokens: ids, (batch, new).
+            mask: of all tokens so far, (batch, past + new); 0 for padding.
+
+        Raises:
+            MELoRAError: as `OrtRunner.run`.
+        """
+        given = self._runner.to_device(step_inputs(self._runner.input_names, tokens, mask))
+        outputs = self._runner.run_on_device(given | self._cache, self._adapter)
+        self._cache |= {past_of(name): value for name, value in outputs.items() if is_present(name)}
+        logits: np.ndarray = outputs[LOGITS].numpy()
+        return logits

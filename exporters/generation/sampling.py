@@ -1,0 +1,27 @@
+"""The next token of each text: the most likely one, or one drawn at random."""
+
+import numpy as np
+
+
+def most_likely(logits: np.ndarray) -> np.ndarray:
+    """The index of the largest of each row, (batch, vocabulary) → (batch,)."""
+    chosen: np.ndarray = logits.argmax(-1)
+    return chosen
+
+
+def draw(logits: np.ndarray, temperature: float, top_p: float, generator: np.random.Generator) -> np.ndarray:
+    """One index of each row, (batch, vocabulary) → (batch,), with the probabilities softmax(logits / temperature) of
+    the fewest tokens that have `top_p` together.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, axis=-1, kind="stable")
+    sorted_logits = np.take_along_axis(scaled, order, -1)
+    weights = np.exp(sorted_logits - sorted_logits[:, :1])
+    weights /= weights.sum(-1, keepdims=True)
+    before = weights.cumsum(-1) - weights
+    weights[before >= top_p] = 0
+    bounds = weights.cumsum(-1)
+    points = generator.random((len(logits), 1)) * bounds[:, -1:]
+    places = (bounds <= points).sum(-1, keepdims=True)
+    chosen: np.ndarray = np.take_along_axis(order, places, -1)[:, 0]
+    return chosen

@@ -1,0 +1,97 @@
+"""Decoders that are small and have every part: grouped heads, a tokenizer, an adapter that changes what they write."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import melora_fx
+from melora_fx import MELoRAConfig
+from support.models import fill
+
+VOCABULARY = 51
+CONFIG = MELoRAConfig(rank=2, num_blocks=2, alpha=8)
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def llama(seed: int = 0, **settings: Any) -> hf.LlamaForCausalLM:
+    """With weights large enough that tokens depend on each other."""
+    torch.manual_seed(seed)
+    return spread(hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES | settings)))
+
+
+def spread(model: Any) -> Any:
+    """New models' weights are so small that all logits are alike: they become larger."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return model.eval()
+
+
+def adapted_llama(targets: Any = "all-linear", seed: int = 0) -> Any:
+    return fill(melora_fx.rewrite(llama(), targets, CONFIG), seed)
+
+
+def example() -> dict[str, torch.Tensor]:
+    tokens = torch.arange(14).view(2, 7) % (VOCABULARY - 3) + 3
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def logits_after(model: Any, ids: Sequence[int]) -> np.ndarray:
+    """Of what follows these tokens, by torch, without a cache and alone in the batch."""
+    with torch.no_grad():
+        outputs = model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    return outputs.logits[0, -1].numpy()
+
+
+def greedy_tokens(model: Any, ids: Sequence[int], steps: int) -> list[int]:
+    """What torch writes, token by token, without a cache; the model's end token is a token as any other."""
+    written = list(ids)
+    for _ in range(steps):
+        written.append(int(logits_after(model, written).argmax()))
+    return written[len(ids) :]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word for each id: "w3 w4"; ids 0 to 2 are special."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3"
+    )
+    fast.save_pretrained(folder)
+
+
+def in_words(ids: Sequence[int]) -> str:
+    return " ".join(f"w{index}" for index in ids)
+
+
+def model_folder(folder: Path, model: Any = None) -> Any:
+    """A model loaded from a folder that has its tokenizer: what it is exported from. Its end token ends no text."""
+    made = copy.deepcopy(model) if model is not None else llama()
+    made.generation_config.eos_token_id = None
+    made.save_pretrained(folder)
+    write_tokenizer(folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings.pop("eos_token_id", None)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return type(made).from_pretrained(folder).eval()
