@@ -8,13 +8,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from exporters.decoders.parts import Part, parts_of, sites_in
 from exporters.graph.export import AdapterForm, Export, ExportOptions, Sites
 from exporters.graph.named_tensors import named_inputs
 from exporters.onnx_files.companions import write_companions
@@ -30,7 +31,6 @@ from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_malformed_a
 
 from .export_files import keep_failed, onnx_file_path, publish, refuse_folder, refuse_other_model, report_path
 from .export_report import ExportReport
-from .hugging_face import is_hugging_face_model
 from .onnx_runtime import import_onnxruntime
 from .private import runs_under_accelerate
 from .targets import ADAPTERS, FORMS, NO_ADAPTER, PRECISIONS, TARGETS, find
@@ -90,10 +90,6 @@ def export_onnx(
             or holds another model's configuration, tokenizer or weights; where ONNX Runtime is not installed, or the
             graph is not equal to torch. No file of an earlier export is touched then.
     """
-    from exporters.graph.build import build_graph  # these two import onnx_ir and onnxscript
-    from exporters.graph.passes import graph_facts, run_passes
-
-    start = time.perf_counter()
     found_target = find("target", target, TARGETS)
     options = ExportOptions(
         path=onnx_file_path(output_path(path)),
@@ -109,32 +105,60 @@ def export_onnx(
     inputs = named_inputs(model, example_inputs, dynamic_axes)
     refuse_wrong_axes(inputs, dynamic_axes)
     model = unwrap(model)
-    inputs, cache_notes = _cached(model, inputs, use_cache, dynamic_axes)
+    parts, cache_notes = parts_of(
+        model,
+        inputs,
+        use_cache,
+        has_own_axes=not isinstance(dynamic_axes, str),
+        is_folder=Path(path).suffix != options.path.suffix,
+    )
     found = sites(model)
     held = _held_adapter(model, options.adapter, found)
-    facts = _describe(model, options, held, found)  # of the base: before it is folded
-    with (
-        show_progress(f"exporting {options.path.name}") as step,
-        staging_folder(options.path) as staging,
-        contextlib.ExitStack() as values,
-    ):
+    with show_progress(f"exporting {options.path.name}") as step, contextlib.ExitStack() as folders:
+        written: list[tuple[ExportReport, Path]] = []
+        for part in parts:
+            own = replace(options, path=options.path.with_name(part.file)) if part.file else options
+            staging = folders.enter_context(staging_folder(own.path))
+            report = _export(model, part, own, held, found, staging, step)
+            written.append((replace(report, notes=(*cache_notes, *report.notes)), staging))
+        for report, staging in written:
+            _publish(report, Path(report.path), staging)
+    return replace(written[-1][0], encoder=written[0][0] if len(written) > 1 else None)
+
+
+def _export(
+    model: nn.Module,
+    part: Part,
+    options: ExportOptions,
+    held: AdapterForm,
+    found: Sites,
+    staging: Path,
+    step: Callable[[str], None],
+) -> ExportReport:
+    """Writes one graph, and what belongs beside it, into `staging`, and compares it with the model."""
+    from exporters.graph.build import build_graph  # these two import onnx_ir and onnxscript
+    from exporters.graph.passes import graph_facts, run_passes
+
+    start = time.perf_counter()
+    own = sites_in(model, part, found)
+    facts = _describe(model, options, held, own, found)  # of the base: before it is folded
+    with contextlib.ExitStack() as values:
         notes = _write_companions(model, options.path, staging)
         step("translating the model")
         values.enter_context(held.values(model, found))
-        built = build_graph(model, inputs, dynamic_axes=dynamic_axes, opset=opset)
-        export = Export(built.graph_model, model, inputs, options, held, found, values, [*built.conditions])
+        built = build_graph(model, part.inputs, part.forward, dynamic_axes=options.dynamic_axes, opset=options.opset)
+        export = Export(
+            built.graph_model, model, part.inputs, part.forward, options, held, own, values, [*built.conditions]
+        )
         step("rewriting the graph")
         run_passes(export)
         step("writing")
-        notes += (*cache_notes, *_write(export, facts | graph_facts(export), staging))
+        notes += _write(export, facts | graph_facts(export), staging)
         verification = _verify(export, staging, step)
         if verification and list(verification.conditions) != export.conditions:
             export.conditions = list(verification.conditions)
             write_description(staging / options.path.name, facts | graph_facts(export))
-        notes += built.left_out
-        report = _report(export, verification, notes, staging, start)
-        _publish(report, options.path, staging)
-    return report
+        return _report(export, verification, notes + built.left_out, staging, start)
 
 
 def _refuse(model: nn.Module, options: ExportOptions) -> None:
@@ -160,32 +184,6 @@ def _refuse(model: nn.Module, options: ExportOptions) -> None:
     refuse_folder(options.path)
 
 
-def _cached(
-    model: nn.Module, inputs: dict[str, Any], use_cache: bool | str, dynamic_axes: DynamicAxes
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The inputs to translate the model with: a step with a past where the graph gets a cache; and notes.
-
-    Raises:
-        ValueError: for another `use_cache`, and for a cache beside axes of one's own.
-        MELoRAError: for a model that has no such cache.
-    """
-    from exporters.decoders.example_step import example_step
-    from exporters.decoders.flat_cache import cache_misfit
-
-    if not isinstance(use_cache, bool) and use_cache != "auto":
-        raise ValueError(f'`use_cache` (={use_cache!r}) must be True, False or "auto"')
-    config = getattr(model, "config", None)
-    may_generate = is_hugging_face_model(model) and model.can_generate() and getattr(config, "use_cache", False)
-    if use_cache is False or (use_cache == "auto" and not may_generate):
-        return inputs, ()
-    misfit = "`dynamic_axes` names its own" if not isinstance(dynamic_axes, str) else cache_misfit(model, inputs)
-    if misfit is None:
-        return example_step(model, inputs), ()
-    if use_cache is True:
-        raise MELoRAError(f"`use_cache=True`: the graph cannot have a key-value cache: {misfit}")
-    return inputs, (f"without a key-value cache: {misfit}",)
-
-
 def _held_adapter(model: nn.Module, asked: AdapterForm, found: Sites) -> AdapterForm:
     """What the graph will hold of the adapters: none, where the model has no sites, or computes its base.
 
@@ -204,10 +202,10 @@ def _held_adapter(model: nn.Module, asked: AdapterForm, found: Sites) -> Adapter
     return held
 
 
-def _describe(model: nn.Module, options: ExportOptions, held: AdapterForm, found: Sites) -> dict[str, Any]:
+def _describe(model: nn.Module, options: ExportOptions, held: AdapterForm, own: Sites, found: Sites) -> dict[str, Any]:
     """What the file will say of itself, but for what the passes find out."""
-    described = {} if held is NO_ADAPTER else found
-    facts = describe(model, described, held.name, options.target.name, is_swappable=held.is_swappable)
+    described, whole = ({}, {}) if held is NO_ADAPTER else (own, found)
+    facts = describe(model, described, whole, held.name, options.target.name, is_swappable=held.is_swappable)
     return facts | {"precision": options.precision.name}
 
 
@@ -282,6 +280,7 @@ def _report(
         max_abs_error=verification.max_abs_error if verification else None,
         max_rel_error=verification.max_rel_error if verification else None,
         notes=notes,
+        encoder=None,
         seconds=time.perf_counter() - start,
     )
 

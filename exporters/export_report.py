@@ -21,6 +21,7 @@ class ExportReport:
         num_adapter_inputs: number of optional inputs that an adapter's tensors go to.
         compared: what was compared with torch, in words; empty without `verify`.
         max_abs_error, max_rel_error: the worst of those comparisons; None where nothing was compared.
+        encoder: of an encoder-decoder model with a cache, the report on the encoder's graph; this one is the decoder's.
         notes: what the user should know, such as missing tokenizer files.
         seconds: time that the whole export took.
     """
@@ -45,10 +46,12 @@ class ExportReport:
     max_rel_error: float | None
     notes: tuple[str, ...]
     seconds: float
+    encoder: "ExportReport | None" = None
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in list(self.op_counts.items())[:6])
-        lines = [
+        lines = [] if self.encoder is None else [str(self.encoder)]
+        lines += [
             f"{self.path}: {self.target}, {self.precision}, opset {self.opset}, {self.seconds:.1f} s",
             f"  {self.num_nodes} nodes: {counts}, …",
         ]

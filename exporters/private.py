@@ -89,6 +89,13 @@ def dynamic_cache(tensors: Sequence[torch.Tensor]) -> Any:
     return cache
 
 
+def cache_of_both(own: Sequence[torch.Tensor], cross: Sequence[torch.Tensor]) -> Any:
+    """A decoder's cache beside an encoder: as `dynamic_cache` of its own tokens and of the encoder's, which stay."""
+    from transformers.cache_utils import EncoderDecoderCache  # heavy: only where it is used
+
+    return EncoderDecoderCache(dynamic_cache(own), dynamic_cache(cross))
+
+
 def is_plain_cache(cache: Any, length: int) -> bool:
     """Whether a cache holds keys and values of each layer for so many tokens, (batch, heads, length, head_dim), and
     nothing else. transformers 5.23.

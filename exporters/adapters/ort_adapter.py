@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
         MELoRAError: for a graph without swappable adapters, or an adapter of another base, with other sites or blocks.
     """
     _refuse_unswappable(facts)
+    adapter = _without(adapter, facts.elsewhere)
     unknown = [name for name in adapter.configs if name not in facts.configs]
     if unknown:
         raise MELoRAError(f"`{adapter.directory}` has sites that `{facts.path}` lacks: {', '.join(unknown)}")
@@ -42,6 +44,17 @@ def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
         raise MELoRAError(f"`{adapter.directory}` does not fit `{facts.path}`:\n" + "\n".join(misfits))
     _check_base(adapter, facts)
     return _site_tensors(adapter) | _kept_tensors(adapter, facts)
+
+
+def _without(adapter: Adapter, sites: Sequence[str]) -> Adapter:
+    """The adapter without these sites: another graph's."""
+    left_out = {name for site in sites for name in factor_names(site)}
+    return replace(
+        adapter,
+        configs={site: config for site, config in adapter.configs.items() if site not in sites},
+        fingerprints={site: found for site, found in adapter.fingerprints.items() if site not in sites},
+        tensors={name: tensor for name, tensor in adapter.tensors.items() if name not in left_out},
+    )
 
 
 def check_inputs(

@@ -53,7 +53,7 @@ def padded_texts(tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch
     """Token ids and mask with tokens enough for an example, the first text padded: a mask of ones would be left out."""
     repeats = -(-_LEAST_TOKENS // tokens.size(1))
     mask = torch.ones_like(tokens) if mask is None else mask
-    tokens, mask = tokens.repeat(1, repeats), mask.repeat(1, repeats).clone()
+    tokens, mask = tokens.long().repeat(1, repeats), mask.long().repeat(1, repeats)
     mask[0, 0] = 0
     mask[:, -1] = 1
     return tokens, mask

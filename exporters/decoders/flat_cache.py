@@ -6,7 +6,7 @@ Caches of models with a sliding window are kept whole: their masks leave out wha
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,7 +42,11 @@ def cache_misfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
         return f"`{type(model).__name__}.forward` takes no cache and `{MASK}`"
     if (rope := _rope_type(model)) in _DATA_DEPENDENT_ROPES:
         return f"its rotary embedding (`rope_type` {rope!r}) changes with the number of tokens"
-    return None if cache_layout(model) else "what it keeps of earlier tokens is more than keys and values of each layer"
+    try:
+        layout = cache_layout(model)
+    except Exception as error:  # the model's own forward can raise anything
+        return f"its forward does not run with tokens alone ({type(error).__name__}: {error})"
+    return None if layout else "what it keeps of earlier tokens is more than keys and values of each layer"
 
 
 def _rope_type(model: nn.Module) -> str | None:
@@ -72,24 +76,32 @@ def flat_cache(model: nn.Module) -> Iterator[None]:
     """Inside the block the model takes the cache as tensors and returns a dict, by the names of a graph's inputs and
     outputs; without tensors of a past it starts one.
     """
-    own, attributes = model.forward, dict(vars(model))
-    argument = cache_argument(model)
+    own, argument = model.forward, cache_argument(model)
     assert argument is not None
 
     def forward(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        past = [value for name, value in inputs.items() if is_past(_dotted(name))]
-        others = {name: value for name, value in inputs.items() if not is_past(_dotted(name))}
+        past = [value for name, value in inputs.items() if is_past(dotted(name))]
+        others = {name: value for name, value in inputs.items() if not is_past(dotted(name))}
         outputs = own(**others, **{argument: dynamic_cache(past)}, use_cache=True)
         kept = [tensor for layer in returned_cache(outputs).layers for tensor in (layer.keys, layer.values)]
         names = map(present_of, past_names(len(kept) // 2))
         return {LOGITS: outputs.logits, **dict(zip(names, kept, strict=True))}
 
+    with patched_forward(model, forward):
+        yield
+
+
+@contextmanager
+def patched_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block this is the model's forward; afterwards it is what it was, the instance's own or its class's."""
+    before = vars(model).get("forward")
     vars(model)["forward"] = forward
     try:
         yield
     finally:
-        vars(model).pop("forward")
-        vars(model).update({name: value for name, value in attributes.items() if name == "forward"})
+        del vars(model)["forward"]
+        if before is not None:
+            vars(model)["forward"] = before
 
 
 def identifier(name: str) -> str:
@@ -97,6 +109,6 @@ def identifier(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _dotted(name: str) -> str:
+def dotted(name: str) -> str:
     """The inverse, for the cache's inputs."""
-    return name.replace("past_key_values_", "past_key_values.")
+    return name.replace("_", ".").replace("past.key.values", "past_key_values") if "_values_" in name else name

@@ -1,9 +1,9 @@
 """What holds of the sizes of a step's inputs: what an export assumed of its example, said of tokens and mask alone."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from exporters.onnx_files.cache_names import MASK, POSITIONS, TOKENS, is_past
+from exporters.onnx_files.cache_names import ENCODER_MASK, MASK, POSITIONS, TOKENS, is_past
 from melora_fx.whole_capture.conditions import Condition, Shaped, readable
 
 from .flat_cache import identifier
@@ -11,9 +11,12 @@ from .flat_cache import identifier
 _SIZE = re.compile(r"(\w+)\.shape\[(\d)\]")
 _TOKENS, _TOTAL, _BATCH = f"{TOKENS}.shape[1]", f"{MASK}.shape[1]", f"{TOKENS}.shape[0]"
 
+_HAS_TOKENS, _HAS_TEXTS = Condition(f"{_TOKENS} > 0"), Condition(f"{_BATCH} > 0")
+_HAS_MASKS_BESIDE = Condition(f"{ENCODER_MASK}.shape[0] == {_BATCH}")
+
 STEP_CONDITIONS = (
-    Condition(f"{_TOKENS} > 0"),
-    Condition(f"{_BATCH} > 0"),
+    _HAS_TOKENS,
+    _HAS_TEXTS,
     Condition(f"{MASK}.shape[0] == {_BATCH}"),
     Condition(f"{_TOTAL} >= {_TOKENS}"),
 )
@@ -23,14 +26,17 @@ ONE_TOKEN_OR_TEXT = Condition(f"{_BATCH} == 1 or {_TOKENS} == 1 or {_TOTAL} == {
 """Of ONNX Runtime's attention over a cache: after a past it takes several tokens of one text, or one of each."""
 
 
-def step_conditions(conditions: Iterable[Condition], past: Iterable[str]) -> list[Condition]:
+def step_conditions(conditions: Iterable[Condition], inputs: Collection[str]) -> list[Condition]:
     """What an export assumed, without the sizes of the cache: these follow from those of tokens and mask.
 
     Args:
         conditions: as the export has them, by the names of arguments.
-        past: the cache's inputs, of (batch, heads, past, head_dim).
+        inputs: those of the step; the cache's are of (batch, heads, past, head_dim). A decoder beside an encoder has no
+            mask of its own tokens: nothing is said of its past.
     """
-    names = {identifier(name) for name in past}
+    names = {identifier(name) for name in inputs if is_past(name)}
+    if MASK not in inputs:
+        return [_HAS_TOKENS, _HAS_TEXTS, Condition(f"{ENCODER_MASK}.shape[1] > 0"), _HAS_MASKS_BESIDE]
 
     def of_tokens(found: re.Match[str]) -> str:
         if found[1] == POSITIONS:

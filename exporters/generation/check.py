@@ -3,21 +3,21 @@
 Wrong padding raises no error: texts are tried alone and beside others, padded before them and behind.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from exporters.decoders.flat_cache import flat_cache
 from exporters.decoders.step_conditions import without_refuted
 from exporters.graph.export import Export
 from exporters.hugging_face import decoder_config
 from exporters.measuring.compare import Comparison, compare_arrays, largest
-from exporters.onnx_files.cache_names import LOGITS, TOKENS, is_present, past_of
+from exporters.onnx_files.cache_names import ENCODER_MASK, LOGITS, MASK, TOKENS, is_cross, is_past, is_present, past_of
 from exporters.onnx_files.metadata import read_facts
 from exporters.onnx_runtime import Arrays
-from exporters.runtime.cache_inputs import empty_cache, step_inputs
+from exporters.runtime.cache_inputs import as_types, empty_cache, step_inputs
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import Runner, TorchRunner
 from melora_fx import MELoRAError
@@ -28,12 +28,13 @@ _MOST_TOKENS = 2**10
 
 
 class Texts(NamedTuple):
-    """What is tried: token ids and mask, (batch, all), and the number of tokens of each step."""
+    """What is tried: token ids and mask, (batch, all), the number of tokens of each step, the dtype of the cache."""
 
     words: str
     tokens: np.ndarray
     mask: np.ndarray
     steps: tuple[int, ...]
+    dtype: np.dtype
 
 
 class StepsComparison(NamedTuple):
@@ -54,13 +55,14 @@ def compare_steps(export: Export, path: Path) -> StepsComparison:
     precision = export.options.precision
     comparisons: dict[str, Comparison] = {}
     tried = list[dict[str, tuple[int, ...]]]()
-    with flat_cache(export.model):
+    beside = {name: value for name, value in export.inputs.items() if is_cross(name) or name == ENCODER_MASK}
+    with export.forward(export.model):
         torch_runner = TorchRunner(export.model)
         for texts in _trial_texts(export):
             for adapter in export.adapter.trials(export.model, export.sites, facts):
                 also = f"{texts.words}, {adapter.name} adapter" if adapter.name else texts.words
                 with adapter.context:
-                    comparison, shapes = _compare(runner.with_tensors(adapter.inputs()), torch_runner, texts)
+                    comparison, shapes = _compare(runner.with_tensors(adapter.inputs()), torch_runner, texts, beside)
                 if not comparison.max_rel_error <= precision.tolerance_of_more:
                     raise MELoRAError(f"the ONNX graph is not equal to torch at {also}: {comparison}")
                 comparisons[also] = comparison
@@ -73,6 +75,7 @@ def _trial_texts(export: Export) -> Iterator[Texts]:
     ids = export.inputs[TOKENS].cpu().numpy()
     vocabulary = int(decoder_config(export.model).vocab_size)
     generator = np.random.default_rng(0)
+    dtype = next(value for name, value in export.inputs.items() if is_past(name)).numpy().dtype
 
     def tokens(batch: int, length: int) -> np.ndarray:
         made = generator.integers(0, vocabulary, (batch, length))
@@ -83,12 +86,15 @@ def _trial_texts(export: Export) -> Iterator[Texts]:
         mask = np.ones((batch, sum(steps)), np.int64)
         if padding is not None:
             mask[0, padding] = 0
-        return Texts(words, tokens(batch, sum(steps)), mask, steps)
+        return Texts(words, tokens(batch, sum(steps)), mask, steps, dtype)
 
     yield texts("one text", 1, 6, 1, 1)
     yield texts("one token", 1, 1, 1)
     yield texts("several tokens a step", 1, 5, 3, 1)
     yield texts("two texts", 2, 6, 1)
+    if MASK not in export.inputs:
+        yield texts("several tokens of two texts a step", 2, 3, 2, 1)
+        return
     yield texts("padding before a text", 2, 7, 1, 1, padding=slice(0, 3))
     yield texts("padding behind a text", 2, 7, 1, 1, padding=slice(4, 7))
     if not export.has_one_token_steps:
@@ -108,13 +114,15 @@ def _windows(export: Export) -> Sequence[int]:
 
 
 def _compare(
-    runner: OrtRunner, torch_runner: Runner, texts: Texts
+    runner: OrtRunner, torch_runner: Runner, texts: Texts, beside: Mapping[str, torch.Tensor]
 ) -> tuple[Comparison, list[dict[str, tuple[int, ...]]]]:
-    """The errors over all steps, and the shapes of each step's inputs."""
+    """The errors over all steps, and the shapes of each step's inputs. `beside`: what a decoder takes of an encoder."""
     inputs = runner.session.get_inputs()
     names = [value.name for value in inputs]
     cache_a = empty_cache(inputs, len(texts.tokens))
-    cache_b = {name: value.astype(np.float32) for name, value in cache_a.items()}
+    cache_b = {name: value.astype(texts.dtype) for name, value in cache_a.items()}
+    encoded_b = {name: value[: len(texts.tokens)].numpy() for name, value in beside.items()}
+    encoded_a = as_types(inputs, encoded_b)
     scales: dict[str, float] = {}
     found, shapes = [], []
     end = 0
@@ -122,12 +130,13 @@ def _compare(
         start, end = end, end + size
         mask = texts.mask[:, :end]
         given = step_inputs(names, texts.tokens[:, start:end], mask)
-        outputs_a, outputs_b = runner.run(given | cache_a), torch_runner.run(given | cache_b)
+        outputs_a = runner.run(given | cache_a | encoded_a)
+        outputs_b = torch_runner.run(given | cache_b | encoded_b)
         cache_a, cache_b = _next_cache(outputs_a), _next_cache(outputs_b)
         read_a, read_b = _without_padding(outputs_a, mask), _without_padding(outputs_b, mask)
         scales = {name: max(scales.get(name, 0.0), largest(value)) for name, value in read_b.items()}
         found.append(compare_arrays(read_a, read_b, scales))
-        shapes.append({name: value.shape for name, value in given.items()})
+        shapes.append({name: value.shape for name, value in (given | encoded_b).items()})
     return _worst(found), shapes
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from exporters.onnx_files.cache_names import LOGITS, has_cache, is_present, past_of
+from exporters.onnx_files.cache_names import ENCODER_MASK, LOGITS, MASK, TOKENS, has_cache, is_present, past_of
 from exporters.runtime.cache_inputs import empty_cache, step_inputs
 from exporters.runtime.ort_runner import OrtRunner
 from melora_fx import MELoRAError
@@ -20,12 +22,19 @@ class CachedDecoder:
         runner: of a graph with a cache.
         batch: number of texts.
         adapter: as for `OrtRunner.run`.
+        encoded: what it takes of its encoder, beside one (`encode`).
 
     Raises:
         MELoRAError: for a graph without a cache.
     """
 
-    def __init__(self, runner: OrtRunner, batch: int, adapter: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        runner: OrtRunner,
+        batch: int,
+        adapter: str | os.PathLike[str] | None = None,
+        encoded: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         if not has_cache(runner.input_names):
             raise MELoRAError(
                 f"`{runner.path}` has no key-value cache: export a model that generates with `use_cache=True`"
@@ -33,6 +42,7 @@ class CachedDecoder:
         self._runner = runner
         self._adapter = adapter
         self._cache: dict[str, Any] = runner.to_device(empty_cache(runner.session.get_inputs(), batch))
+        self._cache |= encoded
 
     def step(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """The logits after each of the new tokens, (batch, new, vocabulary).
@@ -49,3 +59,19 @@ class CachedDecoder:
         self._cache |= {past_of(name): value for name, value in outputs.items() if is_present(name)}
         logits: np.ndarray = outputs[LOGITS].numpy()
         return logits
+
+
+def encode(
+    runner: OrtRunner, tokens: np.ndarray, mask: np.ndarray, adapter: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """What a decoder takes of its encoder's graph, for `CachedDecoder`; it stays where the session computes.
+
+    Args:
+        runner: the encoder's.
+        tokens, mask: ids of the texts, and 0 for padding, (batch, sequence) both.
+        adapter: as for `OrtRunner.run`.
+    """
+    values = runner.to_device({TOKENS: tokens, MASK: mask})
+    outputs = runner.run_on_device(values, adapter)
+    cross = {past_of(name): value for name, value in outputs.items() if is_present(name)}
+    return {ENCODER_MASK: values[MASK], **cross}

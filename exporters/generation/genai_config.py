@@ -32,6 +32,8 @@ _OTHER_NAMES = {"gpt_oss": "gptoss", "hunyuan_v1_dense": "hunyuandensev1"}
 
 def write_genai_config(export: Export, folder: Path) -> tuple[str, ...]:
     """Writes `genai_config.json` for a decoder's graph into `folder`; returns notes for the user, why there is none."""
+    if not export.has_own_mask:
+        return ()
     config: Any = export.model.config
     kind = _OTHER_NAMES.get(config.model_type, config.model_type)
     if kind not in TYPES:
@@ -39,8 +41,6 @@ def write_genai_config(export: Export, folder: Path) -> tuple[str, ...]:
             f"no {GENAI_CONFIG}: onnxruntime-genai knows no model type {config.model_type!r}; "
             "`exporters.generate` runs the graph",
         )
-    if MASK not in export.inputs:
-        return ()
     described = genai_config(export, kind)
     (folder / GENAI_CONFIG).write_text(json.dumps(described, indent=4) + "\n")
     return ()

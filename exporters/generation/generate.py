@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from exporters.decoders.parts import DECODER_FILE, ENCODER_FILE
 from exporters.export_files import onnx_file_path
 from exporters.runtime.ort_runner import OrtRunner
-from melora_fx import MELoRAError
 
-from .decoder import CachedDecoder
+from .decoder import CachedDecoder, encode
 from .sampling import draw, most_likely
+from .tokenized_folder import TokenizedFolder
 
 OnText = Callable[[int, str], None]
 """Takes the number of a prompt and what comes next of its text."""
+
+_PADDING = 0
+"""Any id that every vocabulary has: it is masked."""
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """Ends a text whose last token is a part of a character."""
@@ -41,11 +44,12 @@ def generate(
 ) -> list[str]:
     """What a decoder writes after each of the prompts, without the prompts.
 
-    All prompts are computed together, padded at their left. A text ends with one of the model's end tokens
+    All prompts are computed together. A text ends with one of the model's end tokens
     (generation_config.json, or config.json), after `max_new_tokens`, or with the last position that the model has.
 
     Args:
-        path: a folder that `export_onnx` has written with a cache, or the graph in it; its tokenizer is used.
+        path: a folder that `export_onnx` has written with a cache, or the graph in it; its tokenizer is used. A folder
+            with an encoder's and a decoder's graph gives what the decoder writes for the prompts.
         prompts: one text or several.
         adapter: for a graph with swappable adapters, as for `OrtRunner.run`.
         max_new_tokens: tokens of each text at most.
@@ -61,23 +65,24 @@ def generate(
         MELoRAError: for a graph without a cache or a folder without a tokenizer; for a prompt that is empty, or as long
             as what the model can take; else as `OrtRunner`.
     """
-    _check_options(max_new_tokens, temperature, top_p)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts:
-        raise ValueError("`prompts` must have at least one text")
-    graph = onnx_file_path(path)
-    runner = OrtRunner(graph, provider=provider, threads=threads)
-    decoder = CachedDecoder(runner, len(texts), adapter)
-    reader = _TokenizedFolder(graph.parent)
+    texts = _check_options(prompts, max_new_tokens, temperature, top_p, seed)
+    encoder_path, decoder_path = _graphs(Path(path))
+    runner = OrtRunner(decoder_path, provider=provider, threads=threads)
+    reader = TokenizedFolder(decoder_path.parent)
     encoded = reader.encode(texts)
+    if encoder_path is None:
+        decoder = CachedDecoder(runner, len(texts), adapter)
+    else:
+        encoder = OrtRunner(encoder_path, provider=provider, threads=threads)
+        decoder = CachedDecoder(runner, len(texts), adapter, encode(encoder, *padded(encoded, left=False), adapter))
+        encoded = [reader.first_tokens] * len(texts)
     choose = partial(draw, temperature=temperature, top_p=top_p, generator=np.random.default_rng(seed))
     writers = [_Writer(reader, index, on_text) for index in range(len(texts))]
     tokens = new_tokens(
         decoder,
         encoded,
-        reader.max_new_tokens(encoded, max_new_tokens),
+        reader.most_new_tokens(encoded, max_new_tokens),
         ends=reader.end_tokens,
-        pad=reader.pad_token,
         choose=choose if sample else most_likely,
     )
     for step in tokens:
@@ -90,10 +95,9 @@ def generate(
 def new_tokens(
     decoder: CachedDecoder,
     prompts: Sequence[Sequence[int]],
-    most: int,
+    most: Sequence[int],
     *,
     ends: Sequence[int] = (),
-    pad: int = 0,
     choose: Callable[[np.ndarray], np.ndarray] = most_likely,
 ) -> Iterator[list[int | None]]:
     """The next token of each text, step by step; None where a text has ended, its end token included.
@@ -101,95 +105,62 @@ def new_tokens(
     Args:
         decoder: one on which no step was made.
         prompts: token ids of each text.
-        most: number of steps at most.
+        most: number of new tokens of each text at most.
         ends: tokens that end a text.
-        pad: fills texts that are shorter, or at their end.
         choose: the next tokens, (batch,), by logits (batch, vocabulary).
     """
-    length = max(map(len, prompts))
-    tokens = np.full((len(prompts), length), pad, np.int64)
-    mask = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = 1
+    tokens, mask = padded(prompts, left=True)
     has_ended = np.zeros(len(prompts), bool)
-    for index in range(most):
+    for index in range(max(most)):
         chosen = choose(decoder.step(tokens, mask)[:, -1])
-        has_ended |= np.isin(chosen, ends)
+        has_ended |= np.isin(chosen, ends) | (index >= np.array(most))
         yield [None if ended else int(token) for token, ended in zip(chosen, has_ended, strict=True)]
-        if has_ended.all() or index + 1 == most:
+        if has_ended.all() or index + 1 == max(most):
             return
-        tokens = np.where(has_ended, pad, chosen)[:, None]
+        tokens = np.where(has_ended, _PADDING, chosen)[:, None]
         mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def padded(texts: Sequence[Sequence[int]], *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask of texts, (batch, sequence) both, filled up at their left, or their right."""
+    length = max(map(len, texts))
+    tokens = np.full((len(texts), length), _PADDING, np.int64)
+    mask = np.zeros_like(tokens)
+    for row, text in enumerate(texts):
+        places = slice(length - len(text), length) if left else slice(0, len(text))
+        tokens[row, places], mask[row, places] = text, 1
+    return tokens, mask
+
+
+def _graphs(path: Path) -> tuple[Path | None, Path]:
+    """The graphs of an encoder, if there is one, and of a decoder."""
+    graph = onnx_file_path(path)
+    pair = graph.with_name(ENCODER_FILE), graph.with_name(DECODER_FILE)
+    has_pair = all(file.is_file() for file in pair) and (graph in pair or not graph.is_file())
+    return pair if has_pair else (None, graph)
+
+
+def _check_options(prompts: object, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> list[str]:
+    """The prompts as a list; raises a ValueError for options out of range."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"`prompts` (={prompts!r}) must be one text or several")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"`seed` (={seed!r}) must be a whole number, 0 or more")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` (={max_new_tokens!r}) must be a whole number, 1 or more")
     if not temperature > 0:
         raise ValueError(f"`temperature` (={temperature!r}) must be above 0; `sample=False` takes the likeliest tokens")
     if not 0 < top_p <= 1:
         raise ValueError(f"`top_p` (={top_p!r}) must be above 0, and 1 at most")
-
-
-class _TokenizedFolder:
-    """The tokenizer in an exported folder, and what the configurations there say of tokens."""
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # heavy: only where it is used
-
-        self._folder = folder
-        try:
-            self._config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # each tokenizer raises its own
-            raise MELoRAError(
-                f"`{folder}` has no configuration and tokenizer that can be read ({type(error).__name__}: "
-                f"{str(error)[:200]}): copy the model's, as `save_pretrained` writes them, beside the graph"
-            ) from error
-        settings: Any = None
-        if (folder / "generation_config.json").is_file():
-            settings = GenerationConfig.from_pretrained(folder)
-        text = self._config.get_text_config(decoder=True)
-        found = [getattr(source, "eos_token_id", None) for source in (settings, text, self.tokenizer)]
-        ends: Any = next((value for value in found if value is not None), [])
-        self.end_tokens: list[int] = [ends] if isinstance(ends, int) else list(ends)
-        pads = (self.tokenizer.pad_token_id, *self.end_tokens, 0)
-        self.pad_token: int = next(token for token in pads if token is not None)
-        self._positions: int | None = getattr(text, "max_position_embeddings", None)
-
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each prompt; raises a MELoRAError for one that has none, or too many."""
-        encoded = []
-        for index, prompt in enumerate(prompts):
-            ids = list(self.tokenizer(prompt)["input_ids"])
-            if not ids and self.tokenizer.bos_token_id is not None:
-                ids = [self.tokenizer.bos_token_id]
-            if not ids:
-                raise MELoRAError(f"prompt {index} (={prompt!r}) has no tokens, and the tokenizer none to begin with")
-            if self._positions is not None and len(ids) >= self._positions:
-                raise MELoRAError(
-                    f"prompt {index} has {len(ids)} tokens: the model in `{self._folder}` takes {self._positions} with "
-                    "those that it writes (`max_position_embeddings`): shorten it"
-                )
-            encoded.append(ids)
-        return encoded
-
-    def max_new_tokens(self, encoded: Sequence[Sequence[int]], asked: int) -> int:
-        """As many as were asked for, as far as the model has positions for them."""
-        if self._positions is None:
-            return asked
-        return min(asked, self._positions - max(map(len, encoded)))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    return texts
 
 
 @dataclass
 class _Writer:
     """The text of one prompt as it grows."""
 
-    reader: _TokenizedFolder
+    reader: TokenizedFolder
     index: int
     on_text: OnText | None
     ids: list[int] = field(default_factory=list)

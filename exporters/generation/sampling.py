@@ -13,10 +13,11 @@ def draw(logits: np.ndarray, temperature: float, top_p: float, generator: np.ran
     """One index of each row, (batch, vocabulary) → (batch,), with the probabilities softmax(logits / temperature) of
     the fewest tokens that have `top_p` together.
     """
-    scaled = logits.astype(np.float64) / temperature
+    wide = logits.astype(np.float64)
+    scaled = (wide - wide.max(-1, keepdims=True)) / temperature
     order = np.argsort(-scaled, axis=-1, kind="stable")
     sorted_logits = np.take_along_axis(scaled, order, -1)
-    weights = np.exp(sorted_logits - sorted_logits[:, :1])
+    weights = np.exp(sorted_logits)
     weights /= weights.sum(-1, keepdims=True)
     before = weights.cumsum(-1) - weights
     weights[before >= top_p] = 0

@@ -4,7 +4,8 @@ The graph's inputs, outputs and dynamic axes get the names that a user of the mo
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import onnx_ir
@@ -13,10 +14,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from exporters.decoders.example_step import step_axes
-from exporters.decoders.flat_cache import flat_cache, identifier
+from exporters.decoders.flat_cache import identifier
 from exporters.decoders.step_conditions import step_conditions
 from exporters.hugging_face import is_hugging_face_model
-from exporters.onnx_files.cache_names import has_cache, is_past
+from exporters.onnx_files.cache_names import has_cache
 from exporters.private import export_by_transformers, grouped_translations
 from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import changed_attributes, in_mode, own_attributes, without_cache
@@ -42,17 +43,19 @@ class BuiltGraph(NamedTuple):
 def build_graph(
     model: nn.Module,
     inputs: dict[str, Any],
+    forward: Callable[[nn.Module], AbstractContextManager[None]] = without_cache,
     *,
     dynamic_axes: DynamicAxes = "auto",
     opset: int | None = None,
 ) -> BuiltGraph:
-    """The ONNX graph of `model` in evaluation mode, with a key-value cache if `inputs` are those of a step with one.
+    """The ONNX graph of `model` in evaluation mode, by default without a key-value cache.
 
     Weights are not copied: the graph refers to the model's own tensors until it is saved.
 
     Args:
         model: the model.
         inputs: keyword arguments of the model; what is no tensor becomes a constant of the graph.
+        forward: the context in which the model computes what the graph is to.
         dynamic_axes: which axes stay dynamic.
         opset: ONNX operator set; None leaves the exporter's default.
 
@@ -62,8 +65,7 @@ def build_graph(
     is_step = has_cache(inputs)
     if is_step:
         dynamic_axes = {name: step_axes(name) for name in inputs}
-    cache = flat_cache(model) if is_step else without_cache(model)
-    with own_attributes(model), in_mode(model, training=False), cache, torch.no_grad():
+    with own_attributes(model), in_mode(model, training=False), forward(model), torch.no_grad():
         outputs, left_out = _run(model, inputs)
         graph_model, program = _export(model, inputs, dynamic_axes, opset)
     _name_inputs(graph_model.graph, inputs)
@@ -75,7 +77,7 @@ def build_graph(
     conditions = conditions_of(program)
     if is_step:
         name_step_axes(graph_model.graph)
-        conditions = step_conditions(conditions, filter(is_past, inputs))
+        conditions = step_conditions(conditions, inputs)
     else:
         conditions += without_empty_axes({value.name or "": axes_of(value) for value in graph_model.graph.inputs})
     return BuiltGraph(graph_model, tuple(conditions), left_out)

@@ -20,7 +20,7 @@ _LENGTH_AXIS = 2
 def read_lengths_off_mask(export: Export) -> None:
     """Replaces the lengths of past and present wherever the graph has an attention that updates the cache itself."""
     attentions = [node for node in export.graph if node.op_type == CACHED_ATTENTION]
-    if not export.has_cache or not attentions:
+    if not export.has_own_mask or not attentions:
         return
     inputs = {value.name: value for value in export.graph.inputs}
     total, new = _length(inputs[MASK]), _length(inputs[TOKENS])

@@ -154,6 +154,7 @@ class Export:
         graph_model: the graph so far; a pass changes it in place, or puts another in its place.
         model: the module that it was made of.
         inputs: the example inputs by name.
+        forward: the context in which the module computes what the graph does.
         options: what was asked for.
         adapter: what the graph holds of the adapters: as asked for, or nothing where the model computes its base.
         sites: those of the model, whatever the graph holds.
@@ -169,6 +170,7 @@ class Export:
     graph_model: onnx_ir.Model
     model: nn.Module
     inputs: Mapping[str, Any]
+    forward: Callable[[nn.Module], AbstractContextManager[None]]
     options: ExportOptions
     adapter: AdapterForm
     sites: Sites
@@ -200,12 +202,19 @@ class Export:
         """The dynamic axes that are as long as others together."""
         from exporters.decoders.example_step import PAST_AXIS, TOTAL_AXIS
 
-        return {TOTAL_AXIS: (PAST_AXIS, "sequence")} if self.has_cache else {}
+        return {TOTAL_AXIS: (PAST_AXIS, "sequence")} if self.has_own_mask else {}
 
     @property
     def has_one_token_steps(self) -> bool:
         """Whether a step after a past takes one token, or one text: ONNX Runtime's attention over a cache does."""
         return self.has_cache and any(node.op_type == CACHED_ATTENTION for node in self.graph)
+
+    @property
+    def has_own_mask(self) -> bool:
+        """Whether the graph takes a cache, and a mask of all tokens so far: a decoder beside an encoder takes none."""
+        from exporters.onnx_files.cache_names import MASK
+
+        return self.has_cache and MASK in self.inputs
 
     @property
     def has_cache(self) -> bool:

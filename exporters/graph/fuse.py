@@ -29,7 +29,7 @@ def fuse(export: Export) -> None:
     names = dict.fromkeys(place.initializer for place in export.weights.values())
     weights = put_stand_ins(export.graph, [*names])
     with quiet():  # shape inference refuses the stand-ins' type; no fusion needs it
-        fuse_for_onnxruntime(export.graph_model, provider, has_cache=export.has_cache)
+        fuse_for_onnxruntime(export.graph_model, provider, has_cache=export.has_own_mask)
     _flatten_attentions(export.graph)
     packed = take_stand_ins(export.graph, weights)
     export.has_stale_types = True

@@ -46,6 +46,7 @@ class GraphFacts:
         row_dims: site → as in `as_matrices`, of the sites that have any.
         conditions: what the export assumed of the sizes of inputs; none in graphs of earlier versions.
         constants: argument of the model → what the export took it to be.
+        elsewhere: sites of the model that are in another graph: the encoder's, or the decoder's.
     """
 
     path: Path
@@ -59,29 +60,38 @@ class GraphFacts:
     row_dims: dict[str, int] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
     constants: dict[str, Any] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
 
 
 def describe(
-    model: nn.Module, sites: Mapping[str, AdapterSite], adapter: str, target: str, *, is_swappable: bool
+    model: nn.Module,
+    sites: Mapping[str, AdapterSite],
+    whole: Mapping[str, AdapterSite],
+    adapter: str,
+    target: str,
+    *,
+    is_swappable: bool,
 ) -> dict[str, Any]:
     """The description of a graph of `model`, but for where its weights live.
 
     Args:
         model: the model, before it is folded: fingerprints are of the base.
         sites: those whose adapters the graph holds, or can take.
+        whole: all of the model, of which another graph has the others.
         adapter, target: as for `export_onnx`; "none" for a graph of the base.
         is_swappable: whether the graph has no adapter of its own.
     """
     described = sites if is_swappable else present_sites(sites)
-    has_identity = bool(described) and not is_swappable
-    configs = {name: site.record.file_config for name, site in described.items()}
+    identified = {} if is_swappable else present_sites(whole)
+    configs = {name: site.record.file_config for name, site in identified.items()}
     return {
         "format_version": _VERSION,
         "model": class_name(model),
         "adapter": adapter,
-        "adapter_sha256": hash_adapter(configs, adapter_tensors(model, described)) if has_identity else "none",
+        "adapter_sha256": hash_adapter(configs, adapter_tensors(model, identified)) if identified else "none",
         "target": target,
         "sites": site_entries(described),
+        "elsewhere": [name for name in whole if name not in sites],
         "versions": {package: package_version(package) for package in ("melora_fx", "torch", "transformers", "onnx")},
     }
 
@@ -162,6 +172,7 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
             kept=_places(facts["kept"], graph),
             conditions=_conditions(facts.get("assumed", []), graph),
             constants=dict(facts.get("constants", {})),
+            elsewhere=tuple(map(str, facts.get("elsewhere", []))),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise MELoRAError(f"`{path}`: its `{METADATA_KEY}` entry cannot be read: {str(error)[:300]!r}") from error

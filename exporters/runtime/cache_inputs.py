@@ -8,7 +8,7 @@ import numpy as np
 from exporters.onnx_files.cache_names import MASK, POSITIONS, TOKENS, has_cache, is_cross, is_past
 from exporters.onnx_runtime import Arrays, as_array
 
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 _PAST_AXIS = 2
 
 
@@ -19,6 +19,12 @@ def empty_cache(inputs: Sequence[Any], batch: int) -> Arrays:
         for value in inputs
         if is_past(value.name) and not is_cross(value.name)
     }
+
+
+def as_types(inputs: Sequence[Any], arrays: Arrays) -> Arrays:
+    """Arrays of floats in the types that a session takes: a graph in half precision has its cache in it too."""
+    types = {value.name: _FLOATS.get(value.type) for value in inputs}
+    return {name: value if (found := types[name]) is None else value.astype(found) for name, value in arrays.items()}
 
 
 def step_inputs(names: Sequence[str], tokens: np.ndarray, mask: np.ndarray) -> Arrays:

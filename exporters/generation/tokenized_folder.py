@@ -1,0 +1,66 @@
+"""The tokenizer in an exported folder, and what the configurations there say of tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exporters.onnx_files.companions import GENERATION_CONFIG
+from melora_fx import MELoRAError
+
+
+class TokenizedFolder:
+    """The tokenizer in an exported folder, and what the configurations there say of tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # heavy: only where it is used
+
+        self._folder = folder
+        settings: Any = None
+        try:
+            self._config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if (folder / GENERATION_CONFIG).is_file():
+                settings = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # each tokenizer raises its own
+            raise MELoRAError(
+                f"`{folder}` has no configurations and tokenizer that can be read ({type(error).__name__}: "
+                f"{str(error)[:200]}): copy the model's, as `save_pretrained` writes them, beside the graph"
+            ) from error
+        text = self._config.get_text_config(decoder=True)
+        found = [getattr(source, "eos_token_id", None) for source in (settings, text, self.tokenizer)]
+        ends: Any = next((value for value in found if value is not None), [])
+        self.end_tokens: list[int] = [ends] if isinstance(ends, int) else list(ends)
+        self._positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.first_tokens = self._first_tokens(settings, text)
+
+    def _first_tokens(self, settings: Any, config: Any) -> list[int]:
+        """What the texts of a decoder beside an encoder begin with."""
+        sources = [source for source in (settings, self._config, config) if source is not None]
+        names = ("decoder_start_token_id", "forced_bos_token_id")
+        found = [[getattr(source, name, None) for source in sources] for name in names]
+        first = (next((token for token in tokens if token is not None), None) for tokens in found)
+        return [token for token in first if token is not None]
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each prompt; raises a MELoRAError for one that has none, or too many."""
+        encoded = []
+        for index, prompt in enumerate(prompts):
+            ids = list(self.tokenizer(prompt)["input_ids"])
+            if not ids and self.tokenizer.bos_token_id is not None:
+                ids = [self.tokenizer.bos_token_id]
+            if not ids:
+                raise MELoRAError(f"prompt {index} (={prompt!r}) has no tokens, and the tokenizer none to begin with")
+            if self._positions is not None and len(ids) + (not self.first_tokens) > self._positions:
+                raise MELoRAError(
+                    f"prompt {index} has {len(ids)} tokens: the model in `{self._folder}` takes {self._positions} with "
+                    "those that it writes (`max_position_embeddings`): shorten it"
+                )
+            encoded.append(ids)
+        return encoded
+
+    def most_new_tokens(self, encoded: Sequence[Sequence[int]], asked: int) -> list[int]:
+        """Of each text: as many as were asked for, as far as the model has positions for them."""
+        return [asked if self._positions is None else min(asked, self._positions - len(ids)) for ids in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
