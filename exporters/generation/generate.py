@@ -44,8 +44,8 @@ def generate(
 ) -> list[str]:
     """What a decoder writes after each of the prompts, without the prompts.
 
-    All prompts are computed together. A text ends with one of the model's end tokens
-    (generation_config.json, or config.json), after `max_new_tokens`, or with the last position that the model has.
+    All prompts are computed together. A text ends with one of the model's end tokens (generation_config.json's; without
+    that file config.json's), after `max_new_tokens`, or with the last position that the model has.
 
     Args:
         path: a folder that `export_onnx` has written with a cache, or the graph in it; its tokenizer is used. A folder
@@ -77,7 +77,7 @@ def generate(
         decoder = CachedDecoder(runner, len(texts), adapter, encode(encoder, *padded(encoded, left=False), adapter))
         encoded = [reader.first_tokens] * len(texts)
     choose = partial(draw, temperature=temperature, top_p=top_p, generator=np.random.default_rng(seed))
-    writers = [_Writer(reader, index, on_text) for index in range(len(texts))]
+    writers = [_Writer(reader, index, on_text, prompt) for index, prompt in enumerate(encoded)]
     tokens = new_tokens(
         decoder,
         encoded,
@@ -158,25 +158,35 @@ def _check_options(prompts: object, max_new_tokens: int, temperature: float, top
 
 @dataclass
 class _Writer:
-    """The text of one prompt as it grows."""
+    """What follows one prompt as it grows. Read alone, its first word would lack the space before it where tokenizers
+    take the beginning of a text to have one.
+    """
 
     reader: TokenizedFolder
     index: int
     on_text: OnText | None
+    prompt: Sequence[int]
     ids: list[int] = field(default_factory=list)
     text: str = ""
+
+    def __post_init__(self) -> None:
+        self._before = self.reader.decode(self.prompt)
 
     def add(self, token: int) -> None:
         self.ids.append(token)
         if self.on_text is not None:
-            text = self.reader.decode(self.ids)
+            text = self._decode()
             if not text.endswith(_INCOMPLETE):
                 self._write(text)
 
     def finish(self) -> str:
         """The whole text."""
-        self._write(self.reader.decode(self.ids))
+        self._write(self._decode())
         return self.text
+
+    def _decode(self) -> str:
+        whole = self.reader.decode([*self.prompt, *self.ids])
+        return whole.removeprefix(self._before) if whole.startswith(self._before) else self.reader.decode(self.ids)
 
     def _write(self, text: str) -> None:
         if self.on_text is not None and len(text) > len(self.text):
