@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -70,14 +70,15 @@ def generate(
     runner = OrtRunner(decoder_path, provider=provider, threads=threads)
     reader = TokenizedFolder(decoder_path.parent)
     encoded = reader.encode(texts)
+    writers = [_Writer(reader, index, on_text) for index in range(len(texts))]
     if encoder_path is None:
         decoder = CachedDecoder(runner, len(texts), adapter)
+        writers = [replace(writer, before=prompt) for writer, prompt in zip(writers, encoded, strict=True)]
     else:
         encoder = OrtRunner(encoder_path, provider=provider, threads=threads)
         decoder = CachedDecoder(runner, len(texts), adapter, encode(encoder, *padded(encoded, left=False), adapter))
         encoded = [reader.first_tokens] * len(texts)
     choose = partial(draw, temperature=temperature, top_p=top_p, generator=np.random.default_rng(seed))
-    writers = [_Writer(reader, index, on_text, prompt) for index, prompt in enumerate(encoded)]
     tokens = new_tokens(
         decoder,
         encoded,
@@ -158,19 +159,16 @@ def _check_options(prompts: object, max_new_tokens: int, temperature: float, top
 
 @dataclass
 class _Writer:
-    """What follows one prompt as it grows. Read alone, its first word would lack the space before it where tokenizers
-    take the beginning of a text to have one.
+    """The text of one prompt as it grows. Decoded without the tokens `before` it, it would lack the space that it begins
+    with where tokenizers drop that of a text's first word.
     """
 
     reader: TokenizedFolder
     index: int
     on_text: OnText | None
-    prompt: Sequence[int]
+    before: Sequence[int] = ()
     ids: list[int] = field(default_factory=list)
     text: str = ""
-
-    def __post_init__(self) -> None:
-        self._before = self.reader.decode(self.prompt)
 
     def add(self, token: int) -> None:
         self.ids.append(token)
@@ -185,8 +183,14 @@ class _Writer:
         return self.text
 
     def _decode(self) -> str:
-        whole = self.reader.decode([*self.prompt, *self.ids])
-        return whole.removeprefix(self._before) if whole.startswith(self._before) else self.reader.decode(self.ids)
+        whole = self.reader.decode([*self.before, *self.ids])
+        if whole.startswith(self._text_before):
+            return whole.removeprefix(self._text_before)
+        return self.reader.decode(self.ids)
+
+    @cached_property
+    def _text_before(self) -> str:
+        return self.reader.decode(self.before)
 
     def _write(self, text: str) -> None:
         if self.on_text is not None and len(text) > len(self.text):
