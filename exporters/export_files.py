@@ -5,7 +5,13 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from exporters.onnx_files.companions import GENAI_CONFIG, has_genai_config, is_of_one_model, model_weights, says_the_same
+from exporters.onnx_files.companions import (
+    GENAI_CONFIG,
+    has_genai_config,
+    is_of_one_model,
+    model_weights,
+    says_the_same,
+)
 from exporters.onnx_files.metadata import is_foreign, is_ours
 from exporters.onnx_files.onnx_file import may_refer_to
 from exporters.onnx_files.save_graph import is_data_name

@@ -159,8 +159,8 @@ def _check_options(prompts: object, max_new_tokens: int, temperature: float, top
 
 @dataclass
 class _Writer:
-    """The text of one prompt as it grows. Decoded without the tokens `before` it, it would lack the space that it begins
-    with where tokenizers drop that of a text's first word.
+    """The text of one prompt as it grows. Decoded without the tokens `before` it, it would lack the space that it
+    begins with where tokenizers drop that of a text's first word.
     """
 
     reader: TokenizedFolder
