@@ -12,8 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import fx, nn
 
 from exporters.decoders.parts import Part, parts_of, sites_in
 from exporters.graph.export import AdapterForm, Export, ExportOptions, Sites
@@ -23,6 +22,7 @@ from exporters.onnx_files.metadata import METADATA_KEY, describe, write_descript
 from exporters.onnx_files.onnx_file import read_graph
 from exporters.onnx_files.save_graph import save_graph
 from melora_fx import MELoRAError, sites
+from melora_fx.capture.model_settings import HALF, in_float32
 from melora_fx.files import output_path, staging_folder, writing
 from melora_fx.names import unwrap
 from melora_fx.progress import show_progress
@@ -63,7 +63,8 @@ def export_onnx(
     folder NAME.failed instead.
 
     Args:
-        model: a rewritten model, or a plain one, which is exported as it is, in float32.
+        model: a rewritten model, or a plain one, which is exported as it is, in float32. Weights in half precision
+            become float32 one by one, and half again afterwards.
         example_inputs: a dict of keyword arguments or a tuple of positional ones, tensors or constants of the graph (a
             number, a text, None); a batch of one is doubled where the batch is dynamic. Its number of tokens stands for
             that of a typical run where `form` is "auto".
@@ -105,22 +106,28 @@ def export_onnx(
     inputs = named_inputs(model, example_inputs, dynamic_axes)
     refuse_wrong_axes(inputs, dynamic_axes)
     model = unwrap(model)
-    parts, cache_notes = parts_of(
-        model,
-        inputs,
-        use_cache,
-        has_own_axes=not isinstance(dynamic_axes, str),
-        is_folder=Path(path).suffix != options.path.suffix,
-    )
     found = sites(model)
     held = _held_adapter(model, options.adapter, found)
-    with show_progress(f"exporting {options.path.name}") as step, contextlib.ExitStack() as folders:
+    half = _half_dtypes(model)
+    notes = (f"the model's weights are {' and '.join(half)}: the graph is made of them in float32",) if half else ()
+    with (
+        show_progress(f"exporting {options.path.name}") as step,
+        contextlib.ExitStack() as folders,
+        in_float32(model),
+    ):
+        parts, cache_notes = parts_of(
+            model,
+            inputs,
+            use_cache,
+            has_own_axes=not isinstance(dynamic_axes, str),
+            is_folder=Path(path).suffix != options.path.suffix,
+        )
         written: list[tuple[ExportReport, Path]] = []
         for part in parts:
             own = replace(options, path=options.path.with_name(part.file)) if part.file else options
             staging = folders.enter_context(staging_folder(own.path))
             report = _export(model, part, own, held, found, staging, step)
-            written.append((replace(report, notes=(*cache_notes, *report.notes)), staging))
+            written.append((replace(report, notes=(*notes, *cache_notes, *report.notes)), staging))
         for report, staging in written:
             _publish(report, Path(report.path), staging)
     return replace(written[-1][0], encoder=written[0][0] if len(written) > 1 else None)
@@ -176,12 +183,18 @@ def _refuse(model: nn.Module, options: ExportOptions) -> None:
         )
     if options.verify or options.precision.needs_runtime:
         import_onnxruntime()
-    if half := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}:
+    if isinstance(unwrap(model), fx.GraphModule) and (half := _half_dtypes(model)):
         raise MELoRAError(
-            f"the model holds {' and '.join(sorted(half))} weights: export `model.float()`, for a half precision graph "
-            'with `precision="fp16"`'
+            f"the model is a graph that computes in {' and '.join(half)}: capture `model.float()`, for a graph in half "
+            'precision export it with `precision="fp16"`'
         )
     refuse_folder(options.path)
+
+
+def _half_dtypes(model: nn.Module) -> list[str]:
+    """The half precisions that the model has weights in."""
+    found = {parameter.dtype for parameter in model.parameters() if parameter.dtype in HALF}
+    return sorted(str(dtype).removeprefix("torch.") for dtype in found)
 
 
 def _held_adapter(model: nn.Module, asked: AdapterForm, found: Sites) -> AdapterForm:

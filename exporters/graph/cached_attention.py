@@ -2,8 +2,8 @@
 
 Lengths: the number of earlier tokens is read off the mask and not off the cache. ONNX Runtime's attention over a cache
 writes into the memory of the past where the runtime gives a buffer for the longest text, past and present in one
-(`past_present_share_buffer`). The sizes of the cache are the buffer's then. What a graph computes of them is computed of
-those of the mask and the tokens instead:
+(`past_present_share_buffer`). The sizes of the cache are then those of the buffer. What a graph computes of them is
+computed of those of the mask and the tokens instead:
 
     past = mask.shape[1] - tokens.shape[1]        past + new = mask.shape[1]
 
