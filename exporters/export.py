@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import nn
 
 from exporters.decoders.parts import Part, parts_of, sites_in
 from exporters.graph.export import AdapterForm, Export, ExportOptions, Sites
@@ -22,17 +22,15 @@ from exporters.onnx_files.metadata import METADATA_KEY, describe, write_descript
 from exporters.onnx_files.onnx_file import read_graph
 from exporters.onnx_files.save_graph import save_graph
 from melora_fx import MELoRAError, sites
-from melora_fx.capture.model_settings import HALF, in_float32
+from melora_fx.capture.model_settings import in_float32
 from melora_fx.files import output_path, staging_folder, writing
 from melora_fx.names import unwrap
 from melora_fx.progress import show_progress
-from melora_fx.rewriting.sites import is_disabled
-from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_malformed_axes, refuse_wrong_axes
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_wrong_axes
 
-from .export_files import keep_failed, onnx_file_path, publish, refuse_folder, refuse_other_model, report_path
+from .export_checks import half_dtypes, held_adapter, refuse_arguments
+from .export_files import keep_failed, onnx_file_path, publish, refuse_other_model, report_path
 from .export_report import ExportReport
-from .onnx_runtime import import_onnxruntime
-from .private import runs_under_accelerate
 from .targets import ADAPTERS, FORMS, NO_ADAPTER, PRECISIONS, TARGETS, find
 
 if TYPE_CHECKING:
@@ -102,13 +100,13 @@ def export_onnx(
         opset=opset,
         verify=verify,
     )
-    _refuse(model, options)
+    refuse_arguments(model, options)
     inputs = named_inputs(model, example_inputs, dynamic_axes)
     refuse_wrong_axes(inputs, dynamic_axes)
     model = unwrap(model)
     found = sites(model)
-    held = _held_adapter(model, options.adapter, found)
-    half = _half_dtypes(model)
+    held = held_adapter(model, options.adapter, found)
+    half = half_dtypes(model)
     notes = (f"the model's weights are {' and '.join(half)}: the graph is made of them in float32",) if half else ()
     with (
         show_progress(f"exporting {options.path.name}") as step,
@@ -166,53 +164,6 @@ def _export(
             export.conditions = list(verification.conditions)
             write_description(staging / options.path.name, facts | graph_facts(export))
         return _report(export, verification, notes + built.left_out, staging, start)
-
-
-def _refuse(model: nn.Module, options: ExportOptions) -> None:
-    """Raises for all that can be refused before any work is done, and without a look at the adapters."""
-    refuse_malformed_axes(options.dynamic_axes)
-    if options.adapter.is_swappable and not options.target.takes_swap:
-        raise ValueError(
-            f'`target="{options.target.name}"` takes no optional inputs: `adapter="{options.adapter.name}"` needs '
-            'another target, or use "keep"'
-        )
-    if runs_under_accelerate(model):
-        raise MELoRAError(
-            "`model` runs under accelerate's autocast (`mixed_precision`, a Trainer's `bf16` or `fp16`), which a graph "
-            "would keep: call `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
-        )
-    if options.verify or options.precision.needs_runtime:
-        import_onnxruntime()
-    if isinstance(unwrap(model), fx.GraphModule) and (half := _half_dtypes(model)):
-        raise MELoRAError(
-            f"the model is a graph that computes in {' and '.join(half)}: capture `model.float()`, for a graph in half "
-            'precision export it with `precision="fp16"`'
-        )
-    refuse_folder(options.path)
-
-
-def _half_dtypes(model: nn.Module) -> list[str]:
-    """The half precisions that the model has weights in."""
-    found = {parameter.dtype for parameter in model.parameters() if parameter.dtype in HALF}
-    return sorted(str(dtype).removeprefix("torch.") for dtype in found)
-
-
-def _held_adapter(model: nn.Module, asked: AdapterForm, found: Sites) -> AdapterForm:
-    """What the graph will hold of the adapters: none, where the model has no sites, or computes its base.
-
-    Raises:
-        MELoRAError: where it cannot be what was asked for.
-    """
-    if asked.refuse is not None:
-        asked.refuse(model, found)
-    held = asked if found and not is_disabled(model) else NO_ADAPTER
-    grouped = [f"`{name}`" for name, site in found.items() if not site.record.is_aten]
-    if held.stays and grouped:  # there is no ONNX operator for them
-        raise MELoRAError(
-            f"{', '.join(grouped)}: an adapter of experts that are computed by `grouped_mm` cannot stay in a graph: "
-            'export with `adapter="fold"`, or call `model.set_experts_implementation("batched_mm")` before `rewrite`'
-        )
-    return held
 
 
 def _describe(model: nn.Module, options: ExportOptions, held: AdapterForm, own: Sites, found: Sites) -> dict[str, Any]:

@@ -5,7 +5,13 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from exporters.onnx_files.companions import model_weights, says_the_same
+from exporters.onnx_files.companions import (
+    GENAI_CONFIG,
+    has_genai_config,
+    is_of_one_model,
+    model_weights,
+    says_the_same,
+)
 from exporters.onnx_files.metadata import is_foreign, is_ours
 from exporters.onnx_files.onnx_file import may_refer_to
 from exporters.onnx_files.save_graph import is_data_name
@@ -50,7 +56,7 @@ def refuse_other_model(companions: Path, path: Path) -> None:
     if is_foreign(path):
         raise MELoRAError(f"`{path}` is a graph that `export_onnx` has not written: remove it, or name another file")
     present = [(file, folder / file.name) for file in sorted(companions.iterdir())]
-    changed = [old for new, old in present if old.is_file() and not says_the_same(new, old)]
+    changed = [old for new, old in present if old.is_file() and not is_of_one_model(new, old)]
     if changed and (others := sorted(file.name for file in folder.glob("*.onnx") if file != path)):
         raise MELoRAError(f"`{changed[0]}` describes `{others[0]}` too, and is another model's: name another folder")
     weights = model_weights(folder)
@@ -81,7 +87,8 @@ def publish(staging: Path, path: Path, keep: Collection[Path] = ()) -> None:
         earlier = {f"{path.name}.data"} if may_refer_to(path, f"{path.name}.data") else set()
         new = [file for file, place in places.items() if not place.exists() or is_data_name(file.name, path.name)]
         changed = [file for file in places if file not in new and not says_the_same(file, places[file])]
-        outdated = [*(places[file] for file in changed), *({report_path(path)} - set(places.values()))]
+        of_graph = {report_path(path), *([folder / GENAI_CONFIG] if has_genai_config(path) else [])}
+        outdated = [*(places[file] for file in changed), *(of_graph - set(places.values()))]
         for place in outdated:
             place.unlink(missing_ok=True)
         for file in new:

@@ -92,7 +92,7 @@ def fold_onnx(
     with show_progress(f"folding into {out.name}"), staging_folder(out) as staging, writing(out):
         if source.parent.resolve() != out.parent.resolve():
             copy_companions(source.parent, staging)
-        copy_genai_config(source.parent, staging / out.name)
+        copy_genai_config(source, staging / out.name)
         refuse_other_model(staging, out)
         weights.write(staging / out.name, _new_facts(graph, adapter, weights, places))
         publish(staging, out, keep=weights.files.values())

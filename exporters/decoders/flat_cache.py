@@ -38,6 +38,9 @@ def cache_misfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
         return f"`example_inputs` has no `{TOKENS}`"
     if others := [name for name in inputs if name not in (TOKENS, MASK, POSITIONS)]:
         return f"`example_inputs` gives {', '.join(f'`{name}`' for name in others)} beside the tokens"
+    shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if (mask := shapes.get(MASK, shapes.get(TOKENS))) != shapes.get(TOKENS):
+        return f"`{MASK}` has the shape {mask}, and not that of `{TOKENS}`"
     if cache_argument(model) is None or MASK not in inspect.signature(model.forward).parameters:
         return f"`{type(model).__name__}.forward` takes no cache and `{MASK}`"
     if (rope := _rope_type(model)) in _DATA_DEPENDENT_ROPES:

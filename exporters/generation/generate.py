@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +44,8 @@ def generate(
 ) -> list[str]:
     """What a decoder writes after each of the prompts, without the prompts.
 
-    All prompts are computed together. A text ends with one of the model's end tokens
-    (generation_config.json, or config.json), after `max_new_tokens`, or with the last position that the model has.
+    All prompts are computed together. A text ends with one of the model's end tokens (generation_config.json's; without
+    that file config.json's), after `max_new_tokens`, or with the last position that the model has.
 
     Args:
         path: a folder that `export_onnx` has written with a cache, or the graph in it; its tokenizer is used. A folder
@@ -70,14 +70,15 @@ def generate(
     runner = OrtRunner(decoder_path, provider=provider, threads=threads)
     reader = TokenizedFolder(decoder_path.parent)
     encoded = reader.encode(texts)
+    writers = [_Writer(reader, index, on_text) for index in range(len(texts))]
     if encoder_path is None:
         decoder = CachedDecoder(runner, len(texts), adapter)
+        writers = [replace(writer, before=prompt) for writer, prompt in zip(writers, encoded, strict=True)]
     else:
         encoder = OrtRunner(encoder_path, provider=provider, threads=threads)
         decoder = CachedDecoder(runner, len(texts), adapter, encode(encoder, *padded(encoded, left=False), adapter))
         encoded = [reader.first_tokens] * len(texts)
     choose = partial(draw, temperature=temperature, top_p=top_p, generator=np.random.default_rng(seed))
-    writers = [_Writer(reader, index, on_text) for index in range(len(texts))]
     tokens = new_tokens(
         decoder,
         encoded,
@@ -158,25 +159,38 @@ def _check_options(prompts: object, max_new_tokens: int, temperature: float, top
 
 @dataclass
 class _Writer:
-    """The text of one prompt as it grows."""
+    """The text of one prompt as it grows. Decoded without the tokens `before` it, it would lack the space that it
+    begins with where tokenizers drop that of a text's first word.
+    """
 
     reader: TokenizedFolder
     index: int
     on_text: OnText | None
+    before: Sequence[int] = ()
     ids: list[int] = field(default_factory=list)
     text: str = ""
 
     def add(self, token: int) -> None:
         self.ids.append(token)
         if self.on_text is not None:
-            text = self.reader.decode(self.ids)
+            text = self._decode()
             if not text.endswith(_INCOMPLETE):
                 self._write(text)
 
     def finish(self) -> str:
         """The whole text."""
-        self._write(self.reader.decode(self.ids))
+        self._write(self._decode())
         return self.text
+
+    def _decode(self) -> str:
+        whole = self.reader.decode([*self.before, *self.ids])
+        if whole.startswith(self._text_before):
+            return whole.removeprefix(self._text_before)
+        return self.reader.decode(self.ids)
+
+    @cached_property
+    def _text_before(self) -> str:
+        return self.reader.decode(self.before)
 
     def _write(self, text: str) -> None:
         if self.on_text is not None and len(text) > len(self.text):

@@ -14,7 +14,8 @@ def draw(logits: np.ndarray, temperature: float, top_p: float, generator: np.ran
     the fewest tokens that have `top_p` together.
     """
     wide = logits.astype(np.float64)
-    scaled = (wide - wide.max(-1, keepdims=True)) / temperature
+    with np.errstate(over="ignore"):  # next to no temperature leaves the most likely ones
+        scaled = (wide - wide.max(-1, keepdims=True)) / temperature
     order = np.argsort(-scaled, axis=-1, kind="stable")
     sorted_logits = np.take_along_axis(scaled, order, -1)
     weights = np.exp(sorted_logits)

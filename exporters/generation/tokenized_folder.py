@@ -27,9 +27,8 @@ class TokenizedFolder:
                 f"{str(error)[:200]}): copy the model's, as `save_pretrained` writes them, beside the graph"
             ) from error
         text = self._config.get_text_config(decoder=True)
-        found = [getattr(source, "eos_token_id", None) for source in (settings, text, self.tokenizer)]
-        ends: Any = next((value for value in found if value is not None), [])
-        self.end_tokens: list[int] = [ends] if isinstance(ends, int) else list(ends)
+        ends: Any = getattr(settings or text, "eos_token_id", None)
+        self.end_tokens: list[int] = [ends] if isinstance(ends, int) else list(ends or ())
         self._positions: int | None = getattr(text, "max_position_embeddings", None)
         self.first_tokens = self._first_tokens(settings, text)
 

@@ -59,8 +59,7 @@ def _shape(value: onnx_ir.Value, start: int, end: int) -> onnx_ir.Node:
 def _replace_length(node: onnx_ir.Node, value: onnx_ir.Value, length: onnx_ir.Value) -> list[onnx_ir.Node]:
     """Puts `length` into a `Shape` of `value`, where it asks for it; returns the nodes that are needed for that."""
     rank = 4
-    start, end = node.attributes.get_int("start", 0) % rank, node.attributes.get_int("end", rank)
-    end = min(end if end >= 0 else end + rank, rank)
+    start, end, _ = slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)).indices(rank)
     if not start <= _LENGTH_AXIS < end:
         return []
     before = [_shape(value, start, _LENGTH_AXIS)] if start < _LENGTH_AXIS else []

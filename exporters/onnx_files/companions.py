@@ -16,7 +16,7 @@ from melora_fx.rewriting.module import class_name
 _CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 GENAI_CONFIG = "genai_config.json"
-_NO_SETTINGS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+_NO_SETTINGS = ("transformers_version", "_name_or_path", "_from_model_config", "dtype", "torch_dtype")
 """Keys in a configuration that say where it is from, or how it was loaded."""
 
 
@@ -49,12 +49,20 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def copy_genai_config(source: Path, path: Path) -> None:
-    """Copies what onnxruntime-genai reads of a graph to another graph's folder, for that graph: `path`."""
-    file = source / GENAI_CONFIG
-    if file.is_file():
-        described = json.loads(file.read_text(encoding="utf-8"))
+    """Copies what onnxruntime-genai reads of the graph `source` beside the graph `path`, for that one."""
+    if has_genai_config(source):
+        described = json.loads(source.with_name(GENAI_CONFIG).read_text(encoding="utf-8"))
         described["model"]["decoder"]["filename"] = path.name
         path.with_name(GENAI_CONFIG).write_text(json.dumps(described, indent=4) + "\n", encoding="utf-8")
+
+
+def has_genai_config(path: Path) -> bool:
+    """Whether the genai_config.json beside a graph is of that graph: it names one; those of other forms none."""
+    try:
+        described = json.loads(path.with_name(GENAI_CONFIG).read_text(encoding="utf-8"))
+        return bool(described["model"]["decoder"]["filename"] == path.name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def model_weights(folder: Path) -> list[Path]:
@@ -67,9 +75,14 @@ def says_the_same(first: Path, second: Path) -> bool:
     """Whether two files of one name have the same content; of configurations, the same settings."""
     if first.read_bytes() == second.read_bytes():
         return True
-    if first.name == GENAI_CONFIG:  # of the graph written last
+    return first.name in (_CONFIG, GENERATION_CONFIG) and _settings(first) == _settings(second)
+
+
+def is_of_one_model(first: Path, second: Path) -> bool:
+    """Whether two files of one name are of one model: what onnxruntime-genai reads may be of another of its graphs."""
+    if first.name == GENAI_CONFIG:
         return _of_any_graph(first) == _of_any_graph(second)
-    return first.name == _CONFIG and _settings(first) == _settings(second)
+    return says_the_same(first, second)
 
 
 def _of_any_graph(file: Path) -> Any:
@@ -84,12 +97,12 @@ def _of_any_graph(file: Path) -> Any:
 
 def _settings(file: Path) -> Any:
     """What a configuration sets, defaults too; one that cannot be read is its text."""
-    from transformers import CONFIG_MAPPING  # heavy: only where two configurations differ
+    from transformers import CONFIG_MAPPING, GenerationConfig  # heavy: only where two configurations differ
 
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         settings = json.loads(text)
-        config_class = CONFIG_MAPPING[settings["model_type"]]
+        config_class = GenerationConfig if file.name == GENERATION_CONFIG else CONFIG_MAPPING[settings["model_type"]]
         settings = config_class.from_dict(settings).to_dict()
     except Exception:  # classes of configurations check their values as they like
         return text

@@ -1,8 +1,8 @@
 """Decoders that are small and have every part: grouped heads, a tokenizer, an adapter that changes what they write."""
 
-import copy
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,19 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def in_words(ids: Sequence[int]) -> str:
-    return " ".join(f"w{index}" for index in ids)
+def read_by(tokenizer: Any, prompt: Sequence[int], written: Sequence[int]) -> str:
+    """What follows a prompt, as it stands in the whole text."""
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, [*prompt, *written]))
+    assert whole.startswith(before)
+    return whole.removeprefix(before)
 
 
-def model_folder(folder: Path, model: Any = None) -> Any:
-    """A model loaded from a folder that has its tokenizer: what it is exported from. Its end token ends no text."""
-    made = copy.deepcopy(model) if model is not None else llama()
-    made.generation_config.eos_token_id = None
-    made.save_pretrained(folder)
-    write_tokenizer(folder)
-    settings = json.loads((folder / "generation_config.json").read_text())
-    settings.pop("eos_token_id", None)
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    return type(made).from_pretrained(folder).eval()
+def text_folder(
+    graph: str | Path, folder: Path, write: Callable[[Path], None] = write_tokenizer, **settings: Any
+) -> Path:
+    """A copy of an export with a tokenizer, and with these settings in its generation_config.json."""
+    shutil.copytree(Path(graph).parent, folder)
+    write(folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder

@@ -13,6 +13,7 @@ from torch import nn
 import melora_fx
 from exporters import ExportReport, export_onnx
 from melora_fx import MELoRAConfig
+from support import decoders
 from support.models import (
     adapted_kept_tower,
     assert_unchanged,
@@ -59,6 +60,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Te
     "bare bert": (lambda: bert(num_layers=1), tokens),
     "gpt2": (lambda: gpt2(num_layers=1), tokens),
     "llama": (lambda: build("Llama")[0], tokens),
+    "decoder": (decoders.llama, decoders.example),
+    "adapted decoder": (decoders.adapted_llama, decoders.example),
     "adapted gpt2": (lambda: fill(melora_fx.rewrite(gpt2(num_layers=1), ["c_attn", "c_fc"], CONFIG)), tokens),
 }
 """Name → the model, always with the same values, and the inputs to export it with; one layer is enough for a graph."""
