@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from exporters.decoders.parts import Part, parts_of, sites_in
@@ -23,16 +22,15 @@ from exporters.onnx_files.metadata import METADATA_KEY, describe, write_descript
 from exporters.onnx_files.onnx_file import read_graph
 from exporters.onnx_files.save_graph import save_graph
 from melora_fx import MELoRAError, sites
+from melora_fx.capture.model_settings import in_float32
 from melora_fx.files import output_path, staging_folder, writing
 from melora_fx.names import unwrap
 from melora_fx.progress import show_progress
-from melora_fx.rewriting.sites import is_disabled
-from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_malformed_axes, refuse_wrong_axes
+from melora_fx.whole_capture.dynamic_axes import DynamicAxes, refuse_wrong_axes
 
-from .export_files import keep_failed, onnx_file_path, publish, refuse_folder, refuse_other_model, report_path
+from .export_checks import half_dtypes, held_adapter, refuse_arguments
+from .export_files import keep_failed, onnx_file_path, publish, refuse_other_model, report_path
 from .export_report import ExportReport
-from .onnx_runtime import import_onnxruntime
-from .private import runs_under_accelerate
 from .targets import ADAPTERS, FORMS, NO_ADAPTER, PRECISIONS, TARGETS, find
 
 if TYPE_CHECKING:
@@ -63,7 +61,8 @@ def export_onnx(
     folder NAME.failed instead.
 
     Args:
-        model: a rewritten model, or a plain one, which is exported as it is, in float32.
+        model: a rewritten model, or a plain one, which is exported as it is, in float32. Weights in half precision
+            become float32 one by one, and half again afterwards.
         example_inputs: a dict of keyword arguments or a tuple of positional ones, tensors or constants of the graph (a
             number, a text, None); a batch of one is doubled where the batch is dynamic. Its number of tokens stands for
             that of a typical run where `form` is "auto".
@@ -101,26 +100,32 @@ def export_onnx(
         opset=opset,
         verify=verify,
     )
-    _refuse(model, options)
+    refuse_arguments(model, options)
     inputs = named_inputs(model, example_inputs, dynamic_axes)
     refuse_wrong_axes(inputs, dynamic_axes)
     model = unwrap(model)
-    parts, cache_notes = parts_of(
-        model,
-        inputs,
-        use_cache,
-        has_own_axes=not isinstance(dynamic_axes, str),
-        is_folder=Path(path).suffix != options.path.suffix,
-    )
     found = sites(model)
-    held = _held_adapter(model, options.adapter, found)
-    with show_progress(f"exporting {options.path.name}") as step, contextlib.ExitStack() as folders:
+    held = held_adapter(model, options.adapter, found)
+    half = half_dtypes(model)
+    notes = (f"the model's weights are {' and '.join(half)}: the graph is made of them in float32",) if half else ()
+    with (
+        show_progress(f"exporting {options.path.name}") as step,
+        contextlib.ExitStack() as folders,
+        in_float32(model),
+    ):
+        parts, cache_notes = parts_of(
+            model,
+            inputs,
+            use_cache,
+            has_own_axes=not isinstance(dynamic_axes, str),
+            is_folder=Path(path).suffix != options.path.suffix,
+        )
         written: list[tuple[ExportReport, Path]] = []
         for part in parts:
             own = replace(options, path=options.path.with_name(part.file)) if part.file else options
             staging = folders.enter_context(staging_folder(own.path))
             report = _export(model, part, own, held, found, staging, step)
-            written.append((replace(report, notes=(*cache_notes, *report.notes)), staging))
+            written.append((replace(report, notes=(*notes, *cache_notes, *report.notes)), staging))
         for report, staging in written:
             _publish(report, Path(report.path), staging)
     return replace(written[-1][0], encoder=written[0][0] if len(written) > 1 else None)
@@ -159,47 +164,6 @@ def _export(
             export.conditions = list(verification.conditions)
             write_description(staging / options.path.name, facts | graph_facts(export))
         return _report(export, verification, notes + built.left_out, staging, start)
-
-
-def _refuse(model: nn.Module, options: ExportOptions) -> None:
-    """Raises for all that can be refused before any work is done, and without a look at the adapters."""
-    refuse_malformed_axes(options.dynamic_axes)
-    if options.adapter.is_swappable and not options.target.takes_swap:
-        raise ValueError(
-            f'`target="{options.target.name}"` takes no optional inputs: `adapter="{options.adapter.name}"` needs '
-            'another target, or use "keep"'
-        )
-    if runs_under_accelerate(model):
-        raise MELoRAError(
-            "`model` runs under accelerate's autocast (`mixed_precision`, a Trainer's `bf16` or `fp16`), which a graph "
-            "would keep: call `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
-        )
-    if options.verify or options.precision.needs_runtime:
-        import_onnxruntime()
-    if half := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}:
-        raise MELoRAError(
-            f"the model holds {' and '.join(sorted(half))} weights: export `model.float()`, for a half precision graph "
-            'with `precision="fp16"`'
-        )
-    refuse_folder(options.path)
-
-
-def _held_adapter(model: nn.Module, asked: AdapterForm, found: Sites) -> AdapterForm:
-    """What the graph will hold of the adapters: none, where the model has no sites, or computes its base.
-
-    Raises:
-        MELoRAError: where it cannot be what was asked for.
-    """
-    if asked.refuse is not None:
-        asked.refuse(model, found)
-    held = asked if found and not is_disabled(model) else NO_ADAPTER
-    grouped = [f"`{name}`" for name, site in found.items() if not site.record.is_aten]
-    if held.stays and grouped:  # there is no ONNX operator for them
-        raise MELoRAError(
-            f"{', '.join(grouped)}: an adapter of experts that are computed by `grouped_mm` cannot stay in a graph: "
-            'export with `adapter="fold"`, or call `model.set_experts_implementation("batched_mm")` before `rewrite`'
-        )
-    return held
 
 
 def _describe(model: nn.Module, options: ExportOptions, held: AdapterForm, own: Sites, found: Sites) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _ROOMS = {
         onnx_runtime private hugging_face example_inputs export_report
         onnx_files export_files adapters peft_adapters decoders graph runtime onnx_fold measuring generation
         tensorrt_check triton_server
-        verify targets export training demo cli __init__
+        verify targets export_checks export training demo cli __init__
     """,
 }
 ORDER = {package: rooms.split() for package, rooms in _ROOMS.items()}

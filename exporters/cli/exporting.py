@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from exporters.export_report import ExportReport
+from exporters.onnx_files.cache_names import PAST_AXIS, SOURCE_AXIS, TOTAL_AXIS
 from exporters.runtime.providers import Shapes
 from exporters.targets import ADAPTERS, FORMS, PRECISIONS, TARGETS, find, in_words
 
@@ -13,6 +14,14 @@ from .options import axis_range, named_in
 from .terminal import hide_loading_bars
 
 _DEFAULT_SHAPES = {"batch": (1, 8, 32), "sequence": (16, 64, 128)}
+_STEP_SHAPES = {
+    "batch": (1, 1, 8),
+    "sequence": (1, 1, 128),
+    PAST_AXIS: (0, 64, 128),
+    TOTAL_AXIS: (1, 65, 256),
+    SOURCE_AXIS: (1, 64, 128),
+}
+"""Of a decoder with a cache."""
 _SHAPES_TEXT = ", ".join(f"{axis}={low}:{usual}:{high}" for axis, (low, usual, high) in _DEFAULT_SHAPES.items())
 
 _AdapterDir = Annotated[
@@ -122,7 +131,8 @@ def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | Non
 
 def _ranges(report: ExportReport, asked: Shapes) -> Shapes:
     """The ranges asked for with the default ones; if none are, the default ones of the graph's own axes."""
-    if asked:
-        return {**_DEFAULT_SHAPES, **asked}
     free = {axis for axes in report.inputs.values() for axis in axes}
-    return {axis: sizes for axis, sizes in _DEFAULT_SHAPES.items() if axis in free}
+    default = _STEP_SHAPES if PAST_AXIS in free else _DEFAULT_SHAPES
+    if asked and default is _DEFAULT_SHAPES:
+        return {**default, **asked}
+    return {**{axis: sizes for axis, sizes in default.items() if axis in free}, **asked}

@@ -44,8 +44,8 @@ def axis_range(text: str) -> tuple[str, tuple[int, int, int]]:
         raise typer.BadParameter(f"{text!r} is not AXIS=MIN:OPT:MAX, such as batch=1:8:32")
     axis, low, usual, high = found.groups()
     sizes = (int(low), int(usual or low), int(high or low))
-    if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
-        raise typer.BadParameter(f"{text!r}: sizes must be 1 or more, smallest, usual and largest in this order")
+    if not sizes[0] <= sizes[1] <= sizes[2] or sizes[2] == 0:
+        raise typer.BadParameter(f"{text!r}: sizes must be the smallest, usual and largest, in this order")
     return axis, sizes
 
 

@@ -7,9 +7,13 @@ import torch
 from torch import nn
 
 from exporters.onnx_files.cache_names import (
+    ENCODER_MASK,
     MASK,
+    PAST_AXIS,
     POSITIONS,
+    SOURCE_AXIS,
     TOKENS,
+    TOTAL_AXIS,
     is_cross,
     is_past,
     is_present,
@@ -20,8 +24,6 @@ from .flat_cache import cache_layout, flat_cache
 
 _LEAST_TOKENS = 5
 """Of a text in the example: past and new tokens of several each, and not as many."""
-
-PAST_AXIS, TOTAL_AXIS, SOURCE_AXIS = "past_sequence", "total_sequence", "encoder_sequence"
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -67,6 +69,6 @@ def step_axes(name: str) -> dict[int, str]:
         return {0: "batch", 2: PAST_AXIS}
     if is_present(name):
         return {0: "batch", 2: TOTAL_AXIS}
-    if name == "encoder_attention_mask":
+    if name == ENCODER_MASK:
         return {0: "batch", 1: SOURCE_AXIS}
     return {0: "batch", 1: TOTAL_AXIS if name == MASK else "sequence"}

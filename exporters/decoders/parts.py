@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from exporters.hugging_face import is_hugging_face_model
+from exporters.hugging_face import decoder_config, is_hugging_face_model
 from melora_fx import AdapterSite, MELoRAError
 from melora_fx.capture.model_settings import in_mode, without_cache
 
@@ -54,9 +54,10 @@ def parts_of(
     if not isinstance(use_cache, bool) and use_cache != "auto":
         raise ValueError(f'`use_cache` (={use_cache!r}) must be True, False or "auto"')
     config: Any = getattr(model, "config", None)
+    settings = decoder_config(model) if is_hugging_face_model(model) else config
     is_known = is_hugging_face_model(model)
     may_generate = model.can_generate() if is_hugging_face_model(model) else hasattr(model, "generate")
-    if use_cache is False or (use_cache == "auto" and not (may_generate and getattr(config, "use_cache", False))):
+    if use_cache is False or (use_cache == "auto" and not (may_generate and getattr(settings, "use_cache", False))):
         return [Part(inputs)], ()
     is_pair = is_known and bool(getattr(config, "is_encoder_decoder", False))
     if has_own_axes:

@@ -50,7 +50,10 @@ def step_conditions(conditions: Iterable[Condition], inputs: Collection[str]) ->
 
 
 def _without_repeats(conditions: Iterable[Condition]) -> list[Condition]:
-    """The conditions that exclude any step, the shortest of those that exclude the same ones of `_STEPS`."""
+    """The conditions that exclude any of `_STEPS`, the shortest of those that exclude the same ones.
+
+    An export takes every size to be 2 or more, and says so where it is asked: that excludes none of these.
+    """
     found: dict[tuple[bool, ...], Condition] = {}
     for condition in sorted(conditions, key=lambda condition: len(condition.text)):
         if {*condition.names} <= {TOKENS, MASK}:
@@ -60,9 +63,9 @@ def _without_repeats(conditions: Iterable[Condition]) -> list[Condition]:
 
 _STEPS = [
     {TOKENS: Shaped((batch, new)), MASK: Shaped((batch, past + new))}
-    for batch in (1, 2, 3, 7)
-    for past in (0, 1, 2, 3, 5, 12, *(2**power + more for power in range(4, 18) for more in (-1, 0)))
-    for new in (1, 2, 3, 4, 17)
+    for batch in (2, 3, 7)
+    for past in (2, 3, 5, 12, *(2**power + more for power in range(4, 18) for more in (-1, 0)))
+    for new in (2, 3, 4, 17)
 ]
 """Steps with pasts up to the most tokens that models have positions for, and around their usual numbers."""
 

@@ -26,22 +26,23 @@ TYPES = (
 )  # fmt: skip
 """Types of decoders that onnxruntime-genai 0.18 runs by the inputs and outputs that its configuration names."""
 
+_ANY_DECODER = "decoder"
+"""What it calls any other one; `gpt2` is a graph with keys and values in one tensor there."""
+
 _OTHER_NAMES = {"gpt_oss": "gptoss", "hunyuan_v1_dense": "hunyuandensev1"}
 """A model's type in transformers → in onnxruntime-genai, where they differ."""
 
 
 def write_genai_config(export: Export, folder: Path) -> tuple[str, ...]:
     """Writes `genai_config.json` for a decoder's graph into `folder`; returns notes for the user, why there is none."""
-    if not export.has_own_mask:
-        return ()
     config: Any = export.model.config
-    kind = _OTHER_NAMES.get(config.model_type, config.model_type)
-    if kind not in TYPES:
+    if not export.has_own_mask:
         return (
-            f"no {GENAI_CONFIG}: onnxruntime-genai knows no model type {config.model_type!r}; "
-            "`exporters.generate` runs the graph",
+            f"no {GENAI_CONFIG}: onnxruntime-genai runs no encoder and decoder of type {config.model_type!r} as these "
+            "graphs are; `exporters.generate` does",
         )
-    described = genai_config(export, kind)
+    kind = _OTHER_NAMES.get(config.model_type, config.model_type)
+    described = genai_config(export, kind if kind in TYPES else _ANY_DECODER)
     (folder / GENAI_CONFIG).write_text(json.dumps(described, indent=4) + "\n")
     return ()
 

@@ -200,7 +200,7 @@ class Export:
 
     def sums(self) -> dict[str, tuple[str, ...]]:
         """The dynamic axes that are as long as others together."""
-        from exporters.decoders.example_step import PAST_AXIS, TOTAL_AXIS
+        from exporters.onnx_files.cache_names import PAST_AXIS, TOTAL_AXIS
 
         return {TOTAL_AXIS: (PAST_AXIS, "sequence")} if self.has_own_mask else {}
 

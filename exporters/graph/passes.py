@@ -5,7 +5,7 @@ from typing import Any
 from exporters.onnx_files.metadata import places_as_json
 from melora_fx.shared_memory import sharing_parameters
 
-from .cache_lengths import read_lengths_off_mask
+from .cached_attention import drop_needless_views, read_lengths_off_mask
 from .clean import drop_inferred, drop_traces
 from .export import Export, Pass
 from .fuse import fuse
@@ -33,6 +33,7 @@ PASSES: tuple[Pass, ...] = (
     write_adapter,
     fuse,
     read_lengths_off_mask,
+    drop_needless_views,
     convert,
     drop_inferred,
     attach_defaults,

@@ -13,6 +13,9 @@ from collections.abc import Iterable
 
 TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 ENCODER_MASK = "encoder_attention_mask"
+PAST_AXIS, TOTAL_AXIS, SOURCE_AXIS = "past_sequence", "total_sequence", "encoder_sequence"
+"""Dynamic axes: earlier tokens, earlier and new ones, tokens of the encoder; new ones are `sequence`."""
+
 _PAST, _PRESENT = "past_key_values.", "present."
 _CROSS = ".encoder."
 

@@ -1,9 +1,11 @@
 """Inputs made for a graph from what it says of itself: the names, types and axes of its inputs."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from exporters.onnx_files.cache_names import PAST_AXIS, TOTAL_AXIS, has_cache
 from exporters.onnx_runtime import Arrays
 from exporters.private import is_nameless_axis
 from melora_fx import MELoRAError
@@ -31,17 +33,22 @@ def make_inputs(
         runner: the graph's.
         batch, sequence: sizes of the axes whose names hold "batch" and "seq"; a free axis without a name counts as
             batch where it is the first, as sequence where it is the second.
-        axes: sizes of further axes by name; they go before the rule above.
+        axes: sizes of further axes by name; they go before the rule above. A decoder's cache is empty, unless
+            `past_sequence` says how many tokens are in it.
         seed: of the random values.
 
     Raises:
         ValueError: for `axes` that no input has.
         MELoRAError: for an axis whose size is not known from these, or an input of a type that none is made for.
     """
-    shapes = _input_shapes(runner, {"batch": batch, "sequence": sequence}, axes or {})
+    sizes = dict(axes or {})
+    if has_cache(runner.input_names):
+        sizes.setdefault(PAST_AXIS, 0)
+        sizes |= dict.fromkeys(_free_axes(runner) & {TOTAL_AXIS}, sizes[PAST_AXIS] + sequence)
+    shapes = _input_shapes(runner, {"batch": batch, "sequence": sequence}, sizes)
     generator = np.random.default_rng(seed)
     return {
-        value.name: _values(runner, value.name, value.type, shapes[value.name], generator)
+        value.name: _values(runner, value, shapes[value.name], generator, first=sizes.get(PAST_AXIS, 0))
         for value in runner.session.get_inputs()
     }
 
@@ -51,7 +58,7 @@ def _input_shapes(
 ) -> dict[str, list[int]]:
     """The shape of each input, its free axes sized by name or else by role."""
     inputs = runner.session.get_inputs()
-    free = {axis for value in inputs for axis in value.shape if isinstance(axis, str)}
+    free = _free_axes(runner)
     if strangers := [f"`{name}`" for name in size_by_name if name not in free]:
         raise ValueError(f"no input of `{runner.path}` has an axis {', '.join(strangers)}: {', '.join(sorted(free))}")
     shapes: dict[str, list[int]] = {value.name: [] for value in inputs}
@@ -71,6 +78,10 @@ def _input_shapes(
     return shapes
 
 
+def _free_axes(runner: OrtRunner) -> set[str]:
+    return {axis for value in runner.session.get_inputs() for axis in value.shape if isinstance(axis, str)}
+
+
 def _role(axis: str | int | None, index: int) -> str | None:
     """ "batch" or "sequence", or None for an axis that is fixed or has another meaning."""
     if isinstance(axis, int):
@@ -84,7 +95,11 @@ def _role(axis: str | int | None, index: int) -> str | None:
     return "sequence" if "seq" in axis.lower() else None
 
 
-def _values(runner: OrtRunner, name: str, kind: str, shape: list[int], generator: np.random.Generator) -> np.ndarray:
+def _values(
+    runner: OrtRunner, value: Any, shape: list[int], generator: np.random.Generator, *, first: int
+) -> np.ndarray:
+    """`first`: the position of the first new token."""
+    name, kind = value.name, value.type
     if kind in _FLOATS:
         return generator.standard_normal(shape).astype(_FLOATS[kind])
     if kind == "tensor(bool)":
@@ -98,5 +113,5 @@ def _values(runner: OrtRunner, name: str, kind: str, shape: list[int], generator
     if "type_ids" in name:
         return np.zeros(shape, dtype)
     if "position" in name:
-        return np.broadcast_to(np.arange(shape[-1] if shape else 1, dtype=dtype), shape).copy()
+        return np.broadcast_to(first + np.arange(shape[-1] if shape else 1, dtype=dtype), shape).copy()
     return generator.integers(*_TOKEN_IDS, size=shape, dtype=dtype)

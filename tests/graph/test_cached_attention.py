@@ -16,7 +16,7 @@ from torch import nn
 import melora_fx
 from exporters import OrtRunner
 from exporters.decoders.step_conditions import ONE_TOKEN_OR_TEXT
-from exporters.graph.cache_lengths import read_lengths_off_mask
+from exporters.graph.cached_attention import read_lengths_off_mask
 from exporters.graph.export import CACHED_ATTENTION, Export
 from exporters.runtime.cache_inputs import empty_cache, step_inputs
 

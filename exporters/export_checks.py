@@ -1,0 +1,62 @@
+"""What an export refuses before any work is done, and what its graph will hold of the adapters."""
+
+from torch import fx, nn
+
+from exporters.graph.export import AdapterForm, ExportOptions, Sites
+from melora_fx import MELoRAError
+from melora_fx.capture.model_settings import HALF
+from melora_fx.names import unwrap
+from melora_fx.rewriting.sites import is_disabled
+from melora_fx.whole_capture.dynamic_axes import refuse_malformed_axes
+
+from .export_files import refuse_folder
+from .onnx_runtime import import_onnxruntime
+from .private import runs_under_accelerate
+from .targets import NO_ADAPTER
+
+
+def refuse_arguments(model: nn.Module, options: ExportOptions) -> None:
+    """Raises for all that can be refused before any work is done, and without a look at the adapters."""
+    refuse_malformed_axes(options.dynamic_axes)
+    if options.adapter.is_swappable and not options.target.takes_swap:
+        raise ValueError(
+            f'`target="{options.target.name}"` takes no optional inputs: `adapter="{options.adapter.name}"` needs '
+            'another target, or use "keep"'
+        )
+    if runs_under_accelerate(model):
+        raise MELoRAError(
+            "`model` runs under accelerate's autocast (`mixed_precision`, a Trainer's `bf16` or `fp16`), which a graph "
+            "would keep: call `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
+        )
+    if options.verify or options.precision.needs_runtime:
+        import_onnxruntime()
+    if isinstance(unwrap(model), fx.GraphModule) and (half := half_dtypes(model)):
+        raise MELoRAError(
+            f"the model is a graph that computes in {' and '.join(half)}: capture `model.float()`, for a graph in half "
+            'precision export it with `precision="fp16"`'
+        )
+    refuse_folder(options.path)
+
+
+def half_dtypes(model: nn.Module) -> list[str]:
+    """The half precisions that the model has weights in."""
+    found = {parameter.dtype for parameter in model.parameters() if parameter.dtype in HALF}
+    return sorted(str(dtype).removeprefix("torch.") for dtype in found)
+
+
+def held_adapter(model: nn.Module, asked: AdapterForm, found: Sites) -> AdapterForm:
+    """What the graph will hold of the adapters: none, where the model has no sites, or computes its base.
+
+    Raises:
+        MELoRAError: where it cannot be what was asked for.
+    """
+    if asked.refuse is not None:
+        asked.refuse(model, found)
+    held = asked if found and not is_disabled(model) else NO_ADAPTER
+    grouped = [f"`{name}`" for name, site in found.items() if not site.record.is_aten]
+    if held.stays and grouped:  # there is no ONNX operator for them
+        raise MELoRAError(
+            f"{', '.join(grouped)}: an adapter of experts that are computed by `grouped_mm` cannot stay in a graph: "
+            'export with `adapter="fold"`, or call `model.set_experts_implementation("batched_mm")` before `rewrite`'
+        )
+    return held
