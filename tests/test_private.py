@@ -434,6 +434,15 @@ def test_caches_are_taken_and_returned() -> None:
     assert private.is_plain_cache(private.returned_cache(after), length=3)
 
 
+def test_caches_of_both_are_filled() -> None:
+    tensors = [randn(2, 3, length, 4, seed=length) for length in (1, 2, 5, 6)]
+    cache = private.cache_of_both(tensors[:2], tensors[2:])
+    assert cache.get_seq_length() == 1
+    assert cache.cross_attention_cache.layers[0].keys is tensors[2]
+    assert cache.is_updated == {0: True}, "what is there is not computed again"
+    assert private.cache_of_both([], []).is_updated == {}
+
+
 def test_attentions_of_batches_are_put_back() -> None:
     fusions = transformers.exporters.onnxruntime_fusions
     names = ("_static_dim", "_shared_rotation")
