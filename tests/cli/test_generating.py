@@ -2,11 +2,14 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers as hf
+from support import command_line
 from support.command_line import run
-from support.decoders import adapted_llama, llama, text_folder, write_tokenizer
+from support.decoders import VOCABULARY, adapted_llama, llama, text_folder, write_tokenizer
 from support.exports import Exports
 
 import melora_fx
@@ -29,7 +32,12 @@ def test_it_prints_the_text_and_a_line_end(folder: Path) -> None:
 
 def test_the_text_comes_piece_by_piece(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed = []
-    monkeypatch.setattr(io.StringIO, "flush", lambda self: flushed.append(self.getvalue()), raising=False)
+
+    class Recorded(io.StringIO):
+        def flush(self) -> None:
+            flushed.append(self.getvalue())
+
+    monkeypatch.setattr(command_line, "io", SimpleNamespace(StringIO=Recorded))
     result = run("generate", folder, PROMPT, "--max-new-tokens", 4)
     words = result.stdout.split()
     assert [text.split() for text in flushed if text][:4] == [words[:number] for number in (1, 2, 3, 4)]
@@ -55,10 +63,8 @@ def test_adapters(exports: Exports, tmp_path: Path) -> None:
     graph = exports("adapted decoder", adapter="swap", target="ort-cpu").path
     folder = text_folder(graph, tmp_path / "texts", eos_token_id=None)
     melora_fx.save_adapter(adapted_llama(), tmp_path / "adapter")
-    base, adapted = (
-        run("generate", folder, PROMPT, "--max-new-tokens", 6, *more)
-        for more in ((), ("--adapter", tmp_path / "adapter"))
-    )
+    arguments = ("generate", folder, PROMPT, "--max-new-tokens", 6)
+    base, adapted = run(*arguments), run(*arguments, "--adapter", tmp_path / "adapter")
     assert base.stdout != adapted.stdout
     assert adapted.stdout == generate(folder, PROMPT, adapter=tmp_path / "adapter", max_new_tokens=6)[0] + "\n"
 
@@ -129,9 +135,11 @@ def test_an_export_generates(model_dir: Path, tmp_path: Path, arguments: tuple[s
 
 @pytest.mark.slow
 def test_a_cache_that_a_model_cannot_have(tmp_path: Path) -> None:
-    llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}).save_pretrained(tmp_path)
+    config = hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, add_cross_attention=True)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    why = "what it keeps of earlier tokens is more than keys and values of each layer"
     result = run("export", tmp_path, "-o", tmp_path / "out", "--cache")
     assert result.returncode == 1
-    assert "error: `use_cache=True`: the graph cannot have a key-value cache: its rotary embedding" in result.stderr
+    assert result.stderr == f"error: `use_cache=True`: the graph cannot have a key-value cache: {why}\n"
     result = run("export", tmp_path, "-o", tmp_path / "out", "--no-verify")
-    assert "without a key-value cache: its rotary embedding" in " ".join(result.stdout.split())
+    assert f"without a key-value cache: {why}" in " ".join(result.stdout.split())
