@@ -108,15 +108,17 @@ def _input_names(inputs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _token_ids(model: Any) -> dict[str, Any]:
-    """The tokens that begin, end and pad texts: those that the model generates with, or else its configuration's."""
+    """The tokens that begin, end and pad texts: those that the model generates with, or else its configuration's.
+
+    onnxruntime-genai looks up padding as any token, and takes it for the end token where there is none.
+    """
     text = decoder_config(model)
     sources = [getattr(model, "generation_config", None), text]
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         values = [getattr(source, name, None) for source in sources]
         found[name] = next((value for value in values if value is not None), None)
-    ends = found["eos_token_id"]
-    if found["pad_token_id"] is None:
-        found["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
-    defaults = {"bos_token_id": 0, "eos_token_id": text.vocab_size, "pad_token_id": 0}
-    return {name: defaults[name] if value is None else value for name, value in found.items()}
+    ends = [] if found["eos_token_id"] is None else found["eos_token_id"]
+    pads = (found["pad_token_id"], *(ends if isinstance(ends, list) else [ends]), 0)
+    pad = next(token for token in pads if token is not None and 0 <= token < text.vocab_size)
+    return {"bos_token_id": found["bos_token_id"] or 0, "eos_token_id": ends, "pad_token_id": pad}

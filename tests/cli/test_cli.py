@@ -44,7 +44,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "command",
     [
-        *("demo", "train", "match", "fold", "export", "fold-onnx", "bench"),
+        *("demo", "train", "match", "fold", "export", "fold-onnx", "generate", "bench"),
         *(f"adapter {name}" for name in ("inspect", "scale", "add", "average", "compress", "to-ort")),
     ],
 )

@@ -14,6 +14,7 @@ def test_what_is_read() -> None:
     assert numbers("1, 8") == [1, 8]
     assert axis_size("past=0") == ("past", 0)
     assert axis_range("batch=1:8:32") == ("batch", (1, 8, 32))
+    assert axis_range("past_sequence=0:64:128") == ("past_sequence", (0, 64, 128))
     assert axis_range(" sequence = 128 ") == ("sequence", (128, 128, 128))
 
 
@@ -23,9 +24,9 @@ def test_a_range_of_another_form(text: str) -> None:
         axis_range(text)
 
 
-@pytest.mark.parametrize("text", ["batch=0:1:2", "batch=3:2:4", "batch=1:5:4"])
+@pytest.mark.parametrize("text", ["batch=0:0:0", "batch=3:2:4", "batch=1:5:4"])
 def test_a_range_out_of_order(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="smallest, usual and largest in this order"):
+    with pytest.raises(typer.BadParameter, match="sizes must be the smallest, usual and largest, in this order"):
         axis_range(text)
 
 
