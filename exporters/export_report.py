@@ -1,5 +1,7 @@
 """What an export wrote, and how near it is to torch."""
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +57,12 @@ class ExportReport:
             f"{self.path}: {self.target}, {self.precision}, opset {self.opset}, {self.seconds:.1f} s",
             f"  {self.num_nodes} nodes: {counts}, …",
         ]
-        lines += [f"  in   {name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items()]
+        lines += [f"  in   {line}" for line in _in_lines(self.inputs)]
         lines += [f"  axis {axis}: {sizes}" for axis, sizes in self.ranges.items()]
         lines += [f"  for {name}={value!r} only" for name, value in self.constants.items()]
         if self.num_adapter_inputs:
             lines.append(f"  in   {self.num_adapter_inputs} optional tensors of an adapter, of any rank")
-        lines += [f"  out  {name} ({', '.join(map(str, axes))})" for name, axes in self.outputs.items()]
+        lines += [f"  out  {line}" for line in _in_lines(self.outputs)]
         if self.forms:
             lines.append("  unmerged sites: " + ", ".join(f"{count} {form}" for form, count in self.forms.items()))
         if self.max_abs_error is not None:
@@ -69,3 +71,16 @@ class ExportReport:
                 f"max abs error {self.max_abs_error:.1e}, relative {self.max_rel_error:.1e}"
             )
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def _in_lines(tensors: Mapping[str, Sequence[int | str]]) -> list[str]:
+    """Name and axes of each, those of all layers in one line: `present.0…29.key (batch, 3, total_sequence, 64)`."""
+    layers: dict[tuple[str, ...], list[str]] = {}
+    for name, axes in tensors.items():
+        before, number, after = re.fullmatch(r"(.*?)(\.\d+\.|$)(.*)", name).groups()  # type: ignore[union-attr]
+        layers.setdefault((before, after, ", ".join(map(str, axes))), []).append(number)
+    lines = []
+    for (before, after, axes), numbers in layers.items():
+        span = numbers[0] if len(numbers) == 1 else f"{numbers[0][:-1]}…{numbers[-1][1:]}"
+        lines.append(f"{before}{span}{after} ({axes})")
+    return lines

