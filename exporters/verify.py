@@ -18,7 +18,7 @@ from exporters.onnx_files.metadata import read_facts
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import TorchRunner
 from melora_fx import MELoRAError
-from melora_fx.capture.model_settings import in_mode
+from melora_fx.capture.model_settings import in_mode, own_attributes
 from melora_fx.whole_capture.conditions import Condition, Shaped
 from melora_fx.whole_capture.tried_sizes import beyond, with_single_entries
 
@@ -64,9 +64,9 @@ def verify(export: Export, path: Path) -> Verification:
             one entry along an axis, which the export takes to have two: then it has to.
     """
     if export.has_cache:
-        with in_mode(export.model, training=False):
+        with own_attributes(export.model), in_mode(export.model, training=False):
             return _verification(*compare_steps(export, path))
-    with in_mode(export.model, training=False), export.forward(export.model):
+    with own_attributes(export.model), in_mode(export.model, training=False), export.forward(export.model):
         comparing = _Comparing(export, path)
         comparing.compare(comparing.example)
         comparing.try_single_entries()

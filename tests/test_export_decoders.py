@@ -1,5 +1,7 @@
 """`export_onnx` with a key-value cache: what the graphs take and compute, in each form, and what has none."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,14 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
-from support.decoders import adapted_llama, example, llama, logits_after
+import torch
+import transformers as hf
+from support.decoders import SIZES, VOCABULARY, adapted_llama, example, llama, logits_after, spread
+from support.exports import Exports
 from support.models import assert_unchanged, bert_classifier, gpt2, randn, tokens
 
 import melora_fx
-from exporters import ExportReport, OrtRunner, export_onnx, fold_onnx
+from exporters import OrtRunner, export_onnx, fold_onnx
 from exporters.generation.decoder import CachedDecoder
 from exporters.graph import passes
 from exporters.graph.export import Export
@@ -19,6 +24,11 @@ from melora_fx import MELoRAError
 
 TEXTS = ([5, 9, 4, 20, 33], [7, 8, 30])
 NEXT = ([11, 40, 41], [12, 6, 19])
+
+
+def kind_of(target: str) -> dict[str, str]:
+    """As the other tests ask for it: one export for all."""
+    return {} if target == "portable" else {"target": target}
 
 
 def steps_of(runner: OrtRunner, padding: str, adapter: Path | None = None) -> list[list[np.ndarray]]:
@@ -51,11 +61,10 @@ def assert_steps_are_near(found: list[list[np.ndarray]], model: Any, tolerance: 
 @pytest.mark.default_cases("fold-portable", "swap-ort-cpu", "keep-ort-cuda")
 @pytest.mark.parametrize("target", ["portable", "ort-cpu", "ort-cuda"])
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
-def test_every_step_is_torchs(tmp_path: Path, adapter: str, target: str) -> None:
+def test_every_step_is_torchs(exports: Exports, tmp_path: Path, adapter: str, target: str) -> None:
     model = adapted_llama()
     melora_fx.save_adapter(model, tmp_path / "adapter")
-    with assert_unchanged(model):
-        report = export_onnx(model, example(), tmp_path / "out", adapter=adapter, target=target)
+    report = exports("adapted decoder", adapter=adapter, **kind_of(target))
     assert list(report.inputs)[:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]
     assert report.inputs["attention_mask"] == ("batch", "total_sequence")
     assert report.inputs["past_key_values.1.value"] == ("batch", 2, "past_sequence", 8)
@@ -72,48 +81,61 @@ def test_every_step_is_torchs(tmp_path: Path, adapter: str, target: str) -> None
                 assert_steps_are_near(steps_of(runner, padding), model, tolerance)
 
 
+def splits(length: int, *, one_token: bool) -> Iterator[tuple[int, ...]]:
+    yield (length,)
+    yield (1,) * length
+    yield (length - 3, 1, 1, 1)
+    if not one_token:
+        yield (3, length - 5, 2)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[1, 1, 1, 1, 1, 1, 1, 1]],
+        [[0, 0, 1, 1, 1, 1, 1, 1]],
+        [[1, 1, 0, 0, 1, 0, 1, 1]],
+        [[1, 1, 1, 1, 1, 0, 0, 1]],
+        [[0, 0, 0, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1]],
+    ],
+    ids=["none", "padding", "holes", "new tokens that are padding", "texts"],
+)
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
-def test_one_text_takes_several_tokens_a_step(tmp_path: Path, target: str) -> None:
-    model = llama()
-    report = export_onnx(model, example(), tmp_path, target=target)
-    decoder = CachedDecoder(OrtRunner(report.path), 1)
-    ids = np.array([[5, 9, 4, 20, 33, 11, 40]])
-    for start, end in ((0, 3), (3, 5), (5, 7)):
-        logits = decoder.step(ids[:, start:end], np.ones((1, end), np.int64))
-        expected = [logits_after(model, ids[0, : place + 1]) for place in range(start, end)]
-        np.testing.assert_allclose(logits[0], expected, atol=1e-4 * np.abs(expected).max())
+def test_masks_of_any_form(exports: Exports, mask: list[list[int]], target: str) -> None:
+    """Each text as if nothing stood between its tokens, in one step and in several."""
+    adapter = "fold" if target == "portable" else "swap"
+    runner = OrtRunner(exports("adapted decoder", adapter=adapter, **kind_of(target)).path)
+    model = adapted_llama() if target == "portable" else llama()
+    masks = np.array(mask)
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, masks.shape)
+    for sizes in splits(masks.shape[1], one_token=len(mask) > 1 and target != "portable"):
+        decoder = CachedDecoder(runner, len(mask))
+        ends = np.cumsum(sizes)
+        steps = [decoder.step(ids[:, end - size : end], masks[:, :end]) for end, size in zip(ends, sizes, strict=True)]
+        logits = np.concatenate(steps, axis=1)
+        for row, is_read in enumerate(masks.astype(bool)):
+            with torch.no_grad():
+                expected = model(torch.from_numpy(ids[row][is_read])[None], use_cache=False).logits[0].numpy()
+            np.testing.assert_allclose(logits[row][is_read], expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 
-def test_several_tokens_of_several_texts_are_refused_where_they_are_wrong(tmp_path: Path) -> None:
-    report = export_onnx(llama(), example(), tmp_path, target="ort-cpu")
-    decoder = CachedDecoder(OrtRunner(report.path), 2)
+def test_several_tokens_of_several_texts_are_refused_where_they_are_wrong(exports: Exports) -> None:
+    decoder = CachedDecoder(OrtRunner(exports("adapted decoder", adapter="swap", target="ort-cpu").path), 2)
     decoder.step(np.array([[5, 9], [4, 3]]), np.ones((2, 2), np.int64))
     with pytest.raises(MELoRAError, match=r"input_ids.shape\[0\] == 1 or input_ids.shape\[1\] == 1"):
         decoder.step(np.array([[5, 9], [4, 3]]), np.ones((2, 4), np.int64))
 
 
-def test_a_runner_begins_a_text_with_its_tokens_alone(tmp_path: Path) -> None:
-    model = llama()
-    report = export_onnx(model, example(), tmp_path)
-    runner = OrtRunner(report.path)
-    outputs = runner.run({"input_ids": np.array([[5, 9, 4]])})
-    expected = logits_after(model, [5, 9, 4])
-    np.testing.assert_allclose(outputs["logits"][0, -1], expected, atol=1e-4 * np.abs(expected).max())
-    with pytest.raises(MELoRAError, match=r"missing \['attention_mask', 'position_ids'"):
-        runner.run({"input_ids": np.array([[5]]), "past_key_values.0.key": outputs["present.0.key"]})
-
-
+@pytest.mark.default_cases("portable")
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
-def test_a_fold_into_the_graph_is_a_fresh_export(tmp_path: Path, target: str) -> None:
-    model = adapted_llama()
-    melora_fx.save_adapter(model, tmp_path / "adapter")
-    export_onnx(llama(), example(), tmp_path / "base", target=target)
-    fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
-    export_onnx(model, example(), tmp_path / "fresh", target=target)
-    assert data_bytes(tmp_path / "folded") == data_bytes(tmp_path / "fresh")
-    names = {file.name for file in (tmp_path / "fresh").iterdir() if file.suffix == ".json"}
+def test_a_fold_into_the_graph_is_a_fresh_export(exports: Exports, tmp_path: Path, target: str) -> None:
+    melora_fx.save_adapter(adapted_llama(), tmp_path / "adapter")
+    fold_onnx(exports("decoder", **kind_of(target)).path, tmp_path / "adapter", tmp_path / "folded")
+    fresh = Path(exports("adapted decoder", adapter="fold", **kind_of(target)).path).parent
+    assert data_bytes(tmp_path / "folded") == data_bytes(fresh)
+    names = {file.name for file in fresh.iterdir() if file.suffix == ".json"}
     for name in names - {"model.export.json"}:
-        assert (tmp_path / "folded" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes(), name
+        assert (tmp_path / "folded" / name).read_bytes() == (fresh / name).read_bytes(), name
     assert "genai_config.json" in names
 
 
@@ -122,8 +144,8 @@ def data_bytes(folder: Path) -> bytes:
     return file.read_bytes()
 
 
-def test_the_cache_of_a_graph_in_half_precision_is_in_half_precision(tmp_path: Path) -> None:
-    report = export_onnx(llama(), example(), tmp_path, target="ort-cuda")
+def test_the_cache_of_a_graph_in_half_precision_is_in_half_precision(exports: Exports) -> None:
+    report = exports("adapted decoder", adapter="keep", target="ort-cuda")
     graph = onnx.load(report.path, load_external_data=False).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
     caches = {types[name] for name in types if name.startswith(("past_key_values", "present"))}
@@ -131,10 +153,7 @@ def test_the_cache_of_a_graph_in_half_precision_is_in_half_precision(tmp_path: P
     assert types["logits"] == onnx.TensorProto.FLOAT
 
 
-def export_gpt2(folder: Path, **options: Any) -> ExportReport:
-    return export_onnx(gpt2(num_layers=1), tokens(), folder, **options)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["in the configuration", "as asked"])
 def test_without_a_cache(tmp_path: Path, case: str) -> None:
     model = llama(use_cache=case == "as asked")
@@ -146,36 +165,14 @@ def test_without_a_cache(tmp_path: Path, case: str) -> None:
     assert not (tmp_path / "genai_config.json").exists()
 
 
-def test_a_cache_though_the_configuration_has_none(tmp_path: Path) -> None:
-    report = export_onnx(llama(use_cache=False), example(), tmp_path, use_cache=True)
-    assert "present.0.key" in report.outputs
-
-
 @pytest.mark.parametrize(
     ("make", "inputs", "options", "reason"),
     [
         (bert_classifier, tokens(), {}, "`BertForSequenceClassification` is no model of transformers that generates"),
-        (
-            llama,
-            {"inputs_embeds": randn(2, 7, 32)},
-            {},
-            "`example_inputs` has no `input_ids`",
-        ),
-        (
-            llama,
-            example() | {"labels": example()["input_ids"]},
-            {},
-            "`example_inputs` gives `labels` beside the tokens",
-        ),
+        (llama, {"inputs_embeds": randn(2, 7, 32)}, {}, "`example_inputs` has no `input_ids`"),
         (llama, example(), {"dynamic_axes": {"input_ids": {0: "rows"}}}, "`dynamic_axes` names its own"),
-        (
-            lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
-            example(),
-            {},
-            r"its rotary embedding \(`rope_type` 'dynamic'\) changes with the number of tokens",
-        ),
     ],
-    ids=["no decoder", "no tokens", "labels", "axes", "rope"],
+    ids=["no decoder", "no tokens", "axes"],
 )
 def test_what_has_no_cache_says_why(tmp_path: Path, make: Any, inputs: Any, options: Any, reason: str) -> None:
     with pytest.raises(MELoRAError, match=f"`use_cache=True`: the graph cannot have a key-value cache: {reason}"):
@@ -185,9 +182,10 @@ def test_what_has_no_cache_says_why(tmp_path: Path, make: Any, inputs: Any, opti
 
 def test_an_option_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`use_cache` \(='yes'\) must be True, False or \"auto\""):
-        export_gpt2(tmp_path, use_cache="yes")
+        export_onnx(gpt2(num_layers=1), tokens(), tmp_path, use_cache="yes")
 
 
+@pytest.mark.slow
 def test_without_a_cache_the_report_says_why(tmp_path: Path) -> None:
     report = export_onnx(llama(), {"inputs_embeds": randn(2, 7, 32)}, tmp_path, verify=False)
     assert "without a key-value cache: `example_inputs` has no `input_ids`" in report.notes
@@ -205,4 +203,86 @@ def test_a_wrong_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(passes, "PASSES", (*passes.PASSES, ignore_mask))
     with pytest.raises(MELoRAError, match="not equal to torch at padding before a text"):
-        export_onnx(llama(), example(), tmp_path)
+        export_onnx(llama(num_hidden_layers=1), example(), tmp_path)
+
+
+# Models and calls that are less usual
+
+
+def with_window(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "Mistral":
+        return spread(hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=4)))
+    types = ["sliding_attention", "full_attention"]
+    config = hf.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4, layer_types=types)
+    return spread(hf.Gemma3ForCausalLM(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma3"])
+def test_a_window_passes_over_the_cache(tmp_path: Path, kind: str, target: str) -> None:
+    """The check compares with a cache that is whole in torch too: this compares with none."""
+    model = with_window(kind)
+    report = export_onnx(model, example(), tmp_path, target=target)
+    ids, mask = np.arange(26).reshape(2, 13) + 3, np.ones((2, 13), np.int64)
+    mask[0, :3] = 0
+    decoder = CachedDecoder(OrtRunner(report.path), 2)
+    steps = [decoder.step(ids[:, :6], mask[:, :6])]
+    steps += [decoder.step(ids[:, end - 1 : end], mask[:, :end]) for end in range(7, 14)]
+    for row, start in enumerate((3, 0)):
+        with torch.no_grad():
+            expected = model(torch.from_numpy(ids[row : row + 1, start:]), use_cache=False).logits[0].numpy()
+        logits = np.concatenate(steps, axis=1)[row, start:]
+        np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+
+
+class WithoutPositions(hf.LlamaForCausalLM):
+    def forward(self, input_ids: Any, attention_mask: Any = None, cache: Any = None, use_cache: Any = None) -> Any:
+        return super().forward(input_ids, attention_mask, cache=cache, use_cache=use_cache)
+
+
+def in_training() -> Any:
+    model = llama(attention_dropout=0.5).train()
+    model.activation_checkpointing_enable()
+    return model
+
+
+def with_its_own_forward() -> Any:
+    model = llama()
+    inner = model.forward
+
+    def doubled(input_ids: Any, attention_mask: Any = None, cache: Any = None, use_cache: Any = None) -> Any:
+        outputs = inner(input_ids, attention_mask, cache=cache, use_cache=use_cache)
+        outputs.logits = 2 * outputs.logits
+        return outputs
+
+    model.forward = doubled
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method")
+@pytest.mark.parametrize(
+    "make",
+    [
+        in_training,
+        with_its_own_forward,
+        lambda: spread(WithoutPositions(hf.LlamaConfig(**SIZES))),
+        lambda: torch.compile(llama(), backend="eager"),
+        lambda: llama(output_hidden_states=True),
+    ],
+    ids=["in training", "its own forward", "without positions", "compiled", "more outputs"],
+)
+def test_less_usual_models(tmp_path: Path, make: Any) -> None:
+    """One text, by its first token alone and another."""
+    torch.manual_seed(0)
+    model = make()
+    with assert_unchanged(model):
+        report = export_onnx(model, {"input_ids": torch.tensor([[5]])}, tmp_path)
+    assert [*report.outputs][:2] == ["logits", "present.0.key"]
+    decoder = CachedDecoder(OrtRunner(report.path), 1)
+    steps = [decoder.step(np.array([[token]]), np.ones((1, place + 1))) for place, token in enumerate((5, 9, 4))]
+    with torch.no_grad(), nullcontext(model.eval()):
+        expected = model(input_ids=torch.tensor([[5, 9, 4]]), use_cache=False).logits[0].numpy()
+    np.testing.assert_allclose(np.concatenate(steps, 1)[0], expected, atol=1e-4 * np.abs(expected).max(), rtol=0)

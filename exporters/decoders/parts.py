@@ -9,7 +9,7 @@ from torch import nn
 
 from exporters.hugging_face import decoder_config, is_hugging_face_model
 from melora_fx import AdapterSite, MELoRAError
-from melora_fx.capture.model_settings import in_mode, without_cache
+from melora_fx.capture.model_settings import in_mode, own_attributes, without_cache
 
 from .encoder_decoder import decoder_forward, decoder_step, encoder_forward, encoder_inputs, pair_misfit
 from .example_step import example_step
@@ -65,14 +65,14 @@ def parts_of(
     elif is_pair and not is_folder:
         misfit = "an encoder-decoder model becomes two graphs: name a folder, not a file"
     else:
-        with in_mode(model, training=False):
+        with own_attributes(model), in_mode(model, training=False):
             misfit = (pair_misfit if is_pair else cache_misfit)(model, inputs)
     if misfit is not None:
         if use_cache is True:
             raise MELoRAError(f"`use_cache=True`: the graph cannot have a key-value cache: {misfit}")
         return [Part(inputs)], (f"without a key-value cache: {misfit}",)
     try:
-        with in_mode(model, training=False):
+        with own_attributes(model), in_mode(model, training=False):
             if not is_pair:
                 return [Part(example_step(model, inputs), flat_cache)], ()
             encoder = Part(encoder_inputs(inputs), encoder_forward, ENCODER_FILE)
@@ -87,7 +87,7 @@ def sites_in(model: nn.Module, part: Part, sites: Mapping[str, AdapterSite]) -> 
     """The sites that a part of the model computes with."""
     if part.file is None:
         return dict(sites)
-    with part.forward(model), in_mode(model, training=False), torch.enable_grad():
+    with own_attributes(model), part.forward(model), in_mode(model, training=False), torch.enable_grad():
         tensors = {name: site.lora_a for name, site in sites.items()}
         needed = [tensor.requires_grad for tensor in tensors.values()]
         for tensor in tensors.values():
