@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu import options as gpu
-from benchmarks.needs import CACHE, MATPLOTLIB, MINILM, MPNET, ONNXRUNTIME, PEFT, SMOLLM2, Need
+from benchmarks.needs import CACHE, GENAI, MATPLOTLIB, MINILM, MPNET, ONNXRUNTIME, PEFT, SMOLLM2, Need
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "tinystories_excerpt_30k.txt"
@@ -114,6 +114,18 @@ BENCHMARKS = (
             Option("device", "cpu", "of the torch cases: cpu or cuda"),
         ),
         needs=(ONNXRUNTIME, PEFT, MATPLOTLIB),
+    ),
+    Benchmark(
+        "decoding",
+        "What does a token cost from an exported decoder with a KV cache: merged, unmerged, swappable?",
+        25,
+        weights=(SMOLLM2,),
+        options=(
+            Option("processes", 5, "of each adapter", quick=2),
+            Option("seconds", 45.0, "of timing in one process", quick=1.0),
+            Option("olive", sys.executable, "a Python that has olive-ai; without it Olive's sides are left out"),
+        ),
+        needs=(ONNXRUNTIME, PEFT, MATPLOTLIB, GENAI),
     ),
     Benchmark(
         "adapter_forms",

@@ -9,13 +9,17 @@ DONE, FAILED, MISUSED, LEFT_OUT = 0, 1, 2, 3
 """Exit statuses: all measured; a case failed; the arguments are wrong; none failed, but something needed is missing."""
 
 
-@functools.cache
 def source_digest(*others: str) -> str:
     """Twelve hexadecimal digits that change with the code of both packages, of the benchmarks, and of `others`, further
     folders.
     """
+    return digest_of("melora_fx", "exporters", "benchmarks", *others)
+
+
+@functools.cache
+def digest_of(*folders: str) -> str:
+    """Twelve hexadecimal digits that change with the Python files in these folders of the checkout."""
     digest = hashlib.sha256()
-    folders = ("melora_fx", "exporters", "benchmarks", *others)
     for file in sorted(file for folder in folders for file in ROOT.glob(f"{folder}/**/*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
