@@ -81,9 +81,17 @@ def test_all_go_on_after_one_that_fails(monkeypatch: pytest.MonkeyPatch, statuse
     assert all(command[4:7] == ["--quick", "--out", "/tmp/results"] for command in commands)
 
 
+def skip_where_missing(name: str, cache: Path) -> None:
+    """Skips a test of a benchmark that needs a package which is not installed."""
+    needs = next(benchmark for benchmark in BENCHMARKS if benchmark.name == name).needs
+    if reasons := list(filter(None, (need.why_missing(cache) for need in needs))):
+        pytest.skip("; ".join(reasons))
+
+
 @pytest.mark.default_cases("rewrite_speed")
 @pytest.mark.parametrize("name", NAMES)
 def test_quickly(name: str, tmp_path: Path, capsys) -> None:
+    skip_where_missing(name, tmp_path)
     own = ["--folder", str(tmp_path / "folder")] if name == "fold_speed" else []
     arguments = [name, "--quick", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), *own]
     assert main(arguments) == 0, capsys.readouterr().out
@@ -103,6 +111,7 @@ def test_quickly(name: str, tmp_path: Path, capsys) -> None:
 @pytest.mark.default_cases("experts", "fold_rounding", "train_step")
 @pytest.mark.parametrize("name", [name for name in NAMES if (RESULTS / f"{name}.md").is_file()])
 def test_committed_reports_are_those_of_the_committed_rows(name: str, tmp_path: Path) -> None:
+    skip_where_missing(name, tmp_path)
     shutil.copy(RESULTS / f"{name}.csv", tmp_path)
     assert main([name, "--report-only", "--out", str(tmp_path)]) == 0
     assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
