@@ -1,7 +1,6 @@
 """`export_onnx` with a key-value cache: what the graphs take and compute, in each form, and what has none."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,14 @@ import onnx
 import onnx_ir
 import pytest
 import torch
-import transformers as hf
-from support.decoders import SIZES, VOCABULARY, adapted_llama, example, llama, logits_after, spread
+from support.decoders import VOCABULARY, adapted_llama, example, llama, logits_after
 from support.exports import Exports
-from support.models import assert_unchanged, bert_classifier, gpt2, randn, tokens
+from support.models import bert_classifier, gpt2, randn, tokens
 
 import melora_fx
 from exporters import OrtRunner, export_onnx, fold_onnx
 from exporters.generation.decoder import CachedDecoder
 from exporters.graph import passes
-from exporters.graph.export import Export
 from melora_fx import MELoRAError
 
 TEXTS = ([5, 9, 4, 20, 33], [7, 8, 30])
@@ -191,98 +188,36 @@ def test_without_a_cache_the_report_says_why(tmp_path: Path) -> None:
     assert "without a key-value cache: `example_inputs` has no `input_ids`" in report.notes
 
 
-def test_a_wrong_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose texts are computed as if they had no padding."""
-
-    def ignore_mask(export: Export) -> None:
-        mask = next(value for value in export.graph.inputs if value.name == "attention_mask")
-        for node in [node for node in mask.consumers() if node.op_type == "Cast"]:
-            ones = onnx_ir.node("Equal", [mask, mask])
-            export.graph.insert_before(node, ones)
-            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], ones.outputs[0])
-
-    monkeypatch.setattr(passes, "PASSES", (*passes.PASSES, ignore_mask))
-    with pytest.raises(MELoRAError, match="not equal to torch at padding before a text"):
-        export_onnx(llama(num_hidden_layers=1), example(), tmp_path)
+def ignore_mask(graph: onnx_ir.Graph) -> None:
+    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    for node in [node for node in mask.consumers() if node.op_type == "Cast"]:
+        ones = onnx_ir.node("Equal", [mask, mask])
+        graph.insert_before(node, ones)
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], ones.outputs[0])
 
 
-# Models and calls that are less usual
+def share_positions(graph: onnx_ir.Graph) -> None:
+    """All texts have those of the first one."""
+    positions = next(value for value in graph.inputs if value.name == "position_ids")
+    first = onnx_ir.node("Constant", [], {"value_ints": [0]})
+    row = onnx_ir.node("Gather", [positions, first.outputs[0]], {"axis": 0})
+    onnx_ir.convenience.replace_all_uses_with(positions, row.outputs[0])
+    row.replace_input_with(0, positions)
+    graph.insert_before(next(iter(graph)), [first, row])
 
 
-def with_window(kind: str) -> Any:
-    torch.manual_seed(0)
-    if kind == "Mistral":
-        return spread(hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=4)))
-    types = ["sliding_attention", "full_attention"]
-    config = hf.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4, layer_types=types)
-    return spread(hf.Gemma3ForCausalLM(config))
+def mix_layers(graph: onnx_ir.Graph) -> None:
+    """The keys of one layer come out as those of the other."""
+    graph.outputs[1], graph.outputs[3] = graph.outputs[3], graph.outputs[1]
+    graph.outputs[1].name, graph.outputs[3].name = graph.outputs[3].name, graph.outputs[1].name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
-@pytest.mark.parametrize("kind", ["Mistral", "Gemma3"])
-def test_a_window_passes_over_the_cache(tmp_path: Path, kind: str, target: str) -> None:
-    """The check compares with a cache that is whole in torch too: this compares with none."""
-    model = with_window(kind)
-    report = export_onnx(model, example(), tmp_path, target=target)
-    ids, mask = np.arange(26).reshape(2, 13) + 3, np.ones((2, 13), np.int64)
-    mask[0, :3] = 0
-    decoder = CachedDecoder(OrtRunner(report.path), 2)
-    steps = [decoder.step(ids[:, :6], mask[:, :6])]
-    steps += [decoder.step(ids[:, end - 1 : end], mask[:, :end]) for end in range(7, 14)]
-    for row, start in enumerate((3, 0)):
-        with torch.no_grad():
-            expected = model(torch.from_numpy(ids[row : row + 1, start:]), use_cache=False).logits[0].numpy()
-        logits = np.concatenate(steps, axis=1)[row, start:]
-        np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
-
-
-class WithoutPositions(hf.LlamaForCausalLM):
-    def forward(self, input_ids: Any, attention_mask: Any = None, cache: Any = None, use_cache: Any = None) -> Any:
-        return super().forward(input_ids, attention_mask, cache=cache, use_cache=use_cache)
-
-
-def in_training() -> Any:
-    model = llama(attention_dropout=0.5).train()
-    model.activation_checkpointing_enable()
-    return model
-
-
-def with_its_own_forward() -> Any:
-    model = llama()
-    inner = model.forward
-
-    def doubled(input_ids: Any, attention_mask: Any = None, cache: Any = None, use_cache: Any = None) -> Any:
-        outputs = inner(input_ids, attention_mask, cache=cache, use_cache=use_cache)
-        outputs.logits = 2 * outputs.logits
-        return outputs
-
-    model.forward = doubled
-    return model
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method")
+@pytest.mark.default_cases("ignore_mask-*")
 @pytest.mark.parametrize(
-    "make",
-    [
-        in_training,
-        with_its_own_forward,
-        lambda: spread(WithoutPositions(hf.LlamaConfig(**SIZES))),
-        lambda: torch.compile(llama(), backend="eager"),
-        lambda: llama(output_hidden_states=True),
-    ],
-    ids=["in training", "its own forward", "without positions", "compiled", "more outputs"],
+    ("change", "words"),
+    [(ignore_mask, "padding before a text"), (share_positions, "padding before a text"), (mix_layers, "one token")],
 )
-def test_less_usual_models(tmp_path: Path, make: Any) -> None:
-    """One text, by its first token alone and another."""
-    torch.manual_seed(0)
-    model = make()
-    with assert_unchanged(model):
-        report = export_onnx(model, {"input_ids": torch.tensor([[5]])}, tmp_path)
-    assert [*report.outputs][:2] == ["logits", "present.0.key"]
-    decoder = CachedDecoder(OrtRunner(report.path), 1)
-    steps = [decoder.step(np.array([[token]]), np.ones((1, place + 1))) for place, token in enumerate((5, 9, 4))]
-    with torch.no_grad(), nullcontext(model.eval()):
-        expected = model(input_ids=torch.tensor([[5, 9, 4]]), use_cache=False).logits[0].numpy()
-    np.testing.assert_allclose(np.concatenate(steps, 1)[0], expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+def test_a_wrong_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, words: str) -> None:
+    monkeypatch.setattr(passes, "PASSES", (*passes.PASSES, lambda export: change(export.graph)))
+    with pytest.raises(MELoRAError, match=f"not equal to torch at {words}"):
+        export_onnx(llama(num_hidden_layers=2 if change is mix_layers else 1), example(), tmp_path)

@@ -85,7 +85,7 @@ def parts_of(
 
 def sites_in(model: nn.Module, part: Part, sites: Mapping[str, AdapterSite]) -> dict[str, AdapterSite]:
     """The sites that a part of the model computes with."""
-    if part.file is None:
+    if part.file is None or not sites:
         return dict(sites)
     with own_attributes(model), part.forward(model), in_mode(model, training=False), torch.enable_grad():
         tensors = {name: site.lora_a for name, site in sites.items()}
