@@ -77,13 +77,14 @@ def generate(
     else:
         encoder = OrtRunner(encoder_path, provider=provider, threads=threads)
         decoder = CachedDecoder(runner, len(texts), adapter, encode(encoder, *padded(encoded, left=False), adapter))
-        encoded = [reader.first_tokens] * len(texts)
+        encoded = [[reader.start_token or 0]] * len(texts)
     choose = partial(draw, temperature=temperature, top_p=top_p, generator=np.random.default_rng(seed))
     tokens = new_tokens(
         decoder,
         encoded,
         reader.most_new_tokens(encoded, max_new_tokens),
         ends=reader.end_tokens,
+        first=None if encoder_path is None else reader.forced_token,
         choose=choose if sample else most_likely,
     )
     for step in tokens:
@@ -99,6 +100,7 @@ def new_tokens(
     most: Sequence[int],
     *,
     ends: Sequence[int] = (),
+    first: int | None = None,
     choose: Callable[[np.ndarray], np.ndarray] = most_likely,
 ) -> Iterator[list[int | None]]:
     """The next token of each text, step by step; None where a text has ended, its end token included.
@@ -108,12 +110,15 @@ def new_tokens(
         prompts: token ids of each text.
         most: number of new tokens of each text at most.
         ends: tokens that end a text.
+        first: what each text begins with whatever the logits are, if anything.
         choose: the next tokens, (batch,), by logits (batch, vocabulary).
     """
     tokens, mask = padded(prompts, left=True)
     has_ended = np.zeros(len(prompts), bool)
     for index in range(max(most)):
         chosen = choose(decoder.step(tokens, mask)[:, -1])
+        if index == 0 and first is not None:
+            chosen = np.full_like(chosen, first)
         has_ended |= np.isin(chosen, ends) | (index >= np.array(most))
         yield [None if ended else int(token) for token, ended in zip(chosen, has_ended, strict=True)]
         if has_ended.all() or index + 1 == max(most):

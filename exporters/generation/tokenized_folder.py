@@ -9,7 +9,16 @@ from melora_fx import MELoRAError
 
 
 class TokenizedFolder:
-    """The tokenizer in an exported folder, and what the configurations there say of tokens."""
+    """Tokenizer and tokens of a folder that `export_onnx` has written.
+
+    Attributes:
+        end_tokens: those that end a text.
+        start_token: what the texts of a decoder beside an encoder begin with; None without an encoder.
+        forced_token: what these write first whatever the logits are, if anything.
+
+    Raises:
+        MELoRAError: for a folder without a tokenizer or configuration, or with one that cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # heavy: only where it is used
@@ -30,15 +39,9 @@ class TokenizedFolder:
         ends: Any = getattr(settings or text, "eos_token_id", None)
         self.end_tokens: list[int] = [ends] if isinstance(ends, int) else list(ends or ())
         self._positions: int | None = getattr(text, "max_position_embeddings", None)
-        self.first_tokens = self._first_tokens(settings, text)
-
-    def _first_tokens(self, settings: Any, config: Any) -> list[int]:
-        """What the texts of a decoder beside an encoder begin with."""
-        sources = [source for source in (settings, self._config, config) if source is not None]
-        names = ("decoder_start_token_id", "forced_bos_token_id")
-        found = [[getattr(source, name, None) for source in sources] for name in names]
-        first = (next((token for token in tokens if token is not None), None) for tokens in found)
-        return [token for token in first if token is not None]
+        sources = [source for source in (settings, self._config, text) if source is not None]
+        self.start_token = _first_of(sources, "decoder_start_token_id")
+        self.forced_token = _first_of(sources, "forced_bos_token_id")
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """The token ids of each prompt; raises a MELoRAError for one that has none, or too many."""
@@ -49,7 +52,7 @@ class TokenizedFolder:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
                 raise MELoRAError(f"prompt {index} (={prompt!r}) has no tokens, and the tokenizer none to begin with")
-            if self._positions is not None and len(ids) + (not self.first_tokens) > self._positions:
+            if self._positions is not None and len(ids) + (self.start_token is None) > self._positions:
                 raise MELoRAError(
                     f"prompt {index} has {len(ids)} tokens: the model in `{self._folder}` takes {self._positions} with "
                     "those that it writes (`max_position_embeddings`): shorten it"
@@ -63,3 +66,8 @@ class TokenizedFolder:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _first_of(sources: Sequence[Any], name: str) -> int | None:
+    """What the first of these configurations says that says anything."""
+    return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from exporters.onnx_files.cache_names import MASK, PAST_AXIS, TOTAL_AXIS
 from melora_fx import MELoRAError
 from melora_fx.whole_capture.conditions import Condition, Shaped
 
@@ -31,7 +32,7 @@ class InputCheck(NamedTuple):
         unknown = [name for name in shapes if name not in self.axes]
         if missing or unknown:
             raise MELoRAError(f"`{self.path}` takes the inputs {[*self.axes]}: missing {missing}, unknown {unknown}")
-        if lines := [*self._outside_of_ranges(shapes), *self._against_conditions(shapes)]:
+        if lines := [*self._outside_of_ranges(shapes), *self._against_conditions(shapes), *self._wrong_masks(shapes)]:
             raise MELoRAError(f"`{self.path}`: " + "; ".join(lines))
 
     def _outside_of_ranges(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -42,6 +43,16 @@ class InputCheck(NamedTuple):
                 if not smallest <= size <= largest:
                     lines.append(f"`{axis}` of {name} is {size}, `shapes` says {smallest} to {largest}")
         return lines
+
+    def _wrong_masks(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """A decoder's mask is of the tokens in its cache and of the new ones: another one gives wrong results."""
+        sizes: dict[int | str, int] = {}
+        for name, axes in self.axes.items():
+            sizes |= dict(zip(axes, shapes[name], strict=False))
+        past, new, total = (sizes.get(axis) for axis in (PAST_AXIS, "sequence", TOTAL_AXIS))
+        if past is None or new is None or total is None or total == past + new:
+            return []
+        return [f"`{MASK}` has {total} columns: the cache has {past} tokens, and {new} are new"]
 
     def _against_conditions(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
         if any(len(shape) != len(self.axes[name]) for name, shape in shapes.items()):

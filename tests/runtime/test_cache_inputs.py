@@ -10,6 +10,7 @@ from support.decoders import llama, logits_after
 from support.exports import Exports
 
 from exporters import OrtRunner
+from exporters.onnx_files.cache_names import MASK, TOKENS, is_present, past_of
 from exporters.runtime.cache_inputs import as_types, empty_cache, step_inputs, with_empty_cache
 from melora_fx import MELoRAError
 
@@ -191,3 +192,16 @@ def test_a_graph_in_half_precision_begins_with_tokens_too(exports: Exports) -> N
     outputs = runner.run({"input_ids": np.array([[5, 9, 4]])})
     assert outputs["present.0.key"].dtype == np.float16
     assert outputs["logits"].dtype == np.float32
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_a_mask_is_of_the_past_and_the_new_tokens(exports: Exports, columns: int) -> None:
+    runner = OrtRunner(exports("decoder").path)
+    first = runner.run({TOKENS: np.array([[5, 9]])})
+    cache = {past_of(name): value for name, value in first.items() if is_present(name)}
+    step = step_inputs(runner.input_names, np.array([[4]]), np.ones((1, 3), np.int64))
+    runner.run(step | cache)
+    with pytest.raises(
+        MELoRAError, match=f"`attention_mask` has {columns} columns: the cache has 2 tokens, and 1 are new"
+    ):
+        runner.run(step | cache | {MASK: np.ones((1, columns), np.int64)})
