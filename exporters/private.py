@@ -150,6 +150,32 @@ def _attentions_of_batches(fusions: Any) -> Iterator[None]:
         fusions._static_dim, fusions._shared_rotation = static_dim, shared_rotation
 
 
+@contextlib.contextmanager
+def quick_matching() -> Iterator[None]:
+    """Rules of onnxscript whose pattern has several outputs are tried at the nodes of their first one's operator alone.
+
+    Its matcher lists the whole graph at every node before it looks at that operator: a third of the time that the graph
+    of SmolLM2-135M takes. onnxscript 0.7.1.
+    """
+    from onnxscript.rewriter import MatchResult, _matcher  # heavy: only where it is used
+
+    matcher: Any = _matcher.SimplePatternMatcher
+    match = matcher.match
+
+    def match_quickly(self: Any, model: Any, graph: Any, node: onnx_ir.Node, **options: Any) -> Any:
+        pattern = self.pattern
+        first = None if pattern.has_single_output_node else pattern.output_nodes[0].op_identifier()
+        if first not in (None, node.op_identifier()):
+            return MatchResult().fail("another operator")
+        return match(self, model, graph, node, **options)
+
+    matcher.match = match_quickly
+    try:
+        yield
+    finally:
+        matcher.match = match
+
+
 def folder_of(config: PretrainedConfig) -> Path | None:
     """Where a model's configuration was loaded from, a local folder or a name on a hub; None for one that was made.
     transformers 5.23.

@@ -1,6 +1,7 @@
 """Every internal that the packages borrow does what its one function says: an upgrade breaks here first."""
 
 import ast
+import contextlib
 import inspect
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import onnxruntime
+import onnxscript.rewriter
 import pytest
 import torch
 import transformers
@@ -453,6 +455,29 @@ def test_attentions_of_batches_are_put_back() -> None:
         assert fusions._static_dim(value, 1) == 3
         assert fusions._shared_rotation(value, value, 16, False) is None
     assert [getattr(fusions, name) for name in names] == before
+
+
+def test_matching_is_quicker_and_finds_the_same() -> None:
+    def with_sum(op: Any, x: Any) -> Any:
+        root = op.Sqrt(x)
+        return op.Add(root, x), op.Mul(root, x)
+
+    def without(op: Any, x: Any) -> Any:
+        return op.Sub(x, x), op.Div(x, x)
+
+    text = """<ir_version: 9, opset_import: ["" : 18]> g (float[2] x) => (float[2] y, float[2] z)
+        { r = Sqrt(x) a = Add(r, x) m = Mul(r, x) y = Neg(a) z = Neg(m) }"""
+    rule = onnxscript.rewriter.RewriteRule(with_sum, without)
+    own = onnxscript.rewriter._matcher.SimplePatternMatcher.match
+    found = []
+    for context in (contextlib.nullcontext(), private.quick_matching()):
+        graph_model = onnx_ir.from_proto(onnx.parser.parse_model(text))
+        with context:
+            assert rule.apply_to_model(graph_model) == 1
+        found.append([node.op_type for node in graph_model.graph])
+    assert found[0] == found[1]
+    assert {"Sub", "Div"} <= {*found[0]}
+    assert onnxscript.rewriter._matcher.SimplePatternMatcher.match is own
 
 
 def test_folders_of_configurations(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from exporters.decoders.flat_cache import identifier
 from exporters.decoders.step_conditions import step_conditions
 from exporters.hugging_face import is_hugging_face_model
 from exporters.onnx_files.cache_names import has_cache
-from exporters.private import export_by_transformers, grouped_translations
+from exporters.private import export_by_transformers, grouped_translations, quick_matching
 from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import changed_attributes, in_mode, own_attributes, without_cache
 from melora_fx.torch_private import tree_map
@@ -111,7 +111,7 @@ def _export(
     model: nn.Module, inputs: dict[str, Any], dynamic_axes: DynamicAxes, opset: int | None
 ) -> tuple[onnx_ir.Model, ExportedProgram]:
     try:
-        with quiet(), exporting():
+        with quiet(), exporting(), quick_matching():
             inputs = {identifier(name): value for name, value in inputs.items()}
             if not isinstance(dynamic_axes, str):
                 dynamic_axes = {identifier(name): axes for name, axes in dynamic_axes.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 
 from exporters.onnx_files.weight_place import WeightPlace
-from exporters.private import fuse_for_onnxruntime
+from exporters.private import fuse_for_onnxruntime, quick_matching
 
 from .clean import quiet
 from .export import Export
@@ -28,7 +28,7 @@ def fuse(export: Export) -> None:
         return
     names = dict.fromkeys(place.initializer for place in export.weights.values())
     weights = put_stand_ins(export.graph, [*names])
-    with quiet():  # shape inference refuses the stand-ins' type; no fusion needs it
+    with quiet(), quick_matching():  # shape inference refuses the stand-ins' type; no fusion needs it
         fuse_for_onnxruntime(export.graph_model, provider, has_cache=export.has_own_mask)
     _flatten_attentions(export.graph)
     packed = take_stand_ins(export.graph, weights)
