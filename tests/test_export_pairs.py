@@ -77,9 +77,17 @@ def example(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.default_cases("T5-swap-portable")
-@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
-@pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "adapter", "target"),
+    [
+        ("T5", "swap", "portable"),
+        ("T5", "keep", "portable"),
+        ("T5", "fold", "ort-cpu"),
+        ("BART", "swap", "ort-cpu"),
+        ("BART", "keep", "ort-cpu"),
+        ("BART that begins with a token of its own", "fold", "portable"),
+    ],
+)
 def test_what_a_pair_writes_is_torchs(tmp_path: Path, name: str, adapter: str, target: str) -> None:
     model = loaded(name, tmp_path / "base")
     melora_fx.save_adapter(model, tmp_path / "adapter")

@@ -535,7 +535,7 @@ def test_unmerged_exports_that_are_refused(whole: tuple[Any, nn.Module], tmp_pat
     if "grouped" in site.pattern:
         for adapter in ("keep", "swap"):
             with pytest.raises(MELoRAError, match=r"experts\.gate_up_proj`.*cannot stay in a graph: .*batched_mm"):
-                export_onnx(model, tokens(), tmp_path / "model.onnx", adapter=adapter)
+                export_onnx(model, tokens(), tmp_path / "model.onnx", use_cache=False, adapter=adapter)
 
 
 @pytest.mark.slow
@@ -544,15 +544,15 @@ def test_exports(whole: tuple[Any, nn.Module], tmp_path: Path) -> None:
     plain, model = whole
     arrays = {name: value.numpy() for name, value in tokens().items()}
     melora_fx.save_adapter(model, tmp_path / "adapter")
-    export_onnx(plain, tokens(), tmp_path / "base.onnx")
+    export_onnx(plain, tokens(), tmp_path / "base.onnx", use_cache=False)
     fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "merged.onnx")
-    export_onnx(model, tokens(), tmp_path / "folded.onnx", adapter="fold")
+    export_onnx(model, tokens(), tmp_path / "folded.onnx", use_cache=False, adapter="fold")
     paths = [tmp_path / "merged.onnx", tmp_path / "folded.onnx"]
     if "grouped" not in next(iter(melora_fx.sites(model).values())).pattern:
-        export_onnx(model, tokens(), tmp_path / "unmerged.onnx", adapter="keep")
+        export_onnx(model, tokens(), tmp_path / "unmerged.onnx", use_cache=False, adapter="keep")
         paths.append(tmp_path / "unmerged.onnx")
         with pytest.raises(MELoRAError, match=r"experts\.down_proj.*cannot be inputs: export with `keep` or `fold`"):
-            export_onnx(model, tokens(), tmp_path / "swap.onnx", adapter="swap")
+            export_onnx(model, tokens(), tmp_path / "swap.onnx", use_cache=False, adapter="swap")
     expected = output_of(model, tokens())
     for path in paths:
         actual = torch.from_numpy(OrtRunner(path).run(arrays)["logits"])
