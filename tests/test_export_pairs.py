@@ -76,7 +76,7 @@ def example(folder: Path) -> dict[str, torch.Tensor]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.default_cases("T5-swap-portable")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "adapter", "target"),
     [

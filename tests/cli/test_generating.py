@@ -59,6 +59,7 @@ def test_options_reach_the_function(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert {name: given[name] for name in asked} == asked
 
 
+@pytest.mark.slow
 def test_adapters(exports: Exports, tmp_path: Path) -> None:
     graph = exports("adapted decoder", adapter="swap", target="ort-cpu").path
     folder = text_folder(graph, tmp_path / "texts", eos_token_id=None)

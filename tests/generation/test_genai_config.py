@@ -63,6 +63,7 @@ def test_it_describes_the_graph(exports: Exports) -> None:
     assert not decoder["session_options"]["provider_options"]
 
 
+@pytest.mark.slow
 def test_a_buffer_is_shared_where_the_graph_adds_to_it(exports: Exports) -> None:
     for options, is_shared in (({"target": "ort-cpu", "adapter": "swap"}, True), ({"adapter": "fold"}, False)):
         report = exports("adapted decoder", **options)

@@ -187,6 +187,7 @@ def test_a_runner_refuses_a_step_with_a_part_of_its_past(runner: OrtRunner) -> N
         runner.run(step | {name: value.astype(np.float16) for name, value in past_in(first).items()})
 
 
+@pytest.mark.slow
 def test_a_graph_in_half_precision_begins_with_tokens_too(exports: Exports) -> None:
     runner = OrtRunner(exports("adapted decoder", adapter="keep", target="ort-cuda").path)
     outputs = runner.run({"input_ids": np.array([[5, 9, 4]])})
