@@ -141,6 +141,7 @@ def data_bytes(folder: Path) -> bytes:
     return file.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_graph_in_half_precision_is_in_half_precision(exports: Exports) -> None:
     report = exports("adapted decoder", adapter="keep", target="ort-cuda")
     graph = onnx.load(report.path, load_external_data=False).graph
