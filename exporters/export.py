@@ -56,9 +56,9 @@ def export_onnx(
     Beside NAME.onnx: its weights NAME.onnx.HASH.data, the report NAME.export.json and, for a Hugging Face model, its
     configurations and its tokenizer's files, from `config._name_or_path` where that is a local folder; for a decoder
     with a cache onnxruntime-genai's genai_config.json, of the graph written last. All is written to a temporary folder,
-    checked there, and then moved; other files in the folder stay. Wherever the process is killed,
-    the earlier graph or the new one is there, each with its own weights. A graph that fails the check is left in the
-    folder NAME.failed instead.
+    checked there, and then moved; other files in the folder stay. Wherever the process is killed, the earlier graph or
+    the new one is there, each with its own weights. A graph that fails the check is left in the folder NAME.failed
+    instead.
 
     Args:
         model: a rewritten model, or a plain one, which is exported as it is, in float32. Weights in half precision
@@ -244,7 +244,6 @@ def _report(
         max_abs_error=verification.max_abs_error if verification else None,
         max_rel_error=verification.max_rel_error if verification else None,
         notes=notes,
-        encoder=None,
         seconds=time.perf_counter() - start,
     )
 

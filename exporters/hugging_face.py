@@ -1,6 +1,7 @@
 """Whether something is of transformers' classes, asked without importing them: before they are, no object can be."""
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ def is_hugging_face_config(config: object) -> TypeGuard["PretrainedConfig"]:
 def _is_of(module: str, name: str, value: object) -> bool:
     imported: Any = sys.modules.get(module)
     return imported is not None and isinstance(value, getattr(imported, name))
+
+
+def first_setting(sources: Iterable[object], name: str) -> Any:
+    """The setting of the first of these configurations that has one; None if none has."""
+    return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
 
 
 def decoder_config(model: object) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.hugging_face import is_hugging_face_model
+from exporters.hugging_face import first_setting, is_hugging_face_model
 from exporters.onnx_files.cache_names import (
     ENCODER_MASK,
     LOGITS,
@@ -24,14 +24,11 @@ from exporters.onnx_files.cache_names import (
     TOKENS,
     is_cross,
     is_past,
-    is_present,
-    past_names,
-    past_of,
-    present_of,
+    next_past,
 )
 from exporters.private import cache_argument, cache_of_both, is_plain_cache, returned_cache
 
-from .flat_cache import dotted, patched_forward
+from .flat_cache import dotted, named_cache, patched_forward
 
 _STARTS = "decoder_input_ids"
 _PAST_TOKENS, _NEW_TOKENS = 3, 2
@@ -66,9 +63,8 @@ def pair_misfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
 def start_token(model: Any) -> int | None:
     """What the texts of the model's decoder begin with."""
     sources = (getattr(model, "generation_config", None), model.config)
-    return next(
-        (value for source in sources if (value := getattr(source, "decoder_start_token_id", None)) is not None), None
-    )
+    start: int | None = first_setting(sources, "decoder_start_token_id")
+    return start
 
 
 @contextmanager
@@ -81,9 +77,8 @@ def encoder_forward(model: nn.Module) -> Iterator[None]:
     def forward(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         starts = torch.full_like(inputs[TOKENS][:, :1], start)
         outputs = own(**inputs, **{_STARTS: starts, argument: cache_of_both([], [])}, use_cache=True)
-        kept = _tensors(returned_cache(outputs).cross_attention_cache)
-        names = map(present_of, past_names(len(kept) // 2, "encoder."))
-        return {"last_hidden_state": outputs.encoder_last_hidden_state, **dict(zip(names, kept, strict=True))}
+        cross = named_cache(returned_cache(outputs).cross_attention_cache, "encoder.")
+        return {"last_hidden_state": outputs.encoder_last_hidden_state, **cross}
 
     with patched_forward(model, forward):
         yield
@@ -94,35 +89,24 @@ def decoder_forward(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes a step of its decoder."""
     own, argument = model.forward, cache_argument(model)
     assert argument is not None
-    width = _width(model)
+    config: Any = model.config
 
     def forward(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         named = {dotted(name): value for name, value in inputs.items()}
         past = [value for name, value in named.items() if is_past(name) and not is_cross(name)]
         cross = [value for name, value in named.items() if is_past(name) and is_cross(name)]
         mask = named[ENCODER_MASK]
-        unread = cross[0].new_zeros(()).expand(*mask.shape, width)  # its keys and values are there already
+        unread = cross[0].new_zeros(()).expand(*mask.shape, config.hidden_size)  # its keys and values are there already
         outputs = own(
             attention_mask=mask,
             encoder_outputs=(unread,),
             use_cache=True,
             **{_STARTS: named[TOKENS], argument: cache_of_both(past, cross)},
         )
-        kept = _tensors(returned_cache(outputs).self_attention_cache)
-        names = map(present_of, past_names(len(kept) // 2, "decoder."))
-        return {LOGITS: outputs.logits, **dict(zip(names, kept, strict=True))}
+        return {LOGITS: outputs.logits, **named_cache(returned_cache(outputs).self_attention_cache, "decoder.")}
 
     with patched_forward(model, forward):
         yield
-
-
-def _tensors(cache: Any) -> list[torch.Tensor]:
-    return [states for layer in cache.layers for states in (layer.keys, layer.values)]
-
-
-def _width(model: Any) -> int:
-    """Of the encoder's last hidden state."""
-    return int(model.config.hidden_size)
 
 
 def encoder_inputs(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -142,9 +126,9 @@ def decoder_step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch
     with torch.no_grad():
         with encoder_forward(model):
             encoded = model(**{TOKENS: tokens, MASK: mask})
-        cross = {past_of(name): value for name, value in encoded.items() if is_present(name)}
+        cross = next_past(encoded)
         step = {TOKENS: decoder_tokens[:, :_PAST_TOKENS], ENCODER_MASK: mask}
         with decoder_forward(model):
             outputs = model(**step, **cross)
-    past = {past_of(name): value.clone() for name, value in outputs.items() if is_present(name)}
+    past = {name: value.clone() for name, value in next_past(outputs).items()}
     return step | {TOKENS: decoder_tokens[:, _PAST_TOKENS:].contiguous()} | past | cross

@@ -17,10 +17,10 @@ from exporters.onnx_files.cache_names import (
     is_cross,
     is_past,
     is_present,
-    past_of,
+    next_past,
 )
 
-from .flat_cache import cache_layout, flat_cache
+from .flat_cache import flat_cache, takes_positions
 
 _LEAST_TOKENS = 5
 """Of a text in the example: past and new tokens of several each, and not as many."""
@@ -38,15 +38,13 @@ def example_step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch
         model: a decoder that has a cache.
         inputs: `input_ids`, and `attention_mask` if there is padding; of two rows and more.
     """
-    layout = cache_layout(model)
-    assert layout is not None
     tokens, mask = padded_texts(inputs[TOKENS], inputs.get(MASK))
-    positions = {POSITIONS: positions_of(mask)} if layout.takes_positions else {}
+    positions = {POSITIONS: positions_of(mask)} if takes_positions(model) else {}
     split = tokens.size(1) - (tokens.size(1) - 1) // 2
     before = {TOKENS: tokens[:, :split], MASK: mask[:, :split]} | {n: p[:, :split] for n, p in positions.items()}
     with torch.no_grad(), flat_cache(model):
         outputs = model(**before)
-    past = {past_of(name): value.clone() for name, value in outputs.items() if is_present(name)}
+    past = {name: value.clone() for name, value in next_past(outputs).items()}
     step = {TOKENS: tokens[:, split:], MASK: mask} | {name: value[:, split:] for name, value in positions.items()}
     return {name: value.contiguous() for name, value in step.items()} | past
 

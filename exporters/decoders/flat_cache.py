@@ -71,7 +71,12 @@ def cache_layout(model: nn.Module) -> CacheLayout | None:
         cache = returned_cache(model(**{TOKENS: tokens}, use_cache=True))
     if not is_plain_cache(cache, length=2):
         return None
-    return CacheLayout(len(cache.layers), POSITIONS in inspect.signature(model.forward).parameters)
+    return CacheLayout(len(cache.layers), takes_positions(model))
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model's forward takes the positions of tokens."""
+    return POSITIONS in inspect.signature(model.forward).parameters
 
 
 @contextmanager
@@ -86,9 +91,7 @@ def flat_cache(model: nn.Module) -> Iterator[None]:
         past = [value for name, value in inputs.items() if is_past(dotted(name))]
         others = {name: value for name, value in inputs.items() if not is_past(dotted(name))}
         outputs = own(**others, **{argument: dynamic_cache(past)}, use_cache=True)
-        kept = [tensor for layer in returned_cache(outputs).layers for tensor in (layer.keys, layer.values)]
-        names = map(present_of, past_names(len(kept) // 2))
-        return {LOGITS: outputs.logits, **dict(zip(names, kept, strict=True))}
+        return {LOGITS: outputs.logits, **named_cache(returned_cache(outputs))}
 
     with patched_forward(model, forward):
         yield
@@ -105,6 +108,12 @@ def patched_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[N
         del vars(model)["forward"]
         if before is not None:
             vars(model)["forward"] = before
+
+
+def named_cache(cache: Any, part: str = "") -> dict[str, torch.Tensor]:
+    """Keys and values of each layer by the names of a graph's outputs; `part` as for `past_names`."""
+    kept = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    return dict(zip(map(present_of, past_names(len(cache.layers), part)), kept, strict=True))
 
 
 def identifier(name: str) -> str:

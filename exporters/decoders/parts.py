@@ -54,12 +54,12 @@ def parts_of(
     if not isinstance(use_cache, bool) and use_cache != "auto":
         raise ValueError(f'`use_cache` (={use_cache!r}) must be True, False or "auto"')
     config: Any = getattr(model, "config", None)
-    settings = decoder_config(model) if is_hugging_face_model(model) else config
-    is_known = is_hugging_face_model(model)
-    may_generate = model.can_generate() if is_hugging_face_model(model) else hasattr(model, "generate")
+    if is_hugging_face_model(model):
+        may_generate, settings, is_pair = model.can_generate(), decoder_config(model), config.is_encoder_decoder
+    else:
+        may_generate, settings, is_pair = hasattr(model, "generate"), config, False
     if use_cache is False or (use_cache == "auto" and not (may_generate and getattr(settings, "use_cache", False))):
         return [Part(inputs)], ()
-    is_pair = is_known and bool(getattr(config, "is_encoder_decoder", False))
     if has_own_axes:
         misfit: str | None = "`dynamic_axes` names its own"
     elif is_pair and not is_folder:

@@ -14,7 +14,7 @@ from exporters.decoders.step_conditions import without_refuted
 from exporters.graph.export import Export
 from exporters.hugging_face import decoder_config
 from exporters.measuring.compare import Comparison, compare_arrays, largest
-from exporters.onnx_files.cache_names import ENCODER_MASK, LOGITS, MASK, TOKENS, is_cross, is_past, is_present, past_of
+from exporters.onnx_files.cache_names import ENCODER_MASK, LOGITS, MASK, TOKENS, is_cross, is_past, next_past
 from exporters.onnx_files.metadata import read_facts
 from exporters.onnx_runtime import Arrays
 from exporters.runtime.cache_inputs import as_types, empty_cache, step_inputs
@@ -89,7 +89,8 @@ def _all_texts(export: Export) -> Iterator[Texts]:
 
     def tokens(batch: int, length: int) -> np.ndarray:
         made = generator.integers(0, vocabulary, (batch, length))
-        made[:, : ids.shape[1]] = ids[:batch, :length] if length >= ids.shape[1] else made[:, : ids.shape[1]]
+        if length >= ids.shape[1]:
+            made[:, : ids.shape[1]] = ids[:batch]
         return made
 
     def texts(words: str, batch: int, *steps: int, padding: slice | None = None) -> Texts:
@@ -142,16 +143,12 @@ def _compare(
         given = step_inputs(names, texts.tokens[:, start:end], mask)
         outputs_a = runner.run(given | cache_a | encoded_a)
         outputs_b = torch_runner.run(given | cache_b | encoded_b)
-        cache_a, cache_b = _next_cache(outputs_a), _next_cache(outputs_b)
+        cache_a, cache_b = next_past(outputs_a), next_past(outputs_b)
         read_a, read_b = _without_padding(outputs_a, mask), _without_padding(outputs_b, mask)
         scales = {name: max(scales.get(name, 0.0), largest(value)) for name, value in read_b.items()}
         found.append(compare_arrays(read_a, read_b, scales))
         shapes.append({name: value.shape for name, value in (given | encoded_b).items()})
     return _worst(found), shapes
-
-
-def _next_cache(outputs: Arrays) -> Arrays:
-    return {past_of(name): value for name, value in outputs.items() if is_present(name)}
 
 
 def _without_padding(outputs: Arrays, mask: np.ndarray) -> Arrays:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.onnx_files.cache_names import ENCODER_MASK, LOGITS, MASK, TOKENS, has_cache, is_present, past_of
+from exporters.onnx_files.cache_names import ENCODER_MASK, LOGITS, MASK, TOKENS, has_cache, next_past
 from exporters.runtime.cache_inputs import empty_cache, step_inputs
 from exporters.runtime.ort_runner import OrtRunner
 from melora_fx import MELoRAError
@@ -56,7 +56,7 @@ class CachedDecoder:
         """
         given = self._runner.to_device(step_inputs(self._runner.input_names, tokens, mask))
         outputs = self._runner.run_on_device(given | self._cache, self._adapter)
-        self._cache |= {past_of(name): value for name, value in outputs.items() if is_present(name)}
+        self._cache |= next_past(outputs)
         logits: np.ndarray = outputs[LOGITS].numpy()
         return logits
 
@@ -73,5 +73,4 @@ def encode(
     """
     values = runner.to_device({TOKENS: tokens, MASK: mask})
     outputs = runner.run_on_device(values, adapter)
-    cross = {past_of(name): value for name, value in outputs.items() if is_present(name)}
-    return {ENCODER_MASK: values[MASK], **cross}
+    return {ENCODER_MASK: values[MASK], **next_past(outputs)}

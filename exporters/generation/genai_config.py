@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.graph.export import Export
-from exporters.hugging_face import decoder_config
+from exporters.hugging_face import decoder_config, first_setting
 from exporters.onnx_files.cache_names import (
     LOGITS,
     MASK,
@@ -114,10 +114,8 @@ def _token_ids(model: Any) -> dict[str, Any]:
     """
     text = decoder_config(model)
     sources = [getattr(model, "generation_config", None), text]
-    found: dict[str, Any] = {}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        values = [getattr(source, name, None) for source in sources]
-        found[name] = next((value for value in values if value is not None), None)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {name: first_setting(sources, name) for name in names}
     ends = [] if found["eos_token_id"] is None else found["eos_token_id"]
     pads = (found["pad_token_id"], *(ends if isinstance(ends, list) else [ends]), 0)
     pad = next(token for token in pads if token is not None and 0 <= token < text.vocab_size)

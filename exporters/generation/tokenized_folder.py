@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from exporters.hugging_face import first_setting
 from exporters.onnx_files.companions import GENERATION_CONFIG
 from melora_fx import MELoRAError
 
@@ -40,8 +41,8 @@ class TokenizedFolder:
         self.end_tokens: list[int] = [ends] if isinstance(ends, int) else list(ends or ())
         self._positions: int | None = getattr(text, "max_position_embeddings", None)
         sources = [source for source in (settings, self._config, text) if source is not None]
-        self.start_token = _first_of(sources, "decoder_start_token_id")
-        self.forced_token = _first_of(sources, "forced_bos_token_id")
+        self.start_token: int | None = first_setting(sources, "decoder_start_token_id")
+        self.forced_token: int | None = first_setting(sources, "forced_bos_token_id")
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """The token ids of each prompt; raises a MELoRAError for one that has none, or too many."""
@@ -66,8 +67,3 @@ class TokenizedFolder:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _first_of(sources: Sequence[Any], name: str) -> int | None:
-    """What the first of these configurations says that says anything."""
-    return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)

@@ -78,7 +78,7 @@ def drop_needless_views(export: Export) -> None:
     """
     if not export.has_one_token_steps:
         return
-    if export.options.precision.name == "fp32":
+    if export.options.precision.convert is None:
         for node in [node for node in export.graph if node.op_type == "Where"]:
             if (states := _zeroed(node)) is not None:
                 onnx_ir.convenience.replace_all_uses_with(node.outputs[0], states)

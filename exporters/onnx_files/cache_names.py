@@ -9,7 +9,10 @@ beside: `past_key_values.N.decoder.key` and `past_key_values.N.encoder.key`. The
 as `present.N.encoder.key`, and stay as they are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 ENCODER_MASK = "encoder_attention_mask"
@@ -51,6 +54,11 @@ def present_of(past: str) -> str:
 def past_of(present: str) -> str:
     """The input that takes an output of the step before."""
     return _PAST + present.removeprefix(_PRESENT)
+
+
+def next_past(outputs: Mapping[str, T]) -> dict[str, T]:
+    """The cache in the outputs of a step, by the names of the inputs that take it."""
+    return {past_of(name): value for name, value in outputs.items() if is_present(name)}
 
 
 def is_present(name: str) -> bool:
