@@ -9,7 +9,7 @@ def most_likely(logits: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def draw(logits: np.ndarray, temperature: float, top_p: float, generator: np.random.Generator) -> np.ndarray:
+def draw(logits: np.ndarray, temperature: float, top_p: float, generator: "np.random.Generator") -> np.ndarray:
     """One index of each row, (batch, vocabulary) → (batch,), with the probabilities softmax(logits / temperature) of
     the fewest tokens that have `top_p` together.
     """
