@@ -128,6 +128,17 @@ BENCHMARKS = (
         needs=(ONNXRUNTIME, PEFT, MATPLOTLIB, GENAI),
     ),
     Benchmark(
+        "generation",
+        "Does an exported decoder write what torch writes, in our loop and in onnxruntime-genai?",
+        7,
+        weights=(SMOLLM2,),
+        options=(
+            Option("text", TEXT, "some 30 kB of English, one story a line", quick=ROOT / "README.md"),
+            Option("steps", 40, "of training", quick=8),
+        ),
+        needs=(ONNXRUNTIME, PEFT, GENAI),
+    ),
+    Benchmark(
         "adapter_forms",
         "Which form of an unmerged update is faster on ONNX Runtime's CPU: blocks, or a dense pair?",
         8,

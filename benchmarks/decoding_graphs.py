@@ -70,19 +70,20 @@ class Workshop:
             folder = self._extracted(setting, graphs["baked"])
             graphs["olive"], adapters["olive"] = folder / "model.onnx", folder / "adapter_weights.onnx_adapter"
         return {
-            "model": str(self._model(setting.model)),
+            "model": str(self.model(setting.model)),
             "adapter": str(self._adapter(setting)),
             "reference": str(self._reference(setting, steps) / "arrays.npz"),
             "graphs": {name: str(path) for name, path in graphs.items()},
             "native_adapters": {name: str(path) for name, path in adapters.items()},
         }
 
-    def _model(self, name: str) -> Path:
+    def model(self, name: str) -> Path:
+        """A model and its tokenizer, saved."""
         return _once(self._theirs / name, lambda folder: _SAVE[name](folder))
 
     def _adapter(self, setting: Setting) -> Path:
         def make(folder: Path) -> None:
-            model = load_model(self._model(setting.model))
+            model = load_model(self.model(setting.model))
             torch.manual_seed(0)
             config = MELoRAConfig(rank=setting.rank, num_blocks=setting.num_blocks)
             melora_fx.save_adapter(fill(melora_fx.rewrite(model, TARGETS[setting.targets], config)), folder / "ours")
@@ -91,7 +92,7 @@ class Workshop:
         return _once(self._theirs / f"{setting.file_name}-adapter", make) / "ours"
 
     def _reference(self, setting: Setting, steps: Sequence[Step]) -> Path:
-        model, adapter = self._model(setting.model), self._adapter(setting)
+        model, adapter = self.model(setting.model), self._adapter(setting)
 
         def make(folder: Path) -> None:
             found = run_in_torch(load_model(model), steps, "base")
@@ -102,7 +103,7 @@ class Workshop:
 
     def _built(self, name: str, setting: Setting | None = None) -> Path:
         """By onnxruntime-genai, which offers the LoRA of `setting` no other way than as constants."""
-        model = self._model(name)
+        model = self.model(name)
         lora = []
         if setting is not None:
             lora = ["--extra_options", f"adapter_path={self._adapter(setting).with_name('peft')}"]
@@ -130,7 +131,7 @@ class Workshop:
         name = f"{setting.model}-{setting.targets.replace(',', '')}" if kind == "swap" else setting.file_name
 
         def make(folder: Path) -> None:
-            model = melora_fx.load_adapter(load_model(self._model(setting.model)), self._adapter(setting))
+            model = melora_fx.load_adapter(load_model(self.model(setting.model)), self._adapter(setting))
             tokens = torch.arange(2 * EXAMPLE_TOKENS).view(2, -1) + 3
             example = {TOKENS: tokens, MASK: torch.ones_like(tokens)}
             export_onnx(model, example, folder, adapter=kind, target="ort-cpu", use_cache=True, verify=False)

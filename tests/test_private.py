@@ -457,6 +457,27 @@ def test_attentions_of_batches_are_put_back() -> None:
     assert [getattr(fusions, name) for name in names] == before
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_pairs_stay_apart_and_threes_do_not(count: int) -> None:
+    fusions = transformers.exporters.onnxruntime_fusions
+    before = fusions._STEPS, fusions._constant
+    weights = [onnx.numpy_helper.from_array(np.ones((3, 4), np.float32), f"w{index}") for index in range(count)]
+    products = " ".join(f"y{index} = MatMul(x, w{index})" for index in range(count))
+    outputs = ", ".join(f"float[2, 4] y{index}" for index in range(count))
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 9, opset_import: ["" : 18]> g (float[2, 3] x) => ({outputs}) {{ {products} }}'
+    )
+    proto.graph.initializer.extend(weights)
+    graph_model = onnx_ir.from_proto(proto)
+    assert private._is_of_pair(graph_model.graph.initializers["w0"]) == (count == 2)
+    with private._pairs_apart(fusions):
+        for step, _ in fusions._STEPS:
+            if step not in [each for each, _ in before[0]]:
+                step(graph_model)
+    assert ("Split" in {node.op_type for node in graph_model.graph}) == (count == 3)
+    assert (fusions._STEPS, fusions._constant) == before
+
+
 def test_matching_is_quicker_and_finds_the_same() -> None:
     def with_sum(op: Any, x: Any) -> Any:
         root = op.Sqrt(x)

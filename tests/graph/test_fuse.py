@@ -71,6 +71,26 @@ def test_packed_weights_are_named_after_what_they_hold(exports: Exports) -> None
     assert place.columns == (24, 48)
 
 
+class Gated(nn.Module):
+    """An MLP: gate and up share an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(24, 48, bias=False) for _ in range(2))
+        self.down = nn.Linear(48, 24, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("adapter", ["fold", "swap"])
+def test_two_products_of_an_input_stay_apart(adapter: str, tmp_path: Path) -> None:
+    model = fill(melora_fx.rewrite(Gated(), "all-linear", CONFIG))
+    report = export_onnx(model.eval(), {"x": randn(2, 5, 24)}, tmp_path, target="ort-cpu", adapter=adapter)
+    assert "Split" not in report.op_counts
+    assert {place.columns for place in read_facts(report.path).weights.values()} == {None}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 def test_an_addmm_after_an_attention_gets_rows(target: str, tmp_path: Path) -> None:
