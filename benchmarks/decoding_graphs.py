@@ -127,8 +127,7 @@ class Workshop:
         return _once(self._theirs / f"{setting.file_name}-olive", make)
 
     def _exported(self, setting: Setting, kind: str) -> Path:
-        """By us; a swappable graph takes adapters of any rank."""
-        name = f"{setting.model}-{setting.targets.replace(',', '')}" if kind == "swap" else setting.file_name
+        """By us; the rank decides on the form of the updates, of swappable ones too."""
 
         def make(folder: Path) -> None:
             model = melora_fx.load_adapter(load_model(self.model(setting.model)), self._adapter(setting))
@@ -136,7 +135,7 @@ class Workshop:
             example = {TOKENS: tokens, MASK: torch.ones_like(tokens)}
             export_onnx(model, example, folder, adapter=kind, target="ort-cpu", use_cache=True, verify=False)
 
-        return _once(self._ours / f"{name}-{kind}", make)
+        return _once(self._ours / f"{setting.file_name}-{kind}", make)
 
     def _native_adapter(self, setting: Setting, graph: Path) -> Path:
         path = self._ours / f"{setting.file_name}.onnx_adapter"

@@ -48,17 +48,19 @@ PRECISIONS = (
     ),
 )
 
+_WRITE_FORMS = _later("exporters.graph.forms.write_forms")
 _ADD_BIASES_LAST = _later("exporters.graph.forms.add_biases_last")
 
 ADAPTERS = (
     AdapterForm("fold", "merged", values=lambda model, _: melora_fx.folded(model)),
-    AdapterForm("keep", "unmerged", passes=(_later("exporters.graph.forms.write_forms"), _ADD_BIASES_LAST), stays=True),
+    AdapterForm("keep", "unmerged", passes=(_WRITE_FORMS, _ADD_BIASES_LAST), stays=True),
     AdapterForm(
         "swap",
         "adapters as inputs",
         values=_later("exporters.graph.swap_inputs.distinct_values"),
         passes=(
             _later("exporters.graph.swap_inputs.own_values"),
+            _WRITE_FORMS,
             _ADD_BIASES_LAST,
             _later("exporters.graph.swap_inputs.open_inputs"),
         ),

@@ -1,7 +1,8 @@
 """Adapters for ONNX Runtime: as arrays for a swappable graph's inputs, and as .onnx_adapter files.
 
-A swappable graph takes A transposed, (N, I/N, R), and B transposed and scaled, (N, R, O/N); what it computes with them
-stands in `exporters/graph/swap_inputs.py`. An .onnx_adapter file holds these arrays under the names of the inputs.
+A swappable graph takes A transposed, (N, I/N, R), and B transposed and scaled, (N, R, O/N), or in the dense form
+block-diagonal matrices of them, (I, N·R) and (N·R, O); what it computes with them stands in
+`exporters/graph/swap_inputs.py`. An .onnx_adapter file holds these arrays under the names of the inputs.
 
 N num_blocks, I in_features, O out_features, R the rank.
 """
@@ -43,7 +44,7 @@ def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
     if misfits:
         raise MELoRAError(f"`{adapter.directory}` does not fit `{facts.path}`:\n" + "\n".join(misfits))
     _check_base(adapter, facts)
-    return _site_tensors(adapter) | _kept_tensors(adapter, facts)
+    return _site_tensors(adapter, facts) | _kept_tensors(adapter, facts)
 
 
 def _without(adapter: Adapter, sites: Sequence[str]) -> Adapter:
@@ -159,12 +160,15 @@ def _refuse_unswappable(facts: GraphFacts) -> None:
         raise MELoRAError(f'`{facts.path}` has no swappable adapters: export it with `adapter="swap"`')
 
 
-def _site_tensors(adapter: Adapter) -> Arrays:
+def _site_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
     tensors: Arrays = {}
     for site in adapter.configs:
         own = adapter.tensors_of(site)
         name_a, name_b = factor_names(site)
-        tensors |= {name_a: _array(own.lora_a.mT), name_b: _array(own.scaled_b().mT)}
+        factors = own.lora_a.mT, own.scaled_b().mT
+        if site in facts.dense:
+            factors = torch.block_diag(*factors[0]), torch.block_diag(*factors[1])
+        tensors |= {name_a: _array(factors[0]), name_b: _array(factors[1])}
     return tensors
 
 

@@ -21,6 +21,9 @@ from melora_fx.adapter.tensors import factor_names
 
 from .export import Export
 
+DENSE_SUFFIX = ".blockdiag.T"
+"""Ends the name of a factor's initializer in the dense form."""
+
 
 def choose_form(num_blocks: int, rank: int, tokens: int) -> str:
     """The faster form on ONNX Runtime's CPU, by the measurements in benchmarks/results/adapter_forms.csv.
@@ -44,20 +47,29 @@ def is_dense_faster(config: MELoRAConfig, tokens: int) -> bool:
 def write_forms(export: Export) -> None:
     """Writes the updates as dense products where that was asked for, and notes the form of each in `export.forms`.
 
+    Swappable adapters are dense products only where that was asked for by name, or a step of a decoder is faster then:
+    files of adapters are N times larger.
+
     A site that the exporter wrote in another way than one block product (the parts of `split`, a product with the
     weight on the left) stays as it is.
     """
-    tokens = _num_tokens(export.inputs)
-    dense = [name for name, site in export.sites.items() if export.options.form.is_dense(site.config, tokens)]
+    tokens = 1 if export.has_cache else _num_tokens(export.inputs)
+    is_dense = export.options.form.is_dense
+    if export.adapter.is_swappable and export.options.form.name == "auto" and not export.has_cache:
+        is_dense = _is_never_dense
+    dense = [name for name, site in export.sites.items() if is_dense(site.config, tokens)]
     pairs = {(f"{name_a}.T", f"{name_b}.T") for name_a, name_b in map(factor_names, dense)}
     # Sites of one input share its blocks: nodes are removed when all have been written.
     rule = RewriteRule(_block_products, _dense_products, partial(_is_one_of, pairs), remove_nodes=False)
     rule.apply_to_model(export.graph_model)
     RemoveUnusedNodesPass()(export.graph_model)
     for name in export.sites:
-        name_a, _ = factor_names(name)
-        is_written = f"{name_a}.blockdiag.T" in export.graph.initializers
+        is_written = all(f"{factor}{DENSE_SUFFIX}" in export.graph.initializers for factor in factor_names(name))
         export.forms[name] = "dense" if is_written else "block"
+
+
+def _is_never_dense(config: MELoRAConfig, tokens: int) -> bool:
+    return False
 
 
 def add_biases_last(export: Export) -> None:
@@ -125,7 +137,7 @@ def _is_one_of(
 def _dense_products(op: Any, x: onnx_ir.Value, lora_a: onnx_ir.Value, lora_b: onnx_ir.Value, **_: Any) -> onnx_ir.Value:
     for factor in (lora_a, lora_b):
         matrix = _block_diagonal(factor)
-        name = f"{(factor.name or '').removesuffix('.T')}.blockdiag.T"
+        name = f"{(factor.name or '').removesuffix('.T')}{DENSE_SUFFIX}"
         product = op.MatMul(x, op.initializer(onnx_ir.tensor(matrix, name=name)))
         product.type = x.type
         product.shape = onnx_ir.Shape([*(x.shape or ())[:-1], matrix.shape[1]])

@@ -1,6 +1,7 @@
 """Adapters as optional inputs of a graph: one session, many adapters, of any rank.
 
     y = x Wᵀ + b + concat_i( x_i Aᵀ_i (s_i B_i)ᵀ )      <site>.lora_a: (N, I/N, R)   <site>.lora_b: (N, R, O/N), s in it
+    dense form: block-diagonal matrices of both         <site>.lora_a: (I, N·R)      <site>.lora_b: (N·R, O)
 
 Each adapter tensor is an initializer that is also a graph input, of rank 0 by default: an empty product is zero, so
 that without an adapter the graph computes the base, bit for bit. The tensors of modules kept trainable become inputs
@@ -31,8 +32,9 @@ from melora_fx.saving.model_adapter import adapter_of, kept_tensor_names
 from melora_fx.torch_private import preserve_versions
 
 from .export import AdapterTrial, Export, Sites
+from .forms import DENSE_SUFFIX
 
-_RANK_AXES = (2, 1)
+_RANK_AXES = {"block": (2, 1), "dense": (1, 0)}
 """Which axis of an input is the rank: of A, and of B."""
 
 
@@ -134,7 +136,8 @@ def _present_inputs(model: nn.Module, facts: GraphFacts) -> Arrays:
 
 def _refuse_lost(export: Export) -> None:
     initializers = export.graph.initializers
-    lost = {site for site in export.sites if any(f"{name}.T" not in initializers for name in factor_names(site))}
+    blocks = [site for site, form in export.forms.items() if form == "block"]
+    lost = {site for site in blocks if any(f"{name}.T" not in initializers for name in factor_names(site))}
     lost |= {name for name, place in export.kept.items() if place is None}
     if lost:
         raise MELoRAError(
@@ -147,8 +150,10 @@ def _adapter_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:
     """The adapters' values, named and shaped as inputs, and their defaults of rank 0."""
     inputs = {}
     for index, site in enumerate(export.sites):
-        for name, rank_axis in zip(factor_names(site), _RANK_AXES, strict=True):
-            value = export.graph.initializers[f"{name}.T"]
+        form = export.forms[site]
+        suffix = DENSE_SUFFIX if form == "dense" else ".T"
+        for name, rank_axis in zip(factor_names(site), _RANK_AXES[form], strict=True):
+            value = export.graph.initializers[f"{name}{suffix}"]
             sizes = [size for size in value.shape or () if isinstance(size, int)]
             _forget_shapes_after(value)
             value.name = name

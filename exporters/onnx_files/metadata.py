@@ -43,6 +43,7 @@ class GraphFacts:
         weights: parameter → where it lives in the graph; without those that go by several names, or that the exporter
             could not tell apart.
         kept: the same for the tensors of the modules kept trainable.
+        dense: the sites whose update is a product of block-diagonal matrices.
         row_dims: site → as in `as_matrices`, of the sites that have any.
         conditions: what the export assumed of the sizes of inputs; none in graphs of earlier versions.
         constants: argument of the model → what the export took it to be.
@@ -57,6 +58,7 @@ class GraphFacts:
     fingerprints: dict[str, dict[str, Any]]
     weights: dict[str, WeightPlace]
     kept: dict[str, WeightPlace]
+    dense: frozenset[str] = frozenset()
     row_dims: dict[str, int] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
     constants: dict[str, Any] = field(default_factory=dict)
@@ -167,6 +169,7 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
             adapter_sha256=facts["adapter_sha256"],
             configs={name: site.config for name, site in described.items()},
             fingerprints={name: site.base for name, site in described.items()},
+            dense=frozenset(name for name, form in facts.get("forms", {}).items() if form == "dense"),
             row_dims={name: site.row_dims for name, site in described.items() if site.row_dims is not None},
             weights=_places(facts["weights"], graph),
             kept=_places(facts["kept"], graph),

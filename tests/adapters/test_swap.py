@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from support.decoders import example, llama
 from support.exports import CONFIG, Exports
 from support.models import bert_classifier, fill, output_of, randn, rewritten_tower, tokens, tower
 from torch import nn
@@ -117,6 +118,33 @@ def test_the_graphs_inputs_are_documented(swappable: str) -> None:
     assert shapes[f"{query}.lora_b"] == [3, "rank_0", 8]
     initializers = {item.name: list(item.dims) for item in graph.initializer}
     assert initializers[f"{query}.lora_a"] == [3, 8, 0]
+
+
+def test_dense_inputs_take_any_adapter(exports: Exports, tmp_path: Path) -> None:
+    dense = export_onnx(rewritten_tower(), {"x": randn(2, 24)}, tmp_path / "graph", adapter="swap", form="dense")
+    assert set(dense.forms) == {"dense"}
+    runner, x = OrtRunner(dense.path), {"x": randn(4, 24)}
+    base = runner.run(x)["output"]
+    np.testing.assert_array_equal(base, OrtRunner(exports("tower").path).run(x)["output"])
+    config = MELoRAConfig(rank=(5, 1, 2), num_blocks=3, alpha=(3.0, 0.5, 1.0))
+    model = rewritten_tower(config=config)
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    write_ort_adapter(tmp_path / "adapter", dense.path, tmp_path / "file.onnx_adapter")
+    expected = TorchRunner(model).run(x)["output"]
+    for adapter in (tmp_path / "adapter", tmp_path / "file.onnx_adapter"):
+        np.testing.assert_allclose(runner.run(x, adapter=adapter)["output"], expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(expected - base).max() > 0.1
+    graph = onnx.load(dense.path, load_external_data=False).graph
+    defaults = {item.name: list(item.dims) for item in graph.initializer if item.name.startswith("gate.lora")}
+    outputs, inputs = tower().gate.weight.shape
+    assert defaults == {"gate.lora_a": [inputs, 0], "gate.lora_b": [0, outputs]}
+
+
+@pytest.mark.parametrize(("rank", "form"), [(1, "dense"), (32, "block")])
+def test_swappable_updates_of_a_decoder_are_in_the_faster_form(rank: int, form: str, tmp_path: Path) -> None:
+    model = fill(melora_fx.rewrite(llama(), ["q_proj", "v_proj"], MELoRAConfig(rank, 2)))
+    report = export_onnx(model, example(), tmp_path, adapter="swap", target="ort-cpu", verify=False)
+    assert set(report.forms) == {form}
 
 
 @pytest.fixture(scope="module")
