@@ -2,7 +2,8 @@
 
 Here, one file for each benchmark, with a function `run(options)` that gives its cases to `run_cases`:
 
-train_step, experts, rewrite_speed, site_speed, swap_speed, fold_speed, fold_rounding, latency, decoding, adapter_forms
+train_step, experts, rewrite_speed, site_speed, swap_speed, fold_speed, fold_rounding, latency, decoding, generation,
+adapter_forms
                the benchmarks
 __main__       the list of them, and the command line
 needs          packages and weights that may be missing

@@ -24,8 +24,9 @@ def _is_of(module: str, name: str, value: object) -> bool:
 
 
 def first_setting(sources: Iterable[object], name: str) -> Any:
-    """The setting of the first of these configurations that has one; None if none has."""
-    return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
+    """The setting of the first of these configurations that has one, None if none has; a tensor as a list or number."""
+    found: Any = next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
+    return found.tolist() if hasattr(found, "tolist") else found
 
 
 def decoder_config(model: object) -> Any:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from exporters.example_inputs import TOKENIZER_FILES
@@ -34,12 +35,21 @@ def write_companions(model: nn.Module, folder: Path) -> tuple[str, ...]:
     described.architectures = [class_name(model)]
     described.save_pretrained(folder)
     if is_hugging_face_model(model) and model.can_generate() and (settings := model.generation_config) is not None:
-        (folder / GENERATION_CONFIG).write_text(settings.to_json_string(use_diff=True), encoding="utf-8")
+        (folder / GENERATION_CONFIG).write_text(_without_tensors(settings).to_json_string(), encoding="utf-8")
     source = folder_of(config)
     files = _files_in(source, TOKENIZER_FILES) if source else []
     for file in files:
         shutil.copy(file, folder / file.name)
     return () if files else ("no tokenizer files: `config._name_or_path` is not a local folder that has them",)
+
+
+def _without_tensors(settings: Any) -> Any:
+    """How a model generates, with lists and numbers for tensors, which JSON cannot hold."""
+    plain = copy.deepcopy(settings)
+    for name, value in vars(plain).items():
+        if isinstance(value, torch.Tensor):
+            setattr(plain, name, value.tolist())
+    return plain
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.decoders import llama, write_tokenizer
 from support.models import assert_unchanged, bert_classifier, tower
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from exporters.export_files import refuse_other_model
+from exporters.hugging_face import first_setting
 from exporters.onnx_files.companions import (
     GENAI_CONFIG,
     GENERATION_CONFIG,
@@ -55,6 +57,16 @@ def test_how_a_model_generates_is_written(tmp_path: Path) -> None:
         write_companions(model, tmp_path)
     assert {name: value for name, value in settings_in(tmp_path).items() if name in WEIRD} == WEIRD
     assert GenerationConfig.from_pretrained(tmp_path).to_diff_dict() == model.generation_config.to_diff_dict()
+
+
+@pytest.mark.parametrize(("ends", "written"), [(torch.tensor(2), 2), (torch.tensor([2, 3]), [2, 3])], ids=str)
+def test_tokens_that_are_tensors_are_written(ends: torch.Tensor, written: Any, tmp_path: Path) -> None:
+    model = llama()
+    model.generation_config.eos_token_id = ends
+    write_companions(model, tmp_path)
+    assert settings_in(tmp_path)["eos_token_id"] == written
+    assert first_setting([model.generation_config], "eos_token_id") == written
+    assert model.generation_config.eos_token_id is ends
 
 
 @pytest.mark.parametrize(
