@@ -212,7 +212,7 @@ def run(names: Iterable[str], bases: Bases, adapter: Path, out: Path) -> None:
             assert not any(out.iterdir()), name
 
 
-fuzzed = pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.slow)])
+fuzzed = pytest.mark.parametrize("examples", [5, pytest.param(120, marks=pytest.mark.slow)])
 
 
 @fuzzed

@@ -1,6 +1,5 @@
 """`melora-fx demo` on models of one's own: what `export` and `fold` write has the accuracy that was reported."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -20,7 +19,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_csv(tmp_path_factory.mktemp("data") / "texts.csv", 2500)
 
 
-@pytest.mark.parametrize(("name", "form"), [*zip(TEXT_MODELS, itertools.cycle(["safetensors", "bin"]), strict=False)])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("bert", "safetensors"), ("distilbert", "bin"), ("gpt2", "bin"), ("llama", "safetensors")],
+)
 def test_the_model_that_is_written_is_as_good_as_the_demo_says(
     name: str, form: str, data: Path, tmp_path: Path
 ) -> None:
