@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import time
@@ -129,6 +130,8 @@ def export_onnx(
             written.append((replace(report, notes=(*notes, *cache_notes, *report.notes)), staging))
         for report, staging in written:
             _publish(report, Path(report.path), staging)
+        if half:
+            gc.collect()  # graphs are cycles: theirs would hold the weights in float32 while they become half again
     return replace(written[-1][0], encoder=written[0][0] if len(written) > 1 else None)
 
 
