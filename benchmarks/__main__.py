@@ -121,7 +121,7 @@ BENCHMARKS = (
         25,
         weights=(SMOLLM2,),
         options=(
-            Option("processes", 5, "of each adapter", quick=2),
+            Option("processes", 5, "of each adapter", quick=1),
             Option("seconds", 45.0, "of timing in one process", quick=1.0),
             Option("olive", sys.executable, "a Python that has olive-ai; without it Olive's sides are left out"),
         ),

@@ -140,6 +140,7 @@ def test_dense_inputs_take_any_adapter(exports: Exports, tmp_path: Path) -> None
     assert defaults == {"gate.lora_a": [inputs, 0], "gate.lora_b": [0, outputs]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "form"), [(1, "dense"), (32, "block")])
 def test_swappable_updates_of_a_decoder_are_in_the_faster_form(rank: int, form: str, tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(llama(), ["q_proj", "v_proj"], MELoRAConfig(rank, 2)))

@@ -83,6 +83,7 @@ class Gated(nn.Module):
         return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
 
 
+@pytest.mark.default_cases("fold")
 @pytest.mark.parametrize("adapter", ["fold", "swap"])
 def test_two_products_of_an_input_stay_apart(adapter: str, tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(Gated(), "all-linear", CONFIG))
