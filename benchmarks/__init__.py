@@ -11,6 +11,7 @@ cases          what is common: the columns, which cases are done, the CSV file, 
 models         the models, pretrained or random, with adapters of ours and of PEFT
 random_models  those that are made at random, in the shapes of known ones
 checkout       the checkout that is measured, and the exit statuses
+stories        a text that decoders learn from, and the training
 step_cost      a training step: its time, what its backward keeps, its peak memory
 train_cells, train_sides, train_report      parts of train_step
 fold_sides     ways to merge an adapter into a folder

@@ -44,6 +44,8 @@ class Benchmark(NamedTuple):
     needs: tuple[Need, ...] = (ONNXRUNTIME, PEFT)
 
 
+STORIES = Option("text", TEXT, "some 30 kB of English, one story a line", quick=ROOT / "README.md")
+
 BENCHMARKS = (
     Benchmark(
         "train_step",
@@ -99,7 +101,7 @@ BENCHMARKS = (
         3,
         weights=(SMOLLM2,),
         options=(
-            Option("text", TEXT, "some 30 kB of English, one story a line", quick=ROOT / "README.md"),
+            STORIES,
             Option("steps", 40, "of training", quick=4),
         ),
     ),
@@ -133,7 +135,7 @@ BENCHMARKS = (
         7,
         weights=(SMOLLM2,),
         options=(
-            Option("text", TEXT, "some 30 kB of English, one story a line", quick=ROOT / "README.md"),
+            STORIES,
             Option("steps", 40, "of training", quick=8),
         ),
         needs=(ONNXRUNTIME, PEFT, GENAI),

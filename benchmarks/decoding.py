@@ -6,11 +6,11 @@ beside torch. SmolLM2-135M, one thread of a CPU, one text. A step is one run of 
 before: one token after 64 and after 512, and the first 64 and 512 at once; all outputs are computed, none is copied. An
 adapter is given to its graph as onnxruntime-genai does, by `RunOptions.add_active_adapter`.
 
-Each process loads all sides of a setting in an order of its own, behind two gigabytes of nothing, for a session's
-place in memory shifts it by up to 20 %; checks the logits of each against torch; and times them in turn, in an order
-drawn for every round. A ratio is the median over the processes of a side's median over the reference's; p20 and p80 are
-of the processes too. Graphs are kept in --cache, and what a process has measured: a run that was stopped goes on with
-the next process. Writes decoding.csv, decoding.md and decoding.png.
+Each process loads all sides of a setting in an order of its own, behind 2 GB of ballast, for a session's place in
+memory shifts it by up to 20 %; checks the logits of each against torch; and times them in turn, in an order drawn for
+every round. A ratio is the median over the processes of a side's median over the reference's; p20 and p80 are of the
+processes too. Graphs are kept in --cache, and what a process has measured: a run that was stopped goes on with the next
+process. Writes decoding.csv, decoding.md and decoding.png.
 
 Olive may stand in an environment of its own: `--olive PYTHON` (pip install olive-ai requests).
 """

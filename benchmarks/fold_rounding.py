@@ -35,11 +35,9 @@ from .cases import Case, Row, run_cases
 from .models import copy_into_lora, equal_lora, load_smollm2
 from .needs import SMOLLM2
 from .random_models import llama_config
+from .stories import read_windows, train_adapter, why_no_text
 
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16)
-LEARNING_RATE = 5e-4
-BATCH = 2
-WINDOW = 128
 SIDES = ("ours", "PEFT", "PEFT safe_merge")
 TOLERANCE = 1e-6
 """Of the comparison with PEFT: the two multiply in float32, and the order of the sums differs between processors."""
@@ -48,12 +46,7 @@ TOLERANCE = 1e-6
 def run(options: Namespace) -> int:
     torch.set_num_threads(1)
     name = "a tiny Llama" if options.quick else "SmolLM2-135M-Instruct"
-    missing = "" if options.quick else SMOLLM2.why_missing(options.cache)
-    if not options.text.is_file():
-        missing = (
-            f"`{options.text}` is not there: give --text a file of some 30 kB of English, one story a line; the "
-            "numbers in results/ are of an excerpt of TinyStories (roneneldan/TinyStories on Hugging Face)"
-        )
+    missing = why_no_text(options.text) or ("" if options.quick else SMOLLM2.why_missing(options.cache))
     case = Case(f"{name}, {options.steps} steps", functools.partial(measure, options), missing)
     settings = f"steps {options.steps}, text {options.text.name}"
     return run_cases(options, [case], settings=settings, write_report=write_report)
@@ -64,18 +57,6 @@ def tiny_llama() -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(64, 128, 2, 4, vocab_size=256))
     return model, lambda text: SimpleNamespace(input_ids=list(text.encode()))
-
-
-def read_windows(path: Path, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token windows (count, WINDOW) to train on and to hold out: the first and the second half of the stories."""
-    # The excerpt has some stories twice, which would train on what is held out.
-    stories = list({line.lower(): line for line in path.read_text().splitlines() if line}.values())
-    halves = stories[: len(stories) // 2], stories[len(stories) // 2 :]
-    tokens = [torch.tensor(tokenizer("\n".join(half)).input_ids, dtype=torch.long) for half in halves]
-    train, held_out = (ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW) for ids in tokens)
-    if not len(train) or not len(held_out):
-        raise MELoRAError(f"`{path}` is too short: each half of its lines must have {WINDOW} tokens")
-    return train, held_out
 
 
 def measure(options: Namespace) -> list[Row]:
@@ -106,20 +87,6 @@ def measure(options: Namespace) -> list[Row]:
             row["differing_weights"] = sum(int((each["ours"] != each[side]).sum()) for each in weights.values())
             row["merged_weights"] = sum(each["ours"].numel() for each in weights.values())
     return rows
-
-
-def train_adapter(model: nn.Module, windows: torch.Tensor, steps: int) -> None:
-    """Trains the adapters of `model` on windows drawn at random, and prints the losses."""
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values(), lr=LEARNING_RATE)
-    for step in range(steps):
-        batch = windows[torch.randint(len(windows), (BATCH,), generator=generator)]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 5 == 0 or step == steps - 1:
-            print(f"    step {step + 1:2}: loss {loss.item():.3f}", flush=True)
 
 
 def merged_by_peft(base: nn.Module, sites: dict[str, AdapterSite], *, safe_merge: bool = False) -> nn.Module:

@@ -31,8 +31,8 @@ from melora_fx import MELoRAConfig, MELoRAError
 
 from .cases import Case, Row, run_cases
 from .decoding_graphs import Workshop, load_model
-from .fold_rounding import read_windows, train_adapter
 from .needs import why_missing
+from .stories import read_windows, train_adapter, why_no_text
 
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16)
 NEW_TOKENS = 32
@@ -63,9 +63,7 @@ class Written(NamedTuple):
 def run(options: Namespace) -> int:
     torch.set_num_threads(1)
     model = "Tiny" if options.quick else "SmolLM2-135M"
-    missing = "" if options.quick else why_missing(model, options.cache)
-    if not options.text.is_file():
-        missing = f"`{options.text}` is not there: give --text a file of some 30 kB of English, one story a line"
+    missing = why_no_text(options.text) or ("" if options.quick else why_missing(model, options.cache))
     case = Case(f"{model}, {options.steps} steps", functools.partial(measure, model, options), missing)
     settings = f"steps {options.steps}, text {options.text.name}"
     return run_cases(options, [case], settings=settings, write_report=write_report)

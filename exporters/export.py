@@ -75,8 +75,8 @@ def export_onnx(
         precision: a name in `exporters.targets.PRECISIONS`, or "auto": what the target runs best. Inputs and outputs
             are the model's in each.
         dynamic_axes: "auto": all that the model leaves free; or input name → {axis: name}, every other axis fixed.
-        form: how "keep" and "swap" write an update: "block", "dense", or "auto": for each site the faster one; for
-            "swap" blocks, except in a decoder with a cache, for files of adapters are larger with "dense".
+        form: how "keep" and "swap" write an update: "block", "dense", or "auto": the faster one for each site. "swap"
+            with "auto" takes blocks except in a decoder with a cache: "dense" makes adapter files larger.
         opset: ONNX operator set; None leaves the exporter's default.
         use_cache: whether the graph of a decoder takes and gives a key-value cache: True, False, or "auto", which
             follows `model.config.use_cache` where the model generates; the report says why there is none. The inputs

@@ -129,19 +129,17 @@ def fuse_for_onnxruntime(graph_model: onnx_ir.Model, provider: str, *, has_cache
     """
     from transformers.exporters import onnxruntime_fusions  # heavy: only where it is used
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_pairs_apart(onnxruntime_fusions))
-        if has_cache:
-            stack.enter_context(_attentions_of_batches(onnxruntime_fusions))
+    of_batches = _attentions_of_batches(onnxruntime_fusions) if has_cache else contextlib.nullcontext()
+    with _pairs_apart(onnxruntime_fusions), of_batches:
         onnxruntime_fusions.fuse_for_onnxruntime(graph_model, provider)
 
 
 @contextlib.contextmanager
 def _pairs_apart(fusions: Any) -> Iterator[None]:
-    """Products that share an input are made one where they are three or more, as q, k and v, and not for two of them.
+    """Packs products that share an input if they are three or more, as q, k and v; two stay apart.
 
-    An MLP's gate and up are as fast apart for one token; for many, what splits one result in two copies all of it: 1 %
-    of what 512 tokens of SmolLM2-135M cost. transformers 5.24.
+    An MLP's gate and up are as fast apart for one token. For many, the `Split` behind one packed product copies all of
+    its result: 1 % of what 512 tokens of SmolLM2-135M cost. transformers 5.24.
     """
     steps, constant, pack = fusions._STEPS, fusions._constant, fusions._pack_sibling_matmuls
 
@@ -160,7 +158,7 @@ def _pairs_apart(fusions: Any) -> Iterator[None]:
 
 
 def _is_of_pair(weight: onnx_ir.Value) -> bool:
-    """Whether what is multiplied by the weight is multiplied by one other weight."""
+    """Whether exactly one other weight is multiplied by the same input."""
     products = [node for node, index in weight.uses() if node.op_type == "MatMul" and index == 1]
     values = {node.inputs[0] for node in products}
     users = [user for value in values if value is not None for user, index in value.uses() if index == 0]

@@ -21,8 +21,8 @@ from melora_fx.adapter.tensors import factor_names
 
 from .export import Export
 
-DENSE_SUFFIX = ".blockdiag.T"
-"""Ends the name of a factor's initializer in the dense form."""
+_SUFFIXES = {"block": ".T", "dense": ".blockdiag.T"}
+"""What follows a factor's name in that of its initializer, by form."""
 
 
 def choose_form(num_blocks: int, rank: int, tokens: int) -> str:
@@ -47,29 +47,29 @@ def is_dense_faster(config: MELoRAConfig, tokens: int) -> bool:
 def write_forms(export: Export) -> None:
     """Writes the updates as dense products where that was asked for, and notes the form of each in `export.forms`.
 
-    Swappable adapters are dense products only where that was asked for by name, or a step of a decoder is faster then:
-    files of adapters are N times larger.
+    Swappable adapters are files N times as large in the dense form: "auto" takes it only if a decoder's step is faster.
 
     A site that the exporter wrote in another way than one block product (the parts of `split`, a product with the
     weight on the left) stays as it is.
     """
+    form = export.options.form
+    stays_small = export.adapter.is_swappable and form.name == "auto" and not export.has_cache
     tokens = 1 if export.has_cache else _num_tokens(export.inputs)
-    is_dense = export.options.form.is_dense
-    if export.adapter.is_swappable and export.options.form.name == "auto" and not export.has_cache:
-        is_dense = _is_never_dense
-    dense = [name for name, site in export.sites.items() if is_dense(site.config, tokens)]
-    pairs = {(f"{name_a}.T", f"{name_b}.T") for name_a, name_b in map(factor_names, dense)}
+    dense = [name for name, site in export.sites.items() if not stays_small and form.is_dense(site.config, tokens)]
+    pairs = {initializer_names(name, "block") for name in dense}
     # Sites of one input share its blocks: nodes are removed when all have been written.
     rule = RewriteRule(_block_products, _dense_products, partial(_is_one_of, pairs), remove_nodes=False)
     rule.apply_to_model(export.graph_model)
     RemoveUnusedNodesPass()(export.graph_model)
     for name in export.sites:
-        is_written = all(f"{factor}{DENSE_SUFFIX}" in export.graph.initializers for factor in factor_names(name))
+        is_written = all(factor in export.graph.initializers for factor in initializer_names(name, "dense"))
         export.forms[name] = "dense" if is_written else "block"
 
 
-def _is_never_dense(config: MELoRAConfig, tokens: int) -> bool:
-    return False
+def initializer_names(site: str, form: str) -> tuple[str, str]:
+    """The initializers that hold a site's A and B, transposed and scaled, in this form."""
+    name_a, name_b = factor_names(site)
+    return f"{name_a}{_SUFFIXES[form]}", f"{name_b}{_SUFFIXES[form]}"
 
 
 def add_biases_last(export: Export) -> None:
@@ -137,7 +137,7 @@ def _is_one_of(
 def _dense_products(op: Any, x: onnx_ir.Value, lora_a: onnx_ir.Value, lora_b: onnx_ir.Value, **_: Any) -> onnx_ir.Value:
     for factor in (lora_a, lora_b):
         matrix = _block_diagonal(factor)
-        name = f"{(factor.name or '').removesuffix('.T')}{DENSE_SUFFIX}"
+        name = (factor.name or "").removesuffix(_SUFFIXES["block"]) + _SUFFIXES["dense"]
         product = op.MatMul(x, op.initializer(onnx_ir.tensor(matrix, name=name)))
         product.type = x.type
         product.shape = onnx_ir.Shape([*(x.shape or ())[:-1], matrix.shape[1]])

@@ -32,7 +32,7 @@ from melora_fx.saving.model_adapter import adapter_of, kept_tensor_names
 from melora_fx.torch_private import preserve_versions
 
 from .export import AdapterTrial, Export, Sites
-from .forms import DENSE_SUFFIX
+from .forms import initializer_names
 
 _RANK_AXES = {"block": (2, 1), "dense": (1, 0)}
 """Which axis of an input is the rank: of A, and of B."""
@@ -136,8 +136,11 @@ def _present_inputs(model: nn.Module, facts: GraphFacts) -> Arrays:
 
 def _refuse_lost(export: Export) -> None:
     initializers = export.graph.initializers
-    blocks = [site for site, form in export.forms.items() if form == "block"]
-    lost = {site for site in blocks if any(f"{name}.T" not in initializers for name in factor_names(site))}
+    lost = {
+        site
+        for site, form in export.forms.items()
+        if any(name not in initializers for name in initializer_names(site, form))
+    }
     lost |= {name for name, place in export.kept.items() if place is None}
     if lost:
         raise MELoRAError(
@@ -151,9 +154,9 @@ def _adapter_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:
     inputs = {}
     for index, site in enumerate(export.sites):
         form = export.forms[site]
-        suffix = DENSE_SUFFIX if form == "dense" else ".T"
-        for name, rank_axis in zip(factor_names(site), _RANK_AXES[form], strict=True):
-            value = export.graph.initializers[f"{name}{suffix}"]
+        initializers = initializer_names(site, form)
+        for name, initializer, rank_axis in zip(factor_names(site), initializers, _RANK_AXES[form], strict=True):
+            value = export.graph.initializers[initializer]
             sizes = [size for size in value.shape or () if isinstance(size, int)]
             _forget_shapes_after(value)
             value.name = name
