@@ -118,6 +118,17 @@ BENCHMARKS = (
         needs=(ONNXRUNTIME, PEFT, MATPLOTLIB),
     ),
     Benchmark(
+        "peers",
+        "How fast are exported graphs beside those of optimum-onnx, ONNX Runtime's optimizer, Olive, transformers?",
+        45,
+        weights=(MINILM, MPNET),
+        options=(
+            Option("processes", 5, "of each model", quick=1),
+            Option("seconds", 12.0, "of timing one shape in one process", quick=0.3),
+        ),
+        needs=(ONNXRUNTIME, PEFT, MATPLOTLIB),
+    ),
+    Benchmark(
         "decoding",
         "What does a token cost from an exported decoder with a KV cache: merged, unmerged, swappable?",
         25,

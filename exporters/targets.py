@@ -24,7 +24,7 @@ def _call(function: str, /, *args: Any, **kwargs: Any) -> Any:
 
 TARGETS = (
     Target("portable", "standard ONNX operators only"),
-    Target("ort-cpu", "ONNX Runtime's fused operators for a CPU", fusions="cpu"),
+    Target("ort-cpu", "the fastest on ONNX Runtime's CPU", fusions="cpu"),
     Target("ort-cuda", "those for CUDA, by default in fp16", fusions="cuda", precision="fp16", provider="cuda"),
     Target(
         "tensorrt",
@@ -75,8 +75,9 @@ NO_ADAPTER = AdapterForm("none", "the base alone")
 """What the graph of a model holds that has no sites, or is inside `disabled`."""
 
 FORMS = (
-    UpdateForm("auto", "the faster", is_dense=_later("exporters.graph.forms.is_dense_faster")),
+    UpdateForm("auto", "the faster", is_dense=_later("exporters.graph.forms.is_dense_faster"), is_gated=True),
     UpdateForm("block", "as the model computes it", is_dense=lambda *_: False),
+    UpdateForm("gated", "so, left out without an adapter", is_dense=lambda *_: False, is_gated=True),
     UpdateForm("dense", "block-diagonal matrices", is_dense=lambda *_: True),
 )
 

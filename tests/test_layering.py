@@ -16,7 +16,7 @@ _ROOMS = {
     """,
     "exporters": """
         onnx_runtime private hugging_face example_inputs export_report
-        onnx_files export_files adapters peft_adapters decoders graph runtime onnx_fold measuring generation
+        onnx_files export_files adapters peft_adapters decoders spelling graph runtime onnx_fold measuring generation
         tensorrt_check triton_server
         verify targets export_checks export training demo cli __init__
     """,

@@ -81,11 +81,13 @@ class UpdateForm(NamedTuple):
     Attributes:
         name, about: as those of a target.
         is_dense: whether as dense products, for a site of this configuration and a number of tokens.
+        is_gated: whether swappable ones are left out while there is no adapter, in float32 graphs for a CPU.
     """
 
     name: str
     about: str
     is_dense: Callable[[MELoRAConfig, int], bool]
+    is_gated: bool = False
 
 
 class AdapterTrial(NamedTuple):
@@ -185,6 +187,13 @@ class Export:
     @property
     def graph(self) -> onnx_ir.Graph:
         return self.graph_model.graph
+
+    @property
+    def is_spelt(self) -> bool:
+        """Whether its operators are chosen for a CPU (`exporters/spelling/`). A step of a decoder with a cache has few
+        rows, for which `MatMul` is as fast.
+        """
+        return self.options.target.provider == "cpu" and not self.has_cache
 
     def ranges(self) -> dict[str, AxisRange]:
         """The sizes of each dynamic axis for which the graph is right, one token a step where it needs that."""

@@ -76,8 +76,10 @@ def add_biases_last(export: Export) -> None:
     """Turns (x Wᵀ + bias) + update into (x Wᵀ + update) + bias at every site.
 
     ONNX Runtime's fused activations and normalisations take the bias before them in, as in the base's graph: with an
-    update of zero they compute the base bit for bit.
+    update of zero they compute the base bit for bit. A graph that is spelt for a CPU has the bias in its products.
     """
+    if export.is_spelt:
+        return
     for name in export.sites:
         bias = export.graph.initializers.get(f"{name}.bias")
         if bias is None:

@@ -1,8 +1,17 @@
 """The passes over a graph, in their order."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from exporters.onnx_files.cache_names import MASK
 from exporters.onnx_files.metadata import places_as_json
+from exporters.spelling.attention import drop_returns, drop_zeros, shorten_attentions
+from exporters.spelling.gates import gate_updates
+from exporters.spelling.gemm import write_gemms
+from exporters.spelling.rows import flatten_rows
+from melora_fx.adapter.tensors import factor_names
 from melora_fx.shared_memory import sharing_parameters
 
 from .cached_attention import drop_needless_views, read_lengths_off_mask
@@ -19,6 +28,33 @@ def write_adapter(export: Export) -> None:
         run(export)
 
 
+def spell(export: Export) -> None:
+    """The pass that writes the graph in the operators that ONNX Runtime's CPU computes fastest."""
+    if not export.is_spelt:
+        return
+    is_float32 = export.options.precision.convert is None
+    shorten_attentions(export.graph_model)
+    if export.options.target.fusions is not None and is_float32 and not _is_padded_before(export.inputs):
+        drop_zeros(export.graph_model)
+    flatten_rows(export.graph_model)
+    write_gemms(export.graph_model)
+    if export.adapter.is_swappable and export.options.form.is_gated and is_float32:
+        gate_updates(export.graph_model, [factor_names(site) for site in export.sites])
+    export.has_stale_types = True
+
+
+def _is_padded_before(inputs: Mapping[str, Any]) -> bool:
+    """Whether a text of the example is masked from its beginning: its first tokens may have nothing to attend to."""
+    masks = [value for name, value in inputs.items() if name.endswith(MASK) and isinstance(value, torch.Tensor)]
+    return any(bool((mask[:, 0] == 0).any()) for mask in masks if mask.dim() == 2)
+
+
+def tidy_fusions(export: Export) -> None:
+    """The pass that takes away what fusions have left around attentions."""
+    if export.is_spelt and export.options.target.fusions is not None:
+        drop_returns(export.graph_model)
+
+
 def convert(export: Export) -> None:
     """The pass of the precision."""
     if export.options.precision.convert is not None:
@@ -31,7 +67,9 @@ PASSES: tuple[Pass, ...] = (
     find_kept_tensors,
     drop_traces,
     write_adapter,
+    spell,
     fuse,
+    tidy_fusions,
     read_lengths_off_mask,
     drop_needless_views,
     convert,

@@ -1,0 +1,125 @@
+"""peers.csv as a Markdown table and as pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from exporters import Latency, LatencyTable
+from exporters.measuring.plots import format_ms, plot_latency
+from exporters.measuring.tables import markdown_table
+
+from .peers_graphs import MERGED, OURS
+
+Row = Mapping[str, str]
+Cells = Mapping[str, Mapping[str, Row]]
+"""Shape → side → row."""
+GOALS = {
+    "keep q,v": 1.03,
+    "keep all-linear": 1.10,
+    "swap idle q,v": 1.02,
+    "swap idle all-linear": 1.03,
+}
+"""Over our merged graph. The merged one's own: no cell above 1.00 of the fastest peer."""
+
+
+def write_report(rows: Sequence[Row], folder: Path) -> None:
+    """Writes peers.md and a picture for each model into `folder`."""
+    models: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        models.setdefault(row["model"], {}).setdefault(row["shape"], {})[row["side"]] = row
+    (folder / "peers.md").write_text(_markdown(models))
+    for model, cells in models.items():
+        panels = {f"{model}, {shape}": _table_of(sides) for shape, sides in cells.items()}
+        first = next(iter(next(iter(cells.values())).values()))
+        title = f"{model}, float32, one thread ({first['device']}), over the fastest peer"
+        plot_latency(panels, title, folder / f"peers-{model.lower()}.png")
+
+
+def _table_of(sides: Mapping[str, Row]) -> LatencyTable:
+    """A shape as `plot_latency` takes it: the fastest peer first, then ours, then the other peers."""
+    best = sides[MERGED]["reference"]
+    order = [best, *(side for side in OURS if side in sides), *(side for side in sides if side not in (best, *OURS))]
+    if best in OURS:
+        order = order[1:]
+    base = float(sides[best]["median_ms"])
+    return LatencyTable(
+        tuple(
+            Latency(
+                name=side,
+                median_ms=base * float(row["ratio"]),
+                p20_ms=base * float(row["ratio"]) * float(row["p20_ms"]) / float(row["median_ms"]),
+                p80_ms=base * float(row["ratio"]) * float(row["p80_ms"]) / float(row["median_ms"]),
+                ratio=float(row["ratio"]),
+                rounds=int(row["rounds"]),
+                threads=1,
+            )
+            for side, row in ((side, sides[side]) for side in order)
+        )
+    )
+
+
+def _markdown(models: Mapping[str, Cells]) -> str:
+    first = next(iter(next(iter(next(iter(models.values())).values())).values()))
+    makers = sorted({row["made_by"] for cells in models.values() for sides in cells.values() for row in sides.values()})
+    lines = [
+        "# Exported graphs beside those of others",
+        "",
+        f"Written by `python -m benchmarks peers` on {first['time'][:10]}: plain sessions of ONNX Runtime with default "
+        f"options, float32, one thread; {first['device']}; {first['versions']}; beside graphs of "
+        f"{', '.join(maker for maker in makers if maker != 'exporters')}.",
+        "",
+        "A number is the time over that of the fastest peer, whose own is given in milliseconds: the median over "
+        f"{first['processes']} processes, each of which holds all sides and runs them in turn. *merged* and the sides "
+        "below it are ours, all for `ort-cpu` but for *portable*, which is merged too; the second number of those with "
+        "an adapter is the time over *merged*. Adapters have 8 blocks of rank 8; *idle*: swappable, without one. Bold: a "
+        " merged graph slower than the fastest peer, or one with an adapter above its goal "
+        f"({', '.join(f'{side} {goal:.2f}' for side, goal in GOALS.items())}).",
+    ]
+    for model, cells in models.items():
+        lines += ["", f"## {model}", "", *_table(cells), "", *_summary(cells)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(cells: Cells) -> list[str]:
+    sides = dict.fromkeys(side for rows in cells.values() for side in rows)
+    peers = [side for side in sides if side not in OURS]
+    lines = [["fastest peer", *(_fastest(rows) for rows in cells.values())]]
+    lines += [
+        [side, *(_cell(rows.get(side)) for rows in cells.values())]
+        for side in (*peers, *(side for side in OURS if side in sides))
+    ]
+    return markdown_table(["", *cells], lines, text_columns=1)
+
+
+def _fastest(rows: Mapping[str, Row]) -> str:
+    best = rows[rows[MERGED]["reference"]]
+    return f"{best['side']}, {format_ms(float(best['median_ms']))} ms"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    ratio, over_merged = f"{float(row['ratio']):.3f}", f"{float(row['over_merged']):.3f}"
+    if row["side"] not in GOALS:
+        return f"**{ratio}**" if row["side"] in OURS and float(ratio) > 1 else ratio
+    return f"{ratio}; **{over_merged}**" if float(over_merged) > GOALS[row["side"]] else f"{ratio}; {over_merged}"
+
+
+def _summary(cells: Cells) -> list[str]:
+    merged = [rows[MERGED] for rows in cells.values()]
+    over_best, over_plain = _mean(merged, "ratio"), _mean(merged, "over_plain")
+    lines = [
+        f"*merged*, geometric mean: {over_best:.3f} of the fastest peer, {over_plain:.3f} of optimum-onnx's plain "
+        "export."
+    ]
+    means = [
+        f"{side} {_mean([rows[side] for rows in cells.values()], 'over_merged'):.3f}"
+        for side in GOALS
+        if all(side in rows for rows in cells.values())
+    ]
+    return [*lines, f"Over *merged*: {', '.join(means)}."]
+
+
+def _mean(rows: Sequence[Row], column: str) -> float:
+    return float(np.exp(np.mean([np.log(float(row[column])) for row in rows])))

@@ -1,0 +1,29 @@
+"""A product and its bias in one operator: `MatMul` and `Add` read and write the product once more."""
+
+import onnx_ir
+
+from .values import dims_of, is_standard, num_axes, producer, replace
+
+
+def write_gemms(model: onnx_ir.Model) -> None:
+    """Joins products of two matrices, in the main graph, with biases that are added to them."""
+    for node in list(model.graph):
+        for product, bias in ((0, 1), (1, 0)):
+            if is_standard(node, "Add") and _is_biased(node.inputs[product], node.inputs[bias]):
+                multiplied = producer(node.inputs[product], "MatMul")
+                assert multiplied is not None
+                gemm = onnx_ir.node("Gemm", [*multiplied.inputs, node.inputs[bias]])
+                replace(node, [gemm], gemm.outputs)
+                model.graph.remove(multiplied, safe=True)
+                break
+
+
+def _is_biased(product: onnx_ir.Value | None, bias: onnx_ir.Value | None) -> bool:
+    """Whether `product` is x W of two matrices, used here alone, and `bias` as long as its rows."""
+    node = producer(product, "MatMul")
+    if node is None or product is None or len(product.uses()) != 1 or product.is_graph_output():
+        return False
+    if any(num_axes(factor) != 2 for factor in node.inputs):
+        return False
+    width = dims_of(node.inputs[1])
+    return width is not None and dims_of(bias) == width[1:]

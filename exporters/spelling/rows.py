@@ -1,0 +1,179 @@
+"""Products with one matrix over all rows at once, and what stands between two of them too.
+
+    x (B, T, I) → MatMul W → Add b → Gelu → MatMul V                                  becomes
+    x → Reshape (B·T, I) → MatMul W → Add b → Gelu → MatMul V → Reshape (B, T, O)
+
+so that `gemm.py` can write a product and its bias as one operator. Whatever works on each row alone (activations,
+normalisations, residual sums) takes rows too; only what needs the axes, such as an attention, gets them back.
+"""
+
+import onnx_ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from .values import Dims, Shapes, constant_of, dims_of, insert_after, is_standard, num_axes, producer, replace
+
+_ELEMENTWISE = {
+    "Abs", "Add", "Cast", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Mul",
+    "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Sum", "Swish", "Tanh",
+}  # fmt: skip
+
+_DEFAULT_AXIS = {"LayerNormalization": -1, "RMSNormalization": -1, "LogSoftmax": -1, "Softmax": -1, "Split": 0}
+"""Operators that work along an attribute `axis`, and what that is by default."""
+
+
+def flatten_rows(model: onnx_ir.Model) -> None:
+    """Rewrites the main graph, as far as the axes of its values are known."""
+    _Flattening(model.graph).run()
+    RemoveUnusedNodesPass()(model)
+
+
+class _Flattening:
+    """One walk over a graph."""
+
+    def __init__(self, graph: onnx_ir.Graph) -> None:
+        self._graph = graph
+        self._shapes = Shapes(graph)
+        self._rows: dict[onnx_ir.Value, onnx_ir.Value] = {}
+
+    def run(self) -> None:
+        for node in list(self._graph):
+            if is_standard(node, "Reshape"):
+                self._join(node)
+            elif any(output.is_graph_output() for output in node.outputs):
+                continue  # a reshape behind it would have to copy
+            elif is_standard(node) and (_is_product(node) or _starts_rows(node) or _continues_rows(node)):
+                self._flatten(node)
+
+    def _flatten(self, node: onnx_ir.Node) -> None:
+        """Puts the same operator over rows, and reshapes of its outputs, in the place of `node`."""
+        dims = _leading(node.outputs[0])
+        of_rows = [value for value in node.inputs if value is not None and _leading(value) == dims]
+        inputs = [self._rows_of(value) if value in of_rows else value for value in node.inputs]
+        attributes = [attribute for name, attribute in node.attributes.items() if name != "axis"]
+        if node.op_type in _DEFAULT_AXIS:
+            attributes.append(onnx_ir.AttrInt64("axis", -1))
+        if node.op_type == "ReduceMean":
+            inputs[1] = self._shapes.constant([-1])
+        num_outputs = len(node.outputs)
+        over_rows = onnx_ir.Node("", node.op_type, inputs, attributes, num_outputs=num_outputs, version=node.version)
+        views = []
+        for output, rows in zip(node.outputs, over_rows.outputs, strict=True):
+            width = _known_width(output)
+            rows.type, rows.shape = output.type, onnx_ir.Shape([None, width])
+            views.append(onnx_ir.node("Reshape", [rows, self._shapes.like(of_rows[0], width)]))
+        replace(node, [over_rows, *views], [view.outputs[0] for view in views])
+
+    def _rows_of(self, value: onnx_ir.Value) -> onnx_ir.Value:
+        """A value as rows, made where it is none yet."""
+        rows = _as_rows(value) or self._rows.get(value)
+        if rows is None:
+            width = _known_width(value)
+            view = onnx_ir.node("Reshape", [value, self._shapes.constant([-1, width])])
+            insert_after(self._graph, value, view)
+            rows = self._rows[value] = view.outputs[0]
+            rows.type, rows.shape = value.type, onnx_ir.Shape([None, width])
+            self._join(view)
+        return rows
+
+    def _join(self, node: onnx_ir.Node) -> None:
+        """Lets a reshape of a reshape take what the first one takes, or be left out where it leads back to that."""
+        view, output = node.inputs[0], node.outputs[0]
+        first = producer(view, "Reshape")
+        if first is None or _may_copy_axes(node):
+            return
+        rows = _as_rows(view)
+        if rows is not None and num_axes(output) == 2 and _width(output) == _width(rows):
+            onnx_ir.convenience.replace_all_uses_with(output, rows)
+        else:
+            node.replace_input_with(0, first.inputs[0])
+
+
+def _is_product(node: onnx_ir.Node) -> bool:
+    """Whether it multiplies rows that have more axes by one matrix."""
+    if node.op_type != "MatMul" or num_axes(node.inputs[1]) != 2 or _width(node.outputs[0]) is None:
+        return False
+    return _has_more_axes(node.inputs[0]) and _leading(node.inputs[0]) == _leading(node.outputs[0])
+
+
+def _starts_rows(node: onnx_ir.Node) -> bool:
+    """Whether it is a normalisation of rows that have more axes.
+
+    A sum before one, with three known axes, ONNX Runtime replaces by its own operator for both, slower on a CPU.
+    """
+    return node.op_type == "LayerNormalization" and _has_more_axes(node.inputs[0]) and _is_rowwise(node)
+
+
+def _continues_rows(node: onnx_ir.Node) -> bool:
+    return any(_as_rows(value) is not None for value in node.inputs) and _is_rowwise(node)
+
+
+def _is_rowwise(node: onnx_ir.Node) -> bool:
+    """Whether each row of the outputs needs the same row of the inputs alone."""
+    dims = _leading(node.outputs[0])
+    if dims is None or any(_leading(output) != dims or _width(output) is None for output in node.outputs):
+        return False
+    if node.op_type in _ELEMENTWISE:
+        return all(_leading(value) == dims or _is_one_row(value) for value in node.inputs)
+    if _leading(node.inputs[0]) != dims:
+        return False
+    if node.op_type == "ReduceMean":
+        return _axes_of_mean(node) in ([-1], [len(dims)]) and bool(node.attributes.get_int("keepdims", 1))
+    default = _DEFAULT_AXIS.get(node.op_type)
+    return default is not None and node.attributes.get_int("axis", default) in (-1, len(dims))
+
+
+def _axes_of_mean(node: onnx_ir.Node) -> list[int] | None:
+    axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+    return axes.tolist() if axes is not None else None
+
+
+def _leading(value: onnx_ir.Value | None) -> Dims | None:
+    """The axes before the last, where there are any and all are known."""
+    dims = dims_of(value)
+    return dims[:-1] if dims is not None and len(dims) > 1 else None
+
+
+def _has_more_axes(value: onnx_ir.Value | None) -> bool:
+    """Whether it is rows of a known width, along more than one axis."""
+    dims = _leading(value)
+    return dims is not None and len(dims) > 1 and _width(value) is not None
+
+
+def _width(value: onnx_ir.Value | None) -> int | None:
+    """The last axis of a value, None where it is dynamic or there is none."""
+    last = value.shape[-1] if value is not None and value.shape else None
+    return last if isinstance(last, int) else None
+
+
+def _known_width(value: onnx_ir.Value) -> int:
+    width = _width(value)
+    assert width is not None
+    return width
+
+
+def _is_one_row(value: onnx_ir.Value | None) -> bool:
+    """Whether it is a number, or the same for every row."""
+    axes = num_axes(value)
+    return axes is not None and axes <= 1
+
+
+def _as_rows(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
+    """The rows that a value of more axes is a view of, None where it is none."""
+    view = producer(value, "Reshape")
+    if view is None or num_axes(view.inputs[0]) != 2 or not _has_more_axes(value):
+        return None
+    return view.inputs[0] if _width(value) == _width(view.inputs[0]) else None
+
+
+def _may_copy_axes(node: onnx_ir.Node) -> bool:
+    """Whether a reshape may take an axis over from its input, as a zero in its shape says."""
+    return not node.attributes.get_int("allowzero", 0) and _may_be_zero(node.inputs[1])
+
+
+def _may_be_zero(shape: onnx_ir.Value | None) -> bool:
+    sizes = constant_of(shape)
+    if sizes is not None:
+        return 0 in sizes
+    if (joined := producer(shape, "Concat")) is not None:
+        return any(_may_be_zero(part) for part in joined.inputs)
+    return producer(shape, "Shape") is None

@@ -1,0 +1,113 @@
+"""What is known of a value: its axes, its constant, where it comes from; and shapes for reshapes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir
+
+Dims = tuple[int | str, ...]
+_STANDARD = ("", "ai.onnx")
+_SMALL = 8
+"""Elements of a constant that is read."""
+
+
+def dims_of(value: onnx_ir.Value | None) -> Dims | None:
+    """The size of each axis, a number or the name of a dynamic one; None where one of them is not known."""
+    if value is None or value.shape is None:
+        return None
+    dims = [axis if isinstance(axis, int) else axis.value for axis in value.shape]
+    return None if None in dims else tuple(axis if isinstance(axis, int) else str(axis) for axis in dims)
+
+
+def num_axes(value: onnx_ir.Value | None) -> int | None:
+    """The number of axes, None where it is not known."""
+    return len(value.shape) if value is not None and value.shape is not None else None
+
+
+def constant_of(value: onnx_ir.Value | None) -> np.ndarray | None:
+    """The few numbers that a value always holds; None where they are not known, or many."""
+    tensor = value.const_value if value is not None and not value.is_graph_input() else None
+    return tensor.numpy() if tensor is not None and tensor.size <= _SMALL else None
+
+
+def is_standard(node: onnx_ir.Node, *op_types: str) -> bool:
+    """Whether it is a standard operator, of one of these types if any are given."""
+    return node.domain in _STANDARD and (not op_types or node.op_type in op_types)
+
+
+def producer(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
+    """The standard operator of this type that makes a value, None where another one does."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and is_standard(node, op_type) else None
+
+
+def replace(node: onnx_ir.Node, new: Sequence[onnx_ir.Node], values: Sequence[onnx_ir.Value]) -> None:
+    """Puts the nodes `new` in the place of `node`, and `values` in that of its outputs, with their names and shapes."""
+    assert node.graph is not None
+    onnx_ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, node.outputs, values)
+
+
+def insert_after(graph: onnx_ir.Graph, value: onnx_ir.Value, node: onnx_ir.Node) -> None:
+    """Inserts a node as soon as `value` is there."""
+    before = value.producer()
+    if before is not None:
+        graph.insert_after(before, node)
+    else:
+        graph.insert_before(graph[0], node)
+
+
+class Shapes:
+    """Shapes for reshapes in one graph, each made once.
+
+    Two axes of one name need not be of one length at each run: where a shape comes from is what counts.
+    """
+
+    def __init__(self, graph: onnx_ir.Graph) -> None:
+        self._graph = graph
+        self._constants: dict[tuple[int, ...], onnx_ir.Value] = {}
+        self._leading: dict[onnx_ir.Value, onnx_ir.Value] = {}
+        self._whole: dict[tuple[onnx_ir.Value, int], onnx_ir.Value] = {}
+
+    def constant(self, sizes: Sequence[int]) -> onnx_ir.Value:
+        """These sizes."""
+        key = tuple(sizes)
+        if key not in self._constants:
+            name = f"shape_{'_'.join('any' if size == -1 else str(size) for size in key)}"
+            tensor = onnx_ir.tensor(np.array(key, np.int64), name=name)
+            value = _typed(onnx_ir.Value(name=name, const_value=tensor), len(key))
+            self._graph.register_initializer(value)
+            self._constants[key] = value
+        return self._constants[key]
+
+    def like(self, value: onnx_ir.Value, width: int) -> onnx_ir.Value:
+        """The axes of `value`, which are known, with `width` in the place of the last."""
+        dims = dims_of(value)
+        assert dims is not None
+        fixed = [axis for axis in dims[:-1] if isinstance(axis, int)]
+        if len(fixed) == len(dims) - 1:
+            return self.constant([*fixed, width])
+        leading = self._leading_of(value, len(dims) - 1)
+        if (leading, width) not in self._whole:
+            node = onnx_ir.node("Concat", [leading, self.constant([width])], {"axis": 0})
+            insert_after(self._graph, leading, node)
+            whole = _typed(node.outputs[0], len(dims))
+            self._whole[leading, width] = whole
+            self._leading[whole] = leading
+        return self._whole[leading, width]
+
+    def _leading_of(self, value: onnx_ir.Value, length: int) -> onnx_ir.Value:
+        """The sizes of the axes before the last: those that a view was made with, or else what `Shape` gives."""
+        view = producer(value, "Reshape")
+        shape = view.inputs[1] if view is not None else None
+        if shape in self._leading:
+            return self._leading[shape]
+        if value not in self._leading:
+            node = onnx_ir.node("Shape", [value], {"start": 0, "end": length})
+            insert_after(self._graph, value, node)
+            self._leading[value] = _typed(node.outputs[0], length)
+        return self._leading[value]
+
+
+def _typed(shape: onnx_ir.Value, length: int) -> onnx_ir.Value:
+    shape.type, shape.shape = onnx_ir.TensorType(onnx_ir.DataType.INT64), onnx_ir.Shape([length])
+    return shape
