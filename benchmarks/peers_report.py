@@ -72,8 +72,8 @@ def _markdown(models: Mapping[str, Cells]) -> str:
         "A number is the time over that of the fastest peer, whose own is given in milliseconds: the median over "
         f"{first['processes']} processes, each of which holds all sides and runs them in turn. *merged* and the sides "
         "below it are ours, all for `ort-cpu` but for *portable*, which is merged too; the second number of those with "
-        "an adapter is the time over *merged*. Adapters have 8 blocks of rank 8; *idle*: swappable, without one. Bold: a "
-        " merged graph slower than the fastest peer, or one with an adapter above its goal "
+        "an adapter is the time over *merged*. Adapters have 8 blocks of rank 8; *idle*: swappable, without one. Bold: "
+        "a merged graph slower than the fastest peer, or one with an adapter above its goal "
         f"({', '.join(f'{side} {goal:.2f}' for side, goal in GOALS.items())}).",
     ]
     for model, cells in models.items():

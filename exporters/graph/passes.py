@@ -8,9 +8,11 @@ import torch
 from exporters.onnx_files.cache_names import MASK
 from exporters.onnx_files.metadata import places_as_json
 from exporters.spelling.attention import drop_returns, drop_zeros, shorten_attentions
+from exporters.spelling.chosen_rows import choose_rows
 from exporters.spelling.gates import gate_updates
 from exporters.spelling.gemm import write_gemms
 from exporters.spelling.rows import flatten_rows
+from exporters.spelling.values import Shapes
 from melora_fx.adapter.tensors import factor_names
 from melora_fx.shared_memory import sharing_parameters
 
@@ -36,8 +38,10 @@ def spell(export: Export) -> None:
     shorten_attentions(export.graph_model)
     if export.options.target.fusions is not None and is_float32 and not _is_padded_before(export.inputs):
         drop_zeros(export.graph_model)
-    flatten_rows(export.graph_model)
+    shapes = Shapes(export.graph)
+    flatten_rows(export.graph_model, shapes)
     write_gemms(export.graph_model)
+    choose_rows(export.graph_model, shapes)
     if export.adapter.is_swappable and export.options.form.is_gated and is_float32:
         gate_updates(export.graph_model, [factor_names(site) for site in export.sites])
     export.has_stale_types = True

@@ -10,29 +10,40 @@ normalisations, residual sums) takes rows too; only what needs the axes, such as
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .values import Dims, Shapes, constant_of, dims_of, insert_after, is_standard, num_axes, producer, replace
+from .values import (
+    Dims,
+    Shapes,
+    constant_of,
+    dims_of,
+    insert_after,
+    is_standard,
+    may_be_zero,
+    num_axes,
+    producer,
+    replace,
+)
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "Abs", "Add", "Cast", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Mul",
     "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Sum", "Swish", "Tanh",
 }  # fmt: skip
 
-_DEFAULT_AXIS = {"LayerNormalization": -1, "RMSNormalization": -1, "LogSoftmax": -1, "Softmax": -1, "Split": 0}
+DEFAULT_AXIS = {"LayerNormalization": -1, "RMSNormalization": -1, "LogSoftmax": -1, "Softmax": -1, "Split": 0}
 """Operators that work along an attribute `axis`, and what that is by default."""
 
 
-def flatten_rows(model: onnx_ir.Model) -> None:
+def flatten_rows(model: onnx_ir.Model, shapes: Shapes) -> None:
     """Rewrites the main graph, as far as the axes of its values are known."""
-    _Flattening(model.graph).run()
+    _Flattening(model.graph, shapes).run()
     RemoveUnusedNodesPass()(model)
 
 
 class _Flattening:
     """One walk over a graph."""
 
-    def __init__(self, graph: onnx_ir.Graph) -> None:
+    def __init__(self, graph: onnx_ir.Graph, shapes: Shapes) -> None:
         self._graph = graph
-        self._shapes = Shapes(graph)
+        self._shapes = shapes
         self._rows: dict[onnx_ir.Value, onnx_ir.Value] = {}
 
     def run(self) -> None:
@@ -50,7 +61,7 @@ class _Flattening:
         of_rows = [value for value in node.inputs if value is not None and _leading(value) == dims]
         inputs = [self._rows_of(value) if value in of_rows else value for value in node.inputs]
         attributes = [attribute for name, attribute in node.attributes.items() if name != "axis"]
-        if node.op_type in _DEFAULT_AXIS:
+        if node.op_type in DEFAULT_AXIS:
             attributes.append(onnx_ir.AttrInt64("axis", -1))
         if node.op_type == "ReduceMean":
             inputs[1] = self._shapes.constant([-1])
@@ -65,7 +76,7 @@ class _Flattening:
 
     def _rows_of(self, value: onnx_ir.Value) -> onnx_ir.Value:
         """A value as rows, made where it is none yet."""
-        rows = _as_rows(value) or self._rows.get(value)
+        rows = as_rows(value) or self._rows.get(value)
         if rows is None:
             width = _known_width(value)
             view = onnx_ir.node("Reshape", [value, self._shapes.constant([-1, width])])
@@ -81,7 +92,7 @@ class _Flattening:
         first = producer(view, "Reshape")
         if first is None or _may_copy_axes(node):
             return
-        rows = _as_rows(view)
+        rows = as_rows(view)
         if rows is not None and num_axes(output) == 2 and _width(output) == _width(rows):
             onnx_ir.convenience.replace_all_uses_with(output, rows)
         else:
@@ -104,7 +115,7 @@ def _starts_rows(node: onnx_ir.Node) -> bool:
 
 
 def _continues_rows(node: onnx_ir.Node) -> bool:
-    return any(_as_rows(value) is not None for value in node.inputs) and _is_rowwise(node)
+    return any(as_rows(value) is not None for value in node.inputs) and _is_rowwise(node)
 
 
 def _is_rowwise(node: onnx_ir.Node) -> bool:
@@ -112,13 +123,13 @@ def _is_rowwise(node: onnx_ir.Node) -> bool:
     dims = _leading(node.outputs[0])
     if dims is None or any(_leading(output) != dims or _width(output) is None for output in node.outputs):
         return False
-    if node.op_type in _ELEMENTWISE:
+    if node.op_type in ELEMENTWISE:
         return all(_leading(value) == dims or _is_one_row(value) for value in node.inputs)
     if _leading(node.inputs[0]) != dims:
         return False
     if node.op_type == "ReduceMean":
         return _axes_of_mean(node) in ([-1], [len(dims)]) and bool(node.attributes.get_int("keepdims", 1))
-    default = _DEFAULT_AXIS.get(node.op_type)
+    default = DEFAULT_AXIS.get(node.op_type)
     return default is not None and node.attributes.get_int("axis", default) in (-1, len(dims))
 
 
@@ -157,7 +168,7 @@ def _is_one_row(value: onnx_ir.Value | None) -> bool:
     return axes is not None and axes <= 1
 
 
-def _as_rows(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
+def as_rows(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
     """The rows that a value of more axes is a view of, None where it is none."""
     view = producer(value, "Reshape")
     if view is None or num_axes(view.inputs[0]) != 2 or not _has_more_axes(value):
@@ -167,13 +178,4 @@ def _as_rows(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
 
 def _may_copy_axes(node: onnx_ir.Node) -> bool:
     """Whether a reshape may take an axis over from its input, as a zero in its shape says."""
-    return not node.attributes.get_int("allowzero", 0) and _may_be_zero(node.inputs[1])
-
-
-def _may_be_zero(shape: onnx_ir.Value | None) -> bool:
-    sizes = constant_of(shape)
-    if sizes is not None:
-        return 0 in sizes
-    if (joined := producer(shape, "Concat")) is not None:
-        return any(_may_be_zero(part) for part in joined.inputs)
-    return producer(shape, "Shape") is None
+    return not node.attributes.get_int("allowzero", 0) and may_be_zero(node.inputs[1])

@@ -99,13 +99,25 @@ class Shapes:
         """The sizes of the axes before the last: those that a view was made with, or else what `Shape` gives."""
         view = producer(value, "Reshape")
         shape = view.inputs[1] if view is not None else None
-        if shape in self._leading:
-            return self._leading[shape]
-        if value not in self._leading:
-            node = onnx_ir.node("Shape", [value], {"start": 0, "end": length})
-            insert_after(self._graph, value, node)
-            self._leading[value] = _typed(node.outputs[0], length)
-        return self._leading[value]
+        source = shape if shape is not None and not may_be_zero(shape) else value
+        if source not in self._leading:
+            if source is shape:
+                node = onnx_ir.node("Slice", [source, self.constant([0]), self.constant([-1])])
+            else:
+                node = onnx_ir.node("Shape", [source], {"start": 0, "end": length})
+            insert_after(self._graph, source, node)
+            self._leading[source] = _typed(node.outputs[0], length)
+        return self._leading[source]
+
+
+def may_be_zero(shape: onnx_ir.Value | None) -> bool:
+    """Whether a size may be zero, by which `Reshape` means that of its input."""
+    sizes = constant_of(shape)
+    if sizes is not None:
+        return 0 in sizes
+    if (joined := producer(shape, "Concat")) is not None:
+        return any(may_be_zero(part) for part in joined.inputs)
+    return producer(shape, "Shape") is None and producer(shape, "Slice") is None
 
 
 def _typed(shape: onnx_ir.Value, length: int) -> onnx_ir.Value:

@@ -1,0 +1,148 @@
+"""Rows that nobody reads, left out: a classifier looks at one token of each text, so its last layer needs no other.
+
+    rows (B·T, I) → Gemm → Gelu → Gemm → as (B, T, O) → Gather token 0 (B, O)           becomes
+    rows (B·T, I) → as (B, T, I) → Gather token 0 (B, I) → Gemm → Gelu → Gemm
+
+back to where tokens are mixed, an attention. It saves three quarters of the last layer: the output's projection and the
+MLP. The graph is one that `rows.py` has been over: whatever works on rows alone does not ask how many there are.
+"""
+
+import onnx_ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from .rows import DEFAULT_AXIS, ELEMENTWISE, as_rows
+from .values import Shapes, constant_of, insert_after, is_standard, num_axes, producer, replace
+
+_TOKENS = 1
+"""The axis of the tokens in (B, T, O)."""
+
+_OF_BLOCKS = (1, 0, 2)
+"""What brings (B·T, N, I) to (N, B·T, I), and back: the updates of adapters in blocks."""
+
+
+def choose_rows(model: onnx_ir.Model, shapes: Shapes) -> None:
+    """Moves the choice of a token, a constant one, before what works on each token alone, in the main graph."""
+    for node in list(model.graph):
+        if is_standard(node, "Gather") and node.attributes.get_int("axis", 0) == _TOKENS and _has_one_index(node):
+            _choose(model.graph, node, shapes)
+    RemoveUnusedNodesPass()(model)
+
+
+def _has_one_index(gather: onnx_ir.Node) -> bool:
+    return num_axes(gather.inputs[1]) == 0 and constant_of(gather.inputs[1]) is not None
+
+
+def _choose(graph: onnx_ir.Graph, gather: onnx_ir.Node, shapes: Shapes) -> None:
+    view = gather.inputs[0]
+    rows = as_rows(view)
+    if rows is None or view is None or num_axes(view) != 3 or view.is_graph_output():
+        return
+    needless = _needed_by_these_alone(graph, {user for user in view.consumers() if _is_same_choice(user, gather)})
+    if rows.producer() not in needless:
+        return
+    chosen: dict[onnx_ir.Value, onnx_ir.Value] = {}
+    for node in [node for node in graph if node in needless and not _is_view(node)]:
+        inputs = [
+            chosen.get(value) or _chosen_before(graph, value, view, gather, shapes, chosen)
+            if value is not None and _are_rows(value, needless)
+            else value
+            for value in node.inputs
+        ]
+        copy = onnx_ir.Node("", node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
+        for own, new in zip(node.outputs, copy.outputs, strict=True):
+            new.type, new.shape = own.type, own.shape
+            chosen[own] = new
+        graph.insert_before(node, copy)
+    for user in [user for user in view.consumers() if _is_same_choice(user, gather)]:
+        same = onnx_ir.node("Identity", [chosen[rows]])
+        replace(user, [same], same.outputs)
+
+
+def _is_same_choice(node: onnx_ir.Node, gather: onnx_ir.Node) -> bool:
+    is_choice = is_standard(node, "Gather") and node.attributes.get_int("axis", 0) == _TOKENS
+    return is_choice and _has_one_index(node) and constant_of(node.inputs[1]) == constant_of(gather.inputs[1])
+
+
+def _needed_by_these_alone(graph: onnx_ir.Graph, users: set[onnx_ir.Node]) -> set[onnx_ir.Node]:
+    """The nodes over rows whose outputs lead to `users` and nowhere else."""
+    found: set[onnx_ir.Node] = set()
+    for node in reversed(list(graph)):
+        readers = {reader for output in node.outputs for reader in output.consumers()}
+        is_output = any(output.is_graph_output() for output in node.outputs)
+        if readers and not is_output and readers <= users | found and (_is_view(node) or _works_on_rows(node)):
+            found.add(node)
+    return found
+
+
+def _is_view(node: onnx_ir.Node) -> bool:
+    """Whether it gives rows their axes back."""
+    return as_rows(node.outputs[0]) is not None
+
+
+def _works_on_rows(node: onnx_ir.Node) -> bool:
+    """Whether it takes rows, (B·T, I) or those of blocks, and would give the same ones of fewer."""
+    first = node.inputs[0] if node.inputs else None
+    if not is_standard(node) or first is None or num_axes(first) not in (2, 3):
+        return False
+    if node.op_type == "Gemm":
+        return not node.attributes.get_int("transA", 0) and num_axes(node.inputs[2]) == 1
+    if node.op_type == "MatMul":
+        return num_axes(node.inputs[1]) == num_axes(first) and _is_given(node.inputs[1])
+    if node.op_type == "Transpose":
+        return num_axes(first) == 3 and tuple(node.attributes["perm"].as_ints()) == _OF_BLOCKS
+    if node.op_type == "Reshape":
+        return _is_reshape_of_rows(node)
+    if num_axes(first) != 2:
+        return False
+    if node.op_type in ELEMENTWISE:
+        return all(num_axes(value) == 2 or (num_axes(value) or 0) < 2 for value in node.inputs)
+    return node.op_type in DEFAULT_AXIS and node.attributes.get_int("axis", DEFAULT_AXIS[node.op_type]) == -1
+
+
+def _is_given(value: onnx_ir.Value | None) -> bool:
+    """Whether it is the same for every row: a weight, or an adapter's factor."""
+    return value is not None and (value.const_value is not None or value.is_graph_input())
+
+
+def _is_reshape_of_rows(node: onnx_ir.Node) -> bool:
+    """Whether it parts each row into blocks, (B·T, I) → (B·T, N, I/N), or joins them again."""
+    sizes = constant_of(node.inputs[1])
+    if sizes is None or sizes[0] != -1:
+        return False
+    if len(sizes) == 3:
+        first = _width_of_rows(node.inputs[0])
+        return first is not None and first == sizes[1] * sizes[2]
+    parted = producer(node.inputs[0], "Transpose")
+    return len(sizes) == 2 and parted is not None and tuple(parted.attributes["perm"].as_ints()) == _OF_BLOCKS
+
+
+def _width_of_rows(value: onnx_ir.Value | None) -> int | None:
+    """The width of rows (B·T, I); None for what has more axes."""
+    width = value.shape[1] if value is not None and value.shape is not None and len(value.shape) == 2 else None
+    return width if isinstance(width, int) else None
+
+
+def _are_rows(value: onnx_ir.Value, needless: set[onnx_ir.Node]) -> bool:
+    """Whether a value that a node over rows takes is rows itself."""
+    return value.producer() in needless or (num_axes(value) == 2 and not _is_given(value))
+
+
+def _chosen_before(
+    graph: onnx_ir.Graph,
+    rows: onnx_ir.Value,
+    view: onnx_ir.Value,
+    gather: onnx_ir.Node,
+    shapes: Shapes,
+    chosen: dict[onnx_ir.Value, onnx_ir.Value],
+) -> onnx_ir.Value:
+    """The token of rows that stay whole."""
+    width = _width_of_rows(rows)
+    assert width is not None
+    with_axes = onnx_ir.node("Reshape", [rows, shapes.like(view, width)])
+    choice = onnx_ir.node("Gather", [with_axes.outputs[0], gather.inputs[1]], {"axis": _TOKENS})
+    for node in (choice, with_axes):
+        insert_after(graph, rows, node)
+    result = choice.outputs[0]
+    result.type, result.shape = rows.type, onnx_ir.Shape([None, width])
+    chosen[rows] = result
+    return result
