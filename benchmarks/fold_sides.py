@@ -4,6 +4,7 @@ Run as a script it does one of them once, and prints the peak memory of that in 
 """
 
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -55,8 +56,19 @@ def make_checkpoint(folder: Path, quick: bool) -> None:
     staging.rename(folder)
 
 
-def copy_folder(folder: Path, out: Path) -> None:
+def copy_by_cp(folder: Path, out: Path) -> None:
+    subprocess.run(["cp", "-r", str(folder / "base"), str(out)], check=True)
+
+
+def copy_by_shutil(folder: Path, out: Path) -> None:
     shutil.copytree(folder / "base", out)
+
+
+def fold_by_command(folder: Path, out: Path) -> None:
+    """The whole command, its imports included."""
+    command = [sys.executable, "-c", "from exporters.cli.commands import main; main()", "fold"]
+    arguments = [str(folder / "base"), str(folder / "adapter"), "-o", str(out)]
+    subprocess.run([*command, *arguments], check=True, capture_output=True)
 
 
 def fold_on_disk(folder: Path, out: Path) -> None:
@@ -75,9 +87,12 @@ def merge_by_peft(folder: Path, out: Path) -> None:
     merged.save_pretrained(out, max_shard_size="1GB")
 
 
+COPY = "cp -r"
 SIDES: dict[str, Callable[[Path, Path], None]] = {
-    "copy of the folder": copy_folder,
+    COPY: copy_by_cp,
+    "shutil.copytree": copy_by_shutil,
     "fold_checkpoint": fold_on_disk,
+    "melora-fx fold": fold_by_command,
     "every tensor through safetensors": rewrite_tensors,
     "PEFT: load, merge_and_unload, save": merge_by_peft,
 }

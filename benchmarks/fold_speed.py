@@ -2,8 +2,9 @@
 
 * memory: 264M parameters in the linears of a Llama, all adapted: 8 blocks of rank 8 here, rank 64 in PEFT.
   `folded` includes keeping the blocks for the way back; `copy` is a memcpy of the same blocks into the same weights.
-* disk: a random Llama of 1.1B parameters in bfloat16, sharded (2.2 GB): `fold_checkpoint`, `shutil.copytree`, reading
-  and rewriting every tensor through safetensors, and PEFT's way: load, merge, save. All read from the page cache, which
+* disk: a random Llama of 1.1B parameters in bfloat16, sharded (2.2 GB): `fold_checkpoint`, the whole command
+  `melora-fx fold`, `cp -r` and `shutil.copytree`, reading and rewriting every tensor through safetensors, and PEFT's
+  way: load, merge, save. All read from the page cache, which
   is written back before each run; peak memory is that of a process of its own, above what its imports take.
 * onnx: MiniLM-L6, every linear of its layers: `fold_onnx` and `export_onnx` of the folded model, both unverified.
 
@@ -28,7 +29,7 @@ from exporters.measuring.timing import time_in_turn
 from melora_fx.folding.site_weight import changed_blocks
 
 from .cases import Case, Row, run_apart, run_cases, timed_rows
-from .fold_sides import CONFIG, SIDES, base_config, lora, make_checkpoint
+from .fold_sides import CONFIG, COPY, SIDES, base_config, lora, make_checkpoint
 from .models import build, fill
 from .needs import why_missing
 
@@ -135,7 +136,7 @@ def on_disk(options: Namespace) -> list[Row]:
     seconds = time_in_turn(SIDES, rounds=options.rounds, prepare=prepare)
     size = sum(file.stat().st_size for file in (folder / "base").iterdir())
     facts = {"part": "disk", "dtype": "bfloat16", "threads": options.threads}
-    rows = rows_of(seconds, "copy of the folder", dict.fromkeys(SIDES, 2 * size), **facts)
+    rows = rows_of(seconds, COPY, dict.fromkeys(SIDES, 2 * size), **facts)
     for row in rows:
         row["peak_mib"] = run_apart("fold_sides", row["side"], *prepare(row["side"]), options.threads)
     shutil.rmtree(out)

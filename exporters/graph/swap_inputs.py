@@ -158,18 +158,20 @@ def _adapter_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:
         for name, initializer, rank_axis in zip(factor_names(site), initializers, _RANK_AXES[form], strict=True):
             value = export.graph.initializers[initializer]
             sizes = [size for size in value.shape or () if isinstance(size, int)]
-            _forget_shapes_after(value)
+            if rank_axis == _RANK_AXES[form][0]:
+                _forget_rank_after(value)
             value.name = name
             value.shape = onnx_ir.Shape([f"rank_{index}" if axis == rank_axis else n for axis, n in enumerate(sizes)])
             inputs[value] = torch.zeros([0 if axis == rank_axis else n for axis, n in enumerate(sizes)])
     return inputs
 
 
-def _forget_shapes_after(value: onnx_ir.Value) -> None:
-    """Drops the shapes of what is computed from `value`: they have the rank that the model was rewritten with."""
-    for user in value.consumers():
+def _forget_rank_after(lora_a: onnx_ir.Value) -> None:
+    """Forgets the last axis of products with A: it is of the rank that the model was rewritten with."""
+    for user in lora_a.consumers():
         for output in user.outputs:
-            output.shape = None
+            if output.shape is not None:
+                output.shape = onnx_ir.Shape([*output.shape[:-1], None])
 
 
 def _kept_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:

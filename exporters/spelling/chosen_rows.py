@@ -26,6 +26,7 @@ def choose_rows(model: onnx_ir.Model, shapes: Shapes) -> None:
         if is_standard(node, "Gather") and node.attributes.get_int("axis", 0) == _TOKENS and _has_one_index(node):
             _choose(model.graph, node, shapes)
     RemoveUnusedNodesPass()(model)
+    model.graph.sort()
 
 
 def _has_one_index(gather: onnx_ir.Node) -> bool:
@@ -38,7 +39,7 @@ def _choose(graph: onnx_ir.Graph, gather: onnx_ir.Node, shapes: Shapes) -> None:
     if rows is None or view is None or num_axes(view) != 3 or view.is_graph_output():
         return
     needless = _needed_by_these_alone(graph, {user for user in view.consumers() if _is_same_choice(user, gather)})
-    if rows.producer() not in needless:
+    if rows.producer() not in needless or _needs(view.producer().inputs[1], needless):  # type: ignore[union-attr]
         return
     chosen: dict[onnx_ir.Value, onnx_ir.Value] = {}
     for node in [node for node in graph if node in needless and not _is_view(node)]:
@@ -64,14 +65,33 @@ def _is_same_choice(node: onnx_ir.Node, gather: onnx_ir.Node) -> bool:
 
 
 def _needed_by_these_alone(graph: onnx_ir.Graph, users: set[onnx_ir.Node]) -> set[onnx_ir.Node]:
-    """The nodes over rows whose outputs lead to `users` and nowhere else."""
-    found: set[onnx_ir.Node] = set()
-    for node in reversed(list(graph)):
-        readers = {reader for output in node.outputs for reader in output.consumers()}
-        is_output = any(output.is_graph_output() for output in node.outputs)
-        if readers and not is_output and readers <= users | found and (_is_view(node) or _works_on_rows(node)):
-            found.add(node)
-    return found
+    """The nodes over rows, and over their blocks, whose outputs lead to `users` and nowhere else."""
+    usable = {node for node in graph if _is_view(node) or _works_on_rows(node)}
+    while True:
+        found: set[onnx_ir.Node] = set()
+        for node in reversed(list(graph)):
+            readers = {reader for output in node.outputs for reader in output.consumers()}
+            is_output = any(output.is_graph_output() for output in node.outputs)
+            if readers and not is_output and readers <= users | found and node in usable:
+                found.add(node)
+        of_whole_blocks = {node for node in found if num_axes(node.inputs[0]) == 3 and not _is_made_by(node, found)}
+        if not of_whole_blocks:
+            return found
+        usable -= of_whole_blocks
+
+
+def _is_made_by(node: onnx_ir.Node, nodes: set[onnx_ir.Node]) -> bool:
+    """Whether one of `nodes` makes what `node` takes."""
+    value = node.inputs[0]
+    return value is not None and value.producer() in nodes
+
+
+def _needs(value: onnx_ir.Value | None, nodes: set[onnx_ir.Node]) -> bool:
+    """Whether a value is computed of what one of `nodes` gives."""
+    made_by = value.producer() if value is not None else None
+    if made_by is None:
+        return False
+    return made_by in nodes or any(_needs(each, nodes) for each in made_by.inputs)
 
 
 def _is_view(node: onnx_ir.Node) -> bool:
@@ -85,7 +105,8 @@ def _works_on_rows(node: onnx_ir.Node) -> bool:
     if not is_standard(node) or first is None or num_axes(first) not in (2, 3):
         return False
     if node.op_type == "Gemm":
-        return not node.attributes.get_int("transA", 0) and num_axes(node.inputs[2]) == 1
+        has_matrix = len(node.inputs) > 2 and num_axes(node.inputs[2]) != 1
+        return not node.attributes.get_int("transA", 0) and not has_matrix
     if node.op_type == "MatMul":
         return num_axes(node.inputs[1]) == num_axes(first) and _is_given(node.inputs[1])
     if node.op_type == "Transpose":

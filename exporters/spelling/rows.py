@@ -89,13 +89,15 @@ class _Flattening:
     def _join(self, node: onnx_ir.Node) -> None:
         """Lets a reshape of a reshape take what the first one takes, or be left out where it leads back to that."""
         view, output = node.inputs[0], node.outputs[0]
-        first = producer(view, "Reshape")
-        if first is None or _may_copy_axes(node):
+        if view is None or _may_copy_axes(node):
             return
-        rows = as_rows(view)
-        if rows is not None and num_axes(output) == 2 and _width(output) == _width(rows):
-            onnx_ir.convenience.replace_all_uses_with(output, rows)
-        else:
+        rows = as_rows(view) or self._rows.get(view)
+        if rows is not None and rows is not output:
+            if num_axes(output) == 2 and _width(output) == _width(rows):
+                onnx_ir.convenience.replace_all_uses_with(output, rows)
+            else:
+                node.replace_input_with(0, rows)
+        elif (first := producer(view, "Reshape")) is not None:
             node.replace_input_with(0, first.inputs[0])
 
 

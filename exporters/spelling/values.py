@@ -71,7 +71,7 @@ class Shapes:
     def constant(self, sizes: Sequence[int]) -> onnx_ir.Value:
         """These sizes."""
         key = tuple(sizes)
-        if key not in self._constants:
+        if not self._is_there(self._constants.get(key)):
             name = f"shape_{'_'.join('any' if size == -1 else str(size) for size in key)}"
             tensor = onnx_ir.tensor(np.array(key, np.int64), name=name)
             value = _typed(onnx_ir.Value(name=name, const_value=tensor), len(key))
@@ -87,7 +87,7 @@ class Shapes:
         if len(fixed) == len(dims) - 1:
             return self.constant([*fixed, width])
         leading = self._leading_of(value, len(dims) - 1)
-        if (leading, width) not in self._whole:
+        if not self._is_there(self._whole.get((leading, width))):
             node = onnx_ir.node("Concat", [leading, self.constant([width])], {"axis": 0})
             insert_after(self._graph, leading, node)
             whole = _typed(node.outputs[0], len(dims))
@@ -95,12 +95,19 @@ class Shapes:
             self._leading[whole] = leading
         return self._whole[leading, width]
 
+    def _is_there(self, value: onnx_ir.Value | None) -> bool:
+        """Whether a value has been made, and no pass has removed it since as unused."""
+        if value is None:
+            return False
+        node = value.producer()
+        return node.graph is not None if node is not None else value.name in self._graph.initializers
+
     def _leading_of(self, value: onnx_ir.Value, length: int) -> onnx_ir.Value:
         """The sizes of the axes before the last: those that a view was made with, or else what `Shape` gives."""
         view = producer(value, "Reshape")
         shape = view.inputs[1] if view is not None else None
         source = shape if shape is not None and not may_be_zero(shape) else value
-        if source not in self._leading:
+        if not self._is_there(self._leading.get(source)):
             if source is shape:
                 node = onnx_ir.node("Slice", [source, self.constant([0]), self.constant([-1])])
             else:
