@@ -10,13 +10,13 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from support.models import fill, randn
 from torch import nn
 from torch.nn import functional as F
 
 import melora_fx
 from exporters import OrtRunner, export_onnx
 from melora_fx import MELoRAConfig
-from support.models import fill, randn
 
 IN, OUT = 12, 20
 SIZES = ((2, 2), (1, 7), (4, 9))
