@@ -76,6 +76,7 @@ RIGHT: dict[str, Function] = {
     "a token and a sum": lambda m, x: (lambda y: (y[:, 0], y.sum(1)))(_mlp(m, x)),
     "a token's slice": lambda m, x: _mlp(m, x)[:, :1],
     "a mean of tokens": lambda m, x: _mlp(m, x).mean(1),
+    "rows as output": lambda m, x: m.first(x).flatten(0, 1),
     "a text": lambda m, x: _mlp(m, x)[0],
     "residual of the input": lambda m, x: (x + _mlp(m, x))[:, 0],
     "gate of a half": lambda m, x: (lambda y: y[0] * torch.sigmoid(y[1]))(m.first(x).chunk(2, -1))[:, 0],
@@ -90,7 +91,6 @@ RIGHT: dict[str, Function] = {
     "attention": lambda m, x: m.norm(m.attention(x, x, x, need_weights=False)[0] + x),
 }
 MISTAKES: dict[str, tuple[Function, str]] = {
-    "rows as output": (lambda m, x: m.first(x).flatten(0, 1), "`_join` replaces an output of the graph"),
     "texts are exchanged": (lambda m, x: m.first(x.transpose(0, 1))[:, 0], "takes exchanged axes for joined blocks"),
     "texts are exchanged later": (lambda m, x: m.second(m.first(x).transpose(0, 1))[:, 0], "the same"),
     "norm by hand": (lambda m, x: m.third(_by_hand(m.first(x)))[:, 0], "a shape that was removed is used again"),
