@@ -93,7 +93,7 @@ class _Flattening:
             return
         rows = as_rows(view) or self._rows.get(view)
         if rows is not None and rows is not output:
-            if num_axes(output) == 2 and _width(output) == _width(rows):
+            if num_axes(output) == 2 and _width(output) == _width(rows) and not output.is_graph_output():
                 onnx_ir.convenience.replace_all_uses_with(output, rows)
             else:
                 node.replace_input_with(0, rows)
