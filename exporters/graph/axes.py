@@ -20,9 +20,20 @@ def name_axes(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic_axes: D
     Where axis 1 has several sizes in the examples, the later ones take the input's name as prefix.
     """
     names = _names_of_symbols(graph, examples, dynamic_axes)
+    apart = _kept_apart(names)
     for value in _values(graph):
         if value.shape is not None:
-            value.shape = onnx_ir.Shape([_renamed(size, names) for size in value.shape])
+            is_seen = value.is_graph_input() or value.is_graph_output()
+            value.shape = onnx_ir.Shape([_renamed(size, names if is_seen else apart) for size in value.shape])
+
+
+def _kept_apart(names: Mapping[str, str]) -> dict[str, str]:
+    """Names for inside of the graph, where two axes of one name would be taken for equal ones by fusions."""
+    first: dict[str, str] = {}
+    return {
+        symbol: name if first.setdefault(name, symbol) == symbol else f"{name}_{symbol}"
+        for symbol, name in names.items()
+    }
 
 
 def _names_of_symbols(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic_axes: DynamicAxes) -> dict[str, str]:

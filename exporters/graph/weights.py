@@ -88,9 +88,13 @@ def name_weights(export: Export) -> None:
             alike.add(_parameters(equal))
             scopes = _scopes(initializer)
             equal = [candidate for candidate in equal if candidate.module in scopes]
-        if len(_parameters(equal)) != 1 or equal[0].name in initializers:
+        if len(_parameters(equal)) != 1:
             continue
         found = equal[0]
+        if found.name in initializers:  # a module that is called twice has its weight transposed twice
+            onnx_ir.convenience.replace_all_uses_with(initializer, initializers[found.name])
+            initializers.pop(initializer.name or "")
+            continue
         initializer.name = found.name
         if found.parameter in matrices:
             places.setdefault(found.parameter, WeightPlace(found.name, found.is_transposed))

@@ -11,7 +11,7 @@ import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .rows import DEFAULT_AXIS, ELEMENTWISE, as_rows
-from .values import Shapes, constant_of, insert_after, is_standard, num_axes, producer, replace
+from .values import Shapes, constant_of, dims_of, insert_after, is_given, is_standard, num_axes, producer, replace
 
 _TOKENS = 1
 """The axis of the tokens in (B, T, O)."""
@@ -43,12 +43,11 @@ def _choose(graph: onnx_ir.Graph, gather: onnx_ir.Node, shapes: Shapes) -> None:
         return
     chosen: dict[onnx_ir.Value, onnx_ir.Value] = {}
     for node in [node for node in graph if node in needless and not _is_view(node)]:
-        inputs = [
-            chosen.get(value) or _chosen_before(graph, value, view, gather, shapes, chosen)
-            if value is not None and _are_rows(value, needless)
-            else value
-            for value in node.inputs
-        ]
+        inputs = list(node.inputs)
+        for index in _places_of_rows(node):
+            value = inputs[index]
+            assert value is not None
+            inputs[index] = chosen.get(value) or _chosen_before(graph, value, view, gather, shapes, chosen)
         copy = onnx_ir.Node("", node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
         for own, new in zip(node.outputs, copy.outputs, strict=True):
             new.type, new.shape = own.type, own.shape
@@ -106,9 +105,9 @@ def _works_on_rows(node: onnx_ir.Node) -> bool:
         return False
     if node.op_type == "Gemm":
         has_matrix = len(node.inputs) > 2 and num_axes(node.inputs[2]) != 1
-        return not node.attributes.get_int("transA", 0) and not has_matrix
+        return not node.attributes.get_int("transA", 0) and not has_matrix and is_given(node.inputs[1])
     if node.op_type == "MatMul":
-        return num_axes(node.inputs[1]) == num_axes(first) and _is_given(node.inputs[1])
+        return num_axes(node.inputs[1]) == num_axes(first) and is_given(node.inputs[1])
     if node.op_type == "Transpose":
         return num_axes(first) == 3 and tuple(node.attributes["perm"].as_ints()) == _OF_BLOCKS
     if node.op_type == "Reshape":
@@ -116,13 +115,20 @@ def _works_on_rows(node: onnx_ir.Node) -> bool:
     if num_axes(first) != 2:
         return False
     if node.op_type in ELEMENTWISE:
-        return all(num_axes(value) == 2 or (num_axes(value) or 0) < 2 for value in node.inputs)
+        return all(num_axes(value) in (0, 1) or _have_as_many_rows(value, node.outputs[0]) for value in node.inputs)
     return node.op_type in DEFAULT_AXIS and node.attributes.get_int("axis", DEFAULT_AXIS[node.op_type]) == -1
 
 
-def _is_given(value: onnx_ir.Value | None) -> bool:
-    """Whether it is the same for every row: a weight, or an adapter's factor."""
-    return value is not None and (value.const_value is not None or value.is_graph_input())
+def _have_as_many_rows(value: onnx_ir.Value | None, other: onnx_ir.Value) -> bool:
+    dims, others = dims_of(value), dims_of(other)
+    return dims is not None and others is not None and len(dims) == 2 and dims[0] == others[0]
+
+
+def _places_of_rows(node: onnx_ir.Node) -> list[int]:
+    """Which inputs of a node over rows are rows themselves, or their blocks."""
+    if node.op_type in ELEMENTWISE:
+        return [index for index, value in enumerate(node.inputs) if num_axes(value) == 2]
+    return [0]
 
 
 def _is_reshape_of_rows(node: onnx_ir.Node) -> bool:
@@ -141,11 +147,6 @@ def _width_of_rows(value: onnx_ir.Value | None) -> int | None:
     """The width of rows (B·T, I); None for what has more axes."""
     width = value.shape[1] if value is not None and value.shape is not None and len(value.shape) == 2 else None
     return width if isinstance(width, int) else None
-
-
-def _are_rows(value: onnx_ir.Value, needless: set[onnx_ir.Node]) -> bool:
-    """Whether a value that a node over rows takes is rows itself."""
-    return value.producer() in needless or (num_axes(value) == 2 and not _is_given(value))
 
 
 def _chosen_before(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .values import insert_after, is_standard, producer, replace
+from .values import insert_after, is_given, is_standard, producer, replace
 
 _VIEWS = ("Reshape", "Transpose")
 
@@ -82,6 +82,8 @@ def _find_site(lora_a: onnx_ir.Value, lora_b: onnx_ir.Value, updates: set[onnx_i
     base = next(value for value in totals[0].inputs if value is not update)
     product = producer(base, "Gemm")
     if product is None or base is None or len(base.uses()) != 1 or len(product.inputs) != 3:
+        return None
+    if not is_given(product.inputs[2]):  # the `If` stands before the product, and takes it
         return None
     return _Site(lora_a, update, product, totals[0])
 

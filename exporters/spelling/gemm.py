@@ -4,6 +4,9 @@ import onnx_ir
 
 from .values import dims_of, is_standard, num_axes, producer, replace
 
+_TYPES = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE)
+"""What ONNX Runtime's CPU has `Gemm` for; float16 is made of float32 later."""
+
 
 def write_gemms(model: onnx_ir.Model) -> None:
     """Joins products of two matrices, in the main graph, with biases that are added to them."""
@@ -23,7 +26,7 @@ def _is_biased(product: onnx_ir.Value | None, bias: onnx_ir.Value | None) -> boo
     node = producer(product, "MatMul")
     if node is None or product is None or len(product.uses()) != 1 or product.is_graph_output():
         return False
-    if any(num_axes(factor) != 2 for factor in node.inputs):
+    if any(num_axes(factor) != 2 for factor in node.inputs) or product.dtype not in _TYPES:
         return False
     width = dims_of(node.inputs[1])
     return width is not None and dims_of(bias) == width[1:]

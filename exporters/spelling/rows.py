@@ -7,6 +7,8 @@ so that `gemm.py` can write a product and its bias as one operator. Whatever wor
 normalisations, residual sums) takes rows too; only what needs the axes, such as an attention, gets them back.
 """
 
+import math
+
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -70,7 +72,7 @@ class _Flattening:
         views = []
         for output, rows in zip(node.outputs, over_rows.outputs, strict=True):
             width = _known_width(output)
-            rows.type, rows.shape = output.type, onnx_ir.Shape([None, width])
+            rows.type, rows.shape = output.type, onnx_ir.Shape([_num_rows(dims), width])
             views.append(onnx_ir.node("Reshape", [rows, self._shapes.like(of_rows[0], width)]))
         replace(node, [over_rows, *views], [view.outputs[0] for view in views])
 
@@ -82,7 +84,7 @@ class _Flattening:
             view = onnx_ir.node("Reshape", [value, self._shapes.constant([-1, width])])
             insert_after(self._graph, value, view)
             rows = self._rows[value] = view.outputs[0]
-            rows.type, rows.shape = value.type, onnx_ir.Shape([None, width])
+            rows.type, rows.shape = value.type, onnx_ir.Shape([_num_rows(_leading(value)), width])
             self._join(view)
         return rows
 
@@ -144,6 +146,13 @@ def _leading(value: onnx_ir.Value | None) -> Dims | None:
     """The axes before the last, where there are any and all are known."""
     dims = dims_of(value)
     return dims[:-1] if dims is not None and len(dims) > 1 else None
+
+
+def _num_rows(dims: Dims | None) -> int | str:
+    """The product of leading axes, in words where they are dynamic."""
+    assert dims is not None
+    fixed = [axis for axis in dims if isinstance(axis, int)]
+    return math.prod(fixed) if len(fixed) == len(dims) else "*".join(map(str, dims))
 
 
 def _has_more_axes(value: onnx_ir.Value | None) -> bool:

@@ -30,6 +30,11 @@ def constant_of(value: onnx_ir.Value | None) -> np.ndarray | None:
     return tensor.numpy() if tensor is not None and tensor.size <= _SMALL else None
 
 
+def is_given(value: onnx_ir.Value | None) -> bool:
+    """Whether it is there before any node runs: a constant, or an input."""
+    return value is not None and (value.const_value is not None or value.is_graph_input())
+
+
 def is_standard(node: onnx_ir.Node, *op_types: str) -> bool:
     """Whether it is a standard operator, of one of these types if any are given."""
     return node.domain in _STANDARD and (not op_types or node.op_type in op_types)
@@ -72,7 +77,7 @@ class Shapes:
         """These sizes."""
         key = tuple(sizes)
         if not self._is_there(self._constants.get(key)):
-            name = f"shape_{'_'.join('any' if size == -1 else str(size) for size in key)}"
+            name = f"shape.{'_'.join('any' if size == -1 else str(size) for size in key)}"
             tensor = onnx_ir.tensor(np.array(key, np.int64), name=name)
             value = _typed(onnx_ir.Value(name=name, const_value=tensor), len(key))
             self._graph.register_initializer(value)

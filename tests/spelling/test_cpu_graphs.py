@@ -175,6 +175,7 @@ MASKS = {
 }
 
 
+@pytest.mark.default_cases("bert_classifier-before")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("make", [bert_classifier, gpt2])
 def test_zeros_stay_where_the_example_needs_them(make: Any, mask: str, tmp_path: Path) -> None:
@@ -186,6 +187,7 @@ def test_zeros_stay_where_the_example_needs_them(make: Any, mask: str, tmp_path:
     assert ("Where" in fused.op_counts) == (mask != "behind")
 
 
+@pytest.mark.default_cases("auto")
 @pytest.mark.parametrize("form", ["auto", "gated", "block"])
 def test_an_update_is_left_out_without_an_adapter(form: str, tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(bert_classifier(num_layers=1), "all-linear", CONFIG))

@@ -1,7 +1,4 @@
-"""Modules whose graphs look like those that the rewrites are for, and are not: each graph equals torch at other sizes.
-
-Cases in `MISTAKES` are known to fail, each for the reason beside it.
-"""
+"""Modules whose graphs look like those that the rewrites are for, and are not: each equals torch at other sizes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import melora_fx
-from exporters import OrtRunner, export_onnx
+from exporters import OrtRunner, export_onnx, fold_onnx
 from melora_fx import MELoRAConfig
 
 IN, OUT = 12, 20
@@ -93,13 +90,10 @@ RIGHT: dict[str, Function] = {
     "norm by hand": lambda m, x: m.third(_by_hand(m.first(x)))[:, 0],
     "sum behind a mixture": lambda m, x: m.norm(m.square(x.cumsum(1)) + x)[:, 0],
     "sum behind an attention": lambda m, x: m.first(m.norm(m.attention(x, x, x, need_weights=False)[0] + x))[:, 0],
+    "gate of one row": lambda m, x: (m.first(x.flatten(0, 1)) * m.first(x.mean((0, 1))[None])).view(x.size(0), -1, OUT)[
+        :, 0
+    ],
     "attention": lambda m, x: m.norm(m.attention(x, x, x, need_weights=False)[0] + x),
-}
-MISTAKES: dict[str, tuple[Function, str]] = {
-    "gate of all rows": (
-        lambda m, x: (m.first(x.flatten(0, 1)) * m.first(x.mean((0, 1))[None])).view(x.size(0), -1, OUT)[:, 0],
-        "takes one row (1, O) for all",
-    ),
 }
 TWO: dict[str, Function] = {
     "tokens side by side": lambda m, x, y: m.second(torch.cat([m.first(x).relu(), m.first(y).relu()], 1)) * 2,
@@ -122,13 +116,6 @@ def _compare(path: Path, model: nn.Module, inputs: Iterator[tuple[torch.Tensor, 
         _near(session.run(None, {name: t.numpy() for name, t in zip(names, tensors, strict=True)}), expected)
 
 
-def _known(mistakes: dict[str, tuple[Function, str]]) -> list[Any]:
-    return [
-        pytest.param(function, id=name, marks=pytest.mark.xfail(strict=True, reason=reason))
-        for name, (function, reason) in mistakes.items()
-    ]
-
-
 @pytest.mark.default_cases(
     "a token and all-portable",
     "gate of a half-portable",
@@ -140,25 +127,15 @@ def _known(mistakes: dict[str, tuple[Function, str]]) -> list[Any]:
     "two tokens-portable",
 )
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
-@pytest.mark.parametrize(
-    "function", [*(pytest.param(function, id=name) for name, function in RIGHT.items()), *_known(MISTAKES)]
-)
+@pytest.mark.parametrize("function", RIGHT.values(), ids=RIGHT)
 def test_graph_is_right_at_other_sizes(function: Function, target: str, tmp_path: Path) -> None:
     model = OfOne(function).eval()
     export_onnx(model, {"x": randn(2, 5, IN)}, tmp_path / "model.onnx", target=target)
     _compare(tmp_path / "model.onnx", model, ((randn(*sizes, IN),) for sizes in SIZES))
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "portable",
-        pytest.param(
-            "ort-cpu",
-            marks=pytest.mark.xfail(strict=True, reason="the fusions take shapes with equal axis names for one"),
-        ),
-    ],
-)
+@pytest.mark.default_cases("tokens side by side-ort-cpu")
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 @pytest.mark.parametrize("function", TWO.values(), ids=TWO)
 def test_inputs_as_long_in_the_example_alone(function: Function, target: str, tmp_path: Path) -> None:
     model = OfTwo(function).eval()
@@ -168,15 +145,10 @@ def test_inputs_as_long_in_the_example_alone(function: Function, target: str, tm
 
 @pytest.mark.parametrize(
     "function",
-    _known(
-        {
-            "the input is rows": (lambda m, x: m.first(x.view(2, 5, IN))[:, 0], "takes an input for an adapter"),
-            "a constant of all rows": (
-                lambda m, x: (m.first(x) + m.table).view(2, 5, OUT)[:, 0],
-                "takes a constant of all rows for one of each",
-            ),
-        }
-    ),
+    [
+        pytest.param(lambda m, x: m.first(x.view(2, 5, IN))[:, 0], id="the input is rows"),
+        pytest.param(lambda m, x: (m.first(x) + m.table).view(2, 5, OUT)[:, 0], id="a constant of all rows"),
+    ],
 )
 def test_static_rows(function: Function, tmp_path: Path) -> None:
     model = OfOne(function).eval()
@@ -184,7 +156,6 @@ def test_static_rows(function: Function, tmp_path: Path) -> None:
     _compare(tmp_path / "model.onnx", model, iter([(randn(10, IN, seed=3),)]))
 
 
-@pytest.mark.xfail(strict=True, reason="takes a computed weight for rows")
 def test_weight_that_is_computed(tmp_path: Path) -> None:
     model = OfTwo(lambda m, x, y: F.linear(x, (y * 2).sin(), m.first.bias)[:, 0]).eval()
     inputs = {"x": randn(2, 5, IN), "y": randn(OUT, IN)}
@@ -192,7 +163,6 @@ def test_weight_that_is_computed(tmp_path: Path) -> None:
     _compare(tmp_path / "model.onnx", model, iter([(randn(3, 4, IN), randn(OUT, IN, seed=5))]))
 
 
-@pytest.mark.xfail(strict=True, reason="ONNX Runtime's CPU has no Gemm of integers")
 def test_integers(tmp_path: Path) -> None:
     class Integers(nn.Module):
         def forward(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -210,13 +180,9 @@ def test_integers(tmp_path: Path) -> None:
         pytest.param(lambda m, x: m.first(x) * m.third(m.first(x)).sum(), id="a site twice"),
         pytest.param(lambda m, x: (m.first(x), m.square(x)), id="sites as outputs"),
         pytest.param(lambda m, x: m.third(F.gelu(m.first(x.cumsum(1))))[:, 0], id="a token"),
-        *_known(
-            {
-                "a computed bias": (
-                    lambda m, x: F.linear(x, m.first.weight, F.linear(x.mean((0, 1)).exp(), m.matrix.t())).relu(),
-                    "the bias is made behind the `If` that adds it",
-                ),
-            }
+        pytest.param(
+            lambda m, x: F.linear(x, m.first.weight, F.linear(x.mean((0, 1)).exp(), m.matrix.t())).relu(),
+            id="a computed bias",
         ),
     ],
 )
@@ -238,3 +204,18 @@ def test_swappable_adapters(function: Function, tmp_path: Path) -> None:
 
 def _is_used(name: str, function: Function) -> bool:
     return name in function.__code__.co_names
+
+
+def test_a_fold_into_the_graph_of_a_module_that_is_called_twice(tmp_path: Path) -> None:
+    """Its weight is in the graph once: a fold changes all of its products."""
+
+    def twice(m: Case, x: torch.Tensor) -> torch.Tensor:
+        return m.second(F.gelu(m.first(x)) + m.first(x + 1))
+
+    inputs = {"x": randn(2, 5, IN)}
+    model = OfOne(twice).eval()
+    export_onnx(model, inputs, tmp_path / "base.onnx")
+    model = fill(melora_fx.rewrite(model, ["first", "second"], CONFIG))
+    melora_fx.save_adapter(model, tmp_path / "adapter")
+    fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "folded.onnx")
+    _compare(tmp_path / "folded.onnx", model, iter([(randn(3, 4, IN),)]))
