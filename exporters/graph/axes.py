@@ -12,12 +12,17 @@ from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 _AXIS_NAMES = ("batch", "sequence")
 """Of the axes 0 and 1, where `dynamic_axes` gives none."""
 
+_SEQUENCE_AXIS = 1
+_DECODER = "decoder_"
+"""Before the names of a decoder's inputs: as long as an encoder's in an example, they need not be so otherwise."""
+
 
 def name_axes(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:
     """Renames the symbols of dynamic axes, in every shape of the graph: `batch` for axis 0, `sequence` for axis 1,
     or as `dynamic_axes` says.
 
-    Where axis 1 has several sizes in the examples, the later ones take the input's name as prefix.
+    Where axis 1 has several sizes in the examples, the later ones take the input's name as prefix, and a decoder's is
+    called `decoder_sequence` where it is not the encoder's own.
     """
     names = _names_of_symbols(graph, examples, dynamic_axes)
     apart = _kept_apart(names)
@@ -52,6 +57,8 @@ def _names_of_symbols(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic
                 name = dynamic_axes[input_name].get(axis, name)
             elif size_of.setdefault(name, example.size(axis)) != example.size(axis):
                 name = f"{input_name}_{name}"
+            elif input_name.startswith(_DECODER) and axis == _SEQUENCE_AXIS and name in names.values():
+                name = _DECODER + name
             names[symbol] = name
     return names
 

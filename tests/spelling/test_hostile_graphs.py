@@ -10,6 +10,7 @@ import torch
 from support.models import fill, randn
 from torch import nn
 from torch.nn import functional as F
+from transformers import T5Config, T5ForConditionalGeneration
 
 import melora_fx
 from exporters import OrtRunner, export_onnx, fold_onnx
@@ -219,3 +220,25 @@ def test_a_fold_into_the_graph_of_a_module_that_is_called_twice(tmp_path: Path) 
     melora_fx.save_adapter(model, tmp_path / "adapter")
     fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "folded.onnx")
     _compare(tmp_path / "folded.onnx", model, iter([(randn(3, 4, IN),)]))
+
+
+@pytest.mark.default_cases("portable")
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+def test_a_decoder_as_long_as_its_encoder_in_the_example_alone(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 3}
+    model = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+
+    def inputs(encoder: int, decoder: int) -> dict[str, torch.Tensor]:
+        ids = torch.arange(3, 43).repeat(2, 1)
+        return {"input_ids": ids[:, :encoder], "decoder_input_ids": ids[:, 3 : 3 + decoder]}
+
+    report = export_onnx(model, inputs(5, 5), tmp_path / "model.onnx", target=target, use_cache=False)
+    assert report.inputs["decoder_input_ids"] == ("batch", "decoder_sequence")
+    session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+    for encoder, decoder in ((3, 7), (9, 2)):
+        tensors = inputs(encoder, decoder)
+        with torch.no_grad():
+            expected = model(**tensors, use_cache=False).logits
+        found = session.run(["logits"], {name: value.numpy() for name, value in tensors.items()})
+        torch.testing.assert_close(torch.as_tensor(found[0]), expected, rtol=1e-4, atol=1e-4)
