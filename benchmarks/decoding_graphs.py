@@ -1,10 +1,7 @@
 """The graphs that decoding compares, each made once and kept in --cache; others' do not change with our code."""
 
 import functools
-import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,10 +19,11 @@ from exporters import export_onnx, write_ort_adapter, write_peft_adapter
 from exporters.decoders.flat_cache import flat_cache
 from exporters.measuring.machine import package_versions
 from exporters.onnx_files.cache_names import LOGITS, MASK, POSITIONS, TOKENS, is_present, past_of
-from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx import MELoRAConfig
 
 from .checkout import digest_of
 from .decoding_cells import SIDES, TARGETS, Setting, Step
+from .kept import digest, once, run_offline
 from .models import fill, load_smollm2
 from .random_models import llama_config
 
@@ -50,8 +48,8 @@ class Workshop:
         self._olive = olive
         self.olive_version = _version_in(olive, OLIVE)
         versions = package_versions(GENAI, "peft")
-        self._theirs = cache / f"decoders-{_digest(versions, self.olive_version)}"
-        self._ours = cache / f"decoders-{_digest(versions, digest_of('melora_fx', 'exporters'))}"
+        self._theirs = cache / f"decoders-{digest(versions, self.olive_version)}"
+        self._ours = cache / f"decoders-{digest(versions, digest_of('melora_fx', 'exporters'))}"
 
     @property
     def sides(self) -> list[str]:
@@ -79,7 +77,7 @@ class Workshop:
 
     def model(self, name: str) -> Path:
         """A model and its tokenizer, saved."""
-        return _once(self._theirs / name, lambda folder: _SAVE[name](folder))
+        return once(self._theirs / name, lambda folder: _SAVE[name](folder))
 
     def _adapter(self, setting: Setting) -> Path:
         def make(folder: Path) -> None:
@@ -89,7 +87,7 @@ class Workshop:
             melora_fx.save_adapter(fill(melora_fx.rewrite(model, TARGETS[setting.targets], config)), folder / "ours")
             write_peft_adapter(folder / "ours", folder / "peft")
 
-        return _once(self._theirs / f"{setting.file_name}-adapter", make) / "ours"
+        return once(self._theirs / f"{setting.file_name}-adapter", make) / "ours"
 
     def _reference(self, setting: Setting, steps: Sequence[Step]) -> Path:
         model, adapter = self.model(setting.model), self._adapter(setting)
@@ -99,7 +97,7 @@ class Workshop:
             found |= run_in_torch(load_merged(model, adapter), steps, "adapted")
             np.savez(folder / "arrays.npz", **found)  # type: ignore[arg-type]
 
-        return _once(self._theirs / f"{setting.file_name}-reference-{_digest(str(steps))}", make)
+        return once(self._theirs / f"{setting.file_name}-reference-{digest(str(steps))}", make)
 
     def _built(self, name: str, setting: Setting | None = None) -> Path:
         """By onnxruntime-genai, which offers the LoRA of `setting` no other way than as constants."""
@@ -111,9 +109,9 @@ class Workshop:
         def make(folder: Path) -> None:
             with tempfile.TemporaryDirectory(dir=self._theirs) as cache:
                 options = ["-i", str(model), "-o", str(folder), "-p", "fp32", "-e", "cpu", "-c", cache, *lora]
-                _run([sys.executable, "-m", BUILDER, *options], folder)
+                run_offline([sys.executable, "-m", BUILDER, *options], folder)
 
-        return _once(self._theirs / f"{name if setting is None else setting.file_name}-builder", make)
+        return once(self._theirs / f"{name if setting is None else setting.file_name}-builder", make)
 
     def _extracted(self, setting: Setting, baked: Path) -> Path:
         """By Olive, of the builder's graph, as its `auto-opt --use_model_builder --adapter_path` does."""
@@ -122,9 +120,9 @@ class Workshop:
             options = ["--pass-name", "ExtractAdapters", "-m", str(baked), "-o", str(folder), "--device", "cpu"]
             with tempfile.TemporaryDirectory(dir=self._theirs) as cache:
                 command = [self._olive, "-m", "olive", "run-pass", *options, "--provider", "CPUExecutionProvider"]
-                _run(command, Path(cache), {"OLIVE_DISABLE_TELEMETRY": "1"})
+                run_offline(command, Path(cache), {"OLIVE_DISABLE_TELEMETRY": "1"})
 
-        return _once(self._theirs / f"{setting.file_name}-olive", make)
+        return once(self._theirs / f"{setting.file_name}-olive", make)
 
     def _exported(self, setting: Setting, kind: str) -> Path:
         """By us; the rank decides on the form of the updates, of swappable ones too."""
@@ -135,7 +133,7 @@ class Workshop:
             example = {TOKENS: tokens, MASK: torch.ones_like(tokens)}
             export_onnx(model, example, folder, adapter=kind, target="ort-cpu", use_cache=True, verify=False)
 
-        return _once(self._ours / f"{setting.file_name}-{kind}", make)
+        return once(self._ours / f"{setting.file_name}-{kind}", make)
 
     def _native_adapter(self, setting: Setting, graph: Path) -> Path:
         path = self._ours / f"{setting.file_name}.onnx_adapter"
@@ -201,32 +199,6 @@ def _save_tiny(folder: Path) -> None:
 _SAVE: Mapping[str, Callable[[Path], None]] = {"SmolLM2-135M": _save_smollm2, "Tiny": _save_tiny}
 
 
-def _once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """The folder, made where it is not there yet: all of it or nothing."""
-    if not folder.is_dir():
-        print(f"    making {folder.name} …", flush=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-        try:
-            make(staging)
-            staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return folder
-
-
-def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
-    """Runs another program, offline, in a folder.
-
-    Raises:
-        MELoRAError: where it fails; has the end of what it printed.
-    """
-    given = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", **(environment or {})}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=given)
-    if result.returncode:
-        raise MELoRAError(f"`{' '.join(command)}` failed: {result.stderr.strip()[-500:]}")
-
-
 @functools.cache
 def _version_in(python: str, package: str) -> str:
     """The version of a package in another Python; empty where it has none."""
@@ -235,7 +207,3 @@ def _version_in(python: str, package: str) -> str:
         return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256(" ".join(texts).encode()).hexdigest()[:12]

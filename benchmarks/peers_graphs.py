@@ -1,12 +1,8 @@
 """The graphs that `peers` compares, each made once and kept in --cache; others' do not change with our code."""
 
-import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +17,14 @@ import melora_fx
 from exporters import export_onnx
 from exporters.graph.clean import quiet
 from exporters.measuring.machine import package_versions
-from melora_fx import MELoRAConfig, MELoRAError
+from melora_fx import MELoRAConfig
 
 from .checkout import digest_of
+from .kept import digest, once, run_offline
 from .models import EXAMPLE, fill, minilm_folder, mpnet_folder
 
 PACKAGES = ("optimum-onnx[onnxruntime]", "transformers<5", "olive-ai", "sentence-transformers", "torch>=2.11")
 """What the peers' environment has."""
-ENVIRONMENT_TIMEOUT_S = 1800
 
 PLAIN, MERGED = "optimum", "merged"
 OURS = (MERGED, "portable", "keep q,v", "keep all-linear", "swap idle q,v", "swap idle all-linear")
@@ -77,8 +73,8 @@ class Workshop:
         self._has_environment = has_environment
         self._environment = cache / "peers-environment"
         versions = str(package_versions("peft"))
-        self._theirs = cache / f"peers-{_digest(versions, *PACKAGES)}"
-        self._ours = cache / f"peers-{_digest(versions, digest_of('melora_fx', 'exporters'))}"
+        self._theirs = cache / f"peers-{digest(versions, *PACKAGES)}"
+        self._ours = cache / f"peers-{digest(versions, digest_of('melora_fx', 'exporters'))}"
         self._makers: dict[str, str] = {}
 
     def maker(self, side: str) -> str:
@@ -87,26 +83,26 @@ class Workshop:
 
     def graphs(self, setting: Setting) -> dict[str, Path]:
         """Side → its graph."""
-        model = _once(
+        model = once(
             self._theirs / setting.model / "model", lambda folder: _save(setting.model, folder, self._theirs.parent)
         )
         found = self._of_environment(setting, model) if self._has_environment else {}
         for side, fusions in TRANSFORMERS.items():
             folder = self._theirs / setting.model / side
             found[side] = (
-                _once(folder, lambda folder, fusions=fusions: _by_transformers(model, folder, fusions)) / "model.onnx"
+                once(folder, lambda folder, fusions=fusions: _by_transformers(model, folder, fusions)) / "model.onnx"
             )  # type: ignore[misc]
             self._makers[side] = f"transformers {transformers.__version__}"
         for side in OURS:
             found[side] = (
-                _once(self._ours / setting.model / side, lambda folder, side=side: _by_us(setting, model, folder, side))
+                once(self._ours / setting.model / side, lambda folder, side=side: _by_us(setting, model, folder, side))
                 / "model.onnx"
             )  # type: ignore[misc]
             self._makers[side] = "exporters"
         return found
 
     def _of_environment(self, setting: Setting, model: Path) -> dict[str, Path]:
-        folder = _once(self._theirs / setting.model / "peers", lambda out: self._run_there(model, out))
+        folder = once(self._theirs / setting.model / "peers", lambda out: self._run_there(model, out))
         sides = json.loads((folder / "sides.json").read_text())
         for side, facts in sides.items():
             if "failed" in facts:
@@ -120,10 +116,10 @@ class Workshop:
         if not (self._environment / "ready").is_file():
             print(f"    making an environment for {', '.join(PACKAGES)} …", flush=True)
             shutil.rmtree(self._environment, ignore_errors=True)
-            _run([sys.executable, "-m", "venv", str(self._environment)])
-            _run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES])
+            run_offline([sys.executable, "-m", "venv", str(self._environment)], out)
+            run_offline([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], out)
             (self._environment / "ready").touch()
-        _run([str(python), str(Path(__file__).with_name("peers_environment.py")), str(model), str(out)])
+        run_offline([str(python), str(Path(__file__).with_name("peers_environment.py")), str(model), str(out)], out)
 
 
 def _save(name: str, folder: Path, cache: Path) -> None:
@@ -181,27 +177,3 @@ def _by_us(setting: Setting, source: Path, folder: Path, side: str) -> None:
         model = fill(melora_fx.rewrite(model, chosen, MELoRAConfig(**BLOCKS)))
         options["adapter"] = adapter
     export_onnx(model, _example(model), folder, target=target, verify=False, **options)
-
-
-def _once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """The folder, made where it is not there yet."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            make(staging)
-            staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return folder
-
-
-def _run(command: list[str]) -> None:
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=ENVIRONMENT_TIMEOUT_S)
-    if done.returncode:
-        raise MELoRAError(f"{' '.join(command[:4])}: exit status {done.returncode}\n{done.stderr[-2000:]}")
-
-
-def _digest(*facts: str) -> str:
-    return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:12]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import decoding, decoding_graphs
+from benchmarks import decoding, decoding_graphs, kept
 from benchmarks.checkout import DONE, FAILED
 from benchmarks.decoding import ratios_of
 from benchmarks.decoding_cells import GOALS, REFERENCE, SETTINGS, SIDES, STEPS, Step, settings_and_steps
@@ -192,15 +192,15 @@ def test_what_is_made_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         raise MELoRAError("stopped")
 
     with pytest.raises(MELoRAError, match="stopped"):
-        decoding_graphs._once(tmp_path / "made", make)
+        kept.once(tmp_path / "made", make)
     assert list(tmp_path.iterdir()) == []
-    made = decoding_graphs._once(tmp_path / "made", lambda folder: (folder / "whole").touch())
-    assert decoding_graphs._once(made, make) == made
+    made = kept.once(tmp_path / "made", lambda folder: (folder / "whole").touch())
+    assert kept.once(made, make) == made
     assert [file.name for file in made.iterdir()] == ["whole"]
 
 
 def test_what_another_program_says_is_told(tmp_path: Path) -> None:
     with pytest.raises(MELoRAError, match=r"(?s)`.*-c import nothing_of_this_name` failed: .*ModuleNotFoundError"):
-        decoding_graphs._run([decoding_graphs.sys.executable, "-c", "import nothing_of_this_name"], tmp_path)
+        kept.run_offline([decoding_graphs.sys.executable, "-c", "import nothing_of_this_name"], tmp_path)
     assert decoding_graphs._version_in(decoding_graphs.sys.executable, "numpy") == np.__version__
     assert decoding_graphs._version_in(decoding_graphs.sys.executable, "nothing-of-this-name") == ""
