@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fold_folders import Folders, llama
 
 import exporters
 import melora_fx
@@ -80,6 +81,17 @@ def test_help_and_versions_need_typer_alone(arguments: str, tmp_path: Path) -> N
     found, out, err = added(tmp_path, "", run)
     assert OURS <= found <= OURS | TYPER
     assert "melora-fx" in out
+    assert err == ""
+
+
+def test_a_fold_on_disk_needs_no_transformers(tmp_path: Path) -> None:
+    folders = Folders(tmp_path / "folders")
+    folders.prepare(llama(), ["q_proj", "up_proj"])
+    places = [str(folders.base), str(folders.adapter), "-o", str(folders.out)]
+    run = f"sys.argv = ['melora-fx', 'fold', *{places}]\nfrom exporters.cli.commands import main\nmain()"
+    found, out, err = added(tmp_path, "import torch", run)
+    assert OURS <= found <= OURS | TYPER | {"numpy", "rich", "safetensors"}
+    assert "holds adapter" in out
     assert err == ""
 
 

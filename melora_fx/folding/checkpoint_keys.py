@@ -42,7 +42,7 @@ def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | N
     import transformers  # heavy: only where it is used
 
     if checkpoint.config is None or not hasattr(transformers, class_name or ""):
-        return KeyMap({key: key for key in checkpoint.tensors}, frozenset(), {})
+        return names_as_keys(checkpoint)
     model = load_model(checkpoint.directory, with_weights=False, class_name=class_name, num_labels=num_labels)
     keys: dict[str, str] = {}
     converted: set[str] = set()
@@ -58,6 +58,11 @@ def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | N
     tensors = model.state_dict()
     found = KeyMap(keys, frozenset(converted), tied, tensors)
     return replace(found, lacking=_lacking(checkpoint, model, tensors, found))
+
+
+def names_as_keys(checkpoint: Checkpoint) -> KeyMap:
+    """The map of a checkpoint whose keys are the names of the parameters."""
+    return KeyMap({key: key for key in checkpoint.tensors}, frozenset(), {})
 
 
 def _lacking(checkpoint: Checkpoint, model: Any, tensors: Mapping[str, torch.Tensor], found: KeyMap) -> dict[str, str]:

@@ -12,9 +12,10 @@ from melora_fx.matching.keep_trainable import is_within
 from melora_fx.matching.targets import nearest
 from melora_fx.saving.adapter import Adapter
 from melora_fx.saving.checks import check_fingerprints, check_kept, check_shapes, kept_of, trained_apart
+from melora_fx.saving.fingerprint import layout_sha256
 
 from .checkpoint import DTYPES, FOLDED_KEY, Checkpoint, StoredTensor
-from .checkpoint_keys import KeyMap, map_keys
+from .checkpoint_keys import KeyMap, map_keys, names_as_keys
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,25 @@ def plan_fold(checkpoint: Checkpoint, adapter: Adapter) -> FoldPlan:
             not finite.
     """
     _refuse_folded(checkpoint)
-    names = map_keys(checkpoint, adapter.model.get("class"), adapter.model.get("num_labels"))
+    names = _names(checkpoint, adapter)
     weights = _find_weights(checkpoint, adapter, names)
     _check_values(checkpoint, adapter, weights, names)
     heads = _find_heads(checkpoint, adapter, names)
     class_name = str(adapter.model.get("class"))
     refuse_missing(checkpoint.directory, class_name, names.lacking, brought=adapter.kept_tensors())
     return FoldPlan(weights, heads)
+
+
+def _names(checkpoint: Checkpoint, adapter: Adapter) -> KeyMap:
+    """How the parameters of the adapter's model are called in the checkpoint. One that has just the tensors of that
+    model says so itself: to build the model's class would take most of the time of the fold.
+    """
+    shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    said = (checkpoint.config or {}).get("tie_word_embeddings")
+    flags = (True, False) if said is None else (bool(said),)
+    if adapter.model.get("layout_sha256") in [layout_sha256(shapes, ties_embeddings=flag) for flag in flags]:
+        return names_as_keys(checkpoint)
+    return map_keys(checkpoint, adapter.model.get("class"), adapter.model.get("num_labels"))
 
 
 def _refuse_folded(checkpoint: Checkpoint) -> None:

@@ -6,7 +6,8 @@ No model is loaded. Each weight file is copied, and the weights that the adapter
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,22 @@ def _write_weights(
         facts = {"format": "pt"} | metadata | {FOLDED_KEY: json.dumps({"adapter_sha256": adapter_sha256})}
         files[made / file] = [make_header(entries, facts), *pieces]
         written[file] = entries
-    write_edited(files, advance)
+    with _a_core_for_the_writer():
+        write_edited(files, advance)
     return written
+
+
+@contextmanager
+def _a_core_for_the_writer() -> Iterator[None]:
+    """Sums on one core less: torch's threads wait for each other at every tile, so a core that two of them and the
+    thread that writes share holds up all.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _lay_out(

@@ -1,6 +1,8 @@
 """Fingerprints of base weights: shape, dtype and a few values, which another base would not have."""
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +45,14 @@ def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -
     is_close = (values - sample).abs() <= eps * values.abs() + tiny
     wrong = int((~is_close).sum())
     return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None
+
+
+def layout_sha256(shapes: Mapping[str, Sequence[int]], *, ties_embeddings: bool) -> str:
+    """What a checkpoint's layout is recognised by: the names and shapes of all its tensors, in whatever order, and
+    whether its configuration ties the head to the embedding, which says what it may lack.
+    """
+    layout = [ties_embeddings, sorted((name, list(shape)) for name, shape in shapes.items())]
+    return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
 
 def sampled_positions(numel: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ _KEYS = {
 }
 _OPTIONAL_KEYS = {"versions"}
 _SITE_KEYS = {"config", "base", "is_transposed", "row_dims", "parameter"}
-_MODEL_KEYS = {"class", "num_labels", "labels", "pad_token_id", "tied", "shared"}
+_MODEL_KEYS = {"class", "num_labels", "labels", "pad_token_id", "tied", "shared", "layout_sha256"}
 _MAX_LABELS = 1 << 20
 _MAX_ELEMENTS = 1 << 48
 _LARGEST_FLOAT = torch.finfo(torch.float64).max
@@ -187,6 +187,8 @@ def _model(facts: Any) -> dict[str, Any]:
         for name, others in _dict(f"`model.{fact}`", facts.get(fact, {})).items():
             for each in (name, *_list(f"`model.{fact}`", others)):
                 _text(f"a name in `model.{fact}`", each, 4096)
+    if facts.get("layout_sha256") is not None:
+        _text("`model.layout_sha256`", facts["layout_sha256"], 64)
     labels = facts.get("labels")
     if labels is not None:
         for label in _list("`model.labels`", labels):

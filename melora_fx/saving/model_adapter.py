@@ -13,10 +13,10 @@ from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.changes import changed_values
 from melora_fx.rewriting.marks import root_marks
 from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
-from melora_fx.shared_memory import sharing_parameters
+from melora_fx.shared_memory import sharing_parameters, span_of
 
 from .adapter import Adapter
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, layout_sha256
 
 _STALE = (
     "it was written after `load_adapter`, by an optimizer that remembers the larger adapter from before, or by "
@@ -109,6 +109,28 @@ def shared_modules(model: nn.Module, names: Iterable[str]) -> dict[str, list[str
     all_names = {path: own for own in paths.values() if len(own) > 1 for path in own}
     modules = {name: name if name in all_names else name.rpartition(".")[0] for name in names}
     return {name: all_names[path] for name, path in modules.items() if path in all_names}
+
+
+def checkpoint_layout(model: nn.Module, found: Mapping[str, AdapterSite]) -> str | None:
+    """`layout_sha256` of a checkpoint that has a transformers model's tensors under its names, of tied ones the first.
+
+    A fold into such a checkpoint need not know the model's class. None where a weight of `found`, its sites, or what
+    was kept trainable has several names: a fold must know them all.
+    """
+    adapters = {span_of(parameter) for parameter in adapter_parameters(model).values()}
+    weights = [site.weight for site in found.values()]
+    changed = {span_of(tensor) for tensor in (*weights, *_kept_tensors(model).values())}
+    seen = set(adapters)
+    shapes: dict[str, torch.Size] = {}
+    for name, tensor in tensors_by_name(model).items():
+        span = span_of(tensor)
+        if span in seen and span in changed:
+            return None
+        if span not in seen:
+            shapes[name] = tensor.shape
+        seen.add(span)
+    ties_embeddings = bool(getattr(unwrap(model).config, "tie_word_embeddings", False))
+    return layout_sha256(shapes, ties_embeddings=ties_embeddings)
 
 
 def left_out(model: nn.Module) -> list[str]:

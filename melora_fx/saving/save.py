@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
@@ -13,11 +13,12 @@ from melora_fx.errors import MELoRAError
 from melora_fx.files import output_path
 from melora_fx.names import default_labels, first_of
 from melora_fx.rewriting.module import class_name
-from melora_fx.rewriting.sites import refuse_folded, require_sites, resized, warn_of_lost_sites
+from melora_fx.rewriting.sites import AdapterSite, refuse_folded, require_sites, resized, warn_of_lost_sites
 
 from .adapter_file import write_adapter
 from .model_adapter import (
     adapter_tensors,
+    checkpoint_layout,
     kept_names,
     left_out,
     present_sites,
@@ -83,7 +84,7 @@ def _refuse_non_finite(entries: Mapping[str, Any], tensors: Mapping[str, torch.T
         raise MELoRAError(f"the base weights of {_listed(names)} hold NaN or infinity: load the model again")
 
 
-def _model_facts(model: nn.Module, found: Iterable[str]) -> dict[str, Any]:
+def _model_facts(model: nn.Module, found: Mapping[str, AdapterSite]) -> dict[str, Any]:
     """What a plain model must be loaded with so that the adapter fits and its users find what they need.
 
     `found`: its sites. Names of labels are left out where they say nothing, as LABEL_0 does.
@@ -101,6 +102,8 @@ def _model_facts(model: nn.Module, found: Iterable[str]) -> dict[str, Any]:
         facts["tied"] = tied
     if shared := shared_modules(model, [*found, *kept_names(model)]):
         facts["shared"] = shared
+    if hasattr(config, "model_type") and (layout := checkpoint_layout(model, found)):
+        facts["layout_sha256"] = layout
     return facts
 
 

@@ -97,6 +97,7 @@ def test_labels_and_padding_token_travel_with_the_adapter(folders: Folders) -> N
     options: dict[str, Any] = {"trained": GPT2ForSequenceClassification, "keep": "score", **NAMED}
     folders.prepare(model, "c_attn", ONE_BLOCK, pad_token_id=2, **options)
     facts = read_adapter(folders.adapter).model
+    assert len(facts.pop("layout_sha256")) == 64
     assert facts == {
         "class": "GPT2ForSequenceClassification",
         "num_labels": 3,

@@ -1,0 +1,105 @@
+"""A fold into a checkpoint that has just the tensors of the adapter's model asks nobody what they are called."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.fold_folders import BLOCKS, SINGLE, Folders, bits, edit_tensors, llama
+from support.models import bert, bert_classifier, gpt2
+from transformers import BertForSequenceClassification
+
+import melora_fx
+from melora_fx.folding import checkpoint_plan
+from melora_fx.saving import save
+from melora_fx.saving.adapter_file import read_adapter
+from melora_fx.saving.fingerprint import layout_sha256
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the classes that folds have built to learn the names of their parameters."""
+    classes: list[str] = []
+    map_keys = checkpoint_plan.map_keys
+
+    def noted(checkpoint: Any, class_name: Any, num_labels: Any) -> Any:
+        classes.append(class_name)
+        return map_keys(checkpoint, class_name, num_labels)
+
+    monkeypatch.setattr(checkpoint_plan, "map_keys", noted)
+    return classes
+
+
+def assert_folded(folders: Folders, model: Any) -> None:
+    """The folder holds the bits of a fold in memory."""
+    expected, _ = folders.in_memory(type(model))
+    folders.fold()
+    folded = type(model).from_pretrained(folders.out)
+    assert bits(folded.state_dict()) == bits(expected.state_dict())
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+@pytest.mark.parametrize(
+    ("make", "target", "keep"), [(llama, "q_proj", ()), (gpt2, "c_attn", ()), (bert_classifier, "query", "classifier")]
+)
+def test_the_class_is_not_built(
+    make: Any, target: str, keep: str, sharded: bool, folders: Folders, asked: list[str]
+) -> None:
+    """GPT-2 ties its head to its embedding, neither of which is a site."""
+    model = make()
+    folders.prepare(model, target, sharded=sharded, keep=keep)
+    assert_folded(folders, model)
+    assert asked == []
+
+
+def test_a_checkpoint_under_other_names_needs_the_class(folders: Folders, asked: list[str]) -> None:
+    folders.prepare(bert(), "query", trained=BertForSequenceClassification, keep=["classifier"])
+    folders.fold()
+    assert asked == ["BertForSequenceClassification"]
+
+
+def test_an_adapter_that_says_nothing_of_the_layout_needs_the_class(
+    folders: Folders, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of earlier versions and of other programs."""
+    monkeypatch.setattr(save, "checkpoint_layout", lambda model, found: None)
+    model = folders.prepare(llama(), "q_proj")
+    assert "layout_sha256" not in read_adapter(folders.adapter).model
+    assert_folded(folders, model)
+    assert asked == ["LlamaForCausalLM"]
+
+
+def test_a_tied_weight_that_is_trained_needs_the_class(folders: Folders, asked: list[str]) -> None:
+    folders.prepare(gpt2(), "c_attn", keep=["lm_head"])
+    assert "layout_sha256" not in read_adapter(folders.adapter).model
+    folders.fold()
+    assert asked == ["GPT2LMHeadModel"]
+
+
+def test_a_tied_site_is_refused(folders: Folders, asked: list[str]) -> None:
+    folders.prepare(gpt2(), ["lm_head", "c_attn"])
+    folders.assert_refused("shares its weight with 'transformer.wte.weight'")
+    assert asked == ["GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("change", ["lacking", "other shape"])
+def test_what_a_checkpoint_lacks_is_found(change: str, folders: Folders, asked: list[str]) -> None:
+    folders.prepare(bert_classifier(), "query")
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        bias = tensors.pop("classifier.bias")
+        if change == "other shape":
+            tensors["classifier.bias"] = torch.cat([bias, bias])
+
+    edit_tensors(folders.base / SINGLE, edit)
+    folders.assert_refused("lacks weights of BertForSequenceClassification.*`classifier.bias`")
+    assert asked == ["BertForSequenceClassification"]
+
+
+def test_a_module_in_two_places_has_its_first_name(tmp_path: Path) -> None:
+    model = llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert not any("layers.1.mlp" in name for name in shapes)
+    melora_fx.save_adapter(melora_fx.rewrite(model, ["q_proj"], BLOCKS), tmp_path)
+    assert read_adapter(tmp_path).model["layout_sha256"] == layout_sha256(shapes, ties_embeddings=False)
