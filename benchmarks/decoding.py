@@ -16,24 +16,19 @@ Olive may stand in an environment of its own: `--olive PYTHON` (pip install oliv
 """
 
 import functools
-import hashlib
-import json
-import shutil
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from exporters.measuring.machine import origin_columns
 from melora_fx.versions import package_version
 
-from .cases import Case, Row, run_apart, run_cases
-from .checkout import source_digest
+from .cases import Case, Row, run_cases
 from .decoding_cells import GOALS, REFERENCE, SIDES, Setting, Step, settings_and_steps
 from .decoding_graphs import GENAI, OLIVE, Workshop
 from .decoding_report import write_report
+from .kept import MeasuringProcesses
 from .needs import why_missing
+from .ratios import ratios_of
 
 PROCESS_TIMEOUT_S = 900
 
@@ -43,11 +38,20 @@ def run(options: Namespace) -> int:
     workshop = Workshop(options.cache, options.olive)
     said = f"seconds {options.seconds:g}, processes {options.processes}"
     said += "" if workshop.olive_version else ", no Olive"
-    processes = Processes(options, workshop, steps, said)
+    processes = MeasuringProcesses(options, "decoding_process", f"{said}, {steps}", PROCESS_TIMEOUT_S)
+
+    @functools.cache
+    def measured(setting: Setting) -> list[dict[str, Any]]:
+        def job(index: int) -> dict[str, Any]:
+            facts = {"setting": setting.name, "index": index, "sides": workshop.sides, "steps": steps}
+            return workshop.prepare(setting, steps) | facts | {"seconds": options.seconds}
+
+        return processes.measured(setting.file_name, job)
+
     cases = [
         Case(
             f"{setting.name}, {step.name}",
-            functools.partial(rows_of, setting, step, processes),
+            functools.partial(rows_of, setting, step, measured, makers_of(workshop.olive_version)),
             "" if options.quick else why_missing(setting.model, options.cache),
         )
         for setting in settings
@@ -56,54 +60,23 @@ def run(options: Namespace) -> int:
     return run_cases(options, cases, settings=said, write_report=write_report)
 
 
-class Processes:
-    """What the processes of each setting have measured, on disk as soon as it is there."""
-
-    def __init__(self, options: Namespace, workshop: Workshop, steps: Sequence[Step], settings: str) -> None:
-        self._options = options
-        self.workshop = workshop
-        self._steps = steps
-        origin = origin_columns("cpu", "peft")
-        facts = [settings, source_digest(), origin["versions"], origin["device"], str(steps)]
-        self._folder = options.cache / f"decoding-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:12]}"
-        if options.again and not options.report_only:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self.of = functools.cache(self._of)
-
-    def _of(self, setting: Setting) -> list[dict[str, Any]]:
-        """What each process printed; those that have not run yet run now."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        files = [self._folder / f"{setting.file_name}-{index}.json" for index in range(self._options.processes)]
-        for index, file in enumerate(files):
-            if not file.is_file():
-                job = self.workshop.prepare(setting, self._steps) | {
-                    "setting": setting.name,
-                    "index": index,
-                    "sides": self.workshop.sides,
-                    "steps": self._steps,
-                    "seconds": self._options.seconds,
-                }
-                print(f"    process {index + 1} of {len(files)} …", flush=True)
-                found = run_apart("decoding_process", json.dumps(job), timeout_s=PROCESS_TIMEOUT_S)
-                partial = file.with_suffix(".partial")
-                partial.write_text(json.dumps(found))
-                partial.replace(file)
-        return [json.loads(file.read_text()) for file in files]
-
-
-def rows_of(setting: Setting, step: Step, processes: Processes) -> list[Row]:
-    """The rows of a case, one a side."""
-    found = processes.of(setting)
+def rows_of(
+    setting: Setting,
+    step: Step,
+    measured: Callable[[Setting], Sequence[Mapping[str, Any]]],
+    makers: Mapping[str, str],
+) -> list[Row]:
+    """The rows of a case, one a side; `measured` gives what its processes printed."""
+    found = measured(setting)
     times = [each["milliseconds"][step.name] for each in found]
     differences = [each["differences"][step.name] for each in found]
-    makers = makers_of(processes.workshop.olive_version)
     facts = {name: getattr(setting, name) for name in ("model", "targets", "total_rank", "num_blocks", "rank")}
     facts |= {"past": step.past, "new": step.new, "processes": len(found)}
     sides = [side for side in SIDES if side.name in times[0]]
     return [
         {
             "side": side.name,
-            **ratios_of(side.name, times),
+            **ratios_of(side.name, REFERENCE, times),
             "reference": REFERENCE,
             **facts,
             "goal": GOALS.get(side.name, {}).get(setting.targets, ""),
@@ -112,17 +85,6 @@ def rows_of(setting: Setting, step: Step, processes: Processes) -> list[Row]:
         }
         for side in sides
     ]
-
-
-def ratios_of(side: str, times: Sequence[Mapping[str, Sequence[float]]]) -> Row:
-    """The columns of a side's times; `times`: of each process, by side."""
-    medians = np.array([np.median(each[side]) for each in times])
-    ratios = medians / np.array([np.median(each[REFERENCE]) for each in times])
-    names = (("median_ms", "p20_ms", "p80_ms"), ("ratio", "ratio_p20", "ratio_p80"))
-    columns: Row = {}
-    for three, values in zip(names, (medians, ratios), strict=True):
-        columns |= dict(zip(three, np.percentile(values, (50, 20, 80)).round(4).tolist(), strict=True))
-    return columns | {"rounds": sum(len(each[side]) for each in times)}
 
 
 def makers_of(olive_version: str) -> dict[str, str]:

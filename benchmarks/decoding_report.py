@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from exporters import Latency, LatencyTable
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
 
 from .decoding_cells import GOALS, MERGED, REFERENCE, SIDES, TIMES_FASTER_THAN_TORCH, TORCH
+from .ratios import ratio_table
 
 Row = Mapping[str, str]
 Groups = Mapping[str, Mapping[str, Row]]
@@ -21,29 +21,12 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
     for row in rows:
         groups.setdefault(row["case"], {})[row["side"]] = row
     (folder / "decoding.md").write_text(_markdown(groups))
-    panels = {case: table_of(sides) for case, sides in groups.items()}
+    panels = {
+        case: ratio_table(sides, [side for side in sides if side != TORCH])  # whose dot is far off
+        for case, sides in groups.items()
+    }
     title = f"{rows[0]['model']}, float32, one thread ({rows[0]['device']}), over the builder's base graph"
     plot_latency(panels, title, folder / "decoding.png")
-
-
-def table_of(sides: Mapping[str, Row]) -> LatencyTable:
-    """A case as `plot_latency` takes it, its bars those of the ratios; without torch, whose dot is far off."""
-    base = float(sides[REFERENCE]["median_ms"])
-    return LatencyTable(
-        tuple(
-            Latency(
-                name=side,
-                median_ms=base * float(row["ratio"]),
-                p20_ms=base * float(row["ratio_p20"]),
-                p80_ms=base * float(row["ratio_p80"]),
-                ratio=float(row["ratio"]),
-                rounds=int(row["rounds"]),
-                threads=1,
-            )
-            for side, row in sides.items()
-            if side != TORCH
-        )
-    )
 
 
 def _markdown(groups: Groups) -> str:

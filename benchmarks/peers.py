@@ -14,21 +14,16 @@ has measured is kept in --cache. Writes peers.csv, peers.md and a picture for ea
 """
 
 import functools
-import hashlib
-import json
-import shutil
 from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from exporters.measuring.machine import origin_columns
-
-from .cases import Case, Row, run_apart, run_cases
-from .checkout import source_digest
+from .cases import Case, Row, run_cases
+from .kept import MeasuringProcesses
 from .needs import why_missing
 from .peers_graphs import MERGED, OURS, PLAIN, QUICK, SETTINGS, Setting, Workshop
 from .peers_report import write_report
+from .ratios import ratios_of
 
 PROCESS_TIMEOUT_S = 1800
 
@@ -37,11 +32,21 @@ def run(options: Namespace) -> int:
     settings = QUICK if options.quick else SETTINGS
     workshop = Workshop(options.cache, has_environment=not options.quick)
     said = f"seconds {options.seconds:g}, processes {options.processes}"
-    processes = Processes(options, workshop, said)
+    processes = MeasuringProcesses(options, "peers_process", said, PROCESS_TIMEOUT_S)
+
+    @functools.cache
+    def measured(setting: Setting) -> list[dict[str, Any]]:
+        def job(index: int) -> dict[str, Any]:
+            graphs = {name: str(path) for name, path in workshop.graphs(setting).items()}
+            shapes = [shape._asdict() for shape in setting.shapes]
+            return {"graphs": graphs, "shapes": shapes, "seconds": options.seconds, "seed": index}
+
+        return processes.measured(setting.model, job)
+
     cases = [
         Case(
             f"{setting.model}, {shape.name}",
-            functools.partial(rows_of, setting, shape.name, processes),
+            functools.partial(rows_of, setting, shape.name, measured, workshop.maker),
             "" if options.quick else why_missing(setting.model, options.cache),
         )
         for setting in settings
@@ -50,64 +55,36 @@ def run(options: Namespace) -> int:
     return run_cases(options, cases, settings=said, write_report=write_report)
 
 
-class Processes:
-    """What the processes of each model have measured, on disk as soon as it is there."""
+def rows_of(
+    setting: Setting,
+    shape: str,
+    measured: Callable[[Setting], Sequence[Mapping[str, Any]]],
+    maker: Callable[[str], str],
+) -> list[Row]:
+    """The rows of a case, one a side; `ratio` is over the fastest peer, `over_merged` over our merged graph.
 
-    def __init__(self, options: Namespace, workshop: Workshop, settings: str) -> None:
-        self._options = options
-        self.workshop = workshop
-        origin = origin_columns("cpu", "peft")
-        facts = [settings, source_digest(), origin["versions"], origin["device"]]
-        self._folder = options.cache / f"peers-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:12]}"
-        if options.again and not options.report_only:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self.of = functools.cache(self._of)
-
-    def _of(self, setting: Setting) -> list[dict[str, Any]]:
-        """What each process printed; those that have not run yet run now."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        files = [self._folder / f"{setting.model}-{index}.json" for index in range(self._options.processes)]
-        for index, file in enumerate(files):
-            if not file.is_file():
-                job = {
-                    "graphs": {name: str(path) for name, path in self.workshop.graphs(setting).items()},
-                    "shapes": [shape._asdict() for shape in setting.shapes],
-                    "seconds": self._options.seconds,
-                    "seed": index,
-                }
-                print(f"    process {index + 1} of {len(files)} …", flush=True)
-                found = run_apart("peers_process", json.dumps(job), timeout_s=PROCESS_TIMEOUT_S)
-                partial = file.with_suffix(".partial")
-                partial.write_text(json.dumps(found))
-                partial.replace(file)
-        return [json.loads(file.read_text()) for file in files]
-
-
-def rows_of(setting: Setting, shape: str, processes: Processes) -> list[Row]:
-    """The rows of a case, one a side; `ratio` is over the fastest peer, `over_merged` over our merged graph."""
-    found = processes.of(setting)
+    Args:
+        measured: gives what the processes of a setting printed.
+        maker: says of a side what has made its graph.
+    """
+    found = measured(setting)
     times = [each["milliseconds"][shape] for each in found]
     differences = [each["differences"][shape] for each in found]
-    medians = {side: np.array([np.median(each[side]) for each in times]) for side in times[0]}
-    peers = [side for side in medians if side not in OURS] or [MERGED]
-    ratios = {side: {peer: np.median(medians[side] / medians[peer]) for peer in peers} for side in medians}
-    best = max(peers, key=lambda peer: ratios[MERGED][peer])
+    peers = [side for side in times[0] if side not in OURS] or [MERGED]
+    best = max(peers, key=lambda peer: ratios_of(MERGED, peer, times)["ratio"])
+    plain = PLAIN if PLAIN in times[0] else best
     return [
         {
             "side": side,
-            "median_ms": round(float(np.median(values)), 4),
-            "p20_ms": round(float(np.percentile(values, 20)), 4),
-            "p80_ms": round(float(np.percentile(values, 80)), 4),
-            "ratio": round(float(ratios[side][best]), 4),
+            **ratios_of(side, best, times),
             "reference": best,
-            "rounds": sum(len(each[side]) for each in times),
             "model": setting.model,
             "shape": shape,
-            "over_merged": round(float(np.median(values / medians[MERGED])), 4),
-            "over_plain": round(float(ratios[side].get(PLAIN, ratios[side][best])), 4),
+            "over_merged": ratios_of(side, MERGED, times)["ratio"],
+            "over_plain": ratios_of(side, plain, times)["ratio"],
             "max_rel_difference": max(each[side] for each in differences),
-            "made_by": processes.workshop.maker(side),
+            "made_by": maker(side),
             "processes": len(found),
         }
-        for side, values in medians.items()
+        for side in times[0]
     ]

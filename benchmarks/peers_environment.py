@@ -41,9 +41,9 @@ def main(model: Path, out: Path) -> None:
         try:
             with tempfile.TemporaryDirectory(dir=out) as staging:
                 make(Path(staging))
-                graph = next(Path(staging).glob("*.onnx"))
+                graph = next(Path(staging).rglob("*.onnx"))  # Olive puts some graphs into a folder of their own
                 graph.rename(graph.with_name("model.onnx"))
-                shutil.copytree(staging, folder)
+                shutil.copytree(graph.parent, folder)
             made[side] = {"made_by": f"{package} {importlib.metadata.version(package)}"}
         except Exception as error:
             traceback.print_exc()

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters import Latency, LatencyTable
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
 
 from .peers_graphs import MERGED, OURS
+from .ratios import ratio_table
 
 Row = Mapping[str, str]
 Cells = Mapping[str, Mapping[str, Row]]
@@ -30,33 +30,16 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
         models.setdefault(row["model"], {}).setdefault(row["shape"], {})[row["side"]] = row
     (folder / "peers.md").write_text(_markdown(models))
     for model, cells in models.items():
-        panels = {f"{model}, {shape}": _table_of(sides) for shape, sides in cells.items()}
+        panels = {f"{model}, {shape}": ratio_table(sides, _drawn(sides)) for shape, sides in cells.items()}
         first = next(iter(next(iter(cells.values())).values()))
         title = f"{model}, float32, one thread ({first['device']}), over the fastest peer"
         plot_latency(panels, title, folder / f"peers-{model.lower()}.png")
 
 
-def _table_of(sides: Mapping[str, Row]) -> LatencyTable:
-    """A shape as `plot_latency` takes it: the fastest peer first, then ours, then the other peers."""
+def _drawn(sides: Mapping[str, Row]) -> list[str]:
+    """The sides of a picture: the fastest peer first, then ours, then the other peers."""
     best = sides[MERGED]["reference"]
-    order = [best, *(side for side in OURS if side in sides), *(side for side in sides if side not in (best, *OURS))]
-    if best in OURS:
-        order = order[1:]
-    base = float(sides[best]["median_ms"])
-    return LatencyTable(
-        tuple(
-            Latency(
-                name=side,
-                median_ms=base * float(row["ratio"]),
-                p20_ms=base * float(row["ratio"]) * float(row["p20_ms"]) / float(row["median_ms"]),
-                p80_ms=base * float(row["ratio"]) * float(row["p80_ms"]) / float(row["median_ms"]),
-                ratio=float(row["ratio"]),
-                rounds=int(row["rounds"]),
-                threads=1,
-            )
-            for side, row in ((side, sides[side]) for side in order)
-        )
-    )
+    return list(dict.fromkeys([best, *(side for side in OURS if side in sides), *sides]))
 
 
 def _markdown(models: Mapping[str, Cells]) -> str:

@@ -1,6 +1,7 @@
 """benchmarks/decoding.py: its rows and its report, and runs that were stopped; `test_benchmarks` runs all of it."""
 
 import itertools
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import pytest
 
 from benchmarks import decoding, decoding_graphs, kept
 from benchmarks.checkout import DONE, FAILED
-from benchmarks.decoding import ratios_of
 from benchmarks.decoding_cells import GOALS, REFERENCE, SETTINGS, SIDES, STEPS, Step, settings_and_steps
 from benchmarks.decoding_process import _given_and_expected, _refuse_wrong
 from benchmarks.decoding_report import write_report
+from benchmarks.ratios import ratios_of
 from exporters.measuring.tables import read_csv
 from exporters.onnx_files.cache_names import MASK, POSITIONS, TOKENS
 from melora_fx import MELoRAError
@@ -50,11 +51,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     indices: list[int] = []
 
     def run_apart(module: str, job: str, **_: Any) -> Any:
-        found = decoding.json.loads(job)
+        found = json.loads(job)
         indices.append(found["index"])
         return printed(found)
 
-    monkeypatch.setattr(decoding, "run_apart", run_apart)
+    monkeypatch.setattr(kept, "run_apart", run_apart)
     monkeypatch.setattr(decoding.Workshop, "prepare", lambda self, setting, steps: {})
     return indices
 
@@ -79,27 +80,27 @@ def test_a_ratio_is_the_median_of_the_processes_ratios() -> None:
         {REFERENCE: [20, 20, 20], "merged": [22, 22, 22]},
         {REFERENCE: [10, 10, 10], "merged": [15, 15, 15]},
     ]
-    row = ratios_of("merged", times)
+    row = ratios_of("merged", REFERENCE, times)
     assert row["ratio"] == 1.1
     assert (row["ratio_p20"], row["ratio_p80"]) == (1.1, pytest.approx(1.34))
     assert (row["median_ms"], row["rounds"]) == (15, 9)
-    assert ratios_of(REFERENCE, times)["ratio"] == 1
+    assert ratios_of(REFERENCE, REFERENCE, times)["ratio"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, ran: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_of(tmp_path)
-    whole = decoding.run_apart
+    whole = kept.run_apart
 
     def stopped(module: str, job: str, **more: Any) -> Any:
-        if decoding.json.loads(job)["index"] == 1:
+        if json.loads(job)["index"] == 1:
             raise MELoRAError("stopped")
         return whole(module, job, **more)
 
-    monkeypatch.setattr(decoding, "run_apart", stopped)
+    monkeypatch.setattr(kept, "run_apart", stopped)
     assert decoding.run(options) == FAILED
     assert set(ran) == {0}
-    monkeypatch.setattr(decoding, "run_apart", whole)
+    monkeypatch.setattr(kept, "run_apart", whole)
     ran.clear()
     assert decoding.run(options) == DONE
     assert ran == [1, 2], "the first is on disk; both cases of the setting are of the same processes"
@@ -128,6 +129,7 @@ def row_of(side: str, ratio: float, past: int = 64, **others: str) -> dict[str, 
         "new": 1 if past else 64,
         "processes": 5,
         "median_ms": 30 * ratio,
+        "reference": REFERENCE,
         "ratio": ratio,
         "ratio_p20": ratio - 0.01,
         "ratio_p80": ratio + 0.02,
