@@ -23,11 +23,12 @@ from exporters.targets import TARGETS, find
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 @pytest.mark.slow
 def test_the_merged_graph_has_the_base_graphs_operators(target: str, exports: Exports) -> None:
+    """For a CPU the graph is written as its sessions compute it, without these operators (tests/spelling)."""
     base = exports("bert", target=target, precision="fp32")
     merged = exports("adapted bert", target=target, precision="fp32")
     assert merged.op_counts == base.op_counts
-    assert {"SkipLayerNormalization", "BiasGelu"} <= merged.op_counts.keys()
-    assert ("MultiHeadAttention" in merged.op_counts) == (target == "ort-cuda")
+    fused = {"SkipLayerNormalization", "BiasGelu", "MultiHeadAttention"}
+    assert fused & merged.op_counts.keys() == (fused if target == "ort-cuda" else set())
     assert_weights_where_it_says(merged, MODELS["adapted bert"][0]())
 
 
@@ -53,14 +54,13 @@ def weights_where_it_says(report: ExportReport) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
-def test_the_fusions_are_those_of_transformers(target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fusions_are_those_of_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Stand-ins for the weights, whose type and values differ, change none of them, and no pass complains."""
     model = bert_classifier(num_layers=1)
-    report = export_onnx(model, tokens(), tmp_path, target=target, precision="fp32", verify=False)
+    report = export_onnx(model, tokens(), tmp_path, target="ort-cuda", precision="fp32", verify=False)
     assert not caplog.records
     graph_model = build_graph(model, tokens()).graph_model
-    fuse_for_onnxruntime(graph_model, find("target", target, TARGETS).fusions)
+    fuse_for_onnxruntime(graph_model, find("target", "ort-cuda", TARGETS).fusions)
     assert report.op_counts == count_ops(graph_model)
 
 
@@ -99,7 +99,7 @@ def test_an_addmm_after_an_attention_gets_rows(target: str, tmp_path: Path) -> N
     inputs = {"input_ids": tokens()["input_ids"]}
     model = fill(melora_fx.rewrite(gpt2(num_layers=1), ["c_attn", "c_fc"], CONFIG, example_inputs=inputs))
     report = export_onnx(model, inputs, tmp_path, target=target, precision="fp32")
-    assert "SkipLayerNormalization" in report.op_counts
+    assert ("SkipLayerNormalization" in report.op_counts) == (target == "ort-cuda")
     assert len(report.compared) >= 5
 
 
