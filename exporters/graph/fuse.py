@@ -9,11 +9,11 @@ import onnx_ir
 
 from exporters.onnx_files.weight_place import WeightPlace
 from exporters.private import fuse_for_onnxruntime, quick_matching
+from exporters.spelling.values import add_initializer
 
 from .clean import quiet
 from .export import Export
 from .stand_ins import PackedPlace, put_stand_ins, take_stand_ins
-from .weights import add_initializer
 
 
 def fuse(export: Export) -> None:

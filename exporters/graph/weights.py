@@ -38,16 +38,6 @@ class Candidate(NamedTuple):
         return self.parameter.rpartition(".")[0]
 
 
-def add_initializer(graph: onnx_ir.Graph, name: str, array: np.ndarray) -> onnx_ir.Value:
-    """A new initializer of the graph."""
-    tensor = onnx_ir.tensor(array, name=name)
-    value = onnx_ir.Value(
-        name=name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
-
-
 def fold_adapter_constants(export: Export) -> None:
     """Carries out s·B and the transpositions of adapter tensors: the exporters leave large ones in the graph."""
     initializers = export.graph.initializers

@@ -61,6 +61,16 @@ def insert_after(graph: onnx_ir.Graph, value: onnx_ir.Value, node: onnx_ir.Node)
         graph.insert_before(graph[0], node)
 
 
+def add_initializer(graph: onnx_ir.Graph, name: str, array: np.ndarray) -> onnx_ir.Value:
+    """A new initializer of the graph."""
+    tensor = onnx_ir.tensor(array, name=name)
+    value = onnx_ir.Value(
+        name=name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
 class Shapes:
     """Shapes for reshapes in one graph, each made once.
 
@@ -78,10 +88,7 @@ class Shapes:
         key = tuple(sizes)
         if not self._is_there(self._constants.get(key)):
             name = f"shape.{'_'.join('any' if size == -1 else str(size) for size in key)}"
-            tensor = onnx_ir.tensor(np.array(key, np.int64), name=name)
-            value = _typed(onnx_ir.Value(name=name, const_value=tensor), len(key))
-            self._graph.register_initializer(value)
-            self._constants[key] = value
+            self._constants[key] = add_initializer(self._graph, name, np.array(key, np.int64))
         return self._constants[key]
 
     def like(self, value: onnx_ir.Value, width: int) -> onnx_ir.Value:

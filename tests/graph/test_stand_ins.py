@@ -5,7 +5,7 @@ import onnx_ir
 import pytest
 
 from exporters.graph.stand_ins import joined_name, put_stand_ins, take_stand_ins
-from exporters.graph.weights import add_initializer
+from exporters.spelling.values import add_initializer
 from melora_fx import MELoRAError
 
 NAMES = ["q.weight.T", "k.weight.T", "v.weight.T"]
