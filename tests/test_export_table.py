@@ -29,5 +29,5 @@ def test_the_graph_is_as_documented(case: Case, tmp_path: Path) -> None:
     assert isinstance(row, Row)
     assert (", ".join(row.runtime_ops) or "–") == runtime_ops
     assert row.as_base == nodes.endswith("as the base") == (case.adapter == "fold")
-    assert row.error <= 20 * float(error)
+    assert row.error <= 10 * float(error)
     assert (row.from_keep or 0) <= 10 * float(from_keep or 0)
