@@ -120,7 +120,7 @@ BENCHMARKS = (
     Benchmark(
         "peers",
         "How fast are exported graphs beside those of optimum-onnx, ONNX Runtime's optimizer, Olive, transformers?",
-        45,
+        90,
         weights=(MINILM, MPNET),
         options=(
             Option("processes", 5, "of each model", quick=1),

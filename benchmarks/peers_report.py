@@ -33,7 +33,33 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
         panels = {f"{model}, {shape}": ratio_table(sides, _drawn(sides)) for shape, sides in cells.items()}
         first = next(iter(next(iter(cells.values())).values()))
         title = f"{model}, float32, one thread ({first['device']}), over the fastest peer"
-        plot_latency(panels, title, folder / f"peers-{model.lower()}.png")
+        plot_latency(panels, title, folder / f"peers-{model.lower()}.png", reference="the fastest peer")
+
+
+def overview(rows: Sequence[Row]) -> list[str]:
+    """A short Markdown table: a line for each shape of each model, and the geometric means over a model's shapes."""
+    cells: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["shape"]), {})[row["side"]] = row
+    lines = []
+    for model in dict.fromkeys(name for name, _ in cells):
+        of_model = {shape: sides for (name, shape), sides in cells.items() if name == model}
+        for shape, sides in of_model.items():
+            ratios = [_short(sides[MERGED], "ratio"), *(_short(sides.get(side), "over_merged") for side in GOALS)]
+            lines.append([model, shape, _fastest(sides), *ratios])
+        merged = f"{_mean([sides[MERGED] for sides in of_model.values()], 'ratio'):.2f}"
+        means = [
+            f"{_mean([sides[side] for sides in of_model.values()], 'over_merged'):.2f}"
+            if all(side in sides for sides in of_model.values())
+            else ""
+            for side in GOALS
+        ]
+        lines.append([f"**{model}**", "**mean**", "", *(f"**{each}**" if each else "" for each in (merged, *means))])
+    return markdown_table(["model", "batch × tokens", "the fastest other", "merged", *GOALS], lines, text_columns=3)
+
+
+def _short(row: Row | None, column: str) -> str:
+    return "" if row is None else f"{float(row[column]):.2f}"
 
 
 def _drawn(sides: Mapping[str, Row]) -> list[str]:

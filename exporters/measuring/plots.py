@@ -36,19 +36,23 @@ def format_ms(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-3))))}f}"
 
 
-def plot_latency(panels: Mapping[str, LatencyTable], title: str, path: str | os.PathLike[str]) -> None:
+def plot_latency(
+    panels: Mapping[str, LatencyTable], title: str, path: str | os.PathLike[str], *, reference: str | None = None
+) -> None:
     """Writes one panel a table, side by side on one scale: a dot for each row's ratio, a bar from p20 to p80.
 
     Args:
         panels: by the panel's title; a row has the same line and colour in every panel.
         title: says what was measured: model, threads, machine.
         path: a file whose suffix matplotlib knows, such as .png.
+        reference: what the times are divided by; None means the first row, the same in every panel.
 
     Raises:
         MELoRAError: where matplotlib is not installed.
     """
     pyplot = import_pyplot()
     names = list(dict.fromkeys(row.name for table in panels.values() for row in table.rows))
+    divided_by = reference or (names[0] if len(names[0]) <= _LONG_NAME else "the first")
     figure, grid = _make_grid(pyplot, len(panels), names)
     for axes, (panel, table) in zip(grid.flat, panels.items(), strict=False):
         axes.set_title(panel, fontsize=10, loc="left")
@@ -58,7 +62,7 @@ def plot_latency(panels: Mapping[str, LatencyTable], title: str, path: str | os.
     for column in grid.T:  # the lowest panel of each column carries the scale
         lowest = [axes for axes in column if axes.get_visible()][-1]
         lowest.tick_params(labelbottom=True)
-        lowest.set_xlabel(f"time ÷ time of {names[0] if len(names[0]) <= _LONG_NAME else 'the first'}")
+        lowest.set_xlabel(f"time ÷ time of {divided_by}")
     grid[0, 0].set(xlim=_range(panels), ylim=(len(names) - 0.4, -0.6))
     grid[0, 0].set_yticks(range(len(names)), names)
     legend = "left is faster; dot: median, bar: p20 to p80"

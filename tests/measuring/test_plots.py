@@ -47,6 +47,15 @@ def test_long_names_and_clear_differences(tmp_path: Path, monkeypatch: pytest.Mo
     pyplot.close("all")
 
 
+def test_the_scale_says_what_times_are_divided_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    panels = {"one": table(base=1, merged=1.1), "two": table(other=1, merged=1.2)}
+    plot_latency(panels, "title", tmp_path / "a.svg", reference="the fastest")
+    assert {axes.get_xlabel() for axes in pyplot.gcf().axes} == {"time ÷ time of the fastest"}
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
 def test_a_missing_panel_leaves_a_gap(tmp_path: Path) -> None:
     plot_latency({str(index): table(base=1, merged=1.1) for index in range(4)}, "four", tmp_path / "four.svg")
     assert (tmp_path / "four.svg").stat().st_size > 1000
