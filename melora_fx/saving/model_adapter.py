@@ -115,7 +115,7 @@ def checkpoint_layout(model: nn.Module, found: Mapping[str, AdapterSite]) -> str
     """`layout_sha256` of a checkpoint that has a transformers model's tensors under its names, of tied ones the first.
 
     A fold into such a checkpoint need not know the model's class. None where a weight of `found`, its sites, or what
-    was kept trainable has several names: a fold must know them all.
+    was kept trainable has several names, since a fold must know them all, and where a module has a state of its own.
     """
     adapters = {span_of(parameter) for parameter in adapter_parameters(model).values()}
     weights = [site.weight for site in found.values()]
@@ -123,6 +123,8 @@ def checkpoint_layout(model: nn.Module, found: Mapping[str, AdapterSite]) -> str
     seen = set(adapters)
     shapes: dict[str, torch.Size] = {}
     for name, tensor in tensors_by_name(model).items():
+        if not isinstance(tensor, torch.Tensor):  # of `get_extra_state`
+            return None
         span = span_of(tensor)
         if span in seen and span in changed:
             return None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.fold_folders import BLOCKS, SINGLE, Folders, bits, edit_tensors, llama
 from support.models import bert, bert_classifier, gpt2
+from torch import nn
 from transformers import BertForSequenceClassification
 
 import melora_fx
@@ -94,6 +95,30 @@ def test_what_a_checkpoint_lacks_is_found(change: str, folders: Folders, asked: 
     edit_tensors(folders.base / SINGLE, edit)
     folders.assert_refused("lacks weights of BertForSequenceClassification.*`classifier.bias`")
     assert asked == ["BertForSequenceClassification"]
+
+
+class Counting(nn.Module):
+    """A normalisation with a state that is no tensor."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_a_module_with_a_state_of_its_own_is_saved_without_a_layout(tmp_path: Path) -> None:
+    model = llama()
+    model.model.norm = Counting(model.model.norm)
+    melora_fx.save_adapter(melora_fx.rewrite(model, ["q_proj"], BLOCKS), tmp_path)
+    assert "layout_sha256" not in read_adapter(tmp_path).model
 
 
 def test_a_module_in_two_places_has_its_first_name(tmp_path: Path) -> None:
