@@ -25,9 +25,7 @@ GOALS = {
 
 def write_report(rows: Sequence[Row], folder: Path) -> None:
     """Writes peers.md and a picture for each model into `folder`."""
-    models: dict[str, dict[str, dict[str, Row]]] = {}
-    for row in rows:
-        models.setdefault(row["model"], {}).setdefault(row["shape"], {})[row["side"]] = row
+    models = _by_model(rows)
     (folder / "peers.md").write_text(_markdown(models))
     for model, cells in models.items():
         panels = {f"{model}, {shape}": ratio_table(sides, _drawn(sides)) for shape, sides in cells.items()}
@@ -36,30 +34,28 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
         plot_latency(panels, title, folder / f"peers-{model.lower()}.png", reference="the fastest peer")
 
 
-def overview(rows: Sequence[Row]) -> list[str]:
-    """A short Markdown table: a line for each shape of each model, and the geometric means over a model's shapes."""
-    cells: dict[tuple[str, str], dict[str, Row]] = {}
+def _by_model(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Row]]]:
+    models: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
-        cells.setdefault((row["model"], row["shape"]), {})[row["side"]] = row
+        models.setdefault(row["model"], {}).setdefault(row["shape"], {})[row["side"]] = row
+    return models
+
+
+def overview(rows: Sequence[Row]) -> list[str]:
+    """The short table, as in docs/EXPORT.md: a line for each shape of a model, then the geometric means over them."""
+    return _overview(_by_model(rows))
+
+
+def _overview(models: Mapping[str, Cells]) -> list[str]:
     lines = []
-    for model in dict.fromkeys(name for name, _ in cells):
-        of_model = {shape: sides for (name, shape), sides in cells.items() if name == model}
-        for shape, sides in of_model.items():
-            ratios = [_short(sides[MERGED], "ratio"), *(_short(sides.get(side), "over_merged") for side in GOALS)]
-            lines.append([model, shape, _fastest(sides), *ratios])
-        merged = f"{_mean([sides[MERGED] for sides in of_model.values()], 'ratio'):.2f}"
-        means = [
-            f"{_mean([sides[side] for sides in of_model.values()], 'over_merged'):.2f}"
-            if all(side in sides for sides in of_model.values())
-            else ""
-            for side in GOALS
-        ]
-        lines.append([f"**{model}**", "**mean**", "", *(f"**{each}**" if each else "" for each in (merged, *means))])
+    for model, cells in models.items():
+        for shape, sides in cells.items():
+            ratios = [sides[MERGED]["ratio"], *(sides[side]["over_merged"] for side in GOALS)]
+            lines.append([model, shape, _fastest(sides), *(f"{float(ratio):.2f}" for ratio in ratios)])
+        means = [_mean([sides[MERGED] for sides in cells.values()], "ratio")]
+        means += [_mean([sides[side] for sides in cells.values()], "over_merged") for side in GOALS]
+        lines.append([f"**{model}**", "**mean**", "", *(f"**{mean:.2f}**" for mean in means)])
     return markdown_table(["model", "batch × tokens", "the fastest other", "merged", *GOALS], lines, text_columns=3)
-
-
-def _short(row: Row | None, column: str) -> str:
-    return "" if row is None else f"{float(row[column]):.2f}"
 
 
 def _drawn(sides: Mapping[str, Row]) -> list[str]:
@@ -84,6 +80,12 @@ def _markdown(models: Mapping[str, Cells]) -> str:
         "an adapter is the time over *merged*. Adapters have 8 blocks of rank 8; *idle*: swappable, without one. Bold: "
         "a merged graph slower than the fastest peer, or one with an adapter above its goal "
         f"({', '.join(f'{side} {goal:.2f}' for side, goal in GOALS.items())}).",
+    ]
+    lines += [
+        "",
+        "In short, *merged* over the fastest peer and what has an adapter over *merged*:",
+        "",
+        *_overview(models),
     ]
     for model, cells in models.items():
         lines += ["", f"## {model}", "", *_table(cells), "", *_summary(cells)]

@@ -117,8 +117,8 @@ def _write_weights(
 
 @contextmanager
 def _a_core_for_the_writer() -> Iterator[None]:
-    """Sums on one core less: torch's threads wait for each other at every tile, so a core that two of them and the
-    thread that writes share holds up all.
+    """Leaves one core to the thread that writes: torch's threads wait for each other at every tile, so one that shares
+    its core with the writer holds up all of them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))
