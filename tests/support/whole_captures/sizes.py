@@ -299,6 +299,7 @@ class Expanded(Child):
     right={"7 tokens of both": (x(2, 7, 24), x(2, 7, 24, seed=2))},
     refused={"7 tokens and 1": ((x(2, 7, 24), x(2, 1, 24)), r"[xy]\.shape\[1\]")},
     exported=True,
+    capture_alone=True,
 )
 class Broadcast(Child):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
