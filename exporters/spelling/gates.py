@@ -51,6 +51,7 @@ def gate_updates(model: onnx_ir.Model, factors: Iterable[tuple[str, str]]) -> No
     for sites in groups.values():
         _gate(model.graph, sites, updates)
     RemoveUnusedNodesPass()(model)
+    model.graph.sort()  # a branch may take shapes that are made later than the input of its sites
 
 
 def _nodes_of_updates(graph: onnx_ir.Graph, factors: list[onnx_ir.Value]) -> set[onnx_ir.Node]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import melora_fx
 from exporters import OrtRunner, export_onnx
+from exporters.spelling.gates import gate_updates
 
 HIDDEN, INNER = 24, 48
 
@@ -199,3 +201,26 @@ def test_an_update_is_left_out_without_an_adapter(form: str, tmp_path: Path) -> 
     base = export_onnx(bert_classifier(num_layers=1), tokens(), tmp_path / "base.onnx")
     inputs = {name: value.numpy() for name, value in tokens(batch=3, length=9).items()}
     np.testing.assert_array_equal(runner.run(inputs)["logits"], OrtRunner(base.path).run(inputs)["logits"])
+
+
+def test_a_branch_stands_behind_what_it_takes() -> None:
+    text = """
+        <ir_version: 10, opset_import: ["": 20]>
+        site (float[B, 4] x, float[4, 4] w, float[4] c, float[2, 2, R] a, float[2, R, 2] b) => (float[B, 4] y)
+        <int64[3] of_blocks = {-1, 2, 2}, int64[1] width = {4}> {
+            rows = Shape <start = 0, end = 1> (x)
+            view = Reshape (x, of_blocks)
+            slices = Transpose <perm = [1, 0, 2]> (view)
+            hidden = MatMul (slices, a)
+            update = MatMul (hidden, b)
+            tokens = Transpose <perm = [1, 0, 2]> (update)
+            shape = Concat <axis = 0> (rows, width)
+            flat = Reshape (tokens, shape)
+            base = Gemm (x, w, c)
+            y = Add (base, flat)
+        }
+    """
+    model = onnx_ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    gate_updates(model, [("a", "b")])
+    assert "If" in [node.op_type for node in model.graph]
+    onnx.checker.check_model(onnx_ir.serde.serialize_model(model))
