@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.fold_folders import BLOCKS, SINGLE, Folders, bits, edit_tensors, llama
-from support.models import bert, bert_classifier, gpt2
-from torch import nn
+from support.models import Holder, bert, bert_classifier, gpt2
 from transformers import BertForSequenceClassification
 
 import melora_fx
@@ -97,15 +96,8 @@ def test_what_a_checkpoint_lacks_is_found(change: str, folders: Folders, asked: 
     assert asked == ["BertForSequenceClassification"]
 
 
-class Counting(nn.Module):
-    """A normalisation with a state that is no tensor."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x)
+class Counting(Holder):
+    """Has a state that is no tensor."""
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": 3}

@@ -42,7 +42,7 @@ class WholeCase:
         warns: what `rewrite` warns of.
         dynamic_axes: as in `rewrite`.
         exported: the ONNX file of the model is right and refused at the same calls.
-        capture_alone: the capture is what needs the refusals: the file's operators would compute the calls rightly.
+        capture_alone: only the capture needs the refusals; the file's operators would give the right result too.
     """
 
     id: str
