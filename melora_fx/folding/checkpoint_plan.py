@@ -54,9 +54,7 @@ def _names(checkpoint: Checkpoint, adapter: Adapter) -> KeyMap:
     model says so itself: to build the model's class would take most of the time of the fold.
     """
     shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
-    said = (checkpoint.config or {}).get("tie_word_embeddings")
-    flags = (True, False) if said is None else (bool(said),)
-    if adapter.model.get("layout_sha256") in [layout_sha256(shapes, ties_embeddings=flag) for flag in flags]:
+    if adapter.model.get("layout_sha256") == layout_sha256(shapes, checkpoint.config or {}):
         return names_as_keys(checkpoint)
     return map_keys(checkpoint, adapter.model.get("class"), adapter.model.get("num_labels"))
 

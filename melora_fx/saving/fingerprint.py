@@ -47,11 +47,15 @@ def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -
     return f"{wrong} of {len(values)} sampled values differ from the adapter's base" if wrong else None
 
 
-def layout_sha256(shapes: Mapping[str, Sequence[int]], *, ties_embeddings: bool) -> str:
+CONFIG_FACTS = ("model_type", "tie_word_embeddings")
+"""What a checkpoint's configuration must state as the model's does: which model it is, and whether its head is tied."""
+
+
+def layout_sha256(shapes: Mapping[str, Sequence[int]], facts: Mapping[str, Any]) -> str:
     """What a checkpoint's layout is recognised by: the names and shapes of all its tensors, in whatever order, and
-    whether its configuration ties the head to the embedding, which says what it may lack.
+    what its configuration says of `CONFIG_FACTS`, which may be nothing.
     """
-    layout = [ties_embeddings, sorted((name, list(shape)) for name, shape in shapes.items())]
+    layout = [[facts.get(name) for name in CONFIG_FACTS], sorted((name, list(size)) for name, size in shapes.items())]
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
 

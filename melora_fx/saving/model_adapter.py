@@ -16,7 +16,7 @@ from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
 from melora_fx.shared_memory import sharing_parameters, span_of
 
 from .adapter import Adapter
-from .fingerprint import fingerprint, layout_sha256
+from .fingerprint import CONFIG_FACTS, fingerprint, layout_sha256
 
 _STALE = (
     "it was written after `load_adapter`, by an optimizer that remembers the larger adapter from before, or by "
@@ -131,8 +131,8 @@ def checkpoint_layout(model: nn.Module, found: Mapping[str, AdapterSite]) -> str
         if span not in seen:
             shapes[name] = tensor.shape
         seen.add(span)
-    ties_embeddings = bool(getattr(unwrap(model).config, "tie_word_embeddings", False))
-    return layout_sha256(shapes, ties_embeddings=ties_embeddings)
+    config = unwrap(model).config
+    return layout_sha256(shapes, {name: getattr(config, name, None) for name in CONFIG_FACTS})
 
 
 def left_out(model: nn.Module) -> list[str]:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.fold_folders import BLOCKS, SINGLE, Folders, bits, edit_tensors, llama
+from support.fold_folders import BLOCKS, CONFIG, SINGLE, Folders, bits, edit_json, edit_tensors, llama
 from support.models import Holder, bert, bert_classifier, gpt2
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 import melora_fx
 from melora_fx.folding import checkpoint_plan
@@ -96,6 +96,24 @@ def test_what_a_checkpoint_lacks_is_found(change: str, folders: Folders, asked: 
     assert asked == ["BertForSequenceClassification"]
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda config: config.pop("tie_word_embeddings"), "lacks weights of LlamaForCausalLM.*`lm_head.weight`"),
+        (lambda config: config.update(model_type="mistral"), "holds a mistral model"),
+        (lambda config: config.pop("model_type"), "config.json` cannot be read"),
+    ],
+    ids=["ties", "another model", "no model"],
+)
+def test_another_configuration_needs_the_class(change: Any, text: str, folders: Folders, asked: list[str]) -> None:
+    """The first lacks the head that the adapter's model ties to its embedding, and its class does not."""
+    model = LlamaForCausalLM(type(llama().config)(**(llama().config.to_dict() | {"tie_word_embeddings": True})))
+    folders.prepare(model, "q_proj")
+    edit_json(folders.base / CONFIG, change)
+    folders.assert_refused(text)
+    assert asked == ["LlamaForCausalLM"]
+
+
 class Counting(Holder):
     """Has a state that is no tensor."""
 
@@ -119,4 +137,4 @@ def test_a_module_in_two_places_has_its_first_name(tmp_path: Path) -> None:
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert not any("layers.1.mlp" in name for name in shapes)
     melora_fx.save_adapter(melora_fx.rewrite(model, ["q_proj"], BLOCKS), tmp_path)
-    assert read_adapter(tmp_path).model["layout_sha256"] == layout_sha256(shapes, ties_embeddings=False)
+    assert read_adapter(tmp_path).model["layout_sha256"] == layout_sha256(shapes, model.config.to_dict())
