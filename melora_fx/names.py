@@ -47,9 +47,9 @@ def with_parents(name: str) -> list[str]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside a `torch.compile` wrapper, or `model` itself."""
-    inner = getattr(model, WRAPPED[0], None)
-    return inner if isinstance(inner, nn.Module) else model
+    """The module inside the wrappers of `torch.compile` and DistributedDataParallel, or `model` itself."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, WRAPPED[0], None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 def first_of(names: Sequence[str], most: int = 5) -> str:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 _ROOMS = {
     "melora_fx": """
         errors config torch_private versions names shared_memory files progress tables load_model
-        adapter capture whole_capture patterns lowering live matching rewriting saving folding __init__
+        adapter distributed capture whole_capture patterns lowering live matching rewriting saving folding __init__
     """,
     "exporters": """
         onnx_runtime private hugging_face example_inputs export_report

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnxruntime
 import onnxscript.rewriter
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 import transformers.exporters.onnxruntime_fusions
 from support.models import IN, OUT, assert_equal, bert_classifier, gpt2, randn
@@ -25,6 +27,7 @@ from torch.nn.utils import prune
 from exporters import private
 from exporters.graph.clean import quiet
 from melora_fx import torch_private
+from melora_fx.distributed import private as process_private
 from melora_fx.folding import private as fold_private
 from melora_fx.whole_capture import private as export_private
 
@@ -40,7 +43,7 @@ MIXTRAL = transformers.MixtralConfig(
 )
 
 
-@pytest.mark.parametrize("short", ["torch_private", "fold_private", "export_private", "private"])
+@pytest.mark.parametrize("short", ["torch_private", "process_private", "fold_private", "export_private", "private"])
 def test_every_name_is_called_here(short: str) -> None:
     tree = ast.parse(inspect.getsource(globals()[short]))
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -619,3 +622,50 @@ def test_compiled_around_and_inside() -> None:
     module.compile()
     assert torch_private.is_compiled(module)
     assert torch_private.is_compiled(torch.compile(nn.Linear(IN, OUT)))
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_what_fsdp_puts_on_a_class_and_gathers() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    module: Any = nn.Linear(IN, OUT)
+    module.register_parameter("added", nn.Parameter(torch.zeros(3)))
+    assert process_private.class_below_fsdp(type(module)) is None
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    assert process_private.class_below_fsdp(type(module)) is nn.Linear
+    assert process_private.fsdp_class(nn.Linear) is type(module)
+    assert process_private.shard_size_and_offset(module.weight) == ((OUT, IN), (0, 0))
+
+    class Other(nn.Linear):
+        pass
+
+    module.__class__ = process_private.fsdp_class(Other)
+    assert process_private.class_below_fsdp(type(module)) is Other
+    assert len(module._get_fsdp_state()._fsdp_param_groups[0].fsdp_params) == 3
+    del module._parameters["added"]
+    process_private.forget_parameters(module)
+    assert len(module._get_fsdp_state()._fsdp_param_groups[0].fsdp_params) == 2
+    module(randn(2, IN)).sum().backward()
+    assert module.weight.grad.shape == (OUT, IN)
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_tensor_parallel_forward() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed.tensor_parallel import ColwiseParallel
+
+    module, mesh, style = nn.Linear(IN, OUT), init_device_mesh("cpu", (1,)), ColwiseParallel()
+    assert process_private.tensor_parallel_forward(module) is None
+    style.install_forward(module, mesh)
+    assert process_private.tensor_parallel_forward(module) == (style, mesh)
+    other: Any = nn.Linear(IN, OUT)
+    other.forward = module.forward
+    assert process_private.tensor_parallel_forward(other) is None

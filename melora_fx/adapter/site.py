@@ -82,6 +82,13 @@ def owner_of(module: nn.Module, record: SiteRecord) -> nn.Module:
     return get_attribute(module, record.owner_path)
 
 
+def own_names(record: SiteRecord) -> tuple[str, ...]:
+    """The parameters of a site that the rewritten module holds itself: none where a module below it does."""
+    if record.owner_path:
+        return ()
+    return record.parameter, *(record.attribute(kind) for kind in FACTORS)
+
+
 def tensors_of(module: nn.Module, record: SiteRecord) -> AdapterTensors:
     """The adapter of `record`: the parameters themselves, not copies."""
     owner = owner_of(module, record)

@@ -113,7 +113,7 @@ class AdapterTensors:
         return self.config.parts(self.config.num_blocks * self.lora_b.size(1))
 
     def scaling(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """s_i of each block as (E·N, 1, 1), of `dtype` or that of B."""
+        """s_i of each block as (E·N, 1, 1), of `dtype` or that of B, whole where B is sharded."""
         like = self.lora_b
         scalings = self.config.scalings * self.num_experts
         return torch.tensor(scalings, dtype=dtype or like.dtype, device=like.device).view(-1, 1, 1)

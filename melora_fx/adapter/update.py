@@ -140,21 +140,22 @@ def _product(tile_b: torch.Tensor, part_a: torch.Tensor, out: torch.Tensor, scra
     return out.copy_(torch.bmm(tile_b.double(), part_a.double(), out=exact))
 
 
-def non_finite(adapter: AdapterTensors, weight: torch.Tensor) -> str | None:
-    """Why the update of a weight (O, I) or (E, O, I) is not finite, or takes it out of its dtype's range; or None.
+def non_finite(adapter: AdapterTensors, dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> str | None:
+    """Why the update of a weight is not finite, or takes it out of the range of its `dtype`; or None.
 
-    The weight is read only if the norms of A and B leave a doubt (no value of Δ is above s ‖A‖ ‖B‖), or in float16.
+    The weight, (O, I) or (E, O, I), is `read` only if the norms of A and B leave a doubt (no value of Δ is above
+    s ‖A‖ ‖B‖), or in float16.
     """
     factors = (adapter.lora_a.detach(), adapter.lora_b.detach())
     norms = [float(torch.linalg.vector_norm(tensor)) for tensor in factors]
     if not all(map(math.isfinite, norms)) and not all(tensor.isfinite().all() for tensor in factors):
         return "its adapter holds NaN or infinity"
     reach = math.prod(norms) * max(adapter.config.scalings)
-    if reach < torch.finfo(weight.dtype).max / 2 and weight.dtype != torch.float16:
+    if reach < torch.finfo(dtype).max / 2 and dtype != torch.float16:
         return None
-    for tile in update_tiles(adapter, weight.detach(), Scratch()):
+    for tile in update_tiles(adapter, read().detach(), Scratch()):
         if not (torch.isfinite(tile.rounded) | ~torch.isfinite(tile.block)).all():
-            return beyond_range(weight.dtype)
+            return beyond_range(dtype)
     return None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from melora_fx.distributed.private import tensor_parallel_forward
 from melora_fx.names import join_path, site_name, without_wrappers
 from melora_fx.torch_private import is_convolution, is_experts_layer
 
@@ -64,7 +65,8 @@ def _capture(path: str, module: nn.Module, proxies: list[tuple[Capture, Proxies]
     """`proxies`: those of its traces are added, with the capture."""
     graph = linear_graph(module)
     if graph is not None:
-        refuse_replaced_forward(module)
+        if tensor_parallel_forward(module) is None:  # which is put around ours again
+            refuse_replaced_forward(module)
         return Capture(path, module, graph)
     if inspect.getattr_static(type(module), "forward") is nn.Module.forward:
         raise UntraceableError(f"a `{type(module).__name__}` has no forward, others compute with it: {_WHOLE}")

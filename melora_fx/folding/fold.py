@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from melora_fx.adapter.update import Scratch, add_update
+from melora_fx.adapter.update import Scratch
+from melora_fx.distributed.tensors import own_part
+from melora_fx.distributed.wrappers import reshard
 from melora_fx.names import unwrap
 from melora_fx.rewriting.sites import (
     AdapterSite,
@@ -20,6 +22,7 @@ from melora_fx.rewriting.sites import (
     require_sites,
     running_base,
     warn_of_lost_sites,
+    whole_sites,
 )
 from melora_fx.saving.model_adapter import adapter_of
 from melora_fx.torch_private import preserve_versions
@@ -27,7 +30,7 @@ from melora_fx.torch_private import preserve_versions
 from .measured_fold import measure_fold
 from .refusals import refuse_replaced_forward, refuse_shared, refuse_unfoldable, shared_sites
 from .report import FoldReport, make_report
-from .site_weight import changed_blocks, oriented_weight
+from .site_weight import merge, oriented_weight, restore, saved_values
 from .unload import remove_adapters
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -37,6 +40,7 @@ def fold(model: _Model, *, untie: bool = False) -> _Model:
     """The model with its adapters merged into the weights and no trace of them left; changed in place.
 
     Module types, hooks and `requires_grad` are again as before `rewrite`. A `torch.compile` wrapper is folded inside.
+    Of a sharded model it is called on every process: weight after weight is gathered, and each keeps its part.
 
     Args:
         model: a rewritten model.
@@ -46,7 +50,7 @@ def fold(model: _Model, *, untie: bool = False) -> _Model:
     Raises:
         MELoRAError: for a plain model, a shared weight, or a weight that cannot be changed; nothing is changed then.
     """
-    found = require_sites(model, "fold")
+    found = whole_sites(require_sites(model, "fold"))
     inner = unwrap(model)
     refuse_folded(model, "fold")
     warn_of_lost_sites(model, found)
@@ -58,11 +62,11 @@ def fold(model: _Model, *, untie: bool = False) -> _Model:
     for name in shared:
         _untie(inner, found[name])
     if shared:
-        found = require_sites(model, "fold")  # with the weights of their own
+        found = whole_sites(require_sites(model, "fold"))  # with the weights of their own
     scratch = Scratch()
     with torch.no_grad():
         for site in found.values():
-            add_update(site.tensors, oriented_weight(site), scratch)
+            merge(site, scratch)
     remove_adapters(inner)
     return model
 
@@ -75,7 +79,7 @@ def check_fold(model: nn.Module) -> FoldReport:
     Raises:
         MELoRAError: for a plain model, inside `folded`, and for weights that cannot be changed.
     """
-    found = require_sites(model, "check_fold")
+    found = whole_sites(require_sites(model, "check_fold"))
     refuse_folded(model, "check_fold")
     refuse_unfoldable(found)
     adapter = adapter_of(model)
@@ -103,18 +107,19 @@ def folded(model: nn.Module) -> Iterator[None]:
     if is_folded(model):
         yield
         return
+    found = whole_sites(found)
     refuse_unfoldable(found)
     refuse_shared(shared_sites(unwrap(model), found))
-    weights = {name: oriented_weight(site) for name, site in found.items()}
-    tracked = [weight for weight in weights.values() if not weight.is_inference()]
+    weights = [own_part(site.weight) for site in found.values()]
+    tracked = [weight for weight in weights if not weight.is_inference()]
     saved: list[tuple[AdapterSite, list[torch.Tensor]]] = []
     scratch = Scratch()
     with preserve_versions(tracked):  # the bits come back: graphs recorded before may be backpropagated afterwards
         try:
             with torch.no_grad():
-                for name, site in found.items():
-                    saved.append((site, [block.clone() for block in changed_blocks(site)]))
-                    add_update(site.tensors, weights[name], scratch)
+                for site in found.values():
+                    saved.append((site, saved_values(site)))
+                    merge(site, scratch)
             for site in found.values():
                 site.module.melora_mark.is_folded = True
             with running_base(model):
@@ -122,11 +127,10 @@ def folded(model: nn.Module) -> Iterator[None]:
         finally:
             for site in found.values():
                 site.module.melora_mark.is_folded = False
+            reshard(model)
             with torch.no_grad():
                 for site, originals in saved:  # into the weight that is there now: it may have been moved
-                    present = replace(site, weight=getattr(site.owner, site.record.parameter_name))
-                    for block, original in zip(changed_blocks(present), originals, strict=True):
-                        block.copy_(original)
+                    restore(replace(site, weight=getattr(site.owner, site.record.parameter_name)), originals)
 
 
 def _untie(model: nn.Module, site: AdapterSite) -> None:

@@ -5,6 +5,8 @@ from torch import nn
 
 from melora_fx.adapter.update import non_finite
 from melora_fx.capture.packed import is_packed_linear
+from melora_fx.distributed.tensors import own_part
+from melora_fx.distributed.wrappers import class_inside
 from melora_fx.errors import MELoRAError
 from melora_fx.names import site_of
 from melora_fx.rewriting.module import replaced_forward
@@ -62,7 +64,7 @@ def refuse_shared(shared: dict[str, list[str]]) -> None:
 
 def _is_changed_since(module: nn.Module) -> bool:
     """Whether someone has put another class on the class of a rewritten module, or a tensor out of its place."""
-    return "melora_replaced" not in vars(type(module))
+    return "melora_replaced" not in vars(class_inside(module))
 
 
 def _obstacle(site: AdapterSite) -> str | None:
@@ -75,7 +77,7 @@ def _obstacle(site: AdapterSite) -> str | None:
         return _PARAMETRIZED
     if reason := resized(site):
         return reason
-    weight = site.weight.detach()
+    weight = own_part(site.weight)
     if type(weight) is not torch.Tensor or not weight.is_floating_point():
         kind = f"{type(weight).__name__} of {weight.dtype}"
         return f"its weight is a {kind}: {_DEQUANTISE}"
@@ -83,4 +85,4 @@ def _obstacle(site: AdapterSite) -> str | None:
         return "its weight is on the meta device: load the model's weights first"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         return "its weight was made in `torch.inference_mode`: load the model outside of it, or fold inside"
-    return non_finite(site.tensors, oriented_weight(site))
+    return non_finite(site.tensors, weight.dtype, lambda: oriented_weight(site))

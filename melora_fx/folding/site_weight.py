@@ -5,13 +5,39 @@ from collections.abc import Iterator
 import torch
 
 from melora_fx.adapter.tensors import diagonal_blocks, matrices
+from melora_fx.adapter.update import Scratch, add_update
+from melora_fx.distributed.tensors import is_sharded, own_part, put, whole
 from melora_fx.rewriting.sites import AdapterSite
 
 
 def oriented_weight(site: AdapterSite) -> torch.Tensor:
-    """The site's weight as (O, I) or (E, O, I), a view."""
-    weight = site.record.matrices_of(site.weight.detach())
+    """The site's weight as (O, I) or (E, O, I): a view; of a sharded one all of it, gathered by all processes."""
+    weight = site.record.matrices_of(whole(site.weight).detach())
     return weight.mT if site.weight_is_transposed else weight
+
+
+def merge(site: AdapterSite, scratch: Scratch) -> None:
+    """Adds the update of a site, whose A and B are whole, to its weight in place."""
+    weight = oriented_weight(site)
+    add_update(site.tensors, weight, scratch)
+    if is_sharded(site.weight):
+        put(site.weight, weight)
+
+
+def saved_values(site: AdapterSite) -> list[torch.Tensor]:
+    """Copies of what `merge` changes of the weight, as far as this process holds it."""
+    return [values.clone() for values in _changed(site)]
+
+
+def restore(site: AdapterSite, saved: list[torch.Tensor]) -> None:
+    """Puts back what `saved_values` gave."""
+    for values, original in zip(_changed(site), saved, strict=True):
+        values.copy_(original)
+
+
+def _changed(site: AdapterSite) -> Iterator[torch.Tensor]:
+    """Views of what a fold changes of the weight; of a sharded one what this process holds."""
+    return iter([own_part(site.weight)]) if is_sharded(site.weight) else changed_blocks(site)
 
 
 def changed_blocks(site: AdapterSite) -> Iterator[torch.Tensor]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from melora_fx.adapter.site import owner_of
 from melora_fx.adapter.tensors import TENSORS
+from melora_fx.distributed.wrappers import forget_removed
 from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.adapted_module import rewritten_modules
 from melora_fx.rewriting.marks import ROOT_MARK, root_marks
@@ -50,6 +51,7 @@ def remove_adapters(model: nn.Module) -> None:
                 if hasattr(owner, record.attribute(kind)):
                     nn.Module.__delattr__(owner, record.attribute(kind))
         uninstall(module)
+    forget_removed(model)
     named = model.named_parameters(remove_duplicate=False)
     parameters = {without_wrappers(name): parameter for name, parameter in named}
     for path, root, mark in list(root_marks(model)):

@@ -121,6 +121,11 @@ def _is_within(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
+def is_managing(frame: FrameType) -> bool:
+    """Whether the code of `frame` holds weights for others: torch's for several processes, say."""
+    return _kind_of(frame.f_globals.get("__name__")) is _Kind.MANAGING
+
+
 def is_of(frame: FrameType, *packages: str) -> bool:
     """Whether the code of `frame` is a package's."""
     return str(frame.f_globals.get("__name__", "")).partition(".")[0] in packages

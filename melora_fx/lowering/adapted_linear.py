@@ -15,7 +15,7 @@ and the gradients of A and B, from h and g computed anew,
 None of these writes the base, and none keeps more for the backward than x.
 
 Eager mode runs an `autograd.Function`, which costs a quarter of a custom operator's call. `torch.compile` gets the
-operator `melora::adapted_linear_v2`, which it does not look into.
+operator `melora::adapted_linear_v3`, which it does not look into.
 
 I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts of `split`.
 """
@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from melora_fx.distributed.share import as_output, local_bias, local_input, share_of
+from melora_fx.distributed.tensors import is_sharded
 from melora_fx.errors import MELoRAError
 
 from .dropout import dropout_rate
@@ -48,6 +50,7 @@ def adapted_linear(
     parts: Sequence[int],
     form: str,
     base: Tensor | None = None,
+    starts: Sequence[int] = (),
 ) -> Tensor:
     """The adapted output (…, O), of the dtype of x Wᵀ; the adapter computes in that dtype.
 
@@ -63,24 +66,70 @@ def adapted_linear(
         form: "weight", which may make W + Δ where that is faster; "activation", which goes by slices; "triton", which
             does so by kernels of Triton on CUDA, and as "activation" elsewhere.
         base: x Wᵀ + b, (…, O), where that has been computed; weight and bias are None then.
+        starts: where the adapter's features begin in x and in the output, if these have others too.
     """
+    if type(scaling) is not Tensor and is_sharded(scaling):
+        assert weight is not None, "no packed linear is sharded"
+        return _sharded_linear(x, weight, bias, lora_a, lora_b, scaling, dropout, form)
     if weight is not None and not (type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()):
+        if is_sharded(weight):
+            raise MELoRAError(NOT_LAID)
         base = quantized_linear(x, weight, bias)
         weight = bias = None
     dtype = _autocast_dtype(x)
     if base is not None and dtype is not None:  # autocast has had its say in the base
         with torch.autocast(x.device.type, enabled=False):
-            return adapted_linear(x, None, None, lora_a, lora_b, scaling, dropout, parts, form, base)
+            return adapted_linear(x, None, None, lora_a, lora_b, scaling, dropout, parts, form, base, starts)
     rate = 0.0 if dropout is None else dropout_rate(dropout)
     seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
-    inputs = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, form, dtype)
+    inputs = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, form, dtype, starts)
     if torch.compiler.is_compiling():
         return operator_for(seed)(*inputs)
     try:
         return _AdaptedLinear.apply(*inputs)
     except RuntimeError as error:
-        _refuse_resized(weight, lora_b, error)
+        if not starts:
+            _refuse_resized(weight, lora_b, error)
         raise
+
+
+NOT_LAID = (
+    "a weight was sharded after `rewrite`, and its adapter was not: shard the module that owns the weight by "
+    "`parallelize_module`, in which its own forward multiplies by it"
+)
+"""What is said of a DTensor beside an adapter that is none."""
+
+
+def _sharded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    dropout: nn.Module | None,
+    form: str,
+) -> Tensor:
+    """`adapted_linear` of a weight that tensor parallelism has sharded: what this process has of it, by its tensors.
+
+    A DTensor where the weight is one; whoever hands out what a process has of the weight takes the same of the output.
+    """
+    own_weight = weight.to_local() if is_sharded(weight) else weight
+    by_columns = own_weight.size(1) == scaling.size(0) * lora_a.size(2)
+    share = share_of(own_weight, lora_a, lora_b, scaling, by_columns=by_columns)
+    y = adapted_linear(
+        local_input(x, by_columns=by_columns),
+        own_weight,
+        local_bias(bias, by_columns=by_columns),
+        share.lora_a,
+        share.lora_b,
+        share.scaling,
+        dropout,
+        [share.lora_b.size(0) * share.lora_b.size(1)],
+        form,
+        starts=share.starts,
+    )
+    return as_output(y, weight) if is_sharded(weight) else y
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

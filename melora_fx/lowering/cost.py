@@ -10,7 +10,7 @@ WIDE = (torch.float32, torch.float64)
 """The dtypes in which W + Δ and G of `adapted_linear` keep what training adds."""
 
 
-def is_merged(x: Tensor, weight: Tensor, lora_a: Tensor, rate: float) -> bool:
+def is_merged(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, rate: float) -> bool:
     """Whether making W + Δ takes less time than adding to the slices of T rows, and rounds nothing away.
 
     By the measurements in benchmarks/results/NOTES.md: a value of the slices takes 8 + R units of time, mostly to be
@@ -18,11 +18,11 @@ def is_merged(x: Tensor, weight: Tensor, lora_a: Tensor, rate: float) -> bool:
     """
     if rate or weight.dtype not in WIDE or x.dtype != weight.dtype:
         return False
-    num_blocks, rank, _ = lora_a.shape
-    out_features, in_features = weight.shape
-    num_tokens = x.numel() // in_features
-    adding = num_tokens * (in_features + out_features) * (8 + rank)
-    merging = in_features * out_features * (20 + rank / num_blocks)
+    num_blocks, rank, width = lora_a.shape
+    height = lora_b.size(1)
+    num_tokens = x.numel() // x.size(-1)
+    adding = num_tokens * num_blocks * (width + height) * (8 + rank)
+    merging = weight.numel() * 20 + num_blocks * width * height * rank
     return adding > merging
 
 

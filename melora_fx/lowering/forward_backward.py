@@ -15,7 +15,7 @@ from melora_fx.adapter.tensors import diagonal_blocks, slices_of
 from . import by_torch, by_triton
 from .cost import is_by_blocks, is_merged
 from .dropout import dropout_mask, over_kept
-from .slices import by_part, cast, factors_by_part, join_parts
+from .slices import by_part, cast, factors_by_part, join_parts, own_inputs, own_outputs
 
 
 class InputGradients(NamedTuple):
@@ -33,16 +33,18 @@ class InputGradients(NamedTuple):
     parts: None = None
     form: None = None
     dtype: None = None
+    starts: None = None
 
 
 def save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps what `needed_gradients` reads; the weight only if the gradient of x is needed."""
-    x, _base, weight, _bias, lora_a, lora_b, scaling, seed, rate, parts, form, _dtype = inputs
+    x, _base, weight, _bias, lora_a, lora_b, scaling, seed, rate, parts, form, _dtype, starts = inputs
     needs_x = ctx.needs_input_grad[0]
     ctx.save_for_backward(x, weight if needs_x else None, lora_a, lora_b, scaling, seed)
     ctx.rate = rate
     ctx.parts = parts
     ctx.form = form
+    ctx.starts = starts
 
 
 def needed_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., InputGradients], form: str) -> InputGradients:
@@ -50,7 +52,7 @@ def needed_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., InputGr
     needs_x, needs_base, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     asked = [needs_x, needs_weight, needs_bias, needs_a, needs_b]
     x, weight, lora_a, lora_b, scaling, seed = ctx.saved_tensors
-    found = backward(gradient, x, weight, lora_a, lora_b, scaling, seed, ctx.rate, ctx.parts, form, asked)
+    found = backward(gradient, x, weight, lora_a, lora_b, scaling, seed, ctx.rate, ctx.parts, form, asked, ctx.starts)
     return found._replace(base=gradient) if needs_base else found
 
 
@@ -67,6 +69,7 @@ def compute_output(
     parts: Sequence[int],
     form: str,
     dtype: torch.dtype | None,
+    starts: Sequence[int],
 ) -> Tensor:
     """The output. Arguments as of `adapted_linear`; `seed` and `rate` are the dropout's, `dtype` is autocast's."""
     if dtype is not None:
@@ -77,13 +80,13 @@ def compute_output(
     if weight is None:
         assert base is not None
         output = base.clone(memory_format=torch.contiguous_format)
-    elif form == "weight" and is_merged(x, weight, lora_a, rate):
-        return F.linear(x, _merged(weight, lora_a, scaled, parts), bias).contiguous()
+    elif form == "weight" and is_merged(x, weight, lora_a, lora_b, rate):
+        return F.linear(x, _merged(weight, lora_a, scaled, parts, starts), bias).contiguous()
     else:
         output = F.linear(x, weight, bias).contiguous()
-    x = cast(x, output.dtype)
+    x = own_inputs(cast(x, output.dtype), lora_a, starts)
     slices = slices_of(x if seed is None else x * dropout_mask(x, seed, rate), len(lora_a))
-    of_parts = by_part(output, lora_a, scaled, parts)
+    of_parts = by_part(own_outputs(output, lora_b, starts), lora_a, scaled, parts)
     by = by_triton if form == "triton" and by_triton.fits(slices, of_parts) else by_torch
     by.add_update(slices, of_parts)
     return output
@@ -101,26 +104,32 @@ def compute_gradients(
     parts: Sequence[int],
     form: str,
     asked: Sequence[bool],
+    starts: Sequence[int],
 ) -> InputGradients:
     """The gradients of x, weight, bias, lora_a and lora_b that are `asked` for; `gradient` is that of the output."""
     if gradient.device.type != "meta" and torch.is_autocast_enabled(gradient.device.type):
         with torch.autocast(gradient.device.type, enabled=False):  # the dtypes are the forward's
-            return compute_gradients(gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, form, asked)
+            return compute_gradients(
+                gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, form, asked, starts
+            )
     needs_x, needs_weight, needs_bias, needs_a, needs_b = asked
     of_y = gradient.reshape(-1, gradient.size(-1))
     used = cast(x, gradient.dtype)  # x as the forward used it
-    mask = None if seed is None else dropout_mask(used, seed, rate)
-    slices = slices_of(used if mask is None else used * mask, len(lora_a))
+    own = own_inputs(used, lora_a, starts)
+    mask = None if seed is None else dropout_mask(own, seed, rate)
+    slices = slices_of(own if mask is None else own * mask, len(lora_a))
     scaling = over_kept(scaling, rate)
     scaled = lora_b * scaling
-    of_parts = by_part(of_y, lora_a, scaled, parts)
+    own_y = own_outputs(of_y, lora_b, starts)
+    of_parts = by_part(own_y, lora_a, scaled, parts)
     of_x = of_slices = None  # the second: to which the adapter's part is still to be added
-    if needs_x and form == "weight" and weight is not None and is_merged(used, weight, lora_a, rate):
-        of_x = of_y @ _merged(weight, lora_a, scaled, parts)
+    if needs_x and form == "weight" and weight is not None and is_merged(used, weight, lora_a, lora_b, rate):
+        of_x = of_y @ _merged(weight, lora_a, scaled, parts, starts)
     elif needs_x:
-        of_x = of_slices = _of_base(of_y, weight, used)
+        of_x = _of_base(of_y, weight, used)
+        of_slices = own_inputs(of_x, lora_a, starts)
     by = by_triton if form == "triton" and by_triton.fits(slices, of_parts) else by_torch
-    if by is by_torch and of_slices is None and mask is None and is_by_blocks(used, of_y, lora_a):
+    if by is by_torch and of_slices is None and mask is None and is_by_blocks(own, own_y, lora_a):
         pairs = [by_torch.gradients_by_blocks(slices, part) for part in of_parts]
     else:
         pairs = by.add_gradients(slices, of_parts, of_slices, mask)
@@ -139,10 +148,11 @@ def _of_base(of_y: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
     return of_y @ cast(weight, of_y.dtype)
 
 
-def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> Tensor:
+def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int], starts: Sequence[int]) -> Tensor:
     """W + Δ (O, I), in memory of its own."""
     merged = weight.clone()
-    blocks = diagonal_blocks(merged, len(lora_a), parts)
+    own = own_outputs(own_inputs(merged, lora_a, starts).mT, scaled, starts).mT
+    blocks = diagonal_blocks(own, len(lora_a), parts)
     for block, (part_a, part_b) in zip(blocks, factors_by_part(lora_a, scaled, parts), strict=True):
         block.add_(torch.bmm(part_b, part_a))
     return merged

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from melora_fx.adapter.site import SiteRecord
+from melora_fx.adapter.tensors import SCALING
 from melora_fx.capture.graphs import copy_graph
 from melora_fx.patterns.patterns import find_linear_nodes
 from melora_fx.patterns.planned_site import PlannedSite
@@ -30,6 +31,8 @@ def _misfit_of_plain(site: PlannedSite) -> str | None:
 
 
 PLAIN = Lowering("plain", "plain", _misfit_of_plain, None)
+
+aten = torch.ops.aten
 
 LOWERINGS = (WEIGHT, ACTIVATION, TRITON, GROUPED, PLAIN)
 """In order of preference: "auto" is the first without a misfit that it may choose."""
@@ -62,7 +65,18 @@ def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> f
         replace = lowering_named(record.lowering).replace if record else None
         if record and replace:
             replace(lowered, linear, record, owner)
+    for record in by_parameter.values():
+        _scale_in_dtype_of_b(lowered, record)
     return lowered
+
+
+def _scale_in_dtype_of_b(graph: fx.Graph, record: SiteRecord) -> None:
+    """Where an adapter's nodes stay: s B is of the dtype that B has when it runs, which FSDP's policy may change."""
+    for scaling in graph.find_nodes(op="get_attr", target=record.path(SCALING)):
+        for product in [user for user in scaling.users if user.target is aten.mul.Tensor]:
+            with graph.inserting_after(product):
+                cast = graph.call_function(aten.type_as.default, (product, product.args[0]))
+            product.replace_all_uses_with(cast, delete_user_cb=lambda user, own=cast: user is not own)
 
 
 def needs_plain_nodes() -> bool:

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from melora_fx.adapter.site import SITE_TAG, SiteRecord
 from melora_fx.adapter.tensors import DROPOUT, FACTORS, SCALING, features_of
+from melora_fx.distributed.tensors import is_sharded
 from melora_fx.patterns.node import LinearNode, weight_of
 from melora_fx.patterns.planned_site import PlannedSite
 
@@ -24,7 +25,7 @@ def _misfit_of_weight(site: PlannedSite) -> str | None:
         return reason
     if site.config.dropout:
         return "`lowering` (='weight') cannot drop inputs of the adapter alone: use 'auto' or 'activation'"
-    if type(site.weight) is nn.Parameter and site.weight.dtype in WIDE:
+    if (type(site.weight) is nn.Parameter or is_sharded(site.weight)) and site.weight.dtype in WIDE:
         return None
     kind = f"{type(site.weight).__name__} of {str(site.weight.dtype).removeprefix('torch.')}"
     return f"`lowering` (='weight') would round W + Δ to this {kind} in every step: use 'auto' or 'activation'"

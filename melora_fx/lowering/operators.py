@@ -8,11 +8,11 @@ from torch import Tensor
 from .forward_backward import InputGradients, compute_gradients, compute_output, needed_gradients, save_for_gradients
 
 # `torch.compile` keeps what it has compiled on disk, by the operators' names: another schema needs another name.
-_operator = torch.library.custom_op("melora::adapted_linear_v2", compute_output, mutates_args=())
+_operator = torch.library.custom_op("melora::adapted_linear_v3", compute_output, mutates_args=())
 # Those with dropout are operators of their own: a CUDA graph would replay one mask for ever.
 _UNSAFE = (torch.Tag.cudagraph_unsafe,)
 _dropout_operator = torch.library.custom_op(
-    "melora::adapted_linear_dropout", compute_output, mutates_args=(), tags=_UNSAFE
+    "melora::adapted_linear_dropout_v2", compute_output, mutates_args=(), tags=_UNSAFE
 )
 
 
@@ -21,7 +21,7 @@ _dropout_operator = torch.library.custom_op(
 def _(x: Tensor, base: Any, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tensor, *others: Any) -> Tensor:
     if base is not None:
         return torch.empty_like(base, memory_format=torch.contiguous_format)
-    *_, dtype = others
+    *_, dtype, _starts = others
     return x.new_empty(*x.shape[:-1], weight.size(0), dtype=dtype)
 
 
@@ -32,20 +32,20 @@ def _gradient_list(*arguments: Any) -> list[Tensor]:
 
 _BACKWARD_SCHEMA = (
     "(Tensor gradient, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? seed, "
-    "float rate, SymInt[] parts, str form, bool[] asked) -> Tensor[]"
+    "float rate, SymInt[] parts, str form, bool[] asked, SymInt[] starts) -> Tensor[]"
 )
 _backward_operator = torch.library.custom_op(
-    "melora::adapted_linear_backward_v2", _gradient_list, mutates_args=(), schema=_BACKWARD_SCHEMA
+    "melora::adapted_linear_backward_v3", _gradient_list, mutates_args=(), schema=_BACKWARD_SCHEMA
 )
 _dropout_backward_operator = torch.library.custom_op(
-    "melora::adapted_linear_dropout_backward", _gradient_list, mutates_args=(), schema=_BACKWARD_SCHEMA, tags=_UNSAFE
+    "melora::adapted_linear_dropout_backward_v2", _gradient_list, mutates_args=(), schema=_BACKWARD_SCHEMA, tags=_UNSAFE
 )
 
 
 @_dropout_backward_operator.register_fake
 @_backward_operator.register_fake
 def _(gradient: Tensor, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, *others: Any) -> list[Tensor]:
-    *_, asked = others
+    *_, asked, _starts = others
     width = gradient.size(-1)
     shapes = (x.shape, (width, x.size(-1)), (width,), lora_a.shape, lora_b.shape)
     dtypes = (x.dtype, gradient.dtype, gradient.dtype, lora_a.dtype, lora_b.dtype)
@@ -54,7 +54,7 @@ def _(gradient: Tensor, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, 
 
 def _gradients_by_operator(*arguments: Any) -> InputGradients:
     """`compute_gradients` of the same arguments, by its operator."""
-    _gradient, _x, _weight, _a, _b, _scaling, seed, *_, asked = arguments
+    _gradient, _x, _weight, _a, _b, _scaling, seed, *_, asked, _starts = arguments
     found = iter((_backward_operator if seed is None else _dropout_backward_operator)(*arguments))
     names = ("x", "weight", "bias", "lora_a", "lora_b")
     return InputGradients(**{name: next(found) for name, is_asked in zip(names, asked, strict=True) if is_asked})
@@ -70,4 +70,4 @@ for _each in (_operator, _dropout_operator):
 def operator_for(seed: Tensor | None) -> Any:
     """The operator with the arguments of `compute_output`; `seed`: that of the dropout."""
     own = torch.ops.melora
-    return own.adapted_linear_v2.default if seed is None else own.adapted_linear_dropout.default
+    return own.adapted_linear_v3.default if seed is None else own.adapted_linear_dropout_v2.default

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from melora_fx.distributed.tensors import is_sharded
+
 
 def passes_gradient(weight: Tensor) -> bool:
     """Whether `F.linear` by `weight`, (O, I), has a gradient for its input; asked of quantised tensors."""
-    if type(weight) in (Tensor, nn.Parameter) or weight.is_meta:
+    if type(weight) in (Tensor, nn.Parameter) or weight.is_meta or is_sharded(weight):
         return True
     x = torch.zeros(1, weight.size(1), dtype=weight.dtype, device=weight.device, requires_grad=True)
     with torch.enable_grad():

@@ -17,6 +17,16 @@ Part: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Of one part: its columns of the output, or of y', as slices (N, T, O_p/N); A (N, R, I/N); s B (N, O_p/N, R)."""
 
 
+def own_inputs(x: Tensor, lora_a: Tensor, starts: Sequence[int]) -> Tensor:
+    """The features of x (…, I) of which an adapter makes its update, a view; x itself without `starts`."""
+    return x.narrow(-1, starts[0], lora_a.size(0) * lora_a.size(2)) if starts else x
+
+
+def own_outputs(y: Tensor, lora_b: Tensor, starts: Sequence[int]) -> Tensor:
+    """The features of y (…, O) to which an adapter adds its update, a view; y itself without `starts`."""
+    return y.narrow(-1, starts[1], lora_b.size(0) * lora_b.size(1)) if starts else y
+
+
 def by_part(output: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> list[Part]:
     """The parts of `output` (…, O), and in its dtype those of A (N, P·R, I/N) and of s B (N, O/N, R)."""
     num_blocks = len(lora_a)

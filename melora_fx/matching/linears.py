@@ -7,6 +7,8 @@ from torch import fx
 
 from melora_fx.capture.graphs import Capture
 from melora_fx.config import MELoRAConfig
+from melora_fx.distributed.placement import misfit_of_sharded
+from melora_fx.distributed.tensors import is_sharded
 from melora_fx.lowering.lowerings import choose_lowering, lowering_misfit
 from melora_fx.names import join_path, site_name
 from melora_fx.patterns.node import CALLS, LinearNode, weight_of
@@ -48,7 +50,13 @@ def reads_of(graphs: Iterable[fx.Graph]) -> Iterator[fx.Node]:
 
 def misfit(planned: PlannedSite, config: MELoRAConfig, *, is_head: bool) -> str | None:
     """Why this configuration cannot adapt this linear, or None."""
-    return config.misfit(*planned.shape, is_head=is_head) or lowering_misfit(replace(planned, config=config))
+    configured = replace(planned, config=config)
+    reason = config.misfit(*planned.shape, is_head=is_head) or lowering_misfit(configured)
+    if reason or not is_sharded(planned.weight):
+        return reason
+    lowering = choose_lowering(configured)
+    is_linear = lowering is not None and all(node.operands and not node.weight_is_transposed for node in planned.nodes)
+    return misfit_of_sharded(planned.weight, config, lowering.name if lowering else "", is_linear=is_linear)
 
 
 def names_unused(planned: Iterable[PlannedSite]) -> set[str]:

@@ -109,9 +109,9 @@ def _refuse(model: nn.Module | ExportedProgram, config: MELoRAConfig) -> None:
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module or an ExportedProgram, got {type(model).__name__}")
+    refuse_distributed(model)
     if unwrap(model) is not model:
         raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
-    refuse_distributed(model, "rewrite")
     refuse_rewritten(model)
     refuse_lazy(model)
 

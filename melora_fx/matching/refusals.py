@@ -1,12 +1,10 @@
 """Models that are refused whole, before anything is looked for in them."""
 
-import itertools
-from typing import Any
-
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from melora_fx.adapter.site import MODULE_MARK
+from melora_fx.distributed.wrappers import wrapped_modules, wrapper_around
 from melora_fx.errors import MELoRAError
 from melora_fx.names import first_of, unwrap, without_wrappers
 
@@ -35,22 +33,24 @@ def refuse_lazy(model: nn.Module) -> None:
         )
 
 
-_DISTRIBUTED = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"}
+def refuse_distributed(model: nn.Module) -> None:
+    """Raises MELoRAError where DDP, FSDP or DataParallel is in `model`, or around it."""
+    path, name = next(wrapped_modules(model), ("", None))
+    name = name or wrapper_around(model)
+    if name is None:
+        return
+    where = f"`{path}`" if path else "the model"
+    raise MELoRAError(
+        f"{where} is wrapped by {name}, which has prepared for the parameters that it found: `rewrite` the plain "
+        "model, then wrap it"
+    )
 
 
-def refuse_distributed(model: nn.Module, action: str) -> None:
-    """Raises MELoRAError where `model` is wrapped by DDP, FSDP or DataParallel, or has a DTensor."""
-    plain = set[type]()  # each class is looked at once: `disabled` comes here in every step of some trainings
-    for path, value in itertools.chain[tuple[str, Any]](model.named_modules(), model.named_parameters()):
-        if type(value) in plain:
-            continue
-        kinds = [cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith("torch.")]
-        kind = next((name for name in kinds if name in _DISTRIBUTED), None)
-        if kind is None:
-            plain.add(type(value))
-            continue
+def refuse_opaque(model: nn.Module, action: str) -> None:
+    """Raises MELoRAError for wrappers below which no adapter can be read."""
+    for path, name in wrapped_modules(model, is_opaque=True):
         where = f"`{path}`" if path else "the model"
         raise MELoRAError(
-            f"`{action}`: {where} is a {kind}: models that are wrapped for several devices, or sharded, are not "
-            "supported; call it with the plain model inside (`model.module`), before wrapping or sharding"
+            f"`{action}`: {where} is a {name}, which keeps parameters of its own: call it with the plain model inside "
+            "(`model.module`), or shard by `fully_shard`"
         )

@@ -7,7 +7,11 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from melora_fx.adapter.site import MODULE_MARK
+from melora_fx.adapter.site import MODULE_MARK, own_names
+from melora_fx.adapter.tensors import DROPOUT
+from melora_fx.distributed.placement import lay, lay_adapter, misfit_of_sharded
+from melora_fx.distributed.tensors import as_parameter, is_sharded
+from melora_fx.distributed.wrappers import is_called_by_fsdp
 from melora_fx.errors import MELoRAError
 from melora_fx.live.products import Product
 from melora_fx.names import unwrap, without_wrappers
@@ -64,6 +68,31 @@ class AdaptedModule(ExchangedModule):
         renew_adapters(self, self.melora_mark.records, moved)
         return self
 
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Whoever shards a linear puts DTensors into the place of its parameters: the adapter follows the weight."""
+        mark: ModuleMark | None = vars(self).get(MODULE_MARK)  # none on a module of a class below this one
+        record = next((each for each in mark.records if name in own_names(each)), None) if mark else None
+        if mark is None or record is None or not is_sharded(param) or is_called_by_fsdp():
+            super().register_parameter(name, param)
+            return
+        if name != record.parameter:  # cut as the style cuts the weight, or whole
+            super().register_parameter(name, as_parameter(lay(param.detach(), param), param))
+            return
+        is_linear = param.dim() == 2 and not record.weight_is_transposed and record.row_dims is None
+        if reason := misfit_of_sharded(param, record.config, record.lowering, is_linear=is_linear):
+            raise MELoRAError(f"`{record.site_name(mark.path)}`: {reason}")
+        super().register_parameter(name, param)
+        lay_adapter(self, record, param)
+
+    def train(self, mode: bool = True) -> "AdaptedModule":
+        super().train(mode)
+        mark: ModuleMark | None = vars(self).get(MODULE_MARK)
+        for record in mark.records if mark else ():
+            dropout = vars(self).get(record.attribute(DROPOUT))  # of a sharded linear, which holds it as no child
+            if dropout is not None:
+                dropout.train(mode)
+        return self
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_state_dict(*args, **kwargs)
         renew_adapters(self, self.melora_mark.records)
@@ -98,11 +127,6 @@ def refuse_copy_inside_folded(module: AdaptedModule) -> None:
     """Raises MELoRAError while the weights of `module` are folded for a while."""
     if module.melora_mark.is_folded:
         raise MELoRAError("a copy made inside `folded` would hold the adapter twice: copy the model outside of it")
-
-
-def put_class(module: nn.Module, cls: type) -> None:
-    """Exchanges the class of `module`, whatever its own `__setattr__` does."""
-    object.__setattr__(module, "__class__", cls)
 
 
 def code_of(module: AdaptedModule) -> str:

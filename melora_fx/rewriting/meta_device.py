@@ -10,6 +10,8 @@ from torch import nn
 
 from melora_fx.adapter.site import SiteRecord, owner_of, tensors_of
 from melora_fx.adapter.tensors import SCALING, AdapterTensors, features_of, num_matrices
+from melora_fx.distributed.placement import laid_as
+from melora_fx.distributed.tensors import agree, as_parameter, is_sharded, own_part, put
 from melora_fx.patterns.node import weight_of
 from melora_fx.torch_private import registered
 
@@ -36,7 +38,7 @@ def renew_adapters(module: nn.Module, records: Iterable[SiteRecord], moved: Iter
 
 
 def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: torch.device) -> None:
-    """Gives the site fresh parameters on `device`."""
+    """Gives the site fresh values on `device`; a sharded one its part of those."""
     owner = owner_of(module, record)
     old = tensors_of(module, record)
     matrices = record.matrices_of(weight)
@@ -48,17 +50,26 @@ def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: 
         dtype=old.lora_a.dtype,
     )
     for kind, tensor in fresh.factors.items():
-        setattr(owner, record.attribute(kind), nn.Parameter(tensor, old.factors[kind].requires_grad))
+        present = old.factors[kind]
+        if is_sharded(present):  # whoever shards it holds it too
+            put(present, tensor)
+            agree(present)
+        else:
+            setattr(owner, record.attribute(kind), as_parameter(tensor, present))
     record.is_absent = False
     record.saved_config = None
 
 
 def _refill_scaling(module: nn.Module, record: SiteRecord) -> None:
-    scaling = tensors_of(module, record).scaling()
+    adapter = tensors_of(module, record)
     _, buffers, _ = registered(owner_of(module, record))
     name = record.attribute(SCALING)
     buffer = buffers[name]
-    if buffer is not None and buffer.device == scaling.device:
+    scaling = adapter.scaling()
+    if is_sharded(buffer):
+        local = own_part(adapter.lora_b)
+        buffers[name] = laid_as(scaling.to(local.device), buffer)
+    elif buffer is not None and buffer.device == scaling.device:
         buffer.data.copy_(scaling)
     else:
         buffers[name] = scaling

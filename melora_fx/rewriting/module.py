@@ -10,7 +10,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -18,13 +18,15 @@ from torch.nn.utils import parametrize
 
 from melora_fx.adapter.site import MODULE_MARK, SiteRecord
 from melora_fx.capture.graphs import copy_graph
+from melora_fx.distributed.private import tensor_parallel_forward
+from melora_fx.distributed.wrappers import class_inside, put_class
 from melora_fx.errors import MELoRAError
 from melora_fx.live.weight_property import add_weight_properties
 from melora_fx.lowering.quantized_gradient import call_base
 from melora_fx.names import unwrap
 from melora_fx.torch_private import GRAPH_SPECS, MADE_FROM_GRAPH
 
-from .adapted_module import AdaptedModule, attributes_of_class, put_class, refuse_copy_inside_folded
+from .adapted_module import AdaptedModule, attributes_of_class, refuse_copy_inside_folded
 from .graph_device import devices_of, put_module_on_device
 from .graph_pickle import dump_graph, load_graph
 from .marks import ModuleMark
@@ -141,12 +143,30 @@ def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord], path:
     module.__class__ = _rewritten_class(_restored_class(module))
     assert isinstance(module, RewrittenModule)
     vars(module)[MODULE_MARK] = ModuleMark(records, path)
-    module.graph = graph
+    with _put_around_again(module):
+        module.graph = graph
     return module
+
+
+@contextmanager
+def _put_around_again(module: nn.Module) -> Iterator[None]:
+    """What tensor parallelism of transformers has around the forward of `module` is put there again after the block."""
+    around = tensor_parallel_forward(module)
+    if around:
+        del vars(module)["forward"]
+    yield
+    if around:
+        style, mesh = around
+        style.install_forward(module, mesh)
 
 
 def uninstall(module: AdaptedModule) -> None:
     """Gives `module` its class back. A module that was a GraphModule keeps its graph without the adapters."""
+    with _put_around_again(module):
+        _uninstall(module)
+
+
+def _uninstall(module: AdaptedModule) -> None:
     own = vars(module)
     original = module.melora_class
     if not isinstance(module, RewrittenModule):
@@ -159,12 +179,12 @@ def uninstall(module: AdaptedModule) -> None:
     del own[MODULE_MARK]
     if original is fx.GraphModule:
         plain = fx.GraphModule(nn.Module(), fx.Graph())  # has a class of its own
-        module.__class__ = cast("type[RewrittenModule]", type(plain))
+        put_class(module, type(plain))
         module.graph = without_adapters(graph)
         return
     for key in _graph_module_attributes():
         own.pop(key, None)
-    module.__class__ = cast("type[RewrittenModule]", original)
+    put_class(module, original)
 
 
 @functools.cache
@@ -176,7 +196,7 @@ def _graph_module_attributes() -> tuple[str, ...]:
 
 def replaced_forward(module: AdaptedModule) -> bool:
     """Whether someone has put another `forward` on the instance, around the one that ours has on the class."""
-    if not isinstance(module, RewrittenModule):
+    if not isinstance(module, RewrittenModule) or tensor_parallel_forward(module):
         return False
     return "forward" in vars(module) and getattr(module.forward, "__func__", None) is not type(module).forward
 
@@ -191,7 +211,7 @@ def _restored_class(module: nn.Module) -> type:
     """The class that `module` had, or has, when it is not rewritten; GraphModule for all its per-instance classes."""
     if isinstance(module, AdaptedModule):
         return module.melora_class
-    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else class_inside(module)
 
 
 def _rewritten_class(original: type) -> type:

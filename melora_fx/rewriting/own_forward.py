@@ -12,6 +12,7 @@ from torch import nn
 
 from melora_fx.adapter.site import MODULE_MARK, SiteRecord
 from melora_fx.capture.trace import UntraceableError, trace_module
+from melora_fx.distributed.wrappers import put_class
 from melora_fx.errors import MELoRAError
 from melora_fx.live.foreseen import foresee_linears
 from melora_fx.live.weight_property import weight_property
@@ -22,7 +23,6 @@ from melora_fx.torch_private import registered
 from .adapted_module import (
     AdaptedModule,
     attributes_of_class,
-    put_class,
     refuse_copy_inside_folded,
     subclass_of,
     with_blank,

@@ -16,6 +16,8 @@ from melora_fx.adapter.tensors import DROPOUT, SCALING, AdapterTensors
 from melora_fx.capture.graphs import Capture
 from melora_fx.capture.packed import device_of
 from melora_fx.config import MELoRAConfig
+from melora_fx.distributed.placement import lay
+from melora_fx.distributed.tensors import is_sharded
 from melora_fx.errors import MELoRAError
 from melora_fx.live.foreseen import foresee_linears
 from melora_fx.lowering.lowerings import choose_lowering
@@ -208,8 +210,12 @@ def _add_tensors(site: PlannedSite, record: SiteRecord) -> None:
         device=device_of(owner, site.weight),
         dtype=adapter_dtype(site.weight),
     )
+    scaling = fresh.scaling()
+    if is_sharded(site.weight):
+        fresh = AdapterTensors(site.config, lay(fresh.lora_a, site.weight), lay(fresh.lora_b, site.weight))
+        scaling = lay(scaling, site.weight)
     for kind, tensor in fresh.factors.items():
         owner.register_parameter(record.attribute(kind), nn.Parameter(tensor))
-    owner.register_buffer(record.attribute(SCALING), fresh.scaling(), persistent=False)
+    owner.register_buffer(record.attribute(SCALING), scaling, persistent=False)
     if site.config.dropout:
         owner.add_module(record.attribute(DROPOUT), nn.Dropout(site.config.dropout).train(owner.training))

@@ -15,7 +15,7 @@ from melora_fx.capture.graphs import copy_graph, function_of
 from melora_fx.capture.packed import is_packed_linear
 from melora_fx.errors import MELoRAError
 from melora_fx.live.weight_property import name_of_base
-from melora_fx.lowering.lowerings import PLAIN, lower, needs_plain_nodes
+from melora_fx.lowering.lowerings import lower, needs_plain_nodes
 from melora_fx.torch_private import in_forward_mode, put_graph
 
 from .adapted_module import AdaptedModule
@@ -73,9 +73,8 @@ def choosing_forward(module: fx.GraphModule, records: list[SiteRecord]) -> Calla
 
     `records`: the sites of the module, which say how it is lowered.
     """
-    plain = lowered = _function_on_base(module, module.graph)
-    if any(record.lowering != PLAIN.name for record in records):
-        lowered = _function_on_base(module, lower(module.graph, module, records))
+    plain = _function_on_base(module, module.graph)
+    lowered = _function_on_base(module, lower(module.graph, module, records))
     has_forward_mode = all(record.is_aten for record in records)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +12,13 @@ from torch import nn
 from melora_fx.adapter.site import SiteRecord, owner_of
 from melora_fx.adapter.tensors import FACTORS, SCALING, AdapterTensors, factor_names, features_of, num_matrices
 from melora_fx.config import MELoRAConfig
+from melora_fx.distributed.placement import added_bytes
+from melora_fx.distributed.tensors import as_parameter, is_sharded, own_part, whole
+from melora_fx.distributed.wrappers import reshard
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.adapted_linear import RESIZED
 from melora_fx.lowering.lowerings import lowering_named
-from melora_fx.matching.refusals import refuse_distributed
+from melora_fx.matching.refusals import refuse_opaque
 from melora_fx.names import join_path
 from melora_fx.patterns.node import weight_of
 
@@ -80,12 +84,24 @@ class AdapterSite:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the adapter holds beside the base: A, B and the scaling."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.lora_a, self.lora_b, self.scaling))
+        """Bytes that this process holds of the adapter beside the base: A, B and the scaling."""
+        held = [own_part(tensor) for tensor in (self.lora_a, self.lora_b, self.scaling)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    @property
+    def num_reduced_bytes(self) -> int:
+        """Bytes of gradients that each step adds up over the processes of a tensor-parallel linear for its adapter
+        alone: 0 where `num_blocks` is a multiple of their number, so that each has blocks of its own.
+        """
+        return added_bytes(self.lora_a, self.lora_b, self.scaling)
 
 
 def sites(model: nn.Module) -> dict[str, AdapterSite]:
-    """The rewritten sites of `model` by name, in the model's order; empty for a plain model."""
+    """The rewritten sites of `model` by name, in the model's order; empty for a plain model.
+
+    Of a model that is sharded over processes, the tensors are what each process trains: DTensors.
+    """
+    reshard(model)
     return {
         record.site_name(path): make_site(path, module, record)
         for path, module in rewritten_modules(model)
@@ -117,9 +133,24 @@ def make_site(path: str, module: AdaptedModule, record: SiteRecord) -> AdapterSi
     )
 
 
+def whole_sites(found: Mapping[str, AdapterSite]) -> dict[str, AdapterSite]:
+    """The sites with all of A, B and scaling on each process: those that are sharded are gathered, by all together."""
+    return {name: _whole_site(site) for name, site in found.items()}
+
+
+def _whole_site(site: AdapterSite) -> AdapterSite:
+    tensors: Any = [site.lora_a, site.lora_b, site.scaling]
+    if not any(map(is_sharded, tensors)):
+        return site
+    lora_a, lora_b, scaling = map(whole, tensors)
+    return replace(
+        site, lora_a=as_parameter(lora_a, tensors[0]), lora_b=as_parameter(lora_b, tensors[1]), scaling=scaling
+    )
+
+
 def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
-    """`sites(model)`, or MELoRAError where there are none or `model` is distributed."""
-    refuse_distributed(model, action)
+    """`sites(model)`, or MELoRAError where there are none or a wrapper hides them."""
+    refuse_opaque(model, action)
     found = sites(model)
     if not found:
         raise MELoRAError(f"`{action}` needs a rewritten model, but this {type(model).__name__} has no adapter sites")

@@ -15,9 +15,14 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from melora_fx.adapter.site import owner_of, tensors_of
+from melora_fx.distributed.tensors import is_sharded
+from melora_fx.matching.keep_trainable import is_within
+from melora_fx.names import first_of, without_wrappers
 from melora_fx.torch_private import registered
 
 from .adapted_module import rewritten_modules
+from .marks import ROOT_MARK, RootMark
+from .sites import adapter_parameters
 
 
 class _Watch:
@@ -56,6 +61,13 @@ class _Watch:
             return
         self.checked.add(optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for names in filter(None, [_unfrozen_norms(model, held) for model in self._alive()]):
+            warnings.warn(
+                f"this {type(optimizer).__name__} trains {first_of(names)}, which `rewrite` has frozen and no adapter "
+                "folder will hold: `SequenceParallel` makes norms trainable again; call `requires_grad_(False)` on "
+                "them after `parallelize_module`",
+                stacklevel=3,  # where `step` is called
+            )
         for stale in filter(None, [_stale_linears(model, held) for model in self._alive()]):
             warnings.warn(
                 f"this {type(optimizer).__name__} holds the weights of {stale} linears, which `rewrite` has frozen, "
@@ -78,6 +90,25 @@ def watch_optimizers(model: nn.Module) -> None:
 def stop_watching(model: nn.Module) -> None:
     """Undoes `watch_optimizers`."""
     _watch.discard(model)
+
+
+def _unfrozen_norms(model: nn.Module, held: set[int]) -> list[str]:
+    """Names of the parameters among those with the ids `held` that are replicated by tensor parallelism and frozen by
+    right.
+    """
+    mark: RootMark | None = vars(model).get(ROOT_MARK)
+    if mark is None:
+        return []
+    own = {id(parameter) for parameter in adapter_parameters(model).values()}
+    named = [(without_wrappers(name), parameter) for name, parameter in model.named_parameters()]
+    return [
+        f"`{name}`"
+        for name, parameter in named
+        if is_sharded(parameter)
+        and parameter.placements[-1].is_replicate()
+        and id(parameter) in held - own
+        and not any(is_within(name, kept) for kept in mark.kept)
+    ]
 
 
 def _stale_linears(model: nn.Module, held: set[int]) -> int:

@@ -26,9 +26,10 @@ from torch.overrides import TorchFunctionMode
 from melora_fx import live
 from melora_fx.adapter.site import MODULE_MARK
 from melora_fx.capture.packed import is_packed_linear
+from melora_fx.distributed.wrappers import class_inside, put_class
 from melora_fx.errors import MELoRAError
 from melora_fx.live.arguments import name_of
-from melora_fx.live.reader import frames_from, is_adapted, is_of, know_methods
+from melora_fx.live.reader import frames_from, is_adapted, is_managing, is_of, know_methods
 from melora_fx.live.refusals import REMEDY, hidden_refusals, reader
 from melora_fx.live.shown import Standing
 from melora_fx.lowering.lowerings import needs_plain_nodes
@@ -46,7 +47,7 @@ from melora_fx.torch_private import (
     while_compiling,
 )
 
-from .adapted_module import ExchangedModule, put_class, rewritten_modules, subclass_of, with_blank
+from .adapted_module import ExchangedModule, rewritten_modules, subclass_of, with_blank
 from .marks import ROOT_MARK, RootMark
 
 _MADE_OF_GRAPH = "<eval_with_key>"
@@ -80,7 +81,9 @@ def watch(model: nn.Module) -> None:
 
 def stop_watching_reads(model: nn.Module) -> None:
     """Undoes `watch`."""
-    if isinstance(model, WatchedRoot) and "melora_replaced" in vars(type(model)):  # not of a user's class below it
+    if isinstance(model, WatchedRoot) and "melora_replaced" in vars(
+        class_inside(model)
+    ):  # not of a user's class below it
         put_class(model, model.melora_replaced)
 
 
@@ -209,8 +212,10 @@ class _Watch(TorchFunctionMode):
 
 def _is_ours(caller: FrameType) -> bool:
     """Whether it is a function of ours that calls torch in the frame `caller`, those made of graphs included, or that
-    has made torch call what does: a hook of autograd's that packs what is saved.
+    has made torch call what does: a hook of autograd's that packs what is saved; or what manages weights for others.
     """
+    if is_managing(caller):
+        return True
     for frame in frames_from(caller):
         if is_of(frame, "melora_fx") or frame.f_code.co_filename.startswith(_MADE_OF_GRAPH):
             return True

@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 
+from melora_fx.distributed.tensors import is_sharded, values_at
+
 NUM_VALUES = 64
 WITHOUT_VALUES = ("quantised", "meta", "imported")
 """Why a fingerprint has no values: what `without_values` says in its place."""
 
 
 def fingerprint(weight: torch.Tensor) -> dict[str, Any]:
-    """What a base weight is recognised by: its shape, dtype, and 64 of its values in float32.
+    """What a base weight is recognised by: its shape, dtype, and 64 of its values in float32; of a sharded one these
+    values alone are gathered.
 
     The values are left out where they cannot be read, and it says why: of a quantised weight, or one on meta.
     """
     facts: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
     if weight.is_meta:
         return facts | {"without_values": "meta"}
-    if type(weight.detach()) is not torch.Tensor or not weight.is_floating_point():
+    if (not is_sharded(weight) and type(weight.detach()) is not torch.Tensor) or not weight.is_floating_point():
         return facts | {"without_values": "quantised"}
     return facts | {"values": _sample(weight).tolist()}
 
@@ -71,4 +74,4 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
     for size in reversed(weight.shape):  # as `torch.unravel_index`, in a tenth of its time
         coordinates.insert(0, index % size)
         index = index // size
-    return weight.detach()[tuple(coordinates)].float().cpu()
+    return values_at(weight, tuple(coordinates)).cpu()

@@ -11,7 +11,10 @@ from torch import nn
 from melora_fx.adapter.tensors import DROPOUT, AdapterTensors
 from melora_fx.capture.packed import is_packed_linear, packed_weight
 from melora_fx.config import MELoRAConfig
+from melora_fx.distributed.agreement import agree_on, mesh_of
+from melora_fx.distributed.tensors import put
 from melora_fx.errors import MELoRAError
+from melora_fx.matching.refusals import refuse_opaque
 from melora_fx.names import site_of, unwrap, without_wrappers
 from melora_fx.rewriting.rewrite import rewrite
 from melora_fx.rewriting.sites import AdapterSite, refuse_folded, sites
@@ -45,6 +48,8 @@ def load_adapter(
     above 0, and compiles a model that is compiled in training mode once more; a model without trains without. Saved
     again, the adapter has its own.
 
+    Of a sharded model it is called on every process: each reads the folder, and takes its part.
+
     Args:
         model: a plain or a rewritten model.
         directory: a folder written by `save_adapter`.
@@ -57,12 +62,18 @@ def load_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}: `rewrite` gives one")
-    adapter = read_adapter(directory)
+    refuse_opaque(model, "load_adapter")
+    adapter = agree_on(mesh_of(unwrap(model).parameters()), lambda: _read(directory), f"the adapter in `{directory}`")
     refuse_folded(model, "load_adapter")
     if found := sites(model):
         _load_into_rewritten(model, found, adapter)
         return model
     return _load_into_plain(model, adapter, example_inputs, dynamic_axes)
+
+
+def _read(directory: str | os.PathLike[str]) -> tuple[Adapter, str]:
+    adapter = read_adapter(directory)
+    return adapter, adapter.sha256
 
 
 def _load_into_plain(
@@ -160,15 +171,15 @@ def _copy_values(model: nn.Module, found: Mapping[str, AdapterSite], adapter: Ad
                 _empty_site(site)
         own = tensors_by_name(model) if adapter.kept else {}
         for name, tensor in adapter.kept_tensors().items():
-            own[name].copy_(tensor)
+            put(own[name], tensor)
 
 
 def _copy_site(site: AdapterSite, saved: AdapterTensors) -> None:
     """Puts values and configuration in the place of the site's own; what the saved ranks leave over becomes zero."""
     padded = saved.with_rank(site.lora_b.size(2))
-    site.lora_a.copy_(padded.lora_a)
-    site.lora_b.copy_(padded.lora_b)
-    site.scaling.copy_(saved.scaling(site.scaling.dtype))
+    put(site.lora_a, padded.lora_a)
+    put(site.lora_b, padded.lora_b)
+    put(site.scaling, saved.scaling(site.scaling.dtype))
     dropout = getattr(site.owner, site.record.attribute(DROPOUT), None)
     if dropout is not None:
         dropout.p = saved.config.dropout

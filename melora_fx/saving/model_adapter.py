@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from melora_fx.distributed.tensors import whole
 from melora_fx.errors import MELoRAError
 from melora_fx.matching.keep_trainable import is_within
 from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.changes import changed_values
 from melora_fx.rewriting.marks import root_marks
-from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites
+from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, sites, whole_sites
 from melora_fx.shared_memory import sharing_parameters, span_of
 
 from .adapter import Adapter
@@ -26,7 +27,7 @@ _STALE = (
 
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of a rewritten model as if it had been saved and read; base weights are not checked."""
-    found = present_sites(sites(model))
+    found = present_sites(whole_sites(sites(model)))
     return Adapter(
         directory=Path(),
         configs={name: site.record.file_config for name, site in found.items()},
@@ -53,10 +54,11 @@ def present_sites(found: Mapping[str, AdapterSite]) -> dict[str, AdapterSite]:
 def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite]) -> dict[str, torch.Tensor]:
     """What an adapter folder of `model` holds: `<site>.lora_a`, `<site>.lora_b`, and what was kept trainable.
 
-    Cut to the largest rank of each site's configuration: an adapter that was loaded into a larger one is as it was.
-    `found`: its `present_sites`.
+    Of a sharded model all of them, on each process. Cut to the largest rank of each site's configuration: an adapter
+    that was loaded into a larger one is as it was.
+    `found`: its `present_sites`, whole.
     """
-    tensors = _kept_tensors(model)
+    tensors = {name: whole(tensor) for name, tensor in _kept_tensors(model).items()}
     for name, site in found.items():
         rank = max(site.config.ranks)
         tensors |= site.tensors.with_rank(rank).named(name)

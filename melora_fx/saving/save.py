@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from melora_fx.distributed.agreement import mesh_of, on_one_process
 from melora_fx.errors import MELoRAError
 from melora_fx.files import output_path
-from melora_fx.names import default_labels, first_of
+from melora_fx.names import default_labels, first_of, unwrap
 from melora_fx.rewriting.module import class_name
-from melora_fx.rewriting.sites import AdapterSite, refuse_folded, require_sites, resized, warn_of_lost_sites
+from melora_fx.rewriting.sites import (
+    AdapterSite,
+    refuse_folded,
+    require_sites,
+    resized,
+    warn_of_lost_sites,
+    whole_sites,
+)
 
 from .adapter_file import write_adapter
 from .model_adapter import (
@@ -37,6 +45,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     such as a bias that was unfrozen, or has changed since `rewrite`, such as the statistics of a BatchNorm:
     `rewrite(…, keep_trainable=[…])` names what travels with the adapter.
 
+    Of a sharded model it is called on every process: the adapters are gathered, nothing of the base but the values of
+    fingerprints, and the first process writes; all return when the files are there. Under DDP each process that calls
+    it writes.
+
     Raises:
         MELoRAError: for a plain model, an adapter or base weights that are not finite, values where the adapter that
             was loaded has none, or a folder that cannot be written.
@@ -47,7 +59,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if lines:
         raise MELoRAError("cannot save:\n" + "\n".join(lines))
     refuse_folded(model, "save_adapter")
-    found = present_sites(found)
+    mesh = mesh_of(unwrap(model).parameters())
+    found = present_sites(whole_sites(found))
     entries = site_entries(found)
     unread = [f"`{name}`" for name, entry in entries.items() if "values" not in entry["base"]]
     if unread:
@@ -69,8 +82,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "them in its `keep_trainable`, buffers by their module",
             stacklevel=2,
         )
-    header = {"sites": entries, "kept": list(kept_names(model)), "model": _model_facts(model, found)}
-    write_adapter(output_path(directory), tensors, header)
+    header = {"sites": entries, "kept": list(kept_names(model)), "model": _model_facts(unwrap(model), found)}
+    path = output_path(directory)
+    on_one_process(mesh, lambda: write_adapter(path, tensors, header))
 
 
 def _refuse_non_finite(entries: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from melora_fx.distributed.agreement import mesh_of, on_one_process
+from melora_fx.distributed.tensors import whole
 from melora_fx.files import write_atomically, writing
 from melora_fx.names import unwrap
 from melora_fx.rewriting.hugging_face import (
@@ -66,11 +68,14 @@ class AdapterCheckpointCallback(TrainerCallback):
     on_train_begin = on_init_end  # a second training, or a model that the Trainer has made itself
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Replaces what the Trainer has written of a model that has no `save_pretrained`."""
+        """Replaces what the Trainer has written of a model that has no `save_pretrained`; writes what is trained of one
+        that is sharded, which the Trainer's main process could not do alone.
+        """
         model = kwargs["model"]
         directory = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
         inner = unwrap(model)
-        if not has_save_pretrained(inner) and sites(inner) and (directory / SAFE_WEIGHTS_NAME).exists():
+        is_written = not has_save_pretrained(inner) and (directory / SAFE_WEIGHTS_NAME).exists()
+        if sites(inner) and (is_written or _is_sharded(inner)):
             _write_trained(inner, directory, prefix=_prefix(model))
 
     def on_train_end(
@@ -102,7 +107,8 @@ def _save_checkpoint(
         save_and_warn(model, save_directory, is_main_process=is_main_process, **options)
     elif is_main_process:
         _remove_old(Path(save_directory))
-        _write_trained(model, Path(save_directory), prefix=prefix)
+        if not _is_sharded(model):  # else `on_save` does
+            _write_trained(model, Path(save_directory), prefix=prefix)
 
 
 def _remove_old(directory: Path) -> None:
@@ -119,8 +125,16 @@ def _write_trained(model: nn.Module, directory: Path, *, prefix: str) -> None:
     """Writes the adapter, and the same tensors under the model's own names."""
     save_adapter(model, directory)
     tensors = _trained_tensors(model, prefix)
-    with writing(directory):
-        write_atomically(directory / SAFE_WEIGHTS_NAME, lambda path: write_tensors(path, tensors, {"format": "pt"}))
+
+    def write() -> None:
+        with writing(directory):
+            write_atomically(directory / SAFE_WEIGHTS_NAME, lambda path: write_tensors(path, tensors, {"format": "pt"}))
+
+    on_one_process(mesh_of(model.parameters()), write)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return mesh_of(model.parameters()) is not None
 
 
 def _trained_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
@@ -131,7 +145,7 @@ def _trained_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
     trained = [*adapter_parameters(model).values(), *(named[name] for name in kept_tensor_names(model))]
     wanted = {id(tensor) for tensor in trained}
     return {
-        f"{prefix}{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
+        f"{prefix}{name}": whole(tensor.detach()).clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict(keep_vars=True).items()
         if id(tensor) in wanted
     }

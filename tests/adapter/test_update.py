@@ -141,14 +141,14 @@ def test_what_is_not_finite_is_told_before_it_is_added(dtype: torch.dtype, size:
     adapter.lora_a[0] = abs(size) if size < 1e10 else 1e20
     adapter.lora_b[0, 0, 0] = size
     weight = randn(OUT, IN, seed=3).to(dtype)
-    found = non_finite(adapter, weight)
+    found = non_finite(adapter, weight.dtype, lambda: weight)
     assert (found is None) if reason is None else (found is not None and reason in found)
 
 
 def test_a_base_that_is_not_finite_is_the_bases_own_matter() -> None:
     weight = randn(OUT, IN, seed=3).half()
     weight[0, 0] = float("inf")
-    assert non_finite(filled(CONFIG), weight) is None
+    assert non_finite(filled(CONFIG), weight.dtype, lambda: weight) is None
 
 
 def test_an_update_of_zeros_leaves_every_bit() -> None:

@@ -58,7 +58,7 @@ class Operands:
 
     @property
     def is_merged(self) -> bool:
-        return self.form == "weight" and implementation.is_merged(self.x, self.weight, self.lora_a, 0.0)
+        return self.form == "weight" and implementation.is_merged(self.x, self.weight, self.lora_a, self.lora_b, 0.0)
 
     @property
     def is_by_blocks(self) -> bool:
@@ -71,7 +71,7 @@ class Operands:
         return adapted_linear(x, *tensors, self.dropout, self.parts, self.form)
 
     def operator_arguments(self, **given: Any) -> tuple[Any, ...]:
-        """Those of `torch.ops.melora.adapted_linear_v2`."""
+        """Those of `torch.ops.melora.adapted_linear_v3`."""
         values = {
             "x": self.x,
             "base": None,
@@ -85,6 +85,7 @@ class Operands:
             "parts": list(self.parts),
             "form": self.form,
             "dtype": None,
+            "starts": (),
         }
         return tuple((values | given).values())
 
@@ -617,7 +618,7 @@ FORMS = {
 )
 @pytest.mark.parametrize(("given", "options"), FORMS.values(), ids=FORMS)
 def test_opcheck_of_the_operator(given, options):
-    torch.library.opcheck(torch.ops.melora.adapted_linear_v2.default, given.operator_arguments(**options))
+    torch.library.opcheck(torch.ops.melora.adapted_linear_v3.default, given.operator_arguments(**options))
 
 
 @pytest.mark.default_cases(
@@ -626,22 +627,22 @@ def test_opcheck_of_the_operator(given, options):
 @pytest.mark.parametrize(("given", "options"), FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("asked", [[True] * 5, [False, False, False, True, True]], ids=["all", "adapter_only"])
 def test_opcheck_of_the_operator_of_the_backward(asked, given, options):
-    x, base, weight, _, lora_a, lora_b, scaling, seed, rate, parts, form, dtype = given.operator_arguments(**options)
+    x, base, weight, _, lora_a, lora_b, scaling, seed, rate, parts, form, dtype, _ = given.operator_arguments(**options)
     asked = [need and not (index in (1, 2) and base is not None) for index, need in enumerate(asked)]
     gradient = randn(*x.shape[:-1], OUT, seed=9).to(dtype or x.dtype)
     tensors = (gradient, x, weight, lora_a, lora_b, scaling, seed)
     detached = [tensor if tensor is None else tensor.detach() for tensor in tensors]
-    arguments = (*detached, rate, parts, form, asked)
-    torch.library.opcheck(torch.ops.melora.adapted_linear_backward_v2.default, arguments)
-    assert len(torch.ops.melora.adapted_linear_backward_v2.default(*arguments)) == sum(asked)
+    arguments = (*detached, rate, parts, form, asked, ())
+    torch.library.opcheck(torch.ops.melora.adapted_linear_backward_v3.default, arguments)
+    assert len(torch.ops.melora.adapted_linear_backward_v3.default(*arguments)) == sum(asked)
 
 
 def test_operators_with_dropout_stay_out_of_cuda_graphs():
     arguments = operands().operator_arguments(seed=torch.tensor(7), rate=0.25)
-    torch.library.opcheck(torch.ops.melora.adapted_linear_dropout.default, arguments)
-    for name in ("adapted_linear_v2", "adapted_linear_backward_v2"):
+    torch.library.opcheck(torch.ops.melora.adapted_linear_dropout_v2.default, arguments)
+    for name in ("adapted_linear_v3", "adapted_linear_backward_v3"):
         assert torch.Tag.cudagraph_unsafe not in getattr(torch.ops.melora, name).default.tags
-    for name in ("adapted_linear_dropout", "adapted_linear_dropout_backward"):
+    for name in ("adapted_linear_dropout_v2", "adapted_linear_dropout_backward_v2"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.melora, name).default.tags
 
 
@@ -652,7 +653,7 @@ def test_operator_and_function_give_the_same_bits(given, options):
     found = [
         [output.detach(), *gradients(output, leaves)]
         for output in (
-            torch.ops.melora.adapted_linear_v2.default(*arguments),
+            torch.ops.melora.adapted_linear_v3.default(*arguments),
             _AdaptedLinear.apply(*arguments),
         )
     ]

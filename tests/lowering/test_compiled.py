@@ -54,7 +54,7 @@ def test_compiled_graph_has_one_operator_for_each_site(tower_case, lowering):
     assert (backend.count("bmm") == 0) is (lowering == "auto")
 
 
-@pytest.mark.parametrize(("config", "name"), [(CONFIG, "adapted_linear_v2"), (DROPOUT, "adapted_linear_dropout")])
+@pytest.mark.parametrize(("config", "name"), [(CONFIG, "adapted_linear_v3"), (DROPOUT, "adapted_linear_dropout_v2")])
 def test_dropout_has_an_operator_of_its_own(config, name):
     backend = Operators()
     model = lowered(tower, config=config).train()

@@ -2,13 +2,12 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from support.models import (
     assert_equal,
@@ -448,62 +447,6 @@ def test_a_whole_state_is_kept(assign: bool) -> None:
     model = model if assign else model.to_empty(device="cpu")
     model.load_state_dict(source.state_dict(), assign=assign)
     assert_equal(model(x), source(x))
-
-
-@pytest.fixture
-def _one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def _fsdp1(model: nn.Module) -> nn.Module:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-
-
-def _fsdp2(model: nn.Module) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    return model
-
-
-def _dtensor(model: nn.Module) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_module
-
-    return distribute_module(model, init_device_mesh("cpu", (1,)))
-
-
-WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
-    "FullyShardedDataParallel": _fsdp1,
-    "fully_shard": _fsdp2,
-    "DTensor": _dtensor,
-    "DataParallel": nn.DataParallel,
-}
-
-
-@pytest.mark.usefixtures("_one_process")
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:torch")
-@in_situations("name", "Several devices", "refused by name", {f"`{name}`": name for name in WRAPPERS})
-def test_distributed_models_are_refused(name: str, tmp_path) -> None:
-    wrapped = WRAPPERS[name](mlp())
-    for function in (melora_fx.rewrite, melora_fx.match):
-        with (
-            assert_unchanged(wrapped),
-            pytest.raises(MELoRAError, match="wrapped for several devices, or sharded, are not supported"),
-        ):
-            function(wrapped, "all-linear", CONFIG)
-    if name in ("DistributedDataParallel", "DataParallel"):
-        wrapped = WRAPPERS[name](rewritten_mlp())
-        for verb in (melora_fx.fold, melora_fx.check_fold, lambda model: melora_fx.save_adapter(model, tmp_path)):
-            with pytest.raises(MELoRAError, match=rf"the model is a {name}: .*\(`model.module`\)"):
-                verb(wrapped)
-        melora_fx.save_adapter(wrapped.module, tmp_path)
 
 
 @situation("First hour", "forgotten `.train()`", "trains, without dropout, as in PyTorch")

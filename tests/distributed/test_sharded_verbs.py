@@ -1,0 +1,270 @@
+"""The verbs on models that are spread over processes give what they give in one."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import sharded
+from support.processes import run_processes
+from support.sharded import CONFIG, MODES, adapted, fill, llama, token_ids, train, whole
+from torch import nn
+
+import melora_fx
+from melora_fx import MELoRAError
+from melora_fx.names import unwrap
+
+FILES = ("adapter.safetensors", "adapter_config.json")
+
+
+def spread(mode: str, model: Any) -> Any:
+    return MODES[mode](model, token_ids())[0]
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=token_ids()).logits
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(tensor).clone() for name, tensor in unwrap(model).state_dict().items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def _bytes(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+def _save(mode: str, folder: str, number_of_heads: int) -> None:
+    model = spread(mode, adapted(num_key_value_heads=number_of_heads))
+    logits(model)  # after which a root of FSDP holds whole parameters
+    melora_fx.save_adapter(model, folder)
+    assert all((Path(folder) / name).exists() for name in FILES), "it returns when the files are there"
+
+
+@pytest.mark.default_cases("4-*", "2-FSDP by layer")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("number", [2, 4])
+def test_files_are_the_same_bytes_whatever_the_layout(number: int, mode: str, tmp_path) -> None:
+    melora_fx.save_adapter(adapted(), tmp_path / "alone")
+    run_processes(number, _save, mode, str(tmp_path / "spread"), 4)
+    assert _bytes(tmp_path / "spread") == _bytes(tmp_path / "alone")
+
+
+def _gathered_bytes(mode: str, folder: str) -> int:
+    """The most elements that a collective gives in a `save_adapter`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if "c10d" in str(func) and isinstance(result, torch.Tensor):
+                Counting.largest = max(Counting.largest, result.numel())
+            return result
+
+    model = spread(mode, adapted())
+    with Counting():
+        melora_fx.save_adapter(model, folder)
+    return Counting.largest
+
+
+@pytest.mark.parametrize("mode", ["FSDP by layer", "TP"])
+def test_saving_gathers_the_adapter_alone(mode: str, tmp_path) -> None:
+    largest = max(factor.numel() for factor in melora_fx.adapter_parameters(adapted()).values())
+    for found in run_processes(2, _gathered_bytes, mode, str(tmp_path)):
+        assert 0 < found <= largest
+
+
+def _use(mode: str, other: str) -> tuple[dict[str, torch.Tensor], ...]:
+    """All verbs but `save_adapter`, in a row; gives the states after loading, folding and unloading."""
+    base = logits(spread(mode, llama()))
+    model = spread(mode, adapted())
+    names = list(melora_fx.sites(adapted()))
+    before = logits(model)
+    assert list(melora_fx.sites(model)) == names
+    assert not torch.equal(before, base)
+    with melora_fx.disabled(model):
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), before)
+    report = melora_fx.check_fold(model)
+    with melora_fx.folded(model):
+        torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=0)
+    assert torch.equal(logits(model), before)
+    assert str(report) == str(melora_fx.check_fold(adapted()))
+    melora_fx.load_adapter(model, other)
+    loaded = state(model)
+    after = logits(model)
+    assert not torch.equal(after, before)
+    melora_fx.fold(model)
+    assert not melora_fx.sites(model)
+    torch.testing.assert_close(logits(model), after, atol=1e-5, rtol=0)
+    assert type(unwrap(model).model.layers[0].self_attn.q_proj).__name__.removeprefix("FSDP") == "Linear"
+    folded = state(model)
+    if mode != "DDP":  # which has prepared for other parameters
+        ids = token_ids()
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    plain = spread(mode, adapted())
+    logits(plain)
+    melora_fx.unload(plain)
+    assert torch.equal(logits(plain), base)
+    return loaded, folded, state(plain)
+
+
+@pytest.mark.default_cases("4-FSDP*", "2-DDP", "2-TP")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("number", [2, 4])
+def test_verbs_on_every_process(number: int, mode: str, tmp_path) -> None:
+    other = fill(melora_fx.rewrite(llama(), "all-linear", sharded.with_config(rank=2)), seed=7)
+    melora_fx.save_adapter(other, tmp_path)
+    alone = adapted()
+    melora_fx.load_adapter(alone, tmp_path)
+    loaded = state(alone)
+    melora_fx.fold(alone)
+    for own_loaded, own_folded, own_plain in run_processes(number, _use, mode, str(tmp_path)):
+        assert_same(own_loaded, loaded)
+        assert_same(own_folded, state(alone))
+        assert_same(own_plain, state(llama()))
+
+
+def _fail_to_load(mode: str, folder: str) -> list[str]:
+    """What is raised where the file of one process is damaged, or another one."""
+    model = spread(mode, adapted())
+    before = state(model)
+    errors = []
+    for case in ("cut", "another", "wrong base"):
+        own = f"{folder}/{case}" if dist.get_rank() == 0 or case == "wrong base" else f"{folder}/good"
+        with pytest.raises(MELoRAError) as error:
+            melora_fx.load_adapter(model, own)
+        errors.append(str(error.value))
+        assert_same(state(model), before)
+    logits(model)
+    return errors
+
+
+@pytest.mark.parametrize("mode", ["FSDP by layer", "FSDP and TP"])
+def test_load_adapter_changes_nothing_on_an_error_of_one_process(mode: str, tmp_path) -> None:
+    melora_fx.save_adapter(adapted(), tmp_path / "good")
+    melora_fx.save_adapter(fill(adapted(), seed=5), tmp_path / "another")
+    melora_fx.save_adapter(adapted(), tmp_path / "cut")
+    path = tmp_path / "cut" / FILES[0]
+    path.write_bytes(path.read_bytes()[:-8])
+    other = llama()
+    nn.init.normal_(other.model.layers[1].mlp.down_proj.weight)
+    melora_fx.save_adapter(fill(melora_fx.rewrite(other, "all-linear", CONFIG)), tmp_path / "wrong base")
+    first, second = run_processes(2, _fail_to_load, mode, str(tmp_path))
+    assert "cut" in first[0]
+    assert "another process has failed" in second[0]
+    assert "on another process" in first[1]
+    assert "on another process" in second[1]
+    assert "`model.layers.1.mlp.down_proj`" in first[2]
+    assert first[2] == second[2]
+
+
+def _fail_to_save(folder: str) -> str:
+    model = spread("FSDP by layer", adapted())
+    with pytest.raises(MELoRAError) as error:
+        melora_fx.save_adapter(model, folder)
+    logits(model)
+    return str(error.value)
+
+
+def test_all_know_that_one_could_not_write(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    first, second = run_processes(2, _fail_to_save, str(tmp_path / "file" / "adapter"))
+    assert "cannot be written" in first
+    assert "another process has failed" in second
+    assert "cannot be written" in second
+
+
+def _save_on_one(folder: str) -> None:
+    model = spread("DDP", adapted())
+    if dist.get_rank() == 1:
+        melora_fx.save_adapter(model, folder)
+    dist.barrier()
+    assert (Path(folder) / FILES[0]).exists()
+
+
+def test_one_process_of_ddp_may_save_alone(tmp_path) -> None:
+    run_processes(2, _save_on_one, str(tmp_path / "adapter"))
+    melora_fx.save_adapter(adapted(), tmp_path / "alone")
+    assert _bytes(tmp_path / "adapter") == _bytes(tmp_path / "alone")
+
+
+def _resumed(source: str, target: str, folder: str) -> tuple[list[float], list[float]]:
+    """Losses after a checkpoint of one layout, in that and in another that has loaded it."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def made(mode: str, config: Any) -> tuple[Any, torch.optim.Optimizer, torch.Tensor]:
+        model, ids = MODES[mode](adapted(config), token_ids())
+        own = melora_fx.adapter_parameters(model).values()
+        return model, torch.optim.AdamW(own, lr=1e-2, eps=1e-3), ids
+
+    def steps(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> list[float]:
+        losses = []
+        for _ in range(2):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return sharded.averaged(losses)
+
+    model, optimizer, ids = made(source, CONFIG)
+    steps(model, optimizer, ids)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.save(states, checkpoint_id=folder)
+    expected = steps(model, optimizer, ids)
+    model, optimizer, ids = made(target, CONFIG)
+    with torch.no_grad():
+        for parameter in melora_fx.adapter_parameters(model).values():
+            parameter.zero_()
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.load(states, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    return expected, steps(model, optimizer, ids)
+
+
+PAIRS = [(source, target) for source in MODES for target in MODES if "sequence" not in source + target]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.default_cases("FSDP and TP-DDP", "DDP-FSDP by layer", "TP-FSDP and TP")
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def test_distributed_checkpoints_go_from_any_layout_to_any(source: str, target: str, tmp_path) -> None:
+    for expected, found in run_processes(4, _resumed, source, target, str(tmp_path)):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def _with_reference() -> list[float]:
+    """As DPO trains: the base is run between a forward and its backward."""
+    model, ids = MODES["FSDP by layer"](adapted(), token_ids())
+    optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values(), lr=1e-2, eps=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids).loss
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(melora_fx.disabled(model))
+            stack.enter_context(torch.no_grad())
+            model(input_ids=ids, labels=ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sharded.averaged(losses)
+
+
+def test_the_base_may_run_between_forward_and_backward() -> None:
+    losses = train(adapted(), token_ids())
+    for own in run_processes(2, _with_reference):
+        assert own == pytest.approx(losses, abs=1e-5)
