@@ -2,8 +2,8 @@
 
 Here, one file for each benchmark, with a function `run(options)` that gives its cases to `run_cases`:
 
-train_step, experts, rewrite_speed, site_speed, swap_speed, fold_speed, fold_rounding, latency, peers, decoding,
-generation, adapter_forms
+train_step, processes, experts, rewrite_speed, site_speed, swap_speed, fold_speed, fold_rounding, latency, peers,
+decoding, generation, adapter_forms
                the benchmarks
 __main__       the list of them, and the command line
 needs          packages and weights that may be missing
@@ -16,6 +16,7 @@ checkout       the checkout that is measured, and the exit statuses
 stories        a text that decoders learn from, and the training
 step_cost      a training step: its time, what its backward keeps, its peak memory
 train_cells, train_sides, train_report      parts of train_step
+spread, traffic, processes_cell      parts of processes
 fold_sides     ways to merge an adapter into a folder
 latency_cells, latency_report               parts of latency
 peers_environment, peers_graphs, peers_process, peers_report      parts of peers

@@ -60,6 +60,21 @@ BENCHMARKS = (
         needs=(ONNXRUNTIME, PEFT, MATPLOTLIB),
     ),
     Benchmark(
+        "processes",
+        "What do several processes send, hold and wait for with adapters, here and in PEFT?",
+        20,
+        options=(
+            Option("rounds", 15, "steps of each side", quick=2),
+            Option(
+                "llama",
+                "512,1408,4,8",
+                "hidden size, intermediate size, layers and heads of the random Llama",
+                quick="64,128,2,8",
+            ),
+        ),
+        needs=(PEFT,),
+    ),
+    Benchmark(
         "experts",
         "What does a training step cost whose adapters are those of a mixture's experts?",
         3,

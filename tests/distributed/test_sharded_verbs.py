@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from support import sharded
 from support.processes import run_processes
-from support.sharded import CONFIG, MODES, adapted, fill, llama, token_ids, train, whole
+from support.sharded import CONFIG, adapted, fill, llama, spread_with, token_ids, train, whole
 from torch import nn
 
 import melora_fx
+from benchmarks.spread import MODES
 from melora_fx import MELoRAError
 from melora_fx.names import unwrap
 
@@ -20,7 +21,7 @@ FILES = ("adapter.safetensors", "adapter_config.json")
 
 
 def spread(mode: str, model: Any) -> Any:
-    return MODES[mode](model, token_ids())[0]
+    return spread_with(mode, model, token_ids())[0]
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -206,7 +207,7 @@ def _resumed(source: str, target: str, folder: str) -> tuple[list[float], list[f
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     def made(mode: str, config: Any) -> tuple[Any, torch.optim.Optimizer, torch.Tensor]:
-        model, ids = MODES[mode](adapted(config), token_ids())
+        model, ids = spread_with(mode, adapted(config), token_ids())
         own = melora_fx.adapter_parameters(model).values()
         return model, torch.optim.AdamW(own, lr=1e-2, eps=1e-3), ids
 
@@ -248,7 +249,7 @@ def test_distributed_checkpoints_go_from_any_layout_to_any(source: str, target: 
 
 def _with_reference() -> list[float]:
     """As DPO trains: the base is run between a forward and its backward."""
-    model, ids = MODES["FSDP by layer"](adapted(), token_ids())
+    model, ids = spread_with("FSDP by layer", adapted(), token_ids())
     optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values(), lr=1e-2, eps=1e-3)
     losses = []
     for _ in range(3):

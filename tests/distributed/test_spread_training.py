@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from support import sharded
 from support.processes import run_processes
-from support.sharded import CONFIG, MODES, adapted, averaged, gradients, own_rows, token_ids, train, with_config
+from support.sharded import CONFIG, adapted, averaged, gradients, own_rows, spread_with, token_ids, train, with_config
 
 import melora_fx
+from benchmarks.spread import MODES, fully_sharded, make_mesh
 from melora_fx import MELoRAConfig
 
 CONFIGS = {
@@ -24,7 +25,7 @@ CONFIGS = {
 
 def _trained(mode: str, config: MELoRAConfig, settings: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The mean losses of three steps, and the whole gradients of a fourth."""
-    model, ids = MODES[mode](adapted(config, **settings), token_ids())
+    model, ids = spread_with(mode, adapted(config, **settings), token_ids())
     losses = averaged(train(model, ids))
     model(input_ids=ids, labels=ids).loss.backward()
     return losses, gradients(model)
@@ -65,7 +66,7 @@ def _communication(mode: str, config: MELoRAConfig | None) -> dict[str, int]:
     else:
         model = sharded.fill(melora_fx.rewrite(model, "all-linear", config))
         model.model.layers[0].input_layernorm.weight.requires_grad_(True)
-    model, ids = MODES[mode](model, token_ids())
+    model, ids = spread_with(mode, model, token_ids())
     with CommDebugMode() as counted:
         model(input_ids=ids, labels=ids).loss.backward()
     return {str(operator): number for operator, number in counted.get_comm_counts().items()}
@@ -87,7 +88,7 @@ def test_fewer_blocks_add_up_two_gradients_a_linear() -> None:
 
 
 def _reduced_bytes(config: MELoRAConfig) -> int:
-    model, _ = MODES["TP"](adapted(config), token_ids())
+    model, _ = spread_with("TP", adapted(config), token_ids())
     return sum(site.num_reduced_bytes for site in melora_fx.sites(model).values())
 
 
@@ -102,7 +103,7 @@ def _sent_by_ddp() -> tuple[int, int]:
     """Elements that a step reduces, and those of the adapter."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    model, ids = MODES["DDP"](adapted(), token_ids())
+    model, ids = spread_with("DDP", adapted(), token_ids())
     sizes = []
 
     def count(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -156,9 +157,7 @@ def _in_bfloat16(lowering: str) -> tuple[list[float], set[torch.dtype]]:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = sharded.fully_sharded(
-        adapted(with_config(lowering=lowering)), sharded.mesh(dist.get_world_size()), mp_policy=policy
-    )
+    model = fully_sharded(adapted(with_config(lowering=lowering)), make_mesh(dist.get_world_size()), mp_policy=policy)
     losses = averaged(train(model, own_rows(token_ids())))
     model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     return losses, {gradient.dtype for gradient in gradients(model).values()}
@@ -176,7 +175,7 @@ def _compiled_layers(mode: str) -> list[float]:
     model: Any = adapted()
     for layer in model.model.layers:
         layer.compile(backend="aot_eager")
-    model, ids = MODES[mode](model, token_ids())
+    model, ids = spread_with(mode, model, token_ids())
     return averaged(train(model, ids))
 
 
@@ -193,7 +192,7 @@ def _made_on_meta(mode: str, state: dict[str, torch.Tensor], folder: str) -> lis
 
     with torch.device("meta"):
         model: Any = melora_fx.rewrite(sharded.llama(), "all-linear", CONFIG)
-    model, ids = MODES[mode](model, token_ids())
+    model, ids = spread_with(mode, model, token_ids())
     model.to_empty(device="cpu")
     rotary = sharded.llama().model.rotary_emb  # whose buffers no state holds
     for name, buffer in rotary.named_buffers():
@@ -214,7 +213,7 @@ def test_meta_sharded_given_memory_and_loaded(mode: str, tmp_path) -> None:
 
 
 def _with_clipped_gradients(mode: str) -> tuple[list[float], float]:
-    model, ids = MODES[mode](adapted(), token_ids())
+    model, ids = spread_with(mode, adapted(), token_ids())
     model(input_ids=ids, labels=ids).loss.backward()
     own = list(melora_fx.adapter_parameters(model).values())
     norm = torch.nn.utils.clip_grad_norm_(own, 0.01)

@@ -14,6 +14,7 @@ from support.sharded import adapted, llama, token_ids, with_config
 from torch import nn
 
 import melora_fx
+from benchmarks.spread import fully_sharded, make_mesh, tensor_parallel
 from melora_fx import MELoRAConfig, MELoRAError
 
 situation = pytest.mark.situation
@@ -35,7 +36,7 @@ def _fsdp1(model: nn.Module) -> nn.Module:
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DistributedDataParallel": nn.parallel.DistributedDataParallel,
     "FullyShardedDataParallel": _fsdp1,
-    "FSDPModule": lambda model: sharded.fully_sharded(model, sharded.mesh(1)),
+    "FSDPModule": lambda model: fully_sharded(model, make_mesh(1)),
     "DataParallel": nn.DataParallel,
 }
 
@@ -92,7 +93,7 @@ def _refusal(config: MELoRAConfig, plan: dict[str, Any], settings: dict[str, Any
 
     model = adapted(config, **settings)
     with pytest.raises(MELoRAError) as error:
-        parallelize_module(model, sharded.mesh(dist.get_world_size()), plan)
+        parallelize_module(model, make_mesh(dist.get_world_size()), plan)
     return str(error.value)
 
 
@@ -119,7 +120,7 @@ def test_what_tensor_parallelism_cannot_have(config: MELoRAConfig, text: str, st
 
 
 def _with_dropout() -> tuple[float, float, float]:
-    model: Any = sharded.tensor_parallel(adapted(with_config(dropout=0.5)), sharded.mesh(dist.get_world_size()))
+    model: Any = tensor_parallel(adapted(with_config(dropout=0.5)), make_mesh(dist.get_world_size()))
     ids = token_ids()
 
     def loss() -> float:
@@ -143,7 +144,7 @@ def test_dropout_under_tensor_parallelism_follows_the_mode() -> None:
 def _trained_with_norms() -> list[str]:
     import warnings
 
-    model = sharded.tensor_parallel(adapted(), sharded.mesh(dist.get_world_size()), sequence=True)
+    model = tensor_parallel(adapted(), make_mesh(dist.get_world_size()), sequence=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -172,7 +173,7 @@ def _cut_by_hand() -> str:
             return torch.nn.functional.linear(x, self.inner.weight * 1.0, self.inner.bias) + self.inner(x)
 
     model: Any = melora_fx.rewrite(nn.Sequential(nn.Linear(8, 8)), "all-linear", MELoRAConfig(rank=2, num_blocks=2))
-    weight = distribute_tensor(model[0].weight.detach(), sharded.mesh(dist.get_world_size()), [Shard(0)])
+    weight = distribute_tensor(model[0].weight.detach(), make_mesh(dist.get_world_size()), [Shard(0)])
     model[0]._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     with pytest.raises(MELoRAError) as error:
         model(torch.ones(2, 8))

@@ -1,6 +1,6 @@
 """A small Llama, ways to spread it over processes, and its training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +10,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import melora_fx
+from benchmarks.spread import spread
 from melora_fx import MELoRAConfig
 from melora_fx.distributed.tensors import put, whole
 
 CONFIG = MELoRAConfig(rank=[1, 2, 3, 2], num_blocks=4, alpha=8.0)
-BY_COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-BY_ROWS = ("self_attn.o_proj", "mlp.down_proj")
 VOCABULARY = 96
 
 
@@ -76,57 +75,6 @@ def averaged(losses: list[float], group: Any = None) -> list[float]:
     return (values / dist.get_world_size(group)).tolist()
 
 
-def mesh(*sizes: int, names: tuple[str, ...] = ("dp", "tp")) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", sizes, mesh_dim_names=names[-len(sizes) :])
-
-
-def tensor_parallel(model: nn.Module, tp_mesh: Any, *, sequence: bool = False) -> nn.Module:
-    """By torch's own styles: by columns and by rows, and the norms and what is between by tokens if `sequence`."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
-
-    plan: dict[str, Any] = {}
-    layout = {"output_layouts": Shard(1)} if sequence else {}
-    for index in range(model.config.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        plan |= {f"{layer}.{name}": ColwiseParallel() for name in BY_COLUMNS}
-        plan |= {f"{layer}.{name}": RowwiseParallel(**layout) for name in BY_ROWS}
-        if sequence:
-            plan |= {f"{layer}.{name}_layernorm": SequenceParallel() for name in ("input", "post_attention")}
-            plan[f"{layer}.self_attn"] = PrepareModuleInput(
-                input_kwarg_layouts={"hidden_states": Shard(1)},
-                desired_input_kwarg_layouts={"hidden_states": Replicate()},
-            )
-            plan[f"{layer}.mlp"] = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
-    if sequence:  # the model makes its positions of what the embedding gives, which stays whole
-        plan["model.layers.0"] = PrepareModuleInput(
-            input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
-        )
-        plan["model.norm"] = SequenceParallel()
-        plan["lm_head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
-    return parallelize_module(model, tp_mesh, plan)
-
-
-def fully_sharded(model: nn.Module, dp_mesh: Any, *, each: str = "layer", **options: Any) -> nn.Module:
-    """By `fully_shard`: each layer or each linear, then the rest."""
-    from torch.distributed.fsdp import fully_shard
-
-    for module in model.modules():
-        is_linear = hasattr(module, "lora_a")
-        if is_linear if each == "linear" else type(module).__name__.endswith("DecoderLayer"):
-            fully_shard(module, mesh=dp_mesh, **options)
-    fully_shard(model, mesh=dp_mesh, **options)
-    return model
-
-
 def distributed_data_parallel(model: nn.Module, **options: Any) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, **options)
 
@@ -153,38 +101,7 @@ def put_adapter(model: Any, config: MELoRAConfig = CONFIG) -> Any:
     return model
 
 
-def by_data(model: Any, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    return distributed_data_parallel(model), own_rows(ids)
-
-
-def by_layer(model: Any, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    return fully_sharded(model, mesh(dist.get_world_size())), own_rows(ids)
-
-
-def by_linear(model: Any, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    return fully_sharded(model, mesh(dist.get_world_size()), each="linear"), own_rows(ids)
-
-
-def by_tensor(model: Any, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    return tensor_parallel(model, mesh(dist.get_world_size())), ids
-
-
-def by_sequence(model: Any, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    return tensor_parallel(model, mesh(dist.get_world_size()), sequence=True), ids
-
-
-def in_two_dimensions(model: Any, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    both = mesh(2, dist.get_world_size() // 2)
-    tensor_parallel(model, both["tp"])
-    return fully_sharded(model, both["dp"]), own_rows(ids, both["dp"].get_group())
-
-
-MODES: dict[str, Callable[[Any, torch.Tensor], tuple[nn.Module, torch.Tensor]]] = {
-    "DDP": by_data,
-    "FSDP by layer": by_layer,
-    "FSDP by linear": by_linear,
-    "TP": by_tensor,
-    "TP and sequence": by_sequence,
-    "FSDP and TP": in_two_dimensions,
-}
-"""Ways to spread a model over all processes: each gives it with the rows of the batch that a process trains on."""
+def spread_with(mode: str, model: Any, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    """The model over all processes, and the rows of the batch that this one trains on."""
+    spread_model, index, number = spread(mode, model)
+    return spread_model, ids.chunk(number)[index]

@@ -1,0 +1,91 @@
+"""What do several processes send, hold and wait for with adapters, over the frozen model, here and in PEFT?
+
+A small random Llama, all seven linears of a layer adapted; gloo, each process on one thread. A case is one way to
+spread it over 2 or 4 processes, which hold all sides and train them in turn, step by step. The floor is the frozen
+model, spread in the same way, whose input wants its gradient. Columns: the largest difference of three losses, and of
+the adapter's gradients over the largest of these, from those of one process with the whole batch; collectives of a step
+and their bytes, in one process; bytes of parameters, buffers and AdamW's states that a process holds; peak memory that
+a step takes in it.
+
+PEFT's LoRA under tensor parallelism follows a plan of its own, for its layers are no `nn.Linear`: of each linear one
+factor is whole on every process. Writes processes.csv and processes.md.
+"""
+
+import functools
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from exporters.measuring.tables import markdown_table
+
+from .cases import Case, Row, run_apart, run_cases
+from .processes_cell import FROZEN
+from .spread import MODES
+
+CELL_TIMEOUT_S = 900
+_HEADINGS = (
+    *("mode", "processes", "side", "losses differ by", "gradients differ by", "collectives", "added", "bytes, kB"),
+    *("added, kB", "held, MiB", "peak of a step, MiB", "step over frozen"),
+)
+
+
+def run(options: Namespace) -> int:
+    cases = [
+        Case(f"{mode}, {number} processes", functools.partial(_measure, mode, number, options))
+        for mode in MODES
+        for number in (2, 4)
+        if (mode, number) != ("FSDP and TP", 2) and not (options.quick and number == 4)
+    ]
+    return run_cases(
+        options, cases, settings=f"rounds {options.rounds}, llama {options.llama}", write_report=write_report
+    )
+
+
+def _measure(mode: str, number: int, options: Namespace) -> list[Row]:
+    which = json.dumps([mode, number, options.rounds, options.llama])
+    return run_apart("processes_cell", which, timeout_s=CELL_TIMEOUT_S)
+
+
+def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
+    """Writes processes.md into `folder`."""
+    first = rows[0]
+    lines = [
+        "# Several processes",
+        "",
+        f"Written by `python -m benchmarks processes`: {first['device']}; {first['versions']}; gloo, on two cores, so "
+        "that four processes share them. Losses and gradients: the largest difference from one process with the whole "
+        "batch, of gradients over the largest gradient. Collectives and bytes: of a step, in one process; added: above "
+        "the frozen model's. Held: parameters, buffers and AdamW's states of one process. Step over frozen: ratio of "
+        "medians, the frozen model spread in the same way.",
+        "",
+        *processes_table(rows),
+    ]
+    (folder / "processes.md").write_text("\n".join(lines) + "\n")
+
+
+def processes_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    floors = {row["case"]: row for row in rows if row["side"] == FROZEN}
+    return markdown_table(_HEADINGS, [_cells(row, floors[row["case"]]) for row in rows], text_columns=3)
+
+
+def _cells(row: Mapping[str, str], floor: Mapping[str, str]) -> list[str]:
+    def added(column: str) -> int:
+        return int(row[column]) - int(floor[column])
+
+    is_floor = row["side"] == FROZEN
+    return [
+        row["mode"],
+        row["processes"],
+        row["side"],
+        f"{float(row['loss_difference']):.0e}",
+        "" if is_floor else f"{float(row['gradient_difference']):.0e}",
+        row["collectives"],
+        "" if is_floor else f"{added('collectives'):+d}",
+        f"{int(row['bytes']) / 1000:,.1f}",
+        "" if is_floor else f"{added('bytes') / 1000:+,.1f}",
+        row["held_mib"],
+        row["peak_memory_mib"],
+        f"{float(row['ratio']):.2f}",
+    ]
