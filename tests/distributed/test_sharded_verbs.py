@@ -17,6 +17,7 @@ from benchmarks.spread import MODES
 from melora_fx import MELoRAError
 from melora_fx.names import unwrap
 
+CASES = [(mode, 4) for mode in MODES] + [("DDP", 2), ("FSDP by layer", 2), ("TP", 2)]
 FILES = ("adapter.safetensors", "adapter_config.json")
 
 
@@ -50,7 +51,7 @@ def _save(mode: str, folder: str, number_of_heads: int) -> None:
     assert all((Path(folder) / name).exists() for name in FILES), "it returns when the files are there"
 
 
-@pytest.mark.default_cases("4-*", "2-FSDP by layer")
+@pytest.mark.default_cases("4-FSDP and TP", "2-DDP")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("number", [2, 4])
 def test_files_are_the_same_bytes_whatever_the_layout(number: int, mode: str, tmp_path) -> None:
@@ -78,6 +79,7 @@ def _gathered_bytes(mode: str, folder: str) -> int:
     return Counting.largest
 
 
+@pytest.mark.default_cases("FSDP by layer")
 @pytest.mark.parametrize("mode", ["FSDP by layer", "TP"])
 def test_saving_gathers_the_adapter_alone(mode: str, tmp_path) -> None:
     largest = max(factor.numel() for factor in melora_fx.adapter_parameters(adapted()).values())
@@ -121,10 +123,9 @@ def _use(mode: str, other: str) -> tuple[dict[str, torch.Tensor], ...]:
     return loaded, folded, state(plain)
 
 
-@pytest.mark.default_cases("4-FSDP*", "2-DDP", "2-TP")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("number", [2, 4])
-def test_verbs_on_every_process(number: int, mode: str, tmp_path) -> None:
+@pytest.mark.default_cases("FSDP by layer-2", "TP-2")
+@pytest.mark.parametrize(("mode", "number"), CASES, ids=[f"{mode}-{number}" for mode, number in CASES])
+def test_verbs_on_every_process(mode: str, number: int, tmp_path) -> None:
     other = fill(melora_fx.rewrite(llama(), "all-linear", sharded.with_config(rank=2)), seed=7)
     melora_fx.save_adapter(other, tmp_path)
     alone = adapted()
@@ -152,6 +153,7 @@ def _fail_to_load(mode: str, folder: str) -> list[str]:
     return errors
 
 
+@pytest.mark.default_cases("FSDP by layer")
 @pytest.mark.parametrize("mode", ["FSDP by layer", "FSDP and TP"])
 def test_load_adapter_changes_nothing_on_an_error_of_one_process(mode: str, tmp_path) -> None:
     melora_fx.save_adapter(adapted(), tmp_path / "good")
@@ -201,15 +203,21 @@ def test_one_process_of_ddp_may_save_alone(tmp_path) -> None:
     assert _bytes(tmp_path / "adapter") == _bytes(tmp_path / "alone")
 
 
-def _resumed(source: str, target: str, folder: str) -> tuple[list[float], list[float]]:
-    """Losses after a checkpoint of one layout, in that and in another that has loaded it."""
+LAYOUTS = [mode for mode in MODES if "sequence" not in mode]
+
+
+def _resumed(source: str, targets: list[str], folder: str) -> tuple[list[float], dict[str, list[float]]]:
+    """Losses after a checkpoint of one layout, in that and in others that have loaded it."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    def made(mode: str, config: Any) -> tuple[Any, torch.optim.Optimizer, torch.Tensor]:
-        model, ids = spread_with(mode, adapted(config), token_ids())
+    def made(mode: str) -> tuple[Any, torch.optim.Optimizer, torch.Tensor]:
+        model, ids = spread_with(mode, adapted(), token_ids())
         own = melora_fx.adapter_parameters(model).values()
         return model, torch.optim.AdamW(own, lr=1e-2, eps=1e-3), ids
+
+    def states(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
 
     def steps(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> list[float]:
         losses = []
@@ -221,30 +229,31 @@ def _resumed(source: str, target: str, folder: str) -> tuple[list[float], list[f
             losses.append(loss.item())
         return sharded.averaged(losses)
 
-    model, optimizer, ids = made(source, CONFIG)
+    model, optimizer, ids = made(source)
     steps(model, optimizer, ids)
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    checkpoint.save(states, checkpoint_id=folder)
+    checkpoint.save(states(model, optimizer), checkpoint_id=folder)
     expected = steps(model, optimizer, ids)
-    model, optimizer, ids = made(target, CONFIG)
-    with torch.no_grad():
-        for parameter in melora_fx.adapter_parameters(model).values():
-            parameter.zero_()
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    checkpoint.load(states, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
-    return expected, steps(model, optimizer, ids)
+    found = {}
+    for target in targets:
+        model, optimizer, ids = made(target)
+        with torch.no_grad():
+            for parameter in melora_fx.adapter_parameters(model).values():
+                parameter.zero_()
+        own = states(model, optimizer)
+        checkpoint.load(own, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=own["model"], optim_state_dict=own["optimizer"])
+        found[target] = steps(model, optimizer, ids)
+    return expected, found
 
 
-PAIRS = [(source, target) for source in MODES for target in MODES if "sequence" not in source + target]
-
-
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.default_cases("FSDP and TP-DDP", "DDP-FSDP by layer", "TP-FSDP and TP")
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
-def test_distributed_checkpoints_go_from_any_layout_to_any(source: str, target: str, tmp_path) -> None:
-    for expected, found in run_processes(4, _resumed, source, target, str(tmp_path)):
-        assert found == pytest.approx(expected, abs=1e-5)
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_distributed_checkpoints_go_from_any_layout_to_any(source: str, tmp_path) -> None:
+    for expected, found in run_processes(4, _resumed, source, LAYOUTS, str(tmp_path)):
+        assert found.keys() == set(LAYOUTS)
+        for losses in found.values():
+            assert losses == pytest.approx(expected, abs=1e-5)
 
 
 def _with_reference() -> list[float]:

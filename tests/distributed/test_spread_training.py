@@ -21,6 +21,9 @@ CONFIGS = {
     "activation": with_config(lowering="activation"),
     "plain": with_config(lowering="plain"),
 }
+CASES = [(mode, 4, name) for mode in MODES for name in ("blocks", "more blocks", "two blocks")]
+CASES += [(mode, 2, name) for mode in MODES for name in ("blocks", "one block") if mode != "FSDP and TP"]
+CASES += [(mode, 2, name) for mode in ("FSDP by layer", "FSDP by linear") for name in ("activation", "plain")]
 
 
 def _trained(mode: str, config: MELoRAConfig, settings: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -38,13 +41,9 @@ def _alone(config: MELoRAConfig, settings: dict[str, Any]) -> tuple[list[float],
     return losses, gradients(model)
 
 
-@pytest.mark.default_cases("*-4-blocks", "*-4-two blocks", "FSDP by layer-4-plain", "FSDP by linear-2-activation")
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("number", [2, 4])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.default_cases("FSDP by layer-2-plain", "FSDP and TP-4-blocks", "TP-4-two blocks", "DDP-2-blocks")
+@pytest.mark.parametrize(("mode", "number", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_processes_train_as_one(mode: str, number: int, name: str) -> None:
-    if name == "plain" and "TP" in mode:
-        pytest.skip("refused by name: test_wrapped_models.py")
     config = CONFIGS[name]
     settings: dict[str, Any] = {"attention_bias": True, "mlp_bias": True} if name == "blocks" else {}
     losses, alone = _alone(config, settings)
@@ -72,6 +71,7 @@ def _communication(mode: str, config: MELoRAConfig | None) -> dict[str, int]:
     return {str(operator): number for operator, number in counted.get_comm_counts().items()}
 
 
+@pytest.mark.default_cases("TP-2")
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("mode", ["TP", "TP and sequence"])
 def test_blocks_of_their_own_add_no_collective(mode: str, number: int) -> None:
@@ -80,6 +80,7 @@ def test_blocks_of_their_own_add_no_collective(mode: str, number: int) -> None:
     assert run_processes(number, _communication, mode, CONFIG)[0] == frozen
 
 
+@pytest.mark.slow
 def test_fewer_blocks_add_up_two_gradients_a_linear() -> None:
     frozen = run_processes(4, _communication, "TP", None)[0]
     own = run_processes(4, _communication, "TP", CONFIGS["two blocks"])[0]
@@ -146,6 +147,7 @@ def _with_options_of_ddp(option: str) -> list[float]:
     return averaged(losses)
 
 
+@pytest.mark.default_cases("no_sync")
 @pytest.mark.parametrize("option", ["compiled outside", "compiled inside", "static_graph", "no_sync"])
 def test_ddp_in_the_usual_ways(option: str) -> None:
     losses = train(adapted(), token_ids(8))
@@ -163,6 +165,7 @@ def _in_bfloat16(lowering: str) -> tuple[list[float], set[torch.dtype]]:
     return losses, {gradient.dtype for gradient in gradients(model).values()}
 
 
+@pytest.mark.default_cases("plain")
 @pytest.mark.parametrize("lowering", ["auto", "activation", "plain", "weight"])
 def test_fsdp_computes_in_bfloat16_and_reduces_in_float32(lowering: str) -> None:
     losses = train(adapted(), token_ids())
@@ -179,6 +182,7 @@ def _compiled_layers(mode: str) -> list[float]:
     return averaged(train(model, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["FSDP by layer", "TP"])
 def test_compiled_layers(mode: str) -> None:
     losses = train(adapted(), token_ids())
@@ -204,6 +208,7 @@ def _made_on_meta(mode: str, state: dict[str, torch.Tensor], folder: str) -> lis
     return averaged(train(model, ids))
 
 
+@pytest.mark.default_cases("FSDP by layer")
 @pytest.mark.parametrize("mode", ["FSDP by layer", "FSDP by linear", "TP", "FSDP and TP"])
 def test_meta_sharded_given_memory_and_loaded(mode: str, tmp_path) -> None:
     melora_fx.save_adapter(adapted(), tmp_path)
@@ -221,6 +226,7 @@ def _with_clipped_gradients(mode: str) -> tuple[list[float], float]:
     return [sharded.whole(parameter.grad).norm().item() for parameter in own], norm.item()
 
 
+@pytest.mark.default_cases("FSDP and TP")
 @pytest.mark.parametrize("mode", ["DDP", "FSDP by layer", "TP", "FSDP and TP"])
 def test_clipped_gradients(mode: str) -> None:
     model, ids = adapted(), token_ids()

@@ -97,6 +97,7 @@ def _refusal(config: MELoRAConfig, plan: dict[str, Any], settings: dict[str, Any
     return str(error.value)
 
 
+@pytest.mark.default_cases("RowwiseParallel-num_blocks", "ColwiseParallel-split")
 @pytest.mark.parametrize(
     ("config", "text"),
     [

@@ -8,7 +8,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import traceback
 import warnings
@@ -31,6 +30,9 @@ TIMEOUT = 60
 """Seconds after which a collective that others do not take part in fails."""
 
 
+ENDED = "it ended without a result: it was killed, or its function could not be imported"
+
+
 class ProcessFailedError(AssertionError):
     """What has gone wrong in one of several processes."""
 
@@ -39,8 +41,19 @@ def run_processes(number: int, function: Callable[..., Any], *args: Any, timeout
     """What `function(*args)` returns in each of `number` processes, by rank; all arguments and results are pickled.
 
     Raises:
-        ProcessFailedError: with the traceback of the first that has failed.
+        ProcessFailedError: with the tracebacks of those that have failed.
     """
+    outcomes = outcomes_of_processes(number, function, *args, timeout=timeout)
+    failures = [f"process {rank}:\n{outcome[1]}" for rank, outcome in enumerate(outcomes) if not outcome[0]]
+    if failures:
+        raise ProcessFailedError("\n".join(failures))
+    return [value for _, value in outcomes]
+
+
+def outcomes_of_processes(
+    number: int, function: Callable[..., Any], *args: Any, timeout: int = TIMEOUT
+) -> list[tuple[bool, Any]]:
+    """Of each process (True, what `function(*args)` has returned), or (False, a traceback)."""
     context = _context()
     pickled = pickle.dumps(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,10 +72,7 @@ def run_processes(number: int, function: Callable[..., Any], *args: Any, timeout
         outcomes = [_outcome(receiver) for receiver, _ in pipes]
         for process in processes:
             process.join()
-    failures = [f"process {rank}:\n{outcome[1]}" for rank, outcome in enumerate(outcomes) if not outcome[0]]
-    if failures:
-        raise ProcessFailedError("\n".join(failures))
-    return [value for _, value in outcomes]
+    return outcomes
 
 
 def _context() -> Any:
@@ -75,7 +85,7 @@ def _outcome(receiver: Any) -> tuple[bool, Any]:
     try:
         return pickle.loads(receiver.recv_bytes())
     except EOFError:
-        return False, "it ended without a result"
+        return False, ENDED
 
 
 def _run(
@@ -108,10 +118,3 @@ def _run(
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
         os._exit(0)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
