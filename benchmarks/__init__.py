@@ -17,6 +17,7 @@ stories        a text that decoders learn from, and the training
 step_cost      a training step: its time, what its backward keeps, its peak memory
 train_cells, train_sides, train_report      parts of train_step
 spread, traffic, processes_cell      parts of processes
+scale_model, scale_page      a paper model of several GPUs, and the tables of docs/SCALE.md
 fold_sides     ways to merge an adapter into a folder
 latency_cells, latency_report               parts of latency
 peers_environment, peers_graphs, peers_process, peers_report      parts of peers
