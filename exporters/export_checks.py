@@ -5,7 +5,8 @@ from torch import fx, nn
 from exporters.graph.export import AdapterForm, ExportOptions, Sites
 from melora_fx import MELoRAError
 from melora_fx.capture.model_settings import HALF
-from melora_fx.names import unwrap
+from melora_fx.distributed.tensors import is_sharded
+from melora_fx.names import first_of, unwrap
 from melora_fx.rewriting.sites import is_disabled
 from melora_fx.whole_capture.dynamic_axes import refuse_malformed_axes
 
@@ -27,6 +28,11 @@ def refuse_arguments(model: nn.Module, options: ExportOptions) -> None:
         raise MELoRAError(
             "`model` runs under accelerate's autocast (`mixed_precision`, a Trainer's `bf16` or `fp16`), which a graph "
             "would keep: call `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` first"
+        )
+    if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
+        raise MELoRAError(
+            f"{first_of(sharded)}: sharded over processes, and a graph holds them whole: `save_adapter`, then export "
+            "from one process: the model with the adapter, or the base and `fold_onnx`"
         )
     if options.verify or options.precision.needs_runtime:
         import_onnxruntime()

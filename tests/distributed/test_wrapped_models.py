@@ -15,6 +15,7 @@ from torch import nn
 
 import melora_fx
 from benchmarks.spread import fully_sharded, make_mesh, tensor_parallel
+from exporters import export_onnx
 from melora_fx import MELoRAConfig, MELoRAError
 
 situation = pytest.mark.situation
@@ -54,6 +55,14 @@ def test_rewrite_of_a_wrapped_model(name: str) -> None:
         for function in (melora_fx.rewrite, melora_fx.match):
             with assert_unchanged(model), pytest.raises(MELoRAError, match=rf"is wrapped by {name}.*then wrap it"):
                 function(model, "all-linear")
+
+
+@pytest.mark.usefixtures("_one_process")
+@situation("Several devices", "`export_onnx` of a sharded model", "refused by name: export from one process")
+def test_a_sharded_model_is_not_exported(tmp_path) -> None:
+    model = fully_sharded(adapted(), make_mesh(1))
+    with pytest.raises(MELoRAError, match="sharded over processes"):
+        export_onnx(model, {"input_ids": token_ids()}, tmp_path / "model.onnx")
 
 
 @pytest.mark.usefixtures("_one_process")
