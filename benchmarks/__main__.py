@@ -67,7 +67,7 @@ BENCHMARKS = (
             Option("rounds", 15, "steps of each side", quick=2),
             Option(
                 "llama",
-                "512,1408,4,8",
+                "256,704,4,8",
                 "hidden size, intermediate size, layers and heads of the random Llama",
                 quick="64,128,2,8",
             ),

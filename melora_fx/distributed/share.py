@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from melora_fx.errors import MELoRAError
+
 from .tensors import is_sharded
+
+NOT_LAID = (
+    "a weight was sharded after `rewrite`, and its adapter was not: shard all parameters of the module that owns it, "
+    "as the styles of `parallelize_module` do"
+)
+"""What is said of a DTensor beside an adapter that lies otherwise."""
 
 
 class Share(NamedTuple):
@@ -30,7 +38,11 @@ class Share(NamedTuple):
 
 
 def share_of(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Any, *, by_columns: bool) -> Share:
-    """The share of this process; `weight` is what it has of that, (O / D, I) by columns or (O, I / D) by rows."""
+    """The share of this process; `weight` is what it has of that, (O / D, I) by columns or (O, I / D) by rows.
+
+    Raises:
+        MELoRAError: where A and B have stayed whole beside a weight that was cut.
+    """
     mesh = scaling.device_mesh
     degree = mesh.size()
     rank = mesh.get_local_rank()
@@ -40,7 +52,10 @@ def share_of(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Any, *, by
     if not scaling.placements[0].is_replicate():
         own = number // degree
         starts = (rank * own * width, 0) if by_columns else (0, rank * own * height)
-        return Share(_local(lora_a), _local(lora_b), own_scaling, starts)
+        share = Share(_local(lora_a), _local(lora_b), own_scaling, starts)
+        if not len(share.lora_a) == len(share.lora_b) == own:
+            raise MELoRAError(NOT_LAID)
+        return share
     block, part = divmod(rank, degree // number)
     lora_a = _summed(lora_a)[block : block + 1]
     lora_b = _summed(lora_b)[block : block + 1]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from melora_fx.distributed.share import as_output, local_bias, local_input, share_of
+from melora_fx.distributed.share import NOT_LAID, as_output, local_bias, local_input, share_of
 from melora_fx.distributed.tensors import is_sharded
 from melora_fx.errors import MELoRAError
 
@@ -91,13 +91,6 @@ def adapted_linear(
         if not starts:
             _refuse_resized(weight, lora_b, error)
         raise
-
-
-NOT_LAID = (
-    "a weight was sharded after `rewrite`, and its adapter was not: shard the module that owns the weight by "
-    "`parallelize_module`, in which its own forward multiplies by it"
-)
-"""What is said of a DTensor beside an adapter that is none."""
 
 
 def _sharded_linear(
