@@ -55,6 +55,9 @@ def _train(mode: str, folder: str, first: int, killed_at: int | None) -> list[fl
     return averaged(losses)
 
 
+@pytest.mark.situation(
+    "Several processes", "one process killed in a step", "the others raise; resumed, the losses of an uninterrupted run"
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["DDP", "FSDP by layer", "TP", "FSDP and TP"])
@@ -78,6 +81,9 @@ def _save_and_die(mode: str, folder: str, where: str) -> None:
     melora_fx.save_adapter(model, folder)
 
 
+@pytest.mark.situation(
+    "Several processes", "the process killed that writes an adapter", "the others raise; the old adapter is whole"
+)
 @pytest.mark.default_cases("TP-fsync")
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 @pytest.mark.parametrize("mode", ["FSDP by layer", "TP"])

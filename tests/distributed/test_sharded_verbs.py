@@ -51,6 +51,9 @@ def _save(mode: str, folder: str, number_of_heads: int) -> None:
     assert all((Path(folder) / name).exists() for name in FILES), "it returns when the files are there"
 
 
+@pytest.mark.situation(
+    "Several processes", "`save_adapter` from any layout, 2 and 4 processes", "the bytes of one process"
+)
 @pytest.mark.default_cases("4-FSDP and TP", "2-DDP")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("number", [2, 4])
@@ -123,6 +126,11 @@ def _use(mode: str, other: str) -> tuple[dict[str, torch.Tensor], ...]:
     return loaded, folded, state(plain)
 
 
+@pytest.mark.situation(
+    "Several processes",
+    "`sites`, `disabled`, `check_fold`, `folded`, `load_adapter`, `fold`, `unload`",
+    "as in one process",
+)
 @pytest.mark.default_cases("FSDP by layer-2", "TP-2")
 @pytest.mark.parametrize(("mode", "number"), CASES, ids=[f"{mode}-{number}" for mode, number in CASES])
 def test_verbs_on_every_process(mode: str, number: int, tmp_path) -> None:
@@ -153,6 +161,11 @@ def _fail_to_load(mode: str, folder: str) -> list[str]:
     return errors
 
 
+@pytest.mark.situation(
+    "Several processes",
+    "`load_adapter` where one process cannot, or reads another adapter",
+    "all raise, nothing is changed",
+)
 @pytest.mark.default_cases("FSDP by layer")
 @pytest.mark.parametrize("mode", ["FSDP by layer", "FSDP and TP"])
 def test_load_adapter_changes_nothing_on_an_error_of_one_process(mode: str, tmp_path) -> None:
@@ -246,6 +259,9 @@ def _resumed(source: str, targets: list[str], folder: str) -> tuple[list[float],
     return expected, found
 
 
+@pytest.mark.situation(
+    "Several processes", "`torch.distributed.checkpoint` from any layout into any", "goes on with the same losses"
+)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("source", LAYOUTS)

@@ -41,6 +41,11 @@ def _alone(config: MELoRAConfig, settings: dict[str, Any]) -> tuple[list[float],
     return losses, gradients(model)
 
 
+@pytest.mark.situation(
+    "Several processes",
+    "DDP, FSDP2, tensor and sequence parallelism, FSDP2 × tensor",
+    "losses and gradients of one process",
+)
 @pytest.mark.default_cases("FSDP by layer-2-plain", "FSDP and TP-4-blocks", "TP-4-two blocks", "DDP-2-blocks")
 @pytest.mark.parametrize(("mode", "number", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_processes_train_as_one(mode: str, number: int, name: str) -> None:
@@ -71,6 +76,11 @@ def _communication(mode: str, config: MELoRAConfig | None) -> dict[str, int]:
     return {str(operator): number for operator, number in counted.get_comm_counts().items()}
 
 
+@pytest.mark.situation(
+    "Several processes",
+    "tensor parallelism, `num_blocks` a multiple of the processes",
+    "no collective more than the base",
+)
 @pytest.mark.default_cases("TP-2")
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("mode", ["TP", "TP and sequence"])
@@ -147,6 +157,9 @@ def _with_options_of_ddp(option: str) -> list[float]:
     return averaged(losses)
 
 
+@pytest.mark.situation(
+    "Several processes", "DDP compiled outside and inside, `no_sync`, `static_graph`", "losses of one process"
+)
 @pytest.mark.default_cases("no_sync")
 @pytest.mark.parametrize("option", ["compiled outside", "compiled inside", "static_graph", "no_sync"])
 def test_ddp_in_the_usual_ways(option: str) -> None:
@@ -165,6 +178,11 @@ def _in_bfloat16(lowering: str) -> tuple[list[float], set[torch.dtype]]:
     return losses, {gradient.dtype for gradient in gradients(model).values()}
 
 
+@pytest.mark.situation(
+    "Several processes",
+    "FSDP2, bfloat16 parameters, float32 reductions, every lowering",
+    "trains; gradients in float32",
+)
 @pytest.mark.default_cases("plain")
 @pytest.mark.parametrize("lowering", ["auto", "activation", "plain", "weight"])
 def test_fsdp_computes_in_bfloat16_and_reduces_in_float32(lowering: str) -> None:
@@ -183,6 +201,9 @@ def _compiled_layers(mode: str) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.situation(
+    "Several processes", "layers compiled under FSDP2 and tensor parallelism", "losses of one process"
+)
 @pytest.mark.parametrize("mode", ["FSDP by layer", "TP"])
 def test_compiled_layers(mode: str) -> None:
     losses = train(adapted(), token_ids())
@@ -208,6 +229,9 @@ def _made_on_meta(mode: str, state: dict[str, torch.Tensor], folder: str) -> lis
     return averaged(train(model, ids))
 
 
+@pytest.mark.situation(
+    "Several processes", "rewritten on meta, sharded, `to_empty`, then state and adapter", "losses of one process"
+)
 @pytest.mark.default_cases("FSDP by layer")
 @pytest.mark.parametrize("mode", ["FSDP by layer", "FSDP by linear", "TP", "FSDP and TP"])
 def test_meta_sharded_given_memory_and_loaded(mode: str, tmp_path) -> None:

@@ -44,7 +44,9 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.usefixtures("_one_process")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:torch")
-@in_situations("name", "Several devices", "refused by name", {f"`rewrite` inside `{name}`": name for name in WRAPPERS})
+@in_situations(
+    "name", "Several processes", "refused by name", {f"`rewrite` inside `{name}`": name for name in WRAPPERS}
+)
 def test_rewrite_of_a_wrapped_model(name: str) -> None:
     wrapped: Any = WRAPPERS[name](llama())
     models = [wrapped, nn.Sequential(wrapped)]
@@ -58,7 +60,7 @@ def test_rewrite_of_a_wrapped_model(name: str) -> None:
 
 
 @pytest.mark.usefixtures("_one_process")
-@situation("Several devices", "`export_onnx` of a sharded model", "refused by name: export from one process")
+@situation("Several processes", "`export_onnx` of a sharded model", "refused by name: export from one process")
 def test_a_sharded_model_is_not_exported(tmp_path) -> None:
     model = fully_sharded(adapted(), make_mesh(1))
     with pytest.raises(MELoRAError, match="sharded over processes"):
@@ -79,7 +81,7 @@ def test_what_is_inside_of_ddp_is_refused_as_long_as_that_is_there() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:torch")
 @in_situations(
     "name",
-    "Several devices",
+    "Several processes",
     "refused by name: call them with the model inside",
     {f"verbs on `{name}`": name for name in ("FullyShardedDataParallel", "DataParallel")},
 )
@@ -106,6 +108,11 @@ def _refusal(config: MELoRAConfig, plan: dict[str, Any], settings: dict[str, Any
     return str(error.value)
 
 
+@pytest.mark.situation(
+    "Several processes",
+    "tensor parallelism with `split`, `lowering='plain'`, unfitting `num_blocks`",
+    "refused by name",
+)
 @pytest.mark.default_cases("RowwiseParallel-num_blocks", "ColwiseParallel-split")
 @pytest.mark.parametrize(
     ("config", "text"),
@@ -226,7 +233,9 @@ def _in_the_order_of_transformers(folder: str, config: MELoRAConfig) -> list[flo
 
 
 @pytest.mark.parametrize("num_blocks", [4, 2])
-@in_situations("name", "Several devices", "as in one process", {'`from_pretrained(tp_plan="auto")` → `rewrite`': "tp"})
+@in_situations(
+    "name", "Several processes", "as in one process", {'`from_pretrained(tp_plan="auto")` → `rewrite`': "tp"}
+)
 def test_rewritten_after_transformers_has_sharded(name: str, num_blocks: int, tmp_path) -> None:
     config = with_config(num_blocks=num_blocks, rank=2)
     llama(attention_bias=True).save_pretrained(tmp_path)
@@ -249,6 +258,7 @@ def _experts(folder: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.situation("Several processes", "experts that transformers has sharded", "refused by name, or left alone")
 def test_experts_that_transformers_has_sharded_are_refused(tmp_path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
