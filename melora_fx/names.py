@@ -46,9 +46,15 @@ def with_parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
+_HOLDERS = (("torch.", "DistributedDataParallel"), ("deepspeed.", "DeepSpeedEngine"))
+"""(package, class) of the wrappers whose `module` is the model as it was."""
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of `torch.compile` and DistributedDataParallel, or `model` itself."""
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, WRAPPED[0], None)
+    """The module inside the wrappers of `torch.compile`, DDP and DeepSpeed, or `model` itself."""
+    kinds = type(model).__mro__
+    is_held = any(cls.__name__ == name and cls.__module__.startswith(root) for cls in kinds for root, name in _HOLDERS)
+    inner = model.module if is_held else getattr(model, WRAPPED[0], None)
     return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 

@@ -5,7 +5,8 @@
 tensors    whole tensors from sharded ones, and back
 placement  how A, B and the scaling lie beside a weight that tensor parallelism has sharded
 share      the part of one adapted linear that one process computes
-wrappers   DDP and FSDP around a model
+wrappers   DDP, FSDP and DeepSpeed around a model
+zero       parameters that DeepSpeed's ZeRO manages
 private    what is borrowed of torch and transformers for them
 agreement  one process writes, and all fail alike
 """

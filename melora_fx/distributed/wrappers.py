@@ -1,4 +1,4 @@
-"""Wrappers of torch around a model for several processes: DDP, FSDP2, and those that no adapter goes through."""
+"""Wrappers around a model for several processes: DDP, FSDP2, DeepSpeed, and those that no adapter goes through."""
 
 import gc
 import sys
@@ -10,14 +10,14 @@ from torch import nn
 
 from .private import class_below_fsdp, forget_parameters, fsdp_class
 
-_WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
+_WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _OPAQUE = {"DataParallel", "FullyShardedDataParallel"}
 """Those below which parameters are flattened or copied: no verb finds a model's own there."""
 
 
 def wrapper_name(value: object, names: set[str] = _WRAPPERS) -> str | None:
-    """What torch calls the wrapper that `value` is, one of `names`; None for what is none."""
-    kinds = (cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith("torch."))
+    """What its package calls the wrapper that `value` is, one of `names`; None for what is none."""
+    kinds = (cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith(("torch.", "deepspeed.")))
     return next((name for name in kinds if name in names), None)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from melora_fx.adapter.update import Scratch
 from melora_fx.distributed.tensors import own_part
 from melora_fx.distributed.wrappers import reshard
+from melora_fx.matching.refusals import refuse_change_under_zero3
 from melora_fx.names import unwrap
 from melora_fx.rewriting.sites import (
     AdapterSite,
@@ -48,8 +49,10 @@ def fold(model: _Model, *, untie: bool = False) -> _Model:
             False, instead of refusing.
 
     Raises:
-        MELoRAError: for a plain model, a shared weight, or a weight that cannot be changed; nothing is changed then.
+        MELoRAError: for a plain model, a shared weight, a weight that cannot be changed, and under DeepSpeed's ZeRO-3;
+            nothing is changed then.
     """
+    refuse_change_under_zero3(model, "fold")
     found = whole_sites(require_sites(model, "fold"))
     inner = unwrap(model)
     refuse_folded(model, "fold")
@@ -103,6 +106,7 @@ def folded(model: nn.Module) -> Iterator[None]:
     Raises:
         MELoRAError: as `fold`, for weights that cannot be changed. Shared weights are refused too.
     """
+    refuse_change_under_zero3(model, "folded")
     found = require_sites(model, "folded")
     if is_folded(model):
         yield

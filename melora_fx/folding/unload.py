@@ -7,6 +7,7 @@ from torch import nn
 from melora_fx.adapter.site import owner_of
 from melora_fx.adapter.tensors import TENSORS
 from melora_fx.distributed.wrappers import forget_removed
+from melora_fx.matching.refusals import refuse_change_under_zero3
 from melora_fx.names import join_path, unwrap, without_wrappers
 from melora_fx.rewriting.adapted_module import rewritten_modules
 from melora_fx.rewriting.marks import ROOT_MARK, root_marks
@@ -33,6 +34,7 @@ def unload(model: _Model) -> _Model:
         MELoRAError: for a plain model, inside `folded`, and where another has replaced a forward or a class of the
             model since `rewrite`; nothing is changed then.
     """
+    refuse_change_under_zero3(model, "unload")
     found = require_sites(model, "unload")
     refuse_folded(model, "unload")
     warn_of_lost_sites(model, found)

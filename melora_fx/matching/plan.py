@@ -21,7 +21,7 @@ from .keep_trainable import keeps_weight, resolve_kept
 from .linears import misfit
 from .obstacles import find_obstacles
 from .other_products import find_other_products
-from .refusals import refuse_distributed, refuse_lazy, refuse_rewritten
+from .refusals import refuse_distributed, refuse_lazy, refuse_partitioned, refuse_replaced_linear, refuse_rewritten
 from .targets import TargetSpec, asks_for_all, names_one_by_one, resolve_targets
 
 
@@ -114,6 +114,8 @@ def _refuse(model: nn.Module | ExportedProgram, config: MELoRAConfig) -> None:
         raise MELoRAError("the model is already compiled: `rewrite` it first, then call `torch.compile`")
     refuse_rewritten(model)
     refuse_lazy(model)
+    refuse_partitioned(model, "rewrite")
+    refuse_replaced_linear()
 
 
 def _captured(

@@ -62,6 +62,8 @@ def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: 
 
 def _refill_scaling(module: nn.Module, record: SiteRecord) -> None:
     adapter = tensors_of(module, record)
+    if not adapter.lora_b.numel():  # ZeRO-3 has its values elsewhere, and leaves buffers alone
+        return
     _, buffers, _ = registered(owner_of(module, record))
     name = record.attribute(SCALING)
     buffer = buffers[name]

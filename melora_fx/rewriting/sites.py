@@ -18,7 +18,7 @@ from melora_fx.distributed.wrappers import reshard
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.adapted_linear import RESIZED
 from melora_fx.lowering.lowerings import lowering_named
-from melora_fx.matching.refusals import refuse_opaque
+from melora_fx.matching.refusals import refuse_opaque, refuse_partitioned
 from melora_fx.names import join_path
 from melora_fx.patterns.node import weight_of
 
@@ -100,8 +100,13 @@ def sites(model: nn.Module) -> dict[str, AdapterSite]:
     """The rewritten sites of `model` by name, in the model's order; empty for a plain model.
 
     Of a model that is sharded over processes, the tensors are what each process trains: DTensors.
+
+    Raises:
+        MELoRAError: for a rewritten model whose weights ZeRO-3 has partitioned.
     """
     reshard(model)
+    if _is_rewritten(model):
+        refuse_partitioned(model, "sites")
     return {
         record.site_name(path): make_site(path, module, record)
         for path, module in rewritten_modules(model)
@@ -150,11 +155,20 @@ def _whole_site(site: AdapterSite) -> AdapterSite:
 
 def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
     """`sites(model)`, or MELoRAError where there are none or a wrapper hides them."""
+    require_rewritten(model, action)
+    refuse_partitioned(model, action)
+    return sites(model)
+
+
+def require_rewritten(model: nn.Module, action: str) -> None:
+    """Raises MELoRAError for a model without sites, or where a wrapper hides them."""
     refuse_opaque(model, action)
-    found = sites(model)
-    if not found:
+    if not _is_rewritten(model):
         raise MELoRAError(f"`{action}` needs a rewritten model, but this {type(model).__name__} has no adapter sites")
-    return found
+
+
+def _is_rewritten(model: nn.Module) -> bool:
+    return next(rewritten_modules(model), None) is not None
 
 
 def resized(site: AdapterSite) -> str | None:
@@ -195,9 +209,12 @@ def refuse_folded(model: nn.Module, action: str) -> None:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters, `<site>.lora_a` and `<site>.lora_b`: what an optimizer should be given."""
+    reshard(model)
     parameters: dict[str, nn.Parameter] = {}
-    for name, site in sites(model).items():
-        parameters |= zip(factor_names(name), (site.lora_a, site.lora_b), strict=True)
+    for path, module in rewritten_modules(model):
+        for record in module.melora_mark.records:
+            factors = (getattr(owner_of(module, record), record.attribute(kind)) for kind in FACTORS)
+            parameters |= zip(factor_names(record.site_name(path)), factors, strict=True)
     return parameters
 
 
@@ -211,7 +228,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         MELoRAError: for a model without sites, and inside `folded`, where the weights are not the base's.
     """
-    require_sites(model, "disabled")
+    require_rewritten(model, "disabled")
     refuse_folded(model, "disabled")
     with running_base(model):
         yield

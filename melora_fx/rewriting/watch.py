@@ -27,6 +27,7 @@ from melora_fx import live
 from melora_fx.adapter.site import MODULE_MARK
 from melora_fx.capture.packed import is_packed_linear
 from melora_fx.distributed.wrappers import class_inside, put_class
+from melora_fx.distributed.zero import is_partitioned
 from melora_fx.errors import MELoRAError
 from melora_fx.live.arguments import name_of
 from melora_fx.live.reader import frames_from, is_adapted, is_managing, is_of, know_methods
@@ -147,7 +148,7 @@ def _can_watch(model: nn.Module) -> bool:
             return False
         if has_fast_path and isinstance(module, nn.MultiheadAttention):
             return False  # the mode would turn it off, and the outputs of others are rounded otherwise
-    return True
+    return not is_partitioned(model)  # whose weights are not told by their memory
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
@@ -219,7 +220,7 @@ def _is_ours(caller: FrameType) -> bool:
     for frame in frames_from(caller):
         if is_of(frame, "melora_fx") or frame.f_code.co_filename.startswith(_MADE_OF_GRAPH):
             return True
-        if frame.f_code.co_name == "forward" and not is_of(frame, "torch"):
+        if frame.f_code.co_name == "forward" and not is_of(frame, "torch", "deepspeed"):
             return False
     return False
 

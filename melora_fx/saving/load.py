@@ -14,10 +14,10 @@ from melora_fx.config import MELoRAConfig
 from melora_fx.distributed.agreement import agree_on, mesh_of
 from melora_fx.distributed.tensors import put
 from melora_fx.errors import MELoRAError
-from melora_fx.matching.refusals import refuse_opaque
+from melora_fx.matching.refusals import refuse_copies_in_optimizer, refuse_opaque, refuse_partitioned
 from melora_fx.names import site_of, unwrap, without_wrappers
 from melora_fx.rewriting.rewrite import rewrite
-from melora_fx.rewriting.sites import AdapterSite, refuse_folded, sites
+from melora_fx.rewriting.sites import AdapterSite, adapter_parameters, refuse_folded, sites
 from melora_fx.shared_memory import sharing_parameters
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 from melora_fx.whole_capture.example_inputs import ExampleInputs
@@ -57,13 +57,15 @@ def load_adapter(
 
     Raises:
         MELoRAError: for a folder that cannot be read, an adapter of another model (each key is named) or with another
-            base weight, or one whose blocks, ranks or trained modules do not fit a rewritten model; nothing is changed
-            then.
+            base weight, or one whose blocks, ranks or trained modules do not fit a rewritten model; and after
+            `deepspeed.initialize`. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}: `rewrite` gives one")
     refuse_opaque(model, "load_adapter")
+    refuse_copies_in_optimizer(adapter_parameters(model).values(), "load_adapter")
     adapter = agree_on(mesh_of(unwrap(model).parameters()), lambda: _read(directory), f"the adapter in `{directory}`")
+    refuse_partitioned(model, "load_adapter")
     refuse_folded(model, "load_adapter")
     if found := sites(model):
         _load_into_rewritten(model, found, adapter)

@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Of a sharded model it is called on every process: the adapters are gathered, nothing of the base but the values of
     fingerprints, and the first process writes; all return when the files are there. Under DDP each process that calls
-    it writes.
+    it writes. Under DeepSpeed's ZeRO-3 it is called inside `deepspeed.zero.GatheredParameters`.
 
     Raises:
         MELoRAError: for a plain model, an adapter or base weights that are not finite, values where the adapter that

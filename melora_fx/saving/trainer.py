@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from melora_fx.distributed.agreement import mesh_of, on_one_process
 from melora_fx.distributed.tensors import whole
+from melora_fx.errors import MELoRAError
 from melora_fx.files import write_atomically, writing
 from melora_fx.names import unwrap
 from melora_fx.rewriting.hugging_face import (
@@ -55,9 +56,14 @@ class AdapterCheckpointCallback(TrainerCallback):
         """From here on the model saves its trained tensors alone, in folders called checkpoint-N.
 
         Raises:
-            MELoRAError: for a model that is not rewritten.
+            MELoRAError: for a model that is not rewritten, and under DeepSpeed's ZeRO-3.
         """
         model: nn.Module = kwargs["model"]
+        if getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0) == 3:
+            raise MELoRAError(
+                "`AdapterCheckpointCallback`: ZeRO-3 leaves no process the whole adapter to write: leave the callback "
+                "out, and call `save_adapter` inside `with deepspeed.zero.GatheredParameters(…):` after the training"
+            )
         require_sites(model, "AdapterCheckpointCallback")
         inner = unwrap(model)
         prefix = _prefix(model)

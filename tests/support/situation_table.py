@@ -69,7 +69,7 @@ def main() -> None:
     found = run()
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name).split('+')[0]}"
-        for name in ("torch", "transformers", "accelerate", "torchao", "bitsandbytes")
+        for name in ("torch", "transformers", "accelerate", "trl", "torchao", "bitsandbytes")
     )
     print(f"""# Situations
 
