@@ -641,6 +641,8 @@ def test_what_fsdp_puts_on_a_class_and_gathers() -> None:
     assert process_private.class_below_fsdp(type(module)) is None
     fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
     assert process_private.class_below_fsdp(type(module)) is nn.Linear
+    assert process_private.is_managed_by_fsdp(module)
+    assert not process_private.is_managed_by_fsdp(nn.Linear(IN, OUT))
     assert process_private.fsdp_class(nn.Linear) is type(module)
     assert process_private.shard_size_and_offset(module.weight) == ((OUT, IN), (0, 0))
 

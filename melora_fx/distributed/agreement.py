@@ -3,19 +3,21 @@
 A model of which each process holds all, as under DDP, needs none of this: whoever calls does it alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from melora_fx.errors import MELoRAError
 
 from .tensors import is_sharded
+from .wrappers import reshard
 
 
-def mesh_of(tensors: Iterable[Tensor]) -> Any:
-    """The mesh of most processes that any of `tensors` is sharded over; None where none is."""
-    meshes = [tensor.device_mesh for tensor in tensors if is_sharded(tensor)]
+def mesh_of(model: nn.Module) -> Any:
+    """The mesh of most processes that a parameter of `model` is sharded over; None where none is."""
+    reshard(model)  # or a root of FSDP had whole ones after its forward
+    meshes = [parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter)]
     return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
 
@@ -35,7 +37,7 @@ def on_one_process(mesh: Any, write: Callable[[], None]) -> None:
     try:
         if all(position == 0 for position in mesh.get_coordinate()):
             write()
-    except Exception as error:
+    except BaseException as error:
         failure = [f"{type(error).__name__}: {error}"]
         raise
     finally:

@@ -34,7 +34,7 @@ def misfit_of_sharded(weight: Tensor, config: MELoRAConfig, lowering: str, *, is
     shown = f"its weight is sharded as {', '.join(kinds)}"
     values = own_part(weight)
     if type(values) is not Tensor or not values.is_floating_point():
-        return f"{shown}, and quantised: adapt a quantised base in one process, or under DDP or FSDP"
+        return f"{shown}, and quantised: adapt a quantised base in one process, or under DDP"
     if not is_linear:
         return f"{shown}, and is no matrix (out, in): only linears can be adapted under tensor parallelism"
     if weight.device_mesh.ndim != 1 or type(weight.placements[0]).__name__ != "Shard":
@@ -73,9 +73,8 @@ def lay(tensor: Tensor, weight: Any) -> Tensor:
 
 
 def lay_adapter(owner: nn.Module, record: SiteRecord, weight: Any) -> None:
-    """Puts DTensors into the place of the adapter's tensors on `owner`, whose weight is the DTensor `weight`.
-
-    Of one that is cut by columns A and B are left to the style, which cuts all parameters of the linear.
+    """Puts DTensors into the place of the scaling, and of A and B of a linear that is cut by rows, on `owner`, whose
+    weight is the DTensor `weight`. A style that cuts by columns does so with all parameters of the linear, A and B too.
     """
     parameters, buffers, children = registered(owner)
     for kind in () if is_by_columns(weight) else FACTORS:
@@ -100,5 +99,11 @@ def laid_as(values: Tensor, present: Any) -> Tensor:
     """`values`, which are whole, as a DTensor that lies as `present` does; no collective."""
     from torch.distributed.tensor import DTensor
 
-    local = part_of(values, present)
-    return DTensor.from_local(local, present.device_mesh, present.placements, run_check=False)
+    return DTensor.from_local(
+        part_of(values, present).contiguous(),
+        present.device_mesh,
+        present.placements,
+        run_check=False,
+        shape=present.shape,
+        stride=present.stride(),
+    )

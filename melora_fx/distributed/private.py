@@ -39,10 +39,17 @@ def fsdp_class(cls: type) -> type:
 
 def forget_parameters(module: Any) -> None:
     """FSDP no longer gathers parameters that modules have no more: there is no way to say so. torch 2.13."""
-    for group in module._get_fsdp_state()._fsdp_param_groups:
+    groups = module._get_fsdp_state()._fsdp_param_groups
+    for group in groups:
         group.fsdp_params[:] = [
             each for each in group.fsdp_params if each._module_info.param_name in each._module_info.module._parameters
         ]
+    groups[:] = [group for group in groups if group.fsdp_params]
+
+
+def is_managed_by_fsdp(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called with `module` or one that it is in; this is how Dynamo knows it. torch 2.13."""
+    return getattr(module, "_is_fsdp_managed_module", False)
 
 
 def tensor_parallel_forward(module: nn.Module) -> tuple[Any, Any] | None:

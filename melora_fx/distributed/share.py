@@ -12,6 +12,7 @@ from torch import Tensor
 
 from melora_fx.errors import MELoRAError
 
+from .placement import is_by_columns
 from .tensors import is_sharded
 
 NOT_LAID = (
@@ -19,6 +20,13 @@ NOT_LAID = (
     "as the styles of `parallelize_module` do"
 )
 """What is said of a DTensor beside an adapter that lies otherwise."""
+
+
+PLAIN_INPUT = (
+    "a linear whose weight is sharded was given an input that is no DTensor, of which nobody knows what the processes "
+    "have: give `distribute_module` an `input_fn`, as the styles of `parallelize_module` do"
+)
+"""What is said of a plain x."""
 
 
 class Share(NamedTuple):
@@ -105,5 +113,5 @@ def as_output(y: Tensor, weight: Any) -> Any:
     """y of all processes from what each has of it, as the linear by the DTensor `weight` gives it."""
     from torch.distributed.tensor import DTensor, Partial, Shard
 
-    placement = Shard(y.dim() - 1) if weight.placements[0].is_shard(0) else Partial()
+    placement = Shard(y.dim() - 1) if is_by_columns(weight) else Partial()
     return DTensor.from_local(y, weight.device_mesh, [placement], run_check=False)

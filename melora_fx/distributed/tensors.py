@@ -69,7 +69,7 @@ def values_at(tensor: Tensor, coordinates: tuple[Tensor, ...]) -> Tensor:
     return DTensor.from_local(bits, tensor.device_mesh, kinds, run_check=False).full_tensor().view(torch.float32)
 
 
-def agree(tensor: Tensor) -> None:
+def broadcast_replicas(tensor: Tensor) -> None:
     """Makes what several processes hold of the same part of `tensor` equal: a collective where there are any."""
     if not is_sharded(tensor) or tensor.is_meta:
         return

@@ -2,13 +2,15 @@
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .private import class_below_fsdp, forget_parameters, fsdp_class
+from .private import class_below_fsdp, forget_parameters, fsdp_class, is_managed_by_fsdp
+from .tensors import is_sharded
 
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _OPAQUE = {"DataParallel", "FullyShardedDataParallel"}
@@ -56,7 +58,8 @@ def _wrapper_around(model: nn.Module) -> str | None:
         kinds = type(value).__mro__
         if nn.Module not in kinds or (name := wrapper_name(value, _WRAPPERS - {"DataParallel"})) is None:
             continue
-        if id(value) not in own and any(id(module) in own for module in value.modules()):
+        is_made = "_modules" in vars(value)  # else its `__init__` has not come so far
+        if is_made and id(value) not in own and any(id(module) in own for module in value.modules()):
             return name
     return None
 
@@ -64,6 +67,13 @@ def _wrapper_around(model: nn.Module) -> str | None:
 def is_fsdp(module: Any) -> bool:
     """Whether `fully_shard` was called with `module`."""
     return wrapper_name(module, {"FSDPModule"}) is not None
+
+
+def is_held_from_above(owner: nn.Module, parameters: Iterable[Tensor]) -> bool:
+    """Whether FSDP has put whole parameters on `owner`, although all modules that are known have been resharded: they
+    are those of a module above. `parameters`: some of its own.
+    """
+    return is_managed_by_fsdp(owner) and not any(is_sharded(parameter) for parameter in parameters)
 
 
 def reshard(model: nn.Module) -> None:
@@ -85,6 +95,16 @@ def class_inside(module: nn.Module) -> type:
 def put_class(module: nn.Module, cls: type) -> None:
     """Exchanges the class of `module`, whatever its own `__setattr__` does; below FSDP's, where that is on top."""
     object.__setattr__(module, "__class__", fsdp_class(cls) if class_below_fsdp(type(module)) else cls)
+
+
+@contextmanager
+def without_fsdp_class(module: nn.Module) -> Iterator[None]:
+    """Inside the block `module` has its class without FSDP's, which is behind it on top of the one that it has then."""
+    is_on_top = class_below_fsdp(type(module)) is not None
+    object.__setattr__(module, "__class__", class_inside(module))
+    yield
+    if is_on_top:
+        object.__setattr__(module, "__class__", fsdp_class(type(module)))
 
 
 def forget_removed(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from melora_fx.saving.model_adapter import adapter_of
 from melora_fx.torch_private import preserve_versions
 
 from .measured_fold import measure_fold
-from .refusals import refuse_replaced_forward, refuse_shared, refuse_unfoldable, shared_sites
+from .refusals import refuse_replaced_forward, refuse_shared, refuse_unfoldable, refuse_untying, shared_sites
 from .report import FoldReport, make_report
 from .site_weight import merge, oriented_weight, restore, saved_values
 from .unload import remove_adapters
@@ -53,15 +53,17 @@ def fold(model: _Model, *, untie: bool = False) -> _Model:
             nothing is changed then.
     """
     refuse_change_under_zero3(model, "fold")
-    found = whole_sites(require_sites(model, "fold"))
+    found = require_sites(model, "fold")
     inner = unwrap(model)
     refuse_folded(model, "fold")
     warn_of_lost_sites(model, found)
+    found = whole_sites(found)
     refuse_unfoldable(found)
     refuse_replaced_forward(found, "fold")
     shared = shared_sites(inner, found)
     if not untie:
         refuse_shared(shared)
+    refuse_untying(found, shared)
     for name in shared:
         _untie(inner, found[name])
     if shared:
@@ -82,8 +84,9 @@ def check_fold(model: nn.Module) -> FoldReport:
     Raises:
         MELoRAError: for a plain model, inside `folded`, and for weights that cannot be changed.
     """
-    found = whole_sites(require_sites(model, "check_fold"))
+    found = require_sites(model, "check_fold")
     refuse_folded(model, "check_fold")
+    found = whole_sites(found)
     refuse_unfoldable(found)
     adapter = adapter_of(model)
     scratch = Scratch()

@@ -1,11 +1,13 @@
 """What a fold in memory must refuse: weights that cannot be changed, or that others use."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from melora_fx.adapter.update import non_finite
 from melora_fx.capture.packed import is_packed_linear
-from melora_fx.distributed.tensors import own_part
+from melora_fx.distributed.tensors import is_sharded, own_part
 from melora_fx.distributed.wrappers import class_inside
 from melora_fx.errors import MELoRAError
 from melora_fx.names import site_of
@@ -60,6 +62,15 @@ def refuse_shared(shared: dict[str, list[str]]) -> None:
     raise MELoRAError(
         "\n".join(lines) + "\nfolding would change those too: `fold(model, untie=True)` copies the weight first"
     )
+
+
+def refuse_untying(found: dict[str, AdapterSite], shared: Iterable[str]) -> None:
+    """Raises MELoRAError for shared weights that are sharded: FSDP keeps one parameter for all their names."""
+    if names := [f"`{name}`" for name in shared if is_sharded(found[name].weight)]:
+        raise MELoRAError(
+            f"{', '.join(names)}: sharded over processes, where `untie` can give it no weight of its own: save the "
+            "adapter, and fold it in one process"
+        )
 
 
 def _is_changed_since(module: nn.Module) -> bool:

@@ -12,14 +12,19 @@ from melora_fx.rewriting.sites import AdapterSite
 
 def oriented_weight(site: AdapterSite) -> torch.Tensor:
     """The site's weight as (O, I) or (E, O, I): a view; of a sharded one all of it, gathered by all processes."""
-    weight = site.record.matrices_of(whole(site.weight).detach())
-    return weight.mT if site.weight_is_transposed else weight
+    return _oriented(site, whole(site.weight).detach())
+
+
+def _oriented(site: AdapterSite, weight: torch.Tensor) -> torch.Tensor:
+    """`weight`, as the site's is stored, as (O, I) or (E, O, I): a view."""
+    matrices = site.record.matrices_of(weight)
+    return matrices.mT if site.weight_is_transposed else matrices
 
 
 def merge(site: AdapterSite, scratch: Scratch) -> None:
     """Adds the update of a site, whose A and B are whole, to its weight in place."""
-    weight = oriented_weight(site)
-    add_update(site.tensors, weight, scratch)
+    weight = whole(site.weight).detach()
+    add_update(site.tensors, _oriented(site, weight), scratch)
     if is_sharded(site.weight):
         put(site.weight, weight)
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from melora_fx.distributed.share import NOT_LAID, as_output, local_bias, local_input, share_of
+from melora_fx.distributed.share import NOT_LAID, PLAIN_INPUT, as_output, local_bias, local_input, share_of
 from melora_fx.distributed.tensors import is_sharded
 from melora_fx.errors import MELoRAError
 
@@ -82,6 +82,8 @@ def adapted_linear(
             return adapted_linear(x, None, None, lora_a, lora_b, scaling, dropout, parts, form, base, starts)
     rate = 0.0 if dropout is None else dropout_rate(dropout)
     seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu") if rate else None
+    if seed is not None:
+        seed += sum(starts)  # of other blocks other masks, though all processes draw the same
     inputs = (x, base, weight, bias, lora_a, lora_b, scaling, seed, rate, parts, form, dtype, starts)
     if torch.compiler.is_compiling():
         return operator_for(seed)(*inputs)
@@ -107,6 +109,11 @@ def _sharded_linear(
 
     A DTensor where the weight is one; whoever hands out what a process has of the weight takes the same of the output.
     """
+    if is_sharded(weight):  # else whoever hands out what a process has of it does so with all else
+        if not all(is_sharded(tensor) for tensor in (lora_a, lora_b, weight if bias is None else bias)):
+            raise MELoRAError(NOT_LAID)
+        if not is_sharded(x):
+            raise MELoRAError(PLAIN_INPUT)
     own_weight = weight.to_local() if is_sharded(weight) else weight
     by_columns = own_weight.size(1) == scaling.size(0) * lora_a.size(2)
     share = share_of(own_weight, lora_a, lora_b, scaling, by_columns=by_columns)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from melora_fx.distributed.tensors import own_part
 from melora_fx.names import join_path, site_of, without_wrappers
 from melora_fx.shared_memory import overlap, span_of
 
@@ -105,4 +106,4 @@ def _has_tensors(module: nn.Module) -> bool:
 
 def _can_be_trained(parameter: nn.Parameter) -> bool:
     """Whether it is a plain tensor of floats: a quantised one is a subclass, or of integers."""
-    return type(parameter.detach()) is torch.Tensor and parameter.is_floating_point()
+    return type(own_part(parameter)) is torch.Tensor and parameter.is_floating_point()

@@ -72,7 +72,8 @@ class AdaptedModule(ExchangedModule):
         """Whoever shards a linear puts DTensors into the place of its parameters: the adapter follows the weight."""
         mark: ModuleMark | None = vars(self).get(MODULE_MARK)  # none on a module of a class below this one
         record = next((each for each in mark.records if name in own_names(each)), None) if mark else None
-        if mark is None or record is None or not is_sharded(param) or is_called_by_fsdp():
+        was_sharded = is_sharded(registered(self)[0].get(name))  # then others put a loaded one into its place
+        if mark is None or record is None or not is_sharded(param) or was_sharded or is_called_by_fsdp():
             super().register_parameter(name, param)
             return
         if name != record.parameter:  # cut as the style cuts the weight, or whole

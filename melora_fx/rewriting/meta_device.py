@@ -11,7 +11,7 @@ from torch import nn
 from melora_fx.adapter.site import SiteRecord, owner_of, tensors_of
 from melora_fx.adapter.tensors import SCALING, AdapterTensors, features_of, num_matrices
 from melora_fx.distributed.placement import laid_as
-from melora_fx.distributed.tensors import agree, as_parameter, is_sharded, own_part, put
+from melora_fx.distributed.tensors import as_parameter, broadcast_replicas, is_sharded, own_part, put
 from melora_fx.patterns.node import weight_of
 from melora_fx.torch_private import registered
 
@@ -51,11 +51,13 @@ def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: 
     )
     for kind, tensor in fresh.factors.items():
         present = old.factors[kind]
-        if is_sharded(present):  # whoever shards it holds it too
+        if is_sharded(present) and not present.is_meta:  # whoever shards it holds it too
             put(present, tensor)
-            agree(present)
-        else:
-            setattr(owner, record.attribute(kind), as_parameter(tensor, present))
+            broadcast_replicas(present)
+            continue
+        laid = laid_as(tensor, present) if is_sharded(present) else tensor
+        broadcast_replicas(laid)
+        setattr(owner, record.attribute(kind), as_parameter(laid, present))
     record.is_absent = False
     record.saved_config = None
 

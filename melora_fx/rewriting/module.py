@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from melora_fx.adapter.site import MODULE_MARK, SiteRecord
 from melora_fx.capture.graphs import copy_graph
 from melora_fx.distributed.private import tensor_parallel_forward
-from melora_fx.distributed.wrappers import class_inside, put_class
+from melora_fx.distributed.wrappers import class_inside, put_class, without_fsdp_class
 from melora_fx.errors import MELoRAError
 from melora_fx.live.weight_property import add_weight_properties
 from melora_fx.lowering.quantized_gradient import call_base
@@ -178,9 +178,10 @@ def _uninstall(module: AdaptedModule) -> None:
         own.pop("forward", None)
     del own[MODULE_MARK]
     if original is fx.GraphModule:
-        plain = fx.GraphModule(nn.Module(), fx.Graph())  # has a class of its own
-        put_class(module, type(plain))
-        module.graph = without_adapters(graph)
+        plain = type(fx.GraphModule(nn.Module(), fx.Graph()))  # a class of its own, which gets the graph's forward
+        with without_fsdp_class(module):
+            put_class(module, plain)
+            module.graph = without_adapters(graph)
         return
     for key in _graph_module_attributes():
         own.pop(key, None)

@@ -14,7 +14,7 @@ from melora_fx.adapter.tensors import FACTORS, SCALING, AdapterTensors, factor_n
 from melora_fx.config import MELoRAConfig
 from melora_fx.distributed.placement import added_bytes
 from melora_fx.distributed.tensors import as_parameter, is_sharded, own_part, whole
-from melora_fx.distributed.wrappers import reshard
+from melora_fx.distributed.wrappers import is_held_from_above, reshard
 from melora_fx.errors import MELoRAError
 from melora_fx.lowering.adapted_linear import RESIZED
 from melora_fx.lowering.lowerings import lowering_named
@@ -99,7 +99,8 @@ class AdapterSite:
 def sites(model: nn.Module) -> dict[str, AdapterSite]:
     """The rewritten sites of `model` by name, in the model's order; empty for a plain model.
 
-    Of a model that is sharded over processes, the tensors are what each process trains: DTensors.
+    Of a model that is sharded over processes, the tensors are what each process trains: DTensors. FSDP frees the whole
+    parameters that its root may hold for that; so it is called between forwards.
 
     Raises:
         MELoRAError: for a rewritten model whose weights ZeRO-3 has partitioned.
@@ -157,7 +158,14 @@ def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
     """`sites(model)`, or MELoRAError where there are none or a wrapper hides them."""
     require_rewritten(model, action)
     refuse_partitioned(model, action)
-    return sites(model)
+    found = sites(model)
+    held = [name for name, site in found.items() if is_held_from_above(site.owner, (site.weight, site.lora_a))]
+    if held:
+        raise MELoRAError(
+            f"`{action}`: `{held[0]}` has FSDP's whole parameters now, which belong to a module above this "
+            f"{type(model).__name__}: call it with the model that `fully_shard` was called with last"
+        )
+    return found
 
 
 def require_rewritten(model: nn.Module, action: str) -> None:

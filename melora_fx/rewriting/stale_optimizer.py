@@ -64,8 +64,8 @@ class _Watch:
         for names in filter(None, [_unfrozen_norms(model, held) for model in self._alive()]):
             warnings.warn(
                 f"this {type(optimizer).__name__} trains {first_of(names)}, which `rewrite` has frozen and no adapter "
-                "folder will hold: `SequenceParallel` makes norms trainable again; call `requires_grad_(False)` on "
-                "them after `parallelize_module`",
+                "folder will hold (`SequenceParallel` makes the norms that it takes trainable): name them in "
+                "`keep_trainable`, or call `requires_grad_(False)` on them after `parallelize_module`",
                 stacklevel=3,  # where `step` is called
             )
         for stale in filter(None, [_stale_linears(model, held) for model in self._alive()]):

@@ -64,7 +64,7 @@ def load_adapter(
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}: `rewrite` gives one")
     refuse_opaque(model, "load_adapter")
     refuse_copies_in_optimizer(adapter_parameters(model).values(), "load_adapter")
-    adapter = agree_on(mesh_of(unwrap(model).parameters()), lambda: _read(directory), f"the adapter in `{directory}`")
+    adapter = agree_on(mesh_of(model), lambda: _read(directory), f"the adapter in `{directory}`")
     refuse_partitioned(model, "load_adapter")
     refuse_folded(model, "load_adapter")
     if found := sites(model):

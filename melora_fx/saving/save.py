@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if lines:
         raise MELoRAError("cannot save:\n" + "\n".join(lines))
     refuse_folded(model, "save_adapter")
-    mesh = mesh_of(unwrap(model).parameters())
+    mesh = mesh_of(model)
     found = present_sites(whole_sites(found))
     entries = site_entries(found)
     unread = [f"`{name}`" for name, entry in entries.items() if "values" not in entry["base"]]

@@ -136,11 +136,11 @@ def _write_trained(model: nn.Module, directory: Path, *, prefix: str) -> None:
         with writing(directory):
             write_atomically(directory / SAFE_WEIGHTS_NAME, lambda path: write_tensors(path, tensors, {"format": "pt"}))
 
-    on_one_process(mesh_of(model.parameters()), write)
+    on_one_process(mesh_of(model), write)
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    return mesh_of(model.parameters()) is not None
+    return mesh_of(model) is not None
 
 
 def _trained_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
