@@ -137,6 +137,7 @@ def _assigned_under_fsdp() -> tuple[torch.Tensor, torch.Tensor]:
     return before, logits(model)
 
 
+@pytest.mark.slow
 def test_a_sharded_state_is_assigned_under_fsdp() -> None:
     for before, after in run_processes(2, _assigned_under_fsdp):
         assert torch.equal(before, after)
@@ -178,6 +179,7 @@ def _whole_capture(verb: str) -> bool:
     return torch.equal(model(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["fold", "unload"])
 def test_a_whole_capture_under_fsdp_runs_without_its_adapters(verb: str) -> None:
     assert run_processes(2, _whole_capture, verb) == [True, True]
@@ -198,6 +200,7 @@ def _without_the_base(verb: str) -> bool:
     return torch.allclose(logits(model), before if verb == "fold" else logits(llama()), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["fold", "unload"])
 def test_groups_of_adapters_alone_are_gone_with_them(verb: str) -> None:
     assert run_processes(2, _without_the_base, verb) == [True, True]
@@ -214,6 +217,7 @@ def _kept_head(folder: str) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_kept_head_under_tensor_parallelism(tmp_path) -> None:
     from support.sharded import train
 
@@ -235,6 +239,7 @@ def _ddp_around_a_part(folder: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_ddp_around_a_part_is_refused(tmp_path) -> None:
     for text in run_processes(2, _ddp_around_a_part, str(tmp_path)):
         assert "`model` is wrapped by DistributedDataParallel" in text
@@ -255,6 +260,7 @@ def _masks() -> list[torch.Tensor]:
     return list(model.train()(torch.ones(8, 64)).detach())
 
 
+@pytest.mark.slow
 def test_processes_drop_other_inputs_of_other_blocks() -> None:
     first, second = run_processes(2, _masks)
     assert not torch.equal(torch.stack(first), torch.stack(second))

@@ -54,7 +54,7 @@ def _save(mode: str, folder: str, number_of_heads: int) -> None:
 @pytest.mark.situation(
     "Several processes", "`save_adapter` from any layout, 2 and 4 processes", "the bytes of one process"
 )
-@pytest.mark.default_cases("4-FSDP and TP", "2-DDP")
+@pytest.mark.default_cases("4-FSDP and TP")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("number", [2, 4])
 def test_files_are_the_same_bytes_whatever_the_layout(number: int, mode: str, tmp_path) -> None:
@@ -131,7 +131,7 @@ def _use(mode: str, other: str) -> tuple[dict[str, torch.Tensor], ...]:
     "`sites`, `disabled`, `check_fold`, `folded`, `load_adapter`, `fold`, `unload`",
     "as in one process",
 )
-@pytest.mark.default_cases("FSDP by layer-2", "TP-2")
+@pytest.mark.default_cases("TP-2")
 @pytest.mark.parametrize(("mode", "number"), CASES, ids=[f"{mode}-{number}" for mode, number in CASES])
 def test_verbs_on_every_process(mode: str, number: int, tmp_path) -> None:
     other = fill(melora_fx.rewrite(llama(), "all-linear", sharded.with_config(rank=2)), seed=7)

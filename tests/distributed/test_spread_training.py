@@ -46,7 +46,7 @@ def _alone(config: MELoRAConfig, settings: dict[str, Any]) -> tuple[list[float],
     "DDP, FSDP2, tensor and sequence parallelism, FSDP2 × tensor",
     "losses and gradients of one process",
 )
-@pytest.mark.default_cases("FSDP by layer-2-plain", "FSDP and TP-4-blocks", "TP-4-two blocks", "DDP-2-blocks")
+@pytest.mark.default_cases("FSDP by layer-2-plain", "FSDP and TP-4-blocks", "DDP-2-blocks")
 @pytest.mark.parametrize(("mode", "number", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_processes_train_as_one(mode: str, number: int, name: str) -> None:
     config = CONFIGS[name]
@@ -103,6 +103,7 @@ def _reduced_bytes(config: MELoRAConfig) -> int:
     return sum(site.num_reduced_bytes for site in melora_fx.sites(model).values())
 
 
+@pytest.mark.slow
 def test_sites_say_what_is_added() -> None:
     assert run_processes(4, _reduced_bytes, CONFIG) == [0] * 4
     few = CONFIGS["two blocks"]
@@ -160,7 +161,7 @@ def _with_options_of_ddp(option: str) -> list[float]:
 @pytest.mark.situation(
     "Several processes", "DDP compiled outside and inside, `no_sync`, `static_graph`", "losses of one process"
 )
-@pytest.mark.default_cases("no_sync")
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["compiled outside", "compiled inside", "static_graph", "no_sync"])
 def test_ddp_in_the_usual_ways(option: str) -> None:
     losses = train(adapted(), token_ids(8))
@@ -250,7 +251,7 @@ def _with_clipped_gradients(mode: str) -> tuple[list[float], float]:
     return [sharded.whole(parameter.grad).norm().item() for parameter in own], norm.item()
 
 
-@pytest.mark.default_cases("FSDP and TP")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["DDP", "FSDP by layer", "TP", "FSDP and TP"])
 def test_clipped_gradients(mode: str) -> None:
     model, ids = adapted(), token_ids()

@@ -113,7 +113,7 @@ def _refusal(config: MELoRAConfig, plan: dict[str, Any], settings: dict[str, Any
     "tensor parallelism with `split`, `lowering='plain'`, unfitting `num_blocks`",
     "refused by name",
 )
-@pytest.mark.default_cases("RowwiseParallel-num_blocks", "ColwiseParallel-split")
+@pytest.mark.default_cases("RowwiseParallel-num_blocks")
 @pytest.mark.parametrize(
     ("config", "text"),
     [
@@ -150,6 +150,7 @@ def _with_dropout() -> tuple[float, float, float]:
     return first, second, loss()
 
 
+@pytest.mark.slow
 def test_dropout_under_tensor_parallelism_follows_the_mode() -> None:
     model, ids = adapted(with_config(dropout=0.5)).eval(), token_ids()
     expected = model(input_ids=ids, labels=ids).loss.item()
@@ -170,6 +171,7 @@ def _trained_with_norms() -> list[str]:
     return [str(each.message) for each in caught if "rewrite" in str(each.message)]
 
 
+@pytest.mark.slow
 def test_norms_that_sequence_parallelism_makes_trainable_are_named() -> None:
     for warned in run_processes(2, _trained_with_norms):
         (text,) = warned
@@ -232,11 +234,10 @@ def _in_the_order_of_transformers(folder: str, config: MELoRAConfig) -> list[flo
     return losses
 
 
+@pytest.mark.default_cases("4")
 @pytest.mark.parametrize("num_blocks", [4, 2])
-@in_situations(
-    "name", "Several processes", "as in one process", {'`from_pretrained(tp_plan="auto")` → `rewrite`': "tp"}
-)
-def test_rewritten_after_transformers_has_sharded(name: str, num_blocks: int, tmp_path) -> None:
+@situation("Several processes", "`from_pretrained(tp_plan=…)` → `rewrite`", "as in one process")
+def test_rewritten_after_transformers_has_sharded(num_blocks: int, tmp_path) -> None:
     config = with_config(num_blocks=num_blocks, rank=2)
     llama(attention_bias=True).save_pretrained(tmp_path)
     alone = adapted(config, attention_bias=True)
@@ -258,6 +259,7 @@ def _experts(folder: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.situation("Several processes", "experts that transformers has sharded", "refused by name, or left alone")
 def test_experts_that_transformers_has_sharded_are_refused(tmp_path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM

@@ -180,6 +180,7 @@ def without_end(folder: Path, *, share: bool | None = None) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_genai_writes_what_torch_writes(exports: Exports, tmp_path: Path) -> None:
     folder = without_end(copy_of(exports("adapted decoder", adapter="fold"), tmp_path / "graph"))
     expected = [greedy_tokens(adapted_llama(), prompt, NEW) for prompt in (PROMPT, [7, 8, 30, 31, 32])]

@@ -406,6 +406,7 @@ def test_in_place_refusals_name_the_remedy() -> None:
         melora_fx.rewrite(model, "all-linear", CONFIG)
 
 
+@pytest.mark.slow
 def test_a_loop_over_experts_is_not_captured() -> None:
     model = mixtral("eager")
     with (

@@ -84,6 +84,7 @@ def test_products_and_biases_are_one_operator_over_all_rows(tmp_path: Path) -> N
     assert ops["Add"] == 2
 
 
+@pytest.mark.default_cases("portable")
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_no_session_makes_a_skip_normalisation_of_it(target: str, exports: Exports, tmp_path: Path) -> None:
     report = exports("bert", target=target)
@@ -117,6 +118,7 @@ def test_rows_that_are_returned_are_computed(tmp_path: Path) -> None:
     assert_equal_at(model, Path(report.path), [(1, 3), (4, 9)], lambda b, t: randn(b, t, HIDDEN))
 
 
+@pytest.mark.default_cases("swap")
 @pytest.mark.parametrize("adapter", ["keep", "swap"])
 def test_the_updates_of_the_last_layer_are_those_of_one_token_too(adapter: str, tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(Reader().eval(), "all-linear", CONFIG, example_inputs=(randn(2, 5, HIDDEN),)))
@@ -177,7 +179,7 @@ MASKS = {
 }
 
 
-@pytest.mark.default_cases("bert_classifier-before")
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("make", [bert_classifier, gpt2])
 def test_zeros_stay_where_the_example_needs_them(make: Any, mask: str, tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_zeros_stay_where_the_example_needs_them(make: Any, mask: str, tmp_path:
     assert ("Where" in fused.op_counts) == (mask != "behind")
 
 
-@pytest.mark.default_cases("auto")
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["auto", "gated", "block"])
 def test_an_update_is_left_out_without_an_adapter(form: str, tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(bert_classifier(num_layers=1), "all-linear", CONFIG))

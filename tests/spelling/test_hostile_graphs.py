@@ -222,7 +222,7 @@ def test_a_fold_into_the_graph_of_a_module_that_is_called_twice(tmp_path: Path) 
     _compare(tmp_path / "folded.onnx", model, iter([(randn(3, 4, IN),)]))
 
 
-@pytest.mark.default_cases("portable")
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_a_decoder_as_long_as_its_encoder_in_the_example_alone(target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import traceback
 import warnings
@@ -118,3 +119,10 @@ def _run(
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
         os._exit(0)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, for programs that start a process group of their own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
