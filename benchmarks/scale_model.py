@@ -1,7 +1,8 @@
 """A paper model of several GPUs: what one holds, sends and receives in a training step, for adapters and without.
 
 Nothing is measured here. Of a Llama whose linears are all adapted, on D_f × D_t GPUs: FSDP over D_f, tensor parallelism
-over D_t, as Megatron cuts it. I and O are the features of a linear, T tokens of one GPU, h the hidden size.
+over D_t by torch's styles, which cut as Megatron does. I and O are the features of a linear, T tokens of one GPU, h the
+hidden size.
 
     python -m benchmarks.scale_model      prints the table of docs/SCALE.md
 """
@@ -129,7 +130,8 @@ def cost(model: Llama, layout: Layout, adapter: Adapter) -> Cost:
     """What one GPU holds and exchanges; weights in bfloat16, what is trained in float32.
 
     FSDP gathers the layers' weights in the forward and in the backward, in bfloat16, and reduces gradients in float32.
-    Tensor parallelism sums up T·h values twice in the forward and twice in the backward of a layer.
+    Tensor parallelism by torch's styles sums up T·h values for each linear: by rows in the forward, by columns in the
+    backward.
     """
     is_full = adapter is FULL
     linears = [(*shape, True) for shape in model.by_columns()] + [(*shape, False) for shape in model.by_rows()]
@@ -151,7 +153,7 @@ def cost(model: Llama, layout: Layout, adapter: Adapter) -> Cost:
         trained=_TRAINED * held / layout.fsdp,
         fsdp=of_base + of_adapter,
         fsdp_added=of_adapter,
-        tensor=of_tokens * model.layers * (4 * model.hidden + len(linears) * adapter.sent),
+        tensor=of_tokens * model.layers * len(linears) * (model.hidden + adapter.sent),
         tensor_added=of_tokens * model.layers * len(linears) * adapter.sent,
     )
 
