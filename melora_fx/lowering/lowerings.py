@@ -7,7 +7,7 @@ copied, saved and exported, and what runs wherever a call of a lowering would no
 from collections.abc import Iterable
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from melora_fx.adapter.site import SiteRecord
 from melora_fx.adapter.tensors import SCALING
@@ -75,8 +75,13 @@ def _scale_in_dtype_of_b(graph: fx.Graph, record: SiteRecord) -> None:
     for scaling in graph.find_nodes(op="get_attr", target=record.path(SCALING)):
         for product in [user for user in scaling.users if user.target is aten.mul.Tensor]:
             with graph.inserting_after(product):
-                cast = graph.call_function(aten.type_as.default, (product, product.args[0]))
+                cast = graph.call_function(_in_dtype_of, (product, product.args[0]))
             product.replace_all_uses_with(cast, delete_user_cb=lambda user, own=cast: user is not own)
+
+
+def _in_dtype_of(scaled: Tensor, lora_b: Tensor) -> Tensor:
+    """`type_as`, whose call takes longer than this where nothing is to be cast."""
+    return scaled if scaled.dtype == lora_b.dtype else scaled.type_as(lora_b)
 
 
 def needs_plain_nodes() -> bool:
