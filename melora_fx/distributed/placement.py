@@ -23,13 +23,11 @@ def is_by_columns(weight: Any) -> bool:
     return bool(weight.placements[0].is_shard(0))
 
 
-def misfit_of_sharded(weight: Tensor, config: MELoRAConfig, lowering: str, *, is_linear: bool) -> str | None:
-    """Why the adapter of a weight cannot lie beside it, where that is a DTensor; else None.
+def misfit_of_sharded(weight: Any, config: MELoRAConfig, lowering: str, *, is_linear: bool) -> str | None:
+    """Why the adapter of a weight that is a DTensor cannot lie beside it, or None.
 
     `lowering`: the one that is chosen for it. `is_linear`: whether it is a matrix (out, in).
     """
-    if not is_sharded(weight):
-        return None
     kinds = [str(placement) for placement in weight.placements]
     shown = f"its weight is sharded as {', '.join(kinds)}"
     values = own_part(weight)
@@ -49,7 +47,7 @@ def misfit_of_sharded(weight: Tensor, config: MELoRAConfig, lowering: str, *, is
 def _misfit_of_blocks(num_blocks: int, weight: Any) -> str | None:
     degree = weight.device_mesh.size()
     features = weight.shape[0 if is_by_columns(weight) else 1]
-    if num_blocks % degree == 0 or (degree % num_blocks == 0 and features % degree == 0):
+    if has_own_blocks(num_blocks, degree) or (degree % num_blocks == 0 and features % degree == 0):
         return None
     return (
         f"`num_blocks` (={num_blocks}) does not fit {degree} processes: it must be a multiple of {degree}, or divide it"

@@ -1,14 +1,12 @@
 """Tensors of which each process holds a part: whole ones from them, and parts of whole ones."""
 
 import sys
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from .private import shard_size_and_offset
-
-_Tensor = TypeVar("_Tensor", bound=Tensor)
 
 
 def is_sharded(tensor: Any) -> TypeGuard[Any]:
@@ -83,6 +81,6 @@ def broadcast_replicas(tensor: Tensor) -> None:
                 dist.broadcast(local, dist.get_global_rank(group, 0), group=group)
 
 
-def as_parameter(tensor: _Tensor, like: Tensor) -> nn.Parameter:
+def as_parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:
     """A parameter of `tensor` that is trained if `like` is."""
     return nn.Parameter(tensor, requires_grad=like.requires_grad)

@@ -13,8 +13,10 @@ from .private import class_below_fsdp, forget_parameters, fsdp_class, is_managed
 from .tensors import is_sharded
 
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
-_OPAQUE = {"DataParallel", "FullyShardedDataParallel"}
-"""Those below which parameters are flattened or copied: no verb finds a model's own there."""
+_OPAQUE = {"DataParallel", "FullyShardedDataParallel", "DistributedDataParallel"}
+"""Those below which no verb finds a model's own parameters, for they are flattened or copied, or its own names: DDP,
+where it is not around the whole model.
+"""
 
 
 def wrapper_name(value: object, names: set[str] = _WRAPPERS) -> str | None:

@@ -61,14 +61,12 @@ def refuse_replaced_linear() -> None:
 
 def refuse_opaque(model: nn.Module, action: str) -> None:
     """Raises MELoRAError for wrappers below which no adapter can be read."""
-    inner = unwrap(model)
-    for path, module in inner.named_modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
+    for path, name in wrapped_modules(unwrap(model), is_opaque=True):
+        if name == "DistributedDataParallel":
             raise MELoRAError(
                 f"`{action}`: `{path}` is wrapped by DistributedDataParallel, whose names no other model has: wrap the "
                 "whole model"
             )
-    for path, name in wrapped_modules(model, is_opaque=True):
         where = f"`{path}`" if path else "the model"
         raise MELoRAError(
             f"`{action}`: {where} is a {name}, which keeps parameters of its own: call it with the plain model inside "

@@ -183,14 +183,6 @@ def _cut_by_hand() -> str:
     """A weight that is replaced by a DTensor past the module that is rewritten."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(8, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.linear(x, self.inner.weight * 1.0, self.inner.bias) + self.inner(x)
-
     model: Any = melora_fx.rewrite(nn.Sequential(nn.Linear(8, 8)), "all-linear", MELoRAConfig(rank=2, num_blocks=2))
     weight = distribute_tensor(model[0].weight.detach(), make_mesh(dist.get_world_size()), [Shard(0)])
     model[0]._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

@@ -60,8 +60,9 @@ def rewritten() -> BertForSequenceClassification:
     return melora_fx.rewrite(model, ["query", "value"], CONFIG, keep_trainable=["classifier"])
 
 
-def arguments(directory: Path, **options: Any) -> TrainingArguments:
-    defaults: dict[str, Any] = {
+def default_arguments(directory: Path) -> dict[str, Any]:
+    """Of a Trainer that takes some steps on a CPU and writes checkpoints."""
+    return {
         "output_dir": str(directory),
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
@@ -73,7 +74,10 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return TrainingArguments(**defaults | options)
+
+
+def arguments(directory: Path, **options: Any) -> TrainingArguments:
+    return TrainingArguments(**default_arguments(directory) | options)
 
 
 def trainer_of(

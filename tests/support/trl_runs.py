@@ -11,9 +11,7 @@ from transformers import LlamaForCausalLM
 import melora_fx
 from support.sharded import CONFIG, fill, llama
 from support.text_models import byte_pairs, sentences
-from support.training import Losses
-
-STEPS = 6
+from support.training import Losses, default_arguments
 
 REWARDS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 """What a DPOTrainer logs that depends on the reference."""
@@ -58,20 +56,7 @@ def preferences() -> Any:
 
 
 def _arguments(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
-    defaults = {
-        "output_dir": str(directory),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_steps": 3,
-        "report_to": "none",
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "bf16": False,
-    }
-    return defaults | options
+    return default_arguments(directory) | {"bf16": False} | options
 
 
 def sft_trainer(model: nn.Module, directory: Path, *callbacks: Any, **options: Any) -> tuple[Any, Losses]:

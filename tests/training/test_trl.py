@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 from support.models import assert_equal, in_situations
 from support.processes import free_port, run_processes
-from support.training import StopAt
+from support.training import STEPS, StopAt
 from support.trl_runs import (
-    STEPS,
     WithoutAdapters,
     around_the_same_weights,
     base,
