@@ -35,7 +35,8 @@ def run(options: Namespace) -> int:
         Case(f"{mode}, {number} processes", functools.partial(_measure, mode, number, options))
         for mode in MODES
         for number in (2, 4)
-        if (mode, number) != ("FSDP and TP", 2) and not (options.quick and number == 4)
+        if (mode, number) != ("FSDP and TP", 2)
+        and (not options.quick or (mode, number) in (("FSDP by layer", 2), ("TP", 2)))
     ]
     return run_cases(
         options, cases, settings=f"rounds {options.rounds}, llama {options.llama}", write_report=write_report

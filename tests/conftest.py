@@ -6,6 +6,7 @@ import os
 
 import pytest
 import rich.style  # noqa: F401 (its first import draws one of Python's random numbers)
+import support.cores  # above torch
 import support.interpreter  # noqa: F401 (above what imports triton)
 import torch
 import transformers
@@ -14,7 +15,6 @@ from support.cases import _CASES, Case
 from support.exports import Exports
 from support.situation_table import Collector
 
-torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 settings.register_profile("suite", deadline=None, database=None, max_examples=40, derandomize=True)
 settings.load_profile("suite")
@@ -26,23 +26,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the cases slow that are not among a test's `default_cases`; each of these patterns has a case."""
-    unmatched: set[tuple[str, str]] = set()
-    matched: set[tuple[str, str]] = set()
-    for item in items:
-        marker = item.get_closest_marker("default_cases")
+    """Marks the cases of a parametrized test: those of its `default_cases` not at all, those of its `slow_cases` slow,
+    and the rest full, or slow where it has no `slow_cases`. Each of their patterns has a case.
+    """
+    given: set[tuple[str, str, str]] = set()
+    matched: set[tuple[str, str, str]] = set()
+
+    def is_among(item: pytest.Item, name: str) -> bool | None:
+        marker = item.get_closest_marker(name)
         if marker is None:
-            continue
+            return None
         test = item.nodeid.partition("[")[0]
-        hits = {(test, pattern) for pattern in marker.args if fnmatch.fnmatchcase(item.callspec.id, pattern)}
-        if not hits:
-            item.add_marker(pytest.mark.slow)
-        matched |= hits
-        unmatched |= {(test, pattern) for pattern in marker.args}
-    unmatched -= matched
+        hits = {(test, name, pattern) for pattern in marker.args if fnmatch.fnmatchcase(item.callspec.id, pattern)}
+        given.update((test, name, pattern) for pattern in marker.args)
+        matched.update(hits)
+        return bool(hits)
+
+    for item in items:
+        by_default, slowly = is_among(item, "default_cases"), is_among(item, "slow_cases")
+        if not by_default and (by_default, slowly) != (None, None):
+            item.add_marker(pytest.mark.full if slowly is False else pytest.mark.slow)
+    unmatched = given - matched
     if unmatched and not any("::" in argument for argument in config.args):  # which may name a few cases of a test
-        lines = [f"{test}: {pattern!r}" for test, pattern in sorted(unmatched)]
-        raise pytest.UsageError("`default_cases` that match no case:\n" + "\n".join(lines))
+        lines = [f"{test}: `{name}` {pattern!r}" for test, name, pattern in sorted(unmatched)]
+        raise pytest.UsageError("patterns that match no case:\n" + "\n".join(lines))
 
 
 def pytest_collection_finish() -> None:

@@ -139,7 +139,7 @@ def test_a_causal_lm_without_a_cache(tmp_path: Path) -> None:
     assert model.config.use_cache
 
 
-@pytest.mark.default_cases("in_place-fold", "whole-keep")
+@pytest.mark.default_cases("in_place-fold")
 @pytest.mark.parametrize("adapter", ["fold", "keep"])
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_any_other_module(tmp_path: Path, adapter: str, whole: bool) -> None:
@@ -199,7 +199,7 @@ def test_inside_disabled_the_others_export_the_base(
     assert weights[0] == weights[1]
 
 
-@pytest.mark.default_cases("swap")
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
 def test_an_export_looks_for_the_sites_once(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`folded` looks for itself."""
@@ -445,6 +445,7 @@ class Scales(nn.Module):
         return {"y": y, "bias": self.linear.bias, "none": None, "pair": (x, y.sum())}
 
 
+@pytest.mark.slow
 def test_what_is_no_tensor_is_a_constant_of_the_graph(tmp_path: Path) -> None:
     inputs = {"flag": True, "x": randn(2, 12), "mask": None, "scale": 0.5}
     report = export_onnx(Scales(), inputs, tmp_path / "a.onnx", dynamic_axes={"x": {0: "n"}})

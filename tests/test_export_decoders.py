@@ -55,6 +55,7 @@ def assert_steps_are_near(found: list[list[np.ndarray]], model: Any, tolerance: 
             assert np.abs(logits[row] - expected).max() <= tolerance * np.abs(expected).max(), (column, row)
 
 
+@pytest.mark.slow_cases("keep-ort-cpu", "swap-portable", "fold-ort-cuda")
 @pytest.mark.default_cases("fold-portable", "swap-ort-cpu")
 @pytest.mark.parametrize("target", ["portable", "ort-cpu", "ort-cuda"])
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
@@ -151,7 +152,7 @@ def test_the_cache_of_a_graph_in_half_precision_is_in_half_precision(exports: Ex
     assert types["logits"] == onnx.TensorProto.FLOAT
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("as asked")
 @pytest.mark.parametrize("case", ["in the configuration", "as asked"])
 def test_without_a_cache(tmp_path: Path, case: str) -> None:
     model = llama(use_cache=case == "as asked")
@@ -213,7 +214,7 @@ def mix_layers(graph: onnx_ir.Graph) -> None:
     graph.outputs[1].name, graph.outputs[3].name = graph.outputs[3].name, graph.outputs[1].name
 
 
-@pytest.mark.default_cases("ignore_mask-*")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [(ignore_mask, "padding before a text"), (share_positions, "padding before a text"), (mix_layers, "one token")],

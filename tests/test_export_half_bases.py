@@ -16,7 +16,7 @@ from melora_fx.capture.model_settings import in_float32
 HALF = [torch.float16, torch.bfloat16]
 
 
-@pytest.mark.default_cases("fold-torch.bfloat16")
+@pytest.mark.slow_cases("keep-torch.bfloat16", "fold-torch.float16")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
 def test_the_graph_is_that_of_the_model_in_float32(tmp_path: Path, dtype: torch.dtype, adapter: str) -> None:
@@ -31,7 +31,7 @@ def test_the_graph_is_that_of_the_model_in_float32(tmp_path: Path, dtype: torch.
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("*bfloat16")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_decoders(tmp_path: Path, dtype: torch.dtype) -> None:
     model = fill(melora_fx.rewrite(llama().to(dtype), "all-linear", CONFIG))

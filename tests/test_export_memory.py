@@ -31,7 +31,7 @@ print(in_float32, (weights + memory.growth) / in_float32)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("ort-cuda-verify-float32", "ort-cpu-no-bfloat16")
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("target", "verify", "dtype"),

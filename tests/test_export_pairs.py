@@ -76,7 +76,7 @@ def example(folder: Path) -> dict[str, torch.Tensor]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("T5-keep-portable", "BART-swap-ort-cpu", "BART that *")
 @pytest.mark.parametrize(
     ("name", "adapter", "target"),
     [

@@ -21,7 +21,15 @@ def test_the_documented_errors_are_small() -> None:
         assert float(from_keep or 0) <= (1e-5 if "fp32" in key else 2e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases(
+    "T5, ort-cpu, *",
+    "Llama, tensorrt, *",
+    "MiniLM-L6, tensorrt, *",
+    "BERT, ort-cuda, *",
+    "ViT, ort-cpu, *",
+    "nn.TransformerEncoder, tensorrt, *",
+    "GPT-2, ort-cpu, *",
+)
 @pytest.mark.parametrize("case", [case for case in cases() if case.key in EXPORTED], ids=lambda case: case.label)
 def test_the_graph_is_as_documented(case: Case, tmp_path: Path) -> None:
     nodes, runtime_ops, error, from_keep, _ = documented()[case.key]

@@ -144,6 +144,7 @@ def test_a_path_that_cannot_be_a_file_is_one_error(path: str, tmp_path: Path) ->
     assert names(tmp_path) == {"folder.onnx"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["a b/mö ∂.onnx", "new/deep/v1.2"])
 def test_odd_paths_work(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative ones too: external data is found beside the graph."""
@@ -184,7 +185,7 @@ export_onnx(rewritten_tower(seed=1), (randn(2, 24),), path)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("writing", "moving")
 @pytest.mark.parametrize("step", ["translating", "writing", "comparing", "moving_starts", "moving"])
 def test_a_killed_export_leaves_the_earlier_one(step: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"

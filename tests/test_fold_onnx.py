@@ -72,7 +72,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 PAIRS = [*((case, "portable") for case in CASES), ("bert", "ort-cpu"), ("gpt2", "ort-cpu"), ("llama", "ort-cuda")]
 
 
-@pytest.mark.default_cases("tower*")
+@pytest.mark.slow_cases(
+    "tower_split-portable", "tower_ranks-portable", "bert-ort-cpu", "gpt2-portable", "llama-ort-cuda"
+)
+@pytest.mark.default_cases("tower-portable")
 @pytest.mark.parametrize(("case", "target"), PAIRS)
 def test_the_files_are_those_of_a_fresh_export_bit_for_bit(
     case: str, target: str, exports: Exports, tmp_path: Path
@@ -88,7 +91,7 @@ def test_the_files_are_those_of_a_fresh_export_bit_for_bit(
     assert len(read_facts(tmp_path / "folded" / "model.onnx").weights) >= len(report.sites)
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("portable-bert", "ort-cpu-gpt2")
 @pytest.mark.parametrize("case", ["bert", "gpt2"])
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_half_precision(case: str, target: str, exports: Exports, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_help_and_versions_need_typer_alone(arguments: str, tmp_path: Path) -> N
     assert err == ""
 
 
+@pytest.mark.slow
 def test_a_fold_on_disk_needs_no_transformers(tmp_path: Path) -> None:
     folders = Folders(tmp_path / "folders")
     folders.prepare(llama(), ["q_proj", "up_proj"])

@@ -54,6 +54,7 @@ def check_kills(
     return count
 
 
+@pytest.mark.slow
 def test_publication_over_an_earlier_graph(tmp_path: Path) -> None:
     """The old graph or the new one, with its own weights, and no description of the other."""
     folder = tmp_path / "graphs"
@@ -96,7 +97,7 @@ def outputs_of(path: Path) -> list[float]:
     return OrtRunner(path).run(X)["output"].ravel().tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("True")
 @pytest.mark.parametrize("verify", [False, True])
 def test_an_export_over_an_earlier_one(verify: bool, tmp_path: Path) -> None:
     folder = tmp_path / "graphs"

@@ -24,7 +24,7 @@ def with_window(kind: str) -> Any:
     return spread(hf.Gemma3ForCausalLM(config))
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("Mistral-ort-cpu", "Gemma3-portable")
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 @pytest.mark.parametrize("kind", ["Mistral", "Gemma3"])
 def test_a_window_passes_over_the_cache(tmp_path: Path, kind: str, target: str) -> None:

@@ -88,6 +88,7 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.default_cases("*-long_path")
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("read", READ.values(), ids=READ)
 def test_read(read: Callable[..., object], place: str, bases: Bases, adapter: Path, tmp_path: Path) -> None:
@@ -95,6 +96,7 @@ def test_read(read: Callable[..., object], place: str, bases: Bases, adapter: Pa
         read(tmp_path / place, bases, adapter)
 
 
+@pytest.mark.default_cases("*-long_path", "*-below_a_file")
 @pytest.mark.parametrize("place", [*PLACES.values(), "file/below"], ids=[*PLACES, "below_a_file"])
 @pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN)
 def test_written(write: Callable[..., object], place: str, bases: Bases, adapter: Path, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def assert_refused(consumer: Consumer, bases: Bases, adapter: Path, out: Path, t
     assert not any(out.iterdir())
 
 
+@pytest.mark.default_cases("load_adapter, rewritten", "fold_*", "OrtRunner", "write_ort_adapter")
 @each_consumer
 def test_a_good_one_is_read(consumer: Consumer, bases: Bases, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()

@@ -120,6 +120,7 @@ def test_the_graphs_inputs_are_documented(swappable: str) -> None:
     assert initializers[f"{query}.lora_a"] == [3, 8, 0]
 
 
+@pytest.mark.slow
 def test_dense_inputs_take_any_adapter(exports: Exports, tmp_path: Path) -> None:
     dense = export_onnx(rewritten_tower(), {"x": randn(2, 24)}, tmp_path / "graph", adapter="swap", form="dense")
     assert set(dense.forms) == {"dense"}
@@ -161,6 +162,7 @@ def tower_folder(tmp_path_factory: pytest.TempPathFactory, tower_swap: str) -> P
     return folder
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_graph_is_refused(runner: OrtRunner, tower_folder: Path) -> None:
     with pytest.raises(MELoRAError, match=r"has sites that .* lacks: up, gate"):
         runner.run(tokens(), adapter=tower_folder / "adapter")
@@ -231,6 +233,7 @@ def rewritten_classifier(fill_seed: int | None) -> Any:
     return model if fill_seed is None else fill(model, fill_seed)
 
 
+@pytest.mark.slow
 def test_parts_of_packed_projections_cannot_be_inputs(tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(tower(), "conv", MELoRAConfig(rank=2, num_blocks=3, split=2)))
     with pytest.raises(MELoRAError, match=r"`conv`.*pieces"):

@@ -339,7 +339,7 @@ def test_a_part_runs_dry(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().out == "", "all is done"
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("fold", "correct")
 @pytest.mark.parametrize("part", [part.name for part in PARTS])
 def test_everything_runs_dry(part: str, tmp_path: Path) -> None:
     """The command as it is typed: every cell of a part, its files, and the report of them. Of the tests those which run

@@ -170,6 +170,7 @@ def test_batch_of_one_that_wants_a_gradient():
     assert_equal(captured(x), plain(x))
 
 
+@pytest.mark.slow
 def test_batch_of_one_of_a_hugging_face_model():
     plain = bert()
     captured = whole(bert(), tokens(1, 5), targets="query")
@@ -250,6 +251,7 @@ def test_dropout_follows_the_mode():
         assert_equal(output_of(model, x), output_of(plain, x))
 
 
+@pytest.mark.slow
 def test_dropout_and_attention_dropout_follow_the_mode():
     inputs = tokens(2, 6)
     plain = bert()
@@ -503,6 +505,7 @@ def test_many_equal_modules_do_not_share_what_they_compute():
     assert_near(output_of(model, x), output_of(dense_copy(model, plain), x.double()))
 
 
+@pytest.mark.slow
 def test_whole_capture_keeps_config_for_save_and_generation_code():
     model = bert()
     config = whole(model, tokens(), targets="query").config
@@ -510,6 +513,7 @@ def test_whole_capture_keeps_config_for_save_and_generation_code():
     assert config is not model.config, "untying the capture must not change the model"
 
 
+@pytest.mark.slow
 def test_use_cache_is_put_back():
     model = gpt2()
     assert model.config.use_cache is True

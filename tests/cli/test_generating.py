@@ -121,7 +121,7 @@ def test_whether_a_cache_is_asked_for(
     assert given["use_cache"] == asked
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("without")
 @pytest.mark.parametrize("arguments", [(), ("--no-cache",), ("--no-verify",)], ids=["", "without", "not compared"])
 def test_an_export_generates(model_dir: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     result = run("export", model_dir, "-o", tmp_path, *arguments)

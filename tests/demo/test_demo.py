@@ -11,14 +11,13 @@ from transformers import AutoModelForSequenceClassification
 from exporters import OrtRunner, TorchRunner
 from exporters.training.texts import read_texts
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_csv(tmp_path_factory.mktemp("data") / "texts.csv", 2500)
 
 
+@pytest.mark.slow_cases("llama-safetensors")
 @pytest.mark.parametrize(
     ("name", "form"),
     [("bert", "safetensors"), ("distilbert", "bin"), ("gpt2", "bin"), ("llama", "safetensors")],

@@ -55,11 +55,11 @@ def _train(mode: str, folder: str, first: int, killed_at: int | None) -> list[fl
     return averaged(losses)
 
 
+@pytest.mark.slow_cases("FSDP and TP")
 @pytest.mark.situation(
     "Several processes", "one process killed in a step", "the others raise; resumed, the losses of an uninterrupted run"
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["DDP", "FSDP by layer", "TP", "FSDP and TP"])
 def test_killed_in_a_step(mode: str, tmp_path: Path) -> None:
     whole = run_processes(4, _train, mode, str(tmp_path / "whole"), 0, None)[0]
@@ -81,10 +81,10 @@ def _save_and_die(mode: str, folder: str, where: str) -> None:
     melora_fx.save_adapter(model, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.situation(
     "Several processes", "the process killed that writes an adapter", "the others raise; the old adapter is whole"
 )
-@pytest.mark.default_cases("TP-fsync")
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 @pytest.mark.parametrize("mode", ["FSDP by layer", "TP"])
 def test_killed_while_it_writes(mode: str, where: str, tmp_path: Path) -> None:
@@ -107,6 +107,7 @@ def _die_before_gathering(mode: str, folder: str) -> None:
     melora_fx.save_adapter(model, folder)
 
 
+@pytest.mark.slow
 def test_killed_before_the_adapter_is_gathered(tmp_path: Path) -> None:
     melora_fx.save_adapter(adapted(), tmp_path)
     before = (tmp_path / "adapter.safetensors").read_bytes()

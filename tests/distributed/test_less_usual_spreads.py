@@ -62,6 +62,7 @@ def _folded_weights(kind: str) -> tuple[dict[str, torch.Tensor], bool]:
     return state(melora_fx.fold(model)), is_back
 
 
+@pytest.mark.default_cases("GPT-2")
 @pytest.mark.parametrize("kind", ["GPT-2", "three dimensions"])
 def test_weights_that_lie_otherwise_are_folded_as_they_lie(kind: str) -> None:
     alone = state(melora_fx.fold(_stored_otherwise(kind)))
@@ -78,6 +79,7 @@ def _load_after_a_forward(folder: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_processes_agree_after_a_forward_too(tmp_path) -> None:
     for rank in range(2):
         melora_fx.save_adapter(fill(adapted(), seed=rank), tmp_path / str(rank))
@@ -104,6 +106,7 @@ def _refusals_under_fsdp(folder: str) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_what_fsdp_would_lose_is_refused(tmp_path) -> None:
     for untied, *parts in run_processes(2, _refusals_under_fsdp, str(tmp_path)):
         assert "`untie` can give it no weight of its own" in untied
@@ -123,6 +126,7 @@ def _loaded_on_meta(state_of_base: dict[str, torch.Tensor]) -> torch.Tensor:
     return logits(put_adapter(model))
 
 
+@pytest.mark.slow
 def test_a_state_that_is_assigned_to_sharded_meta_parameters() -> None:
     alone = logits(adapted())
     for found in run_processes(2, _loaded_on_meta, llama().state_dict()):
@@ -160,6 +164,7 @@ def _by_hand(num_blocks: int, with_adapter: bool, with_input: bool) -> str:
     return str(error.value)
 
 
+@pytest.mark.default_cases("4")
 @pytest.mark.parametrize("num_blocks", [1, 4])
 def test_what_is_cut_by_hand_must_be_cut_whole(num_blocks: int) -> None:
     for text in run_processes(2, _by_hand, num_blocks, False, True):

@@ -51,10 +51,10 @@ def _save(mode: str, folder: str, number_of_heads: int) -> None:
     assert all((Path(folder) / name).exists() for name in FILES), "it returns when the files are there"
 
 
+@pytest.mark.default_cases("2-FSDP by layer")
 @pytest.mark.situation(
     "Several processes", "`save_adapter` from any layout, 2 and 4 processes", "the bytes of one process"
 )
-@pytest.mark.default_cases("4-FSDP and TP")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("number", [2, 4])
 def test_files_are_the_same_bytes_whatever_the_layout(number: int, mode: str, tmp_path) -> None:
@@ -82,7 +82,7 @@ def _gathered_bytes(mode: str, folder: str) -> int:
     return Counting.largest
 
 
-@pytest.mark.default_cases("FSDP by layer")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["FSDP by layer", "TP"])
 def test_saving_gathers_the_adapter_alone(mode: str, tmp_path) -> None:
     largest = max(factor.numel() for factor in melora_fx.adapter_parameters(adapted()).values())
@@ -259,10 +259,10 @@ def _resumed(source: str, targets: list[str], folder: str) -> tuple[list[float],
     return expected, found
 
 
+@pytest.mark.slow_cases("FSDP and TP", "TP", "DDP")
 @pytest.mark.situation(
     "Several processes", "`torch.distributed.checkpoint` from any layout into any", "goes on with the same losses"
 )
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_distributed_checkpoints_go_from_any_layout_to_any(source: str, tmp_path) -> None:
@@ -290,6 +290,7 @@ def _with_reference() -> list[float]:
     return sharded.averaged(losses)
 
 
+@pytest.mark.slow
 def test_the_base_may_run_between_forward_and_backward() -> None:
     losses = train(adapted(), token_ids())
     for own in run_processes(2, _with_reference):

@@ -41,12 +41,13 @@ def _alone(config: MELoRAConfig, settings: dict[str, Any]) -> tuple[list[float],
     return losses, gradients(model)
 
 
+@pytest.mark.slow_cases("*-4-two blocks", "*-2-one block", "*TP-4-blocks", "*-activation")
+@pytest.mark.default_cases("FSDP by layer-2-plain", "DDP-2-blocks")
 @pytest.mark.situation(
     "Several processes",
     "DDP, FSDP2, tensor and sequence parallelism, FSDP2 × tensor",
     "losses and gradients of one process",
 )
-@pytest.mark.default_cases("FSDP by layer-2-plain", "FSDP and TP-4-blocks", "DDP-2-blocks")
 @pytest.mark.parametrize(("mode", "number", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_processes_train_as_one(mode: str, number: int, name: str) -> None:
     config = CONFIGS[name]
@@ -179,12 +180,12 @@ def _in_bfloat16(lowering: str) -> tuple[list[float], set[torch.dtype]]:
     return losses, {gradient.dtype for gradient in gradients(model).values()}
 
 
+@pytest.mark.slow
 @pytest.mark.situation(
     "Several processes",
     "FSDP2, bfloat16 parameters, float32 reductions, every lowering",
     "trains; gradients in float32",
 )
-@pytest.mark.default_cases("plain")
 @pytest.mark.parametrize("lowering", ["auto", "activation", "plain", "weight"])
 def test_fsdp_computes_in_bfloat16_and_reduces_in_float32(lowering: str) -> None:
     losses = train(adapted(), token_ids())
@@ -230,10 +231,10 @@ def _made_on_meta(mode: str, state: dict[str, torch.Tensor], folder: str) -> lis
     return averaged(train(model, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.situation(
     "Several processes", "rewritten on meta, sharded, `to_empty`, then state and adapter", "losses of one process"
 )
-@pytest.mark.default_cases("FSDP by layer")
 @pytest.mark.parametrize("mode", ["FSDP by layer", "FSDP by linear", "TP", "FSDP and TP"])
 def test_meta_sharded_given_memory_and_loaded(mode: str, tmp_path) -> None:
     melora_fx.save_adapter(adapted(), tmp_path)

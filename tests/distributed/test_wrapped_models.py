@@ -226,7 +226,7 @@ def _in_the_order_of_transformers(folder: str, config: MELoRAConfig) -> list[flo
     return losses
 
 
-@pytest.mark.default_cases("4")
+@pytest.mark.slow
 @pytest.mark.parametrize("num_blocks", [4, 2])
 @situation("Several processes", "`from_pretrained(tp_plan=…)` → `rewrite`", "as in one process")
 def test_rewritten_after_transformers_has_sharded(num_blocks: int, tmp_path) -> None:

@@ -87,6 +87,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edited_copy, "_WRITE_BYTES", 7)
 
 
+@pytest.mark.default_cases("sendfile")
 @pytest.mark.usefixtures("platform", "small_steps")
 def test_pieces_in_every_order(tmp_path: Path) -> None:
     """Kept, changed, changed again, given and empty ones; a changed one after a kept one of the same file too."""

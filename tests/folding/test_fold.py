@@ -132,6 +132,7 @@ def test_small_update_of_a_narrow_weight_is_kept_where_it_is_representable():
     assert_equal(model.weight.detach().float(), torch.full((2, 2), 1 + 2.0**-7))
 
 
+@pytest.mark.default_cases("tower-*", "*-in_place")
 def test_outputs_are_those_of_the_unfolded_model(case):
     expected = output_of(case.model, case.inputs)
     folded = melora_fx.fold(case.model)
@@ -365,6 +366,7 @@ def tied_gpt2(whole: bool) -> nn.Module:
 IDS = {"input_ids": tokens(3, 6)["input_ids"]}
 
 
+@pytest.mark.default_cases("in_place-*", "whole-fold")
 @pytest.mark.parametrize("name", ["fold", "folded"])
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 def test_tied_weight_is_refused_naming_both(whole, name):
@@ -443,6 +445,7 @@ def minilm():
     return AutoModel.from_pretrained(pathlib.Path(package.__file__).parent / "model").eval()
 
 
+@pytest.mark.default_cases("bf16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_real_weights(minilm, dtype):
     config = MELoRAConfig(rank=8, num_blocks=8, alpha=16.0)

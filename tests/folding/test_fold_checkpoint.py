@@ -34,7 +34,7 @@ from support.models import (
     tokens,
     tower,
 )
-from support.zoo import HUGGING_FACE, SIX, ZOO, build
+from support.zoo import HUGGING_FACE, ZOO, build
 from transformers import (
     BertForSequenceClassification,
     GPT2LMHeadModel,
@@ -58,6 +58,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, MELoRAConfig], int]] = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@pytest.mark.default_cases("gpt2-fp16-sharded", "bert-fp32-single", "llama-bf16-*")
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CASES)
@@ -98,7 +99,7 @@ def test_model_that_transformers_does_not_know(dtype: torch.dtype, folders: Fold
     assert metadata_of(folders.out / SINGLE).keys() == {"format", "melora"}
 
 
-@pytest.mark.default_cases(*SIX)
+@pytest.mark.default_cases("BERT", "Llama", "GPT-2")
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_every_architecture(name: str, folders: Folders) -> None:
     model, _ = build(name)
@@ -125,6 +126,7 @@ def test_adapter_of_a_float32_base_folds_into_the_rounded_one(folders: Folders) 
     assert bits(folded.state_dict()) == bits(expected.state_dict())
 
 
+@pytest.mark.slow
 def test_adapter_of_a_whole_captured_model(folders: Folders) -> None:
     folders.prepare(bert_classifier(), "query")
     model = BertForSequenceClassification.from_pretrained(folders.base).eval()

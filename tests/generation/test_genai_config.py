@@ -42,6 +42,7 @@ def copy_of(report: ExportReport, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_describes_the_graph(exports: Exports) -> None:
     report = exports("adapted decoder", adapter="swap", target="ort-cpu")
     found = described(Path(report.path).parent)
@@ -208,7 +209,7 @@ def bloom() -> Any:
     return spread(hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)))
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("gpt2-portable", "bloom-ort-cpu")
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 @pytest.mark.parametrize("make", [gpt2, bloom])
 def test_genai_runs_types_that_it_does_not_know(tmp_path: Path, make: Any, target: str) -> None:
@@ -235,6 +236,7 @@ def put(folder: Path, name: str, settings: dict[str, Any] | None, graph: Path) -
     shutil.rmtree(staging)
 
 
+@pytest.mark.slow
 def test_it_is_of_the_graph_written_last(exports: Exports, tmp_path: Path) -> None:
     shared = Path(exports("adapted decoder", adapter="swap", target="ort-cpu").path)
     portable = Path(exports("adapted decoder", adapter="fold").path)

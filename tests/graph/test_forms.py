@@ -27,7 +27,7 @@ def test_the_rule(num_blocks: int, rank: int, tokens: int, form: str) -> None:
     assert choose_form(num_blocks, rank, tokens) == form
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("portable-block", "ort-cpu-dense")
 @pytest.mark.parametrize("form", ["block", "dense"])
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_both_forms_compute_the_model(form: str, target: str, tmp_path: Path) -> None:
@@ -68,6 +68,7 @@ def test_a_zero_update_is_the_base_bit_for_bit_as_onnx_runtime_optimises_it(
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_inputs_of_two_dimensions(tmp_path: Path) -> None:
     model = rewritten_tower()
     report = export_onnx(model, {"x": randn(3, 24)}, tmp_path, adapter="keep", form="dense")

@@ -18,7 +18,7 @@ FLOAT = onnx.TensorProto.FLOAT
 FLOAT16 = onnx.TensorProto.FLOAT16
 
 
-@pytest.mark.default_cases("ort-cuda-fold")
+@pytest.mark.slow_cases("portable-swap", "ort-cuda-fold")
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
 @pytest.mark.parametrize("target", ["portable", "ort-cuda"])
 def test_weights_are_half_and_inputs_and_outputs_as_they_were(adapter: str, target: str, exports: Exports) -> None:
@@ -49,6 +49,7 @@ def test_norms_of_large_activations_do_not_overflow(target: str, tmp_path: Path)
     assert report.max_rel_error < 2e-2
 
 
+@pytest.mark.slow
 def test_values_beyond_the_range_are_cut_to_it(tmp_path: Path) -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:
@@ -64,6 +65,7 @@ def test_values_beyond_the_range_are_cut_to_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(OrtRunner(tmp_path / "model.onnx").run({"x": x})["output"], 65.5, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_transposed_input_of_a_product(tmp_path: Path) -> None:
     """Without `HALF_CONFIG` ONNX Runtime 1.32 ends the process when it loads this graph on an x86 CPU."""
 

@@ -41,6 +41,7 @@ import melora_fx
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
+@pytest.mark.default_cases("tower-in_place-auto")
 @pytest.mark.parametrize("lowering", ["auto", "plain"])
 def test_compiled_graph_has_one_operator_for_each_site(tower_case, lowering):
     options = {"example_inputs": (tower_case.inputs,)} if tower_case.captured else {}
@@ -74,6 +75,7 @@ def test_compiled_by_inductor(config):
     assert_close(found, step(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
 @pytest.mark.parametrize(
     ("dynamic", "shapes"),

@@ -10,7 +10,7 @@ import pytest
 from support.onnx_files import data_of
 
 EXPORTS = """
-import itertools, sys
+import sys
 sys.path.insert(0, "tests")
 from support.models import bert_classifier, fill, tokens
 import melora_fx
@@ -19,14 +19,13 @@ from exporters import export_onnx
 config = melora_fx.MELoRAConfig(rank=2, num_blocks=3)
 model = bert_classifier(num_layers=1)
 fill(melora_fx.rewrite(model, "all-linear", config, keep_trainable="classifier"))
-for target, adapter in itertools.product(("portable", "ort-cpu", "ort-cuda", "tensorrt"), ("fold", "keep", "swap")):
-    if (target, adapter) != ("tensorrt", "swap"):
-        export_onnx(model, tokens(), f"{target}-{adapter}", target=target, adapter=adapter, verify=False)
+for target, adapter in ("portable", "fold"), ("ort-cpu", "keep"), ("ort-cuda", "swap"), ("tensorrt", "keep"):
+    export_onnx(model, tokens(), f"{target}-{adapter}", target=target, adapter=adapter, verify=False)
 """
 
 
 @pytest.mark.slow
-def test_every_export_has_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+def test_exports_have_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     for seed in ("1", "77"):
         (tmp_path / seed).mkdir()
@@ -34,7 +33,7 @@ def test_every_export_has_the_same_bytes_in_another_process(tmp_path: Path) -> N
         variables = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}
         subprocess.run([sys.executable, "-W", "ignore", "-c", EXPORTS], cwd=tmp_path / seed, env=variables, check=True)
     folders = [folder.name for folder in (tmp_path / "1").iterdir() if not folder.is_symlink()]
-    assert len(folders) == 11
+    assert len(folders) == 4
     for folder in folders:
         first, second = (tmp_path / seed / folder for seed in ("1", "77"))
         for file in ("model.onnx", data_of(first / "model.onnx").name, "config.json"):

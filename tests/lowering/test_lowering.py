@@ -205,7 +205,7 @@ def test_disabled_folded_and_fold_run_no_adapter(tower_case, config, calls):
     assert melora_fx.sites(model) == {}
 
 
-@pytest.mark.default_cases("*eager", "weight-compiled")
+@pytest.mark.default_cases("activation-eager", "weight-*")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_disabled_between_forward_and_backward_is_allowed(lowering, compiled):

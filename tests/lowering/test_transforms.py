@@ -39,6 +39,7 @@ def loss_of(model: nn.Module) -> Callable[..., Tensor]:
 MODES = {"eager": lambda function: function, "compiled": compiled}
 
 
+@pytest.mark.default_cases("*-eager")
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
 def test_func_grad(config, mode):

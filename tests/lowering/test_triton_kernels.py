@@ -54,6 +54,7 @@ SIZES = {
 }
 
 
+@pytest.mark.default_cases("own_tiles-*", "small_tiles-odd-*", "small_tiles-one_of_all-*")
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -198,6 +199,7 @@ print(len(made), max(kernel.metadata.shared for kernel in made), kernels.IS_INTE
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="there the other tests compile what they launch, and time is short")
 @pytest.mark.parametrize(
     ("rank", "dtype", "architecture"),

@@ -107,6 +107,7 @@ def assert_sums_near(actual: list[Tensor], expected: list[Tensor], dtype: torch.
         torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=bound)
 
 
+@pytest.mark.default_cases("split_sizes_ranks-bias", "n2_r3-no_bias")
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -175,6 +176,7 @@ STRIDED = {
 }
 
 
+@pytest.mark.default_cases("expanded")
 @pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
 def test_input_and_gradient_of_any_strides(strided, launches):
     for config in (CONFIG, CONFIGS["split_3"]):

@@ -84,7 +84,7 @@ def test_what_cannot_be_captured_is_skipped_with_the_reason():
     assert all("example_inputs" not in reason for _, reason in report.skipped)  # which would not help
 
 
-@pytest.mark.default_cases("tower-*", "bert-in_place-train", "bert-whole-eval")
+@pytest.mark.default_cases("tower-*", "bert-in_place-train")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 @pytest.mark.parametrize("build", [tower, bert, gpt2], ids=["tower", "bert", "gpt2"])

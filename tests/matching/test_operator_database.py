@@ -294,7 +294,7 @@ def test_a_region_of_a_whole_capture_is_said(region: Any) -> None:
     assert "adapted in place, without `example_inputs=`" in reasons["w"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_operators_that_multiply_in_torchs_database() -> None:
     """`support.operator_database` says which do."""
     pytest.importorskip("expecttest")  # which the database imports

@@ -36,6 +36,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_input_and_not_with_this_process(graph: Path) -> None:
     small, large = (peak_memory_mib(graph, {"x": randn(rows, 256).numpy()}, 1) for rows in (2, 4096))
     assert small is not None

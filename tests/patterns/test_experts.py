@@ -63,6 +63,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.default_cases("*-torch.float32-out_in-*", "*-torch.bfloat16-in_out-mixed")
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -227,6 +228,7 @@ def test_the_lowered_form_has_the_plain_bits_and_no_gradient_of_the_stack() -> N
     assert sum(event.count for event in profile.key_averages() if event.key.endswith("blocks_gradient")) == 2  # A, B
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled(form: str) -> None:
     torch._dynamo.reset()
@@ -248,6 +250,7 @@ def whole(request: pytest.FixtureRequest) -> tuple[Any, nn.Module]:
     return plain, fill(model)
 
 
+@pytest.mark.default_cases("grouped_mm")
 def test_match_and_sites(whole: tuple[Any, nn.Module]) -> None:
     plain, model = whole
     report = melora_fx.match(plain, TARGETS, CONFIG, example_inputs=tokens())
@@ -261,6 +264,7 @@ def test_match_and_sites(whole: tuple[Any, nn.Module]) -> None:
     assert sum(site.num_parameters for site in report.sites) == sum(p.numel() for p in parameters.values())
 
 
+@pytest.mark.slow
 def test_all_linear_has_the_experts() -> None:
     for example_inputs in (None, tokens()):
         report = melora_fx.match(mixtral("batched_mm"), "all-linear", CONFIG, example_inputs=example_inputs)
@@ -313,6 +317,7 @@ def test_a_fold_of_a_stack_has_the_bits_of_its_matrices(whole: tuple[Any, nn.Mod
         assert_equal(together, torch.stack(alone))
 
 
+@pytest.mark.default_cases("grouped_mm")
 def test_saves_and_loads(whole: tuple[Any, nn.Module], tmp_path: Path) -> None:
     plain, model = whole
     melora_fx.save_adapter(model, tmp_path)
@@ -354,6 +359,7 @@ def test_copies_and_pickles(whole: tuple[Any, nn.Module]) -> None:
     assert_equal(output_of(other, tokens()), expected)
 
 
+@pytest.mark.slow
 def test_programs_and_exports_of_the_grouped_form() -> None:
     plain = mixtral().requires_grad_(False)
     with melora_fx.capture.model_settings.without_cache(plain):
@@ -416,6 +422,7 @@ def test_a_loop_over_experts_is_not_captured() -> None:
         melora_fx.rewrite(model, TARGETS, CONFIG, example_inputs=tokens())
 
 
+@pytest.mark.default_cases("grouped_mm")
 @pytest.mark.situation(
     "Experts of a mixture", "beside PEFT's `target_parameters`", "the same outputs and merged stacks"
 )
@@ -539,7 +546,7 @@ def test_unmerged_exports_that_are_refused(whole: tuple[Any, nn.Module], tmp_pat
                 export_onnx(model, tokens(), tmp_path / "model.onnx", use_cache=False, adapter=adapter)
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("grouped_mm")
 def test_exports(whole: tuple[Any, nn.Module], tmp_path: Path) -> None:
     """Merged graphs, by an export and on disk; unmerged ones where the rows gather their matrices."""
     plain, model = whole

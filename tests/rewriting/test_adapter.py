@@ -60,6 +60,7 @@ def test_plain_model_has_no_sites():
     assert melora_fx.adapter_parameters(tower()) == {}
 
 
+@pytest.mark.default_cases("tower-*", "bert-in_place", "gpt2-in_place")
 def test_adapter_parameters_are_the_models_own(case):
     parameters = melora_fx.adapter_parameters(case.model)
     names = [f"{name}.{kind}" for name in melora_fx.sites(case.model) for kind in ("lora_a", "lora_b")]
@@ -219,6 +220,7 @@ def test_disabled_in_two_threads_one_after_the_other():
     assert_equal(results[1], results[0])
 
 
+@pytest.mark.default_cases("tower-in_place-*")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_model_is_right_and_disabled_costs_one_compile(tower_case, backend):
     model = tower_case.model

@@ -20,6 +20,9 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow_cases(
+    "BERT", "ALBERT", "DeBERTa-v2", "GPT-2", "Llama", "Gemma 3", "Falcon", "Mixtral", "T5", "ViT", "Whisper", "CLIP"
+)
 @pytest.mark.default_cases(
     *sorted({*SIX} - {"T5", "Mixtral", "Llama", "GPT-2", "ViT", "BERT"}), "nn.MultiheadAttention, cross", "x @ *"
 )  # the others take seven seconds and more
@@ -50,7 +53,25 @@ def test_torchs_own_attention_in_training(name: str) -> None:
     assert not torch.allclose(outputs(model, inputs)[0], outputs(plain, inputs)[0], atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases(
+    "ALBERT-in_place",
+    "DeBERTa-v2-whole",
+    "ModernBERT-whole",
+    "MPNet-in_place",
+    "Llama-in_place",
+    "Qwen3-whole",
+    "Gemma 3-in_place",
+    "GPT-NeoX-in_place",
+    "Falcon-whole",
+    "Mixtral-in_place",
+    "T5-whole",
+    "BART-in_place",
+    "Whisper-whole",
+    "ViT-in_place",
+    "CLIP-whole",
+    "nn.*",
+    "x @ *",
+)
 @pytest.mark.parametrize("whole", [False, True], ids=["in_place", "whole"])
 @pytest.mark.parametrize("name", ZOO)
 def test_compiles_like_the_plain_model(name: str, whole: bool) -> None:

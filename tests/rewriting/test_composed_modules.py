@@ -12,6 +12,7 @@ from support.composed_calls import EXAMPLES, Call
 from support.composed_check import PARTLY, RIGHT, check_composed
 from support.composed_modules import PIECES, ComposedModel, composed_models
 from support.composed_pieces import FROZEN
+from support.sampled import a_fifth_slow
 
 from melora_fx import MELoRAConfig
 
@@ -47,8 +48,7 @@ def test_a_composed_model_is_right_or_refused_by_name(
     check_composed(composed, config, by_name=by_name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("piece", a_fifth_slow(PIECES, PIECES))
 def test_models_with_each_piece(piece: str) -> None:
     """Some of them are right: a rewrite that refuses the piece each time would pass otherwise."""
     outcomes: Counter[str] = Counter()
@@ -62,7 +62,7 @@ def test_models_with_each_piece(piece: str) -> None:
     assert outcomes[RIGHT] + outcomes[PARTLY] or piece in ONLY_REFUSED, outcomes
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_most_of_many_composed_models_are_right() -> None:
     outcomes: Counter[str] = Counter()
 
@@ -83,8 +83,7 @@ def test_a_captured_composed_model_is_right_or_refused(
     check_composed(composed, config, by_name=by_name, example=EXAMPLES[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("piece", CAPTURED_PIECES)
+@pytest.mark.parametrize("piece", a_fifth_slow(CAPTURED_PIECES, CAPTURED_PIECES))
 def test_captured_models_with_each_piece_that_a_graph_may_freeze(piece: str) -> None:
     @examples(1)
     @given(composed=captured_models(piece), config=CONFIGS, by_name=st.booleans(), example=st.sampled_from(EXAMPLES))
@@ -94,7 +93,7 @@ def test_captured_models_with_each_piece_that_a_graph_may_freeze(piece: str) -> 
     check()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_many_captured_composed_models_are_right() -> None:
     outcomes: Counter[str] = Counter()
 

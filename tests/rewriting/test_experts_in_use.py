@@ -82,6 +82,7 @@ def test_an_adapter_means_the_same_in_every_form_and_place(tmp_path: Path) -> No
     assert_equal(output_of(model, tokens()), wanted)
 
 
+@pytest.mark.default_cases("grouped_mm")
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_micro_batches_of_other_sizes_than_the_example(form: str) -> None:
     """Beside the dense float64 model, by autograd through W + Δ."""
@@ -101,6 +102,7 @@ def test_gradients_of_micro_batches_of_other_sizes_than_the_example(form: str) -
             assert near(getattr(site, kind).grad, gradient, 1e-4), (name, kind)
 
 
+@pytest.mark.default_cases("grouped_mm")
 @pytest.mark.parametrize("form", FORMS)
 def test_one_expert_for_each_token(form: str) -> None:
     plain = mixtral(form, num_experts_per_tok=1)
@@ -197,7 +199,7 @@ WITHOUT_SAVE_PRETRAINED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.default_cases("one's own model")
+@pytest.mark.slow
 @pytest.mark.parametrize("build", WITHOUT_SAVE_PRETRAINED.values(), ids=WITHOUT_SAVE_PRETRAINED)
 def test_a_model_without_save_pretrained_resumes_from_its_adapter(build: Any, tmp_path: Path) -> None:
     callback = AdapterCheckpointCallback
@@ -213,6 +215,7 @@ def test_a_model_without_save_pretrained_gets_its_best_adapter(build: Any, tmp_p
     assert len(losses_of(build(), tmp_path, AdapterCheckpointCallback(), **options)) == STEPS
 
 
+@pytest.mark.slow
 def test_generate_of_the_model_inside_folded() -> None:
     model = mixtral()
     graph = fill(melora_fx.rewrite(model, TARGETS, CONFIG, example_inputs=tokens()))
@@ -389,6 +392,7 @@ def test_kept_and_adapted_at_once_is_refused_in_compiled_layers() -> None:
         melora_fx.rewrite(model, ["query"], THREE, keep_trainable="attention")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_the_verbs_on_layers_compiled_after_the_rewrite() -> None:
     model = bert_classifier()
@@ -429,6 +433,7 @@ def test_an_adapter_that_does_not_fit_its_weight_is_not_saved(tmp_path: Path) ->
         melora_fx.save_adapter(grown(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [Trainer.train, Trainer.evaluate], ids=["trained", "evaluated only"])
 def test_a_folded_part_leaves_nothing_on_the_whole(use: Callable[[Trainer], Any], tmp_path: Path) -> None:
     model = bert_classifier()

@@ -8,6 +8,7 @@ from support.capture_table import IN_PLACE, WRONG, documented
 from support.hand_written import CASES, Case, in_use
 from support.hand_written.case import AT_REWRITE, EITHER, IN_FORWARD, LIMIT, REFUSED, RIGHT, WITH_GRADIENTS
 from support.hand_written.checks import assert_outcome
+from support.sampled import a_fifth_slow
 
 ADAPTED = (RIGHT, EITHER)
 QUICK = [
@@ -25,11 +26,17 @@ ASK_FOR_THE_MODE = (
 )
 
 
-def of(outcomes: tuple[str, ...], chosen: Callable[[Case], bool] = lambda case: True) -> Any:
+def of(outcomes: tuple[str, ...]) -> Any:
     """Parametrizes `case` by the cases of these outcomes; those that are slow are marked."""
-    cases = [case for case in CASES.values() if case.outcome in outcomes and chosen(case)]
+    cases = [case for case in CASES.values() if case.outcome in outcomes]
     parameters = [pytest.param(case, id=case.id, marks=[pytest.mark.slow] * case.slow) for case in cases]
     return pytest.mark.parametrize("case", parameters)
+
+
+def of_adapted(chosen: Callable[[Case], bool] = lambda case: True) -> Any:
+    """Parametrizes `case` by those that are adapted: every fifth slow, the others full."""
+    cases = [case for case in CASES.values() if case.outcome in ADAPTED and chosen(case)]
+    return pytest.mark.parametrize("case", a_fifth_slow(cases, [case.id for case in cases]))
 
 
 def or_skipped(function: Callable[..., None], *arguments: Any) -> None:
@@ -58,9 +65,8 @@ def test_the_page_has_a_row_for_each_case() -> None:
     assert WRONG not in rows.values()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what torch warns of while it compiles
-@of(ADAPTED)
+@of_adapted()
 def test_compiled(case, fresh_dynamo) -> None:
     or_skipped(in_use.assert_compiles, case)
 
@@ -72,23 +78,20 @@ def test_refused_when_compiled(case, fresh_dynamo) -> None:
     or_skipped(in_use.assert_refused_compiled, case)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-@of(ADAPTED, lambda case: case.is_plain_call)
+@of_adapted(lambda case: case.is_plain_call)
 def test_exported(case, strict, fresh_dynamo) -> None:
     or_skipped(in_use.assert_exports, case, strict)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", in_use.COPIES)
-@of(ADAPTED)
+@of_adapted()
 def test_copied(case, way) -> None:
     or_skipped(in_use.assert_copies, case, way)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@of(ADAPTED, lambda case: case.is_plain_call)
+@of_adapted(lambda case: case.is_plain_call)
 def test_checkpointed(case, use_reentrant) -> None:
     or_skipped(in_use.assert_checkpoints, case, use_reentrant)

@@ -372,6 +372,7 @@ def test_a_copy_made_while_the_base_runs_is_adapted(again: Callable[[Any], Any])
         assert_equal(output_of(copied, x), base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("wrapped", [False, True], ids=["in place", "wrapper"])
 def test_a_copy_of_a_compiled_model(wrapped: bool, again: Callable[[Any], Any]) -> None:
@@ -443,6 +444,7 @@ GENERATE: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.situation("Generation", "static cache, assisted, prompt lookup, several beams", "as the folded model")
 @pytest.mark.parametrize("options", GENERATE.values(), ids=GENERATE)
 def test_generate_in_rarer_ways(options: Callable[[], dict[str, Any]]) -> None:

@@ -155,7 +155,7 @@ def test_a_packed_base_is_a_module_that_still_packs(base: str) -> None:
     assert own == list(plain_model.state_dict())
 
 
-@pytest.mark.default_cases("torchao int8 weights", "torch dynamic int8", "bitsandbytes 4 bits")
+@pytest.mark.default_cases("torchao int8 weights")
 @each(QUANTIZED, "Compiled, quantised", "the eager output and gradients; whole graphs where the base has them")
 def test_a_quantised_base_compiles(base: str) -> None:
     model, _ = rewritten(base)
@@ -293,7 +293,7 @@ def _from_pretrained(kind: str, directory: Path, skipped: tuple[str, ...] = ("cl
     return BertForSequenceClassification.from_pretrained(directory, quantization_config=config, device_map="cpu")
 
 
-@pytest.mark.default_cases("torchao int8")
+@pytest.mark.slow
 @each(["torchao int8", "bitsandbytes 8 bits", "bitsandbytes 4 bits"], "Quantised, in a Trainer", "trains, resumes")
 @pytest.mark.filterwarnings("ignore:the base weights of", "ignore:.*(8bit|4bit|quantiz)")
 def test_a_trainer_trains_a_quantised_model(base: str, tmp_path) -> None:

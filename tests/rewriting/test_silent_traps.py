@@ -226,6 +226,7 @@ def test_a_copy_whose_root_runs_its_own_forward_is_watched_too(copied) -> None:
         model(randn(2, IN))
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_capture_runs_itself() -> None:
     model = rewritten_tower(example_inputs=(randn(2, IN),))
     model.compile(backend="eager")
@@ -318,6 +319,7 @@ def test_pruned_after_the_rewrite_is_not_folded() -> None:
         melora_fx.fold(model)
 
 
+@pytest.mark.default_cases("13")
 @pytest.mark.parametrize("opset", [13, 99])
 def test_an_opset_that_is_not_written_is_an_error(tmp_path, opset: int) -> None:
     with pytest.raises(MELoRAError, match=f"cannot write opset {opset}|cannot be exported"):
@@ -344,6 +346,7 @@ def test_an_output_named_like_an_input(tmp_path) -> None:
     assert list(report.outputs) == ["x_output"]
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_whole_capture_names_the_models_class(tmp_path) -> None:
     model = melora_fx.rewrite(bert_classifier(), "query", MELoRAConfig(rank=2, num_blocks=3), example_inputs=tokens())
     melora_fx.save_adapter(model, tmp_path)

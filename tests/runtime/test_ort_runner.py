@@ -216,6 +216,7 @@ def test_adapter_files_of_another_graph_are_refused(
             )
 
 
+@pytest.mark.slow
 def test_an_adapter_file_of_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
     """Names and shapes are equal, the base's values are not."""
     other = rewritten_tower(seed=1)

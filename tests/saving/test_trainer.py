@@ -26,6 +26,7 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.default_cases("* adapter alone")
 @pytest.mark.filterwarnings("ignore:`save_pretrained` of a rewritten model")
 @in_situations(
     "callbacks",
@@ -86,6 +87,7 @@ def test_a_checkpoint_has_the_biases_that_are_trained(tmp_path) -> None:
     assert_equal(loaded.state_dict()[name], model.state_dict()[name])
 
 
+@pytest.mark.slow
 @pytest.mark.situation("Trainer", "… and `load_best_model_at_end`", "the best adapter comes back")
 def test_the_best_adapter_comes_back_at_the_end(tmp_path) -> None:
     seen: dict[int, dict[str, torch.Tensor]] = {}
@@ -164,7 +166,7 @@ def rewritten_without_dropout(lowering: str = "auto") -> nn.Module:
     return fill(model)
 
 
-@pytest.mark.default_cases("gradient *", "label smoothing")
+@pytest.mark.default_cases("gradient accumulation")
 @in_situations(
     "options",
     "Trainer",

@@ -84,7 +84,7 @@ def test_products_and_biases_are_one_operator_over_all_rows(tmp_path: Path) -> N
     assert ops["Add"] == 2
 
 
-@pytest.mark.default_cases("portable")
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_no_session_makes_a_skip_normalisation_of_it(target: str, exports: Exports, tmp_path: Path) -> None:
     report = exports("bert", target=target)
@@ -93,12 +93,14 @@ def test_no_session_makes_a_skip_normalisation_of_it(target: str, exports: Expor
     assert ops.count("LayerNormalization") == report.op_counts["LayerNormalization"]
 
 
+@pytest.mark.slow
 def test_graphs_for_a_gpu_are_as_they_were(exports: Exports) -> None:
     ops = exports("bert", target="ort-cuda", precision="fp32").op_counts
     assert "SkipLayerNormalization" in ops
     assert "Gemm" not in ops or ops["Gemm"] <= 2  # pooler and classifier, as torch's exporter writes them
 
 
+@pytest.mark.default_cases("-1")
 @pytest.mark.parametrize("token", [0, -1, 2])
 def test_a_head_that_reads_one_token_costs_its_last_layer_one_row_a_text(token: int, tmp_path: Path) -> None:
     model = Reader(token).eval()
@@ -111,6 +113,7 @@ def test_a_head_that_reads_one_token_costs_its_last_layer_one_row_a_text(token: 
     assert_equal_at(model, Path(report.path), [(1, 3), (4, 9), (3, 5)], lambda b, t: randn(b, t, HIDDEN))
 
 
+@pytest.mark.slow
 def test_rows_that_are_returned_are_computed(tmp_path: Path) -> None:
     model = Reader(returns_states=True).eval()
     report = export_onnx(model, {"x": randn(2, 5, HIDDEN)}, tmp_path / "model.onnx")
@@ -118,7 +121,7 @@ def test_rows_that_are_returned_are_computed(tmp_path: Path) -> None:
     assert_equal_at(model, Path(report.path), [(1, 3), (4, 9)], lambda b, t: randn(b, t, HIDDEN))
 
 
-@pytest.mark.default_cases("swap")
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["keep", "swap"])
 def test_the_updates_of_the_last_layer_are_those_of_one_token_too(adapter: str, tmp_path: Path) -> None:
     model = fill(melora_fx.rewrite(Reader().eval(), "all-linear", CONFIG, example_inputs=(randn(2, 5, HIDDEN),)))
@@ -140,6 +143,7 @@ class Apart(nn.Module):
         return a.softmax(1), (b @ a.transpose(1, 2)).tanh()
 
 
+@pytest.mark.slow
 def test_axes_of_one_name_need_not_be_of_one_length(tmp_path: Path) -> None:
     model = Apart().eval()
     report = export_onnx(model, {"x": randn(2, 5, HIDDEN), "y": randn(2, 5, HIDDEN)}, tmp_path / "model.onnx")
@@ -152,6 +156,7 @@ def test_axes_of_one_name_need_not_be_of_one_length(tmp_path: Path) -> None:
             np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_product_at_an_output_is_not_copied(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, 7, bias=False)).eval()
     report = export_onnx(model, {"input": randn(2, 5, HIDDEN)}, tmp_path / "model.onnx")
@@ -165,6 +170,7 @@ def test_keys_are_transposed_at_once(exports: Exports) -> None:
     assert ops.get("Slice", 0) <= 2  # of the positions, and of a shape
 
 
+@pytest.mark.slow
 def test_a_mask_that_masks_nothing_is_left_out(tmp_path: Path) -> None:
     sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=16, **sizes)).eval()
@@ -179,7 +185,7 @@ MASKS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("bert_classifier-behind", "gpt2-before")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("make", [bert_classifier, gpt2])
 def test_zeros_stay_where_the_example_needs_them(make: Any, mask: str, tmp_path: Path) -> None:

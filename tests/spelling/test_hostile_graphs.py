@@ -117,16 +117,8 @@ def _compare(path: Path, model: nn.Module, inputs: Iterator[tuple[torch.Tensor, 
         _near(session.run(None, {name: t.numpy() for name, t in zip(names, tensors, strict=True)}), expected)
 
 
-@pytest.mark.default_cases(
-    "a token and all-portable",
-    "gate of a half-portable",
-    "norm by hand-portable",
-    "rows as output-portable",
-    "sum behind a*-portable",
-    "texts are exchanged-portable",
-    "the first token-portable",
-    "two tokens-portable",
-)
+@pytest.mark.slow_cases("*-ort-cpu")
+@pytest.mark.default_cases("sum behind an attention-portable", "two tokens-portable", "norm by hand-portable")
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 @pytest.mark.parametrize("function", RIGHT.values(), ids=RIGHT)
 def test_graph_is_right_at_other_sizes(function: Function, target: str, tmp_path: Path) -> None:
@@ -144,6 +136,7 @@ def test_inputs_as_long_in_the_example_alone(function: Function, target: str, tm
     _compare(tmp_path / "model.onnx", model, ((randn(2, a, IN), randn(2, b, IN, seed=2)) for a, b in ((3, 7), (6, 1))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [
@@ -157,6 +150,7 @@ def test_static_rows(function: Function, tmp_path: Path) -> None:
     _compare(tmp_path / "model.onnx", model, iter([(randn(10, IN, seed=3),)]))
 
 
+@pytest.mark.slow
 def test_weight_that_is_computed(tmp_path: Path) -> None:
     model = OfTwo(lambda m, x, y: F.linear(x, (y * 2).sin(), m.first.bias)[:, 0]).eval()
     inputs = {"x": randn(2, 5, IN), "y": randn(OUT, IN)}
@@ -174,6 +168,7 @@ def test_integers(tmp_path: Path) -> None:
     _compare(tmp_path / "model.onnx", Integers(), iter([(x, w, b)]))
 
 
+@pytest.mark.default_cases("two sites")
 @pytest.mark.parametrize(
     "function",
     [

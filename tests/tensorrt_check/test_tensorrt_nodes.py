@@ -212,6 +212,7 @@ MORE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*REAL, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_exports_have_no_obstacle(name: str, tmp_path: Path) -> None:
     assert reasons(_export(name, tmp_path / "model.onnx")) == []

@@ -77,6 +77,7 @@ def test_losses_of_a_plain_loop(options: dict[str, Any], tmp_path: Path) -> None
     assert list(losses.by_step.values()) == pytest.approx(_plain_loop(rewritten(), batches.given[:STEPS]), abs=1e-5)
 
 
+@pytest.mark.slow
 @situation("TRL", "`SFTTrainer` in bfloat16, as it is by default", "trains; A and B stay float32")
 def test_bfloat16(tmp_path: Path) -> None:
     trainer, expected = sft_trainer(rewritten(), tmp_path, save_strategy="no")
@@ -106,6 +107,7 @@ def test_losses_of_a_peft_model(tmp_path: Path) -> None:
     assert losses.by_step == pytest.approx(expected.by_step, abs=1e-5)
 
 
+@pytest.mark.slow
 @situation("TRL", "`SFTTrainer`, `AdapterCheckpointCallback`, resumed", "what is trained alone; as uninterrupted")
 def test_resumed_from_a_checkpoint_of_the_adapter(tmp_path: Path) -> None:
     whole = rewritten()
@@ -225,12 +227,13 @@ def _logs(model: Any, reference: Any, directory: Path, **options: Any) -> dict[i
     return logs.by_step
 
 
+@pytest.mark.slow_cases("*disabled-bfloat16", "*folder-no checkpointing")
+@pytest.mark.default_cases("*by melora_fx.disabled-default")
 @pytest.mark.parametrize(
     "options",
     [{}, {"gradient_checkpointing": False}, {"bf16": True}],
     ids=["default", "no checkpointing", "bfloat16"],
 )
-@pytest.mark.default_cases("*-default")
 @in_situations(
     "reference",
     "TRL",
@@ -242,6 +245,7 @@ def test_rewards_beside_a_frozen_copy(reference: Callable[..., Any], options: di
     assert _logs(*reference(tmp_path / "base"), tmp_path / "run", **options) == expected
 
 
+@pytest.mark.slow
 @situation("TRL", "`DPOTrainer`, `precompute_ref_log_probs`, a new adapter", "as with a frozen copy of the base")
 def test_precomputed_with_a_new_adapter(tmp_path: Path) -> None:
     expected = _logs(*_frozen(is_filled=False), tmp_path / "frozen")

@@ -51,6 +51,7 @@ def exported(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path
     return copy_graph(report, tmp_path_factory.mktemp("export") / "bert.onnx")
 
 
+@pytest.mark.slow
 def test_the_schema_takes_what_is_written(exported: Path, tmp_path: Path) -> None:
     written = write_triton_repository(
         exported, tmp_path, shapes=SHAPES, max_queue_delay_us=500, preferred_batch_sizes=[8, 16], instances=2
