@@ -24,6 +24,8 @@ from .processes_cell import FROZEN
 from .spread import MODES
 
 CELL_TIMEOUT_S = 900
+_CASES = [(mode, number) for mode in MODES for number in (2, 4) if (mode, number) != ("FSDP and TP", 2)]
+_QUICK_CASES = [("FSDP by layer", 2), ("TP", 2)]
 _HEADINGS = (
     *("mode", "processes", "side", "losses differ by", "gradients differ by", "collectives", "added", "bytes, kB"),
     *("added, kB", "held, MiB", "peak of a step, MiB", "step over frozen"),
@@ -33,10 +35,7 @@ _HEADINGS = (
 def run(options: Namespace) -> int:
     cases = [
         Case(f"{mode}, {number} processes", functools.partial(_measure, mode, number, options))
-        for mode in MODES
-        for number in (2, 4)
-        if (mode, number) != ("FSDP and TP", 2)
-        and (not options.quick or (mode, number) in (("FSDP by layer", 2), ("TP", 2)))
+        for mode, number in (_QUICK_CASES if options.quick else _CASES)
     ]
     return run_cases(
         options, cases, settings=f"rounds {options.rounds}, llama {options.llama}", write_report=write_report

@@ -3,6 +3,7 @@
 import fnmatch
 import gc
 import os
+from collections import Counter
 
 import pytest
 import rich.style  # noqa: F401 (its first import draws one of Python's random numbers)
@@ -29,26 +30,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Marks the cases of a parametrized test: those of its `default_cases` not at all, those of its `slow_cases` slow,
     and the rest full, or slow where it has no `slow_cases`. Each of their patterns has a case.
     """
-    given: set[tuple[str, str, str]] = set()
-    matched: set[tuple[str, str, str]] = set()
+    num_cases: Counter[tuple[str, str, str]] = Counter()
 
     def is_among(item: pytest.Item, name: str) -> bool | None:
         marker = item.get_closest_marker(name)
         if marker is None:
             return None
         test = item.nodeid.partition("[")[0]
-        hits = {(test, name, pattern) for pattern in marker.args if fnmatch.fnmatchcase(item.callspec.id, pattern)}
-        given.update((test, name, pattern) for pattern in marker.args)
-        matched.update(hits)
-        return bool(hits)
+        hits = {pattern: fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in marker.args}
+        num_cases.update({(test, name, pattern): int(hit) for pattern, hit in hits.items()})
+        return any(hits.values())
 
     for item in items:
         by_default, slowly = is_among(item, "default_cases"), is_among(item, "slow_cases")
         if not by_default and (by_default, slowly) != (None, None):
             item.add_marker(pytest.mark.full if slowly is False else pytest.mark.slow)
-    unmatched = given - matched
+    unmatched = sorted(key for key, number in num_cases.items() if number == 0)
     if unmatched and not any("::" in argument for argument in config.args):  # which may name a few cases of a test
-        lines = [f"{test}: `{name}` {pattern!r}" for test, name, pattern in sorted(unmatched)]
+        lines = [f"{test}: `{name}` {pattern!r}" for test, name, pattern in unmatched]
         raise pytest.UsageError("patterns that match no case:\n" + "\n".join(lines))
 
 

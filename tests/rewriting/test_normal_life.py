@@ -390,7 +390,6 @@ def test_a_copy_of_a_compiled_model(wrapped: bool, again: Callable[[Any], Any]) 
 
 
 def _train_in_child(model: Any, x: torch.Tensor, queue: Any) -> None:
-    torch.set_num_threads(1)  # as conftest has it: the same bits
     queue.put(output_of(model, x).numpy())
     with torch.no_grad():
         model.up.lora_b.add_(1.0)

@@ -96,7 +96,6 @@ def _run(
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore", FutureWarning)
     os.environ |= {
