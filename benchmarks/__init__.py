@@ -2,7 +2,7 @@
 
 Here, one file for each benchmark, with a function `run(options)` that gives its cases to `run_cases`:
 
-train_step, processes, experts, rewrite_speed, site_speed, swap_speed, fold_speed, fold_rounding, latency, peers,
+glue_study, train_step, processes, experts, rewrite_speed, site_speed, swap_speed, fold_speed, fold_rounding, latency, peers,
 decoding, generation, adapter_forms
                the benchmarks
 __main__       the list of them, and the command line

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu import options as gpu
-from benchmarks.needs import CACHE, GENAI, MATPLOTLIB, MINILM, MPNET, ONNXRUNTIME, PEFT, SMOLLM2, Need
+from benchmarks.needs import CACHE, GENAI, MATPLOTLIB, MINILM, MPNET, ONNXRUNTIME, PEFT, SKLEARN, SMOLLM2, Need
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "tinystories_excerpt_30k.txt"
@@ -46,7 +46,26 @@ class Benchmark(NamedTuple):
 
 STORIES = Option("text", TEXT, "some 30 kB of English, one story a line", quick=ROOT / "README.md")
 
+DATA = ROOT.parent / "shared" / "data"
+
 BENCHMARKS = (
+    Benchmark(
+        "glue_study",
+        "Does MELoRA with 8 times fewer parameters understand language as well as LoRA (four tasks of GLUE)?",
+        210,
+        weights=(MINILM,),
+        options=(
+            Option(
+                "glue", DATA / "glue", "folder with rte, mrpc, cola and stsb, each with train.tsv and validation.tsv"
+            ),
+            Option("snips", DATA / "snips", "folder with train_small.tsv and validation.tsv of SNIPS"),
+            Option("seeds", 5, "of each arm and task", quick=2),
+            Option("epochs", 4, "of training", quick=1),
+            Option("examples", 2500, "of each task at most, to train on", quick=48),
+            Option("processes", 2, "that train at the same time, one thread each"),
+        ),
+        needs=(PEFT, MATPLOTLIB, SKLEARN),
+    ),
     Benchmark(
         "train_step",
         "What does a training step cost over the frozen model's: here, in PEFT, in the authors' loop?",

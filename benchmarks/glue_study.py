@@ -1,0 +1,89 @@
+"""Does MELoRA with 8 times fewer parameters understand language as well as LoRA? MiniLM-L6 on four tasks of GLUE.
+
+The first claim of the MELoRA paper (P. Ren et al., ACL 2024), in the open: every arm with the same seeds, the paper's
+metric of each task, the last epoch and not the best, one learning rate for each kind of adapter, chosen beforehand on
+SNIPS. Adapters are on `query` and `value`, as in the paper; the new head is trained with them and the pooler is not,
+as in PEFT. Writes glue_study.csv as rows arrive (a run that was stopped goes on), glue_study.md and glue_study.png.
+"""
+
+import functools
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+
+from exporters.measuring.tables import read_csv
+
+from .checkout import DONE, LEFT_OUT
+from .needs import MINILM
+from .studies.glue import BATCH, MAX_LENGTH, TASKS
+from .studies.report import write_glue_report
+from .studies.runs import Arm, Run, chosen_rates, train_all
+from .studies.training import SCALING
+
+ARMS = (
+    Arm("LoRA 8", "LoRA", 8),
+    Arm("MELoRA 8×1", "MELoRA", 1, 8),
+    Arm("LoRA 1", "LoRA", 1),
+    Arm("MELoRA 8×8", "MELoRA", 8, 8),
+)
+"""Of total rank 8, 8, 1 and 64; with n × r blocks, MELoRA has the parameters of a LoRA of rank r."""
+GLUE = ("RTE", "MRPC", "CoLA", "STS-B")
+CHOICE = "SNIPS"
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+CHOICE_SEEDS = (100,)
+"""None that the study has."""
+
+
+def run(options: Namespace) -> int:
+    missing = why_no_data(options.glue, options.snips) or ("" if options.quick else MINILM.why_missing(options.cache))
+    if missing and not options.report_only:
+        print(f"glue_study: {missing}", file=sys.stderr)
+        return LEFT_OUT
+    path = options.out / "glue_study.csv"
+    status = DONE
+    if not options.report_only:
+        rates = LEARNING_RATES[1:3] if options.quick else LEARNING_RATES
+        make = functools.partial(_run, options)
+        choice = [make(CHOICE, arm, seed, rate) for rate in rates for arm in ARMS for seed in CHOICE_SEEDS]
+        status = train_all(Namespace(**vars(options) | {"only": ""}), "studies.glue", choice)
+        chosen = chosen_rates([row for row in read_csv(path) if row["task"] == CHOICE], ARMS, min)
+        print(f"learning rates, by the held-out cross-entropy on {CHOICE}: {chosen}", flush=True)
+        seeds = range(options.seeds)
+        runs = [make(task, arm, seed, chosen[arm.kind]) for seed in seeds for task in GLUE for arm in ARMS]
+        status = max(status, train_all(options, "studies.glue", runs))
+    if rows := read_csv(path):
+        write_glue_report(rows, options.out)
+    return status
+
+
+def _run(options: Namespace, task: str, arm: Arm, seed: int, learning_rate: float) -> Run:
+    folder = options.snips if task == CHOICE else options.glue / TASKS[task].folder
+    settings = f"at most {options.examples} examples, batch {BATCH}, {MAX_LENGTH} tokens, scaling {SCALING:g}"
+    return Run(
+        task,
+        arm,
+        seed,
+        options.epochs,
+        learning_rate,
+        settings + ", quick" * options.quick,
+        {"folder": folder, "max_examples": options.examples, "quick": options.quick},
+    )
+
+
+def why_no_data(glue: Path, snips: Path) -> str:
+    """What to do about missing files; empty where all are there."""
+    folders = [*((glue / TASKS[task].folder, TASKS[task].files) for task in GLUE), (snips, TASKS[CHOICE].files)]
+    absent: Iterable[Path] = [
+        folder / name for folder, names in folders for name in names if not (folder / name).is_file()
+    ]
+    return (
+        ""
+        if not absent
+        else (
+            f"`{next(iter(absent))}` is not there: --glue takes a folder with rte, mrpc, cola and stsb of GLUE, each with "
+            "train.tsv and validation.tsv (nyu-mll/glue on Hugging Face, or gluebenchmark.com), --snips one with "
+            "train_small.tsv and validation.tsv of SNIPS (2,082 and 697 utterances of 7 intents; snips-nlu's benchmark): "
+            "tab-separated, with the columns sentence1 and sentence2 or sentence, and label"
+        )
+    )

@@ -1,0 +1,142 @@
+"""What a study trains, and its CSV file: a run that is stopped goes on where it was when it is started again."""
+
+import json
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from exporters.measuring.machine import origin_columns
+from exporters.measuring.tables import read_csv, write_csv
+from melora_fx import MELoRAError
+
+from ..cases import run_apart
+from ..checkout import DONE, FAILED, MISUSED, source_digest
+
+COLUMNS = (
+    *("task", "arm", "seed", "metric", "value", "epochs", "learning_rate", "parameters", "seconds"),
+    *("settings", "device", "versions", "source", "commit", "time"),
+)
+"""`parameters`: of the adapter alone, without the head. `seconds`: of the training, beside others: no timing."""
+SAME = ("task", "arm", "seed", "epochs", "learning_rate", "settings")
+"""A run is done if a row has these. Code that changed trains nothing anew: `source` says which code it was, --again."""
+
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+Row = dict[str, Any]
+
+
+class Arm(NamedTuple):
+    """An adapter that is compared. `rank`: of each block.
+
+    `kind`: "LoRA", which is PEFT's; "MELoRA", ours; "full", none: every weight is trained.
+    """
+
+    name: str
+    kind: str
+    rank: int = 0
+    num_blocks: int = 1
+
+
+class Run(NamedTuple):
+    """One training. `epochs`: passes over what is trained on. `given`: what the process takes beside these."""
+
+    task: str
+    arm: Arm
+    seed: int
+    epochs: float
+    learning_rate: float
+    settings: str
+    given: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        values = (self.task, self.arm.name, self.seed, self.epochs, self.learning_rate, self.settings)
+        return tuple(map(str, values))
+
+
+def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in SAME)
+
+
+def train_all(options: Namespace, script: str, runs: Sequence[Run]) -> int:
+    """Trains what has no row yet, `options.processes` at a time; each row is on disk as soon as it is there.
+
+    Args:
+        options: of the command line.
+        script: the module of `benchmarks` that trains one run.
+        runs: in the order in which they begin.
+
+    Returns:
+        an exit status.
+    """
+    path = options.out / f"{options.benchmark}.csv"
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = [run for run in runs if options.only in f"{run.task} {run.arm.name}"]
+    if options.only and not chosen:
+        print(f"`--only {options.only}` is in the name of no run")
+        return MISUSED
+    done = {key_of(row) for row in read_csv(path)}
+    left = [run for run in chosen if options.again or run.key not in done]
+    print(f"{options.benchmark}: {len(chosen) - len(left)} of {len(chosen)} runs have a row in {path}", flush=True)
+    start = time.perf_counter()
+    num_failed = 0
+    with ThreadPoolExecutor(options.processes) as pool:
+        futures = {pool.submit(_train, script, run): run for run in left}
+        for index, future in enumerate(as_completed(futures), start=1):
+            run = futures[future]
+            told = f"[{index}/{len(left)}, {time.perf_counter() - start:.0f} s] {run.task}, {run.arm.name}, {run.seed}"
+            try:
+                row = _row(run, future.result())
+            except MELoRAError as error:  # must not cost the other runs
+                num_failed += 1
+                print(f"{told}: failed: {error}", flush=True)
+                continue
+            _add(row, path)
+            print(f"{told}, {run.learning_rate}: {row['metric']} {row['value']:.4f}", flush=True)
+    return FAILED if num_failed else DONE
+
+
+def _train(script: str, run: Run) -> Row:
+    job = {"task": run.task, "arm": list(run.arm), "seed": run.seed, "epochs": run.epochs}
+    return run_apart(script, _json({**job, "learning_rate": run.learning_rate, **run.given}), environment=ONE_THREAD)
+
+
+def _json(job: Mapping[str, Any]) -> str:
+    return json.dumps({name: os.fspath(value) if isinstance(value, Path) else value for name, value in job.items()})
+
+
+def _row(run: Run, found: Row) -> Row:
+    same = dict(zip(SAME, (run.task, run.arm.name, run.seed, run.epochs, run.learning_rate, run.settings), strict=True))
+    return same | found | {"source": source_digest()} | origin_columns("cpu", "peft")
+
+
+def _add(row: Row, path: Path) -> None:
+    key = tuple(str(row[name]) for name in SAME)
+    write_csv([old for old in read_csv(path) if key_of(old) != key] + [row], COLUMNS, path)
+
+
+def chosen_rates(
+    rows: Sequence[Mapping[str, str]], arms: Sequence[Arm], better: Callable[..., Any]
+) -> dict[str, float]:
+    """The learning rate of each kind of adapter: that with the best mean over the kind's arms and the seeds.
+
+    Args:
+        rows: of the task that learning rates are chosen on.
+        arms: those that were tried.
+        better: `max` or `min`.
+
+    Returns:
+        by `Arm.kind`; kinds without a row are left out.
+    """
+    kinds = {arm.name: arm.kind for arm in arms}
+    values: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if row["arm"] in kinds:
+            rates = values.setdefault(kinds[row["arm"]], {})
+            rates.setdefault(float(row["learning_rate"]), []).append(float(row["value"]))
+    means = {kind: {rate: sum(found) / len(found) for rate, found in rates.items()} for kind, rates in values.items()}
+    return {kind: better(rates, key=rates.__getitem__) for kind, rates in means.items()}
