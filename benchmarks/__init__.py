@@ -2,8 +2,8 @@
 
 Here, one file for each benchmark, with a function `run(options)` that gives its cases to `run_cases`:
 
-glue_study, train_step, processes, experts, rewrite_speed, site_speed, swap_speed, fold_speed, fold_rounding, latency, peers,
-decoding, generation, adapter_forms
+glue_study, language_study, train_step, processes, experts, rewrite_speed, site_speed, swap_speed, fold_speed,
+fold_rounding, latency, peers, decoding, generation, adapter_forms
                the benchmarks
 __main__       the list of them, and the command line
 needs          packages and weights that may be missing
@@ -23,5 +23,5 @@ latency_cells, latency_report               parts of latency
 peers_environment, peers_graphs, peers_process, peers_report      parts of peers
 decoding_cells, decoding_graphs, decoding_process, decoding_report      parts of decoding
 
-`gpu/` holds what is run on a machine with a GPU.
+`studies/` holds the parts of glue_study and language_study. `gpu/` holds what is run on a machine with a GPU.
 """

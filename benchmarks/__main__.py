@@ -67,6 +67,20 @@ BENCHMARKS = (
         needs=(PEFT, MATPLOTLIB, SKLEARN),
     ),
     Benchmark(
+        "language_study",
+        "Does MELoRA with 8 and 36 times fewer parameters learn a text as well as LoRA?",
+        220,
+        weights=(SMOLLM2,),
+        options=(
+            Option("text", "botocore", "a file of English; or `botocore`: the documentation in that package"),
+            Option("seeds", 3, "of each arm", quick=2),
+            Option("steps", 192, "of training, of 1024 tokens", quick=4),
+            Option("choice-steps", 32, "of each training that a learning rate is chosen by", quick=2),
+            Option("processes", 2, "that train at the same time, one thread each"),
+        ),
+        needs=(PEFT, MATPLOTLIB),
+    ),
+    Benchmark(
         "train_step",
         "What does a training step cost over the frozen model's: here, in PEFT, in the authors' loop?",
         60,

@@ -9,7 +9,6 @@ as in PEFT. Writes glue_study.csv as rows arrive (a run that was stopped goes on
 import functools
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 
 from exporters.measuring.tables import read_csv
@@ -67,23 +66,20 @@ def _run(options: Namespace, task: str, arm: Arm, seed: int, learning_rate: floa
         options.epochs,
         learning_rate,
         settings + ", quick" * options.quick,
-        {"folder": folder, "max_examples": options.examples, "quick": options.quick},
+        {"folder": str(folder), "max_examples": options.examples, "quick": options.quick},
     )
 
 
 def why_no_data(glue: Path, snips: Path) -> str:
     """What to do about missing files; empty where all are there."""
     folders = [*((glue / TASKS[task].folder, TASKS[task].files) for task in GLUE), (snips, TASKS[CHOICE].files)]
-    absent: Iterable[Path] = [
-        folder / name for folder, names in folders for name in names if not (folder / name).is_file()
-    ]
+    files = (folder / name for folder, names in folders for name in names)
+    absent = next((path for path in files if not path.is_file()), None)
+    if absent is None:
+        return ""
     return (
-        ""
-        if not absent
-        else (
-            f"`{next(iter(absent))}` is not there: --glue takes a folder with rte, mrpc, cola and stsb of GLUE, each with "
-            "train.tsv and validation.tsv (nyu-mll/glue on Hugging Face, or gluebenchmark.com), --snips one with "
-            "train_small.tsv and validation.tsv of SNIPS (2,082 and 697 utterances of 7 intents; snips-nlu's benchmark): "
-            "tab-separated, with the columns sentence1 and sentence2 or sentence, and label"
-        )
+        f"`{absent}` is not there: --glue takes a folder with rte, mrpc, cola and stsb of GLUE, each with train.tsv "
+        "and validation.tsv (nyu-mll/glue on Hugging Face, or gluebenchmark.com), --snips one with train_small.tsv "
+        "and validation.tsv of SNIPS (2,082 and 697 utterances of 7 intents; snips-nlu's benchmark): tab-separated, "
+        "with the columns sentence1 and sentence2 or sentence, and label"
     )

@@ -37,6 +37,7 @@ def _has_mpnet(cache: Path) -> bool:
 ONNXRUNTIME = Need("onnxruntime", _installed("onnxruntime"), "pip install onnxruntime")
 PEFT = Need("peft", _installed("peft"), "pip install peft")
 MATPLOTLIB = Need("matplotlib", _installed("matplotlib"), "pip install matplotlib")
+BOTOCORE = Need("botocore", _installed("botocore"), "pip install botocore")
 GENAI = Need("onnxruntime-genai", _installed("onnxruntime_genai"), "pip install onnxruntime-genai")
 ONNX = Need("onnx", _installed("onnx"), "pip install onnx")
 ONNX_IR = Need("onnx-ir", _installed("onnx_ir"), "pip install onnx-ir")

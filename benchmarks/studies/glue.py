@@ -1,4 +1,4 @@
-"""A process that trains MiniLM-L6 on one task: `python -m benchmarks.studies.glue JOB` prints what it scores as JSON."""
+"""A process that trains MiniLM-L6 on one task: `python -m benchmarks.studies.glue JOB` prints its score as JSON."""
 
 import csv
 import json
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models import minilm_folder
+from benchmarks.models import minilm_folder
+
 from .runs import Arm
 from .training import add_adapter, num_adapter_parameters, train
 

@@ -1,7 +1,7 @@
 """What a study trains, and its CSV file: a run that is stopped goes on where it was when it is started again."""
 
+import importlib
 import json
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.cases import run_apart
+from benchmarks.checkout import DONE, FAILED, MISUSED, source_digest
 from exporters.measuring.machine import origin_columns
 from exporters.measuring.tables import read_csv, write_csv
 from melora_fx import MELoRAError
-
-from ..cases import run_apart
-from ..checkout import DONE, FAILED, MISUSED, source_digest
 
 COLUMNS = (
     *("task", "arm", "seed", "metric", "value", "epochs", "learning_rate", "parameters", "seconds"),
@@ -24,7 +23,7 @@ COLUMNS = (
 SAME = ("task", "arm", "seed", "epochs", "learning_rate", "settings")
 """A run is done if a row has these. Code that changed trains nothing anew: `source` says which code it was, --again."""
 
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 Row = dict[str, Any]
 
@@ -32,7 +31,7 @@ Row = dict[str, Any]
 class Arm(NamedTuple):
     """An adapter that is compared. `rank`: of each block.
 
-    `kind`: "LoRA", which is PEFT's; "MELoRA", ours; "full", none: every weight is trained.
+    `kind`: "LoRA", which is PEFT's; "MELoRA", ours; "none": nothing is trained.
     """
 
     name: str
@@ -51,6 +50,12 @@ class Run(NamedTuple):
     learning_rate: float
     settings: str
     given: Mapping[str, Any]
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What the process is given."""
+        facts = {"task": self.task, "arm": list(self.arm), "seed": self.seed, "epochs": self.epochs}
+        return {**facts, "learning_rate": self.learning_rate, **self.given}
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -84,8 +89,9 @@ def train_all(options: Namespace, script: str, runs: Sequence[Run]) -> int:
     print(f"{options.benchmark}: {len(chosen) - len(left)} of {len(chosen)} runs have a row in {path}", flush=True)
     start = time.perf_counter()
     num_failed = 0
-    with ThreadPoolExecutor(options.processes) as pool:
-        futures = {pool.submit(_train, script, run): run for run in left}
+    train = _train_here if options.quick else _train_apart
+    with ThreadPoolExecutor(1 if options.quick else options.processes) as pool:
+        futures = {pool.submit(train, script, run): run for run in left}
         for index, future in enumerate(as_completed(futures), start=1):
             run = futures[future]
             told = f"[{index}/{len(left)}, {time.perf_counter() - start:.0f} s] {run.task}, {run.arm.name}, {run.seed}"
@@ -100,13 +106,12 @@ def train_all(options: Namespace, script: str, runs: Sequence[Run]) -> int:
     return FAILED if num_failed else DONE
 
 
-def _train(script: str, run: Run) -> Row:
-    job = {"task": run.task, "arm": list(run.arm), "seed": run.seed, "epochs": run.epochs}
-    return run_apart(script, _json({**job, "learning_rate": run.learning_rate, **run.given}), environment=ONE_THREAD)
+def _train_apart(script: str, run: Run) -> Row:
+    return run_apart(script, json.dumps(run.job), environment=ONE_THREAD)
 
 
-def _json(job: Mapping[str, Any]) -> str:
-    return json.dumps({name: os.fspath(value) if isinstance(value, Path) else value for name, value in job.items()})
+def _train_here(script: str, run: Run) -> Row:
+    return importlib.import_module(f"benchmarks.{script}").run(run.job)
 
 
 def _row(run: Run, found: Row) -> Row:

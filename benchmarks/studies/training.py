@@ -1,4 +1,4 @@
-"""One training with an adapter, PEFT's or ours, or of every weight."""
+"""One training with an adapter, PEFT's or ours."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +22,6 @@ Batch = Mapping[str, torch.Tensor]
 
 def add_adapter(model: nn.Module, arm: Arm, targets: Sequence[str], head: Sequence[str] = ()) -> nn.Module:
     """The model with a fresh adapter, which alone is trained beside the modules named `head`."""
-    if arm.kind == "full":
-        return model.requires_grad_(True)
     if arm.kind == "LoRA":
         config = peft.LoraConfig(
             r=arm.rank, lora_alpha=SCALING * arm.rank, target_modules=list(targets), modules_to_save=list(head) or None

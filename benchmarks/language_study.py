@@ -1,0 +1,128 @@
+"""Does MELoRA with 8 and with 36 times fewer parameters learn a text as well as LoRA? SmolLM2-135M on documentation.
+
+The second claim of the MELoRA paper (P. Ren et al., ACL 2024), which is about instructions and models of 7B parameters,
+scaled to what two cores can train: the loss on documents that were held out, after the same number of tokens. Every arm
+has the same seeds and sees the same windows; one learning rate for each kind of adapter, chosen beforehand on documents
+of their own. Adapters are on `q_proj` and `o_proj`, the projections whose features 36 divides. Writes
+language_study.csv as rows arrive (a run that was stopped goes on), language_study.md and language_study.png.
+"""
+
+import functools
+import sys
+from argparse import Namespace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from exporters.measuring.tables import read_csv
+
+from .checkout import DONE, LEFT_OUT
+from .kept import digest, once
+from .models import load_smollm2
+from .needs import BOTOCORE as BOTOCORE_PACKAGE
+from .needs import SMOLLM2
+from .random_models import llama_config
+from .studies.language import BATCH
+from .studies.report import write_language_report
+from .studies.runs import Arm, Run, chosen_rates, train_all
+from .studies.texts import BOTOCORE, WINDOW, read_documents, windows
+from .studies.training import SCALING
+
+ARMS = (
+    Arm("LoRA 36", "LoRA", 36),
+    Arm("MELoRA 36×1", "MELoRA", 1, 36),
+    Arm("LoRA 8", "LoRA", 8),
+    Arm("MELoRA 8×1", "MELoRA", 1, 8),
+    Arm("LoRA 1", "LoRA", 1),
+)
+"""n blocks of rank 1 have the parameters of a LoRA of rank 1: 36 times fewer than rank 36, 8 times than rank 8."""
+BASE = Arm("none", "none")
+CHOICE_ARMS = ARMS[:4]
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+CHOICE_SEED = 100
+"""None that the study has."""
+TASK, CHOICE = "held_out", "choice"
+"""The documents that give the loss."""
+
+
+def run(options: Namespace) -> int:
+    missing = "" if options.report_only else why_missing(options)
+    if missing:
+        print(f"language_study: {missing}", file=sys.stderr)
+        return LEFT_OUT
+    path = options.out / "language_study.csv"
+    status = DONE
+    if not options.report_only:
+        make = functools.partial(_run, options, *prepare(options))
+        rates = LEARNING_RATES[1:3] if options.quick else LEARNING_RATES
+        choice = [make(CHOICE, arm, CHOICE_SEED, rate, options.choice_steps) for rate in rates for arm in CHOICE_ARMS]
+        status = train_all(Namespace(**vars(options) | {"only": ""}), "studies.language", choice)
+        chosen = chosen_rates([row for row in read_csv(path) if row["task"] == CHOICE], ARMS, min)
+        print(f"learning rates, by the loss on documents of their own: {chosen}", flush=True)
+        runs = [make(TASK, BASE, 0, 0.0, 0)]
+        runs += [
+            make(TASK, arm, seed, chosen[arm.kind], options.steps) for seed in range(options.seeds) for arm in ARMS
+        ]
+        status = max(status, train_all(options, "studies.language", runs))
+    if rows := read_csv(path):
+        write_language_report(rows, options.out)
+    return status
+
+
+def why_missing(options: Namespace) -> str:
+    """What to do about a missing text or model; empty where both are there."""
+    if options.text != BOTOCORE and not Path(options.text).is_file():
+        return f"`{options.text}` is not there: --text takes a file of English, or `{BOTOCORE}`"
+    needs = [BOTOCORE_PACKAGE] * (options.text == BOTOCORE) + [SMOLLM2] * (not options.quick)
+    return "; ".join(filter(None, (need.why_missing(options.cache) for need in needs)))
+
+
+def prepare(options: Namespace) -> tuple[Path, Path, str, int]:
+    """Folders of the model and of the windows, both in --cache; what the text is; and how many windows train."""
+    documents = read_documents(options.text)
+    name = f"{BOTOCORE} {version(BOTOCORE)}" if options.text == BOTOCORE else Path(options.text).name
+    sha256 = digest(*(f"{title}\n{document}" for title, document in documents.items()))
+    kind = "tiny" if options.quick else "smollm2-135m"
+    model = once(options.cache / f"language-{kind}", functools.partial(_save_model, quick=options.quick))
+
+    def save_windows(folder: Path) -> None:
+        tokenizer = None if options.quick else AutoTokenizer.from_pretrained(model)
+        cut = windows(documents, lambda text: list(text.encode()) if tokenizer is None else tokenizer(text).input_ids)
+        save_file(cut, folder / "windows.safetensors")
+
+    text = once(options.cache / f"language-{kind}-{sha256}", save_windows)
+    with safe_open(text / "windows.safetensors", "pt") as file:
+        num_windows = file.get_slice("train").get_shape()[0]
+    return model, text, f"{name}, sha256 {sha256}, {num_windows * WINDOW:,} tokens to train on", num_windows
+
+
+def _save_model(folder: Path, *, quick: bool) -> None:
+    """SmolLM2-135M-Instruct in float32, with its tokenizer; or a tiny model of bytes, whose features 36 divides."""
+    if quick:
+        torch.manual_seed(0)
+        LlamaForCausalLM(llama_config(72, 144, 2, 2, vocab_size=256)).save_pretrained(folder)
+        return
+    model, tokenizer = load_smollm2()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _run(
+    options: Namespace,
+    model: Path,
+    text: Path,
+    about: str,
+    num_windows: int,
+    task: str,
+    arm: Arm,
+    seed: int,
+    rate: float,
+    steps: int,
+) -> Run:
+    settings = f"{about}; {steps} steps of {BATCH} × {WINDOW} tokens, scaling {SCALING:g}" + ", quick" * options.quick
+    given = {"model": str(model), "text": str(text), "steps": steps, "held_out": task}
+    return Run(task, arm, seed, round(steps * BATCH / num_windows, 4), rate, settings, given)
