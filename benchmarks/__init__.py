@@ -2,8 +2,8 @@
 
 Here, one file for each benchmark, with a function `run(options)` that gives its cases to `run_cases`:
 
-glue_study, language_study, train_step, processes, experts, rewrite_speed, site_speed, swap_speed, fold_speed,
-fold_rounding, latency, peers, decoding, generation, adapter_forms
+glue_study, language_study, end_to_end, train_step, processes, experts, rewrite_speed, site_speed, swap_speed,
+fold_speed, fold_rounding, latency, peers, decoding, generation, adapter_forms
                the benchmarks
 __main__       the list of them, and the command line
 needs          packages and weights that may be missing
@@ -18,6 +18,7 @@ step_cost      a training step: its time, what its backward keeps, its peak memo
 train_cells, train_sides, train_report      parts of train_step
 spread, traffic, processes_cell      parts of processes
 scale_model, scale_page      a paper model of several GPUs, and the tables of docs/SCALE.md
+end_to_end_cells, end_to_end_graphs, end_to_end_process      parts of end_to_end
 fold_sides     ways to merge an adapter into a folder
 latency_cells, latency_report               parts of latency
 peers_environment, peers_graphs, peers_process, peers_report      parts of peers

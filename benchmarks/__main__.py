@@ -78,7 +78,21 @@ BENCHMARKS = (
             Option("choice-steps", 32, "of each training that a learning rate is chosen by", quick=2),
             Option("processes", 2, "that train at the same time, one thread each"),
         ),
-        needs=(PEFT, MATPLOTLIB),
+        needs=(PEFT, MATPLOTLIB, SKLEARN),
+    ),
+    Benchmark(
+        "end_to_end",
+        "What does a user get from the base model to a served graph: here, and with PEFT and optimum-onnx?",
+        100,
+        weights=(MINILM, SMOLLM2),
+        options=(
+            Option("glue", DATA / "glue", "folder with mrpc, which has train.tsv and validation.tsv"),
+            STORIES,
+            Option("rounds", 3, "of each side", quick=1),
+            Option("epochs", 2, "of MRPC", quick=1),
+            Option("seconds", 30.0, "of timing one shape", quick=0.3),
+        ),
+        needs=(ONNXRUNTIME, PEFT, SKLEARN),
     ),
     Benchmark(
         "train_step",

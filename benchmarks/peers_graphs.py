@@ -112,14 +112,20 @@ class Workshop:
         return {side: folder / side / "model.onnx" for side in made}
 
     def _run_there(self, model: Path, out: Path) -> None:
-        python = self._environment / "bin" / "python"
-        if not (self._environment / "ready").is_file():
-            print(f"    making an environment for {', '.join(PACKAGES)} …", flush=True)
-            shutil.rmtree(self._environment, ignore_errors=True)
-            run_offline([sys.executable, "-m", "venv", str(self._environment)], out)
-            run_offline([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], out)
-            (self._environment / "ready").touch()
+        python = environment_python(self._environment)
         run_offline([str(python), str(Path(__file__).with_name("peers_environment.py")), str(model), str(out)], out)
+
+
+def environment_python(folder: Path) -> Path:
+    """The Python of an environment with `PACKAGES`, made where it is not there yet."""
+    python = folder / "bin" / "python"
+    if not (folder / "ready").is_file():
+        print(f"    making an environment for {', '.join(PACKAGES)} …", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        run_offline([sys.executable, "-m", "venv", str(folder)], folder.parent)
+        run_offline([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], folder.parent)
+        (folder / "ready").touch()
+    return python
 
 
 def _save(name: str, folder: Path, cache: Path) -> None:

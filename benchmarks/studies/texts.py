@@ -76,7 +76,7 @@ def _hundredths(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def windows(documents: dict[str, str], tokenize: Callable[[str], list[int]]) -> dict[str, torch.Tensor]:
-    """Windows (count, WINDOW) of token ids, int32: "train", and "choice" and "held_out" of documents of their own.
+    """Windows (count, WINDOW) of token ids, int32: "train", and "choice" and "held out" of documents of their own.
 
     Raises:
         MELoRAError: where the text is too short.
@@ -84,7 +84,7 @@ def windows(documents: dict[str, str], tokenize: Callable[[str], list[int]]) -> 
     names = sorted(documents)
     random.Random(0).shuffle(names)
     count = max(1, round(HELD_OUT * len(names)))
-    parts = {"held_out": names[:count], "choice": names[count : 2 * count], "train": names[2 * count :]}
+    parts = {"held out": names[:count], "choice": names[count : 2 * count], "train": names[2 * count :]}
     cut = {
         part: torch.cat([_cut(tokenize(documents[name])) for name in chosen] or [_cut([])])
         for part, chosen in parts.items()
@@ -92,7 +92,7 @@ def windows(documents: dict[str, str], tokenize: Callable[[str], list[int]]) -> 
     if short := [part for part, found in cut.items() if not len(found)]:
         raise MELoRAError(f"the text is too short: no window of {WINDOW} tokens to {' and to '.join(short)}")
     generator = torch.Generator().manual_seed(0)
-    for part in ("held_out", "choice"):
+    for part in ("held out", "choice"):
         order = torch.randperm(len(cut[part]), generator=generator)
         cut[part] = cut[part][order[:NUM_HELD_OUT]].contiguous()
     return cut

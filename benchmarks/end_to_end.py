@@ -1,0 +1,193 @@
+"""What does a user get, from the base model to a merged graph that is served: here, and with PEFT and optimum-onnx?
+
+MRPC on MiniLM-L6, `query` and `value`, two epochs; stories on SmolLM2-135M, `q_proj` and `v_proj`. Each side trains in
+a process of its own, in the same loop with the same batches, then exports by the command that its users type:
+`optimum-cli export onnx` of PEFT's merged model, in an environment of its own (see `peers`), or `melora-fx export`.
+Each round does so for every side, in another order and with another seed; ratios are of a round, and their median is
+shown.
+Then ONNX Runtime runs the last round's graphs in turn, in one process, plain sessions, one thread.
+
+What a round has measured is kept in --cache: a run that was stopped goes on. Writes end_to_end.csv and end_to_end.md.
+--quick takes tiny models and, for optimum-onnx, transformers' exporter.
+"""
+
+import functools
+import json
+import random
+import shutil
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertModel, LlamaForCausalLM
+
+from exporters.measuring.tables import markdown_table
+
+from .cases import Case, Row, run_apart, run_cases
+from .checkout import source_digest
+from .end_to_end_cells import PEFT_SIDE, SHAPES, SIDES, STORIES, Side, Story
+from .end_to_end_graphs import export, graph_of, latencies_of, quality_of
+from .kept import digest, once
+from .models import load_smollm2, minilm_folder
+from .needs import MINILM, SMOLLM2
+from .random_models import llama_config
+from .stories import why_no_text
+from .studies.glue import TASKS, load
+from .studies.runs import ONE_THREAD
+
+
+def run(options: Namespace) -> int:
+    torch.set_num_threads(1)
+    why = {
+        "MRPC": _why_no_mrpc(options.glue) or ("" if options.quick else MINILM.why_missing(options.cache)),
+        "stories": why_no_text(options.text) or ("" if options.quick else SMOLLM2.why_missing(options.cache)),
+    }
+    cases = [
+        Case(
+            f"{story.name}, {'tiny' if options.quick else story.model}",
+            functools.partial(measure, options, story),
+            why[story.name],
+        )
+        for story in STORIES
+    ]
+    return run_cases(options, cases, settings=f"rounds {options.rounds}", write_report=write_report)
+
+
+def _why_no_mrpc(glue: Path) -> str:
+    missing = [name for name in TASKS["MRPC"].files if not (glue / "mrpc" / name).is_file()]
+    return f"`{glue / 'mrpc' / missing[0]}` is not there: --glue takes a folder with GLUE's mrpc" if missing else ""
+
+
+def measure(options: Namespace, story: Story) -> list[Row]:
+    """The rows of a story, one a side."""
+    work = options.cache / f"end-to-end-{digest(story.name, str(options.quick), source_digest())}"
+    if options.again:
+        shutil.rmtree(work, ignore_errors=True)
+    base = _base(options, story)
+    rounds = []
+    for index in range(options.rounds):
+        sides = list(SIDES)
+        random.Random(index).shuffle(sides)
+        done = {side.name: _round(options, story, side, index, base, work) for side in sides}
+        rounds.append({side.name: done[side.name] for side in SIDES})
+    last = {side.name: graph_of(_folder(work, side, options.rounds - 1) / "graph") for side in SIDES}
+    latencies = {name: latencies_of(last, shape, options.seconds) for name, shape in SHAPES.items()}
+    return [_row(story, side.name, rounds, latencies) for side in SIDES]
+
+
+def _base(options: Namespace, story: Story) -> Path:
+    """The folder of the base model."""
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        if not options.quick:
+            model, tokenizer = load_smollm2()
+            tokenizer.save_pretrained(folder)
+        elif story.name == "MRPC":
+            model = BertModel(load(2, quick=True)[0].config)
+        else:
+            model = LlamaForCausalLM(llama_config(64, 128, 2, 4, vocab_size=256))
+        model.save_pretrained(folder)
+
+    if story.name == "MRPC" and not options.quick:
+        return minilm_folder()
+    return once(options.cache / f"end-to-end-{'tiny' if options.quick else 'smollm2'}-{story.name}", make)
+
+
+def _folder(work: Path, side: Side, index: int) -> Path:
+    return work / f"{side.name} {index}"
+
+
+def _round(options: Namespace, story: Story, side: Side, index: int, base: Path, work: Path) -> dict[str, float]:
+    """What a side took and gave, the graph included; read where an earlier run has measured it."""
+    folder = _folder(work, side, index)
+    if (folder / "found.json").is_file():
+        return json.loads((folder / "found.json").read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    print(f"    round {index + 1}: {side.name} …", flush=True)
+    job = {
+        **{"case": story.name, "arm": list(side.arm), "compiled": side.compiled, "seed": index, "model": str(base)},
+        **{"targets": story.targets, "learning_rate": story.learning_rate, "out": str(folder), "quick": options.quick},
+        **{"data": str(options.glue / "mrpc" if story.name == "MRPC" else options.text), "epochs": options.epochs},
+        "size": min(story.size, 32 if story.name == "MRPC" else 4) if options.quick else story.size,
+    }
+    found = run_apart("end_to_end_process", json.dumps(job), environment=ONE_THREAD)
+    start = time.perf_counter()
+    export(options, story, side, base, folder)
+    found["export_s"] = time.perf_counter() - start + found.pop("saving_s")
+    found["total_s"] = found["training_s"] + found["export_s"]
+    found["quality"] = quality_of(options, story, base, graph_of(folder / "graph"))
+    (folder / "found.json").write_text(json.dumps(found))
+    return found
+
+
+MEASURES = ("training_s", "peak_mib", "adapter_kib", "export_s")
+
+
+def _row(
+    story: Story, side: str, rounds: Sequence[Mapping[str, Row]], latencies: Mapping[str, Mapping[str, float]]
+) -> Row:
+    """Medians over the rounds, each with the median ratio to PEFT's of the same round."""
+    totals = np.array([found[side]["total_s"] for found in rounds]) * 1e3
+    median, p20, p80 = np.percentile(totals, (50, 20, 80)).round(1).tolist()
+    row: Row = {"side": side, "median_ms": median, "p20_ms": p20, "p80_ms": p80, "reference": PEFT_SIDE}
+    row |= {"ratio": round(_ratio(rounds, side, "total_s"), 4), "rounds": len(rounds)}
+    for measure in MEASURES:
+        row[measure] = round(statistics.median(found[side][measure] for found in rounds), 2)
+        row[f"{measure.rpartition('_')[0]}_ratio"] = round(_ratio(rounds, side, measure), 4)
+    for shape, found in latencies.items():
+        name = shape.replace(" × ", "x")
+        row[f"ms_{name}"] = round(found[side], 3)
+        row[f"ratio_{name}"] = round(found[side] / found[PEFT_SIDE], 4)
+    row["quality"] = story.quality
+    row["quality_mean"] = round(statistics.fmean(found[side]["quality"] for found in rounds), 4)
+    row["quality_of_rounds"] = " ".join(f"{found[side]['quality']:.4f}" for found in rounds)
+    return row
+
+
+def _ratio(rounds: Sequence[Mapping[str, Row]], side: str, measure: str) -> float:
+    return statistics.median(found[side][measure] / found[PEFT_SIDE][measure] for found in rounds)
+
+
+def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
+    """Writes end_to_end.md."""
+    first = rows[0]
+    lines = [
+        "# From the base model to a served graph",
+        "",
+        f"Written by `python -m benchmarks end_to_end` on {first['time'][:10]}: {first['device']}; "
+        f"{first['versions']}; commit {first['commit'] or 'unknown'}; one thread. Medians of {first['rounds']} "
+        "rounds; in brackets, the median over the rounds of the ratio to PEFT's. Latencies of merged graphs are of one "
+        "process that runs all in turn.",
+        "",
+        *table(rows),
+        "",
+    ]
+    (folder / "end_to_end.md").write_text("\n".join(lines))
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """One line a side of each story."""
+    headings = [
+        "story",
+        "side",
+        "training, s",
+        "peak, MiB",
+        "adapter, KiB",
+        "export, s",
+        *(f"{name}, ms" for name in SHAPES),
+        "quality",
+    ]
+    lines = []
+    for row in rows:
+        cells = [f"{float(row[name]):.4g} ({float(row[name.rpartition('_')[0] + '_ratio']):.2f})" for name in MEASURES]
+        for shape in SHAPES:
+            name = shape.replace(" × ", "x")
+            cells.append(f"{float(row[f'ms_{name}']):.3g} ({float(row[f'ratio_{name}']):.2f})")
+        lines.append([row["case"], row["side"], *cells, f"{row['quality']} {float(row['quality_mean']):.3f}"])
+    return markdown_table(headings, lines, text_columns=2)

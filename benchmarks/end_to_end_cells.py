@@ -1,0 +1,43 @@
+"""What end_to_end compares: the sides, the tasks, and the sizes that graphs are timed with."""
+
+from typing import NamedTuple
+
+from .studies.runs import Arm
+
+PEFT_SIDE = "PEFT and optimum-onnx"
+
+
+class Side(NamedTuple):
+    """How a user goes about it."""
+
+    name: str
+    arm: Arm
+    compiled: bool = False
+
+
+SIDES = (
+    Side(PEFT_SIDE, Arm("LoRA 8", "LoRA", 8)),
+    Side("ours, 8 blocks of rank 8", Arm("MELoRA 8×8", "MELoRA", 8, 8)),
+    Side("ours, 8 blocks of rank 8, compiled", Arm("MELoRA 8×8", "MELoRA", 8, 8), compiled=True),
+    Side("ours, 8 blocks of rank 1", Arm("MELoRA 8×1", "MELoRA", 1, 8)),
+)
+"""The first three train as many parameters."""
+
+
+class Story(NamedTuple):
+    """A task. `size`: examples of an epoch, or steps. `quality`: what the served graph is scored by."""
+
+    name: str
+    model: str
+    targets: tuple[str, ...]
+    task: str
+    size: int
+    learning_rate: float
+    quality: str
+
+
+STORIES = (
+    Story("MRPC", "MiniLM-L6", ("query", "value"), "text-classification", 4000, 4e-3, "accuracy"),
+    Story("stories", "SmolLM2-135M", ("q_proj", "v_proj"), "text-generation-with-past", 40, 2e-3, "held-out loss"),
+)
+SHAPES = {"1 × 32": (1, 32), "8 × 64": (8, 64)}

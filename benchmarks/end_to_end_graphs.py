@@ -1,0 +1,127 @@
+"""The graphs of end_to_end: made by a command, scored, and timed in turn."""
+
+import functools
+import statistics
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+from transformers.exporters import OnnxConfig, OnnxExporter
+
+from exporters.graph.clean import quiet
+from exporters.measuring.timing import time_in_turn
+
+from .end_to_end_cells import PEFT_SIDE, Side, Story
+from .end_to_end_process import byte_tokens
+from .kept import run_offline
+from .peers_graphs import environment_python
+from .stories import read_windows
+from .studies.glue import TASKS, collate, load, read, score
+from .studies.runs import ONE_THREAD
+
+
+def export(options: Namespace, story: Story, side: Side, base: Path, folder: Path) -> None:
+    """As a user does: a command, in a process of its own; with --quick transformers' exporter here."""
+    out = folder / "graph"
+    if side.name != PEFT_SIDE:
+        command = [sys.executable, "-m", "exporters.cli", "export", str(base), str(folder / "adapter"), "-o", str(out)]
+        run_offline([*command, "--target", "ort-cpu", "--no-verify"], Path(__file__).parents[1], ONE_THREAD)
+    elif options.quick:
+        _export_by_transformers(folder / "merged", out)
+    else:
+        python = environment_python(options.cache / "peers-environment")
+        if story.name == "stories":
+            AutoTokenizer.from_pretrained(base).save_pretrained(folder / "merged")
+        command = [str(python.with_name("optimum-cli")), "export", "onnx", "--model", str(folder / "merged")]
+        run_offline([*command, "--task", story.task, str(out)], folder, ONE_THREAD)
+
+
+def _export_by_transformers(model_folder: Path, out: Path) -> None:
+    config = AutoConfig.from_pretrained(model_folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(model_folder).eval()
+    model.config.use_cache = False
+    ids = torch.full((2, 16), 5)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    shapes = {name: dict.fromkeys((0, 1), torch.export.Dim.AUTO) for name in inputs}
+    with quiet():
+        exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic_shapes=shapes))
+    out.mkdir()
+    onnx_ir.save(exported.program, out / "model.onnx", external_data="model.onnx.data")
+
+
+def graph_of(folder: Path) -> Path:
+    """The graph in an exported folder."""
+    return next(folder.glob("*.onnx"))
+
+
+class Graph:
+    """A plain session with one thread, given token ids alone."""
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def feed(self, ids: np.ndarray, mask: np.ndarray | None = None, types: np.ndarray | None = None) -> dict[str, Any]:
+        """What the graph takes for token ids (batch, length); its cache is empty."""
+        batch, length = ids.shape
+        known = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids) if mask is None else mask,
+            "token_type_ids": np.zeros_like(ids) if types is None else types,
+            "position_ids": np.broadcast_to(np.arange(length), ids.shape).copy(),
+        }
+        found = {}
+        for value in self._session.get_inputs():
+            if value.name in known:
+                found[value.name] = known[value.name]
+            else:  # the cache: (batch, heads, past length, size of a head)
+                found[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
+        return found
+
+    def run(self, feed: Mapping[str, Any]) -> Any:
+        return self._session.run(None, feed)
+
+    def logits(self, feed: Mapping[str, Any]) -> np.ndarray:
+        return self._session.run(["logits"], feed)[0]
+
+
+def quality_of(options: Namespace, story: Story, base: Path, path: Path) -> float:
+    """Of the graph, on the validation set or on the stories that were held out."""
+    graph = Graph(path)
+    if story.name == "MRPC":
+        _, tokenize = load(2, quick=options.quick)
+        _, held_out = read(TASKS["MRPC"], options.glue / "mrpc", tokenize)
+        count = 32 if options.quick else len(held_out.labels)
+        logits = []
+        for index in range(count):
+            arrays = {name: tensor.numpy() for name, tensor in collate(held_out, [index]).items()}
+            feed = graph.feed(arrays["input_ids"], arrays["attention_mask"], arrays["token_type_ids"])
+            logits.append(graph.logits(feed))
+        return score("accuracy", np.concatenate(logits), held_out.labels[:count])
+    tokenizer: Any = byte_tokens if options.quick else AutoTokenizer.from_pretrained(base)
+    _, windows = read_windows(options.text, tokenizer)
+    losses = []
+    for window in windows[: 2 if options.quick else None].split(1):
+        logits = torch.from_numpy(graph.logits(graph.feed(window.numpy())))
+        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:]).item())
+    return statistics.fmean(losses)
+
+
+def latencies_of(paths: Mapping[str, Path], shape: tuple[int, int], seconds: float) -> dict[str, float]:
+    """Median milliseconds of each side's graph, run in turn."""
+    ids = np.random.default_rng(0).integers(3, 100, shape)
+    graphs = {name: Graph(path) for name, path in paths.items()}
+    actions = {name: functools.partial(graph.run, graph.feed(ids)) for name, graph in graphs.items()}
+    found = time_in_turn(actions, rounds=1000, max_seconds=seconds)
+    return {name: 1e3 * statistics.median(times) for name, times in found.items()}

@@ -1,0 +1,430 @@
+"""The studies of quality: intervals, which learning rate is chosen, what is done again, the text, and the sentences."""
+
+import json
+import random
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import glue_study, language_study
+from benchmarks.__main__ import main
+from benchmarks.studies import glue, language, runs, texts, training
+from benchmarks.studies.intervals import Interval, interval, mean_over, paired
+from benchmarks.studies.report import MEAN, Comparison, Study, conclusions, differences, tables, values_of
+from benchmarks.studies.runs import COLUMNS, SAME, Arm, Run, chosen_rates, train_all
+from exporters.measuring.tables import read_csv, write_csv
+from melora_fx import MELoRAError
+
+SETTINGS = "at most 9 examples"
+STUDY = Study(
+    name="a_study",
+    title="A study",
+    tasks={"A": "accuracy", "B": "accuracy"},
+    arms=["LoRA 8", "MELoRA 8×1"],
+    comparisons=(Comparison("MELoRA 8×1", "LoRA 8", "8 times fewer parameters"),),
+    choice="C",
+    unit="points",
+    factor=100,
+    digits=1,
+    higher_is_better=True,
+    differs=("It is small.",),
+)
+
+
+def rows_of(values: dict[tuple[str, str], list[float]], settings: str = SETTINGS, day: int = 1) -> list[dict[str, str]]:
+    """One row for each value, whose place is the seed."""
+    facts = {"metric": "accuracy", "epochs": "4", "learning_rate": "0.004", "parameters": "96", "seconds": "3600"}
+    facts |= {"settings": settings, "device": "a processor", "versions": "torch 2", "source": "s", "commit": "c"}
+    facts |= {"time": f"2026-11-0{day}T00:00:00"}
+    return [
+        {"task": task, "arm": arm, "seed": str(seed), "value": str(value), **facts}
+        for (task, arm), found in values.items()
+        for seed, value in enumerate(found)
+    ]
+
+
+# ---- intervals
+
+
+def test_an_interval_is_that_of_students_t() -> None:
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.7764451051977987 * np.sqrt(2.5 / 5)  # the table's 0.975 quantile for four degrees of freedom
+    assert found == pytest.approx((3.0, 3.0 - half, 3.0 + half, 5))
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert interval([0.5]) == Interval(0.5, None, None, 1)
+    assert interval([0.5]).side == 0
+
+
+@pytest.mark.parametrize(("low", "high", "side"), [(0.1, 0.3, 1), (-0.3, -0.1, -1), (-0.1, 0.3, 0), (0.0, 0.0, 0)])
+def test_side(low: float, high: float, side: int) -> None:
+    assert Interval((low + high) / 2, low, high, 5).side == side
+
+
+def test_differences_are_by_seed() -> None:
+    """Arms that move together from seed to seed are told apart by a small constant difference."""
+    first = {seed: 10.0 * seed for seed in range(5)}
+    found = paired({seed: value + 0.5 + 0.01 * (seed % 2) for seed, value in first.items()}, first)
+    assert found is not None
+    assert found.mean == pytest.approx(0.504)
+    assert found.side == 1
+    assert interval([value + 0.5 for value in first.values()]).high - 0.5 > 30, "unpaired, nothing could be said"
+
+
+def test_only_common_seeds_are_compared() -> None:
+    assert paired({0: 1.0, 1: 2.0, 7: 100.0}, {1: 1.0, 0: 0.0, 3: -100.0}) == Interval(1.0, 1.0, 1.0, 2)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_the_mean_over_tasks_is_by_seed() -> None:
+    assert mean_over([{0: 1.0, 1: 3.0}, {1: 5.0, 0: 2.0, 2: 9.0}]) == {0: 1.5, 1: 4.0}
+
+
+# ---- runs
+
+
+ARMS = (Arm("LoRA 8", "LoRA", 8), Arm("LoRA 1", "LoRA", 1), Arm("MELoRA 8×1", "MELoRA", 1, 8))
+
+
+def test_the_learning_rate_of_a_kind_has_the_best_mean_over_its_arms() -> None:
+    found = [("LoRA 8", 0.1, 1.0), ("LoRA 1", 0.1, 4.0), ("LoRA 8", 0.2, 2.0), ("LoRA 1", 0.2, 2.0)]
+    found += [("MELoRA 8×1", 0.1, 3.0), ("MELoRA 8×1", 0.2, 3.5), ("another", 0.3, 0.0)]
+    rows = [{"arm": arm, "learning_rate": str(rate), "value": str(value)} for arm, rate, value in found]
+    assert chosen_rates(rows, ARMS, min) == {"LoRA": 0.2, "MELoRA": 0.1}
+    assert chosen_rates(rows, ARMS, max) == {"LoRA": 0.1, "MELoRA": 0.2}
+
+
+def make_runs(settings: str = SETTINGS) -> list[Run]:
+    return [Run("A", arm, seed, 4, 0.004, settings, {"folder": "here"}) for arm in ARMS[:2] for seed in (0, 1)]
+
+
+def options_of(folder: Path, **others) -> Namespace:
+    return Namespace(**{"benchmark": "a_study", "out": folder, "only": "", "again": False, "quick": True} | others)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Arms and seeds in the order of their training; the second arm fails at seed 1."""
+    order: list[tuple[str, int]] = []
+
+    def run(job):
+        order.append((job["arm"][0], job["seed"]))
+        if (job["arm"][0], job["seed"]) == ("LoRA 1", 1):
+            raise MELoRAError("no memory")
+        return {"metric": "accuracy", "value": 0.5 + job["seed"], "parameters": 96, "seconds": 1.0}
+
+    monkeypatch.setattr(glue, "run", run)
+    return order
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, trained, capsys) -> None:
+    assert train_all(options_of(tmp_path), "studies.glue", make_runs()[:1]) == 0
+    assert train_all(options_of(tmp_path), "studies.glue", make_runs()) == 1, "one fails"
+    assert trained == [("LoRA 8", 0), ("LoRA 8", 1), ("LoRA 1", 0), ("LoRA 1", 1)]
+    assert "LoRA 1, 1: failed: no memory" in capsys.readouterr().out
+    rows = read_csv(tmp_path / "a_study.csv")
+    assert tuple(rows[0]) == COLUMNS
+    assert [(row["arm"], row["seed"], row["value"]) for row in rows] == [
+        ("LoRA 8", "0", "0.5"),
+        ("LoRA 8", "1", "1.5"),
+        ("LoRA 1", "0", "0.5"),
+    ]
+    trained.clear()
+    assert train_all(options_of(tmp_path), "studies.glue", make_runs()) == 1
+    assert trained == [("LoRA 1", 1)], "what failed is tried again, and nothing else"
+
+
+def test_other_settings_are_other_runs_and_again_replaces(tmp_path: Path, trained) -> None:
+    first = make_runs()[:1]
+    train_all(options_of(tmp_path), "studies.glue", first)
+    train_all(options_of(tmp_path), "studies.glue", make_runs("other")[:1])
+    train_all(options_of(tmp_path, again=True), "studies.glue", first)
+    assert len(trained) == 3
+    assert sorted(row["settings"] for row in read_csv(tmp_path / "a_study.csv")) == [SETTINGS, "other"]
+
+
+def test_only_takes_tasks_and_arms_by_a_part_of_their_name(tmp_path: Path, trained, capsys) -> None:
+    assert train_all(options_of(tmp_path, only="LoRA 8"), "studies.glue", make_runs()) == 0
+    assert trained == [("LoRA 8", 0), ("LoRA 8", 1)]
+    assert train_all(options_of(tmp_path, only="QNLI"), "studies.glue", make_runs()) == 2
+    assert "QNLI" in capsys.readouterr().out
+
+
+def test_the_key_of_a_run_is_that_of_its_row(tmp_path: Path, trained) -> None:
+    run = make_runs()[0]
+    train_all(options_of(tmp_path), "studies.glue", [run])
+    row = read_csv(tmp_path / "a_study.csv")[0]
+    assert runs.key_of(row) == run.key
+    assert dict(zip(SAME, run.key, strict=True))["learning_rate"] == "0.004"
+
+
+def test_a_job_is_json() -> None:
+    job = json.loads(json.dumps(make_runs()[0].job))
+    assert Arm(*job["arm"]) == ARMS[0]
+    assert (job["task"], job["seed"], job["learning_rate"], job["folder"]) == ("A", 0, 0.004, "here")
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("arm", [Arm("LoRA 2", "LoRA", 2), Arm("MELoRA 4×2", "MELoRA", 2, 4)], ids=lambda arm: arm.kind)
+def test_both_libraries_train_the_same(arm: Arm) -> None:
+    """Two sites a layer of two layers, 32 → 32; equal counts at equal rank of a block; the base and the pooler rest."""
+    torch.manual_seed(0)
+    model, tokenize = glue.load(2, quick=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = training.add_adapter(model, arm, glue.TARGETS, glue.HEAD)
+    assert training.num_adapter_parameters(adapted, glue.HEAD) == 4 * (32 + 32) * 2
+    examples = glue.Examples([tokenize(f"text {index}") for index in range(32)], [index % 2 for index in range(32)])
+    seconds = training.train(adapted, glue.batches(examples, 3, 0), 6, 0.01)
+    assert seconds > 0
+    changed = {
+        name for name, value in adapted.named_parameters() if not value.requires_grad and not _is_in(value, before)
+    }
+    assert not changed, "what is frozen stays"
+    trained = {name for name, value in adapted.named_parameters() if value.requires_grad}
+    assert sum("classifier" in name for name in trained) == 2
+    assert all("classifier" in name or "lora" in name.lower() for name in trained)
+
+
+def _is_in(value: torch.Tensor, before: dict[str, torch.Tensor]) -> bool:
+    return any(value.shape == other.shape and torch.equal(value, other) for other in before.values())
+
+
+def test_the_learning_rate_rises_and_falls_to_zero() -> None:
+    model = torch.nn.Linear(1, 1)
+    seen = []
+
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = model
+
+        def forward(self, x):
+            return Namespace(loss=self.linear(x).sum())
+
+    step = torch.optim.AdamW.step
+    adapted = Loss()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.optim.AdamW,
+            "step",
+            lambda self, *args: (seen.append(self.param_groups[0]["lr"]), step(self, *args)),
+        )
+        training.train(adapted, [{"x": torch.ones(1, 1)}] * 100, 100, 1.0)
+    assert seen[0] == pytest.approx(1 / 6)
+    assert max(seen) == seen[5] == pytest.approx(1.0)
+    assert seen[-1] == pytest.approx(1 / 94)
+
+
+# ---- GLUE
+
+
+def test_every_arm_sees_the_same_batches() -> None:
+    examples = glue.Examples(
+        [([number] * (1 + number % 7), [0] * (1 + number % 7)) for number in range(300)], [0] * 300
+    )
+    first, second, other = ([batch["input_ids"] for batch in glue.batches(examples, 2, seed)] for seed in (3, 3, 4))
+    assert len(first) == 2 * -(-300 // glue.BATCH)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    assert not all(one.shape == two.shape and torch.equal(one, two) for one, two in zip(first, other, strict=True))
+    epoch = torch.cat([batch[:, 0] for batch in first[: len(first) // 2]])
+    assert sorted(epoch.tolist()) == list(range(300)), "each example once an epoch"
+
+
+def test_batches_are_padded_behind() -> None:
+    found = glue.collate(glue.Examples([([5, 6], [0, 1]), ([7], [1])], [1.5, 2.0]), [0, 1])
+    assert found["input_ids"].tolist() == [[5, 6], [7, 0]]
+    assert found["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert found["token_type_ids"].tolist() == [[0, 1], [1, 0]]
+    assert found["labels"].tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "predicted", "labels", "value"),
+    [
+        ("accuracy", [[1, 0], [0, 1], [0, 1], [0, 1]], [0, 1, 1, 0], 0.75),
+        ("Matthews", [[1, 0], [0, 1], [0, 1], [1, 0]], [0, 1, 1, 0], 1.0),
+        ("Matthews", [[0, 1], [1, 0], [1, 0], [0, 1]], [0, 1, 1, 0], -1.0),
+        ("Pearson", [[1.0], [2.0], [3.0]], [2.0, 4.0, 6.0], 1.0),
+        ("cross-entropy", [[0.0, 0.0]], [1], np.log(2)),
+    ],
+)
+def test_score(metric: str, predicted: list[list[float]], labels: list[float], value: float) -> None:
+    assert glue.score(metric, np.array(predicted, dtype=np.float32), labels) == pytest.approx(value)
+
+
+def write_glue(folder: Path, count: int = 24) -> None:
+    """Files as GLUE and SNIPS have them, with quotation marks that are no quoting."""
+    for name, task in glue.TASKS.items():
+        place = folder / ("snips" if name == "SNIPS" else f"glue/{task.folder}")
+        place.mkdir(parents=True)
+        generator = random.Random(name)
+        for file in task.files:
+            lines = ["\t".join([*task.columns, "label"])]
+            for index in range(count):
+                label = f"{generator.uniform(0, 5):.3f}" if task.is_regression else ("yes", "no", "maybe")[index % 2]
+                words = [f'the "{generator.choice("abc")}' for _ in task.columns]
+                lines.append("\t".join([*words, label]))
+            (place / file).write_text("\n".join(lines) + "\n")
+
+
+def test_read_takes_labels_in_one_order(tmp_path: Path) -> None:
+    write_glue(tmp_path)
+    examples, held_out = glue.read(glue.TASKS["RTE"], tmp_path / "glue/rte", lambda *texts: (list(texts), []))
+    assert set(examples.labels) == set(held_out.labels) == {0, 1}
+    assert examples.labels[0] == 1, "no, yes"
+    assert examples.tokens[0][0][0].startswith('the "')
+    scores, _ = glue.read(glue.TASKS["STS-B"], tmp_path / "glue/stsb", lambda *texts: (list(texts), []))
+    assert all(isinstance(label, float) for label in scores.labels)
+
+
+def test_the_glue_study_runs_quickly(tmp_path: Path, capsys) -> None:
+    write_glue(tmp_path)
+    arguments = ["glue_study", "--quick", "--seeds", "2", "--out", str(tmp_path / "out")]
+    arguments += ["--glue", str(tmp_path / "glue"), "--snips", str(tmp_path / "snips")]
+    assert main(arguments) == 0
+    rows = read_csv(tmp_path / "out" / "glue_study.csv")
+    assert tuple(rows[0]) == COLUMNS
+    main_rows = [row for row in rows if row["task"] != "SNIPS"]
+    assert len(main_rows) == len({(row["task"], row["arm"], row["seed"]) for row in main_rows}) == 4 * 4 * 2
+    assert {row["parameters"] for row in main_rows if row["arm"] in ("MELoRA 8×1", "LoRA 1")} == {"256"}
+    assert {row["parameters"] for row in main_rows if row["arm"] in ("MELoRA 8×8", "LoRA 8")} == {"2048"}
+    report = (tmp_path / "out" / "glue_study.md").read_text()
+    assert "MELoRA 8×1 against LoRA 8 (8 times fewer parameters, equal rank): " in report
+    assert (tmp_path / "out" / "glue_study.png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "32 of 32 runs have a row" in capsys.readouterr().out
+
+
+def test_without_glue_it_says_where_glue_comes_from(tmp_path: Path, capsys) -> None:
+    assert main(["glue_study", "--quick", "--glue", str(tmp_path), "--out", str(tmp_path / "out")]) == 3
+    said = capsys.readouterr().err
+    assert str(tmp_path / "rte" / "train.tsv") in said
+    assert "gluebenchmark.com" in said
+    assert not (tmp_path / "out").exists()
+
+
+# ---- text
+
+
+def test_documents_hold_no_paragraph_twice(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("\n".join(["one", "two", "one", "three"] * 50 + ["four"] * 3))
+    documents = texts.read_documents(str(tmp_path / "text"))
+    assert "\n".join(documents.values()).split("\n") == ["one", "two", "three", "four"]
+
+
+def test_windows_are_of_documents_of_their_own() -> None:
+    documents = {f"{index:03}": chr(index) * (3 * texts.WINDOW + 7) for index in range(100)}
+    cut = texts.windows(documents, lambda text: [ord(letter) for letter in text])
+    assert {name: len(found) for name, found in cut.items()} == {"held out": 15, "choice": 15, "train": 270}
+    assert all((found == found[:, :1]).all() for found in cut.values()), "no window spans two documents"
+    seen = {name: set(found.flatten().tolist()) for name, found in cut.items()}
+    assert not seen["train"] & seen["held out"]
+    assert not seen["train"] & seen["choice"]
+    assert not seen["choice"] & seen["held out"]
+
+
+def test_a_text_that_is_too_short_is_refused() -> None:
+    with pytest.raises(MELoRAError, match="too short"):
+        texts.windows({"a": "x" * 200, "b": "x" * 200}, lambda text: [1] * len(text))
+
+
+def test_botocore_is_prose() -> None:
+    pytest.importorskip("botocore", reason="the text of the study: pip install botocore")
+    documents = texts.read_documents(texts.BOTOCORE)
+    assert len(documents) > 400
+    paragraphs = "\n".join(documents.values()).split("\n")
+    assert len(set(paragraphs)) == len(paragraphs)
+    assert min(map(len, paragraphs)) >= texts.SHORTEST
+    assert not any("<p>" in paragraph or "&amp;" in paragraph for paragraph in paragraphs)
+    assert sum(map(len, paragraphs)) > 4e6, "a million tokens and more"
+
+
+def test_batches_of_language_share_no_window() -> None:
+    windows = torch.arange(64, dtype=torch.int32).view(64, 1)
+    first, second = (list(language.batches(windows, 8, seed)) for seed in (0, 0))
+    ids = torch.cat([batch["input_ids"] for batch in first])
+    assert sorted(ids.flatten().tolist()) == list(range(64))
+    assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(first, second, strict=True))
+    assert len(list(language.batches(windows[:3], 8, 0))) == 8, "a short text is gone through again"
+
+
+def test_the_language_study_runs_quickly(tmp_path: Path) -> None:
+    arguments = ["language_study", "--quick", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    assert main(arguments) == 0
+    rows = read_csv(tmp_path / "out" / "language_study.csv")
+    assert tuple(rows[0]) == COLUMNS
+    found = {row["arm"]: row for row in rows if row["task"] == language_study.TASK and row["seed"] == "0"}
+    assert list(found) == ["none", "LoRA 36", "MELoRA 36×1", "LoRA 8", "MELoRA 8×1", "LoRA 1"]
+    parameters = {arm: int(row["parameters"]) for arm, row in found.items()}
+    assert parameters["LoRA 36"] == 36 * parameters["MELoRA 36×1"]
+    assert parameters["LoRA 8"] == 8 * parameters["MELoRA 8×1"]
+    assert float(found["LoRA 36"]["value"]) < float(found["none"]["value"]), "it learns"
+    assert "none" in (tmp_path / "out" / "language_study.md").read_text()
+
+
+def test_36_divides_the_features_of_the_targets_alone() -> None:
+    """SmolLM2-135M's shapes: hidden 576, 192 keys, 1536 inside."""
+    assert 576 % 36 == 0
+    assert 192 % 36 != 0 != 1536 % 36
+    assert language.TARGETS == ("q_proj", "o_proj")
+
+
+# ---- report
+
+
+def test_conclusions_say_what_the_intervals_allow() -> None:
+    steady = [0.70, 0.72, 0.74, 0.71, 0.73]
+    rows = rows_of(
+        {
+            ("A", "LoRA 8"): steady,
+            ("A", "MELoRA 8×1"): [value - 0.02 + 0.001 * (seed % 2) for seed, value in enumerate(steady)],
+            ("B", "LoRA 8"): steady,
+            ("B", "MELoRA 8×1"): [0.74, 0.70, 0.73, 0.72, 0.71],
+        }
+    )
+    found = differences(STUDY, rows)[STUDY.comparisons[0]]
+    assert found["A"].side == -1
+    assert found["B"].side == 0
+    line = conclusions(STUDY, rows)[0]
+    assert line.startswith("* MELoRA 8×1 against LoRA 8 (8 times fewer parameters): worse on A (-2.0 (")
+    assert "not told apart on B" in line
+    assert "better" not in line
+    lower = STUDY._replace(higher_is_better=False)
+    assert ": better on A (-2.0 (" in conclusions(lower, rows)[0]
+
+
+def test_only_the_newest_settings_are_reported() -> None:
+    old = rows_of({("A", "LoRA 8"): [0.1], ("B", "LoRA 8"): [0.1]}, settings="old", day=1)
+    new = rows_of({("A", "LoRA 8"): [0.5, 0.7]}, day=2)
+    assert values_of(STUDY, [*old, *new]) == {"A": {"LoRA 8": {0: 50.0, 1: 70.0}}}
+
+
+def test_tables_hold_what_is_there() -> None:
+    """Of a study that is under way: no mean over tasks of an arm that lacks one, no difference without a pair."""
+    rows = rows_of({("A", "LoRA 8"): [0.5, 0.7], ("A", "MELoRA 8×1"): [0.6], ("B", "LoRA 8"): [0.5, 0.5]})
+    lines = tables(STUDY, rows)
+    assert f"| arm | parameters | A, accuracy | B, accuracy | {MEAN} |" in lines
+    assert any(line.startswith("| LoRA 8 | 96 | 60.0 (") and line.endswith(" |") for line in lines)
+    assert any(line.startswith("| MELoRA 8×1 | 96 | 60.0 |  |  |") for line in lines)
+    assert "| MELoRA 8×1 − LoRA 8 | 8 times fewer parameters | +10.0 |  |  |" in lines
+
+
+@pytest.mark.parametrize("study", [glue_study.STUDY, language_study.STUDY], ids=lambda study: study.name)
+def test_the_committed_report_is_that_of_the_committed_rows(study: Study, tmp_path: Path) -> None:
+    results = Path(glue_study.__file__).parent / "results"
+    rows = read_csv(results / f"{study.name}.csv")
+    write_csv(rows, COLUMNS, tmp_path / f"{study.name}.csv")
+    assert main([study.name, "--report-only", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / f"{study.name}.md").read_text() == (results / f"{study.name}.md").read_text()
+
+
+@pytest.mark.parametrize("study", [glue_study.STUDY, language_study.STUDY], ids=lambda study: study.name)
+def test_comparisons_are_of_arms_of_the_study(study: Study) -> None:
+    assert {arm for each in study.comparisons for arm in (each.arm, each.other)} <= set(study.arms)
