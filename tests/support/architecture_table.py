@@ -67,7 +67,9 @@ def _magnitude(error: float) -> str:
 
 
 def main() -> None:
-    print(f"""# Architectures
+    print(f"""<!-- page: PYTHONPATH=tests python -m support.architecture_table > docs/ARCHITECTURES.md -->
+
+# Architectures
 
 Tiny random models, rewritten with "all-linear", rank {CONFIG.rank} and {CONFIG.num_blocks} blocks. Made by
 `PYTHONPATH=tests python -m support.architecture_table > docs/ARCHITECTURES.md` with torch {_TORCH} and

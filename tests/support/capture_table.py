@@ -77,7 +77,7 @@ def documented(table: str) -> list[Row]:
 
 
 def _start(table: str) -> str:
-    return f"<!-- {table} -->"
+    return f"<!-- {table}: PYTHONPATH=tests python -m support.capture_table -->"
 
 
 def _end(table: str) -> str:

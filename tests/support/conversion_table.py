@@ -42,7 +42,7 @@ from support.travelling import CASES, UNEVEN, Case, assert_same_blocks, logits_o
 from support.vllm_runs import read_by_vllm
 
 PAGE = Path(__file__).parents[2] / "docs" / "ADAPTERS.md"
-_START = "<!-- table -->"
+_START = "<!-- table: PYTHONPATH=tests python -m support.conversion_table -->"
 _END = "<!-- end of table -->"
 _PROMPTS = [[1, 5, 9, 60, 33, 70, 12], [1, 80]]
 _PACKED = {

@@ -71,7 +71,9 @@ def main() -> None:
         f"{name} {importlib.metadata.version(name).split('+')[0]}"
         for name in ("torch", "transformers", "accelerate", "trl", "torchao", "bitsandbytes")
     )
-    print(f"""# Situations
+    print(f"""<!-- page: PYTHONPATH=tests python -m support.situation_table > docs/SITUATIONS.md -->
+
+# Situations
 
 What people do with a model, done with a rewritten one. Each row is what its tests assert; made by
 `PYTHONPATH=tests python -m support.situation_table > docs/SITUATIONS.md`, which runs them, on a CPU, with
