@@ -17,12 +17,14 @@ stories        a text that decoders learn from, and the training
 step_cost      a training step: its time, what its backward keeps, its peak memory
 train_cells, train_sides, train_report      parts of train_step
 spread, traffic, processes_cell      parts of processes
-scale_model, scale_page      a paper model of several GPUs, and the tables of docs/SCALE.md
+scale_model    a paper model of several GPUs
+report_rows    rows of what `melora-fx demo` and `melora-fx train` reported
 end_to_end_cells, end_to_end_graphs, end_to_end_process      parts of end_to_end
 fold_sides     ways to merge an adapter into a folder
 latency_cells, latency_report               parts of latency
 peers_environment, peers_graphs, peers_process, peers_report      parts of peers
 decoding_cells, decoding_graphs, decoding_process, decoding_report      parts of decoding
 
-`studies/` holds the parts of glue_study and language_study. `gpu/` holds what is run on a machine with a GPU.
+`studies/` holds the parts of glue_study and language_study. `gpu/` holds what is run on a machine with a GPU. `pages/`
+makes the figures of README.md and docs/ of the CSV files.
 """

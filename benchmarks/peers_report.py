@@ -42,7 +42,7 @@ def _by_model(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Row]]]:
 
 
 def overview(rows: Sequence[Row]) -> list[str]:
-    """The short table, as in docs/EXPORT.md: a line for each shape of a model, then the geometric means over them."""
+    """The short table, which docs/EXPORT.md has too: a line for each shape of a model, then the geometric means."""
     return _overview(_by_model(rows))
 
 

@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.checkout import ROOT
 from benchmarks.peers import rows_of
 from benchmarks.peers_graphs import MERGED, OURS, PLAIN, SETTINGS, Setting
-from benchmarks.peers_report import GOALS, overview, write_report
-from exporters.measuring.tables import read_csv
+from benchmarks.peers_report import GOALS, write_report
 
 ORIGIN = {"device": "CPU", "versions": "torch 2", "time": "2026-11-28T00:00:00+00:00"}
 
@@ -67,8 +65,3 @@ def test_the_report(tmp_path: Path) -> None:
     assert "0.945; **1.050**" in swap, f"the goal is {GOALS['swap idle all-linear']}"
     assert "geometric mean: 0.946 of the fastest peer, 0.946 of optimum-onnx's plain export" in text
     assert (tmp_path / f"peers-{setting.model.lower()}.png").stat().st_size > 10_000
-
-
-def test_the_page_has_the_committed_numbers() -> None:
-    lines = overview(read_csv(ROOT / "benchmarks" / "results" / "peers.csv"))
-    assert "\n".join(lines) in (ROOT / "docs" / "EXPORT.md").read_text()

@@ -41,7 +41,7 @@ VARIANTS = (
     ("tensorrt", "fp32"),
     ("tensorrt", "fp16"),
 )
-_START = "<!-- table -->"
+_START = "<!-- table: PYTHONPATH=tests python -m support.export_table -->"
 _END = "<!-- end of table -->"
 _COLUMNS = (
     "model",

@@ -1,0 +1,14 @@
+"""The figures of README.md and docs/, made of the CSV files in results/: `python -m benchmarks.pages` writes them anew.
+
+A page has them between two comments, `<!-- figures NAME: python -m benchmarks.pages -->` and `<!-- end -->`; a test
+makes all of them again and compares.
+
+blocks         the list: page, name, CSV file, and the function that makes the lines
+block          an entry of it, and a page with its blocks written anew
+words          what their sentences are made of: machines, versions, ranges, durations
+training       training steps, experts, swaps of adapters, rewriting
+folding        folds
+inference      exported graphs
+commands       what `melora-fx demo` and `melora-fx train` reported
+spread         several processes, and the paper model
+"""

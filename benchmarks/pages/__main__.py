@@ -1,0 +1,18 @@
+"""`python -m benchmarks.pages`: writes every block of README.md and docs/ anew."""
+
+from benchmarks.checkout import ROOT
+
+from .block import lines_of, with_blocks
+from .blocks import BLOCKS
+
+
+def main() -> None:
+    for page in dict.fromkeys(block.page for block in BLOCKS):
+        path = ROOT / page
+        made = {block.name: lines_of(block) for block in BLOCKS if block.page == page}
+        path.write_text(with_blocks(path.read_text(), made))
+        print(f"{page}: {', '.join(made)}")
+
+
+if __name__ == "__main__":
+    main()

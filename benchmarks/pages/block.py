@@ -1,0 +1,71 @@
+"""A block of a page: where it stands, and the CSV file and the function that its lines are made of."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.checkout import ROOT
+from exporters.measuring.tables import read_csv
+
+Row = Mapping[str, str]
+Rows = Sequence[Row]
+RESULTS = ROOT / "benchmarks" / "results"
+END = "<!-- end -->"
+_BLOCK = re.compile(rf"(<!-- figures (\S+): python -m benchmarks\.pages -->\n)(.*?)^{END}$", re.DOTALL | re.MULTILINE)
+_BEGINNING = "<!-- figures "
+
+
+class Block(NamedTuple):
+    """An entry of the list.
+
+    Attributes:
+        page: path in the checkout.
+        name: in the page's comment; each page has its own.
+        csv: the file in benchmarks/results, without its ending; empty for what is computed without one.
+        write: gives the lines of its rows.
+    """
+
+    page: str
+    name: str
+    csv: str
+    write: Callable[[Rows], list[str]]
+
+
+def lines_of(block: Block) -> list[str]:
+    """The lines as the committed rows make them.
+
+    Raises:
+        ValueError: where there are no rows.
+    """
+    rows = read_csv(RESULTS / f"{block.csv}.csv") if block.csv else []
+    if block.csv and not rows:
+        raise ValueError(f"`{block.name}` of {block.page}: no rows in benchmarks/results/{block.csv}.csv")
+    return block.write(rows)
+
+
+def blocks_in(page: str) -> dict[str, list[str]]:
+    """The lines of each block in the text of a page, by name.
+
+    Raises:
+        ValueError: for a block without an end, and for two of one name.
+    """
+    names = [name for _, name, _ in _BLOCK.findall(page)]
+    if page.count(_BEGINNING) != len(set(names)) or any(_BEGINNING in lines for _, _, lines in _BLOCK.findall(page)):
+        raise ValueError(f"a block without `{END}`, with another comment before it, or twice: {', '.join(names)}")
+    return {name: lines.splitlines() for _, name, lines in _BLOCK.findall(page)}
+
+
+def with_blocks(page: str, made: Mapping[str, Sequence[str]]) -> str:
+    """The text of a page with these lines in its blocks.
+
+    Raises:
+        ValueError: where the page has other blocks than `made`, and as `blocks_in`.
+    """
+    if other := set(blocks_in(page)) ^ set(made):
+        raise ValueError(f"in the page or in the list alone: {', '.join(sorted(other))}")
+    return _BLOCK.sub(lambda found: found[1] + "".join(f"{line}\n" for line in made[found[2]]) + END, page)
+
+
+def without_blocks(page: str) -> str:
+    """The text of a page, its blocks left out."""
+    return _BLOCK.sub("", page)

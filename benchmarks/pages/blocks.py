@@ -1,0 +1,29 @@
+"""The list of all blocks."""
+
+from . import commands, folding, inference, spread, training
+from .block import Block
+
+README, EXPORT, FOLD = "README.md", "docs/EXPORT.md", "docs/FOLD.md"
+SCALE, TRAINING = "docs/SCALE.md", "docs/TRAINING.md"
+
+BLOCKS = (
+    Block(README, "demo", "demo", commands.demo),
+    Block(README, "steps", "train_step", training.steps),
+    Block(README, "backward", "train_step", training.kept_for_backward),
+    Block(README, "folds", "fold_speed", folding.short),
+    Block(README, "peers", "peers", inference.peers_in_short),
+    Block(README, "latency", "latency", inference.latency),
+    Block(README, "tokens", "decoding", inference.decoding),
+    Block(README, "rewriting", "rewrite_speed", training.rewriting),
+    Block(EXPORT, "texts", "generation", inference.texts),
+    Block(EXPORT, "peers", "peers", inference.peers),
+    Block(FOLD, "rounding", "fold_rounding", folding.rounding),
+    Block(FOLD, "folds", "fold_speed", folding.table),
+    Block(SCALE, "measured", "processes", spread.measured),
+    Block(SCALE, "on-paper", "", spread.on_paper),
+    Block(TRAINING, "experts", "experts", training.experts),
+    Block(TRAINING, "train-command", "train_command", commands.train),
+    Block(TRAINING, "swaps", "swap_speed", training.swaps),
+    Block(TRAINING, "allocators", "train_step", training.allocators),
+)
+"""One more is a line here, its function, and the two comments in the page."""

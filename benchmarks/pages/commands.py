@@ -1,0 +1,68 @@
+"""Blocks about what `melora-fx demo` and `melora-fx train` reported: of demo.csv and train_command.csv."""
+
+from benchmarks.report_rows import EPOCH, FOLDED, LORA, MAJORITY
+from exporters.measuring.tables import markdown_table
+
+from .block import Row, Rows
+from .words import listed, machine, number, origin, paragraph, per_cent
+
+_TIMED = {"merged": "onnx merged", "unmerged": "onnx unmerged", "torch eager": "torch eager"}
+
+
+def demo(rows: Rows) -> list[str]:
+    """The README's table."""
+    sides = {row["side"]: row for row in rows}
+    epochs = _epochs(rows)
+    last = list(epochs.values())[-1]
+    before, after = _accuracy(epochs["0"]), f"{_accuracy(last)} after {list(epochs)[-1]} epochs"
+    timed = {name: sides[side] for name, side in _TIMED.items()}
+    graphs = [timed["merged"], timed["unmerged"]]
+    ratios = [f"{name} {number(row, 'ratio'):.2f}" for name, row in timed.items()]
+    table = [
+        ["held-out accuracy", f"{before} before, {after} (majority baseline {_accuracy(sides[MAJORITY])})"],
+        [
+            "trainable parameters",
+            f"{int(last['parameters']):,} with the head; the adapters of a LoRA of equal rank alone: "
+            f"{int(sides[LORA]['adapter_parameters']):,}",
+        ],
+        ["folded against unfolded", f"max abs error {_error(sides[FOLDED])} on logits"],
+        [
+            "merged / unmerged ONNX against torch",
+            f"{' / '.join(map(_error, graphs))}; the same label on {per_cent(number(graphs[0], 'same_labels'))} of "
+            "held-out texts",
+        ],
+        ["latency over the base graph's", f"{listed(ratios)}, one thread, 8 × 21 tokens"],
+    ]
+    caption = (
+        f"What one `melora-fx demo` did on {machine(rows)} (MiniLM-L6, 1,370 English utterances of 12 topics, `query` "
+        "and `value`, rank 8 × 8 blocks):"
+    )
+    return [*paragraph(caption), "", *markdown_table(["", ""], table, text_columns=2)]
+
+
+def train(rows: Rows) -> list[str]:
+    """The table of docs/TRAINING.md, and what was trained."""
+    epochs = _epochs(rows)
+    last = list(epochs.values())[-1]
+    majority = next(row for row in rows if row["side"] == MAJORITY)
+    return [
+        *markdown_table(["after epoch", *epochs], [["held-out accuracy", *map(_accuracy, epochs.values())]]),
+        "",
+        *paragraph(
+            f"Trained are {int(last['parameters']):,} values, {int(last['adapter_parameters']):,} of them in adapters; "
+            f"the majority baseline is {_accuracy(majority)}. Run on {origin(rows, 'torch', 'transformers')}."
+        ),
+    ]
+
+
+def _epochs(rows: Rows) -> dict[str, Row]:
+    """Number → row."""
+    return {row["side"].removeprefix(EPOCH): row for row in rows if row["side"].startswith(EPOCH)}
+
+
+def _accuracy(row: Row) -> str:
+    return per_cent(number(row, "accuracy"), 1)
+
+
+def _error(row: Row) -> str:
+    return f"{number(row, 'max_abs_error'):.1e}"

@@ -1,0 +1,81 @@
+"""What the sentences of blocks are made of. None of it says which side is faster: the rows may change."""
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from .block import Row, Rows
+
+WIDTH = 120
+_IN_ONE_LINE = re.compile(r"\[[^]]*\]|`[^`]*`")
+_SPACE = "\0"
+
+
+def paragraph(text: str) -> list[str]:
+    """Lines of a page's width; names of links and code stay on one line."""
+    kept = _IN_ONE_LINE.sub(lambda found: found[0].replace(" ", _SPACE), text)
+    lines = textwrap.wrap(kept, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [line.replace(_SPACE, " ") for line in lines]
+
+
+def machine(rows: Rows) -> str:
+    """What the rows were measured on."""
+    return " and ".join(dict.fromkeys(row["device"] or "a machine that was not noted" for row in rows))
+
+
+def origin(rows: Rows, *packages: str) -> str:
+    """What the rows were measured on, and with which versions of melora_fx and of further packages."""
+    texts = [text.split(" ") for row in rows for text in row["versions"].split("; ") if text]
+    found: dict[str, dict[str, None]] = {}
+    for name, version in texts:
+        found.setdefault(name, {})[version.partition("+")[0]] = None
+    versions = [f"{name} {' and '.join(found[name])}" for name in ("melora_fx", *packages) if name in found]
+    return machine(rows) + (f" ({', '.join(versions)})" if versions else "")
+
+
+def by_case(rows: Rows) -> dict[str, dict[str, Row]]:
+    """Case → side → row, in the order of the file."""
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["side"]] = row
+    return cases
+
+
+def number(row: Row, column: str) -> float:
+    return float(row[column])
+
+
+def ratio(row: Row, over: Row, column: str = "median_ms") -> float:
+    return number(row, column) / number(over, column)
+
+
+def span(values: Iterable[float], form: str) -> str:
+    """The least and the largest: "0.98 to 1.05", or one where both are written alike."""
+    found = sorted(values)
+    low, high = format(found[0], form), format(found[-1], form)
+    return low if low == high else f"{low} to {high}"
+
+
+def listed(texts: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+
+
+def duration(row: Row) -> str:
+    """The median, of three digits: milliseconds, or seconds from one on."""
+    milliseconds = number(row, "median_ms")
+    return f"{_three_digits(milliseconds)} ms" if milliseconds < 999.5 else f"{_three_digits(milliseconds / 1e3)} s"
+
+
+def times(value: float) -> str:
+    """A ratio: two decimals below ten, none from there on."""
+    return f"{value:.2f}" if value < 9.995 else f"{value:,.0f}"
+
+
+def per_cent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _three_digits(value: float) -> str:
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:,.{decimals}f}"

@@ -1,0 +1,62 @@
+"""Rows of demo.csv and train_command.csv, of the report.json that `melora-fx demo` and `melora-fx train` write:
+
+    python -m benchmarks.report_rows demo demo-output/report.json
+    python -m benchmarks.report_rows train_command trained/report.json
+
+on the machine that they ran on. benchmarks/pages/ makes tables of them.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from exporters.measuring.machine import device_name
+from exporters.measuring.tables import write_csv
+
+from .cases import COLUMNS, Row
+from .checkout import ROOT
+
+MAJORITY, EPOCH, LORA, FOLDED, BASE = "majority baseline", "epoch ", "LoRA of equal rank", "folded", "onnx base"
+"""Sides beside those that the demo timed; EPOCH begins those of the training, number 0 before it."""
+OWN_COLUMNS = ("accuracy", "parameters", "adapter_parameters", "max_abs_error", "same_labels")
+
+
+def rows_of(benchmark: str, report: Mapping[str, Any], device: str, time: str) -> list[Row]:
+    """A row for each epoch, for what it is beside, and for what the demo folded, exported and timed."""
+    sides: dict[str, Row] = {MAJORITY: {"accuracy": report["majority_baseline"]}}
+    sides |= {f"{EPOCH}{index}": {"accuracy": accuracy} for index, (_, accuracy) in enumerate(report["evaluations"])}
+    last = sides[f"{EPOCH}{len(report['evaluations']) - 1}"]
+    last |= {"parameters": report["trainable_parameters"], "adapter_parameters": report["adapter_parameters"]}
+    sides[LORA] = {"adapter_parameters": report["lora_equal_rank_parameters"]}
+    if "latency" in report:
+        sides[FOLDED] = {"max_abs_error": report["fold_max_abs_error"]}
+        sides |= {name: {**timed, "reference": BASE} for name, timed in report["latency"].items()}
+        sides["onnx unmerged"]["max_abs_error"] = report["unmerged_max_abs_error"]
+        sides["onnx merged"] |= {
+            "max_abs_error": report["merged_max_abs_error"],
+            "same_labels": report["label_agreement"],
+        }
+    arguments = report["arguments"]
+    origin = {
+        "benchmark": benchmark,
+        "case": Path(report["model"]).name,
+        "settings": f"epochs {arguments['epochs']}, rank {arguments['config']['rank']}, num_blocks "
+        f"{arguments['config']['num_blocks']}, texts {report['num_train']}, held out {report['num_held_out']}",
+        "device": device,
+        "versions": "; ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        "time": time,
+    }
+    return [dict.fromkeys(COLUMNS, "") | {"side": side, **own, **origin} for side, own in sides.items()]
+
+
+def main(benchmark: str, path: str) -> None:
+    time = datetime.fromtimestamp(Path(path).stat().st_mtime, UTC).isoformat(timespec="seconds")
+    rows = rows_of(benchmark, json.loads(Path(path).read_text(encoding="utf-8")), device_name("cpu"), time)
+    write_csv(rows, [*COLUMNS, *OWN_COLUMNS], ROOT / "benchmarks" / "results" / f"{benchmark}.csv")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
