@@ -48,7 +48,10 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
 
 def _classifier(job: dict[str, Any]) -> tuple[nn.Module, Batches, int]:
     """The model, and the batches of one epoch or more of MRPC."""
-    model, tokenize = load(2, quick=job["quick"])
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=2)
+    _, tokenize = load(2, quick=job["quick"])
     examples, _ = read(TASKS["MRPC"], Path(job["data"]), tokenize)
     taken = random.Random(job["seed"]).sample(range(len(examples.labels)), min(job["size"], len(examples.labels)))
     examples = Examples(*([part[index] for index in taken] for part in examples))

@@ -10,5 +10,6 @@ training       training steps, experts, swaps of adapters, rewriting
 folding        folds
 inference      exported graphs
 commands       what `melora-fx demo` and `melora-fx train` reported
+results        docs/RESULTS.md
 spread         several processes, and the paper model
 """

@@ -2,6 +2,7 @@
 
 from . import commands, folding, inference, spread, training
 from .block import Block
+from .results import RESULT_BLOCKS
 
 README, EXPORT, FOLD = "README.md", "docs/EXPORT.md", "docs/FOLD.md"
 SCALE, TRAINING = "docs/SCALE.md", "docs/TRAINING.md"
@@ -25,5 +26,6 @@ BLOCKS = (
     Block(TRAINING, "train-command", "train_command", commands.train),
     Block(TRAINING, "swaps", "swap_speed", training.swaps),
     Block(TRAINING, "allocators", "train_step", training.allocators),
+    *RESULT_BLOCKS,
 )
 """One more is a line here, its function, and the two comments in the page."""

@@ -16,6 +16,9 @@ from benchmarks.needs import Need
 from exporters.measuring.tables import read_csv
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
+STUDIES = ("glue_study", "language_study")
+"""They have rows of another kind, and tests of their own."""
+CASES = [name for name in NAMES if name not in STUDIES]
 RESULTS = ROOT / "benchmarks" / "results"
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -86,14 +89,18 @@ def test_all_go_on_after_one_that_fails(monkeypatch: pytest.MonkeyPatch, statuse
 
 
 def skip_where_missing(name: str, cache: Path) -> None:
-    """Skips a test of a benchmark that needs a package which is not installed."""
-    needs = next(benchmark for benchmark in BENCHMARKS if benchmark.name == name).needs
+    """Skips a test of a benchmark that needs a package which is not installed, or a file that is not there."""
+    benchmark = next(benchmark for benchmark in BENCHMARKS if benchmark.name == name)
+    glue = next((option.default for option in benchmark.options if option.name == "glue"), None)
+    if glue and not glue.is_dir():
+        pytest.skip(f"GLUE is not in {glue}")
+    needs = benchmark.needs
     if reasons := list(filter(None, (need.why_missing(cache) for need in needs))):
         pytest.skip("; ".join(reasons))
 
 
 @pytest.mark.default_cases("rewrite_speed")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_quickly(name: str, tmp_path: Path, capsys) -> None:
     skip_where_missing(name, tmp_path)
     own = ["--folder", str(tmp_path / "folder")] if name == "fold_speed" else []
@@ -113,7 +120,7 @@ def test_quickly(name: str, tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.default_cases("experts", "fold_rounding", "train_step")
-@pytest.mark.parametrize("name", [name for name in NAMES if (RESULTS / f"{name}.md").is_file()])
+@pytest.mark.parametrize("name", [name for name in CASES if (RESULTS / f"{name}.md").is_file()])
 def test_committed_reports_are_those_of_the_committed_rows(name: str, tmp_path: Path) -> None:
     skip_where_missing(name, tmp_path)
     shutil.copy(RESULTS / f"{name}.csv", tmp_path)
@@ -121,7 +128,7 @@ def test_committed_reports_are_those_of_the_committed_rows(name: str, tmp_path: 
     assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_committed_rows_have_the_common_columns(name: str) -> None:
     rows = read_csv(RESULTS / f"{name}.csv")
     assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS

@@ -1,0 +1,72 @@
+"""docs/RESULTS.md: a block for each benchmark, with its report, or a table of its rows, and its pictures."""
+
+import functools
+import re
+
+from benchmarks.__main__ import BENCHMARKS, Benchmark
+from exporters.measuring.plots import format_ms
+from exporters.measuring.tables import markdown_table
+
+from .block import RESULTS, Block, Rows
+from .words import origin, paragraph
+
+PAGE = "docs/RESULTS.md"
+_FROM_PAGE = "../benchmarks/results"
+_PICTURE = re.compile(r"!\[([^]]*)\]\(([^)]*)\)")
+
+
+def section(benchmark: Benchmark, rows: Rows) -> list[str]:
+    """The question, how to measure again, where the rows are from, all tables, and all pictures."""
+    lines = paragraph(
+        f"*{benchmark.question}* `python -m benchmarks {benchmark.name}` measures again, in some {benchmark.minutes} "
+        f"minutes; the rows are in [{benchmark.name}.csv]({_FROM_PAGE}/{benchmark.name}.csv)."
+    )
+    report = RESULTS / f"{benchmark.name}.md"
+    body = _report(report.read_text()) if report.is_file() else table(rows)
+    if not any("Written by `python -m benchmarks" in line for line in body):
+        lines += ["", *paragraph(_measured(rows))]
+    drawn = {path for line in body for _, path in _PICTURE.findall(line)}
+    pictures = [path.name for path in sorted(RESULTS.glob(f"{benchmark.name}*.png"))]
+    missing = [name for name in pictures if f"{_FROM_PAGE}/{name}" not in drawn]
+    pictures_below = [line for name in missing for line in ("", f"![{benchmark.name}]({_FROM_PAGE}/{name})")]
+    return [*lines, "", *body, *pictures_below]
+
+
+def _measured(rows: Rows) -> str:
+    days = sorted({row["time"][:10] for row in rows if row["time"]})
+    commits = sorted({row["commit"] for row in rows if row["commit"]})
+    said = f"Measured on {origin(rows, 'torch', 'transformers', 'onnxruntime', 'peft')}"
+    if days:
+        said += f", {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else "")
+    return said + (f", commit {', '.join(commits)}" if commits else "") + "."
+
+
+def _report(text: str) -> list[str]:
+    """A report below a heading of the page: without its title, headings one deeper, pictures by their place."""
+    lines = text.rstrip("\n").splitlines()[1:]
+    while lines and not lines[0]:
+        lines = lines[1:]
+    lines = [f"#{line}" if line.startswith("#") else line for line in lines]
+    return [_PICTURE.sub(rf"![\1]({_FROM_PAGE}/\2)", line) for line in lines]
+
+
+def table(rows: Rows) -> list[str]:
+    """Every row that was timed."""
+    lines = [
+        [
+            row["case"],
+            row["side"],
+            format_ms(float(row["median_ms"])),
+            f"{format_ms(float(row['p20_ms']))}–{format_ms(float(row['p80_ms']))}",
+            f"{float(row['ratio']):.3f}" if row["ratio"] else "",
+            row["reference"],
+        ]
+        for row in rows
+        if row["median_ms"]
+    ]
+    return markdown_table(["case", "side", "median, ms", "p20–p80", "ratio", "over"], lines, text_columns=2)
+
+
+RESULT_BLOCKS = tuple(
+    Block(PAGE, benchmark.name, benchmark.name, functools.partial(section, benchmark)) for benchmark in BENCHMARKS
+)
