@@ -1,0 +1,41 @@
+"""What adapters learn, and what a user gets from the base model to a served graph."""
+
+from benchmarks import glue_study, language_study
+from benchmarks.end_to_end_cells import PEFT_SIDE
+from benchmarks.studies.report import conclusions, newest
+from exporters.measuring.tables import markdown_table
+
+from .block import Rows
+from .words import by_case, machine, number, paragraph
+
+
+def studies(rows: Rows) -> list[str]:
+    """What the intervals of one study allow to say; `rows`: of either."""
+    study = next(
+        each for each in (glue_study.STUDY, language_study.STUDY) if any(row["task"] in each.tasks for row in rows)
+    )
+    seeds = len({row["seed"] for row in newest(study, rows)})
+    lead = {
+        "glue_study": f"MiniLM-L6 on {len(study.tasks)} tasks of GLUE, {seeds} seeds, differences in points:",
+        "language_study": f"SmolLM2-135M on documentation, {seeds} seeds, differences of the held-out loss in nats:",
+    }
+    return [*paragraph(lead[study.name]), "", *(line for line in conclusions(study, rows) if line.startswith("*"))]
+
+
+def end_to_end(rows: Rows) -> list[str]:
+    """One line a side that is not PEFT's: over PEFT and optimum-onnx."""
+    headings = ["", "side", "training", "memory", "adapter", "export", "1 × 32", "8 × 64", "quality, theirs → ours"]
+    names = ("training_ratio", "peak_ratio", "adapter_ratio", "export_ratio", "ratio_1x32", "ratio_8x64")
+    lines = []
+    for case, sides in by_case(rows).items():
+        theirs = number(sides[PEFT_SIDE], "quality_mean")
+        for side, row in sides.items():
+            if side != PEFT_SIDE:
+                cells = [f"{number(row, name):.2f}" for name in names]
+                quality = f"{row['quality']} {theirs:.3f} → {number(row, 'quality_mean'):.3f}"
+                lines.append([case, side.removeprefix("ours, "), *cells, quality])
+    text = (
+        "From the base model to a merged graph on ONNX Runtime, over PEFT's LoRA of rank 8 with optimum-onnx "
+        f"({machine(rows)}, one thread; [times and sizes](benchmarks/results/end_to_end.md)):"
+    )
+    return [*paragraph(text), "", *markdown_table(headings, lines, text_columns=2)]
