@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import melora_fx
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -85,6 +88,45 @@ def test_smollm2_stories(tmp_path: Path) -> None:
     assert report["loss_after"] < report["loss_before"]
     assert report["text_folded"] == report["text_after"] != report["text_before"]
     assert report["adapter_bytes"] < report["model_bytes"] / 50
+
+
+@pytest.mark.situation(
+    "Examples",
+    "`examples/instruction_tuning.py`: Trainer, loss on the answers, a toy Llama",
+    "learns; the folded folder is the base with the adapter, bit for bit",
+)
+def test_instruction_tuning(tmp_path: Path) -> None:
+    _require("models/stories260K-hf", "accelerate")
+    report = _run("instruction_tuning", tmp_path, "--no-eval")
+    assert report["loss_after"] < report["loss_before"] / 2
+    assert report["loss_folded"] == pytest.approx(report["loss_after"], abs=1e-5)
+    assert report["scores"] == {}
+    base = AutoModelForCausalLM.from_pretrained(DATA / "models" / "stories260K-hf")
+    expected = melora_fx.fold(melora_fx.load_adapter(base, tmp_path / "out" / "adapter")).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert load_file(checkpoint / "adapter.safetensors").keys() == {
+        f"model.layers.{layer}.self_attn.{name}.lora_{matrix}"
+        for layer in range(5)
+        for name in ("q_proj", "v_proj")
+        for matrix in "ab"
+    }
+
+
+def test_instruction_tuning_is_scored_by_lm_eval(tmp_path: Path) -> None:
+    _require("models/stories260K-hf", "accelerate", "lm_eval")
+    rows = [{"instruction": "Repeat", "input": f"number {number}", "output": f"{number}"} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    report = _run("instruction_tuning", tmp_path, "--data", "rows.jsonl", "--dtype", "bfloat16")
+    assert report["loss_after"] < report["loss_before"]
+    for name in ("base", "tuned"):
+        (scores,) = report["scores"][name].values()
+        assert 0 <= scores["exact_match,last-number"] <= 1
+        lines = (tmp_path / "out" / "answers" / f"arithmetic_problems-{name}.jsonl").read_text().splitlines()
+        assert len(lines) == 2 * 16  # each answer for both ways to find its result
+        assert all(json.loads(line)["resps"][0][0] for line in lines)
 
 
 _TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node")
