@@ -9,6 +9,7 @@ as in PEFT. Writes glue_study.csv as rows arrive (a run that was stopped goes on
 import functools
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from exporters.measuring.tables import read_csv
@@ -29,7 +30,9 @@ ARMS = (
 """Of total rank 8, 8, 1 and 64; with n × r blocks, MELoRA has the parameters of a LoRA of rank r."""
 GLUE = ("RTE", "MRPC", "CoLA", "STS-B")
 CHOICE = "SNIPS"
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+NEAR = 0.01
+"""Of the best accuracy on SNIPS, which is easy: a rate that learns it a little better may be too high elsewhere."""
 CHOICE_SEEDS = (100,)
 """None that the study has."""
 STUDY = Study(
@@ -42,7 +45,7 @@ STUDY = Study(
         Comparison("MELoRA 8×1", "LoRA 1", "equal parameters, 8 times the rank"),
         Comparison("MELoRA 8×8", "LoRA 8", "equal parameters, 8 times the rank"),
     ),
-    choice="the held-out cross-entropy of SNIPS",
+    choice="the smallest whose held-out accuracy on SNIPS is within a point of the best",
     unit="points",
     factor=100,
     digits=1,
@@ -69,14 +72,19 @@ def run(options: Namespace) -> int:
         make = functools.partial(_run, options)
         choice = [make(CHOICE, arm, seed, rate) for rate in rates for arm in ARMS for seed in CHOICE_SEEDS]
         status = train_all(Namespace(**vars(options) | {"only": ""}), "studies.glue", choice)
-        chosen = chosen_rates([row for row in read_csv(path) if row["task"] == CHOICE], ARMS, min)
-        print(f"learning rates, by the held-out cross-entropy on {CHOICE}: {chosen}", flush=True)
+        chosen = chosen_rates([row for row in read_csv(path) if row["task"] == CHOICE], ARMS, smallest_that_learns)
+        print(f"learning rates: {chosen}", flush=True)
         seeds = range(options.seeds)
         runs = [make(task, arm, seed, chosen[arm.kind]) for seed in seeds for task in GLUE for arm in ARMS]
         status = max(status, train_all(options, "studies.glue", runs))
     if rows := read_csv(path):
         write_report(STUDY, rows, options.out)
     return status
+
+
+def smallest_that_learns(accuracies: Mapping[float, float]) -> float:
+    """Of learning rates, with the mean accuracy of each."""
+    return min(rate for rate, accuracy in accuracies.items() if accuracy >= max(accuracies.values()) - NEAR)
 
 
 def _run(options: Namespace, task: str, arm: Arm, seed: int, learning_rate: float) -> Run:

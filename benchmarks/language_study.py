@@ -59,14 +59,14 @@ STUDY = Study(
         Comparison("MELoRA 36×1", "LoRA 1", "equal parameters, 36 times the rank"),
         Comparison("MELoRA 8×1", "LoRA 1", "equal parameters, 8 times the rank"),
     ),
-    choice="the loss on documents that are for this alone",
+    choice="the one with the least loss on documents that are for this alone",
     unit="nats",
     factor=1,
     digits=4,
     higher_is_better=False,
     differs=(
-        "The paper tunes Llama-2-7B to follow instructions and lets GPT-4 judge the answers. Here SmolLM2-135M learns "
-        "to continue documentation, and the loss on further documents counts: how well an adapter learns a text, not "
+        "The paper tunes Llama-2-7B to follow instructions and scores it on INSTRUCTEVAL. Here SmolLM2-135M learns to "
+        "continue documentation, and the loss on further documents counts: how well an adapter learns a text, not "
         "how well a model follows instructions.",
         "The paper chooses the rank of a block for each benchmark; here it is 1, with 36 blocks beside a LoRA of rank "
         "36 and 8 beside one of rank 8.",
@@ -87,7 +87,11 @@ def run(options: Namespace) -> int:
         rates = LEARNING_RATES[1:3] if options.quick else LEARNING_RATES
         choice = [make(CHOICE, arm, CHOICE_SEED, rate, options.choice_steps) for rate in rates for arm in CHOICE_ARMS]
         status = train_all(Namespace(**vars(options) | {"only": ""}), "studies.language", choice)
-        chosen = chosen_rates([row for row in read_csv(path) if row["task"] == CHOICE], ARMS, min)
+        chosen = chosen_rates(
+            [row for row in read_csv(path) if row["task"] == CHOICE],
+            ARMS,
+            lambda losses: min(losses, key=losses.__getitem__),
+        )
         print(f"learning rates, by the loss on documents of their own: {chosen}", flush=True)
         runs = [make(TASK, BASE, 0, 0.0, options.steps)]
         runs += [

@@ -101,7 +101,7 @@ def origin(study: Study, rows: Rows) -> list[str]:
         f"{main[0]['device']}; {main[0]['versions']}; commit {', '.join(commits)}; {hours:.1f} hours of one core, with "
         f"those that learning rates were chosen by. {main[0]['settings']}; {main[-1]['epochs']} epochs.",
         "",
-        f"Learning rates: {told}: the best mean over the arms of a kind, on {study.choice}, before the study.",
+        f"Learning rates: {told}. Of those tried before the study, {study.choice}, over the arms of a kind.",
     ]
 
 

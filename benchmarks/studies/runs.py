@@ -125,14 +125,14 @@ def _add(row: Row, path: Path) -> None:
 
 
 def chosen_rates(
-    rows: Sequence[Mapping[str, str]], arms: Sequence[Arm], better: Callable[..., Any]
+    rows: Sequence[Mapping[str, str]], arms: Sequence[Arm], choose: Callable[[Mapping[float, float]], float]
 ) -> dict[str, float]:
-    """The learning rate of each kind of adapter: that with the best mean over the kind's arms and the seeds.
+    """The learning rate of each kind of adapter.
 
     Args:
         rows: of the task that learning rates are chosen on.
         arms: those that were tried.
-        better: `max` or `min`.
+        choose: given the mean over the kind's arms and the seeds, by learning rate.
 
     Returns:
         by `Arm.kind`; kinds without a row are left out.
@@ -143,5 +143,6 @@ def chosen_rates(
         if row["arm"] in kinds:
             rates = values.setdefault(kinds[row["arm"]], {})
             rates.setdefault(float(row["learning_rate"]), []).append(float(row["value"]))
-    means = {kind: {rate: sum(found) / len(found) for rate, found in rates.items()} for kind, rates in values.items()}
-    return {kind: better(rates, key=rates.__getitem__) for kind, rates in means.items()}
+    return {
+        kind: choose({rate: sum(found) / len(found) for rate, found in rates.items()}) for kind, rates in values.items()
+    }

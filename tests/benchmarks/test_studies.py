@@ -91,12 +91,17 @@ def test_the_mean_over_tasks_is_by_seed() -> None:
 ARMS = (Arm("LoRA 8", "LoRA", 8), Arm("LoRA 1", "LoRA", 1), Arm("MELoRA 8×1", "MELoRA", 1, 8))
 
 
-def test_the_learning_rate_of_a_kind_has_the_best_mean_over_its_arms() -> None:
+def test_the_learning_rate_of_a_kind_is_by_the_mean_over_its_arms() -> None:
     found = [("LoRA 8", 0.1, 1.0), ("LoRA 1", 0.1, 4.0), ("LoRA 8", 0.2, 2.0), ("LoRA 1", 0.2, 2.0)]
     found += [("MELoRA 8×1", 0.1, 3.0), ("MELoRA 8×1", 0.2, 3.5), ("another", 0.3, 0.0)]
     rows = [{"arm": arm, "learning_rate": str(rate), "value": str(value)} for arm, rate, value in found]
-    assert chosen_rates(rows, ARMS, min) == {"LoRA": 0.2, "MELoRA": 0.1}
-    assert chosen_rates(rows, ARMS, max) == {"LoRA": 0.1, "MELoRA": 0.2}
+    assert chosen_rates(rows, ARMS, lambda means: min(means, key=means.__getitem__)) == {"LoRA": 0.2, "MELoRA": 0.1}
+    assert chosen_rates(rows, ARMS, lambda means: means[0.1]) == {"LoRA": 2.5, "MELoRA": 3.0}
+
+
+def test_the_smallest_learning_rate_that_learns() -> None:
+    assert glue_study.smallest_that_learns({0.001: 0.95, 0.002: 0.971, 0.004: 0.98, 0.008: 0.3}) == 0.002
+    assert glue_study.smallest_that_learns({0.001: 0.5}) == 0.001
 
 
 def make_runs(settings: str = SETTINGS) -> list[Run]:
@@ -252,7 +257,6 @@ def test_batches_are_padded_behind() -> None:
         ("Matthews", [[1, 0], [0, 1], [0, 1], [1, 0]], [0, 1, 1, 0], 1.0),
         ("Matthews", [[0, 1], [1, 0], [1, 0], [0, 1]], [0, 1, 1, 0], -1.0),
         ("Pearson", [[1.0], [2.0], [3.0]], [2.0, 4.0, 6.0], 1.0),
-        ("cross-entropy", [[0.0, 0.0]], [1], np.log(2)),
     ],
 )
 def test_score(metric: str, predicted: list[list[float]], labels: list[float], value: float) -> None:
