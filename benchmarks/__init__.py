@@ -18,7 +18,7 @@ step_cost      a training step: its time, what its backward keeps, its peak memo
 train_cells, train_sides, train_report      parts of train_step
 spread, traffic, processes_cell      parts of processes
 scale_model    a paper model of several GPUs
-report_rows    rows of what `melora-fx demo` and `melora-fx train` reported
+report_rows    rows of what `melora-fx demo`, `melora-fx train` and an example reported
 end_to_end_cells, end_to_end_graphs, end_to_end_process      parts of end_to_end
 fold_sides     ways to merge an adapter into a folder
 latency_cells, latency_report               parts of latency

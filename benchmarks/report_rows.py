@@ -1,7 +1,8 @@
-"""Rows of demo.csv and train_command.csv, of the report.json that `melora-fx demo` and `melora-fx train` write:
+"""Rows of the report.json that `melora-fx demo`, `melora-fx train` and an example write, as CSV files in results/:
 
     python -m benchmarks.report_rows demo demo-output/report.json
     python -m benchmarks.report_rows train_command trained/report.json
+    python -m benchmarks.report_rows instruction_tuning instruction-tuning-output/report.json
 
 on the machine that they ran on. benchmarks/pages/ makes tables of them.
 """
@@ -13,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from exporters.measuring.machine import device_name
+from exporters.measuring.machine import device_name, package_versions
 from exporters.measuring.tables import write_csv
 
 from .cases import COLUMNS, Row
@@ -22,6 +23,8 @@ from .checkout import ROOT
 MAJORITY, EPOCH, LORA, FOLDED, BASE = "majority baseline", "epoch ", "LoRA of equal rank", "folded", "onnx base"
 """Sides beside those that the demo timed; EPOCH begins those of the training, number 0 before it."""
 OWN_COLUMNS = ("accuracy", "parameters", "adapter_parameters", "max_abs_error", "same_labels")
+TUNING_COLUMNS = ("parameters", "loss", "stated", "last_number")
+"""Of instruction_tuning.csv: what is trained, the held-out loss, and the shares of right answers, read in two ways."""
 
 
 def rows_of(benchmark: str, report: Mapping[str, Any], device: str, time: str) -> list[Row]:
@@ -52,10 +55,32 @@ def rows_of(benchmark: str, report: Mapping[str, Any], device: str, time: str) -
     return [dict.fromkeys(COLUMNS, "") | {"side": side, **own, **origin} for side, own in sides.items()]
 
 
+def tuning_rows_of(report: Mapping[str, Any], device: str, time: str) -> list[Row]:
+    """A row for the base and one for the tuned model."""
+    origin = {
+        "benchmark": "instruction_tuning",
+        "case": "stories260K-hf",
+        "device": device,
+        "versions": package_versions("accelerate", "lm-eval"),
+        "time": time,
+    }
+    rows = []
+    for side, loss in (("base", "loss_before"), ("tuned", "loss_folded")):
+        scores = report["scores"][side]["arithmetic_problems"]
+        row = {"side": side, "loss": report[loss], "parameters": report["trainable_parameters"]}
+        row |= {"stated": scores["exact_match,stated"], "last_number": scores["exact_match,last-number"]}
+        rows.append(dict.fromkeys(COLUMNS, "") | row | origin)
+    return rows
+
+
 def main(benchmark: str, path: str) -> None:
     time = datetime.fromtimestamp(Path(path).stat().st_mtime, UTC).isoformat(timespec="seconds")
-    rows = rows_of(benchmark, json.loads(Path(path).read_text(encoding="utf-8")), device_name("cpu"), time)
-    write_csv(rows, [*COLUMNS, *OWN_COLUMNS], ROOT / "benchmarks" / "results" / f"{benchmark}.csv")
+    report, device = json.loads(Path(path).read_text(encoding="utf-8")), device_name("cpu")
+    if benchmark == "instruction_tuning":
+        rows, own = tuning_rows_of(report, device, time), TUNING_COLUMNS
+    else:
+        rows, own = rows_of(benchmark, report, device, time), OWN_COLUMNS
+    write_csv(rows, [*COLUMNS, *own], ROOT / "benchmarks" / "results" / f"{benchmark}.csv")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ words          what their sentences are made of: machines, versions, ranges, dur
 training       training steps, experts, swaps of adapters, rewriting
 folding        folds
 inference      exported graphs
-commands       what `melora-fx demo` and `melora-fx train` reported
+quality        what adapters learn, and the way from the base model to a served graph
+commands       what `melora-fx demo`, `melora-fx train` and an example reported
 results        docs/RESULTS.md
 spread         several processes, and the paper model
 """

@@ -1,6 +1,6 @@
 """The list of all blocks."""
 
-from . import commands, folding, inference, spread, training
+from . import commands, folding, inference, quality, spread, training
 from .block import Block
 from .results import RESULT_BLOCKS
 
@@ -9,6 +9,9 @@ SCALE, TRAINING = "docs/SCALE.md", "docs/TRAINING.md"
 
 BLOCKS = (
     Block(README, "demo", "demo", commands.demo),
+    Block(README, "glue", "glue_study", quality.studies),
+    Block(README, "language", "language_study", quality.studies),
+    Block(README, "end-to-end", "end_to_end", quality.end_to_end),
     Block(README, "steps", "train_step", training.steps),
     Block(README, "backward", "train_step", training.kept_for_backward),
     Block(README, "folds", "fold_speed", folding.short),
@@ -24,6 +27,7 @@ BLOCKS = (
     Block(SCALE, "on-paper", "", spread.on_paper),
     Block(TRAINING, "experts", "experts", training.experts),
     Block(TRAINING, "train-command", "train_command", commands.train),
+    Block(TRAINING, "tuning", "instruction_tuning", commands.tuning),
     Block(TRAINING, "swaps", "swap_speed", training.swaps),
     Block(TRAINING, "allocators", "train_step", training.allocators),
     *RESULT_BLOCKS,

@@ -1,4 +1,4 @@
-"""Blocks about what `melora-fx demo` and `melora-fx train` reported: of demo.csv and train_command.csv."""
+"""Blocks about what `melora-fx demo`, `melora-fx train` and the example of instruction tuning reported."""
 
 from benchmarks.report_rows import EPOCH, FOLDED, LORA, MAJORITY
 from exporters.measuring.tables import markdown_table
@@ -53,6 +53,19 @@ def train(rows: Rows) -> list[str]:
             f"the majority baseline is {_accuracy(majority)}. Run on {origin(rows, 'torch', 'transformers')}."
         ),
     ]
+
+
+def tuning(rows: Rows) -> list[str]:
+    """The table of docs/TRAINING.md."""
+    sides = {row["side"]: row for row in rows}
+    names = ("base", "tuned")
+    table = [
+        ["held-out loss, nats a token of the answers", *(f"{number(sides[name], 'loss'):.3f}" for name in names)],
+        ['right, by the number after "The answer is"', *(per_cent(number(sides[name], "stated")) for name in names)],
+        ["right, by the last number", *(per_cent(number(sides[name], "last_number")) for name in names)],
+    ]
+    run_on = f"Of 100 problems that it was not trained on. Run on {origin(rows, 'torch', 'transformers', 'lm-eval')}."
+    return [*markdown_table(["", *names], table), "", *paragraph(run_on)]
 
 
 def _epochs(rows: Rows) -> dict[str, Row]:

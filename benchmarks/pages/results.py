@@ -52,18 +52,14 @@ def _report(text: str) -> list[str]:
 
 def table(rows: Rows) -> list[str]:
     """Every row that was timed."""
-    lines = [
-        [
-            row["case"],
-            row["side"],
-            format_ms(float(row["median_ms"])),
-            f"{format_ms(float(row['p20_ms']))}–{format_ms(float(row['p80_ms']))}",
-            f"{float(row['ratio']):.3f}" if row["ratio"] else "",
-            row["reference"],
-        ]
-        for row in rows
-        if row["median_ms"]
-    ]
+    lines = []
+    for row in rows:
+        if row["median_ms"]:
+            spread = "–".join(format_ms(float(row[name])) for name in ("p20_ms", "p80_ms") if row[name])
+            ratio = f"{float(row['ratio']):.3f}" if row["ratio"] else ""
+            lines.append(
+                [row["case"], row["side"], format_ms(float(row["median_ms"])), spread, ratio, row["reference"]]
+            )
     return markdown_table(["case", "side", "median, ms", "p20–p80", "ratio", "over"], lines, text_columns=2)
 
 
