@@ -30,7 +30,7 @@ from .studies.language import BATCH
 from .studies.report import Comparison, Study, write_report
 from .studies.runs import Arm, Run, chosen_rates, train_all
 from .studies.texts import BOTOCORE, WINDOW, read_documents, windows
-from .studies.training import SCALING
+from .studies.training import ALPHA
 
 ARMS = (
     Arm("LoRA 36", "LoRA", 36),
@@ -42,7 +42,7 @@ ARMS = (
 """n blocks of rank 1 have the parameters of a LoRA of rank 1: 36 times fewer than rank 36, 8 times than rank 8."""
 BASE = Arm("none", "none")
 CHOICE_ARMS = ARMS[:4]
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 CHOICE_SEED = 100
 """None that the study has."""
 TASK, CHOICE = "documentation", "documentation, choice"
@@ -153,6 +153,6 @@ def _run(
     rate: float,
     steps: int,
 ) -> Run:
-    settings = f"{about}; {steps} steps of {BATCH} × {WINDOW} tokens, scaling {SCALING:g}" + ", quick" * options.quick
+    settings = f"{about}; {steps} steps of {BATCH} × {WINDOW} tokens, alpha {ALPHA}" + ", quick" * options.quick
     given = {"model": str(model), "text": str(text), "steps": steps, "held_out": HELD_OUT[task]}
     return Run(task, arm, seed, round(steps * BATCH / num_windows, 4), rate, settings, given)

@@ -12,8 +12,9 @@ import melora_fx
 
 from .runs import Arm
 
-SCALING = 2.0
-"""alpha / rank, of every adapter: that of the MELoRA paper's alpha 16 at rank 8."""
+ALPHA = 16
+"""The numerator of alpha / rank, of every adapter, as in the papers of LoRA and MELoRA: with one learning rate, it lets
+adapters of other ranks learn at like speed. `rank` is that of a block."""
 WARMUP = 0.06
 """Share of the steps in which the learning rate rises; it falls to zero in the others."""
 
@@ -24,10 +25,10 @@ def add_adapter(model: nn.Module, arm: Arm, targets: Sequence[str], head: Sequen
     """The model with a fresh adapter, which alone is trained beside the modules named `head`."""
     if arm.kind == "LoRA":
         config = peft.LoraConfig(
-            r=arm.rank, lora_alpha=SCALING * arm.rank, target_modules=list(targets), modules_to_save=list(head) or None
+            r=arm.rank, lora_alpha=ALPHA, target_modules=list(targets), modules_to_save=list(head) or None
         )
         return peft.get_peft_model(model, config)
-    config = melora_fx.MELoRAConfig(rank=arm.rank, num_blocks=arm.num_blocks, alpha=SCALING * arm.rank)
+    config = melora_fx.MELoRAConfig(rank=arm.rank, num_blocks=arm.num_blocks, alpha=ALPHA)
     return melora_fx.rewrite(model, list(targets), config, keep_trainable=list(head))
 
 

@@ -63,6 +63,7 @@ ALLOWED = (
     Allowed("docs/TRAINING.md", "13.5 GB in bfloat16", _COUNT),
     Allowed("docs/TRAINING.md", "8 × 8 takes 67 MB", _COUNT),
     Allowed("docs/TRAINING.md", "learning rate 3e-4", _OPTION),
+    Allowed("docs/TRAINING.md", "alpha 16 and dropout 0.05", _OPTION),
     Allowed("docs/TRAINING.md", "20 % of each label's texts are held out", _OPTION),
     Allowed("docs/TRAINING.md", "every three minutes", _OPTION),
     Allowed("docs/TRAINING.md", "falls linearly to a twentieth", _OPTION),
