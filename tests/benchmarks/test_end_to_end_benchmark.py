@@ -1,0 +1,116 @@
+"""end_to_end: its rows are ratios of a round, its graphs are given what each takes, and its table holds all of it."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from benchmarks import end_to_end, end_to_end_cells
+from benchmarks.end_to_end_cells import PEFT_SIDE, SIDES, STORIES
+from benchmarks.end_to_end_graphs import Graph, graph_of, latencies_of
+from benchmarks.pages import quality
+
+OURS = SIDES[1].name
+
+
+def found(training: float, quality: float = 0.5) -> dict[str, float]:
+    return {
+        "training_s": training,
+        "peak_mib": 100.0,
+        "adapter_kib": 8.0,
+        "export_s": 2.0,
+        "total_s": training + 2,
+        "quality": quality,
+    }
+
+
+def test_a_ratio_is_of_the_same_round() -> None:
+    """The second round runs on a machine three times slower: each side's times triple, their ratio does not."""
+    rounds = [{side.name: found(10.0 if side.name == PEFT_SIDE else 5.0) for side in SIDES} for _ in range(3)]
+    rounds[1] = {name: {**each, "training_s": 3 * each["training_s"]} for name, each in rounds[0].items()}
+    latencies = {
+        name: {side.name: 4.0 if side.name == PEFT_SIDE else 3.0 for side in SIDES} for name in end_to_end.SHAPES
+    }
+    row = end_to_end._row(STORIES[0], OURS, rounds, latencies)
+    assert (row["training_s"], row["training_ratio"]) == (5.0, 0.5)
+    assert (row["ms_1x32"], row["ratio_8x64"]) == (3.0, 0.75)
+    assert row["quality_of_rounds"] == "0.5000 0.5000 0.5000"
+    assert row["ratio"] == pytest.approx(7 / 12, abs=1e-4)
+    theirs = end_to_end._row(STORIES[0], PEFT_SIDE, rounds, latencies)
+    assert {theirs[name] for name in theirs if name.endswith("_ratio") or name.startswith("ratio")} == {1.0}
+
+
+def rows() -> list[dict[str, str]]:
+    rounds = [{side.name: found(5.0 + index, 0.7 + index / 100) for index, side in enumerate(SIDES)}]
+    latencies = {name: {side.name: 2.0 for side in SIDES} for name in end_to_end.SHAPES}
+    made = [
+        end_to_end._row(story, side.name, rounds, latencies) | {"case": story.name}
+        for story in STORIES
+        for side in SIDES
+    ]
+    facts = {"device": "a processor", "versions": "torch 2", "commit": "c", "time": "2026-11-28T00:00:00"}
+    return [{name: str(value) for name, value in (row | facts).items()} for row in made]
+
+
+def test_the_report_has_a_line_for_each_side(tmp_path: Path) -> None:
+    end_to_end.write_report(rows(), tmp_path)
+    lines = (tmp_path / "end_to_end.md").read_text().splitlines()
+    for story in STORIES:
+        for side in SIDES:
+            assert sum(line.startswith(f"| {story.name} | {side.name} |") for line in lines) == 1
+    assert any("6 (1.20)" in line and "accuracy 0.710" in line for line in lines)
+
+
+def test_the_readme_has_a_line_for_each_of_our_sides() -> None:
+    lines = [line for line in quality.end_to_end(rows()) if line.startswith(("| MRPC", "| stories"))]
+    assert len(lines) == len(STORIES) * (len(SIDES) - 1)
+    assert lines[0].startswith(
+        "| MRPC | 8 blocks of rank 8 | 1.20 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | accuracy 0.700 → 0.710"
+    )
+
+
+def test_three_sides_train_equally_many_parameters() -> None:
+    """n blocks of rank r have the parameters of a LoRA of rank r."""
+    assert [side.arm.rank for side in end_to_end_cells.SIDES[:3]] == [8, 8, 8]
+    assert [side.compiled for side in end_to_end_cells.SIDES] == [False, False, True, False]
+
+
+def write_graph(path: Path, extra: dict[str, tuple]) -> None:
+    """logits (B, T, 1): the tokens as numbers; `extra`: further inputs, which it takes and does not use."""
+    inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])]
+    inputs += [helper.make_tensor_value_info(name, *form) for name, form in extra.items()]
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["numbers", "last"], ["logits"]),
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 1])]
+    last = [helper.make_tensor("last", TensorProto.INT64, [1], [2])]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, last)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def test_a_graph_is_given_what_it_takes(tmp_path: Path) -> None:
+    cache = (TensorProto.FLOAT, ["batch", 3, "past", 64])
+    write_graph(tmp_path / "model.onnx", {"position_ids": (TensorProto.INT64, ["batch", "sequence"]), "past.0": cache})
+    graph = Graph(graph_of(tmp_path))
+    ids = np.array([[5, 6, 7], [8, 9, 10]])
+    feed = graph.feed(ids)
+    assert set(feed) == {"input_ids", "position_ids", "past.0"}
+    assert feed["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert feed["past.0"].shape == (2, 3, 0, 64)
+    assert graph.logits(feed)[..., 0].tolist() == ids.tolist()
+
+
+def test_latencies_are_of_every_side(tmp_path: Path) -> None:
+    write_graph(tmp_path / "model.onnx", {})
+    times = latencies_of({"one": tmp_path / "model.onnx", "two": tmp_path / "model.onnx"}, (1, 4), 0.05)
+    assert set(times) == {"one", "two"}
+    assert all(0 < each < 1e3 for each in times.values())
+
+
+def test_what_is_missing_is_told(tmp_path: Path) -> None:
+    said = end_to_end._why_no_mrpc(tmp_path)
+    assert str(tmp_path / "mrpc" / "train.tsv") in said
+    assert "--glue" in said
