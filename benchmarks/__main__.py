@@ -74,7 +74,7 @@ BENCHMARKS = (
         options=(
             Option("text", "botocore", "a file of English; or `botocore`: the documentation in that package"),
             Option("seeds", 3, "of each arm", quick=2),
-            Option("steps", 192, "of training, of 1024 tokens", quick=4),
+            Option("steps", 128, "of training, of 1024 tokens", quick=4),
             Option("choice-steps", 32, "of each training that a learning rate is chosen by", quick=2),
             Option("processes", 2, "that train at the same time, one thread each"),
         ),

@@ -38,7 +38,7 @@ class Story(NamedTuple):
 
 
 STORIES = (
-    Story("MRPC", "MiniLM-L6", ("query", "value"), "text-classification", 4000, 4e-3, "accuracy"),
-    Story("stories", "SmolLM2-135M", ("q_proj", "v_proj"), "text-generation-with-past", 40, 2e-3, "held-out loss"),
+    Story("MRPC", "MiniLM-L6", ("query", "value"), "text-classification", 2500, 1e-3, "accuracy"),
+    Story("stories", "SmolLM2-135M", ("q_proj", "v_proj"), "text-generation-with-past", 40, 1e-3, "held-out loss"),
 )
 SHAPES = {"1 × 32": (1, 32), "8 × 64": (8, 64)}
