@@ -13,8 +13,8 @@ import melora_fx
 from .runs import Arm
 
 ALPHA = 16
-"""The numerator of alpha / rank, of every adapter, as in the papers of LoRA and MELoRA: with one learning rate, it lets
-adapters of other ranks learn at like speed. `rank` is that of a block."""
+"""The numerator of alpha / rank, of every adapter, with the rank of a block: what the LoRA paper proposes, so that one
+learning rate suits adapters of all ranks, and the value of the MELoRA authors' scripts."""
 WARMUP = 0.06
 """Share of the steps in which the learning rate rises; it falls to zero in the others."""
 
