@@ -32,14 +32,10 @@ class Block(NamedTuple):
 
 
 def lines_of(block: Block) -> list[str]:
-    """The lines as the committed rows make them.
-
-    Raises:
-        ValueError: where there are no rows.
-    """
+    """The lines as the committed rows make them; one that says so where there are none yet."""
     rows = read_csv(RESULTS / f"{block.csv}.csv") if block.csv else []
     if block.csv and not rows:
-        raise ValueError(f"`{block.name}` of {block.page}: no rows in benchmarks/results/{block.csv}.csv")
+        return [f"*`python -m benchmarks {block.csv}` has not been measured yet.*"]
     return block.write(rows)
 
 

@@ -110,8 +110,8 @@ def test_quickly(name: str, tmp_path: Path, capsys) -> None:
     assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS
     assert len({(row["case"], row["side"], row.get("site")) for row in rows}) == len(rows)
     assert all(float(row["ratio"]) == 1 for row in rows if row["side"] == row["reference"])
-    committed = RESULTS / f"{name}.csv"
-    assert list(rows[0]) == list(read_csv(committed)[0]), "the columns of the committed rows"
+    committed = read_csv(RESULTS / f"{name}.csv")
+    assert not committed or list(rows[0]) == list(committed[0]), "the columns of the committed rows"
     if (RESULTS / f"{name}.md").is_file():
         assert (tmp_path / "out" / f"{name}.md").is_file()
     capsys.readouterr()
@@ -128,7 +128,7 @@ def test_committed_reports_are_those_of_the_committed_rows(name: str, tmp_path: 
     assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if (RESULTS / f"{name}.csv").is_file()])
 def test_committed_rows_have_the_common_columns(name: str) -> None:
     rows = read_csv(RESULTS / f"{name}.csv")
     assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS

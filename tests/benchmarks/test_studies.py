@@ -429,6 +429,8 @@ def test_tables_hold_what_is_there() -> None:
 def test_the_committed_report_is_that_of_the_committed_rows(study: Study, tmp_path: Path) -> None:
     results = Path(glue_study.__file__).parent / "results"
     rows = read_csv(results / f"{study.name}.csv")
+    if not rows:
+        pytest.skip(f"{study.name} has no rows yet")
     write_csv(rows, COLUMNS, tmp_path / f"{study.name}.csv")
     assert main([study.name, "--report-only", "--out", str(tmp_path)]) == 0
     assert (tmp_path / f"{study.name}.md").read_text() == (results / f"{study.name}.md").read_text()
