@@ -19,7 +19,8 @@ from .runs import Arm
 from .training import add_adapter, num_adapter_parameters, train
 
 TARGETS = ("query", "value")
-HEAD = ("classifier",)
+HEAD = ("pooler", "classifier")
+"""Two linears, as the head of the paper's RoBERTa. MiniLM's pooler holds noise: it was never trained."""
 BATCH = 16
 MAX_LENGTH = 128
 POOL = 8
@@ -81,6 +82,8 @@ def score(metric: str, predicted: np.ndarray, labels: Sequence[Any]) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     if metric == "Pearson":
+        if np.ptp(predicted) == 0:
+            return 0.0  # undefined; as scikit-learn's Matthews of one class
         return float(np.corrcoef(predicted[:, 0], labels)[0, 1])
     chosen = predicted.argmax(-1)
     return float(matthews_corrcoef(labels, chosen) if metric == "Matthews" else (chosen == np.array(labels)).mean())

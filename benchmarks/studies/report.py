@@ -10,6 +10,8 @@ from exporters.measuring.tables import markdown_table
 
 Rows = Sequence[Mapping[str, str]]
 MEAN = "mean of the tasks"
+MIN_SEEDS = 3
+"""What is said of fewer would be chance."""
 
 
 class Comparison(NamedTuple):
@@ -30,6 +32,7 @@ class Study(NamedTuple):
         arms: in the same order.
         comparisons: what is answered.
         choice: the task of the rows that learning rates were chosen by.
+        rule: which of those that were tried was chosen.
         unit: what a difference is called.
         factor: what values are multiplied by before they are shown.
         digits: behind the point.
@@ -43,6 +46,7 @@ class Study(NamedTuple):
     arms: Sequence[str]
     comparisons: Sequence[Comparison]
     choice: str
+    rule: str
     unit: str
     factor: float
     digits: int
@@ -56,6 +60,7 @@ def write_report(study: Study, rows: Rows, folder: Path) -> None:
     if not found:
         return
     lines = [f"# {study.title}", "", *origin(study, rows), "", *tables(study, rows), "", *conclusions(study, rows), ""]
+    lines += [*rates_table(study, rows), ""]
     lines += [
         f"![{study.title}]({study.name}.png)",
         "",
@@ -69,40 +74,55 @@ def write_report(study: Study, rows: Rows, folder: Path) -> None:
 
 
 def newest(study: Study, rows: Rows) -> list[Mapping[str, str]]:
-    """The rows of the study itself with the settings of the newest one."""
-    main = [row for row in rows if row["task"] in study.tasks]
-    settings = max(main, key=lambda row: row["time"])["settings"] if main else ""
-    return [row for row in main if row["settings"] == settings]
+    """The rows of the study itself with the settings of the newest, and of each arm with its newest learning rate."""
+    main = sorted((row for row in rows if row["task"] in study.tasks), key=lambda row: row["time"])
+    found = [row for row in main if row["settings"] == main[-1]["settings"]]
+    rates = {row["arm"]: row["learning_rate"] for row in found}
+    return [row for row in found if row["learning_rate"] == rates[row["arm"]]]
 
 
 def values_of(study: Study, rows: Rows) -> dict[str, dict[str, Values]]:
     """By task, arm and seed, as they are shown."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in newest(study, rows):
-        arms = found.setdefault(row["task"], {})
-        arms.setdefault(row["arm"], {})[int(row["seed"])] = float(row["value"]) * study.factor
+        seeds = found.setdefault(row["task"], {}).setdefault(row["arm"], {})
+        seeds[int(row["seed"])] = float(row["value"]) * study.factor
     return {task: dict(found[task]) for task in study.tasks if task in found}
 
 
 def origin(study: Study, rows: Rows) -> list[str]:
-    """Where, when and how it was trained, and the learning rates with how they were chosen."""
+    """Where, when and how it was trained."""
     main = newest(study, rows)
     days = sorted({row["time"][:10] for row in main})
     commits = sorted({row["commit"] for row in main})
-    rates = {row["arm"]: f"{float(row['learning_rate']):g}" for row in main if float(row["learning_rate"])}
-    by_rate: dict[str, list[str]] = {}
-    for arm in study.arms:
-        if arm in rates:
-            by_rate.setdefault(rates[arm], []).append(arm)
-    told = "; ".join(f"{rate} for {', '.join(arms)}" for rate, arms in by_rate.items())
-    hours = sum(float(row["seconds"]) for row in rows) / 3600
+    counts = sorted(
+        {len(seeds) for arms in values_of(study, rows).values() for seeds in arms.values() if len(seeds) > 1}
+    )
+    seeds = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else "1"
+    hours = sum(float(row["seconds"]) for row in main) / 3600
     return [
-        f"Written by `python -m benchmarks {study.name}` from {len(main)} trainings of {days[0]} to {days[-1]}: "
-        f"{main[0]['device']}; {main[0]['versions']}; commit {', '.join(commits)}; {hours:.1f} hours of one core, with "
-        f"those that learning rates were chosen by. {main[0]['settings']}; {main[-1]['epochs']} epochs.",
-        "",
-        f"Learning rates: {told}. Of those tried before the study, {study.choice}, over the arms of a kind.",
+        f"Written by `python -m benchmarks {study.name}` from {len(main)} trainings of "
+        f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}, {hours:.1f} hours of one core: {main[0]['device']}; "
+        f"{main[0]['versions']}; commit {', '.join(commits)}. {seeds} seeds of each adapter; {main[-1]['settings']}.",
     ]
+
+
+def rates_table(study: Study, rows: Rows) -> list[str]:
+    """What each learning rate gave where it was chosen, that of the study in bold."""
+    taken = {row["arm"]: float(row["learning_rate"]) for row in newest(study, rows)}
+    choice = [row for row in rows if row["task"] == study.choice]
+    settings = max(choice, key=lambda row: row["time"])["settings"] if choice else ""
+    tried = {(row["arm"], float(row["learning_rate"])): row for row in choice if row["settings"] == settings}
+    rates = sorted({rate for _, rate in tried})
+    lines = []
+    for arm in (arm for arm in study.arms if any((arm, rate) in tried for rate in rates)):
+        cells = [f"{float(tried[arm, rate]['value']):.4f}" if (arm, rate) in tried else "" for rate in rates]
+        lines.append(
+            [arm, *(f"**{cell}**" if rate == taken.get(arm) else cell for rate, cell in zip(rates, cells, strict=True))]
+        )
+    metric = next(iter(tried.values()))["metric"] if tried else ""
+    text = f"Learning rates were chosen on {study.choice}, one for each adapter: {study.rule}."
+    return [text, "", *markdown_table([f"{metric} at", *(f"{rate:g}" for rate in rates)], lines)] if lines else []
 
 
 def tables(study: Study, rows: Rows) -> list[str]:
@@ -166,29 +186,32 @@ def differences(study: Study, rows: Rows) -> dict[Comparison, dict[str, Interval
 
 def conclusions(study: Study, rows: Rows) -> list[str]:
     """One line a comparison: where it is better, where it is worse, and where the intervals do not say."""
-    found = differences(study, rows)
-    lines = []
-    for each, of in found.items():
-        better = 1 if study.higher_is_better else -1
-        groups: dict[int, list[str]] = {1: [], -1: [], 0: []}
-        for task, difference in of.items():
-            groups[difference.side * better].append(
-                f"{task} ({_cell(difference, study, sign='+')})" if difference.side else task
-            )
-        told = [
-            f"{text} on {', '.join(groups[side])}"
-            for side, text in ((1, "better"), (-1, "worse"), (0, "not told apart"))
-            if groups[side]
-        ]
-        lines.append(f"* {each.arm} against {each.other} ({each.what}): {'; '.join(told)}.")
+    found = {
+        each: {task: difference for task, difference in of.items() if difference.count >= MIN_SEEDS}
+        for each, of in differences(study, rows).items()
+    }
+    lines = [_sentence(study, each, of) for each, of in found.items() if of]
+    if not lines:
+        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
     count = sum(len(of) for of in found.values())
-    lines += [
+    return [
+        *lines,
         "",
-        f"Differences in {study.unit}, with 95 % intervals of Student's t over the seeds that both arms have. *Not "
-        f"told apart* says that zero lies in the interval, not that the two are equal. Of {count} such intervals "
-        f"{count * 0.05:.1f} miss the true difference on average.",
+        f"Differences in {study.unit}, with 95 % intervals of Student's t over the seeds that both arms have, on "
+        "one validation set, whose own chance is not in them. *Not told apart* says that zero lies in the interval, "
+        f"not that the two are equal. Of {count} such intervals {count * 0.05:.1f} miss the true difference on average.",
     ]
-    return lines
+
+
+def _sentence(study: Study, each: Comparison, of: Mapping[str, Interval]) -> str:
+    better = 1 if study.higher_is_better else -1
+    groups: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for task, difference in of.items():
+        told = f"{task} ({_cell(difference, study, sign='+')})" if difference.side else task
+        groups[difference.side * better].append(told)
+    names = ((1, "better"), (-1, "worse"), (0, "not told apart"))
+    texts = [f"{text} on {', '.join(groups[side])}" for side, text in names if groups[side]]
+    return f"* {each.arm} against {each.other} ({each.what}): {'; '.join(texts)}."
 
 
 def plot(study: Study, rows: Rows, path: Path) -> None:

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 class Arm(NamedTuple):
     """An adapter that is compared. `rank`: of each block.
 
-    `kind`: "LoRA", which is PEFT's; "MELoRA", ours; "none": nothing is trained.
+    `kind`: "LoRA", which is PEFT's; "MELoRA", ours; "none", no adapter: a head is trained alone.
     """
 
     name: str
@@ -92,18 +92,27 @@ def train_all(options: Namespace, script: str, runs: Sequence[Run]) -> int:
     train = _train_here if options.quick else _train_apart
     with ThreadPoolExecutor(1 if options.quick else options.processes) as pool:
         futures = {pool.submit(train, script, run): run for run in left}
-        for index, future in enumerate(as_completed(futures), start=1):
-            run = futures[future]
-            told = f"[{index}/{len(left)}, {time.perf_counter() - start:.0f} s] {run.task}, {run.arm.name}, {run.seed}"
-            try:
-                row = _row(run, future.result())
-            except MELoRAError as error:  # must not cost the other runs
-                num_failed += 1
-                print(f"{told}: failed: {error}", flush=True)
-                continue
-            _add(row, path)
-            print(f"{told}, {run.learning_rate}: {row['metric']} {row['value']:.4f}", flush=True)
+        try:
+            for index, future in enumerate(as_completed(futures), start=1):
+                run, seconds = futures[future], time.perf_counter() - start
+                told = f"[{index}/{len(left)}, {seconds:.0f} s] {run.task}, {run.arm.name}, {run.seed}"
+                try:
+                    row = _row(run, future.result())
+                except MELoRAError as error:  # must not cost the other runs
+                    num_failed += 1
+                    print(f"{told}: failed: {error}", flush=True)
+                    continue
+                _add(row, path)
+                print(f"{told}, {run.learning_rate}: {row['metric']} {row['value']:.4f}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what waits would train on, and be lost
+            raise
     return FAILED if num_failed else DONE
+
+
+def for_choice(options: Namespace) -> Namespace:
+    """The options of the runs that learning rates are chosen by: all are needed, whatever `--only` says."""
+    return Namespace(**vars(options) | {"only": "", "again": options.again and not options.only})
 
 
 def _train_apart(script: str, run: Run) -> Row:
@@ -125,24 +134,27 @@ def _add(row: Row, path: Path) -> None:
 
 
 def chosen_rates(
-    rows: Sequence[Mapping[str, str]], arms: Sequence[Arm], choose: Callable[[Mapping[float, float]], float]
+    rows: Sequence[Mapping[str, str]], runs: Sequence[Run], choose: Callable[[Mapping[float, float]], float]
 ) -> dict[str, float]:
-    """The learning rate of each kind of adapter.
+    """The learning rate of each arm.
 
     Args:
-        rows: of the task that learning rates are chosen on.
-        arms: those that were tried.
-        choose: given the mean over the kind's arms and the seeds, by learning rate.
+        rows: of the CSV file.
+        runs: those that learning rates are chosen by; rows of others do not count.
+        choose: given the mean over the seeds, by learning rate.
 
     Returns:
-        by `Arm.kind`; kinds without a row are left out.
+        by the arm's name.
+
+    Raises:
+        MELoRAError: where a run has no row: what is left would choose another rate.
     """
-    kinds = {arm.name: arm.kind for arm in arms}
-    values: dict[str, dict[float, list[float]]] = {}
-    for row in rows:
-        if row["arm"] in kinds:
-            rates = values.setdefault(kinds[row["arm"]], {})
-            rates.setdefault(float(row["learning_rate"]), []).append(float(row["value"]))
+    values = {key_of(row): float(row["value"]) for row in rows}
+    if missing := [f"{run.arm.name} at {run.learning_rate:g}" for run in runs if run.key not in values]:
+        raise MELoRAError(f"no learning rates can be chosen without {', '.join(missing)}: start again")
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in runs:
+        found.setdefault(run.arm.name, {}).setdefault(run.learning_rate, []).append(values[run.key])
     return {
-        kind: choose({rate: sum(found) / len(found) for rate, found in rates.items()}) for kind, rates in values.items()
+        arm: choose({rate: sum(values) / len(values) for rate, values in rates.items()}) for arm, rates in found.items()
     }

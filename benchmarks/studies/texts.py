@@ -22,7 +22,7 @@ BOTOCORE = "botocore"
 WINDOW = 128
 SHORTEST = 100
 """Characters of a paragraph; shorter ones are phrases such as "The name of the resource."."""
-HELD_OUT = 0.05
+HELD_OUT_SHARE = 0.05
 """Share of the documents, for each of what is held out and what learning rates are chosen on."""
 NUM_HELD_OUT = 256
 """Windows, for each of the two."""
@@ -83,7 +83,7 @@ def windows(documents: dict[str, str], tokenize: Callable[[str], list[int]]) -> 
     """
     names = sorted(documents)
     random.Random(0).shuffle(names)
-    count = max(1, round(HELD_OUT * len(names)))
+    count = max(1, round(HELD_OUT_SHARE * len(names)))
     parts = {"held out": names[:count], "choice": names[count : 2 * count], "train": names[2 * count :]}
     cut = {
         part: torch.cat([_cut(tokenize(documents[name])) for name in chosen] or [_cut([])])

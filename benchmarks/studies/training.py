@@ -22,7 +22,11 @@ Batch = Mapping[str, torch.Tensor]
 
 
 def add_adapter(model: nn.Module, arm: Arm, targets: Sequence[str], head: Sequence[str] = ()) -> nn.Module:
-    """The model with a fresh adapter, which alone is trained beside the modules named `head`."""
+    """The model with a fresh adapter, which alone is trained beside the modules whose names end in one of `head`."""
+    if arm.kind == "none":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in head for part in name.split(".")))
+        return model
     if arm.kind == "LoRA":
         config = peft.LoraConfig(
             r=arm.rank, lora_alpha=ALPHA, target_modules=list(targets), modules_to_save=list(head) or None

@@ -13,7 +13,16 @@ from benchmarks import glue_study, language_study
 from benchmarks.__main__ import main
 from benchmarks.studies import glue, language, runs, texts, training
 from benchmarks.studies.intervals import Interval, interval, mean_over, paired
-from benchmarks.studies.report import MEAN, Comparison, Study, conclusions, differences, tables, values_of
+from benchmarks.studies.report import (
+    MEAN,
+    Comparison,
+    Study,
+    conclusions,
+    differences,
+    rates_table,
+    tables,
+    values_of,
+)
 from benchmarks.studies.runs import COLUMNS, SAME, Arm, Run, chosen_rates, train_all
 from exporters.measuring.tables import read_csv, write_csv
 from melora_fx import MELoRAError
@@ -27,6 +36,7 @@ STUDY = Study(
     arms=["LoRA 8", "MELoRA 8×1"],
     comparisons=(Comparison("MELoRA 8×1", "LoRA 8", "8 times fewer parameters"),),
     choice="C",
+    rule="the best",
     unit="points",
     factor=100,
     digits=1,
@@ -91,17 +101,46 @@ def test_the_mean_over_tasks_is_by_seed() -> None:
 ARMS = (Arm("LoRA 8", "LoRA", 8), Arm("LoRA 1", "LoRA", 1), Arm("MELoRA 8×1", "MELoRA", 1, 8))
 
 
-def test_the_learning_rate_of_a_kind_is_by_the_mean_over_its_arms() -> None:
-    found = [("LoRA 8", 0.1, 1.0), ("LoRA 1", 0.1, 4.0), ("LoRA 8", 0.2, 2.0), ("LoRA 1", 0.2, 2.0)]
-    found += [("MELoRA 8×1", 0.1, 3.0), ("MELoRA 8×1", 0.2, 3.5), ("another", 0.3, 0.0)]
-    rows = [{"arm": arm, "learning_rate": str(rate), "value": str(value)} for arm, rate, value in found]
-    assert chosen_rates(rows, ARMS, lambda means: min(means, key=means.__getitem__)) == {"LoRA": 0.2, "MELoRA": 0.1}
-    assert chosen_rates(rows, ARMS, lambda means: means[0.1]) == {"LoRA": 2.5, "MELoRA": 3.0}
+def choice_runs() -> list[Run]:
+    return [Run("C", arm, seed, 4, rate, SETTINGS, {}) for arm in ARMS[:2] for rate in (0.1, 0.2) for seed in (7, 8)]
+
+
+def rows_of_runs(values: list[float]) -> list[dict[str, str]]:
+    runs = choice_runs()
+    return [dict(zip(SAME, run.key, strict=True), value=str(value)) for run, value in zip(runs, values, strict=True)]
+
+
+def test_the_learning_rate_of_an_arm_is_by_its_mean_over_seeds() -> None:
+    rows = rows_of_runs([1.0, 4.0, 2.0, 2.0, 0.0, 1.0, 5.0, 5.0])
+    assert chosen_rates(rows, choice_runs(), lambda means: min(means, key=means.__getitem__)) == {
+        "LoRA 8": 0.2,
+        "LoRA 1": 0.1,
+    }
+    assert chosen_rates(rows, choice_runs(), lambda means: means[0.1]) == {"LoRA 8": 2.5, "LoRA 1": 0.5}
+
+
+def test_rows_of_other_settings_choose_no_learning_rate() -> None:
+    rows = rows_of_runs([1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 2.0])
+    others = [row | {"settings": "others", "value": "9"} for row in rows]
+    assert chosen_rates([*others, *rows], choice_runs(), lambda means: means[0.1]) == {"LoRA 8": 1.0, "LoRA 1": 1.0}
+
+
+def test_no_learning_rate_is_chosen_where_a_run_is_missing() -> None:
+    rows = rows_of_runs([1.0] * 8)[:-1]
+    with pytest.raises(MELoRAError, match=r"without LoRA 1 at 0\.2"):
+        chosen_rates(rows, choice_runs(), min)
+
+
+def test_only_does_not_narrow_what_learning_rates_are_chosen_by(tmp_path: Path) -> None:
+    assert not runs.for_choice(options_of(tmp_path, only="RTE", again=True)).again
+    assert runs.for_choice(options_of(tmp_path, only="RTE")).only == ""
+    assert runs.for_choice(options_of(tmp_path, again=True)).again
 
 
 def test_the_smallest_learning_rate_that_learns() -> None:
     assert glue_study.smallest_that_learns({0.001: 0.95, 0.002: 0.971, 0.004: 0.98, 0.008: 0.3}) == 0.002
     assert glue_study.smallest_that_learns({0.001: 0.5}) == 0.001
+    assert language_study.smallest_that_learns({0.001: 2.5, 0.002: 2.405, 0.004: 2.4}) == 0.002
 
 
 def make_runs(settings: str = SETTINGS) -> list[Run]:
@@ -142,6 +181,20 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, trained, capsys) -> None
     trained.clear()
     assert train_all(options_of(tmp_path), "studies.glue", make_runs()) == 1
     assert trained == [("LoRA 1", 1)], "what failed is tried again, and nothing else"
+
+
+def test_what_waits_is_not_trained_after_an_unexpected_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def run(job):
+        trained.append(job["seed"])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(glue, "run", run)
+    runs = [Run("A", ARMS[0], seed, 4, 0.004, SETTINGS, {}) for seed in range(50)]
+    with pytest.raises(OSError, match="no space left"):
+        train_all(options_of(tmp_path), "studies.glue", runs)
+    assert len(trained) < 50
 
 
 def test_other_settings_are_other_runs_and_again_replaces(tmp_path: Path, trained) -> None:
@@ -193,8 +246,8 @@ def test_both_libraries_train_the_same(arm: Arm) -> None:
     }
     assert not changed, "what is frozen stays"
     trained = {name for name, value in adapted.named_parameters() if value.requires_grad}
-    assert sum("classifier" in name for name in trained) == 2
-    assert all("classifier" in name or "lora" in name.lower() for name in trained)
+    assert sum("classifier" in name or "pooler" in name for name in trained) == 4
+    assert all("classifier" in name or "pooler" in name or "lora" in name.lower() for name in trained)
 
 
 def _is_in(value: torch.Tensor, before: dict[str, torch.Tensor]) -> bool:
@@ -257,6 +310,7 @@ def test_batches_are_padded_behind() -> None:
         ("Matthews", [[1, 0], [0, 1], [0, 1], [1, 0]], [0, 1, 1, 0], 1.0),
         ("Matthews", [[0, 1], [1, 0], [1, 0], [0, 1]], [0, 1, 1, 0], -1.0),
         ("Pearson", [[1.0], [2.0], [3.0]], [2.0, 4.0, 6.0], 1.0),
+        ("Pearson", [[2.0], [2.0], [2.0]], [2.0, 4.0, 6.0], 0.0),
     ],
 )
 def test_score(metric: str, predicted: list[list[float]], labels: list[float], value: float) -> None:
@@ -291,13 +345,14 @@ def test_read_takes_labels_in_one_order(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_glue_study_runs_quickly(tmp_path: Path, capsys) -> None:
     write_glue(tmp_path)
-    arguments = ["glue_study", "--quick", "--seeds", "2", "--out", str(tmp_path / "out")]
+    arguments = ["glue_study", "--quick", "--seeds", "3", "--out", str(tmp_path / "out")]
     arguments += ["--glue", str(tmp_path / "glue"), "--snips", str(tmp_path / "snips")]
     assert main(arguments) == 0
     rows = read_csv(tmp_path / "out" / "glue_study.csv")
     assert tuple(rows[0]) == COLUMNS
     main_rows = [row for row in rows if row["task"] != "SNIPS"]
-    assert len(main_rows) == len({(row["task"], row["arm"], row["seed"]) for row in main_rows}) == 4 * 4 * 2
+    assert len(main_rows) == len({(row["task"], row["arm"], row["seed"]) for row in main_rows}) == 4 * 5 * 3
+    assert {row["parameters"] for row in main_rows if row["arm"] == "head alone"} == {"0"}
     assert {row["parameters"] for row in main_rows if row["arm"] in ("MELoRA 8×1", "LoRA 1")} == {"256"}
     assert {row["parameters"] for row in main_rows if row["arm"] in ("MELoRA 8×8", "LoRA 8")} == {"2048"}
     report = (tmp_path / "out" / "glue_study.md").read_text()
@@ -305,7 +360,7 @@ def test_the_glue_study_runs_quickly(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "out" / "glue_study.png").stat().st_size > 10_000
     capsys.readouterr()
     assert main(arguments) == 0
-    assert "32 of 32 runs have a row" in capsys.readouterr().out
+    assert "60 of 60 runs have a row" in capsys.readouterr().out
 
 
 def test_without_glue_it_says_where_glue_comes_from(tmp_path: Path, capsys) -> None:
@@ -413,6 +468,29 @@ def test_only_the_newest_settings_are_reported() -> None:
     old = rows_of({("A", "LoRA 8"): [0.1], ("B", "LoRA 8"): [0.1]}, settings="old", day=1)
     new = rows_of({("A", "LoRA 8"): [0.5, 0.7]}, day=2)
     assert values_of(STUDY, [*old, *new]) == {"A": {"LoRA 8": {0: 50.0, 1: 70.0}}}
+
+
+def test_nothing_is_concluded_from_two_seeds() -> None:
+    rows = rows_of({("A", "LoRA 8"): [0.5, 0.5], ("A", "MELoRA 8×1"): [0.6, 0.6]})
+    assert conclusions(STUDY, rows) == ["Nothing is concluded from fewer than 3 seeds."]
+
+
+def test_an_arm_is_reported_at_one_learning_rate() -> None:
+    first = rows_of({("A", "LoRA 8"): [0.5, 0.5, 0.5]}, day=1)
+    again = [row | {"learning_rate": "0.001"} for row in rows_of({("A", "LoRA 8"): [0.9]}, day=2)]
+    assert values_of(STUDY, [*again, *first]) == {"A": {"LoRA 8": {0: 90.0}}}
+
+
+def test_the_learning_rates_are_shown_with_what_they_gave() -> None:
+    choice = [
+        row | {"task": "C", "learning_rate": rate, "value": value}
+        for rate, value in (("0.001", "0.9"), ("0.004", "0.95"))
+        for row in rows_of({("C", "LoRA 8"): [0.0]})
+    ]
+    lines = rates_table(STUDY, [*choice, *rows_of({("A", "LoRA 8"): [0.5]})])
+    assert lines[0] == "Learning rates were chosen on C, one for each adapter: the best."
+    assert "| accuracy at | 0.001 | 0.004 |" in lines
+    assert "| LoRA 8 | 0.9000 | **0.9500** |" in lines
 
 
 def test_tables_hold_what_is_there() -> None:
