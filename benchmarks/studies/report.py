@@ -199,7 +199,7 @@ def conclusions(study: Study, rows: Rows) -> list[str]:
         "",
         f"Differences in {study.unit}, with 95 % intervals of Student's t over the seeds that both arms have, on "
         "one validation set, whose own chance is not in them. *Not told apart* says that zero lies in the interval, "
-        f"not that the two are equal. Of {count} such intervals {count * 0.05:.1f} miss the true difference on average.",
+        f"not that both are equal. Of {count} such intervals {count * 0.05:.1f} miss the true difference on average.",
     ]
 
 
