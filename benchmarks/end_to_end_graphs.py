@@ -2,7 +2,9 @@
 
 import functools
 import statistics
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,20 +30,36 @@ from .studies.glue import TASKS, collate, load, read, score
 from .studies.runs import ONE_THREAD
 
 
-def export(options: Namespace, story: Story, side: Side, base: Path, folder: Path) -> None:
-    """As a user does: a command, in a process of its own; with --quick transformers' exporter here."""
-    out = folder / "graph"
-    if side.name != PEFT_SIDE:
+def prepare(options: Namespace) -> str:
+    """Makes what exporting takes beside a trained model, before anything is timed; says what makes PEFT's graphs."""
+    if options.quick:
+        return f"transformers {transformers.__version__}"
+    python = environment_python(options.cache / "peers-environment")
+    names = ("optimum-onnx", "transformers", "torch")
+    code = f"from importlib.metadata import version; print('; '.join(f'{{n}} {{version(n)}}' for n in {names}))"
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def export(options: Namespace, story: Story, side: Side, base: Path, folder: Path) -> float:
+    """By the command that its users type, in a process of its own; with --quick by transformers' exporter here.
+
+    Returns:
+        the seconds it took.
+    """
+    out, is_ours = folder / "graph", not side.name.startswith(PEFT_SIDE)
+    if story.name == "stories" and not is_ours and not options.quick:
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder / "merged")  # optimum reads it
+    start = time.perf_counter()
+    if is_ours:
         command = [sys.executable, "-m", "exporters.cli", "export", str(base), str(folder / "adapter"), "-o", str(out)]
-        run_offline([*command, "--target", "ort-cpu", "--no-verify"], Path(__file__).parents[1], ONE_THREAD)
+        run_offline([*command, "--target", "ort-cpu"], Path(__file__).parents[1], ONE_THREAD)
     elif options.quick:
         _export_by_transformers(folder / "merged", out)
     else:
-        python = environment_python(options.cache / "peers-environment")
-        if story.name == "stories":
-            AutoTokenizer.from_pretrained(base).save_pretrained(folder / "merged")
-        command = [str(python.with_name("optimum-cli")), "export", "onnx", "--model", str(folder / "merged")]
+        optimum = environment_python(options.cache / "peers-environment").with_name("optimum-cli")
+        command = [str(optimum), "export", "onnx", "--model", str(folder / "merged")]
         run_offline([*command, "--task", story.task, str(out)], folder, ONE_THREAD)
+    return time.perf_counter() - start
 
 
 def _export_by_transformers(model_folder: Path, out: Path) -> None:

@@ -29,16 +29,21 @@ Batches = Iterator[dict[str, torch.Tensor]]
 
 
 def train_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains as the job says; gives the seconds, the peak of memory in MiB, and the size of the adapter's file."""
+    """Trains as the job says; gives the seconds, the peak of memory in MiB, and the size of the adapter's file.
+
+    The seconds begin with the loaded model: adding the adapter and compiling are among them.
+    """
     torch.set_num_threads(1)
     arm, out, found = Arm(*job["arm"]), Path(job["out"]), {}
     torch.manual_seed(job["seed"])
 
     def whole() -> None:
         model, steps, num_steps = _classifier(job) if job["case"] == "MRPC" else _decoder(job)
+        start = time.perf_counter()
         adapted = add_adapter(model, arm, job["targets"], HEAD if job["case"] == "MRPC" else ())
         run: Any = torch.compile(adapted, dynamic=True) if job["compiled"] else adapted
-        found["training_s"] = train(run, steps, num_steps, job["learning_rate"])
+        train(run, steps, num_steps, job["learning_rate"])
+        found["training_s"] = time.perf_counter() - start
         found["saving_s"] = _save(adapted, arm, out)
 
     found["peak_mib"] = peak_memory_mib(whole, "cpu")

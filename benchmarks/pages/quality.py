@@ -30,7 +30,7 @@ def end_to_end(rows: Rows) -> list[str]:
     for case, sides in by_case(rows).items():
         theirs = number(sides[PEFT_SIDE], "quality_mean")
         for side, row in sides.items():
-            if side != PEFT_SIDE:
+            if not side.startswith(PEFT_SIDE):
                 cells = [f"{number(row, name):.2f}" for name in names]
                 quality = f"{row['quality']} {theirs:.3f} → {number(row, 'quality_mean'):.3f}"
                 lines.append([case, side.removeprefix("ours, "), *cells, quality])
