@@ -172,11 +172,12 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
         "",
         f"Written by `python -m benchmarks end_to_end` on {first['time'][:10]}: {first['device']}; "
         f"{first['versions']}; commit {first['commit'] or 'unknown'}; one thread. Medians of {first['rounds']} "
-        "rounds; in brackets, the median over the rounds of the ratio to PEFT's. Training begins with the loaded model; "
-        "compiling is included, with nothing compiled before. Export is from the trained model to the graph, saving and "
-        f"the checks of each command included: `optimum-cli export onnx` ({first['theirs_by']}) without optimizing, "
-        "and `melora-fx export --target ort-cpu`. Latencies of the merged graphs are of one process that runs all in turn. "
-        "Quality is that of the graph, without an interval: the studies are for that.",
+        "rounds; in brackets, the median over the rounds of the ratio to PEFT's. Training begins with the loaded "
+        "model; compiling is included, with nothing compiled before. Export is from the trained model to the graph, "
+        "saving and the checks of each command included: `optimum-cli export onnx` "
+        f"({first['theirs_by']}) without optimizing, and `melora-fx export --target ort-cpu`. Latencies of the merged "
+        "graphs are of one process that runs all in turn. Quality is that of the graph, without an interval: the "
+        "studies are for that.",
         "",
         *table(rows),
         "",
