@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -170,5 +171,12 @@ def run_apart(
     except subprocess.TimeoutExpired as error:
         raise MELoRAError(f"stopped after {timeout_s} s") from error
     if result.returncode:
-        raise MELoRAError((result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1])
+        raise MELoRAError(_error_of(result.stderr) or f"exit code {result.returncode}")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def _error_of(stderr: str) -> str:
+    """The line that names the exception, or the last: torch.compile writes advice below its errors."""
+    lines = stderr.strip().splitlines()
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt|Unsupported)\b", line)]
+    return (named or lines or [""])[-1]

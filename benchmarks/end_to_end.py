@@ -15,11 +15,13 @@ What a round has measured is kept in --cache: a run that was stopped goes on. Wr
 import functools
 import json
 import random
+import re
 import shutil
 import statistics
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -110,7 +112,7 @@ def _base(options: Namespace, story: Story) -> Path:
 
 
 def _folder(work: Path, side: Side, index: int) -> Path:
-    return work / f"{side.name} {index}"
+    return work / f"{re.sub(r'[^a-z0-9]+', '-', side.name.lower())}-{index}"
 
 
 def _round(options: Namespace, story: Story, side: Side, index: int, base: Path, work: Path) -> dict[str, float]:
@@ -127,8 +129,9 @@ def _round(options: Namespace, story: Story, side: Side, index: int, base: Path,
         **{"data": str(options.glue / "mrpc" if story.name == "MRPC" else options.text), "epochs": options.epochs},
         "size": min(story.size, 32 if story.name == "MRPC" else 4) if options.quick else story.size,
     }
-    compiler = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    found = run_apart("end_to_end_process", json.dumps(job), environment=ONE_THREAD | compiler)
+    with TemporaryDirectory() as compiled:  # Inductor's compiler takes no folder with a blank in its name
+        compiler = {"TORCHINDUCTOR_CACHE_DIR": compiled, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        found = run_apart("end_to_end_process", json.dumps(job), environment=ONE_THREAD | compiler)
     found["export_s"] = found.pop("saving_s") + export(options, story, side, base, folder)
     found["total_s"] = found["training_s"] + found["export_s"]
     found["quality"] = quality_of(options, story, base, graph_of(folder / "graph"))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import cases
 from benchmarks import cases as module
 from benchmarks.cases import COLUMNS, DONE, FAILED, LEFT_OUT, MISUSED, Case, Row, run_apart, run_cases, timed_rows
 from exporters.measuring.tables import read_csv
@@ -106,3 +107,10 @@ def test_a_process_of_its_own_that_fails_or_hangs_is_told() -> None:
         run_apart("nothing")
     with pytest.raises(MELoRAError, match=r"stopped after 0\.01 s"):
         run_apart("train_step", timeout_s=0.01)
+
+
+def test_a_process_that_failed_is_told_by_its_exception_not_by_the_advice_below_it() -> None:
+    advised = "Traceback (most recent call last):\n  File\ntorch.exc.InductorError: no compiler\nSet TORCH_LOGS=+all\n"
+    assert cases._error_of(advised) == "torch.exc.InductorError: no compiler"
+    assert cases._error_of("Killed\n") == "Killed"
+    assert cases._error_of("") == ""
