@@ -4,6 +4,7 @@ A benchmark is one file, whose function `run(options)` gives an exit status, and
 """
 
 import argparse
+import hashlib
 import importlib
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -262,7 +264,17 @@ def run(benchmark: Benchmark, options: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     options.cache.mkdir(parents=True, exist_ok=True)
-    return importlib.import_module(f"benchmarks.{benchmark.name}").run(options)
+    measure = importlib.import_module(f"benchmarks.{benchmark.name}").run
+    if options.report_only:
+        return measure(options)
+    path = (options.out / f"{benchmark.name}.csv").resolve()
+    lock = Path(tempfile.gettempdir()) / f"melora_fx-{hashlib.sha256(bytes(path)).hexdigest()[:12]}.lock"
+    try:
+        with FileLock(lock, timeout=0):
+            return measure(options)
+    except Timeout:
+        print(f"{benchmark.name}: another process writes {path}: wait for it, or take another --out", file=sys.stderr)
+        return 2
 
 
 def _run_apart(benchmark: Benchmark, options: argparse.Namespace) -> int:

