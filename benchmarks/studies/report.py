@@ -32,7 +32,7 @@ class Study(NamedTuple):
         arms: in the same order.
         comparisons: what is answered.
         choice: the task of the rows that learning rates were chosen by.
-        rule: which of those that were tried was chosen.
+        rule: which of those that were tried was chosen, a sentence.
         unit: what a difference is called.
         factor: what values are multiplied by before they are shown.
         digits: behind the point.
@@ -121,8 +121,7 @@ def rates_table(study: Study, rows: Rows) -> list[str]:
             [arm, *(f"**{cell}**" if rate == taken.get(arm) else cell for rate, cell in zip(rates, cells, strict=True))]
         )
     metric = next(iter(tried.values()))["metric"] if tried else ""
-    text = f"Learning rates were chosen on {study.choice}, one for each adapter: {study.rule}."
-    return [text, "", *markdown_table([f"{metric} at", *(f"{rate:g}" for rate in rates)], lines)] if lines else []
+    return [study.rule, "", *markdown_table([f"{metric} at", *(f"{rate:g}" for rate in rates)], lines)] if lines else []
 
 
 def tables(study: Study, rows: Rows) -> list[str]:

@@ -2,9 +2,10 @@
 
 import importlib
 import json
+import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,8 @@ def train_all(options: Namespace, script: str, runs: Sequence[Run]) -> int:
                 told = f"[{index}/{len(left)}, {seconds:.0f} s] {run.task}, {run.arm.name}, {run.seed}"
                 try:
                     row = _row(run, future.result())
+                    if not math.isfinite(float(row["value"])):
+                        raise MELoRAError(f"{row['metric']} is {row['value']}")
                 except MELoRAError as error:  # must not cost the other runs
                     num_failed += 1
                     print(f"{told}: failed: {error}", flush=True)
@@ -133,18 +136,15 @@ def _add(row: Row, path: Path) -> None:
     write_csv([old for old in read_csv(path) if key_of(old) != key] + [row], COLUMNS, path)
 
 
-def chosen_rates(
-    rows: Sequence[Mapping[str, str]], runs: Sequence[Run], choose: Callable[[Mapping[float, float]], float]
-) -> dict[str, float]:
-    """The learning rate of each arm.
+def values_by_rate(rows: Sequence[Mapping[str, str]], runs: Sequence[Run]) -> dict[str, dict[float, float]]:
+    """What each learning rate gave each arm, where learning rates are chosen.
 
     Args:
         rows: of the CSV file.
         runs: those that learning rates are chosen by; rows of others do not count.
-        choose: given the mean over the seeds, by learning rate.
 
     Returns:
-        by the arm's name.
+        by the arm's name and the learning rate, the mean over the seeds.
 
     Raises:
         MELoRAError: where a run has no row: what is left would choose another rate.
@@ -155,6 +155,4 @@ def chosen_rates(
     found: dict[str, dict[float, list[float]]] = {}
     for run in runs:
         found.setdefault(run.arm.name, {}).setdefault(run.learning_rate, []).append(values[run.key])
-    return {
-        arm: choose({rate: sum(values) / len(values) for rate, values in rates.items()}) for arm, rates in found.items()
-    }
+    return {arm: {rate: sum(each) / len(each) for rate, each in rates.items()} for arm, rates in found.items()}
