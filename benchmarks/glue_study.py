@@ -31,6 +31,8 @@ ARMS = (
     Arm("head alone", "none"),
 )
 """Of total rank 8, 8, 1 and 64; with n blocks of rank r, MELoRA has the parameters of a LoRA of rank r."""
+ONE_ANSWER = Arm("one answer", "constant")
+"""What is scored by the commonest label of the training examples, or by their mean."""
 GLUE = ("RTE", "MRPC", "CoLA", "STS-B")
 CHOICE = "SNIPS"
 LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
@@ -42,22 +44,32 @@ STUDY = Study(
     name="glue_study",
     title="Quality on GLUE",
     tasks={task: TASKS[task].metric for task in GLUE},
-    arms=[arm.name for arm in ARMS],
+    arms=[*(arm.name for arm in ARMS), ONE_ANSWER.name],
     comparisons=(
         Comparison("MELoRA 8×1", "LoRA 8", "8 times fewer parameters, equal rank"),
         Comparison("MELoRA 8×1", "LoRA 1", "equal parameters, 8 times the rank"),
         Comparison("MELoRA 8×8", "LoRA 8", "equal parameters, 8 times the rank"),
+        Comparison("LoRA 8", "head alone", "with an adapter and without"),
+        Comparison("MELoRA 8×1", "head alone", "with an adapter and without"),
     ),
     choice=CHOICE,
     rule="One learning rate for all was chosen on SNIPS: the smallest at which every arm is within a point of its own "
     "best held-out accuracy.",
+    seeds=5,
+    baseline=(ONE_ANSWER.name, "giving one answer always"),
+    beside="Pooler and classifier, 148,610 parameters (148,225 on STS-B), are trained beside every adapter and are not "
+    "counted with it: in all, MELoRA 8×1 trains 1.4 times fewer parameters than LoRA 8.",
     unit="points",
     factor=100,
     digits=1,
     higher_is_better=True,
     differs=(
         "The paper has RoBERTa-base (125M parameters) and eight tasks; here it is MiniLM-L6 (22.7M, trained to "
-        "embed sentences) and four tasks of at most 2,500 examples, four epochs. Values are lower than the paper's.",
+        "embed sentences) and four tasks of at most 2,500 examples. Values are lower than the paper's.",
+        "Training is short. The authors' script has 80 epochs of RTE, 40 of STS-B, 30 of MRPC and 8 of CoLA, in "
+        "batches of 128 (CoLA: 64), with weight decay 0.1 and dropout 0.05 in the adapter, and cuts pairs of RTE at "
+        "512 tokens. Here it is four epochs in batches of 16, without either, and texts are cut at 128 tokens.",
+        "The script's own MELoRA has 2 blocks of rank 8; here it is 8 blocks, of rank 1 and of rank 8.",
         "The paper chooses learning rate, batch size and rank for each task, and the best epoch on the development "
         "set. Here all adapters have one learning rate on all tasks, and the last epoch counts.",
         "The rule, alpha and what belongs to the head were settled after trials on these tasks, which are in NOTES.md; "
@@ -81,7 +93,8 @@ def run(options: Namespace) -> int:
         status = train_all(for_choice(options), "studies.glue", choice)
         rate = common_rate(values_by_rate(read_csv(path), choice))
         print(f"learning rate: {rate:g}", flush=True)
-        runs = [make(task, arm, seed, rate) for seed in range(options.seeds) for task in GLUE for arm in ARMS]
+        runs = [make(task, ONE_ANSWER, 0, 0.0) for task in GLUE]
+        runs += [make(task, arm, seed, rate) for seed in range(options.seeds) for task in GLUE for arm in ARMS]
         status = max(status, train_all(options, "studies.glue", runs))
     if rows := read_csv(path):
         write_report(STUDY, rows, options.out)

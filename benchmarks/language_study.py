@@ -61,6 +61,9 @@ STUDY = Study(
     choice=CHOICE,
     rule="A learning rate for each adapter was chosen by the loss on documents that are for this alone, after fewer "
     "steps: the best.",
+    seeds=3,
+    baseline=(BASE.name, "the model before the training"),
+    beside="",
     unit="nats",
     factor=1,
     digits=4,

@@ -2,7 +2,8 @@
 
 from benchmarks import glue_study, language_study
 from benchmarks.end_to_end_cells import PEFT_SIDE
-from benchmarks.studies.report import conclusions, newest
+from benchmarks.studies.comparisons import progress, seeds_of
+from benchmarks.studies.report import caveats, differences_table
 from exporters.measuring.tables import markdown_table
 
 from .block import Rows
@@ -10,16 +11,21 @@ from .words import by_case, machine, number, paragraph
 
 
 def studies(rows: Rows) -> list[str]:
-    """What the intervals of one study allow to say; `rows`: of either."""
+    """Every difference with its interval, and what the intervals leave out; `rows`: of either study."""
     study = next(
-        each for each in (glue_study.STUDY, language_study.STUDY) if any(row["task"] in each.tasks for row in rows)
+        each
+        for each in (glue_study.STUDY, language_study.STUDY)
+        if any(row["task"] in (*each.tasks, each.choice) for row in rows)
     )
-    seeds = len({row["seed"] for row in newest(study, rows)})
+    done, planned = progress(study, rows)
+    if done < planned:
+        return [f"*`python -m benchmarks {study.name}` is under way: {done} of {planned} trainings are there.*"]
     lead = {
-        "glue_study": f"MiniLM-L6 on {len(study.tasks)} tasks of GLUE, {seeds} seeds, differences in points:",
-        "language_study": f"SmolLM2-135M on documentation, {seeds} seeds, differences of the held-out loss in nats:",
+        "glue_study": f"MiniLM-L6 on {len(study.tasks)} tasks of GLUE",
+        "language_study": "SmolLM2-135M on documentation, the held-out loss of a token",
     }
-    return [*paragraph(lead[study.name]), "", *(line for line in conclusions(study, rows) if line.startswith("*"))]
+    text = f"{lead[study.name]}, {seeds_of(study, rows)}: mean difference (95 % interval), in {study.unit}."
+    return [*paragraph(text), "", *differences_table(study, rows), "", *paragraph(" ".join(caveats(study, rows)))]
 
 
 def end_to_end(rows: Rows) -> list[str]:

@@ -22,7 +22,10 @@ def section(benchmark: Benchmark, rows: Rows) -> list[str]:
         f"minutes; the rows are in [{benchmark.name}.csv]({_FROM_PAGE}/{benchmark.name}.csv)."
     )
     report = RESULTS / f"{benchmark.name}.md"
-    body = _report(report.read_text()) if report.is_file() else table(rows)
+    if report.is_file():
+        body = _report(report.read_text())
+    else:
+        body = table(rows) if "median_ms" in rows[0] else ["*Under way: there is no report yet.*"]
     if not any("Written by `python -m benchmarks" in line for line in body):
         lines += ["", *paragraph(_measured(rows))]
     drawn = {path for line in body for _, path in _PICTURE.findall(line)}

@@ -89,6 +89,12 @@ def score(metric: str, predicted: np.ndarray, labels: Sequence[Any]) -> float:
     return float(matthews_corrcoef(labels, chosen) if metric == "Matthews" else (chosen == np.array(labels)).mean())
 
 
+def score_of_one_answer(task: Task, examples: Examples, held_out: Examples) -> float:
+    """Of a model that answers the commonest label of the examples always, or for a regression their mean."""
+    counts = np.bincount(examples.labels) if not task.is_regression else [np.mean(examples.labels)]
+    return score(task.metric, np.tile(np.array(counts, dtype=np.float32), (len(held_out.labels), 1)), held_out.labels)
+
+
 def batches(examples: Examples, epochs: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     """In another order each epoch, texts of like length together; the same for the same seed."""
     shuffler = random.Random(seed)
@@ -153,6 +159,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     examples = Examples(*([part[index] for index in taken] for part in examples))
     if job["quick"]:
         held_out = Examples(*(part[:32] for part in held_out))
+    if arm.kind == "constant":
+        return {
+            "metric": task.metric,
+            "value": score_of_one_answer(task, examples, held_out),
+            "parameters": 0,
+            "seconds": 0,
+        }
     model = add_adapter(model, arm, TARGETS, HEAD)
     epochs = int(job["epochs"])
     num_steps = sum(-(-min(BATCH * POOL, len(taken) - start) // BATCH) for start in range(0, len(taken), BATCH * POOL))

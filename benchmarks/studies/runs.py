@@ -32,7 +32,8 @@ Row = dict[str, Any]
 class Arm(NamedTuple):
     """An adapter that is compared. `rank`: of each block.
 
-    `kind`: "LoRA", which is PEFT's; "MELoRA", ours; "none", no adapter: a head is trained alone.
+    `kind`: "LoRA", which is PEFT's; "MELoRA", ours; "none", no adapter: a head is trained alone; "constant": nothing
+    is trained, and one answer given.
     """
 
     name: str

@@ -11,19 +11,12 @@ import torch
 
 from benchmarks import glue_study, language_study
 from benchmarks.__main__ import main
+from benchmarks.pages import quality
 from benchmarks.studies import glue, language, runs, texts, training
+from benchmarks.studies.comparisons import MEAN, Comparison, Study, differences, progress, unlearnt, values_of
 from benchmarks.studies.intervals import Interval, interval, mean_over, paired
-from benchmarks.studies.report import (
-    MEAN,
-    Comparison,
-    Study,
-    conclusions,
-    differences,
-    rates_table,
-    tables,
-    values_of,
-)
-from benchmarks.studies.runs import COLUMNS, SAME, Arm, Run, chosen_rates, train_all
+from benchmarks.studies.report import caveats, conclusions, origin, rates_table, tables
+from benchmarks.studies.runs import COLUMNS, SAME, Arm, Run, train_all, values_by_rate
 from exporters.measuring.tables import read_csv, write_csv
 from melora_fx import MELoRAError
 
@@ -33,10 +26,13 @@ STUDY = Study(
     name="a_study",
     title="A study",
     tasks={"A": "accuracy", "B": "accuracy"},
-    arms=["LoRA 8", "MELoRA 8×1"],
+    arms=["LoRA 8", "MELoRA 8×1", "nothing"],
     comparisons=(Comparison("MELoRA 8×1", "LoRA 8", "8 times fewer parameters"),),
     choice="C",
-    rule="the best",
+    rule="The best was taken.",
+    seeds=5,
+    baseline=("nothing", "giving one answer"),
+    beside="",
     unit="points",
     factor=100,
     digits=1,
@@ -110,25 +106,18 @@ def rows_of_runs(values: list[float]) -> list[dict[str, str]]:
     return [dict(zip(SAME, run.key, strict=True), value=str(value)) for run, value in zip(runs, values, strict=True)]
 
 
-def test_the_learning_rate_of_an_arm_is_by_its_mean_over_seeds() -> None:
+def test_what_a_learning_rate_gave_is_the_mean_over_seeds() -> None:
     rows = rows_of_runs([1.0, 4.0, 2.0, 2.0, 0.0, 1.0, 5.0, 5.0])
-    assert chosen_rates(rows, choice_runs(), lambda means: min(means, key=means.__getitem__)) == {
-        "LoRA 8": 0.2,
-        "LoRA 1": 0.1,
-    }
-    assert chosen_rates(rows, choice_runs(), lambda means: means[0.1]) == {"LoRA 8": 2.5, "LoRA 1": 0.5}
-
-
-def test_rows_of_other_settings_choose_no_learning_rate() -> None:
-    rows = rows_of_runs([1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 2.0])
+    found = values_by_rate(rows, choice_runs())
+    assert found == {"LoRA 8": {0.1: 2.5, 0.2: 2.0}, "LoRA 1": {0.1: 0.5, 0.2: 5.0}}
     others = [row | {"settings": "others", "value": "9"} for row in rows]
-    assert chosen_rates([*others, *rows], choice_runs(), lambda means: means[0.1]) == {"LoRA 8": 1.0, "LoRA 1": 1.0}
+    assert values_by_rate([*others, *rows], choice_runs()) == found, "rows of other settings do not count"
 
 
 def test_no_learning_rate_is_chosen_where_a_run_is_missing() -> None:
     rows = rows_of_runs([1.0] * 8)[:-1]
     with pytest.raises(MELoRAError, match=r"without LoRA 1 at 0\.2"):
-        chosen_rates(rows, choice_runs(), min)
+        values_by_rate(rows, choice_runs())
 
 
 def test_only_does_not_narrow_what_learning_rates_are_chosen_by(tmp_path: Path) -> None:
@@ -137,10 +126,12 @@ def test_only_does_not_narrow_what_learning_rates_are_chosen_by(tmp_path: Path) 
     assert runs.for_choice(options_of(tmp_path, again=True)).again
 
 
-def test_the_smallest_learning_rate_that_learns() -> None:
-    assert glue_study.smallest_that_learns({0.001: 0.95, 0.002: 0.971, 0.004: 0.98, 0.008: 0.3}) == 0.002
-    assert glue_study.smallest_that_learns({0.001: 0.5}) == 0.001
-    assert language_study.smallest_that_learns({0.001: 2.5, 0.002: 2.405, 0.004: 2.4}) == 0.002
+def test_one_learning_rate_for_all_arms() -> None:
+    first = {0.001: 0.972, 0.002: 0.980, 0.004: 0.9}
+    assert glue_study.common_rate({"LoRA 8": first}) == 0.001
+    assert glue_study.common_rate({"LoRA 8": first, "LoRA 1": {0.001: 0.8, 0.002: 0.9, 0.004: 0.905}}) == 0.002
+    apart = {"LoRA 8": {0.001: 0.9, 0.002: 0.8}, "LoRA 1": {0.001: 0.7, 0.002: 0.95}}
+    assert glue_study.common_rate(apart) == 0.002, "the loss of LoRA 8 is the smaller one"
 
 
 def make_runs(settings: str = SETTINGS) -> list[Run]:
@@ -317,6 +308,22 @@ def test_score(metric: str, predicted: list[list[float]], labels: list[float], v
     assert glue.score(metric, np.array(predicted, dtype=np.float32), labels) == pytest.approx(value)
 
 
+def test_one_answer() -> None:
+    held_out = glue.Examples([([1], [0])] * 4, [1, 1, 1, 0])
+    examples = glue.Examples([([1], [0])] * 3, [1, 0, 1])
+    assert glue.score_of_one_answer(glue.TASKS["RTE"], examples, held_out) == 0.75
+    assert glue.score_of_one_answer(glue.TASKS["CoLA"], examples, held_out) == 0.0
+    assert glue.score_of_one_answer(glue.TASKS["STS-B"], examples, held_out) == 0.0
+
+
+def test_what_is_trained_beside_the_adapter_is_told_rightly() -> None:
+    """MiniLM-L6: 384 features, adapters on query and value of six layers."""
+    head = 384 * 384 + 384 + 384 * 2 + 2
+    lora, ours = (12 * rank * 2 * 384 for rank in (8, 1))
+    assert f"{head:,} parameters ({head - 385:,} on STS-B)" in glue_study.STUDY.beside
+    assert f"{(head + lora) / (head + ours):.1f} times fewer" in glue_study.STUDY.beside
+
+
 def write_glue(folder: Path, count: int = 24) -> None:
     """Files as GLUE and SNIPS have them, with quotation marks that are no quoting."""
     for name, task in glue.TASKS.items():
@@ -351,7 +358,7 @@ def test_the_glue_study_runs_quickly(tmp_path: Path, capsys) -> None:
     rows = read_csv(tmp_path / "out" / "glue_study.csv")
     assert tuple(rows[0]) == COLUMNS
     main_rows = [row for row in rows if row["task"] != "SNIPS"]
-    assert len(main_rows) == len({(row["task"], row["arm"], row["seed"]) for row in main_rows}) == 4 * 5 * 3
+    assert len(main_rows) == len({(row["task"], row["arm"], row["seed"]) for row in main_rows}) == 4 * (5 * 3 + 1)
     assert {row["parameters"] for row in main_rows if row["arm"] == "head alone"} == {"0"}
     assert {row["parameters"] for row in main_rows if row["arm"] in ("MELoRA 8×1", "LoRA 1")} == {"256"}
     assert {row["parameters"] for row in main_rows if row["arm"] in ("MELoRA 8×8", "LoRA 8")} == {"2048"}
@@ -360,7 +367,7 @@ def test_the_glue_study_runs_quickly(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "out" / "glue_study.png").stat().st_size > 10_000
     capsys.readouterr()
     assert main(arguments) == 0
-    assert "60 of 60 runs have a row" in capsys.readouterr().out
+    assert "64 of 64 runs have a row" in capsys.readouterr().out
 
 
 def test_without_glue_it_says_where_glue_comes_from(tmp_path: Path, capsys) -> None:
@@ -464,21 +471,65 @@ def test_conclusions_say_what_the_intervals_allow() -> None:
     assert ": better on A (-2.0 (" in conclusions(lower, rows)[0]
 
 
-def test_only_the_newest_settings_are_reported() -> None:
-    old = rows_of({("A", "LoRA 8"): [0.1], ("B", "LoRA 8"): [0.1]}, settings="old", day=1)
-    new = rows_of({("A", "LoRA 8"): [0.5, 0.7]}, day=2)
-    assert values_of(STUDY, [*old, *new]) == {"A": {"LoRA 8": {0: 50.0, 1: 70.0}}}
+def test_a_trial_beside_the_study_is_none_of_it() -> None:
+    """Other settings or another learning rate count where as many rows have them, and are newer."""
+    main = rows_of({("A", "LoRA 8"): [0.5, 0.7], ("A", "MELoRA 8×1"): [0.4, 0.4]}, day=1)
+    trial = rows_of({("A", "LoRA 8"): [0.1]}, settings="a trial", day=2)
+    faster = [row | {"learning_rate": "0.1", "seed": "7"} for row in rows_of({("A", "LoRA 8"): [0.2]}, day=3)]
+    expected = {"A": {"LoRA 8": {0: 50.0, 1: 70.0}, "MELoRA 8×1": {0: 40.0, 1: 40.0}}}
+    assert values_of(STUDY, [*main, *trial, *faster]) == values_of(STUDY, [*faster, *trial, *main]) == expected
+    anew = [row | {"settings": "anew", "value": "0.9"} for row in rows_of({("A", "LoRA 8"): [0] * 4}, day=4)]
+    assert values_of(STUDY, [*main, *anew]) == {"A": {"LoRA 8": dict.fromkeys(range(4), 90.0)}}
+
+
+def test_a_study_under_way_says_so_and_compares_common_seeds() -> None:
+    rows = rows_of({("A", "LoRA 8"): [0.5] * 4, ("A", "MELoRA 8×1"): [0.6] * 3, ("A", "nothing"): [0.1]})
+    rows += rows_of({("B", "LoRA 8"): [0.5]})
+    assert progress(STUDY, rows) == (8, 20)
+    assert "**Under way: 8 of 20 trainings are there.**" in "\n".join(origin(STUDY, rows))
+    assert {arm: list(seeds) for arm, seeds in values_of(STUDY, rows)["A"].items()} == {
+        "LoRA 8": [0, 1, 2],
+        "MELoRA 8×1": [0, 1, 2],
+        "nothing": [0],
+    }
+    page = quality.studies([row | {"task": {"A": "RTE", "B": "SNIPS"}[row["task"]]} for row in rows])
+    assert page == ["*`python -m benchmarks glue_study` is under way: 7 of 100 trainings are there.*"]
+    assert "0 of 100" in quality.studies([row | {"task": "SNIPS"} for row in rows])[0]
+
+
+def test_a_complete_study_tells_every_interval_in_the_readme() -> None:
+    arms = {arm: 0.5 + 0.05 * place for place, arm in enumerate(glue_study.STUDY.arms)}
+    values = {
+        (task, arm): [value + 0.01 * (seed * (place + 1) % 3) for seed in range(5 if value < 0.75 else 1)]
+        for place, (arm, value) in enumerate(arms.items())
+        for task in glue_study.GLUE
+    }
+    text = "\n".join(quality.studies(rows_of(values)))
+    assert text.count(" to +") + text.count(" to -") == 5 * 5, "five comparisons on four tasks and in the mean"
+    assert "not that both are equal" in text.replace("\n", " ")
+    assert "5 seeds" in text
+
+
+def test_a_task_on_which_nothing_is_learnt_is_named() -> None:
+    """Arms that are equal because none has learnt are no evidence."""
+    values = {("A", "LoRA 8"): [0.5, 0.53, 0.49], ("A", "MELoRA 8×1"): [0.51, 0.5, 0.5], ("A", "nothing"): [0.51]}
+    learnt = {("B", "LoRA 8"): [0.7, 0.72, 0.71], ("B", "MELoRA 8×1"): [0.5, 0.5, 0.51], ("B", "nothing"): [0.51]}
+    assert unlearnt(STUDY, rows_of(values | learnt)) == ["A"]
+    assert "On A no arm is told apart from giving one answer" in caveats(STUDY, rows_of(values | learnt))[0]
+    assert unlearnt(STUDY._replace(higher_is_better=False), rows_of(values | learnt)) == ["A", "B"]
+    assert unlearnt(STUDY, rows_of({key: found[:2] for key, found in values.items()})) == [], "two seeds say nothing"
+
+
+def test_the_report_names_every_machine() -> None:
+    rows = rows_of({("A", "LoRA 8"): [0.5, 0.5], ("A", "MELoRA 8×1"): [0.6, 0.6]})
+    rows[1] |= {"device": "another", "versions": "torch 3", "commit": "d-dirty"}
+    text = origin(STUDY, rows)[0]
+    assert "a processor; torch 2, and another; torch 3; commits c, d-dirty" in text
 
 
 def test_nothing_is_concluded_from_two_seeds() -> None:
     rows = rows_of({("A", "LoRA 8"): [0.5, 0.5], ("A", "MELoRA 8×1"): [0.6, 0.6]})
     assert conclusions(STUDY, rows) == ["Nothing is concluded from fewer than 3 seeds."]
-
-
-def test_an_arm_is_reported_at_one_learning_rate() -> None:
-    first = rows_of({("A", "LoRA 8"): [0.5, 0.5, 0.5]}, day=1)
-    again = [row | {"learning_rate": "0.001"} for row in rows_of({("A", "LoRA 8"): [0.9]}, day=2)]
-    assert values_of(STUDY, [*again, *first]) == {"A": {"LoRA 8": {0: 90.0}}}
 
 
 def test_the_learning_rates_are_shown_with_what_they_gave() -> None:
@@ -488,7 +539,7 @@ def test_the_learning_rates_are_shown_with_what_they_gave() -> None:
         for row in rows_of({("C", "LoRA 8"): [0.0]})
     ]
     lines = rates_table(STUDY, [*choice, *rows_of({("A", "LoRA 8"): [0.5]})])
-    assert lines[0] == "Learning rates were chosen on C, one for each adapter: the best."
+    assert lines[0] == "The best was taken."
     assert "| accuracy at | 0.001 | 0.004 |" in lines
     assert "| LoRA 8 | 0.9000 | **0.9500** |" in lines
 
@@ -497,9 +548,9 @@ def test_tables_hold_what_is_there() -> None:
     """Of a study that is under way: no mean over tasks of an arm that lacks one, no difference without a pair."""
     rows = rows_of({("A", "LoRA 8"): [0.5, 0.7], ("A", "MELoRA 8×1"): [0.6], ("B", "LoRA 8"): [0.5, 0.5]})
     lines = tables(STUDY, rows)
-    assert f"| arm | parameters | A, accuracy | B, accuracy | {MEAN} |" in lines
-    assert any(line.startswith("| LoRA 8 | 96 | 60.0 (") and line.endswith(" |") for line in lines)
-    assert any(line.startswith("| MELoRA 8×1 | 96 | 60.0 |  |  |") for line in lines)
+    assert f"| arm | parameters of the adapter | A, accuracy | B, accuracy | {MEAN} |" in lines
+    assert "| LoRA 8 | 96 | 50.0 | 50.0 (50.0 to 50.0) | 50.0 |" in lines
+    assert "| MELoRA 8×1 | 96 | 60.0 |  |  |" in lines
     assert "| MELoRA 8×1 − LoRA 8 | 8 times fewer parameters | +10.0 |  |  |" in lines
 
 
@@ -516,4 +567,5 @@ def test_the_committed_report_is_that_of_the_committed_rows(study: Study, tmp_pa
 
 @pytest.mark.parametrize("study", [glue_study.STUDY, language_study.STUDY], ids=lambda study: study.name)
 def test_comparisons_are_of_arms_of_the_study(study: Study) -> None:
+    assert study.baseline[0] in study.arms
     assert {arm for each in study.comparisons for arm in (each.arm, each.other)} <= set(study.arms)
