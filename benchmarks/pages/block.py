@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.checkout import ROOT
@@ -32,11 +33,44 @@ class Block(NamedTuple):
 
 
 def lines_of(block: Block) -> list[str]:
-    """The lines as the committed rows make them; one that says so where there are none yet."""
-    rows = read_csv(RESULTS / f"{block.csv}.csv") if block.csv else []
+    """The lines as the committed rows make them; one that says so where there are none yet.
+
+    Raises:
+        ValueError: for rows that `sound_rows` refuses, and where a row or a value is missing that the lines are of.
+    """
+    rows = sound_rows(RESULTS / f"{block.csv}.csv") if block.csv else []
     if block.csv and not rows:
         return [f"*`python -m benchmarks {block.csv}` has not been measured yet.*"]
-    return block.write(rows)
+    try:
+        return block.write(rows)
+    except (KeyError, ValueError, IndexError, StopIteration) as error:
+        told = f"{block.csv}.csv lacks what `{block.name}` of {block.page} is made of: {error!r}"
+        raise ValueError(told) from error
+
+
+_KEYS = (("task", "arm", "seed", "epochs", "learning_rate", "settings"), ("case", "side", "site"))
+"""What no two rows of a file have alike: of a study, and of another benchmark."""
+
+
+def sound_rows(path: Path) -> Rows:
+    """The rows of a file.
+
+    Raises:
+        ValueError: for a row of another length than the first line, one that is there twice, and a value that is not
+            finite; by file and line.
+    """
+    rows = read_csv(path)
+    key = next((names for names in _KEYS if rows and names[0] in rows[0]), ())
+    seen: dict[tuple[str, ...], int] = {}
+    for line, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}, line {line}: other columns than the first line has")
+        if wrong := [name for name, value in row.items() if value.lower() in ("nan", "inf", "-inf")]:
+            raise ValueError(f"{path}, line {line}: {wrong[0]} is {row[wrong[0]]}")
+        found = tuple(row.get(name, "") for name in key)
+        if key and seen.setdefault(found, line) != line:
+            raise ValueError(f"{path}, line {line}: as line {seen[found]}, {', '.join(filter(None, found))}")
+    return rows
 
 
 def blocks_in(page: str) -> dict[str, list[str]]:

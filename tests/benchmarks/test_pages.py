@@ -12,23 +12,34 @@ from benchmarks.pages.words import duration, listed, machine, origin, paragraph,
 from benchmarks.report_rows import rows_of
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-_TABLES = re.compile(r"<!-- [\w ]+: PYTHONPATH=tests python -m support\.\w+ -->\n.*?<!-- end of [\w ]+ -->", re.DOTALL)
+_TABLES = re.compile(
+    r"<!-- ([\w ]+): PYTHONPATH=tests python -m support\.(?:capture|conversion|export)_table -->\n"
+    r".*?<!-- end of (?:table|whole captures) -->",
+    re.DOTALL,
+)
 _PAGE = "<!-- page: PYTHONPATH=tests python -m support."
 """Tables and pages that tests/support writes; tests of their own compare them with the code."""
 
-_NUMBER = r"(?:\d[\d.,]*|(?i:\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|fifteen|twenty|thirty|some|few)))"
-_UNIT = r"(?:ns|µs|ms|s|seconds?|minutes?|hours?|[kMGT]i?B(?:/s)?|%|per cent|times|×(?!\s?\d))"
+_WORDS = "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty|forty|fifty|sixty|ninety"
+_NUMBER = rf"(?:\d[\d.,]*|(?i:\b(?:{_WORDS}|hundred|thousand|some|few)))"
+_UNITS = (
+    *("ns", "µs", "us", "ms", "s", "secs?", "seconds?", "milliseconds?", "microseconds?", "min", "minutes?", "hours?"),
+    *("[kKMGT]i?B(?:/s)?", "bytes", "tokens/s", "tokens a second", "%", "percent", "per cent", "points?", "nats"),
+    *("times", "fold", "x", r"×(?!\s?\d)"),
+)
 _FIGURES = (
-    re.compile(rf"{_NUMBER}[ -]?{_UNIT}(?!\w)"),
-    re.compile(r"(?<![\w.])\d{1,2}\.\d{2}(?![.\d])"),  # a ratio, as all pages write them
-    re.compile(r"(?<![\w.])\d\.\d of\b"),
+    re.compile(rf"{_NUMBER}\**(?:[ -]|&nbsp;)?(?:{'|'.join(_UNITS)})(?!\w)"),
+    re.compile(r"(?<![\w.])\d+\.\d+(?![.\d])"),
     re.compile(r"\b\d(?:\.\d+)?e[-+]?\d+\b"),  # an error
     re.compile(r"\b(?:a|one|two|three) (?:third|quarter|fifth|sixth|seventh|eighth|ninth|tenth|twentieth)s?\b"),
+    re.compile(r"\b(?i:twice|thrice|half|double) (?:as|the time|the memory)\b"),
 )
 _VERSIONS = re.compile(
-    r"(?:ONNX Runtime|PEFT|vLLM|mlx_lm|xllamacpp|TRL|DeepSpeed|TensorRT|torch|transformers|Triton|Python|Llama) "
-    r"\d+(?:\.\d+)*(?: to \d+(?:\.\d+)*)?"
+    r"(?:PEFT 0\.21|vLLM 0\.33|xllamacpp 2026\.10|mlx_lm 0\.32|ONNX Runtime 1\.(?:24 to 1\.32|30|31|32)|TRL 1\.16|"
+    r"DeepSpeed 0\.19|TensorRT 10\.15|Python 3\.11|torch 2\.1[13]|transformers 5\.2[34]|Llama 3\.2|"
+    r"arXiv \d{4}\.\d{4,5}|arxiv\.org/abs/\d{4}\.\d{4,5})(?![\d.]*\d)"
 )
+"""One by one: "PEFT 24 ms" is no version."""
 
 
 class Allowed(NamedTuple):
@@ -50,7 +61,10 @@ ALLOWED = (
     Allowed("README.md", "at most five minutes on two cores", _BOUND),
     Allowed("README.md", "lr=1e-3", _OPTION),
     Allowed("docs/ADAPTERS.md", "(0.19 or later)", _VERSION),
+    Allowed("docs/ADAPTERS.md", '"style": 0.7, "domain": 0.3', _OPTION),
+    Allowed("docs/ADAPTERS.md", "exactly 0.7 Δ₁ + 0.3 Δ₂", _OPTION),
     Allowed("docs/CAPTURES.md", "`load_adapter` refused 112 times", "by hand, of the report of tests/outside/run.py"),
+    Allowed("docs/EXPORT.md", "temperature=0.8, top_p=0.9", _OPTION),
     Allowed("docs/EXPORT.md", "four times the example", "a size that is tried"),
     Allowed("docs/EXPORT.md", "ONNX Runtime's CPU provider (1.32)", _VERSION),
     Allowed("docs/EXPORT.md", "may be 1e-4 in fp32 and 2e-2 in fp16, there 4e-2", _TESTED),
@@ -60,6 +74,9 @@ ALLOWED = (
     Allowed("docs/GPU.md", "twenty minutes by estimate", _ESTIMATE),
     Allowed("docs/GPU.md", "about 45 GB of its memory", _ESTIMATE),
     Allowed("docs/GPU.md", "1.31 is built for CUDA 13", _VERSION),
+    Allowed("docs/SCALE.md", "16 bytes a value", _COUNT),
+    Allowed("docs/TRAINING.md", "(`--validation 0.1`", _OPTION),
+    Allowed("docs/TRAINING.md", "compute capability below 8.0", _VERSION),
     Allowed("docs/TRAINING.md", "13.5 GB in bfloat16", _COUNT),
     Allowed("docs/TRAINING.md", "8 × 8 takes 67 MB", _COUNT),
     Allowed("docs/TRAINING.md", "learning rate 3e-4", _OPTION),
@@ -127,6 +144,21 @@ def test_what_is_allowed_is_there_and_looks_like_a_figure(allowed: Allowed) -> N
         "two to four per cent",
         "an error of 3.5e-06",
         "a fifth of PEFT's time",
+        "2.1 points better",
+        "accuracy 0.784",
+        "| 0.7843 | 98.6 |",
+        "2.405 nats",
+        "24 milliseconds",
+        "100 KiB",
+        "3x faster",
+        "twice as fast",
+        "71.8 percent",
+        "4-fold",
+        "**24** ms",
+        "24&nbsp;ms",
+        "1234 tokens/s",
+        "3 min",
+        "ninety per cent",
     ],
 )
 def test_what_is_a_figure(text: str) -> None:
@@ -135,10 +167,22 @@ def test_what_is_a_figure(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["8 × 64 tokens", "rank 8, 8 blocks", "dropout 0.1", "arXiv 2402.17263", "n times fewer", "2 processes", "4.20.1"],
+    ["8 × 64 tokens", "rank 8, 8 blocks", "arXiv 2402.17263", "n times fewer", "2 processes", "4.20.1", "PEFT 0.21"],
 )
 def test_what_is_none(text: str) -> None:
-    assert figures_in(text) == []
+    assert figures_in(_VERSIONS.sub("", text)) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["PEFT 24 ms", "PEFT 63 MiB", "takes PEFT 2.5 times as long", "torch 1.29", "PEFT 0.215"]
+)
+def test_what_is_no_version(text: str) -> None:
+    assert figures_in(_VERSIONS.sub("", text))
+
+
+def test_tables_of_the_tests_are_made_by_modules_that_are_there() -> None:
+    found = {name for page in PAGES for name in re.findall(r"python -m support\.(\w+)", (ROOT / page).read_text())}
+    assert all((ROOT / "tests" / "support" / f"{name}.py").is_file() for name in found)
 
 
 def test_a_figure_that_somebody_writes_into_a_page_is_found(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +231,31 @@ def test_blocks_that_are_not_well_formed(page: str) -> None:
 def test_a_block_without_rows_says_so() -> None:
     block = Block("README.md", "nothing", "nothing", lambda rows: [str(rows)])
     assert lines_of(block) == ["*`python -m benchmarks nothing` has not been measured yet.*"]
+
+
+TWO_ROWS = "case,side,ratio\na,ours,1.0\na,PEFT,2.0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (TWO_ROWS.replace("2.0", "nan"), r"line 3: ratio is nan"),
+        (TWO_ROWS.replace("PEFT", "ours"), r"line 3: as line 2, a, ours"),
+        (TWO_ROWS.replace(",2.0", ""), r"line 3: other columns"),
+        (TWO_ROWS.replace("2.0", "2.0,3"), r"line 3: other columns"),
+        (TWO_ROWS.replace("2.0", ""), r"numbers\.csv lacks what `ratio` of README\.md is made of: ValueError"),
+        (TWO_ROWS.replace("ratio", "ratios"), r"numbers\.csv lacks .* KeyError\('ratio'\)"),
+    ],
+    ids=["not finite", "twice", "short", "long", "empty", "no column"],
+)
+def test_rows_that_would_make_a_false_page(tmp_path, monkeypatch: pytest.MonkeyPatch, text: str, told: str) -> None:
+    monkeypatch.setattr("benchmarks.pages.block.RESULTS", tmp_path)
+    block = Block("README.md", "ratio", "numbers", lambda rows: [f"{float(row['ratio'])}" for row in rows])
+    (tmp_path / "numbers.csv").write_text(TWO_ROWS)
+    assert lines_of(block) == ["1.0", "2.0"]
+    (tmp_path / "numbers.csv").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        lines_of(block)
 
 
 def test_words() -> None:
