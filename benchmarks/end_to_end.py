@@ -8,11 +8,12 @@ Each round does so for every side, in another order and with another seed; ratio
 shown.
 Then ONNX Runtime runs the last round's graphs in turn, in one process, plain sessions, one thread.
 
-What a round has measured is kept in --cache: a run that was stopped goes on. Writes end_to_end.csv and end_to_end.md.
---quick takes two sides, tiny models and, for optimum-onnx, transformers' exporter.
+What a whole round has measured is kept in --cache: a run that was stopped goes on. Writes end_to_end.csv and
+end_to_end.md. --quick takes two sides, tiny models and, for optimum-onnx, transformers' exporter.
 """
 
 import functools
+import hashlib
 import json
 import random
 import re
@@ -29,11 +30,12 @@ from transformers import BertModel, LlamaForCausalLM
 
 from exporters.measuring.machine import origin_columns
 from exporters.measuring.tables import markdown_table
+from melora_fx.files import write_atomically
 
 from .cases import Case, Row, run_apart, run_cases
 from .checkout import source_digest
 from .end_to_end_cells import PEFT_SIDE, QUICK_SIDES, SHAPES, SIDES, STORIES, Side, Story
-from .end_to_end_graphs import export, graph_of, latencies_of, prepare, quality_of
+from .end_to_end_graphs import LOADS, export, graph_of, latencies_of, prepare, quality_of
 from .kept import digest, once
 from .models import load_smollm2, minilm_folder
 from .needs import MINILM, SMOLLM2
@@ -61,7 +63,10 @@ def run(options: Namespace) -> int:
 
 
 def settings_of(options: Namespace) -> str:
-    return f"rounds {options.rounds}, epochs {options.epochs}, text {options.text.name}"
+    files = [path for path in (*_mrpc_files(options.glue), options.text) if path.is_file()]
+    texts = digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in files))
+    timing = f"{options.seconds:g} s of timing a shape"
+    return f"rounds {options.rounds}, epochs {options.epochs}, {timing}, texts of sha256 {texts}"
 
 
 def _where(made_by: str) -> list[str]:
@@ -70,9 +75,13 @@ def _where(made_by: str) -> list[str]:
     return [found["device"], found["versions"], made_by]
 
 
+def _mrpc_files(glue: Path) -> list[Path]:
+    return [glue / "mrpc" / name for name in TASKS["MRPC"].files]
+
+
 def _why_no_mrpc(glue: Path) -> str:
-    missing = [name for name in TASKS["MRPC"].files if not (glue / "mrpc" / name).is_file()]
-    return f"`{glue / 'mrpc' / missing[0]}` is not there: --glue takes a folder with GLUE's mrpc" if missing else ""
+    missing = [path for path in _mrpc_files(glue) if not path.is_file()]
+    return f"`{missing[0]}` is not there: --glue takes a folder with GLUE's mrpc" if missing else ""
 
 
 def measure(options: Namespace, story: Story) -> list[Row]:
@@ -83,10 +92,7 @@ def measure(options: Namespace, story: Story) -> list[Row]:
         shutil.rmtree(work, ignore_errors=True)
     base = _base(options, story)
     sides = QUICK_SIDES if options.quick else SIDES
-    rounds = []
-    for index in range(options.rounds):
-        order = random.Random(index).sample(sides, len(sides))
-        rounds.append({side.name: _round(options, story, side, index, base, work) for side in order})
+    rounds = [_round(options, story, sides, index, base, work) for index in range(options.rounds)]
     last = {side.name: graph_of(_folder(work, side, options.rounds - 1) / "graph") for side in sides}
     latencies = {name: latencies_of(last, shape, options.seconds) for name, shape in SHAPES.items()}
     return [_row(story, side.name, rounds, latencies) | {"theirs_by": made_by} for side in sides]
@@ -115,11 +121,20 @@ def _folder(work: Path, side: Side, index: int) -> Path:
     return work / f"{re.sub(r'[^a-z0-9]+', '-', side.name.lower())}-{index}"
 
 
-def _round(options: Namespace, story: Story, side: Side, index: int, base: Path, work: Path) -> dict[str, float]:
-    """What a side took and gave, the graph included; read where an earlier run has measured it."""
+def _round(
+    options: Namespace, story: Story, sides: Sequence[Side], index: int, base: Path, work: Path
+) -> dict[str, dict[str, float]]:
+    """What each side took and gave, its graph included; read where an earlier run has measured all of the round."""
+    path = work / f"round-{index}.json"
+    if not path.is_file():
+        order = random.Random(index).sample(sides, len(sides))
+        found = {side.name: _side(options, story, side, index, base, work) for side in order}
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(found)))
+    return json.loads(path.read_text())
+
+
+def _side(options: Namespace, story: Story, side: Side, index: int, base: Path, work: Path) -> dict[str, float]:
     folder = _folder(work, side, index)
-    if (folder / "found.json").is_file():
-        return json.loads((folder / "found.json").read_text())
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     print(f"    round {index + 1}: {side.name} …", flush=True)
@@ -135,7 +150,6 @@ def _round(options: Namespace, story: Story, side: Side, index: int, base: Path,
     found["export_s"] = found.pop("saving_s") + export(options, story, side, base, folder)
     found["total_s"] = found["training_s"] + found["export_s"]
     found["quality"] = quality_of(options, story, base, graph_of(folder / "graph"))
-    (folder / "found.json").write_text(json.dumps(found))
     return found
 
 
@@ -143,9 +157,9 @@ MEASURES = ("training_s", "peak_mib", "adapter_kib", "export_s")
 
 
 def _row(
-    story: Story, side: str, rounds: Sequence[Mapping[str, Row]], latencies: Mapping[str, Mapping[str, float]]
+    story: Story, side: str, rounds: Sequence[Mapping[str, Row]], latencies: Mapping[str, Mapping[str, list[float]]]
 ) -> Row:
-    """Medians over the rounds, each with the median ratio to PEFT's of the same round."""
+    """Medians over the rounds, or the loads of a graph, each with the median ratio to PEFT's of the same."""
     totals = np.array([found[side]["total_s"] for found in rounds]) * 1e3
     median, p20, p80 = np.percentile(totals, (50, 20, 80)).round(1).tolist()
     row: Row = {"side": side, "median_ms": median, "p20_ms": p20, "p80_ms": p80, "reference": PEFT_SIDE}
@@ -155,8 +169,10 @@ def _row(
         row[f"{measure.rpartition('_')[0]}_ratio"] = round(_ratio(rounds, side, measure), 4)
     for shape, found in latencies.items():
         name = shape.replace(" × ", "x")
-        row[f"ms_{name}"] = round(found[side], 3)
-        row[f"ratio_{name}"] = round(found[side] / found[PEFT_SIDE], 4)
+        ratios = [own / theirs for own, theirs in zip(found[side], found[PEFT_SIDE], strict=True)]
+        row[f"ms_{name}"] = round(statistics.median(found[side]), 3)
+        row[f"ratio_{name}"] = round(statistics.median(ratios), 4)
+        row[f"ratio_{name}_least"], row[f"ratio_{name}_most"] = round(min(ratios), 4), round(max(ratios), 4)
     row["quality"] = story.quality
     row["quality_mean"] = round(statistics.fmean(found[side]["quality"] for found in rounds), 4)
     row["quality_of_rounds"] = " ".join(f"{found[side]['quality']:.4f}" for found in rounds)
@@ -169,18 +185,23 @@ def _ratio(rounds: Sequence[Mapping[str, Row]], side: str, measure: str) -> floa
 
 def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
     """Writes end_to_end.md."""
-    first = rows[0]
+    origins: dict[str, dict[str, None]] = {}
+    for row in rows:
+        origin = (
+            f"{row['time'][:10]}: {row['device']}; {row['versions']}; beside {row['theirs_by']}; "
+            f"commit {row['commit'] or 'unknown'}; {row['rounds']} rounds"
+        )
+        origins.setdefault(origin, {})[row["case"]] = None
+    measured = " ".join(f"{' and '.join(cases)} on {origin}." for origin, cases in origins.items())
     lines = [
         "# From the base model to a served graph",
         "",
-        f"Written by `python -m benchmarks end_to_end` on {first['time'][:10]}: {first['device']}; "
-        f"{first['versions']}; commit {first['commit'] or 'unknown'}; one thread. Medians of {first['rounds']} "
-        "rounds; in brackets, the median over the rounds of the ratio to PEFT's. Training begins with the loaded "
-        "model; compiling is included, with nothing compiled before. Export is from the trained model to the graph, "
-        "saving and the checks of each command included: `optimum-cli export onnx` "
-        f"({first['theirs_by']}) without optimizing, and `melora-fx export --target ort-cpu`. Latencies of the merged "
-        "graphs are of one process that runs all in turn. Quality is that of the graph, without an interval: the "
-        "studies are for that.",
+        f"Written by `python -m benchmarks end_to_end`. {measured} One thread. Medians of the rounds; in brackets, the "
+        "median over the rounds of the ratio to PEFT's. Training begins with the loaded model; compiling is included, "
+        "with nothing compiled before. Export is from the trained model to the graph, saving and the checks of each "
+        "command included: `optimum-cli export onnx` without optimizing, and `melora-fx export --target ort-cpu`. "
+        f"Latencies of the merged graphs are of one process that runs all in turn, in {LOADS} loads: the median ratio, "
+        "and the least and the largest. Quality is that of the graph, without an interval: the studies are for that.",
         "",
         *table(rows),
         "",
@@ -205,6 +226,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         cells = [f"{float(row[name]):.4g} ({float(row[name.rpartition('_')[0] + '_ratio']):.2f})" for name in MEASURES]
         for shape in SHAPES:
             name = shape.replace(" × ", "x")
-            cells.append(f"{float(row[f'ms_{name}']):.3g} ({float(row[f'ratio_{name}']):.2f})")
+            ratio, least, most = (float(row[f"ratio_{name}{end}"]) for end in ("", "_least", "_most"))
+            cells.append(f"{float(row[f'ms_{name}']):.3g} ({ratio:.2f}, {least:.2f} to {most:.2f})")
         lines.append([row["case"], row["side"], *cells, f"{row['quality']} {float(row['quality_mean']):.3f}"])
     return markdown_table(headings, lines, text_columns=2)

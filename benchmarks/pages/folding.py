@@ -21,17 +21,24 @@ _FOLDED = {
 def short(rows: Rows) -> list[str]:
     """The README's sentences, of fold_speed.csv."""
     cases = by_case(rows)
-    memory = [cases[f"memory, {dtype}, 1 threads"] for dtype in ("float32", "bfloat16")]
-    over_ours = [times(ratio(sides[PEFT_MERGE], sides["fold"])) for sides in memory]
+    memory = [sides for name, sides in cases.items() if name.startswith("memory")]
+    medians = [number(sides["fold"], "median_ms") for sides in memory]
+    over_ours = [
+        number(sides[PEFT_MERGE], column) / median
+        for sides, median in zip(memory, medians, strict=True)
+        for column in ("p20_ms", "p80_ms")
+    ]
+    threads = listed(sorted({sides["fold"]["threads"] for sides in memory}))
     disk = [sides for name, sides in cases.items() if name.startswith("disk")]
     ours, peft = ([sides[side] for sides in disk] for side in ("fold_checkpoint", PEFT_DISK))
     command = next(sides for sides in disk if "melora-fx fold" in sides)
     graph = next(sides for name, sides in cases.items() if name.startswith("onnx"))
     return paragraph(
-        f"On {machine(rows)}, folding 264M parameters takes {duration(memory[0]['fold'])} in float32 and "
-        f"{duration(memory[1]['fold'])} in bfloat16, PEFT's `merge_adapter` at equal rank {listed(over_ours)} times as "
-        f"long. A checkpoint of 1.1B parameters takes {_over_copy(ours)} times as long as a copy of its folder, in "
-        f"{span([number(row, 'peak_mib') for row in ours], '.0f')} MiB of memory; PEFT's load, merge and save takes "
+        f"On {machine(rows)}, folding 264M parameters takes {span(medians, '.0f')} ms, in float32 and bfloat16 with "
+        f"{threads} threads, PEFT's `merge_adapter` at equal rank {span(over_ours, '.0f')} times as long (p20 to p80 "
+        f"of its runs over our median). A checkpoint of 1.1B parameters takes {_over_copy(ours)} times as long as a "
+        f"copy of its folder, in {span([number(row, 'peak_mib') for row in ours], '.0f')} MiB of memory; PEFT's load, "
+        "merge and save takes "
         f"{_over_copy(peft)} times as long as the copy, in "
         f"{span([number(row, 'peak_mib') / 1024 for row in peft], '.1f')} GiB. The command `melora-fx fold` takes "
         f"{duration(command['melora-fx fold'])} where the function takes {duration(command['fold_checkpoint'])}. "

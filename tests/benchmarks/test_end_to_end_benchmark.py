@@ -30,12 +30,11 @@ def test_a_ratio_is_of_the_same_round() -> None:
     """The second round runs on a machine three times slower: each side's times triple, their ratio does not."""
     rounds = [{side.name: found(10.0 if side.name == PEFT_SIDE else 5.0) for side in SIDES} for _ in range(3)]
     rounds[1] = {name: {**each, "training_s": 3 * each["training_s"]} for name, each in rounds[0].items()}
-    latencies = {
-        name: {side.name: 4.0 if side.name == PEFT_SIDE else 3.0 for side in SIDES} for name in end_to_end.SHAPES
-    }
+    loads = {side.name: [4.0, 8.0, 4.0] if side.name == PEFT_SIDE else [3.0, 4.0, 4.4] for side in SIDES}
+    latencies = dict.fromkeys(end_to_end.SHAPES, loads)
     row = end_to_end._row(STORIES[0], OURS, rounds, latencies)
     assert (row["training_s"], row["training_ratio"]) == (5.0, 0.5)
-    assert (row["ms_1x32"], row["ratio_8x64"]) == (3.0, 0.75)
+    assert (row["ms_1x32"], row["ratio_8x64"], row["ratio_8x64_least"], row["ratio_8x64_most"]) == (4.0, 0.75, 0.5, 1.1)
     assert row["quality_of_rounds"] == "0.5000 0.5000 0.5000"
     assert row["ratio"] == pytest.approx(7 / 12, abs=1e-4)
     theirs = end_to_end._row(STORIES[0], PEFT_SIDE, rounds, latencies)
@@ -44,7 +43,7 @@ def test_a_ratio_is_of_the_same_round() -> None:
 
 def rows() -> list[dict[str, str]]:
     rounds = [{side.name: found(5.0 + index, 0.7 + index / 100) for index, side in enumerate(SIDES)}]
-    latencies = {name: {side.name: 2.0 for side in SIDES} for name in end_to_end.SHAPES}
+    latencies = {name: {side.name: [2.0] for side in SIDES} for name in end_to_end.SHAPES}
     made = [
         end_to_end._row(story, side.name, rounds, latencies) | {"case": story.name}
         for story in STORIES
@@ -61,14 +60,46 @@ def test_the_report_has_a_line_for_each_side(tmp_path: Path) -> None:
     for story in STORIES:
         for side in SIDES:
             assert sum(line.startswith(f"| {story.name} | {side.name} |") for line in lines) == 1
-    assert any("6 (1.20)" in line and "accuracy 0.710" in line for line in lines)
+    assert any("6 (1.20)" in line and "accuracy 0.710" in line and "2 (1.00, 1.00 to 1.00)" in line for line in lines)
 
 
-def test_the_readme_has_a_line_for_each_of_our_sides() -> None:
+def test_the_report_names_where_each_story_was_measured(tmp_path: Path) -> None:
+    changed = rows()
+    for row in changed:
+        if row["case"] == "stories":
+            row |= {"device": "another", "rounds": "1"}
+    end_to_end.write_report(changed, tmp_path)
+    text = (tmp_path / "end_to_end.md").read_text()
+    assert "MRPC on 2026-11-28: a processor" in text
+    assert "stories on 2026-11-28: another; torch 2; beside optimum-onnx 0.1; commit c; 1 rounds." in text
+
+
+def test_a_round_is_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ratio is of one round: sides that were measured on another day are measured again."""
+    measured: list[str] = []
+
+    def side(options, story, side, index, base, work) -> dict[str, float]:
+        if len(measured) == 3:
+            measured.append("stopped")
+            raise KeyboardInterrupt
+        measured.append(side.name)
+        return found(5.0)
+
+    monkeypatch.setattr(end_to_end, "_side", side)
+    arguments = (None, STORIES[0], SIDES, 0, tmp_path, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        end_to_end._round(*arguments)
+    whole = end_to_end._round(*arguments)
+    assert set(whole) == set(measured[4:]) == {each.name for each in SIDES}
+    assert end_to_end._round(*arguments) == whole
+    assert len(measured) == 4 + len(SIDES)
+
+
+def test_the_readme_has_a_line_for_each_side_but_the_first() -> None:
     lines = [line for line in quality.end_to_end(rows()) if line.startswith(("| MRPC", "| stories"))]
-    assert len(lines) == len(STORIES) * (len(SIDES) - 2)
-    assert lines[0].startswith(
-        "| MRPC | 8 blocks of rank 8 | 1.40 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | accuracy 0.700 → 0.720"
+    assert len(lines) == len(STORIES) * (len(SIDES) - 1)
+    assert lines[1].startswith(
+        "| MRPC | ours, 8 blocks of rank 8 | 1.40 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | accuracy 0.700 → 0.720"
     )
 
 
@@ -109,7 +140,7 @@ def test_latencies_are_of_every_side(tmp_path: Path) -> None:
     write_graph(tmp_path / "model.onnx", {})
     times = latencies_of({"one": tmp_path / "model.onnx", "two": tmp_path / "model.onnx"}, (1, 4), 0.05)
     assert set(times) == {"one", "two"}
-    assert all(0 < each < 1e3 for each in times.values())
+    assert all(len(loads) == 3 and all(0 < each < 1e3 for each in loads) for loads in times.values())
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
