@@ -32,7 +32,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
 def _markdown(groups: Groups) -> str:
     first = next(iter(groups.values()))[REFERENCE]
     makers = sorted({row["made_by"] for sides in groups.values() for row in sides.values()} - {"exporters"})
-    commits = sorted({sides[REFERENCE]["commit"].removesuffix("-dirty") or "unknown" for sides in groups.values()})
+    commits = sorted({row["commit"] or "unknown" for sides in groups.values() for row in sides.values()})
     lines = [
         "# A token of an exported decoder",
         "",

@@ -4,7 +4,7 @@
     python -m benchmarks.report_rows train_command trained/report.json
     python -m benchmarks.report_rows instruction_tuning instruction-tuning-output/report.json
 
-on the machine that they ran on. benchmarks/pages/ makes tables of them.
+on the machine and at the commit that they ran on. benchmarks/pages/ makes tables of them.
 """
 
 import json
@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from exporters.measuring.machine import device_name, package_versions
+from exporters.measuring.machine import device_name, package_versions, source_commit
 from exporters.measuring.tables import write_csv
 
 from .cases import COLUMNS, Row
-from .checkout import ROOT
+from .checkout import ROOT, source_digest
 
 MAJORITY, EPOCH, LORA, FOLDED, BASE = "majority baseline", "epoch ", "LoRA of equal rank", "folded", "onnx base"
 """Sides beside those that the demo timed; EPOCH begins those of the training, number 0 before it."""
@@ -80,6 +80,7 @@ def main(benchmark: str, path: str) -> None:
         rows, own = tuning_rows_of(report, device, time), TUNING_COLUMNS
     else:
         rows, own = rows_of(benchmark, report, device, time), OWN_COLUMNS
+    rows = [row | {"source": source_digest(), "commit": source_commit()} for row in rows]
     write_csv(rows, [*COLUMNS, *own], ROOT / "benchmarks" / "results" / f"{benchmark}.csv")
 
 

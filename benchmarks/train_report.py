@@ -54,7 +54,7 @@ def label(row: Row) -> str:
 
 def _markdown(groups: Mapping[str, list[Row]]) -> str:
     first = next(iter(groups.values()))[0]
-    commits = sorted({rows[0]["commit"].removesuffix("-dirty") for rows in groups.values()})
+    commits = sorted({row["commit"] for rows in groups.values() for row in rows})
     lines = [
         "# Training steps",
         "",

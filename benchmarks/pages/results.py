@@ -1,12 +1,18 @@
-"""docs/RESULTS.md: a block for each benchmark, with its report, or a table of its rows, and its pictures."""
+"""docs/RESULTS.md: a block for each benchmark, with its report, or a table of its rows, and its pictures; and for each
+command that reported what it reached.
+"""
 
 import functools
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 from benchmarks.__main__ import BENCHMARKS, Benchmark
+from benchmarks.cases import COLUMNS
 from exporters.measuring.plots import format_ms
 from exporters.measuring.tables import markdown_table
 
+from . import commands
 from .block import RESULTS, Block, Rows
 from .words import origin, paragraph
 
@@ -54,7 +60,7 @@ def _report(text: str) -> list[str]:
 
 
 def table(rows: Rows) -> list[str]:
-    """Every row that was timed."""
+    """Every row that was timed; below, those that have other values alone."""
     lines = []
     for row in rows:
         if row["median_ms"]:
@@ -63,9 +69,52 @@ def table(rows: Rows) -> list[str]:
             lines.append(
                 [row["case"], row["side"], format_ms(float(row["median_ms"])), spread, ratio, row["reference"]]
             )
-    return markdown_table(["case", "side", "median, ms", "p20–p80", "ratio", "over"], lines, text_columns=2)
+    timed = markdown_table(["case", "side", "median, ms", "p20–p80", "ratio", "over"], lines, text_columns=2)
+    others = [row for row in rows if not row["median_ms"]]
+    names = [name for name in rows[0] if name not in COLUMNS and any(row[name] for row in others)]
+    if not names:
+        return timed
+    untimed = [[row["case"], row["side"], *(row[name] for name in names)] for row in others]
+    headings = ["case", "side", *(name.replace("_", " ") for name in names)]
+    return [*timed, "", *markdown_table(headings, untimed, text_columns=2)]
 
 
-RESULT_BLOCKS = tuple(
-    Block(PAGE, benchmark.name, benchmark.name, functools.partial(section, benchmark)) for benchmark in BENCHMARKS
+class _Report(NamedTuple):
+    """What reported, how to run it, and what makes the lines of it."""
+
+    csv: str
+    question: str
+    command: str
+    write: Callable[[Rows], list[str]]
+
+
+_REPORTS = (
+    _Report("demo", "What does the demo show?", "melora-fx demo --out demo-output", commands.demo),
+    _Report(
+        "train_command",
+        "What does `melora-fx train` reach on SNIPS?",
+        "melora-fx train MODEL TEXTS -o trained",
+        commands.train,
+    ),
+    _Report(
+        "instruction_tuning",
+        "Does the recipe of the paper's second experiment run, at toy size?",
+        "python examples/instruction_tuning.py",
+        commands.tuning,
+    ),
+)
+
+
+def _reported(report: _Report, rows: Rows) -> list[str]:
+    """As `section`, of what a command reported."""
+    lines = paragraph(
+        f"*{report.question}* `{report.command}` writes a report.json, and `python -m benchmarks.report_rows "
+        f"{report.csv} report.json` the rows, which are in [{report.csv}.csv]({_FROM_PAGE}/{report.csv}.csv)."
+    )
+    return [*lines, "", *paragraph(_measured(rows)), "", *report.write(rows)]
+
+
+RESULT_BLOCKS = (
+    *(Block(PAGE, benchmark.name, benchmark.name, functools.partial(section, benchmark)) for benchmark in BENCHMARKS),
+    *(Block(PAGE, report.csv, report.csv, functools.partial(_reported, report)) for report in _REPORTS),
 )

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.checkout import ROOT
 from benchmarks.pages.block import Block, blocks_in, lines_of, with_blocks, without_blocks
 from benchmarks.pages.blocks import BLOCKS
+from benchmarks.pages.results import table
 from benchmarks.pages.words import duration, listed, machine, origin, paragraph, span, times
 from benchmarks.report_rows import rows_of
 
@@ -256,6 +257,22 @@ def test_rows_that_would_make_a_false_page(tmp_path, monkeypatch: pytest.MonkeyP
     (tmp_path / "numbers.csv").write_text(text)
     with pytest.raises(ValueError, match=told):
         lines_of(block)
+
+
+def test_results_has_every_table_and_picture() -> None:
+    page = (ROOT / "docs" / "RESULTS.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    listed_there = blocks_in(page)
+    assert {path.stem for path in results.glob("*.csv")} <= set(listed_there)
+    assert [path.name for path in results.glob("*.png") if f"(../benchmarks/results/{path.name})" not in page] == []
+
+
+def test_rows_without_a_time_are_shown_too() -> None:
+    columns = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "ratio", "reference"), "")
+    timed = {"case": "a", "side": "ours", **columns, "median_ms": "2.0", "nodes": ""}
+    lines = table([timed, {"case": "b", "side": "ours", **columns, "nodes": "7"}])
+    assert lines[-1] == "| b | ours | 7 |"
+    assert len([line for line in lines if line.startswith("| a |")]) == 1
 
 
 def test_words() -> None:
