@@ -1,10 +1,11 @@
 """The MELoRA paper's second experiment: a language model learns to follow instructions, and lm-eval scores its answers.
 
-    python examples/instruction_tuning.py --model LLAMA_FOLDER --data alpaca.jsonl --dtype bfloat16 --out OUT
+    python examples/instruction_tuning.py --model LLAMA_FOLDER --data alpaca.json --dtype bfloat16 --out OUT
 
-The data has one JSON object a line, with Alpaca's fields: `instruction`, `output` and, where there is one, `input`. The
-loss is that of the answers alone. Base and tuned model then solve the word problems of arithmetic_problems.py;
-`--tasks gsm8k`, or another name that lm-eval knows, downloads that task.
+The data has Alpaca's fields, `instruction`, `output` and, where there is one, `input`: one JSON object a line, or an
+array of them, as Alpaca's own file. The loss is that of the answers alone. Base and tuned model then solve the word problems of arithmetic_problems.py;
+`--tasks gsm8k`, or another name that lm-eval knows, downloads that task and asks as that task does, not in the prompt
+that was trained.
 
 Without `--model` and `--data` all of it runs at toy size: a Llama of 260 thousand parameters learns such problems. It
 learns the form of the answers and next to no arithmetic. Only this has been run: models of 7B parameters and GPUs are
@@ -50,9 +51,17 @@ def tokens_of(row: Row, tokenizer: Any, max_tokens: int) -> dict[str, list[int]]
 
 def read_rows(path: Path) -> list[Row]:
     """The file's rows, one for each prompt, in a random order that is always the same."""
-    with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
-    wrong = [number for number, row in enumerate(rows, 1) if not {"instruction", "output"} <= row.keys()]
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.splitlines() if line]
+        )
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"`{path}` is neither an array in JSON nor JSON lines: {error}") from error
+    needed = {"instruction", "output"}
+    wrong = [number for number, row in enumerate(rows, 1) if not isinstance(row, dict) or not needed <= row.keys()]
     if wrong:
         raise SystemExit(f"`{path}`: rows without `instruction` or `output`: {wrong[:10]}")
     rows = list({prompt_of(row): row for row in rows}.values())
@@ -153,7 +162,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a Hugging Face folder")
-    parser.add_argument("--data", type=Path, help="JSON lines with Alpaca's fields")
+    parser.add_argument("--data", type=Path, help="JSON with Alpaca's fields")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8, help="of one block")
     parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="the authors': q_proj v_proj")
@@ -183,6 +192,10 @@ def main() -> None:
         raise SystemExit("lm-eval is not installed: pip install lm-eval, or give --no-eval")
     if not args.model.is_dir():
         raise SystemExit(f"`{args.model}` is not there: give --model a Hugging Face folder")
+    if args.data is not None:
+        read_rows(args.data)
+    if args.resume and not list(args.out.glob("checkpoint-*")):
+        raise SystemExit(f"`{args.out}` has no checkpoint to go on from: leave --resume out")
     num_train, num_asked = (400, 16) if args.quick else (2000, 100)
     problems = make_problems(num_train + num_asked)
     write_task(args.out / "task", problems[num_train:], prompt_of)
