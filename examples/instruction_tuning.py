@@ -3,9 +3,9 @@
     python examples/instruction_tuning.py --model LLAMA_FOLDER --data alpaca.json --dtype bfloat16 --out OUT
 
 The data has Alpaca's fields, `instruction`, `output` and, where there is one, `input`: one JSON object a line, or an
-array of them, as Alpaca's own file. The loss is that of the answers alone. Base and tuned model then solve the word problems of arithmetic_problems.py;
-`--tasks gsm8k`, or another name that lm-eval knows, downloads that task and asks as that task does, not in the prompt
-that was trained.
+array of them, as Alpaca's own file. The loss is that of the answers alone. Base and tuned model then solve the word
+problems of arithmetic_problems.py; `--tasks gsm8k`, or another name that lm-eval knows, downloads that task and asks as
+that task does, not in the prompt that was trained.
 
 Without `--model` and `--data` all of it runs at toy size: a Llama of 260 thousand parameters learns such problems. It
 learns the form of the answers and next to no arithmetic. Only this has been run: models of 7B parameters and GPUs are
@@ -52,14 +52,11 @@ def tokens_of(row: Row, tokenizer: Any, max_tokens: int) -> dict[str, list[int]]
 def read_rows(path: Path) -> list[Row]:
     """The file's rows, one for each prompt, in a random order that is always the same."""
     text = path.read_text(encoding="utf-8")
+    lines = [line for line in text.split("\n") if line.strip()]
     try:
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line]
-        )
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        raise SystemExit(f"`{path}` is neither an array in JSON nor JSON lines: {error}") from error
+        raise SystemExit(f"`{path}` is neither JSON lines nor an array in JSON: {error}") from error
     needed = {"instruction", "output"}
     wrong = [number for number, row in enumerate(rows, 1) if not isinstance(row, dict) or not needed <= row.keys()]
     if wrong:

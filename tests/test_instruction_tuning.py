@@ -56,8 +56,13 @@ def test_rows_of_a_file(recipe: ModuleType, tmp_path: Path) -> None:
     read = recipe.read_rows(path)
     assert sorted(read, key=str) == rows  # each prompt once
     assert read == recipe.read_rows(path) != rows
+    path.write_text(json.dumps(rows, indent=2))
+    assert sorted(recipe.read_rows(path), key=str) == rows, "an array too"
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"instruction": "Say z"}) + "\n")
     with pytest.raises(SystemExit, match=r"rows without `instruction` or `output`: \[2\]"):
+        recipe.read_rows(path)
+    path.write_text("instruction,output\n")
+    with pytest.raises(SystemExit, match="neither JSON lines nor an array"):
         recipe.read_rows(path)
 
 
@@ -91,6 +96,18 @@ def test_what_is_missing_is_said_before_anything_is_written(
     model = tmp_path if missing == "lm-eval" else tmp_path / "nowhere"
     monkeypatch.setattr(sys, "argv", ["", "--model", str(model), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="pip install lm-eval" if missing == "lm-eval" else "nowhere` is not there"):
+        recipe.main()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("more", "told"), [(["--resume"], "has no checkpoint"), (["--data", "rows"], "neither JSON")])
+def test_what_cannot_be_trained_is_said_before_the_base_is_scored(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, more: list[str], told: str
+) -> None:
+    (tmp_path / "rows").write_text("no JSON")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["", "--model", str(tmp_path), "--no-eval", "--out", "out", *more])
+    with pytest.raises(SystemExit, match=told):
         recipe.main()
     assert not (tmp_path / "out").exists()
 
