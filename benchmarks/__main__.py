@@ -4,13 +4,14 @@ A benchmark is one file, whose function `run(options)` gives an exit status, and
 """
 
 import argparse
+import functools
 import hashlib
 import importlib
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,11 +314,27 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             default = option.quick if is_quick and option.quick is not None else option.default
             commands.choices[benchmark.name].add_argument(
                 f"--{option.name}",
-                type=_path if isinstance(default, Path) else type(default),
+                type=_type_of(default),
                 default=default,
                 help=f"{option.help} (%(default)s)",
             )
     return parser.parse_args(arguments)
+
+
+def _type_of(default: Any) -> Callable[[str], Any]:
+    if isinstance(default, Path):
+        return _path
+    return functools.partial(_above_zero, type(default)) if isinstance(default, int | float) else type(default)
+
+
+def _above_zero(kind: Callable[[str], Any], text: str) -> Any:
+    try:
+        number = kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}") from error
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return number
 
 
 def _path(text: str) -> Path:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from exporters.measuring.tables import read_csv
 
-from .checkout import DONE, LEFT_OUT
+from .checkout import DONE, LEFT_OUT, MISUSED
 from .kept import digest
 from .needs import MINILM
 from .studies.glue import BATCH, HEAD, MAX_LENGTH, TASKS
 from .studies.report import Comparison, Study, write_report
-from .studies.runs import Arm, Run, for_choice, train_all, values_by_rate
+from .studies.runs import Arm, Run, for_choice, is_misused, train_all, values_by_rate
 from .studies.training import ALPHA
 
 ARMS = (
@@ -87,6 +87,8 @@ def run(options: Namespace) -> int:
     path = options.out / "glue_study.csv"
     status = DONE
     if not options.report_only:
+        if is_misused(options, GLUE, (*ARMS, ONE_ANSWER)):
+            return MISUSED
         rates = LEARNING_RATES[1:3] if options.quick else LEARNING_RATES
         make = functools.partial(_run, options)
         choice = [make(CHOICE, arm, seed, rate) for rate in rates for arm in ARMS for seed in CHOICE_SEEDS]

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from exporters.measuring.tables import read_csv
 
-from .checkout import DONE, LEFT_OUT
+from .checkout import DONE, LEFT_OUT, MISUSED
 from .kept import digest, once
 from .models import load_smollm2
 from .needs import BOTOCORE as BOTOCORE_PACKAGE
@@ -28,7 +28,7 @@ from .needs import SMOLLM2
 from .random_models import llama_config
 from .studies.language import BATCH
 from .studies.report import Comparison, Study, write_report
-from .studies.runs import Arm, Run, for_choice, train_all, values_by_rate
+from .studies.runs import Arm, Run, for_choice, is_misused, train_all, values_by_rate
 from .studies.texts import BOTOCORE, HELD_OUT_SHARE, NUM_HELD_OUT, WINDOW, read_documents, windows
 from .studies.training import ALPHA
 
@@ -88,6 +88,8 @@ def run(options: Namespace) -> int:
     path = options.out / "language_study.csv"
     status = DONE
     if not options.report_only:
+        if is_misused(options, (TASK,), (*ARMS, BASE)):
+            return MISUSED
         make = functools.partial(_run, options, *prepare(options))
         rates = LEARNING_RATES[1:3] if options.quick else LEARNING_RATES
         choice = [make(CHOICE, arm, CHOICE_SEED, rate, options.choice_steps) for rate in rates for arm in ARMS]

