@@ -49,8 +49,8 @@ STUDY = Study(
         Comparison("MELoRA 8×1", "LoRA 8", "8 times fewer parameters, equal rank"),
         Comparison("MELoRA 8×1", "LoRA 1", "equal parameters, 8 times the rank"),
         Comparison("MELoRA 8×8", "LoRA 8", "equal parameters, 8 times the rank"),
-        Comparison("LoRA 8", "head alone", "with an adapter and without"),
-        Comparison("MELoRA 8×1", "head alone", "with an adapter and without"),
+        Comparison("LoRA 8", "head alone", "with an adapter and without", is_drawn=False),
+        Comparison("MELoRA 8×1", "head alone", "with an adapter and without", is_drawn=False),
     ),
     choice=CHOICE,
     rule="One learning rate for all was chosen on SNIPS: the smallest at which every arm is within a point of its own "

@@ -13,11 +13,12 @@ MIN_SEEDS = 3
 
 
 class Comparison(NamedTuple):
-    """Two arms, of which the first is said to be as good as the second; `what`: how their parameters compare."""
+    """Two arms; `what`: how their parameters compare. `is_drawn`: in the picture, which has one scale for all."""
 
     arm: str
     other: str
     what: str
+    is_drawn: bool = True
 
 
 class Study(NamedTuple):

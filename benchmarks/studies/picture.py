@@ -12,7 +12,8 @@ from exporters.measuring.plots import import_pyplot
 def plot(study: Study, rows: Rows, path: Path) -> None:
     """Above, the arms of each task, every seed a small dot; below, the paired differences."""
     pyplot = import_pyplot()
-    values, found = values_of(study, rows), differences(study, rows)
+    values = values_of(study, rows)
+    found = {each: of for each, of in differences(study, rows).items() if each.is_drawn}
     arms = [arm for arm in study.arms if any(arm in of for of in values.values())]
     number = max(len(values), len(found))
     height = 1.2 + 0.3 * len(arms)
