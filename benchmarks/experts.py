@@ -23,6 +23,7 @@ import melora_fx
 from exporters.measuring.tables import markdown_table
 from exporters.measuring.timing import time_in_turn
 from melora_fx import MELoRAConfig
+from melora_fx.whole_capture.whole_model import capture_whole
 
 from .cases import Case, Row, run_cases, timed_rows
 from .models import fill
@@ -89,9 +90,7 @@ def base_model(mixture: Mixture) -> Any:
 
 
 def captured(mixture: Mixture, embeddings: torch.Tensor) -> nn.Module:
-    return melora_fx.whole_capture.whole_model.capture_whole(
-        base_model(mixture), {"inputs_embeds": embeddings.detach()}
-    )
+    return capture_whole(base_model(mixture), {"inputs_embeds": embeddings.detach()})
 
 
 def ours(mixture: Mixture, embeddings: torch.Tensor) -> nn.Module:
