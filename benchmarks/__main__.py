@@ -5,7 +5,6 @@ A benchmark is one file, whose function `run(options)` gives an exit status, and
 
 import argparse
 import functools
-import hashlib
 import importlib
 import subprocess
 import sys
@@ -261,6 +260,8 @@ def run(benchmark: Benchmark, options: argparse.Namespace) -> int:
         return 3
     from transformers.utils import logging
 
+    from benchmarks.kept import digest
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
@@ -269,7 +270,7 @@ def run(benchmark: Benchmark, options: argparse.Namespace) -> int:
     if options.report_only:
         return measure(options)
     path = (options.out / f"{benchmark.name}.csv").resolve()
-    lock = Path(tempfile.gettempdir()) / f"melora_fx-{hashlib.sha256(bytes(path)).hexdigest()[:12]}.lock"
+    lock = Path(tempfile.gettempdir()) / f"melora_fx-{digest(str(path))}.lock"
     try:
         with FileLock(lock, timeout=0):
             return measure(options)

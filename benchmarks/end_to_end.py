@@ -13,7 +13,6 @@ end_to_end.md. --quick takes two sides, tiny models and, for optimum-onnx, trans
 """
 
 import functools
-import hashlib
 import json
 import random
 import re
@@ -36,7 +35,7 @@ from .cases import Case, Row, run_apart, run_cases
 from .checkout import source_digest
 from .end_to_end_cells import PEFT_SIDE, QUICK_SIDES, SHAPES, SIDES, STORIES, Side, Story
 from .end_to_end_graphs import LOADS, export, graph_of, latencies_of, prepare, quality_of
-from .kept import digest, once
+from .kept import digest, digest_of_files, once
 from .models import load_smollm2, minilm_folder
 from .needs import MINILM, SMOLLM2
 from .random_models import llama_config
@@ -64,9 +63,8 @@ def run(options: Namespace) -> int:
 
 def settings_of(options: Namespace) -> str:
     files = [path for path in (*_mrpc_files(options.glue), options.text) if path.is_file()]
-    texts = digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in files))
     timing = f"{options.seconds:g} s of timing a shape"
-    return f"rounds {options.rounds}, epochs {options.epochs}, {timing}, texts of sha256 {texts}"
+    return f"rounds {options.rounds}, epochs {options.epochs}, {timing}, texts of sha256 {digest_of_files(files)}"
 
 
 def _where(made_by: str) -> list[str]:

@@ -7,7 +7,6 @@ as rows arrive (a run that was stopped goes on), glue_study.md and glue_study.pn
 """
 
 import functools
-import hashlib
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from exporters.measuring.tables import read_csv
 
 from .checkout import DONE, LEFT_OUT, MISUSED
-from .kept import digest
+from .kept import digest_of_files
 from .needs import MINILM
 from .studies.glue import BATCH, HEAD, MAX_LENGTH, TASKS
 from .studies.report import Comparison, Study, write_report
@@ -131,9 +130,7 @@ def _run(options: Namespace, task: str, arm: Arm, seed: int, learning_rate: floa
     )
 
 
-@functools.cache
-def _digest_of(paths: tuple[Path, ...]) -> str:
-    return digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
+_digest_of = functools.cache(digest_of_files)
 
 
 def _digest(options: Namespace, task: str) -> str:

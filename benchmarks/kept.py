@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ def run_offline(command: Sequence[str], folder: Path, environment: Mapping[str, 
 
 def digest(*texts: str) -> str:
     return hashlib.sha256(" ".join(texts).encode()).hexdigest()[:12]
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """Of their contents, in this order."""
+    return digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
 
 
 class MeasuringProcesses:

@@ -2,8 +2,8 @@
 
 The second claim of the MELoRA paper (P. Ren et al., ACL 2024), which is about instructions and models of 7B parameters,
 scaled to what two cores can train: the loss on documents that were held out, after the same number of tokens. Every arm
-has the same seeds and sees the same windows; one learning rate for each kind of adapter, chosen beforehand on documents
-of their own. Adapters are on `q_proj` and `o_proj`, the projections whose features 36 divides. Writes
+has the same seeds and sees the same windows; one learning rate for each adapter, chosen beforehand on documents of
+their own. Adapters are on `q_proj` and `o_proj`, the projections whose features 36 divides. Writes
 language_study.csv as rows arrive (a run that was stopped goes on), language_study.md and language_study.png.
 """
 
