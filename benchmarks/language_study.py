@@ -26,7 +26,7 @@ from .models import load_smollm2
 from .needs import BOTOCORE as BOTOCORE_PACKAGE
 from .needs import SMOLLM2
 from .random_models import llama_config
-from .studies.language import BATCH
+from .studies.language import AUTOCAST, BATCH
 from .studies.report import Comparison, Study, write_report
 from .studies.runs import Arm, Run, for_choice, is_misused, train_all, values_by_rate
 from .studies.texts import BOTOCORE, HELD_OUT_SHARE, NUM_HELD_OUT, WINDOW, read_documents, windows
@@ -160,6 +160,7 @@ def _run(
     steps: int,
 ) -> Run:
     tokens = f"{steps * BATCH * WINDOW:,} are trained on in {steps} steps of {BATCH} × {WINDOW}"
-    settings = f"{about} {tokens}, alpha {ALPHA}" + ", quick" * options.quick
+    autocast = f"autocast to {str(AUTOCAST).removeprefix('torch.')}"
+    settings = f"{about} {tokens}, {autocast}, alpha {ALPHA}" + ", quick" * options.quick
     given = {"model": str(model), "text": str(text), "steps": steps, "held_out": HELD_OUT[task]}
     return Run(task, arm, seed, round(steps * BATCH / num_windows, 4), rate, settings, given)

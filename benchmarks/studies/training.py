@@ -45,8 +45,17 @@ def num_adapter_parameters(model: nn.Module, head: Sequence[str] = ()) -> int:
     )
 
 
-def train(model: nn.Module, batches: Iterable[Batch], num_steps: int, learning_rate: float) -> float:
-    """AdamW without weight decay, gradients clipped at norm 1; returns the seconds it took."""
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    num_steps: int,
+    learning_rate: float,
+    autocast: torch.dtype = torch.float32,
+) -> float:
+    """AdamW without weight decay, gradients clipped at norm 1; returns the seconds it took.
+
+    With an `autocast` to bfloat16, parameters and the optimizer's state stay in float32.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     rising = max(1, round(WARMUP * num_steps))
@@ -56,7 +65,8 @@ def train(model: nn.Module, batches: Iterable[Batch], num_steps: int, learning_r
     model.train()
     start = time.perf_counter()
     for batch in batches:
-        loss: Any = model(**batch).loss
+        with torch.autocast("cpu", autocast, enabled=autocast != torch.float32):
+            loss: Any = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from benchmarks import glue_study, language_study
 from benchmarks.__main__ import main
 from benchmarks.pages import quality
+from benchmarks.random_models import llama_config
 from benchmarks.studies import glue, language, runs, texts, training
 from benchmarks.studies.comparisons import MEAN, Comparison, Study, differences, progress, unlearnt, values_of
 from benchmarks.studies.intervals import Interval, interval, mean_over, paired
@@ -237,6 +239,23 @@ def test_both_libraries_train_the_same(arm: Arm) -> None:
     trained = {name for name, value in adapted.named_parameters() if value.requires_grad}
     assert sum("classifier" in name or "pooler" in name for name in trained) == 4
     assert all("classifier" in name or "pooler" in name or "lora" in name.lower() for name in trained)
+
+
+@pytest.mark.parametrize("arm", [Arm("LoRA 2", "LoRA", 2), Arm("MELoRA 4×2", "MELoRA", 2, 4)], ids=lambda arm: arm.kind)
+def test_both_libraries_train_the_same_under_autocast(arm: Arm) -> None:
+    """The arms of the study on language differ in nothing else: both compute in bfloat16 and keep float32."""
+    torch.manual_seed(0)
+    adapted = training.add_adapter(LlamaForCausalLM(llama_config(32, 64, 2, 2, vocab_size=64)), arm, ("q_proj",))
+    seen = set()
+    for module in adapted.modules():
+        module.register_forward_hook(lambda module, inputs, output: seen.add(getattr(output, "dtype", None)))
+    windows = torch.arange(64, dtype=torch.int32).view(16, 4)
+    training.train(adapted, language.batches(windows, 2, 0), 2, 0.01, torch.bfloat16)
+    assert torch.bfloat16 in seen
+    assert {value.dtype for value in adapted.parameters()} == {torch.float32}
+    trained = [value for value in adapted.parameters() if value.requires_grad]
+    assert len(trained) == 4
+    assert all(value.abs().sum() > 0 for value in trained), "both factors learn"
 
 
 def _is_in(value: torch.Tensor, before: dict[str, torch.Tensor]) -> bool:
