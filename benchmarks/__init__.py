@@ -10,6 +10,7 @@ needs          packages and weights that may be missing
 cases          what is common: the columns, which cases are done, the CSV file, processes of their own
 kept           what is made once and kept in --cache, and what processes of their own have measured
 ratios         times over a reference's, in the CSV file and in the picture
+origin         when and on what rows were made, in words
 models         the models, pretrained or random, with adapters of ours and of PEFT
 random_models  those that are made at random, in the shapes of known ones
 checkout       the checkout that is measured, and the exit statuses

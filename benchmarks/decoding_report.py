@@ -7,6 +7,7 @@ from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
 
 from .decoding_cells import GOALS, MERGED, REFERENCE, SIDES, TIMES_FASTER_THAN_TORCH, TORCH
+from .origin import written_by
 from .ratios import ratio_table
 
 Row = Mapping[str, str]
@@ -31,14 +32,13 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
 
 def _markdown(groups: Groups) -> str:
     first = next(iter(groups.values()))[REFERENCE]
-    makers = sorted({row["made_by"] for sides in groups.values() for row in sides.values()} - {"exporters"})
-    commits = sorted({row["commit"] or "unknown" for sides in groups.values() for row in sides.values()})
+    rows = [row for sides in groups.values() for row in sides.values()]
+    makers = sorted({row["made_by"] for row in rows} - {"exporters"})
     lines = [
         "# A token of an exported decoder",
         "",
-        f"Written by `python -m benchmarks decoding` on {first['time'][:10]}: {first['model']}, float32, one text, one "
-        f"thread; {first['device']}; {first['versions']}; beside graphs of {', '.join(makers)}; commits "
-        f"{', '.join(commits)}.",
+        f"{written_by('decoding', rows)}; beside graphs of {', '.join(makers)}. {first['model']}, float32, one text, "
+        "one thread.",
         "",
         "A number is the time over that of the base graph of onnxruntime-genai's builder: the median over "
         f"{first['processes']} processes, with p20 and p80; a process holds all sides, loaded in an order of its own, "

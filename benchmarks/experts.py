@@ -27,6 +27,7 @@ from melora_fx.whole_capture.whole_model import capture_whole
 
 from .cases import Case, Row, run_cases, timed_rows
 from .models import fill
+from .origin import written_by
 from .step_cost import make_step, peak_memory_mib, saved_mib
 
 TARGETS = ["gate_up_proj", "down_proj"]
@@ -149,5 +150,5 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
             if row["case"] == name
         ]
         lines += ["", f"## {name}", "", *markdown_table(headings, table)]
-    lines += ["", f"{rows[0]['device']}, {rows[0]['versions']}."]
+    lines += ["", f"{written_by('experts', rows)}."]
     (folder / "experts.md").write_text("\n".join(lines) + "\n")

@@ -34,6 +34,7 @@ from melora_fx import AdapterSite, MELoRAConfig, MELoRAError
 from .cases import Case, Row, run_cases
 from .models import copy_into_lora, equal_lora, load_smollm2
 from .needs import SMOLLM2
+from .origin import written_by
 from .random_models import llama_config
 from .stories import read_windows, train_adapter, why_no_text
 
@@ -149,8 +150,7 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
     lines = [
         "# Rounding of a fold into bfloat16",
         "",
-        f"Written by `python -m benchmarks fold_rounding` on {first['time'][:10]}: {first['device']}; "
-        f"{first['versions']}; commit {first['commit'] or 'unknown'}. {first['case'].partition(',')[0]} in bfloat16, 8 "
+        f"{written_by('fold_rounding', rows)}. {first['case'].partition(',')[0]} in bfloat16, 8 "
         f"blocks of rank 8 in every linear after {first['steps']} steps; {first['held_out_tokens']} held-out tokens.",
         "",
         *_table_of_shares(shares),

@@ -32,6 +32,7 @@ from melora_fx import MELoRAConfig, MELoRAError
 from .cases import Case, Row, run_cases
 from .decoding_graphs import Workshop, load_model
 from .needs import why_missing
+from .origin import written_by
 from .stories import read_windows, train_adapter, why_no_text
 
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16)
@@ -210,9 +211,8 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
     lines = [
         "# Texts of an exported decoder",
         "",
-        f"Written by `python -m benchmarks generation` on {first['time'][:10]}: {first['case']} on "
-        f"{first['settings'].rpartition(' ')[2]}, float32, all linears adapted ({CONFIG.num_blocks} blocks of rank "
-        f"{CONFIG.rank}); {first['device']}; {first['versions']}; commit {first['commit'] or 'unknown'}. Each text is "
+        f"{written_by('generation', rows)}. {first['case']} on {first['settings'].rpartition(' ')[2]}, float32, all "
+        f"linears adapted ({CONFIG.num_blocks} blocks of rank {CONFIG.rank}). Each text is "
         f"compared with that of transformers' `generate`, greedy, {NEW_TOKENS} tokens at most; logits, the largest of "
         f"which is {float(sides[TORCH]['max_logit']):.0f}, at every step.",
         "",

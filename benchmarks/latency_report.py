@@ -7,6 +7,8 @@ from exporters import Latency, LatencyTable
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
 
+from .origin import written_by
+
 Row = Mapping[str, str]
 _CELL = ("model", "batch × tokens, targets")
 
@@ -49,18 +51,17 @@ def _latency(row: Row) -> Latency:
 
 
 def _markdown(groups: Mapping[str, Sequence[Row]]) -> str:
-    first = next(iter(groups.values()))[0]
+    rows = [row for cell in groups.values() for row in cell]
     sides = _sides(groups)
     space = []
-    for rows in groups.values():
-        by_side = {row["side"]: row for row in rows}
-        if any(row["file_size_mib"] for row in rows):
-            space.append([rows[0]["model"], _label(rows[0]), *(_space(by_side.get(side)) for side in sides)])
+    for cell in groups.values():
+        by_side = {row["side"]: row for row in cell}
+        if any(row["file_size_mib"] for row in cell):
+            space.append([cell[0]["model"], _label(cell[0]), *(_space(by_side.get(side)) for side in sides)])
     lines = [
         "# Latency",
         "",
-        f"Written by `python -m benchmarks latency` on {first['time'][:10]}: {first['device']}; {first['versions']}; "
-        f"commit {first['commit'] or 'unknown'}. A number is the median over the base's on the same provider, with p20 "
+        f"{written_by('latency', rows)}. A number is the median over the base's on the same provider, with p20 "
         "and p80; n = 8 blocks of rank 8 and one thread unless said otherwise; PEFT's LoRA has the same total rank.",
         "",
         *latency_table(groups),

@@ -8,6 +8,7 @@ import numpy as np
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
 
+from .origin import written_by
 from .peers_graphs import MERGED, OURS
 from .ratios import ratio_table
 
@@ -54,7 +55,7 @@ def _overview(models: Mapping[str, Cells]) -> list[str]:
             lines.append([model, shape, _fastest(sides), *(f"{float(ratio):.2f}" for ratio in ratios)])
         means = [_mean([sides[MERGED] for sides in cells.values()], "ratio")]
         means += [_mean([sides[side] for sides in cells.values()], "over_merged") for side in GOALS]
-        lines.append([f"**{model}**", "**mean**", "", *(f"**{mean:.2f}**" for mean in means)])
+        lines.append([f"**{model}**", f"**mean of {len(cells)}**", "", *(f"**{mean:.2f}**" for mean in means)])
     return markdown_table(["model", "batch × tokens", "the fastest other", "merged", *GOALS], lines, text_columns=3)
 
 
@@ -65,20 +66,19 @@ def _drawn(sides: Mapping[str, Row]) -> list[str]:
 
 
 def _markdown(models: Mapping[str, Cells]) -> str:
-    first = next(iter(next(iter(next(iter(models.values())).values())).values()))
-    makers = sorted({row["made_by"] for cells in models.values() for sides in cells.values() for row in sides.values()})
+    rows = [row for cells in models.values() for sides in cells.values() for row in sides.values()]
+    makers = sorted({row["made_by"] for row in rows} - {"exporters"})
     lines = [
         "# Exported graphs beside those of others",
         "",
-        f"Written by `python -m benchmarks peers` on {first['time'][:10]}: plain sessions of ONNX Runtime with default "
-        f"options, float32, one thread; {first['device']}; {first['versions']}; beside graphs of "
-        f"{', '.join(maker for maker in makers if maker != 'exporters')}.",
+        f"{written_by('peers', rows)}; beside graphs of {', '.join(makers)}. Plain sessions of ONNX Runtime with "
+        "default options, float32, one thread.",
         "",
         "A number is the time over that of the fastest peer, whose own is given in milliseconds: the median over "
-        f"{first['processes']} processes, each of which holds all sides and runs them in turn. *merged* and the sides "
-        "below it are ours, all for `ort-cpu` but for *portable*, which is merged too; the second number of those with "
-        "an adapter is the time over *merged*. Adapters have 8 blocks of rank 8; *idle*: swappable, without one. Bold: "
-        "a merged graph slower than the fastest peer, or one with an adapter above its goal "
+        f"{rows[0]['processes']} processes, each of which holds all sides and runs them in turn. *merged* and the "
+        "sides below it are ours, all for `ort-cpu` but for *portable*, which is merged too; the second number of "
+        "those with an adapter is the time over *merged*. Adapters have 8 blocks of rank 8; *idle*: swappable, without "
+        "one. Bold: a merged graph slower than the fastest peer, or one with an adapter above its goal "
         f"({', '.join(f'{side} {goal:.2f}' for side, goal in GOALS.items())}).",
     ]
     lines += [

@@ -20,6 +20,7 @@ from pathlib import Path
 from exporters.measuring.tables import markdown_table
 
 from .cases import Case, Row, run_apart, run_cases
+from .origin import written_by
 from .processes_cell import FROZEN
 from .spread import MODES
 
@@ -49,15 +50,14 @@ def _measure(mode: str, number: int, options: Namespace) -> list[Row]:
 
 def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
     """Writes processes.md into `folder`."""
-    first = rows[0]
     lines = [
         "# Several processes",
         "",
-        f"Written by `python -m benchmarks processes`: {first['device']}; {first['versions']}; gloo, on two cores, so "
-        "that four processes share them. Losses and gradients: the largest difference from one process with the whole "
-        "batch, of gradients over the largest gradient. Collectives and bytes: of a step, in one process; added: above "
-        "the frozen model's. Held: parameters, buffers and AdamW's states of one process. Step over frozen: ratio of "
-        "medians, the frozen model spread in the same way.",
+        f"{written_by('processes', rows)}. Over gloo, on two cores, so that four processes share them. "
+        "Losses and gradients: the largest difference from one process with the whole batch, of gradients over the "
+        "largest gradient. Collectives and bytes: of a step, in one process; added: above the frozen model's. Held: "
+        "parameters, buffers and AdamW's states of one process. Step over frozen: ratio of medians, the frozen model "
+        "spread in the same way.",
         "",
         *processes_table(rows),
     ]

@@ -7,6 +7,8 @@ from typing import Any
 from exporters.measuring.plots import import_pyplot
 from exporters.measuring.tables import markdown_table
 
+from .origin import written_by
+
 _COLORS = {
     "ours": "#2a7fc0",
     "ours, plain nodes": "#9cc4e4",
@@ -53,15 +55,13 @@ def label(row: Row) -> str:
 
 
 def _markdown(groups: Mapping[str, list[Row]]) -> str:
-    first = next(iter(groups.values()))[0]
-    commits = sorted({row["commit"] for rows in groups.values() for row in rows})
+    rows = [row for cell in groups.values() for row in cell]
     lines = [
         "# Training steps",
         "",
-        f"Written by `python -m benchmarks train_step`: {first['device']}; {first['versions']}; commits "
-        f"{', '.join(commits)}. Ratio: median of a step over that of the frozen model whose input wants its "
-        "gradient. Saved: what autograd keeps for the backward, above the frozen model's. Peak: memory that one step "
-        "takes, above the frozen model's.",
+        f"{written_by('train_step', rows)}. Ratio: median of a step over that of the frozen model whose input wants "
+        "its gradient. Saved: what autograd keeps for the backward, above the frozen model's. Peak: memory that one "
+        "step takes, above the frozen model's.",
         "",
         *steps_table(groups),
     ]

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from benchmarks.__main__ import BENCHMARKS, Benchmark
 from benchmarks.cases import COLUMNS
+from benchmarks.origin import origin
 from exporters.measuring.plots import format_ms
 from exporters.measuring.tables import markdown_table
 
 from . import commands
 from .block import RESULTS, Block, Rows
-from .words import origin, paragraph
+from .words import paragraph
 
 PAGE = "docs/RESULTS.md"
 _FROM_PAGE = "../benchmarks/results"
@@ -33,21 +34,12 @@ def section(benchmark: Benchmark, rows: Rows) -> list[str]:
     else:
         body = table(rows) if "median_ms" in rows[0] else ["*Under way: there is no report yet.*"]
     if not any("Written by `python -m benchmarks" in line for line in body):
-        lines += ["", *paragraph(_measured(rows))]
+        lines += ["", *paragraph(f"From rows of {origin(rows)}.")]
     drawn = {path for line in body for _, path in _PICTURE.findall(line)}
     pictures = [path.name for path in sorted(RESULTS.glob(f"{benchmark.name}*.png"))]
     missing = [name for name in pictures if f"{_FROM_PAGE}/{name}" not in drawn]
     pictures_below = [line for name in missing for line in ("", f"![{benchmark.name}]({_FROM_PAGE}/{name})")]
     return [*lines, "", *body, *pictures_below]
-
-
-def _measured(rows: Rows) -> str:
-    days = sorted({row["time"][:10] for row in rows if row["time"]})
-    commits = sorted({row["commit"] for row in rows if row["commit"]})
-    said = f"Measured on {origin(rows, 'torch', 'transformers', 'onnxruntime', 'peft')}"
-    if days:
-        said += f", {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else "")
-    return said + (f", commit {', '.join(commits)}" if commits else "") + "."
 
 
 def _report(text: str) -> list[str]:
@@ -111,7 +103,7 @@ def _reported(report: _Report, rows: Rows) -> list[str]:
         f"*{report.question}* `{report.command}` writes a report.json, and `python -m benchmarks.report_rows "
         f"{report.csv} report.json` the rows, which are in [{report.csv}.csv]({_FROM_PAGE}/{report.csv}.csv)."
     )
-    return [*lines, "", *paragraph(_measured(rows)), "", *report.write(rows)]
+    return [*lines, "", *paragraph(f"From rows of {origin(rows)}."), "", *report.write(rows)]
 
 
 RESULT_BLOCKS = (

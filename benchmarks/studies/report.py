@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.origin import written_by
 from benchmarks.studies.comparisons import (
     MEAN,
     MIN_SEEDS,
@@ -44,14 +45,10 @@ def write_report(study: Study, rows: Rows, folder: Path) -> None:
 def origin(study: Study, rows: Rows) -> list[str]:
     """Where, when and how it was trained, and how much of the study is there."""
     main = main_rows(study, rows)
-    days = sorted({row["time"][:10] for row in main})
-    commits = sorted({row["commit"] or "unknown" for row in main})
-    machines = dict.fromkeys(f"{row['device']}; {row['versions']}" for row in main)
     hours = sum(float(row["seconds"]) for row in main) / 3600
     lines = [
-        f"Written by `python -m benchmarks {study.name}` from {len(main)} trainings of "
-        f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}, {hours:.1f} hours of one core: {', and '.join(machines)}; "
-        f"commits {', '.join(commits)}. {seeds_of(study, rows)} of each adapter; {main[0]['settings']}.",
+        f"{written_by(study.name, main)}. {len(main)} trainings, {hours:.1f} hours of one core. "
+        f"{seeds_of(study, rows)} of each adapter; {main[0]['settings']}.",
     ]
     done, planned = progress(study, rows)
     if done < planned:

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import cases
 from benchmarks import cases as module
 from benchmarks.cases import COLUMNS, DONE, FAILED, LEFT_OUT, MISUSED, Case, Row, run_apart, run_cases, timed_rows
+from benchmarks.origin import origin, written_by
 from exporters.measuring.tables import read_csv
 from melora_fx import MELoRAError
 
@@ -114,3 +115,15 @@ def test_a_process_that_failed_is_told_by_its_exception_not_by_the_advice_below_
     assert cases._error_of(advised) == "torch.exc.InductorError: no compiler"
     assert cases._error_of("Killed\n") == "Killed"
     assert cases._error_of("") == ""
+
+
+def test_the_origin_names_every_day_machine_and_commit() -> None:
+    first = {"device": "A, 2 cores", "versions": "torch 2", "commit": "c", "time": "2026-11-28T01:00:00+00:00"}
+    second = first | {"device": "B", "versions": "torch 3", "commit": "d-dirty", "time": "2026-11-27T01:00:00+00:00"}
+    told = written_by("peers", [first, first, second])
+    assert told == (
+        "Written by `python -m benchmarks peers` from rows of 2026-11-27 to 2026-11-28: A, 2 cores; torch 2, and B; "
+        "torch 3; commits c, d-dirty"
+    )
+    unknown = dict.fromkeys(first, "")
+    assert origin([unknown]) == "an unknown day: an unknown machine; commit unknown"

@@ -153,7 +153,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| q,v, 8 | a token after 64 | 30.0 | 1.00 (0.99–1.02) | **1.06** (1.05–1.08) | 1.02 (1.01–1.04) |" in text
     assert "| 1.90 (1.89–1.92) | **1.9 ×** |" in text
     assert "| goal: q,v |  |  | ≤ 1.00 | ≤ 1.04 | ≤ 1.02 |  |" in text
-    assert "commits abc-dirty." in text
+    assert "; commit abc-dirty; beside graphs of " in text
     assert "left out" not in text
 
 

@@ -9,7 +9,7 @@ from benchmarks.peers import rows_of
 from benchmarks.peers_graphs import MERGED, OURS, PLAIN, SETTINGS, Setting
 from benchmarks.peers_report import GOALS, write_report
 
-ORIGIN = {"device": "CPU", "versions": "torch 2", "time": "2026-11-28T00:00:00+00:00"}
+ORIGIN = {"device": "CPU", "versions": "torch 2", "commit": "abc", "time": "2026-11-28T00:00:00+00:00"}
 
 
 def times_of(**milliseconds: float) -> dict[str, list[float]]:

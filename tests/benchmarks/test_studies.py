@@ -552,13 +552,6 @@ def test_a_task_on_which_nothing_is_learnt_is_named() -> None:
     assert unlearnt(STUDY, rows_of({key: found[:2] for key, found in values.items()})) == [], "two seeds say nothing"
 
 
-def test_the_report_names_every_machine() -> None:
-    rows = rows_of({("A", "LoRA 8"): [0.5, 0.5], ("A", "MELoRA 8×1"): [0.6, 0.6]})
-    rows[1] |= {"device": "another", "versions": "torch 3", "commit": "d-dirty"}
-    text = origin(STUDY, rows)[0]
-    assert "a processor; torch 2, and another; torch 3; commits c, d-dirty" in text
-
-
 def test_nothing_is_concluded_from_two_seeds() -> None:
     rows = rows_of({("A", "LoRA 8"): [0.5, 0.5], ("A", "MELoRA 8×1"): [0.6, 0.6]})
     assert conclusions(STUDY, rows) == ["Nothing is concluded from fewer than 3 seeds."]

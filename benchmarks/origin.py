@@ -1,0 +1,23 @@
+"""When, on what machines, with which versions and at which commits the rows of a report were made, in words."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+Rows = Sequence[Mapping[str, str]]
+
+
+def written_by(benchmark: str, rows: Rows) -> str:
+    """The first sentence of a report, without its full stop."""
+    return f"Written by `python -m benchmarks {benchmark}` from rows of {origin(rows)}"
+
+
+def origin(rows: Rows) -> str:
+    """All days, machines, versions and commits that the rows name."""
+    days = sorted({row["time"][:10] for row in rows if row["time"]})
+    when = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "an unknown day"
+    made_on = _listed(f"{row['device'] or 'an unknown machine'}; {row['versions']}".rstrip("; ") for row in rows)
+    commits = sorted({row["commit"] or "unknown" for row in rows})
+    return f"{when}: {made_on}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return ", and ".join(dict.fromkeys(texts))
