@@ -19,8 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.needs import CACHE, GENAI, MATPLOTLIB, MINILM, MPNET, ONNXRUNTIME, PEFT, SKLEARN, SMOLLM2, Need
 from benchmarks.gpu import options as gpu
-from benchmarks.needs import CACHE, GENAI, MATPLOTLIB, MINILM, MPNET, ONNXRUNTIME, PEFT, SKLEARN, SMOLLM2, Need
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "tinystories_excerpt_30k.txt"
@@ -260,7 +260,7 @@ def run(benchmark: Benchmark, options: argparse.Namespace) -> int:
         return 3
     from transformers.utils import logging
 
-    from benchmarks.kept import digest
+    from benchmarks.common.kept import digest
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

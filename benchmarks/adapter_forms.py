@@ -16,9 +16,9 @@ from exporters.graph.forms import choose_form
 from exporters.measuring.measure import Contender, measure
 from exporters.runtime.graph_inputs import make_inputs
 
-from .cases import Case, Row, measured_rows, run_cases
-from .models import EXAMPLE, build
-from .needs import why_missing
+from .common.cases import Case, Row, measured_rows, run_cases
+from .common.models import EXAMPLE, build
+from .common.needs import why_missing
 
 BLOCKS_AND_RANKS = ((8, 1), (8, 2), (4, 4), (8, 4), (4, 8), (8, 8), (16, 4))
 SHAPES = ((1, 16), (8, 16), (8, 64))

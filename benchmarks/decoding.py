@@ -22,13 +22,13 @@ from typing import Any
 
 from melora_fx.versions import package_version
 
-from .cases import Case, Row, run_cases
-from .decoding_cells import GOALS, REFERENCE, SIDES, Setting, Step, settings_and_steps
-from .decoding_graphs import GENAI, OLIVE, Workshop
-from .decoding_report import write_report
-from .kept import MeasuringProcesses
-from .needs import why_missing
-from .ratios import ratios_of
+from .common.cases import Case, Row, run_cases
+from .common.kept import MeasuringProcesses
+from .common.needs import why_missing
+from .common.ratios import ratios_of
+from .deployment.decoding_cells import GOALS, REFERENCE, SIDES, Setting, Step, settings_and_steps
+from .deployment.decoding_graphs import GENAI, OLIVE, Workshop
+from .deployment.decoding_report import write_report
 
 PROCESS_TIMEOUT_S = 900
 
@@ -38,7 +38,7 @@ def run(options: Namespace) -> int:
     workshop = Workshop(options.cache, options.olive)
     said = f"seconds {options.seconds:g}, processes {options.processes}"
     said += "" if workshop.olive_version else ", no Olive"
-    processes = MeasuringProcesses(options, "decoding_process", f"{said}, {steps}", PROCESS_TIMEOUT_S)
+    processes = MeasuringProcesses(options, "deployment.decoding_process", f"{said}, {steps}", PROCESS_TIMEOUT_S)
 
     @functools.cache
     def measured(setting: Setting) -> list[dict[str, Any]]:

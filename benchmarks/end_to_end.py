@@ -31,15 +31,15 @@ from exporters.measuring.machine import origin_columns
 from exporters.measuring.tables import markdown_table
 from melora_fx.files import write_atomically
 
-from .cases import Case, Row, run_apart, run_cases
-from .checkout import source_digest
-from .end_to_end_cells import PEFT_SIDE, QUICK_SIDES, SHAPES, SIDES, STORIES, Side, Story
-from .end_to_end_graphs import LOADS, export, graph_of, latencies_of, prepare, quality_of
-from .kept import digest, digest_of_files, once
-from .models import load_smollm2, minilm_folder
-from .needs import MINILM, SMOLLM2
-from .random_models import llama_config
-from .stories import why_no_text
+from .common.cases import Case, Row, run_apart, run_cases
+from .common.checkout import source_digest
+from .common.kept import digest, digest_of_files, once
+from .common.models import load_smollm2, minilm_folder
+from .common.needs import MINILM, SMOLLM2
+from .common.random_models import llama_config
+from .common.stories import why_no_text
+from .deployment.end_to_end_cells import PEFT_SIDE, QUICK_SIDES, SHAPES, SIDES, STORIES, Side, Story
+from .deployment.end_to_end_graphs import LOADS, export, graph_of, latencies_of, prepare, quality_of
 from .studies.glue import TASKS, load
 from .studies.runs import ONE_THREAD
 
@@ -144,7 +144,7 @@ def _side(options: Namespace, story: Story, side: Side, index: int, base: Path, 
     }
     with TemporaryDirectory() as compiled:  # Inductor's compiler takes no folder with a blank in its name
         compiler = {"TORCHINDUCTOR_CACHE_DIR": compiled, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        found = run_apart("end_to_end_process", json.dumps(job), environment=ONE_THREAD | compiler)
+        found = run_apart("deployment.end_to_end_process", json.dumps(job), environment=ONE_THREAD | compiler)
     found["export_s"] = found.pop("saving_s") + export(options, story, side, base, folder)
     found["total_s"] = found["training_s"] + found["export_s"]
     found["quality"] = quality_of(options, story, base, graph_of(folder / "graph"))

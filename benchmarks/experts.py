@@ -25,10 +25,10 @@ from exporters.measuring.timing import time_in_turn
 from melora_fx import MELoRAConfig
 from melora_fx.whole_capture.whole_model import capture_whole
 
-from .cases import Case, Row, run_cases, timed_rows
-from .models import fill
-from .origin import written_by
-from .step_cost import make_step, peak_memory_mib, saved_mib
+from .common.cases import Case, Row, run_cases, timed_rows
+from .common.models import fill
+from .common.origin import written_by
+from .training.step_cost import make_step, peak_memory_mib, saved_mib
 
 TARGETS = ["gate_up_proj", "down_proj"]
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16.0)

@@ -31,12 +31,12 @@ import melora_fx
 from exporters.measuring.tables import markdown_table
 from melora_fx import AdapterSite, MELoRAConfig, MELoRAError
 
-from .cases import Case, Row, run_cases
-from .models import copy_into_lora, equal_lora, load_smollm2
-from .needs import SMOLLM2
-from .origin import written_by
-from .random_models import llama_config
-from .stories import read_windows, train_adapter, why_no_text
+from .common.cases import Case, Row, run_cases
+from .common.models import copy_into_lora, equal_lora, load_smollm2
+from .common.needs import SMOLLM2
+from .common.origin import written_by
+from .common.random_models import llama_config
+from .common.stories import read_windows, train_adapter, why_no_text
 
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16)
 SIDES = ("ours", "PEFT", "PEFT safe_merge")

@@ -28,10 +28,10 @@ import melora_fx
 from exporters.measuring.timing import time_in_turn
 from melora_fx.folding.site_weight import changed_blocks
 
-from .cases import Case, Row, run_apart, run_cases, timed_rows
-from .fold_sides import CONFIG, COPY, SIDES, base_config, lora, make_checkpoint
-from .models import build, fill
-from .needs import why_missing
+from .common.cases import Case, Row, run_apart, run_cases, timed_rows
+from .common.models import build, fill
+from .common.needs import why_missing
+from .deployment.fold_sides import CONFIG, COPY, SIDES, base_config, lora, make_checkpoint
 
 
 def run(options: Namespace) -> int:
@@ -138,7 +138,7 @@ def on_disk(options: Namespace) -> list[Row]:
     facts = {"part": "disk", "dtype": "bfloat16", "threads": options.threads}
     rows = rows_of(seconds, COPY, dict.fromkeys(SIDES, 2 * size), **facts)
     for row in rows:
-        row["peak_mib"] = run_apart("fold_sides", row["side"], *prepare(row["side"]), options.threads)
+        row["peak_mib"] = run_apart("deployment.fold_sides", row["side"], *prepare(row["side"]), options.threads)
     shutil.rmtree(out)
     return rows
 

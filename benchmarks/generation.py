@@ -29,11 +29,11 @@ from exporters.measuring.tables import markdown_table
 from exporters.onnx_files.cache_names import MASK, TOKENS
 from melora_fx import MELoRAConfig, MELoRAError
 
-from .cases import Case, Row, run_cases
-from .decoding_graphs import Workshop, load_model
-from .needs import why_missing
-from .origin import written_by
-from .stories import read_windows, train_adapter, why_no_text
+from .common.cases import Case, Row, run_cases
+from .common.needs import why_missing
+from .common.origin import written_by
+from .common.stories import read_windows, train_adapter, why_no_text
+from .deployment.decoding_graphs import Workshop, load_model
 
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16)
 NEW_TOKENS = 32

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from exporters.measuring.tables import read_csv
 
-from .checkout import DONE, LEFT_OUT, MISUSED
-from .kept import digest_of_files
-from .needs import MINILM
+from .common.checkout import DONE, LEFT_OUT, MISUSED
+from .common.kept import digest_of_files
+from .common.needs import MINILM
 from .studies.glue import BATCH, HEAD, MAX_LENGTH, TASKS
 from .studies.report import Comparison, Study, write_report
 from .studies.runs import Arm, Run, for_choice, is_misused, train_all, values_by_rate

@@ -20,12 +20,12 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from exporters.measuring.tables import read_csv
 
-from .checkout import DONE, LEFT_OUT, MISUSED
-from .kept import digest, once
-from .models import load_smollm2
-from .needs import BOTOCORE as BOTOCORE_PACKAGE
-from .needs import SMOLLM2
-from .random_models import llama_config
+from .common.checkout import DONE, LEFT_OUT, MISUSED
+from .common.kept import digest, once
+from .common.models import load_smollm2
+from .common.needs import BOTOCORE as BOTOCORE_PACKAGE
+from .common.needs import SMOLLM2
+from .common.random_models import llama_config
 from .studies.language import AUTOCAST, BATCH
 from .studies.report import Comparison, Study, write_report
 from .studies.runs import Arm, Run, for_choice, is_misused, train_all, values_by_rate

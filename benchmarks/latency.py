@@ -24,12 +24,12 @@ from exporters.measuring.machine import package_versions
 from exporters.measuring.measure import Contender, measure
 from melora_fx import MELoRAError
 
-from .cases import Case, Row, measured_rows, run_cases
-from .checkout import source_digest
-from .latency_cells import QUICK, TARGETS, Cell, Form, cells
-from .latency_report import write_report
-from .models import EXAMPLE, build, token_arrays
-from .needs import why_missing
+from .common.cases import Case, Row, measured_rows, run_cases
+from .common.checkout import source_digest
+from .common.models import EXAMPLE, build, token_arrays
+from .common.needs import why_missing
+from .deployment.latency_cells import QUICK, TARGETS, Cell, Form, cells
+from .deployment.latency_report import write_report
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
 """Largest relative difference, by precision, between forms that compute the same."""

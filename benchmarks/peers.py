@@ -18,12 +18,12 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .cases import Case, Row, run_cases
-from .kept import MeasuringProcesses
-from .needs import why_missing
-from .peers_graphs import MERGED, OURS, PLAIN, QUICK, SETTINGS, Setting, Workshop
-from .peers_report import write_report
-from .ratios import ratios_of
+from .common.cases import Case, Row, run_cases
+from .common.kept import MeasuringProcesses
+from .common.needs import why_missing
+from .common.ratios import ratios_of
+from .deployment.peers_graphs import MERGED, OURS, PLAIN, QUICK, SETTINGS, Setting, Workshop
+from .deployment.peers_report import write_report
 
 PROCESS_TIMEOUT_S = 1800
 
@@ -32,7 +32,7 @@ def run(options: Namespace) -> int:
     settings = QUICK if options.quick else SETTINGS
     workshop = Workshop(options.cache, has_environment=not options.quick)
     said = f"seconds {options.seconds:g}, processes {options.processes}"
-    processes = MeasuringProcesses(options, "peers_process", said, PROCESS_TIMEOUT_S)
+    processes = MeasuringProcesses(options, "deployment.peers_process", said, PROCESS_TIMEOUT_S)
 
     @functools.cache
     def measured(setting: Setting) -> list[dict[str, Any]]:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from exporters.measuring.tables import markdown_table
 
-from .cases import Case, Row, run_apart, run_cases
-from .origin import written_by
-from .processes_cell import FROZEN
-from .spread import MODES
+from .common.cases import Case, Row, run_apart, run_cases
+from .common.origin import written_by
+from .training.processes_cell import FROZEN
+from .training.spread import MODES
 
 CELL_TIMEOUT_S = 900
 _CASES = [(mode, number) for mode in MODES for number in (2, 4) if (mode, number) != ("FSDP and TP", 2)]
@@ -45,7 +45,7 @@ def run(options: Namespace) -> int:
 
 def _measure(mode: str, number: int, options: Namespace) -> list[Row]:
     which = json.dumps([mode, number, options.rounds, options.llama])
-    return run_apart("processes_cell", which, timeout_s=CELL_TIMEOUT_S)
+    return run_apart("training.processes_cell", which, timeout_s=CELL_TIMEOUT_S)
 
 
 def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:

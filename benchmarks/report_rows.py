@@ -17,8 +17,8 @@ from typing import Any
 from exporters.measuring.machine import device_name, package_versions, source_commit
 from exporters.measuring.tables import write_csv
 
-from .cases import COLUMNS, Row
-from .checkout import ROOT, source_digest
+from .common.cases import COLUMNS, Row
+from .common.checkout import ROOT, source_digest
 
 MAJORITY, EPOCH, LORA, FOLDED, BASE = "majority baseline", "epoch ", "LoRA of equal rank", "folded", "onnx base"
 """Sides beside those that the demo timed; EPOCH begins those of the training, number 0 before it."""

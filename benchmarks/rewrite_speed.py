@@ -17,7 +17,7 @@ from exporters.measuring.timing import time_in_turn
 from melora_fx import MELoRAConfig
 from melora_fx.patterns.patterns import find_linear_nodes
 
-from .cases import Case, Row, run_cases, timed_rows
+from .common.cases import Case, Row, run_cases, timed_rows
 
 TARGETS = {
     "q,v": ["q_proj", "v_proj"],

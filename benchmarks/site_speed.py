@@ -17,7 +17,7 @@ import melora_fx
 from exporters.measuring.timing import time_in_turn
 from melora_fx import MELoRAConfig
 
-from .cases import Case, Row, run_cases, timed_rows
+from .common.cases import Case, Row, run_cases, timed_rows
 
 FEATURES = 64
 CALLS = 50

@@ -32,10 +32,10 @@ from exporters.measuring.timing import time_in_turn
 from melora_fx import MELoRAConfig
 from melora_fx.saving.adapter_file import TENSORS_FILE, read_adapter
 
-from .cases import Case, Row, run_cases, timed_rows
-from .models import copy_into_lora, equal_lora, fill, load_smollm2, minilm_folder
-from .needs import why_missing
-from .random_models import SHAPES, SMALL, random_model
+from .common.cases import Case, Row, run_cases, timed_rows
+from .common.models import copy_into_lora, equal_lora, fill, load_smollm2, minilm_folder
+from .common.needs import why_missing
+from .common.random_models import SHAPES, SMALL, random_model
 
 BLOCKS = MELoRAConfig(rank=8, num_blocks=8)
 ONE_BLOCK = MELoRAConfig(rank=64, num_blocks=1, alpha=64.0)

@@ -22,12 +22,12 @@ from torch import nn
 
 from exporters.measuring.timing import time_in_turn
 
-from .cases import Case, Row, run_apart, run_cases, timed_rows
-from .needs import why_missing
-from .step_cost import Step, make_step, peak_memory_mib, saved_mib
-from .train_cells import Cell, all_cells, quick_cells
-from .train_report import write_report
-from .train_sides import SEQUENCE, make_side
+from .common.cases import Case, Row, run_apart, run_cases, timed_rows
+from .common.needs import why_missing
+from .training.step_cost import Step, make_step, peak_memory_mib, saved_mib
+from .training.train_cells import Cell, all_cells, quick_cells
+from .training.train_report import write_report
+from .training.train_sides import SEQUENCE, make_side
 
 STEPS_PER_ROUND = 2
 CELL_TIMEOUT_S = 600

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.checkout import ROOT
+from benchmarks.common.checkout import ROOT
 
 from .cells import LOST, is_lost
 from .recorder import Recorder

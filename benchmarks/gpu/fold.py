@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import torch
 
-from benchmarks.cases import Row
+from benchmarks.common.cases import Row
 from benchmarks.fold_speed import in_memory
 
 from .cells import Cell, run_cells

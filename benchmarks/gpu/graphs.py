@@ -1,6 +1,6 @@
 """Whether graphs can be made and run here."""
 
-from benchmarks.needs import CACHE, ONNXRUNTIME
+from benchmarks.common.needs import CACHE, ONNXRUNTIME
 from melora_fx.versions import package_version
 
 from .parts import GRAPHS

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Row
+from benchmarks.common.cases import Row
+from benchmarks.common.needs import CACHE
+from benchmarks.common.random_models import SMALL
+from benchmarks.deployment.latency_cells import TARGETS
+from benchmarks.deployment.latency_cells import Cell as LatencyCell
 from benchmarks.latency import Workshop, errors, measure_cell
-from benchmarks.latency_cells import TARGETS
-from benchmarks.latency_cells import Cell as LatencyCell
-from benchmarks.needs import CACHE
-from benchmarks.random_models import SMALL
 
 from .cells import Cell, run_cells
 from .graphs import why_no_graph, why_no_session

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from benchmarks.checkout import ROOT
+from benchmarks.common.checkout import ROOT
 
 from .parts import PARTS
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.checkout import source_digest
-from benchmarks.needs import CACHE, ONNX, ONNX_IR, ONNXRUNTIME, ONNXSCRIPT, PEFT, PYTEST, TRANSFORMERS, Need
+from benchmarks.common.checkout import source_digest
+from benchmarks.common.needs import CACHE, ONNX, ONNX_IR, ONNXRUNTIME, ONNXSCRIPT, PEFT, PYTEST, TRANSFORMERS, Need
 
 GRAPHS = (ONNX_IR, ONNXSCRIPT, ONNXRUNTIME)
 """What makes graphs and runs them."""

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkout import DONE, MISUSED
-from benchmarks.latency_report import latency_table, table_of
-from benchmarks.train_report import plot_steps, steps_table
+from benchmarks.common.checkout import DONE, MISUSED
+from benchmarks.deployment.latency_report import latency_table, table_of
+from benchmarks.training.train_report import plot_steps, steps_table
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
 from melora_fx.files import write_atomically

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from benchmarks.checkout import DONE, LEFT_OUT, MISUSED, ROOT
-from benchmarks.checkout import FAILED as A_CASE_FAILED
+from benchmarks.common.checkout import DONE, LEFT_OUT, MISUSED, ROOT
+from benchmarks.common.checkout import FAILED as A_CASE_FAILED
 
 from .options import OUT, RESULTS
 from .parts import PARTS, Part

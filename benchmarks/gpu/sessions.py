@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import melora_fx
-from benchmarks.cases import Row
-from benchmarks.models import EXAMPLE, build, token_arrays
-from benchmarks.needs import CACHE
-from benchmarks.random_models import SMALL
+from benchmarks.common.cases import Row
+from benchmarks.common.models import EXAMPLE, build, token_arrays
+from benchmarks.common.needs import CACHE
+from benchmarks.common.random_models import SMALL
 from exporters import OrtRunner, TorchRunner, export_onnx, write_ort_adapter
 from exporters.onnx_runtime import Arrays
 from melora_fx import MELoRAError

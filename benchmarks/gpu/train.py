@@ -8,12 +8,12 @@ import traceback
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.cases import Row, timed_rows
-from benchmarks.needs import CACHE, TRITON
-from benchmarks.random_models import SMALL
-from benchmarks.train_cells import Cell as TrainCell
-from benchmarks.train_sides import SEQUENCE, Setting
+from benchmarks.common.cases import Row, timed_rows
+from benchmarks.common.needs import CACHE, TRITON
+from benchmarks.common.random_models import SMALL
 from benchmarks.train_step import prepare_side, start_compiler, with_peaks
+from benchmarks.training.train_cells import Cell as TrainCell
+from benchmarks.training.train_sides import SEQUENCE, Setting
 from exporters.measuring.timing import time_in_turn
 
 from .cells import Cell, run_cells

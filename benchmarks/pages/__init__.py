@@ -3,6 +3,7 @@
 A page has them between two comments, `<!-- figures NAME: python -m benchmarks.pages -->` and `<!-- end -->`; a test
 makes all of them again and compares.
 
+__main__       the command
 blocks         the list: page, name, CSV file, and the function that makes the lines
 block          an entry of it, and a page with its blocks written anew
 words          what their sentences are made of: machines, versions, ranges, durations

@@ -1,6 +1,6 @@
 """`python -m benchmarks.pages`: writes every block of README.md and docs/ anew."""
 
-from benchmarks.checkout import ROOT
+from benchmarks.common.checkout import ROOT
 
 from .block import lines_of, with_blocks
 from .blocks import BLOCKS

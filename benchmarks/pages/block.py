@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.checkout import ROOT
+from benchmarks.common.checkout import ROOT
 from exporters.measuring.tables import read_csv
 
 Row = Mapping[str, str]

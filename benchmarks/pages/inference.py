@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.peers_graphs import MERGED
-from benchmarks.peers_report import overview
+from benchmarks.deployment.peers_graphs import MERGED
+from benchmarks.deployment.peers_report import overview
 from exporters.measuring.tables import markdown_table
 
 from .block import Row, Rows

@@ -1,7 +1,7 @@
 """What adapters learn, and what a user gets from the base model to a served graph."""
 
 from benchmarks import glue_study, language_study
-from benchmarks.end_to_end_cells import PEFT_SIDE
+from benchmarks.deployment.end_to_end_cells import PEFT_SIDE
 from benchmarks.studies.comparisons import progress, seeds_of
 from benchmarks.studies.report import caveats, differences_table
 from exporters.measuring.tables import markdown_table

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.__main__ import BENCHMARKS, Benchmark
-from benchmarks.cases import COLUMNS
-from benchmarks.origin import origin
+from benchmarks.common.cases import COLUMNS
+from benchmarks.common.origin import origin
 from exporters.measuring.plots import format_ms
 from exporters.measuring.tables import markdown_table
 

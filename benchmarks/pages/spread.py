@@ -1,7 +1,7 @@
 """Blocks about several processes: measured, and on paper."""
 
 from benchmarks.processes import processes_table
-from benchmarks.scale_model import scale_table
+from benchmarks.training.scale_model import scale_table
 
 from .block import Rows
 from .words import listed, number, origin, paragraph

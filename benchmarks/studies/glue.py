@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.models import minilm_folder
+from benchmarks.common.models import minilm_folder
 
 from .runs import Arm
 from .training import add_adapter, num_adapter_parameters, train

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.origin import written_by
+from benchmarks.common.origin import written_by
 from benchmarks.studies.comparisons import (
     MEAN,
     MIN_SEEDS,

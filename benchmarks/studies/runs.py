@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cases import run_apart
-from benchmarks.checkout import DONE, FAILED, source_digest
+from benchmarks.common.cases import run_apart
+from benchmarks.common.checkout import DONE, FAILED, source_digest
 from exporters.measuring.machine import origin_columns
 from exporters.measuring.tables import read_csv, write_csv
 from melora_fx import MELoRAError

@@ -12,8 +12,8 @@ import pytest
 from benchmarks import __main__ as command_line
 from benchmarks import experts
 from benchmarks.__main__ import BENCHMARKS, ROOT, main
-from benchmarks.cases import COLUMNS
-from benchmarks.needs import Need
+from benchmarks.common.cases import COLUMNS
+from benchmarks.common.needs import Need
 from exporters.measuring.tables import read_csv
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
@@ -37,11 +37,18 @@ def test_without_arguments_it_lists_and_imports_nothing_heavy() -> None:
     assert result.stdout.endswith("False\n")
 
 
-def test_every_file_is_in_the_list() -> None:
-    modules = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert set(NAMES) <= modules
-    text = (ROOT / "benchmarks" / "__init__.py").read_text()
-    assert all(name in text for name in modules - {"__init__"})
+@pytest.mark.parametrize("room", [".", "common", "deployment", "gpu", "pages", "studies", "training"])
+def test_every_file_is_in_the_list(room: str) -> None:
+    modules = {path.stem for path in (ROOT / "benchmarks" / room).glob("*.py")}
+    text = (ROOT / "benchmarks" / room / "__init__.py").read_text()
+    assert all(name in text.replace(",", " ").split() for name in modules - {"__init__"})
+
+
+def test_a_benchmark_is_a_file_and_a_room_is_in_the_list() -> None:
+    folder = ROOT / "benchmarks"
+    assert set(NAMES) - {"gpu"} <= {path.stem for path in folder.glob("*.py")}
+    rooms = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert all(f"\n{room}/ " in (folder / "__init__.py").read_text() for room in rooms)
 
 
 def test_options_and_their_defaults() -> None:

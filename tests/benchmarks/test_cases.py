@@ -5,10 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases
-from benchmarks import cases as module
-from benchmarks.cases import COLUMNS, DONE, FAILED, LEFT_OUT, MISUSED, Case, Row, run_apart, run_cases, timed_rows
-from benchmarks.origin import origin, written_by
+from benchmarks.common import cases
+from benchmarks.common import cases as module
+from benchmarks.common.cases import (
+    COLUMNS,
+    DONE,
+    FAILED,
+    LEFT_OUT,
+    MISUSED,
+    Case,
+    Row,
+    run_apart,
+    run_cases,
+    timed_rows,
+)
+from benchmarks.common.origin import origin, written_by
 from exporters.measuring.tables import read_csv
 from melora_fx import MELoRAError
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import decoding, decoding_graphs, kept
-from benchmarks.checkout import DONE, FAILED
-from benchmarks.decoding_cells import GOALS, REFERENCE, SETTINGS, SIDES, STEPS, Step, settings_and_steps
-from benchmarks.decoding_process import _given_and_expected, _refuse_wrong
-from benchmarks.decoding_report import write_report
-from benchmarks.ratios import ratios_of
+from benchmarks import decoding
+from benchmarks.common import kept
+from benchmarks.common.checkout import DONE, FAILED
+from benchmarks.common.ratios import ratios_of
+from benchmarks.deployment import decoding_graphs
+from benchmarks.deployment.decoding_cells import GOALS, REFERENCE, SETTINGS, SIDES, STEPS, Step, settings_and_steps
+from benchmarks.deployment.decoding_process import _given_and_expected, _refuse_wrong
+from benchmarks.deployment.decoding_report import write_report
 from exporters.measuring.tables import read_csv
 from exporters.onnx_files.cache_names import MASK, POSITIONS, TOKENS
 from melora_fx import MELoRAError

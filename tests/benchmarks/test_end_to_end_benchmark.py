@@ -7,9 +7,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from benchmarks import end_to_end, end_to_end_cells
-from benchmarks.end_to_end_cells import PEFT_SIDE, SIDES, STORIES
-from benchmarks.end_to_end_graphs import Graph, graph_of, latencies_of
+from benchmarks import end_to_end
+from benchmarks.deployment import end_to_end_cells
+from benchmarks.deployment.end_to_end_cells import PEFT_SIDE, SIDES, STORIES
+from benchmarks.deployment.end_to_end_graphs import Graph, graph_of, latencies_of
 from benchmarks.pages import quality
 
 OURS = SIDES[2].name

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import train_step
 from benchmarks.__main__ import main
-from benchmarks.checkout import DONE, FAILED, LEFT_OUT, MISUSED, ROOT
+from benchmarks.common.checkout import DONE, FAILED, LEFT_OUT, MISUSED, ROOT
 from benchmarks.gpu import correct, fold, latency, rows, schedule, sessions, train
 from benchmarks.gpu.cells import Cell, run_cells
 from benchmarks.gpu.parts import PARTS

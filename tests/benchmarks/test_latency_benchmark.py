@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import melora_fx
+from benchmarks.common.models import build, mpnet_folder
+from benchmarks.common.needs import MPNET
+from benchmarks.deployment.latency_cells import FORMS, QUICK, Cell, cells
+from benchmarks.deployment.latency_report import write_report
 from benchmarks.latency import Workshop, errors, measure_cell
-from benchmarks.latency_cells import FORMS, QUICK, Cell, cells
-from benchmarks.latency_report import write_report
-from benchmarks.models import build, mpnet_folder
-from benchmarks.needs import MPNET
 from melora_fx import MELoRAError
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.checkout import ROOT
+from benchmarks.common.checkout import ROOT
 from benchmarks.pages.block import Block, blocks_in, lines_of, with_blocks, without_blocks
 from benchmarks.pages.blocks import BLOCKS
 from benchmarks.pages.results import table

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.deployment.peers_graphs import MERGED, OURS, PLAIN, SETTINGS, Setting
+from benchmarks.deployment.peers_report import GOALS, write_report
 from benchmarks.peers import rows_of
-from benchmarks.peers_graphs import MERGED, OURS, PLAIN, SETTINGS, Setting
-from benchmarks.peers_report import GOALS, write_report
 
 ORIGIN = {"device": "CPU", "versions": "torch 2", "commit": "abc", "time": "2026-11-28T00:00:00+00:00"}
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.checkout import ROOT
-from benchmarks.processes_cell import FROZEN
-from benchmarks.scale_model import FULL, MODELS, Layout, cost, lora, melora
+from benchmarks.common.checkout import ROOT
+from benchmarks.training.processes_cell import FROZEN
+from benchmarks.training.scale_model import FULL, MODELS, Layout, cost, lora, melora
 from exporters.measuring.tables import read_csv
 
 ROWS = read_csv(ROOT / "benchmarks" / "results" / "processes.csv")

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import glue_study, language_study
 from benchmarks.__main__ import main
+from benchmarks.common.random_models import llama_config
 from benchmarks.pages import quality
-from benchmarks.random_models import llama_config
 from benchmarks.studies import glue, language, runs, texts, training
 from benchmarks.studies.comparisons import MEAN, Comparison, Study, differences, progress, unlearnt, values_of
 from benchmarks.studies.intervals import Interval, interval, mean_over, paired

@@ -10,8 +10,8 @@ from torch import nn
 
 import melora_fx
 from benchmarks import train_step
-from benchmarks.train_cells import Cell, all_cells
-from benchmarks.train_sides import SIDES, LoopLinear, Setting, make_side
+from benchmarks.training.train_cells import Cell, all_cells
+from benchmarks.training.train_sides import SIDES, LoopLinear, Setting, make_side
 
 LLAMA = (32, 64, 2, 4)
 pytestmark = [

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import melora_fx
-from benchmarks.spread import fully_sharded, make_mesh, tensor_parallel
+from benchmarks.training.spread import fully_sharded, make_mesh, tensor_parallel
 from melora_fx import MELoRAConfig, MELoRAError
 
 TWO = MELoRAConfig(rank=2, num_blocks=2, alpha=4.0)

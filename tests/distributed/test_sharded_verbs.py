@@ -13,7 +13,7 @@ from support.sharded import CONFIG, adapted, fill, llama, spread_with, token_ids
 from torch import nn
 
 import melora_fx
-from benchmarks.spread import MODES
+from benchmarks.training.spread import MODES
 from melora_fx import MELoRAError
 from melora_fx.names import unwrap
 

@@ -10,7 +10,7 @@ from support.processes import run_processes
 from support.sharded import CONFIG, adapted, averaged, gradients, own_rows, spread_with, token_ids, train, with_config
 
 import melora_fx
-from benchmarks.spread import MODES, fully_sharded, make_mesh
+from benchmarks.training.spread import MODES, fully_sharded, make_mesh
 from melora_fx import MELoRAConfig
 
 CONFIGS = {

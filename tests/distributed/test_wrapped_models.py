@@ -14,7 +14,7 @@ from support.sharded import adapted, llama, token_ids, with_config
 from torch import nn
 
 import melora_fx
-from benchmarks.spread import fully_sharded, make_mesh, tensor_parallel
+from benchmarks.training.spread import fully_sharded, make_mesh, tensor_parallel
 from exporters import export_onnx
 from melora_fx import MELoRAConfig, MELoRAError
 

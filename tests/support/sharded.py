@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import melora_fx
-from benchmarks.spread import spread
+from benchmarks.training.spread import spread
 from melora_fx import MELoRAConfig
 from melora_fx.distributed.tensors import put, whole
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.common.origin import written_by
+from benchmarks.common.ratios import ratio_table
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
 
 from .decoding_cells import GOALS, MERGED, REFERENCE, SIDES, TIMES_FASTER_THAN_TORCH, TORCH
-from .origin import written_by
-from .ratios import ratio_table
 
 Row = Mapping[str, str]
 Groups = Mapping[str, Mapping[str, Row]]

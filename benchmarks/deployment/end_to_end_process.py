@@ -1,4 +1,4 @@
-"""A training of end_to_end: `python -m benchmarks.end_to_end_process JOB` saves an adapter and prints JSON.
+"""A training of end_to_end: `python -m benchmarks.deployment.end_to_end_process JOB` saves an adapter and prints JSON.
 
 Of PEFT it saves the merged model too, which other exporters take; ours are folded by `melora-fx export`.
 """
@@ -17,13 +17,12 @@ import torch
 from torch import nn
 
 import melora_fx
-
-from .step_cost import peak_memory_mib
-from .stories import BATCH as STORIES_BATCH
-from .stories import read_windows
-from .studies.glue import HEAD, TASKS, Examples, batches, load, read
-from .studies.runs import Arm
-from .studies.training import add_adapter, train
+from benchmarks.common.stories import BATCH as STORIES_BATCH
+from benchmarks.common.stories import read_windows
+from benchmarks.studies.glue import HEAD, TASKS, Examples, batches, load, read
+from benchmarks.studies.runs import Arm
+from benchmarks.studies.training import add_adapter, train
+from benchmarks.training.step_cost import peak_memory_mib
 
 Batches = Iterator[dict[str, torch.Tensor]]
 

@@ -1,6 +1,7 @@
 """One process of peers: loads all sides in an order of its own, checks them, and times them in turn.
 
-`python -m benchmarks.peers_process JOB` prints JSON: shape → side → milliseconds of each run, and differences.
+`python -m benchmarks.deployment.peers_process JOB` prints JSON: shape → side → milliseconds of each run,
+and differences.
 """
 
 import functools
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from benchmarks.common.models import token_arrays
 from exporters.measuring.timing import time_in_turn
 from melora_fx import MELoRAError
 
-from .models import token_arrays
 from .peers_graphs import MERGED, Shape
 
 BALLAST_BYTES = 2 << 30

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .studies.runs import Arm
+from benchmarks.studies.runs import Arm
 
 PEFT_SIDE = "PEFT and optimum-onnx"
 

@@ -1,6 +1,7 @@
 """One process of decoding: loads all sides of a setting in an order of its own, checks them, and times them in turn.
 
-`python -m benchmarks.decoding_process JOB` prints JSON: step → side → milliseconds of each run, and differences.
+`python -m benchmarks.deployment.decoding_process JOB` prints JSON: step → side → milliseconds of each run,
+and differences.
 """
 
 import functools

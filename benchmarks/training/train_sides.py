@@ -13,10 +13,9 @@ from torch import nn
 from transformers import AutoModel, LlamaModel
 
 import melora_fx
+from benchmarks.common.models import fill, load_smollm2, minilm_folder
+from benchmarks.common.random_models import SHAPES, SMALL, llama_config, random_model
 from melora_fx import MELoRAConfig
-
-from .models import fill, load_smollm2, minilm_folder
-from .random_models import SHAPES, SMALL, llama_config, random_model
 
 SEQUENCE = {"MiniLM-L6": 64, "SmolLM2-135M": 128, "Llama": 128, "Tiny": 16}
 SEQUENCE |= {"MiniLM-shaped": 128, "SmolLM2-shaped": 512, "Llama-shaped, 1B": 2048}

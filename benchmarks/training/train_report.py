@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.origin import written_by
 from exporters.measuring.plots import import_pyplot
 from exporters.measuring.tables import markdown_table
-
-from .origin import written_by
 
 _COLORS = {
     "ours": "#2a7fc0",

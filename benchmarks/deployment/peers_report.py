@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.origin import written_by
+from benchmarks.common.ratios import ratio_table
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
 
-from .origin import written_by
 from .peers_graphs import MERGED, OURS
-from .ratios import ratio_table
 
 Row = Mapping[str, str]
 Cells = Mapping[str, Mapping[str, Row]]

@@ -19,16 +19,17 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.exporters import OnnxConfig, OnnxExporter
 
+from benchmarks.common.checkout import ROOT
+from benchmarks.common.kept import run_offline
+from benchmarks.common.stories import read_windows
+from benchmarks.studies.glue import TASKS, collate, load, read, score
+from benchmarks.studies.runs import ONE_THREAD
 from exporters.graph.clean import quiet
 from exporters.measuring.timing import time_in_turn
 
 from .end_to_end_cells import PEFT_SIDE, Side, Story
 from .end_to_end_process import byte_tokens
-from .kept import run_offline
 from .peers_graphs import environment_python
-from .stories import read_windows
-from .studies.glue import TASKS, collate, load, read, score
-from .studies.runs import ONE_THREAD
 
 
 def prepare(options: Namespace) -> str:
@@ -53,7 +54,7 @@ def export(options: Namespace, story: Story, side: Side, base: Path, folder: Pat
     start = time.perf_counter()
     if is_ours:
         command = [sys.executable, "-m", "exporters.cli", "export", str(base), str(folder / "adapter"), "-o", str(out)]
-        run_offline([*command, "--target", "ort-cpu"], Path(__file__).parents[1], ONE_THREAD)
+        run_offline([*command, "--target", "ort-cpu"], ROOT, ONE_THREAD)
     elif options.quick:
         _export_by_transformers(folder / "merged", out)
     else:

@@ -15,17 +15,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import melora_fx
+from benchmarks.common.checkout import digest_of
+from benchmarks.common.kept import digest, once, run_offline
+from benchmarks.common.models import fill, load_smollm2
+from benchmarks.common.random_models import llama_config
 from exporters import export_onnx, write_ort_adapter, write_peft_adapter
 from exporters.decoders.flat_cache import flat_cache
 from exporters.measuring.machine import package_versions
 from exporters.onnx_files.cache_names import LOGITS, MASK, POSITIONS, TOKENS, is_present, past_of
 from melora_fx import MELoRAConfig
 
-from .checkout import digest_of
 from .decoding_cells import SIDES, TARGETS, Setting, Step
-from .kept import digest, once, run_offline
-from .models import fill, load_smollm2
-from .random_models import llama_config
 
 GENAI, OLIVE = "onnxruntime-genai", "olive-ai"
 BUILDER = "onnxruntime_genai.models.builder"

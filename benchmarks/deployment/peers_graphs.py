@@ -14,14 +14,13 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, GPT2Config, GPT2
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 import melora_fx
+from benchmarks.common.checkout import digest_of
+from benchmarks.common.kept import digest, once, run_offline
+from benchmarks.common.models import EXAMPLE, fill, minilm_folder, mpnet_folder
 from exporters import export_onnx
 from exporters.graph.clean import quiet
 from exporters.measuring.machine import package_versions
 from melora_fx import MELoRAConfig
-
-from .checkout import digest_of
-from .kept import digest, once, run_offline
-from .models import EXAMPLE, fill, minilm_folder, mpnet_folder
 
 PACKAGES = ("optimum-onnx[onnxruntime]", "transformers<5", "olive-ai", "sentence-transformers", "torch>=2.11")
 """What the peers' environment has."""

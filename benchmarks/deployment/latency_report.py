@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.common.origin import written_by
 from exporters import Latency, LatencyTable
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
-
-from .origin import written_by
 
 Row = Mapping[str, str]
 _CELL = ("model", "batch × tokens, targets")

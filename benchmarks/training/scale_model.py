@@ -4,7 +4,7 @@ Nothing is measured here. Of a Llama whose linears are all adapted, on D_f × D_
 over D_t by torch's styles, which cut as Megatron does. I and O are the features of a linear, T tokens of one GPU, h the
 hidden size.
 
-    python -m benchmarks.scale_model      prints the table of docs/SCALE.md
+    python -m benchmarks.training.scale_model      prints the table of docs/SCALE.md
 """
 
 import math

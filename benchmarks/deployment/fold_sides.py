@@ -19,11 +19,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import melora_fx
+from benchmarks.common.models import fill
+from benchmarks.common.random_models import llama_config
+from benchmarks.training.step_cost import resident_kib
 from melora_fx import MELoRAConfig
-
-from .models import fill
-from .random_models import llama_config
-from .step_cost import resident_kib
 
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16.0)
 

@@ -4,7 +4,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DONE, FAILED, MISUSED, LEFT_OUT = 0, 1, 2, 3
 """Exit statuses: all measured; a case failed; the arguments are wrong; none failed, but something needed is missing."""
 

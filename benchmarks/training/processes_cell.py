@@ -17,12 +17,12 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import melora_fx
+from benchmarks.common.cases import Row, timed_rows
+from benchmarks.common.random_models import llama_config
 from exporters.measuring.timing import time_in_turn
 from melora_fx import MELoRAConfig
 from melora_fx.distributed.tensors import own_part, whole
 
-from .cases import Row, timed_rows
-from .random_models import llama_config
 from .spread import BY_COLUMNS, BY_ROWS, spread
 from .step_cost import peak_memory_mib
 from .traffic import Traffic
