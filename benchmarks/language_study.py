@@ -41,7 +41,7 @@ ARMS = (
 )
 """n blocks of rank 1 have the parameters of a LoRA of rank 1: 36 times fewer than rank 36, 8 times than rank 8."""
 BASE = Arm("none", "none")
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 CHOICE_SEED = 100
 """None that the study has."""
 TASK, CHOICE = "documentation", "documentation, choice"

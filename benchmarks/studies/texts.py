@@ -1,7 +1,7 @@
 """The text that the study of language trains on, and its windows of tokens.
 
-`botocore` (Apache-2.0) ships what Amazon writes about each of its services: some 480 documents of prose about an API,
-7 million tokens. A text of one's own is a file, of which each hundredth is taken for a document.
+`botocore` (Apache-2.0) ships what Amazon writes about each of its services: some 440 documents of prose about an API,
+5 million tokens. A text of one's own is a file, of which each hundredth is taken for a document.
 """
 
 import gzip
@@ -36,15 +36,16 @@ def read_documents(text: str) -> dict[str, str]:
     """
     found = _services() if text == BOTOCORE else _hundredths(Path(text))
     seen: set[str] = set()
-    documents = {}
+    documents: dict[str, list[str]] = {}
     for name, paragraphs in found:
         new = [paragraph for paragraph in dict.fromkeys(paragraphs) if paragraph not in seen]
         seen.update(new)
-        documents[name] = "\n".join(new)
-    return {name: document for name, document in documents.items() if document}
+        documents.setdefault(name, []).extend(new)
+    return {name: "\n".join(document) for name, document in documents.items() if document}
 
 
 def _services() -> Iterator[tuple[str, list[str]]]:
+    """Each version of each service, under the service's name: what is held out has no version to train on."""
     spec = find_spec("botocore")
     assert spec is not None
     assert spec.origin is not None
@@ -52,7 +53,7 @@ def _services() -> Iterator[tuple[str, list[str]]]:
         content = path.read_bytes()
         service = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
         texts = (" ".join(html.unescape(re.sub(r"<[^>]+>", " ", each)).split()) for each in _documentation(service))
-        yield "/".join(path.parts[-3:-1]), [text for text in texts if len(text) >= SHORTEST]
+        yield path.parts[-3], [text for text in texts if len(text) >= SHORTEST]
 
 
 def _documentation(value: Any) -> Iterator[str]:
