@@ -1,9 +1,11 @@
 """What adapters learn, and what a user gets from the base model to a served graph."""
 
+from collections.abc import Sequence
+
 from benchmarks import glue_study, language_study
 from benchmarks.deployment.end_to_end_cells import PEFT_SIDE
 from benchmarks.studies.comparisons import progress, seeds_of
-from benchmarks.studies.report import caveats, differences_table
+from benchmarks.studies.report import conclusions, differences_table
 from exporters.measuring.tables import markdown_table
 
 from .block import Rows
@@ -11,7 +13,7 @@ from .words import by_case, machine, number, paragraph
 
 
 def studies(rows: Rows) -> list[str]:
-    """Every difference with its interval, and what the intervals leave out; `rows`: of either study."""
+    """The differences between adapters, with what the intervals allow to say; `rows`: of either study."""
     study = next(
         each
         for each in (glue_study.STUDY, language_study.STUDY)
@@ -25,7 +27,19 @@ def studies(rows: Rows) -> list[str]:
         "language_study": "SmolLM2-135M on documentation, the held-out loss of a token",
     }
     text = f"{lead[study.name]}, {seeds_of(study, rows)}: mean difference (95 % interval), in {study.unit}."
-    return [*paragraph(text), "", *differences_table(study, rows), "", *paragraph(" ".join(caveats(study, rows)))]
+    short = study._replace(comparisons=[each for each in study.comparisons if each.is_drawn])
+    return [
+        *paragraph(f"{text} {study.beside}"),
+        "",
+        *differences_table(short, rows),
+        "",
+        *_wrapped(conclusions(short, rows)),
+    ]
+
+
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    """Points of a list, and the paragraph below, in the width of a page."""
+    return [part for line in lines for part in (paragraph(line) if line and not line.startswith("*") else [line])]
 
 
 def end_to_end(rows: Rows) -> list[str]:

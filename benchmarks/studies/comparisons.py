@@ -1,7 +1,7 @@
 """What a study compares: its rows, the values of its arms, and their paired differences."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.studies.intervals import Interval, Values, interval, mean_over, paired
@@ -31,11 +31,13 @@ class Study(NamedTuple):
         arms: in the same order.
         comparisons: what is answered.
         choice: the task of the rows that learning rates were chosen by.
-        rule: which of those that were tried was chosen, a sentence.
+        rule: which of those that were tried was chosen, in sentences.
+        near: what an arm may lose against its best at a rate that the rule takes for it; 0 if the rule takes the best.
         seeds: how many each arm shall have.
         baseline: the arm that learns nothing, once, and what it is called in a sentence.
-        beside: what is trained beside an adapter and not counted as one; may be empty.
+        beside: what the arms are, what is trained beside an adapter, and what is scored.
         unit: what a difference is called.
+        scale: what it is, in brackets; may be empty.
         factor: what values are multiplied by before they are shown.
         digits: behind the point.
         higher_is_better: of values.
@@ -49,10 +51,12 @@ class Study(NamedTuple):
     comparisons: Sequence[Comparison]
     choice: str
     rule: str
+    near: float
     seeds: int
     baseline: tuple[str, str]
     beside: str
     unit: str
+    scale: str
     factor: float
     digits: int
     higher_is_better: bool
@@ -102,24 +106,34 @@ def _of_common_seeds(study: Study, arms: Mapping[str, Mapping[int, float]]) -> d
 
 def mean_of(values: Mapping[str, Mapping[str, Values]], arm: str, study: Study) -> Interval | None:
     """Of all tasks; None where one is missing."""
-    over = by_seed(values, arm, study)
+    over = by_seed(values, arm, study.tasks)
     return interval(list(over.values())) if over else None
 
 
-def by_seed(values: Mapping[str, Mapping[str, Values]], arm: str, study: Study) -> Values:
-    """The mean of all tasks; empty where one is missing."""
-    tasks = [values.get(task, {}).get(arm, {}) for task in study.tasks]
-    return mean_over(tasks) if all(tasks) else {}
+def by_seed(values: Mapping[str, Mapping[str, Values]], arm: str, tasks: Iterable[str]) -> Values:
+    """The mean of the tasks; empty if one is missing."""
+    found = [values.get(task, {}).get(arm, {}) for task in tasks]
+    return mean_over(found) if all(found) else {}
+
+
+def mean_name(study: Study, learnt: Sequence[str]) -> str:
+    """Of the mean of these tasks."""
+    return f"mean without {' and '.join(task for task in study.tasks if task not in learnt)}"
 
 
 def differences(study: Study, rows: Rows) -> dict[Comparison, dict[str, Interval]]:
-    """By comparison and task, and of the mean of the tasks."""
+    """By comparison and task, of the mean of the tasks, and of the mean of those on which something is learnt."""
     values = values_of(study, rows)
+    learnt = learnt_tasks(study, rows)
     found: dict[Comparison, dict[str, Interval]] = {}
     for each in study.comparisons:
         of = {task: paired(arms.get(each.arm, {}), arms.get(each.other, {})) for task, arms in values.items()}
         if len(study.tasks) > 1:
-            of[MEAN] = paired(by_seed(values, each.arm, study), by_seed(values, each.other, study))
+            of[MEAN] = paired(by_seed(values, each.arm, study.tasks), by_seed(values, each.other, study.tasks))
+        if 1 < len(learnt) < len(study.tasks):
+            of[mean_name(study, learnt)] = paired(
+                by_seed(values, each.arm, learnt), by_seed(values, each.other, learnt)
+            )
         found[each] = {task: difference for task, difference in of.items() if difference}
     return {each: of for each, of in found.items() if of}
 
@@ -136,6 +150,11 @@ def unlearnt(study: Study, rows: Rows) -> list[str]:
             if better not in sides:
                 found.append(task)
     return found
+
+
+def learnt_tasks(study: Study, rows: Rows) -> list[str]:
+    """The other tasks: differences between adapters count on them alone."""
+    return [task for task in study.tasks if task not in unlearnt(study, rows)]
 
 
 def seeds_of(study: Study, rows: Rows) -> str:

@@ -44,36 +44,56 @@ def write_report(study: Study, rows: Rows, folder: Path) -> None:
 
 def origin(study: Study, rows: Rows) -> list[str]:
     """Where, when and how it was trained, and how much of the study is there."""
-    main = main_rows(study, rows)
-    hours = sum(float(row["seconds"]) for row in main) / 3600
-    lines = [
-        f"{written_by(study.name, main)}. {len(main)} trainings, {hours:.1f} hours of one core. "
-        f"{seeds_of(study, rows)} of each adapter; {main[0]['settings']}.",
-    ]
+    main, choice = main_rows(study, rows), choice_rows(study, rows)
+    hours = sum(float(row["seconds"]) for row in (*main, *choice)) / 3600
     done, planned = progress(study, rows)
+    lines = [
+        f"{written_by(study.name, main)}. {done} trainings and {len(choice)} that learning rates were chosen by, "
+        f"{hours:.1f} hours of one core. {seeds_of(study, rows)} of each adapter; {main[0]['settings']}.",
+    ]
     if done < planned:
         told = (
             f"**Under way: {done} of {planned} trainings are there.** A task counts with the seeds that all arms have."
         )
         lines += ["", told]
-    return [*lines, "", study.beside] if study.beside else lines
+    return [*lines, "", study.beside]
 
 
 def rates_table(study: Study, rows: Rows) -> list[str]:
-    """What each learning rate gave where it was chosen, that of the study in bold."""
+    """What each learning rate gave where it was chosen: in bold that of the study, in italics what an arm alone would
+    have by the rule.
+    """
     taken = {row["arm"]: float(row["learning_rate"]) for row in main_rows(study, rows)}
-    choice = [row for row in rows if row["task"] == study.choice]
-    settings = commonest(choice, "settings")
-    tried = {(row["arm"], float(row["learning_rate"])): row for row in choice if row["settings"] == settings}
-    rates = sorted({rate for _, rate in tried})
+    tried: dict[str, dict[float, float]] = {}
+    choice = choice_rows(study, rows)
+    for row in choice:
+        tried.setdefault(row["arm"], {})[float(row["learning_rate"])] = float(row["value"])
+    if not tried:
+        return []
+    rates = sorted({rate for of in tried.values() for rate in of})
     lines = []
-    for arm in (arm for arm in study.arms if any((arm, rate) in tried for rate in rates)):
-        cells = [f"{float(tried[arm, rate]['value']):.4f}" if (arm, rate) in tried else "" for rate in rates]
-        lines.append(
-            [arm, *(f"**{cell}**" if rate == taken.get(arm) else cell for rate, cell in zip(rates, cells, strict=True))]
-        )
-    metric = next(iter(tried.values()))["metric"] if tried else ""
-    return [study.rule, "", *markdown_table([f"{metric} at", *(f"{rate:g}" for rate in rates)], lines)] if lines else []
+    for arm in (arm for arm in study.arms if arm in tried):
+        alone = own_rate(tried[arm], study.near) if study.near else None
+        marks = {rate: "**" if rate == taken.get(arm) else "*" if rate == alone else "" for rate in rates}
+        of = tried[arm]
+        lines.append([arm, *(f"{marks[rate]}{of[rate]:.4f}{marks[rate]}" if rate in of else "" for rate in rates)])
+    seeds = ", ".join(sorted({row["seed"] for row in choice}))
+    told = f"Seed {seeds}; {choice[0]['settings']}. Bold: the rate of the study."
+    if study.near:
+        told += " In italics, if another: the rate that the rule would give the arm alone."
+    table = markdown_table([f"{choice[0]['metric']} at", *(f"{rate:g}" for rate in rates)], lines)
+    return [study.rule, "", told, "", *table]
+
+
+def own_rate(values: Mapping[float, float], near: float) -> float:
+    """The smallest learning rate whose value is within `near` of the best, the highest; `values`: by rate."""
+    return min(rate for rate, value in values.items() if max(values.values()) - value <= near)
+
+
+def choice_rows(study: Study, rows: Rows) -> Rows:
+    """Those that learning rates were chosen by, with the settings that most of them have."""
+    choice = [row for row in rows if row["task"] == study.choice]
+    return [row for row in choice if row["settings"] == commonest(choice, "settings")]
 
 
 def tables(study: Study, rows: Rows) -> list[str]:
@@ -95,6 +115,7 @@ def tables(study: Study, rows: Rows) -> list[str]:
 def differences_table(study: Study, rows: Rows) -> list[str]:
     """Of every comparison on every task: the mean difference and the ends of its interval."""
     names = [*values_of(study, rows), *([MEAN] if len(study.tasks) > 1 else [])]
+    names = list(dict.fromkeys([*names, *(name for of in differences(study, rows).values() for name in of)]))
     lines = [
         [
             f"{each.arm} − {each.other}",
@@ -115,9 +136,17 @@ def _cell(found: Interval, study: Study, sign: str = "") -> str:
 
 
 def conclusions(study: Study, rows: Rows) -> list[str]:
-    """One line a comparison: where it is better, where it is worse, and where the intervals do not say."""
+    """One line a comparison: on what it is better, on what worse, and on what the intervals do not say.
+
+    Nothing is said of a task on which nothing is learnt.
+    """
+    left_out = unlearnt(study, rows)
     found = {
-        each: {task: difference for task, difference in of.items() if difference.count >= MIN_SEEDS}
+        each: {
+            task: difference
+            for task, difference in of.items()
+            if difference.count >= MIN_SEEDS and task not in left_out
+        }
         for each, of in differences(study, rows).items()
     }
     lines = [_sentence(study, each, of) for each, of in found.items() if of]
@@ -130,16 +159,16 @@ def caveats(study: Study, rows: Rows) -> list[str]:
     count = sum(difference.count >= MIN_SEEDS for difference in told)
     if not count:
         return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
+    unit = study.unit + (f" ({study.scale})" if study.scale else "")
     texts = [
-        f"Differences in {study.unit}, with 95 % intervals of Student's t over the seeds, on one validation set, whose "
-        "own chance is not in them, and at one learning rate of each arm. *Not told apart* says that zero lies in the "
-        f"interval, not that both are equal. Of {count} such intervals {count * 0.05:.1f} miss the true difference on "
-        "average."
+        f"Differences in {unit}, with 95 % intervals of Student's t over the seeds: other seeds, but the same "
+        "validation set and the same learning rate. *Not told apart* means that zero lies in the interval, not that "
+        f"the two are equal. There are {count} intervals; one in twenty misses the true difference by chance."
     ]
     if tasks := unlearnt(study, rows):
+        told = ", ".join(tasks)
         texts.append(
-            f"On {', '.join(tasks)} no arm is told apart from {study.baseline[1]}: nothing was learnt there, and "
-            "nothing follows for the adapters."
+            f"On {told} no arm is better than {study.baseline[1]}: nothing about the adapters follows from {told}."
         )
     return [" ".join(texts)]
 
@@ -148,7 +177,7 @@ def _sentence(study: Study, each: Comparison, of: Mapping[str, Interval]) -> str
     better = 1 if study.higher_is_better else -1
     groups: dict[int, list[str]] = {1: [], -1: [], 0: []}
     for task, difference in of.items():
-        groups[difference.side * better].append(f"{task} ({_cell(difference, study, sign='+')})")
+        groups[difference.side * better].append(task)
     names = ((1, "better"), (-1, "worse"), (0, "not told apart"))
     texts = [f"{text} on {', '.join(groups[side])}" for side, text in names if groups[side]]
     return f"* {each.arm} against {each.other} ({each.what}): {'; '.join(texts)}."
