@@ -14,7 +14,6 @@ end_to_end.md. --quick takes two sides, tiny models and, for optimum-onnx, trans
 
 import functools
 import json
-import random
 import re
 import shutil
 import statistics
@@ -32,16 +31,27 @@ from exporters.measuring.tables import markdown_table
 from melora_fx.files import write_atomically
 
 from .common.cases import Case, Row, run_apart, run_cases
-from .common.checkout import source_digest
+from .common.checkout import digest_of
 from .common.kept import digest, digest_of_files, once
 from .common.models import load_smollm2, minilm_folder
 from .common.needs import MINILM, SMOLLM2
 from .common.random_models import llama_config
 from .common.stories import why_no_text
-from .deployment.end_to_end_cells import PEFT_SIDE, QUICK_SIDES, SHAPES, SIDES, STORIES, Side, Story
-from .deployment.end_to_end_graphs import LOADS, export, graph_of, latencies_of, prepare, quality_of
+from .deployment.end_to_end_cells import PEFT_SIDE, QUICK_SIDES, SHAPES, SIDES, STORIES, Side, Story, spread
+from .deployment.end_to_end_graphs import (
+    LOADS,
+    check,
+    export,
+    graph_of,
+    latencies_of,
+    prepare,
+    quality_of,
+    rotated,
+)
 from .studies.glue import TASKS, load
 from .studies.runs import ONE_THREAD
+
+TRAINING_TIMEOUT_S = 3600
 
 
 def run(options: Namespace) -> int:
@@ -85,7 +95,8 @@ def _why_no_mrpc(glue: Path) -> str:
 def measure(options: Namespace, story: Story) -> list[Row]:
     """The rows of a story, one a side."""
     made_by = prepare(options)
-    work = options.cache / f"end-to-end-{digest(story.name, settings_of(options), source_digest(), *_where(made_by))}"
+    code = digest_of("melora_fx", "exporters", "benchmarks/deployment", "benchmarks/studies")
+    work = options.cache / f"end-to-end-{digest(story.name, settings_of(options), code, *_where(made_by))}"
     if options.again:
         shutil.rmtree(work, ignore_errors=True)
     base = _base(options, story)
@@ -125,7 +136,7 @@ def _round(
     """What each side took and gave, its graph included; read where an earlier run has measured all of the round."""
     path = work / f"round-{index}.json"
     if not path.is_file():
-        order = random.Random(index).sample(sides, len(sides))
+        order = rotated(sides, 2 * index)
         found = {side.name: _side(options, story, side, index, base, work) for side in order}
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(found)))
     return json.loads(path.read_text())
@@ -144,14 +155,17 @@ def _side(options: Namespace, story: Story, side: Side, index: int, base: Path, 
     }
     with TemporaryDirectory() as compiled:  # Inductor's compiler takes no folder with a blank in its name
         compiler = {"TORCHINDUCTOR_CACHE_DIR": compiled, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        found = run_apart("deployment.end_to_end_process", json.dumps(job), environment=ONE_THREAD | compiler)
+        environment = ONE_THREAD | compiler
+        script = "deployment.end_to_end_process"
+        found = run_apart(script, json.dumps(job), timeout_s=TRAINING_TIMEOUT_S, environment=environment)
     found["export_s"] = found.pop("saving_s") + export(options, story, side, base, folder)
+    check(folder)
     found["total_s"] = found["training_s"] + found["export_s"]
     found["quality"] = quality_of(options, story, base, graph_of(folder / "graph"))
     return found
 
 
-MEASURES = ("training_s", "peak_mib", "adapter_kib", "export_s")
+MEASURES = ("training_s", "first_step_s", "peak_mib", "adapter_kib", "adapter_alone_kib", "export_s")
 
 
 def _row(
@@ -163,18 +177,24 @@ def _row(
     row: Row = {"side": side, "median_ms": median, "p20_ms": p20, "p80_ms": p80, "reference": PEFT_SIDE}
     row |= {"ratio": round(_ratio(rounds, side, "total_s"), 4), "rounds": len(rounds)}
     for measure in MEASURES:
+        name = measure.rpartition("_")[0]
         row[measure] = round(statistics.median(found[side][measure] for found in rounds), 2)
-        row[f"{measure.rpartition('_')[0]}_ratio"] = round(_ratio(rounds, side, measure), 4)
+        row |= _ratios(f"{name}_ratio", [found[side][measure] / found[PEFT_SIDE][measure] for found in rounds])
     for shape, found in latencies.items():
         name = shape.replace(" × ", "x")
         ratios = [own / theirs for own, theirs in zip(found[side], found[PEFT_SIDE], strict=True)]
         row[f"ms_{name}"] = round(statistics.median(found[side]), 3)
-        row[f"ratio_{name}"] = round(statistics.median(ratios), 4)
-        row[f"ratio_{name}_least"], row[f"ratio_{name}_most"] = round(min(ratios), 4), round(max(ratios), 4)
+        row |= _ratios(f"ratio_{name}", ratios)
     row["quality"] = story.quality
     row["quality_mean"] = round(statistics.fmean(found[side]["quality"] for found in rounds), 4)
     row["quality_of_rounds"] = " ".join(f"{found[side]['quality']:.4f}" for found in rounds)
     return row
+
+
+def _ratios(name: str, ratios: Sequence[float]) -> Row:
+    """Their median, the least and the largest, as columns."""
+    ends = {name: statistics.median(ratios), f"{name}_least": min(ratios), f"{name}_most": max(ratios)}
+    return {column: round(ratio, 4) for column, ratio in ends.items()}
 
 
 def _ratio(rounds: Sequence[Mapping[str, Row]], side: str, measure: str) -> float:
@@ -194,17 +214,36 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
     lines = [
         "# From the base model to a served graph",
         "",
-        f"Written by `python -m benchmarks end_to_end`. {measured} One thread. Medians of the rounds; in brackets, the "
-        "median over the rounds of the ratio to PEFT's. Training begins with the loaded model; compiling is included, "
-        "with nothing compiled before. Export is from the trained model to the graph, saving and the checks of each "
-        "command included: `optimum-cli export onnx` without optimizing, and `melora-fx export --target ort-cpu`. "
-        f"Latencies of the merged graphs are of one process that runs all in turn, in {LOADS} loads: the median ratio, "
-        "and the least and the largest. Quality is that of the graph, without an interval: the studies are for that.",
+        f"Written by `python -m benchmarks end_to_end`. {measured}",
+        "",
+        "Medians of the rounds; in brackets, the ratio to PEFT's of the same round: the median, the least and the "
+        "largest.",
+        "",
+        "* **Training** has one thread. It begins with the loaded model; compiling is in the first step, and nothing "
+        f"was compiled before. MRPC: {_length(STORIES[0])}; stories: {_length(STORIES[1])}. The more steps, the less "
+        "the first one counts.",
+        "* **Peak** is what loading and training add to the memory of a process that has imported all: the model is in "
+        "it, exports are not.",
+        "* **Adapter** is its file, for MRPC with the trained head; *alone* is without the head.",
+        "* **Export** is from the trained model to the checked graph, with the start of each command: saving, merging "
+        "and `optimum-cli export onnx`, which does not optimize, or saving and `melora-fx export --target ort-cpu`, "
+        "which merges. PEFT's merged SmolLM2 is written by transformers 5, and optimum-onnx reads it with transformers "
+        "4, which does not know where the base of the rotary embedding stands and takes another; the benchmark writes "
+        "it where transformers 4 looks.",
+        f"* **Latencies** are of the last round's graphs, one thread, in one process that runs all in turn, in {LOADS} "
+        "loads.",
+        "* **Quality** is that of the graph, mean of the rounds: accuracy, or the held-out loss, of which lower is "
+        "better. So few rounds tell no side from another: the studies are for that. Each graph was compared "
+        "with its torch model.",
         "",
         *table(rows),
         "",
     ]
     (folder / "end_to_end.md").write_text("\n".join(lines))
+
+
+def _length(story: Story) -> str:
+    return f"{story.size} steps" if story.name == "stories" else f"epochs of {story.size} examples"
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -213,18 +252,19 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         "story",
         "side",
         "training, s",
+        "first step, s",
         "peak, MiB",
         "adapter, KiB",
+        "alone, KiB",
         "export, s",
         *(f"{name}, ms" for name in SHAPES),
         "quality",
     ]
     lines = []
     for row in rows:
-        cells = [f"{float(row[name]):.4g} ({float(row[name.rpartition('_')[0] + '_ratio']):.2f})" for name in MEASURES]
+        cells = [f"{float(row[name]):.4g} ({spread(row, name.rpartition('_')[0] + '_ratio')})" for name in MEASURES]
         for shape in SHAPES:
             name = shape.replace(" × ", "x")
-            ratio, least, most = (float(row[f"ratio_{name}{end}"]) for end in ("", "_least", "_most"))
-            cells.append(f"{float(row[f'ms_{name}']):.3g} ({ratio:.2f}, {least:.2f} to {most:.2f})")
+            cells.append(f"{float(row[f'ms_{name}']):.3g} ({spread(row, f'ratio_{name}')})")
         lines.append([row["case"], row["side"], *cells, f"{row['quality']} {float(row['quality_mean']):.3f}"])
     return markdown_table(headings, lines, text_columns=2)

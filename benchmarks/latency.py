@@ -1,4 +1,4 @@
-"""What does an adapter cost at inference: merged, unmerged in each form, swappable, and as PEFT exports it?
+"""What does an adapter cost at inference: merged, unmerged in each form, swappable, and as PEFT's model, exported here?
 
 One factor at a time around a centre: batch 8 × 64 tokens, one thread, n = r = 8, query and value. A cell holds what is
 compared: all forms run in turn, in an order drawn for every round, after their outputs have been found equal; graphs

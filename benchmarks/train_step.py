@@ -30,7 +30,7 @@ from .training.train_report import write_report
 from .training.train_sides import SEQUENCE, make_side
 
 STEPS_PER_ROUND = 2
-CELL_TIMEOUT_S = 600
+CELL_TIMEOUT_S = 1800
 """A cell takes up to three minutes on a quiet machine."""
 
 KEEP_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"), str(2**30))

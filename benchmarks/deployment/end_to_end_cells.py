@@ -1,5 +1,6 @@
-"""What end_to_end compares: the sides, the tasks, and the sizes that graphs are timed with."""
+"""What end_to_end compares: the sides, the tasks, and the sizes that graphs are timed with; how ratios are shown."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from benchmarks.studies.runs import Arm
@@ -43,3 +44,9 @@ STORIES = (
     Story("stories", "SmolLM2-135M", ("q_proj", "v_proj"), "text-generation-with-past", 40, 1e-3, "held-out loss"),
 )
 SHAPES = {"1 × 32": (1, 32), "8 × 64": (8, 64)}
+
+
+def spread(row: Mapping[str, str], column: str) -> str:
+    """A median ratio, with the least and the largest if they are written otherwise."""
+    middle, *ends = (f"{float(row[column + end]):.2f}" for end in ("", "_least", "_most"))
+    return middle if set(ends) == {middle} else f"{middle}, {ends[0]} to {ends[1]}"

@@ -22,7 +22,9 @@ from exporters.graph.clean import quiet
 from exporters.measuring.machine import package_versions
 from melora_fx import MELoRAConfig
 
-PACKAGES = ("optimum-onnx[onnxruntime]", "transformers<5", "olive-ai", "sentence-transformers", "torch>=2.11")
+_TORCH = f"torch~={'.'.join(torch.__version__.split('.')[:2])}.0"
+"""That of this environment: another build would take another time to be imported."""
+PACKAGES = ("optimum-onnx[onnxruntime]", "transformers<5", "olive-ai", "sentence-transformers", _TORCH)
 """What the peers' environment has."""
 
 PLAIN, MERGED = "optimum", "merged"

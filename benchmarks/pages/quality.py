@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks import glue_study, language_study
-from benchmarks.deployment.end_to_end_cells import PEFT_SIDE
+from benchmarks.deployment.end_to_end_cells import PEFT_SIDE, spread
 from benchmarks.studies.comparisons import progress, seeds_of
 from benchmarks.studies.report import conclusions, differences_table
 from exporters.measuring.tables import markdown_table
@@ -44,19 +44,32 @@ def _wrapped(lines: Sequence[str]) -> list[str]:
 
 def end_to_end(rows: Rows) -> list[str]:
     """One line a side, over PEFT and optimum-onnx, not compiled."""
-    headings = ["", "side", "training", "memory", "adapter", "export", "1 × 32", "8 × 64", "quality, theirs → its own"]
-    names = ("training_ratio", "peak_ratio", "adapter_ratio", "export_ratio", "ratio_1x32", "ratio_8x64")
+    headings = [
+        "",
+        "side",
+        "training",
+        "peak memory",
+        "adapter alone",
+        "export",
+        "1 × 32",
+        "8 × 64",
+        "quality",
+    ]
+    names = ("training_ratio", "peak_ratio", "adapter_alone_ratio", "export_ratio", "ratio_1x32", "ratio_8x64")
     lines = []
     for case, sides in by_case(rows).items():
         theirs = number(sides[PEFT_SIDE], "quality_mean")
         for side, row in sides.items():
             if side != PEFT_SIDE:
-                cells = [f"{number(row, name):.2f}" for name in names]
+                cells = [spread(row, name) for name in names]
                 quality = f"{row['quality']} {theirs:.3f} → {number(row, 'quality_mean'):.3f}"
                 lines.append([case, side, *cells, quality])
+    rounds = next(iter(rows))["rounds"]
     text = (
         "From the base model to a merged graph on ONNX Runtime, over PEFT's LoRA of rank 8, not compiled, with "
-        "optimum-onnx, which does not optimize its graph "
-        f"({machine(rows)}, one thread; [times and sizes](benchmarks/results/end_to_end.md)):"
+        f"optimum-onnx, which does not optimize its graph: the median of {rounds} rounds, the least and the largest "
+        f"({machine(rows)}; [times, sizes, and what each column holds](benchmarks/results/end_to_end.md)). Two of our "
+        "three sides train as many parameters as PEFT. Quality, from PEFT's to its own, is without an interval; of "
+        "a loss, lower is better:"
     )
     return [*paragraph(text), "", *markdown_table(headings, lines, text_columns=2)]

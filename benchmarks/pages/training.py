@@ -6,6 +6,7 @@ from .block import Rows
 from .words import by_case, duration, listed, machine, number, origin, paragraph, ratio, span, times
 
 OURS, PEFT, AUTHORS = "ours", "PEFT LoRA, equal rank", "authors' loop"
+PEFT_EQUAL_PARAMETERS = "PEFT LoRA, equal parameters"
 _MINILM = "MiniLM-L6, {}, 1024 tokens"
 _SMOLLM2 = "SmolLM2-135M, {}, 256 tokens"
 CENTRE = _MINILM.format("eager, centre, rank 8, float32, 1 threads")
@@ -31,16 +32,17 @@ def steps(rows: Rows) -> list[str]:
     cases = by_case(rows)
     table = []
     for label, case in STEPS.items():
-        found = [cases[case].get(side) for side in (OURS, PEFT, AUTHORS)]
+        found = [cases[case].get(side) for side in (OURS, PEFT, PEFT_EQUAL_PARAMETERS, AUTHORS)]
         table.append([label, *(f"{number(row, 'ratio'):.2f}" if row else "" for row in found)])
     return [
         *paragraph(
             f"A step's time over that of the frozen model whose input wants its gradient, on {machine(rows)} "
-            "(`python -m benchmarks train_step`; one thread unless said otherwise, 8 blocks of rank 8, PEFT's LoRA of "
-            "rank 64):"
+            "(`python -m benchmarks train_step`; one thread unless said otherwise). Here: 8 blocks of rank 8. PEFT's "
+            "LoRA of equal rank, 64, has 8 times the parameters; that of equal parameters, rank 8, was timed in some "
+            "rows:"
         ),
         "",
-        *markdown_table(["", "here", "PEFT", "the authors' loop"], table),
+        *markdown_table(["", "here", "PEFT, equal rank", "PEFT, equal parameters", "the authors' loop"], table),
     ]
 
 
@@ -69,7 +71,7 @@ def allocators(rows: Rows) -> list[str]:
 
 def experts(rows: Rows) -> list[str]:
     """The table of docs/TRAINING.md, of experts.csv."""
-    sides = {"here": OURS, "PEFT, rank 64": PEFT, "PEFT, rank 8": "PEFT LoRA, equal parameters"}
+    sides = {"here": OURS, "PEFT, rank 64": PEFT, "PEFT, rank 8": PEFT_EQUAL_PARAMETERS}
     table = [
         ["`{}`, {}".format(*case.split(", ", 1)), *(f"{number(found[side], 'ratio'):.2f}" for side in sides.values())]
         for case, found in by_case(rows).items()

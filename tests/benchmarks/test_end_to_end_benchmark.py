@@ -1,5 +1,6 @@
 """end_to_end: its rows are ratios of a round, its graphs are given what each takes, and its table holds all of it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,21 @@ import pytest
 from onnx import TensorProto, helper
 
 from benchmarks import end_to_end
+from benchmarks.common.random_models import llama_config
 from benchmarks.deployment import end_to_end_cells
-from benchmarks.deployment.end_to_end_cells import PEFT_SIDE, SIDES, STORIES
-from benchmarks.deployment.end_to_end_graphs import Graph, graph_of, latencies_of
+from benchmarks.deployment.end_to_end_cells import PEFT_SIDE, SIDES, STORIES, spread
+from benchmarks.deployment.end_to_end_graphs import (
+    LOADS,
+    Graph,
+    _name_rope_theta,
+    check,
+    graph_of,
+    latencies_of,
+    rotated,
+)
+from benchmarks.deployment.end_to_end_process import PROBE
 from benchmarks.pages import quality
+from melora_fx import MELoRAError
 
 OURS = SIDES[2].name
 
@@ -19,8 +31,10 @@ OURS = SIDES[2].name
 def found(training: float, quality: float = 0.5) -> dict[str, float]:
     return {
         "training_s": training,
+        "first_step_s": 1.0,
         "peak_mib": 100.0,
         "adapter_kib": 8.0,
+        "adapter_alone_kib": 4.0,
         "export_s": 2.0,
         "total_s": training + 2,
         "quality": quality,
@@ -39,7 +53,8 @@ def test_a_ratio_is_of_the_same_round() -> None:
     assert row["quality_of_rounds"] == "0.5000 0.5000 0.5000"
     assert row["ratio"] == pytest.approx(7 / 12, abs=1e-4)
     theirs = end_to_end._row(STORIES[0], PEFT_SIDE, rounds, latencies)
-    assert {theirs[name] for name in theirs if name.endswith("_ratio") or name.startswith("ratio")} == {1.0}
+    assert {theirs[name] for name in theirs if "ratio" in name} == {1.0}
+    assert (row["training_ratio_least"], row["training_ratio_most"]) == (0.5, 0.5)
 
 
 def rows() -> list[dict[str, str]]:
@@ -61,7 +76,13 @@ def test_the_report_has_a_line_for_each_side(tmp_path: Path) -> None:
     for story in STORIES:
         for side in SIDES:
             assert sum(line.startswith(f"| {story.name} | {side.name} |") for line in lines) == 1
-    assert any("6 (1.20)" in line and "accuracy 0.710" in line and "2 (1.00, 1.00 to 1.00)" in line for line in lines)
+    assert any("6 (1.20)" in line and "accuracy 0.710" in line and "| 2 (1.00) |" in line for line in lines)
+
+
+def test_a_ratio_is_shown_with_its_ends() -> None:
+    row = {"ratio": "0.931", "ratio_least": "0.9299", "ratio_most": "0.934"}
+    assert spread(row, "ratio") == "0.93"
+    assert spread(row | {"ratio_most": "0.97"}, "ratio") == "0.93, 0.93 to 0.97"
 
 
 def test_the_report_names_where_each_story_was_measured(tmp_path: Path) -> None:
@@ -141,7 +162,35 @@ def test_latencies_are_of_every_side(tmp_path: Path) -> None:
     write_graph(tmp_path / "model.onnx", {})
     times = latencies_of({"one": tmp_path / "model.onnx", "two": tmp_path / "model.onnx"}, (1, 4), 0.05)
     assert set(times) == {"one", "two"}
-    assert all(len(loads) == 3 and all(0 < each < 1e3 for each in loads) for loads in times.values())
+    assert all(len(loads) == LOADS and all(0 < each < 1e3 for each in loads) for loads in times.values())
+
+
+def test_each_side_is_loaded_at_every_place() -> None:
+    """The first that is loaded is slower than those behind it."""
+    orders = [rotated(SIDES, index) for index in range(LOADS)]
+    assert LOADS % len(SIDES) == 0
+    assert all({order[place] for order in orders} == set(SIDES) for place in range(len(SIDES)))
+
+
+def test_a_graph_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
+    """As PEFT's merged Llama did, which transformers 4 reads with another rotary embedding."""
+    (tmp_path / "graph").mkdir()
+    write_graph(tmp_path / "graph" / "model.onnx", {})
+    answer = np.array(PROBE, np.float32)[..., None]
+    np.save(tmp_path / "probe.npy", answer)
+    check(tmp_path)
+    np.save(tmp_path / "probe.npy", answer * 1.01)
+    with pytest.raises(MELoRAError, match=r"its graph is off by .* of the largest logit"):
+        check(tmp_path)
+
+
+def test_the_rotary_base_stands_where_transformers_4_looks(tmp_path: Path) -> None:
+    llama_config(64, 128, 2, 4, vocab_size=256).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    before = json.loads(path.read_text())
+    assert "rope_theta" not in before, "else this is no longer needed"
+    _name_rope_theta(path)
+    assert json.loads(path.read_text()) == before | {"rope_theta": before["rope_parameters"]["rope_theta"]}
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
