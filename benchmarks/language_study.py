@@ -10,6 +10,7 @@ language_study.csv as rows arrive (a run that was stopped goes on), language_stu
 import functools
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,7 +61,7 @@ STUDY = Study(
     ),
     choice=CHOICE,
     rule="A learning rate for each adapter was chosen by the loss on documents that are for this alone, after fewer "
-    "steps: the best. So few steps may prefer high rates.",
+    "steps: the best, with a worse one on either side. So few steps may prefer high rates.",
     near=0,
     seeds=3,
     baseline=(BASE.name, "the model before the training"),
@@ -98,11 +99,7 @@ def run(options: Namespace) -> int:
         if is_misused(options, (TASK,), (*ARMS, BASE)):
             return MISUSED
         make = functools.partial(_run, options, *prepare(options))
-        rates = LEARNING_RATES[1:3] if options.quick else LEARNING_RATES
-        choice = [make(CHOICE, arm, CHOICE_SEED, rate, options.choice_steps) for rate in rates for arm in ARMS]
-        status = train_all(for_choice(options), "studies.language", choice)
-        losses = values_by_rate(read_csv(path), choice)
-        chosen = {arm: min(of, key=lambda rate: of[rate]) for arm, of in losses.items()}
+        status, chosen = _choose(options, make, path)
         print(f"learning rates: {chosen}", flush=True)
         runs = [make(TASK, BASE, 0, 0.0, options.steps)]
         runs += [
@@ -112,6 +109,30 @@ def run(options: Namespace) -> int:
     if rows := read_csv(path):
         write_report(STUDY, rows, options.out)
     return status
+
+
+def _choose(options: Namespace, make: Callable[..., Run], path: Path) -> tuple[int, dict[str, float]]:
+    """An exit status, and by arm the learning rate with the least loss: none at the end of those that were tried."""
+    rates = LEARNING_RATES[1:3] if options.quick else LEARNING_RATES
+    new = choice = [make(CHOICE, arm, CHOICE_SEED, rate, options.choice_steps) for rate in rates for arm in ARMS]
+    status = DONE
+    while new:
+        status = max(status, train_all(for_choice(options), "studies.language", new))
+        losses = values_by_rate(read_csv(path), choice)
+        further = {} if options.quick else {arm: further_rate(of) for arm, of in losses.items()}
+        new = [
+            make(CHOICE, arm, CHOICE_SEED, rate, options.choice_steps)
+            for arm in ARMS
+            if (rate := further.get(arm.name))
+        ]
+        choice = [*choice, *new]
+    return status, {arm: min(of, key=lambda rate: of[rate]) for arm, of in losses.items()}
+
+
+def further_rate(losses: Mapping[float, float]) -> float | None:
+    """The next to try if the best is the largest or the smallest: twice or half of it; `losses`: by learning rate."""
+    best = min(losses, key=lambda rate: losses[rate])
+    return 2 * best if best == max(losses) else best / 2 if best == min(losses) else None
 
 
 def why_missing(options: Namespace) -> str:

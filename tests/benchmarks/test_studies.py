@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 from argparse import Namespace
 from pathlib import Path
@@ -497,6 +498,40 @@ def test_the_language_study_runs_quickly(tmp_path: Path) -> None:
     assert parameters["LoRA 8"] == 8 * parameters["MELoRA 8×1"]
     assert float(found["LoRA 36"]["value"]) < float(found["none"]["value"]), "it learns"
     assert "none" in (tmp_path / "out" / "language_study.md").read_text()
+
+
+def test_the_best_learning_rate_has_a_worse_one_on_either_side() -> None:
+    assert language_study.further_rate({1e-3: 3.0, 2e-3: 2.9, 4e-3: 2.8}) == 8e-3
+    assert language_study.further_rate({1e-3: 2.7, 2e-3: 2.9, 4e-3: 2.8}) == 5e-4
+    assert language_study.further_rate({1e-3: 3.0, 2e-3: 2.7, 4e-3: 2.8}) is None
+
+
+def test_learning_rates_are_tried_until_the_best_lies_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is least at 16 times the first rate, but for one arm, of which it is least inside."""
+    best = dict.fromkeys((arm.name for arm in language_study.ARMS), 1.6e-2) | {"LoRA 36": 2e-3}
+    tried: list[tuple[str, float]] = []
+
+    def train(options, script, of) -> int:
+        tried.extend((run.arm.name, run.learning_rate) for run in of)
+        new = [
+            dict.fromkeys(COLUMNS, "")
+            | dict(zip(SAME, run.key, strict=True))
+            | {"value": str(abs(math.log(run.learning_rate / best[run.arm.name])))}
+            for run in of
+        ]
+        write_csv([*read_csv(tmp_path / "rows.csv"), *new], COLUMNS, tmp_path / "rows.csv")
+        return 0
+
+    monkeypatch.setattr(language_study, "train_all", train)
+    options = Namespace(quick=False, again=False, only="", choice_steps=2)
+
+    def make(task: str, arm: Arm, seed: int, rate: float, steps: int) -> Run:
+        return Run(task, arm, seed, 1, rate, "settings", {})
+
+    status, chosen = language_study._choose(options, make, tmp_path / "rows.csv")
+    assert (status, chosen) == (0, best)
+    assert max(rate for _, rate in tried) == 3.2e-2
+    assert len(tried) == len(set(tried)) == 4 * 5 + 2 * 4
 
 
 def test_36_divides_the_features_of_the_targets_alone() -> None:
