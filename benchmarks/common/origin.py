@@ -1,6 +1,6 @@
 """When, on what machines, with which versions and at which commits the rows of a report were made, in words."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -14,10 +14,13 @@ def origin(rows: Rows) -> str:
     """All days, machines, versions and commits that the rows name."""
     days = sorted({row["time"][:10] for row in rows if row["time"]})
     when = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "an unknown day"
-    made_on = _listed(f"{row['device'] or 'an unknown machine'}; {row['versions']}".rstrip("; ") for row in rows)
+    made_on = ", and ".join(
+        dict.fromkeys(f"{row['device'] or 'an unknown machine'}; {row['versions']}".rstrip("; ") for row in rows)
+    )
     commits = sorted({row["commit"] or "unknown" for row in rows})
     return f"{when}: {made_on}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
 
 
-def _listed(texts: Iterable[str]) -> str:
-    return ", and ".join(dict.fromkeys(texts))
+def beside_graphs_of(rows: Rows) -> str:
+    """Names what made the graphs that are not ours, with its versions."""
+    return f"beside graphs of {', '.join(sorted({row['made_by'] for row in rows} - {'exporters'}))}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.common.origin import written_by
+from benchmarks.common.origin import beside_graphs_of, written_by
 from benchmarks.common.ratios import ratio_table
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
@@ -33,12 +33,10 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
 def _markdown(groups: Groups) -> str:
     first = next(iter(groups.values()))[REFERENCE]
     rows = [row for sides in groups.values() for row in sides.values()]
-    makers = sorted({row["made_by"] for row in rows} - {"exporters"})
     lines = [
         "# A token of an exported decoder",
         "",
-        f"{written_by('decoding', rows)}; beside graphs of {', '.join(makers)}. {first['model']}, float32, one text, "
-        "one thread.",
+        f"{written_by('decoding', rows)}; {beside_graphs_of(rows)}. {first['model']}, float32, one text, one thread.",
         "",
         "A number is the time over that of the base graph of onnxruntime-genai's builder: the median over "
         f"{first['processes']} processes, with p20 and p80; a process holds all sides, loaded in an order of its own, "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common.origin import written_by
+from benchmarks.common.origin import beside_graphs_of, written_by
 from benchmarks.common.ratios import ratio_table
 from exporters.measuring.plots import format_ms, plot_latency
 from exporters.measuring.tables import markdown_table
@@ -67,11 +67,10 @@ def _drawn(sides: Mapping[str, Row]) -> list[str]:
 
 def _markdown(models: Mapping[str, Cells]) -> str:
     rows = [row for cells in models.values() for sides in cells.values() for row in sides.values()]
-    makers = sorted({row["made_by"] for row in rows} - {"exporters"})
     lines = [
         "# Exported graphs beside those of others",
         "",
-        f"{written_by('peers', rows)}; beside graphs of {', '.join(makers)}. Plain sessions of ONNX Runtime with "
+        f"{written_by('peers', rows)}; {beside_graphs_of(rows)}. Plain sessions of ONNX Runtime with "
         "default options, float32, one thread.",
         "",
         "A number is the time over that of the fastest peer, whose own is given in milliseconds: the median over "

@@ -154,7 +154,8 @@ def unlearnt(study: Study, rows: Rows) -> list[str]:
 
 def learnt_tasks(study: Study, rows: Rows) -> list[str]:
     """The other tasks: differences between adapters count on them alone."""
-    return [task for task in study.tasks if task not in unlearnt(study, rows)]
+    left_out = unlearnt(study, rows)
+    return [task for task in study.tasks if task not in left_out]
 
 
 def seeds_of(study: Study, rows: Rows) -> str:

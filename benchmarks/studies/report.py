@@ -93,7 +93,8 @@ def own_rate(values: Mapping[float, float], near: float) -> float:
 def choice_rows(study: Study, rows: Rows) -> Rows:
     """Those that learning rates were chosen by, with the settings that most of them have."""
     choice = [row for row in rows if row["task"] == study.choice]
-    return [row for row in choice if row["settings"] == commonest(choice, "settings")]
+    settings = commonest(choice, "settings")
+    return [row for row in choice if row["settings"] == settings]
 
 
 def tables(study: Study, rows: Rows) -> list[str]:
