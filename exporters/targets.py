@@ -37,10 +37,11 @@ TARGETS = (
 )
 
 PRECISIONS = (
-    Precision("fp32", "float32", tolerance=1e-4, tolerance_of_more=1e-4),
+    Precision("fp32", "float32", epsilon=2**-23, tolerance=1e-4, tolerance_of_more=1e-4),
     Precision(
         "fp16",
         "half precision inside",
+        epsilon=2**-10,
         tolerance=2e-2,
         tolerance_of_more=4e-2,
         convert=_later("exporters.graph.half.to_float16"),

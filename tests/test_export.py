@@ -228,7 +228,7 @@ def test_a_model_that_cannot_be_exported_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def nothing_is_near_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = tuple(precision._replace(tolerance=0.0) for precision in export_module.PRECISIONS)
+    exact = tuple(precision._replace(tolerance=0.0, tolerance_of_more=0.0) for precision in export_module.PRECISIONS)
     monkeypatch.setattr(export_module, "PRECISIONS", exact)
 
 

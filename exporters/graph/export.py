@@ -61,7 +61,8 @@ class Precision(NamedTuple):
 
     Attributes:
         name, about: as those of a target.
-        tolerance: largest relative error against torch in float32.
+        epsilon: distance from 1 to the next number.
+        tolerance: largest relative error against torch in float32, but for ill-conditioned inputs.
         tolerance_of_more: the same for inputs with more entries than the example's: their sums round more often.
         convert: the pass that brings a float32 graph to it; None for float32 itself.
         needs_runtime: whether that pass calls ONNX Runtime.
@@ -69,6 +70,7 @@ class Precision(NamedTuple):
 
     name: str
     about: str
+    epsilon: float
     tolerance: float
     tolerance_of_more: float
     convert: Pass | None = None

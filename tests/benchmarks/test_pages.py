@@ -69,6 +69,7 @@ ALLOWED = (
     Allowed("docs/EXPORT.md", "four times the example", "a size that is tried"),
     Allowed("docs/EXPORT.md", "ONNX Runtime's CPU provider (1.32)", _VERSION),
     Allowed("docs/EXPORT.md", "may be 1e-4 in fp32 and 2e-2 in fp16, there 4e-2", _TESTED),
+    Allowed("docs/EXPORT.md", "up to ten times these bounds", _TESTED),
     Allowed("docs/EXPORT.md", "three quarters of the last layer", _COUNT),
     Allowed("docs/FOLD.md", "more than a quarter", "the limit of a warning"),
     Allowed("docs/GPU.md", "nine minutes allow", _OPTION),
