@@ -14,7 +14,7 @@ from exporters.graph.export import Export
 from exporters.graph.ranges import AxisRange, axis_ranges, holds
 from exporters.graph.trial_sizes import Sizes, in_words, trial_sizes
 from exporters.measuring.compare import Comparison, compare, largest
-from exporters.measuring.rounding import rounding_allowance
+from exporters.measuring.rounding import refuse_unequal
 from exporters.onnx_files.metadata import read_facts
 from exporters.onnx_runtime import Arrays
 from exporters.runtime.ort_runner import OrtRunner
@@ -192,10 +192,7 @@ class _Comparing:
             with adapter.context:
                 runner = self._runner.with_tensors(adapter.inputs())
                 comparison = compare(runner, self._torch_runner, inputs, self._scales)
-                if not comparison.max_rel_error <= tolerance:
-                    read = partial(self._read, inputs)
-                    if not comparison.max_rel_error <= rounding_allowance(export.model, precision, read):
-                        raise MELoRAError(f"the ONNX graph is not equal to torch at {also}: {comparison}")
+                refuse_unequal(also, comparison, tolerance, export.model, precision, partial(self._read, inputs))
             self.comparisons[also] = comparison
 
     def _read(self, inputs: dict[str, torch.Tensor]) -> list[Arrays]:

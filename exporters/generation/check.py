@@ -15,14 +15,13 @@ from exporters.decoders.step_conditions import without_refuted
 from exporters.graph.export import Export
 from exporters.hugging_face import decoder_config
 from exporters.measuring.compare import Comparison
-from exporters.measuring.rounding import compare_steps_of, rounding_allowance
+from exporters.measuring.rounding import compare_steps_of, refuse_unequal
 from exporters.onnx_files.cache_names import ENCODER_MASK, LOGITS, MASK, TOKENS, is_cross, is_past, next_past
 from exporters.onnx_files.metadata import read_facts
 from exporters.onnx_runtime import Arrays
 from exporters.runtime.cache_inputs import as_types, empty_cache, step_inputs
 from exporters.runtime.ort_runner import OrtRunner
 from exporters.runtime.torch_runner import Runner, TorchRunner
-from melora_fx import MELoRAError
 from melora_fx.whole_capture.conditions import Condition
 
 _MOST_TOKENS = 2**10
@@ -66,10 +65,8 @@ def compare_steps(export: Export, path: Path) -> StepsComparison:
                 also = f"{texts.words}, {adapter.name} adapter" if adapter.name else texts.words
                 with adapter.context:
                     comparison, shapes = _compare(runner.with_tensors(adapter.inputs()), torch_runner, texts, beside)
-                    if not comparison.max_rel_error <= precision.tolerance_of_more:
-                        read = partial(_torch_steps, torch_runner, runner, texts, beside)
-                        if not comparison.max_rel_error <= rounding_allowance(export.model, precision, read):
-                            raise MELoRAError(f"the ONNX graph is not equal to torch at {also}: {comparison}")
+                    read = partial(_torch_steps, torch_runner, runner, texts, beside)
+                    refuse_unequal(also, comparison, precision.tolerance_of_more, export.model, precision, read)
                 comparisons[also] = comparison
                 tried += shapes
     return StepsComparison(comparisons, without_refuted(export.conditions, tried))

@@ -1,7 +1,7 @@
 """How much of an error is rounding: what the outputs of a model make of a change in the last bits of its weights.
 
-Some inputs are ill-conditioned: a model can make a hundred times as much of a rounding error in one text as in another,
-and another runtime's sums are then as far from torch's as torch's own would be in another order.
+Some inputs are ill-conditioned: a model can make many times as much of a rounding error in one text as in another, and
+another runtime's sums are then as far from torch's as torch's own would be in another order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +13,33 @@ from torch import nn
 from exporters.graph.export import Precision
 from exporters.measuring.compare import Comparison, compare_arrays, largest
 from exporters.onnx_runtime import Arrays
+from melora_fx import MELoRAError
 
 _FACTOR = 8
 """A graph rounds at more places than a model has weights, and not at random."""
 _DRAWS = 3
 _MOST = 10
 """How many times the tolerance rounding may explain: a model that chooses among experts can make anything of it."""
+
+
+def refuse_unequal(
+    words: str,
+    comparison: Comparison,
+    tolerance: float,
+    model: nn.Module,
+    precision: Precision,
+    run: Callable[[], Sequence[Arrays]],
+) -> None:
+    """Raises MELoRAError for an error above the tolerance that rounding does not explain.
+
+    `words`: what was compared; the others are those of `rounding_allowance`, which is measured only where it matters.
+    """
+    error = comparison.max_rel_error
+    if error <= tolerance:
+        return
+    if error <= _MOST * precision.tolerance_of_more and error <= rounding_allowance(model, precision, run):
+        return
+    raise MELoRAError(f"the ONNX graph is not equal to torch at {words}: {comparison}")
 
 
 def rounding_allowance(model: nn.Module, precision: Precision, run: Callable[[], Sequence[Arrays]]) -> float:
@@ -59,7 +80,9 @@ def _changed_weights(model: nn.Module, epsilon: float, seed: int) -> Iterator[No
     generator = torch.Generator().manual_seed(seed)
     try:
         for parameter in parameters:
-            signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device) * 2 - 1
+            signs = (
+                torch.randint(0, 2, parameter.shape, generator=generator, dtype=torch.int8).to(parameter.device) * 2 - 1
+            )
             parameter.data = parameter.data * (1 + epsilon * signs)
         yield
     finally:
