@@ -1,7 +1,7 @@
 """float16 graphs: weights and computation in half precision, inputs and outputs as they were.
 
 ONNX Runtime's own converter does it. What squares or sums values of any size on the way stays in float32: norms that no
-fusion has taken, softmax, reductions; the fused norms accumulate in float32 by themselves.
+fusion has taken, softmax, reductions, the sums of experts; the fused norms accumulate in float32 by themselves.
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,7 @@ FLOAT32_OPS = (
     "Log",
     "Softmax",
     "LogSoftmax",
+    "ScatterElements",
 )
 """Operators kept in float32 besides those for which ONNX Runtime has no float16 kernel."""
 
