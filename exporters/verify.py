@@ -192,7 +192,8 @@ class _Comparing:
             with adapter.context:
                 runner = self._runner.with_tensors(adapter.inputs())
                 comparison = compare(runner, self._torch_runner, inputs, self._scales)
-                refuse_unequal(also, comparison, tolerance, export.model, precision, partial(self._read, inputs))
+                read = partial(self._read, inputs)
+                refuse_unequal(also, comparison, tolerance, export.model, precision, read, self._scales)
             self.comparisons[also] = comparison
 
     def _read(self, inputs: dict[str, torch.Tensor]) -> list[Arrays]:

@@ -14,8 +14,8 @@ import torch
 from exporters.decoders.step_conditions import without_refuted
 from exporters.graph.export import Export
 from exporters.hugging_face import decoder_config
-from exporters.measuring.compare import Comparison
-from exporters.measuring.rounding import compare_steps_of, refuse_unequal
+from exporters.measuring.compare import Comparison, compare_steps_of
+from exporters.measuring.rounding import refuse_unequal
 from exporters.onnx_files.cache_names import ENCODER_MASK, LOGITS, MASK, TOKENS, is_cross, is_past, next_past
 from exporters.onnx_files.metadata import read_facts
 from exporters.onnx_runtime import Arrays

@@ -1,6 +1,6 @@
 """Are two runners equal, and which is faster."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -67,6 +67,23 @@ def compare_arrays(
             raise MELoRAError(f"output `{name}` has the shapes {outputs_a[name].shape} and {expected.shape}")
         abs_errors[name], rel_errors[name] = _errors(outputs_a[name], expected, scales.get(name, 0.0))
     return Comparison(abs_errors, rel_errors)
+
+
+def compare_steps_of(
+    steps_a: Sequence[Mapping[str, np.ndarray]],
+    steps_b: Sequence[Mapping[str, np.ndarray]],
+    scales: Mapping[str, float] = MappingProxyType({}),
+) -> Comparison:
+    """Returns the largest errors over all steps, relative to the largest value of an output so far, as in `compare`."""
+    found = []
+    for outputs_a, outputs_b in zip(steps_a, steps_b, strict=True):
+        scales = {name: max(scales.get(name, 0.0), largest(value)) for name, value in outputs_b.items()}
+        found.append(compare_arrays(outputs_a, outputs_b, scales))
+    names = found[0].max_abs_errors
+    return Comparison(
+        {name: max(each.max_abs_errors[name] for each in found) for name in names},
+        {name: max(each.max_rel_errors[name] for each in found) for name in names},
+    )
 
 
 def largest(values: np.ndarray) -> float:

@@ -4,14 +4,15 @@ Some inputs are ill-conditioned: a model can make many times as much of a roundi
 another runtime's sums are then as far from torch's as torch's own would be in another order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from exporters.graph.export import Precision
-from exporters.measuring.compare import Comparison, compare_arrays, largest
+from exporters.measuring.compare import Comparison, compare_steps_of
 from exporters.onnx_runtime import Arrays
 from melora_fx import MELoRAError
 
@@ -29,47 +30,41 @@ def refuse_unequal(
     model: nn.Module,
     precision: Precision,
     run: Callable[[], Sequence[Arrays]],
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Raises MELoRAError for an error above the tolerance that rounding does not explain.
+    """Raises MELoRAError if an error is above the tolerance and rounding does not explain it.
 
-    `words`: what was compared; the others are those of `rounding_allowance`, which is measured only where it matters.
+    `words` say what was compared. The other arguments are those of `rounding_allowance`, which is measured only if it
+    can change the decision.
     """
     error = comparison.max_rel_error
     if error <= tolerance:
         return
-    if error <= _MOST * precision.tolerance_of_more and error <= rounding_allowance(model, precision, run):
+    if error <= _MOST * precision.tolerance_of_more and error <= rounding_allowance(model, precision, run, scales):
         return
     raise MELoRAError(f"the ONNX graph is not equal to torch at {words}: {comparison}")
 
 
-def rounding_allowance(model: nn.Module, precision: Precision, run: Callable[[], Sequence[Arrays]]) -> float:
-    """The relative error that rounding explains in the outputs of `run`, which computes them with `model`.
+def rounding_allowance(
+    model: nn.Module,
+    precision: Precision,
+    run: Callable[[], Sequence[Arrays]],
+    scales: Mapping[str, float] = MappingProxyType({}),
+) -> float:
+    """Returns the relative error that rounding explains in the outputs of `run`, which computes them with `model`.
 
     Args:
         model: its float32 parameters change by the precision's epsilon, at random, and are as before afterwards.
         precision: the graph's.
-        run: gives the outputs of each step.
+        run: returns the outputs of each step.
+        scales: as in `compare`; those of the error that is to be explained.
     """
     before = run()
     found = 0.0
     for draw in range(_DRAWS):
         with _changed_weights(model, precision.epsilon, seed=draw):
-            found = max(found, compare_steps_of(run(), before).max_rel_error)
+            found = max(found, compare_steps_of(run(), before, scales).max_rel_error)
     return min(_FACTOR * found, _MOST * precision.tolerance_of_more)
-
-
-def compare_steps_of(steps_a: Sequence[Arrays], steps_b: Sequence[Arrays]) -> Comparison:
-    """The worst errors over all steps, relative to the largest value of an output so far."""
-    scales: dict[str, float] = {}
-    found = []
-    for outputs_a, outputs_b in zip(steps_a, steps_b, strict=True):
-        scales = {name: max(scales.get(name, 0.0), largest(value)) for name, value in outputs_b.items()}
-        found.append(compare_arrays(outputs_a, outputs_b, scales))
-    names = found[0].max_abs_errors
-    return Comparison(
-        {name: max(each.max_abs_errors[name] for each in found) for name in names},
-        {name: max(each.max_rel_errors[name] for each in found) for name in names},
-    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from exporters import Latency, LatencyTable, compare, measure_latency
+from exporters.measuring.compare import compare_steps_of
 from exporters.measuring.latency import time_runners
 from melora_fx import MELoRAError
 
@@ -107,3 +108,9 @@ def test_a_difference_within_the_noise_is_said() -> None:
     )
     assert "noise" not in str(LatencyTable((table["base"], table["slow"])))
     assert table.is_within_noise(LatencyTable((table["noisy"],)).rows[0]), "a table may lack its reference"
+
+
+def test_later_steps_are_compared_with_the_largest_value_so_far() -> None:
+    steps = [{"y": np.array([10.0])}, {"y": np.array([1.0])}]
+    others = [{"y": np.array([10.0])}, {"y": np.array([1.1])}]
+    assert compare_steps_of(others, steps).max_rel_error == pytest.approx(0.01)
