@@ -1,6 +1,6 @@
-"""`python -m benchmarks`: lists the benchmarks; with a name runs that one, with `all` each of them.
+"""`python -m benchmarks` lists the benchmarks; with a name it runs that benchmark, with `all` each of them.
 
-A benchmark is one file, whose function `run(options)` gives an exit status, and one entry of `BENCHMARKS`.
+A benchmark is one file with a function `run(options)` that returns an exit status, and one entry of `BENCHMARKS`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TEXT = ROOT.parent / "shared" / "data" / "tinystories_excerpt_30k.txt"
 
 
 class Option(NamedTuple):
-    """An option of one benchmark. `quick`: its default with --quick."""
+    """An option of one benchmark. `quick`: its default with --quick, if it is another."""
 
     name: str
     default: Any
@@ -36,7 +36,7 @@ class Option(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """An entry. Without `needs` it does not run; without `weights` their cases are left out, --quick needs none."""
+    """A benchmark. It needs all of `needs`. Cases whose `weights` are missing are left out; --quick needs none."""
 
     name: str
     question: str
@@ -46,7 +46,7 @@ class Benchmark(NamedTuple):
     needs: tuple[Need, ...] = (ONNXRUNTIME, PEFT)
 
 
-STORIES = Option("text", TEXT, "some 30 kB of English, one story a line", quick=ROOT / "README.md")
+STORIES = Option("text", TEXT, "file of some 30 kB of English text, one story per line", quick=ROOT / "README.md")
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -61,10 +61,10 @@ BENCHMARKS = (
                 "glue", DATA / "glue", "folder with rte, mrpc, cola and stsb, each with train.tsv and validation.tsv"
             ),
             Option("snips", DATA / "snips", "folder with train_small.tsv and validation.tsv of SNIPS"),
-            Option("seeds", 5, "of each arm and task", quick=2),
-            Option("epochs", 4, "of training", quick=1),
-            Option("examples", 2500, "of each task at most, to train on", quick=48),
-            Option("processes", 2, "that train at the same time, one thread each"),
+            Option("seeds", 5, "seeds per arm and task", quick=2),
+            Option("epochs", 4, "epochs of training", quick=1),
+            Option("examples", 2500, "maximum number of training examples per task", quick=48),
+            Option("processes", 2, "processes that train at the same time, one thread each"),
         ),
         needs=(PEFT, MATPLOTLIB, SKLEARN),
     ),
@@ -74,35 +74,35 @@ BENCHMARKS = (
         130,
         weights=(SMOLLM2,),
         options=(
-            Option("text", "botocore", "a file of English; or `botocore`: the documentation in that package"),
-            Option("seeds", 3, "of each arm", quick=2),
-            Option("steps", 128, "of training, of 1024 tokens", quick=4),
-            Option("choice-steps", 32, "of each training that a learning rate is chosen by", quick=2),
-            Option("processes", 2, "that train at the same time, one thread each"),
+            Option("text", "botocore", "file of English text, or `botocore` for the documentation in that package"),
+            Option("seeds", 3, "seeds per arm", quick=2),
+            Option("steps", 128, "training steps of 1024 tokens", quick=4),
+            Option("choice-steps", 32, "steps of each training that serves to choose a learning rate", quick=2),
+            Option("processes", 2, "processes that train at the same time, one thread each"),
         ),
         needs=(PEFT, MATPLOTLIB, SKLEARN),
     ),
     Benchmark(
         "end_to_end",
-        "What does a user get from the base model to a served graph: here, and with PEFT and optimum-onnx?",
+        "What does a user get on the way from the base model to a served graph, here and with PEFT and optimum-onnx?",
         100,
         weights=(MINILM, SMOLLM2),
         options=(
             Option("glue", DATA / "glue", "folder with mrpc, which has train.tsv and validation.tsv"),
             STORIES,
-            Option("rounds", 3, "of each side", quick=1),
-            Option("epochs", 2, "of MRPC", quick=1),
-            Option("seconds", 30.0, "of timing one shape", quick=0.3),
+            Option("rounds", 3, "rounds of all sides", quick=1),
+            Option("epochs", 2, "epochs on MRPC", quick=1),
+            Option("seconds", 30.0, "seconds of timing per shape", quick=0.3),
         ),
         needs=(ONNXRUNTIME, PEFT, SKLEARN),
     ),
     Benchmark(
         "train_step",
-        "What does a training step cost over the frozen model's: here, in PEFT, in the authors' loop?",
+        "What does a training step cost, relative to the frozen model's: here, in PEFT, in the authors' loop?",
         60,
         weights=(MINILM, SMOLLM2),
         options=(
-            Option("rounds", 5, "pairs of steps of each side", quick=1),
+            Option("rounds", 5, "pairs of steps per side", quick=1),
             Option("device", "cpu", "cpu or cuda"),
             Option("llama", "1024,2816,2,16", "hidden size, intermediate size, layers and heads of the random Llama"),
         ),
@@ -110,10 +110,10 @@ BENCHMARKS = (
     ),
     Benchmark(
         "processes",
-        "What do several processes send, hold and wait for with adapters, here and in PEFT?",
+        "What do several processes send, store and wait for with adapters, here and in PEFT?",
         20,
         options=(
-            Option("rounds", 15, "steps of each side", quick=2),
+            Option("rounds", 15, "timed steps per side", quick=2),
             Option(
                 "llama",
                 "256,704,4,8",
@@ -125,93 +125,93 @@ BENCHMARKS = (
     ),
     Benchmark(
         "experts",
-        "What does a training step cost whose adapters are those of a mixture's experts?",
+        "What does a training step with adapters in a mixture's experts cost?",
         3,
-        options=(Option("rounds", 15, "timed steps of each side", quick=2),),
+        options=(Option("rounds", 15, "timed steps per side", quick=2),),
     ),
     Benchmark(
         "rewrite_speed",
-        "How long does rewriting a 7B model take beside PEFT's module swapping, and does matching scale?",
+        "How long does rewriting a 7B model take, compared with PEFT's module swapping, and does matching scale?",
         1,
-        options=(Option("rounds", 7, "rewrites of each side", quick=1),),
+        options=(Option("rounds", 7, "rewrites per side", quick=1),),
     ),
     Benchmark(
         "site_speed",
-        "What does a site cost in a forward of the user's own, beside the same product by graph?",
+        "What does a site in a custom forward cost, compared with the same product in a graph?",
         1,
-        options=(Option("rounds", 200, "of 50 forwards of each side", quick=3),),
+        options=(Option("rounds", 200, "rounds of 50 forward passes per side", quick=3),),
     ),
     Benchmark(
         "swap_speed",
-        "How long does a swap of adapters from disk take beside PEFT's, reading and writing beside safetensors'?",
+        "How long do swapping, reading and writing adapters take, compared with PEFT and safetensors?",
         3,
         weights=(MINILM, SMOLLM2),
-        options=(Option("rounds", 25, "swaps of each side", quick=2),),
+        options=(Option("rounds", 25, "swaps per side", quick=2),),
     ),
     Benchmark(
         "fold_speed",
-        "How fast is a fold beside PEFT's merge, on disk beside a copy, in a graph beside an export?",
+        "How fast is a fold, compared with PEFT's merge, on disk with a copy, in a graph with an export?",
         8,
         weights=(MINILM,),
         options=(
-            Option("rounds", 7, "folds of each side", quick=1),
-            Option("threads", 1, "of torch"),
-            Option("folder", Path(tempfile.gettempdir()) / "melora-fold-speed", "for the 7 GB that are folded on disk"),
+            Option("rounds", 7, "folds per side", quick=1),
+            Option("threads", 1, "threads of torch"),
+            Option("folder", Path(tempfile.gettempdir()) / "melora-fold-speed", "folder for the 7 GB of folds on disk"),
         ),
     ),
     Benchmark(
         "fold_rounding",
-        "What does a fold into bfloat16 round away, beside PEFT's merge, and what does that cost in loss?",
+        "How much does a fold into bfloat16 round away, compared with PEFT's merge, and what does that cost in loss?",
         3,
         weights=(SMOLLM2,),
         options=(
             STORIES,
-            Option("steps", 40, "of training", quick=4),
+            Option("steps", 40, "training steps", quick=4),
         ),
     ),
     Benchmark(
         "latency",
-        "What does an adapter cost at inference: merged, unmerged, swappable, exported by PEFT?",
+        "What does an adapter cost at inference: merged, unmerged, swappable, and as an exported PEFT model?",
         25,
         weights=(MINILM, MPNET),
         options=(
-            Option("seconds", 10.0, "of timing one case, of three loads", quick=0.3),
-            Option("providers", "cpu,torch eager,torch compile", "cuda, cuda graph and tensorrt too"),
-            Option("device", "cpu", "of the torch cases: cpu or cuda"),
+            Option("seconds", 10.0, "seconds of timing per case, over three loads", quick=0.3),
+            Option("providers", "cpu,torch eager,torch compile", "comma-separated; also cuda, cuda graph, tensorrt"),
+            Option("device", "cpu", "device of the torch cases: cpu or cuda"),
         ),
         needs=(ONNXRUNTIME, PEFT, MATPLOTLIB),
     ),
     Benchmark(
         "peers",
-        "How fast are exported graphs beside those of optimum-onnx, ONNX Runtime's optimizer, Olive, transformers?",
+        "How fast are exported graphs, compared with optimum-onnx, ONNX Runtime's optimizer, Olive and transformers?",
         90,
         weights=(MINILM, MPNET),
         options=(
-            Option("processes", 5, "of each model", quick=1),
-            Option("seconds", 12.0, "of timing one shape in one process", quick=0.3),
+            Option("processes", 5, "processes per model", quick=1),
+            Option("seconds", 12.0, "seconds of timing per shape and process", quick=0.3),
         ),
         needs=(ONNXRUNTIME, PEFT, MATPLOTLIB),
     ),
     Benchmark(
         "decoding",
-        "What does a token cost from an exported decoder with a KV cache: merged, unmerged, swappable?",
+        "What does a token from an exported decoder with a key-value cache cost: merged, unmerged, swappable?",
         25,
         weights=(SMOLLM2,),
         options=(
-            Option("processes", 5, "of each adapter", quick=1),
-            Option("seconds", 45.0, "of timing in one process", quick=1.0),
-            Option("olive", sys.executable, "a Python that has olive-ai; without it Olive's sides are left out"),
+            Option("processes", 5, "processes per adapter", quick=1),
+            Option("seconds", 45.0, "seconds of timing per process", quick=1.0),
+            Option("olive", sys.executable, "a Python with olive-ai; without it Olive's sides are left out"),
         ),
         needs=(ONNXRUNTIME, PEFT, MATPLOTLIB, GENAI),
     ),
     Benchmark(
         "generation",
-        "Does an exported decoder write what torch writes, in our loop and in onnxruntime-genai?",
+        "Does an exported decoder generate the same text as torch, in our loop and in onnxruntime-genai?",
         7,
         weights=(SMOLLM2,),
         options=(
             STORIES,
-            Option("steps", 40, "of training", quick=8),
+            Option("steps", 40, "training steps", quick=8),
         ),
         needs=(ONNXRUNTIME, PEFT, GENAI),
     ),
@@ -220,13 +220,13 @@ BENCHMARKS = (
         "Which form of an unmerged update is faster on ONNX Runtime's CPU: blocks, or a dense pair?",
         8,
         weights=(MINILM,),
-        options=(Option("seconds", 12.0, "of timing one shape, of three loads", quick=0.3),),
+        options=(Option("seconds", 12.0, "seconds of timing per shape, over three loads", quick=0.3),),
     ),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0, or 1 where a case failed, 2 for arguments, 3 where something is missing."""
+    """Returns the exit status: 0, or 1 if a case failed, 2 for wrong arguments, 3 if something is missing."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     if options.benchmark in (None, "list"):
         list_benchmarks()
@@ -247,14 +247,14 @@ def list_benchmarks() -> None:
             f"[red]{need.name} (missing)[/]" if need.why_missing(CACHE) else need.name for need in (*needs, *weights)
         ]
         table.add_row(name, question, str(minutes), ", ".join(needed))
-    table.add_row("gpu", gpu.QUESTION, "any", "a CUDA device; each part says the rest")
+    table.add_row("gpu", gpu.QUESTION, "any", "a CUDA device; each part names what else it needs")
     console = Console()
     console.print(table)
     console.print("python -m benchmarks NAME --help shows options; --quick takes a minute at most.", markup=False)
 
 
 def run(benchmark: Benchmark, options: argparse.Namespace) -> int:
-    """Runs one, if what it needs is there."""
+    """Runs one benchmark, if nothing that it needs is missing; returns its exit status."""
     if reasons := list(filter(None, (need.why_missing(options.cache) for need in benchmark.needs))):
         print(f"{benchmark.name}: {'; '.join(reasons)}", file=sys.stderr)
         return 3
@@ -275,12 +275,12 @@ def run(benchmark: Benchmark, options: argparse.Namespace) -> int:
         with FileLock(lock, timeout=0):
             return measure(options)
     except Timeout:
-        print(f"{benchmark.name}: another process writes {path}: wait for it, or take another --out", file=sys.stderr)
+        print(f"{benchmark.name}: another process writes {path}: wait for it, or pass another --out", file=sys.stderr)
         return 2
 
 
 def _run_apart(benchmark: Benchmark, options: argparse.Namespace) -> int:
-    """Runs one in a process of its own: none slows another, or ends it."""
+    """Runs one benchmark in its own process, so that it can neither slow nor end another."""
     flags = [f"--{name.replace('_', '-')}" for name in ("quick", "again", "report_only") if getattr(options, name)]
     command = [sys.executable, "-m", "benchmarks", benchmark.name, *flags]
     command += ["--out", str(options.out), "--cache", str(options.cache), f"--only={options.only}"]
@@ -289,7 +289,7 @@ def _run_apart(benchmark: Benchmark, options: argparse.Namespace) -> int:
 
 
 def _status_of_all(statuses: Sequence[int]) -> int:
-    """One for all: a failure tells more than what is missing; `--only` need not be a case of each."""
+    """Returns 1 if any failed, else 3 if anything is missing; 2 (`--only` matches no case) only if all returned 2."""
     found = set(statuses) - {2} or {2}
     return 1 if found - {0, 2, 3} else max(found)
 
@@ -298,16 +298,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     is_quick = "--quick" in arguments
     out = ROOT / "benchmark-output" if is_quick else ROOT / "benchmarks" / "results"
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--quick", action="store_true", help="small models and few rounds: does it work")
+    common.add_argument("--quick", action="store_true", help="small models and few rounds, to try whether it works")
     common.add_argument("--out", type=_path, default=out, help="folder of the results (%(default)s)")
-    common.add_argument("--only", default="", help="cases whose name contains this")
-    common.add_argument("--again", action="store_true", help="measure also what has been measured")
-    common.add_argument("--report-only", action="store_true", help="write the report of the rows that are there")
+    common.add_argument("--only", default="", help="only cases whose name contains this")
+    common.add_argument("--again", action="store_true", help="measure again what has been measured")
+    common.add_argument("--report-only", action="store_true", help="only write the report of the existing rows")
     common.add_argument("--cache", type=_path, default=CACHE, help="folder of models and exports (%(default)s)")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What the code costs.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures what the code costs.")
     commands = parser.add_subparsers(dest="benchmark", metavar="NAME")
     commands.add_parser("list", help="every benchmark, what it needs and how long it takes")
-    for name, question in (("all", "Each of them."), *((each.name, each.question) for each in BENCHMARKS)):
+    for name, question in (("all", "Runs all of them."), *((each.name, each.question) for each in BENCHMARKS)):
         commands.add_parser(name, help=question, description=question, parents=[common], allow_abbrev=False)
     gpu.add_options(commands.add_parser("gpu", help=gpu.QUESTION, description=gpu.DESCRIPTION, allow_abbrev=False))
     for benchmark in BENCHMARKS:
@@ -334,7 +334,7 @@ def _above_zero(kind: Callable[[str], Any], text: str) -> Any:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}") from error
     if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        raise argparse.ArgumentTypeError(f"`{text}` must be above zero")
     return number
 
 

@@ -1,8 +1,8 @@
 """Which form of an unmerged update is faster on ONNX Runtime's CPU: blocks, or a dense pair of block-diagonal matrices?
 
-MiniLM-L6, adapters in every linear, one thread; the base graph and both forms run in turn. Writes adapter_forms.csv,
-which the rule in `exporters.graph.forms.choose_form` stands on, and prints what that rule picks and what the better
-pick would have saved.
+MiniLM-L6, adapters in every linear, one thread; the base graph and both forms run in turn. Writes adapter_forms.csv, on
+which the rule in `exporters.graph.forms.choose_form` is based. Prints the form that the rule chooses, and what the
+better form would have saved.
 """
 
 import functools
@@ -41,7 +41,7 @@ def run(options: Namespace) -> int:
 
 
 def export_forms(model: str, folder: Path, num_blocks: int, rank: int) -> dict[str, Path]:
-    """The base graph and the two forms of an unmerged one."""
+    """Exports the base graph and the unmerged graph in both forms; returns their paths."""
     paths = {form: folder / f"{form}.onnx" for form in ("base", "block", "dense")}
     if not paths["base"].is_file():
         export_onnx(build(model, "base", folder, "", 0, 0), EXAMPLE, paths["base"])
@@ -58,7 +58,7 @@ def measure_shape(
     shape: tuple[int, int],
     seconds: float,
 ) -> list[Row]:
-    """One row for each graph."""
+    """Returns one row for each graph."""
     paths = export(*adapter)
 
     def load(index: int) -> Sequence[Contender]:
@@ -80,7 +80,7 @@ def measure_shape(
 
 
 def print_rule(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
-    """Prints the rule's pick for each case, and the excess of its time over the better form's."""
+    """Prints the rule's choice for each case, and how much slower it is than the better form."""
     for name in dict.fromkeys(row["case"] for row in rows):
         found = [row for row in rows if row["case"] == name]
         ratios = {row["side"]: float(row["ratio"]) for row in found if row["side"] != "base"}
@@ -88,6 +88,6 @@ def print_rule(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
         pick = choose_form(facts["num_blocks"], facts["rank"], facts["batch"] * facts["sequence"])
         excess = ratios[pick] / min(ratios.values()) - 1
         print(
-            f"{name}: block {ratios['block']:.2f}, dense {ratios['dense']:.2f}; the rule takes {pick}"
+            f"{name}: block {ratios['block']:.2f}, dense {ratios['dense']:.2f}; the rule chooses {pick}"
             + (f", {excess:.0%} slower" if excess > 0.005 else "")
         )

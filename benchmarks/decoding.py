@@ -1,18 +1,19 @@
-"""What does a token cost from an exported decoder with a key-value cache: merged, unmerged, swappable?
+"""What does a token from an exported decoder with a key-value cache cost: merged, unmerged, swappable?
 
-Beside the graphs of onnxruntime-genai's own builder, of the base and with a LoRA baked in as constants; beside Olive's,
-whose LoRA are optional inputs (the case of https://github.com/microsoft/onnxruntime-genai/issues/1661, but in float32);
-beside torch. SmolLM2-135M, one thread of a CPU, one text. A step is one run of a session, given the cache of the tokens
-before: one token after 64 and after 512, and the first 64 and 512 at once; all outputs are computed, none is copied. An
-adapter is given to its graph as onnxruntime-genai does, by `RunOptions.add_active_adapter`.
+The graphs are compared with those of onnxruntime-genai's builder (the base, and a LoRA baked in as constants), with
+Olive's, whose LoRA weights are optional inputs (the case of
+https://github.com/microsoft/onnxruntime-genai/issues/1661, but in float32), and with torch. SmolLM2-135M, one CPU
+thread, one text. A step is one run of a session that gets the cache of the previous tokens: one token after 64 and
+after 512, and the first 64 and 512 at once. All outputs are computed, none is copied. An adapter is passed to its graph
+as onnxruntime-genai does it, with `RunOptions.add_active_adapter`.
 
-Each process loads all sides of a setting in an order of its own, behind 2 GB of ballast, for a session's place in
-memory shifts it by up to 20 %; checks the logits of each against torch; and times them in turn, in an order drawn for
-every round. A ratio is the median over the processes of a side's median over the reference's; p20 and p80 are of the
-processes too. Graphs are kept in --cache, and what a process has measured: a run that was stopped goes on with the next
-process. Writes decoding.csv, decoding.md and decoding.png.
+Each process loads all sides of a setting in an order of its own, after 2 GB of ballast, because a session's place in
+memory changes its time by up to 20 %. It checks the logits of each side against torch, and times the sides in turn, in
+an order drawn for every round. A ratio is a side's median over the reference's, as the median over the processes; p20
+and p80 are taken over the processes too. Graphs and the results of each process are kept in --cache, so a stopped run
+continues with the next process. Writes decoding.csv, decoding.md and decoding.png.
 
-Olive may stand in an environment of its own: `--olive PYTHON` (pip install olive-ai requests).
+Olive can be installed in a separate environment: `--olive PYTHON` (pip install olive-ai requests).
 """
 
 import functools
@@ -66,7 +67,7 @@ def rows_of(
     measured: Callable[[Setting], Sequence[Mapping[str, Any]]],
     makers: Mapping[str, str],
 ) -> list[Row]:
-    """The rows of a case, one a side; `measured` gives what its processes printed."""
+    """Returns the rows of a case, one per side; `measured` returns what its processes printed."""
     found = measured(setting)
     times = [each["milliseconds"][step.name] for each in found]
     differences = [each["differences"][step.name] for each in found]
@@ -88,7 +89,7 @@ def rows_of(
 
 
 def makers_of(olive_version: str) -> dict[str, str]:
-    """What made the graph, by its kind; ours are of the columns `versions` and `source`."""
+    """Returns what made the graphs of each kind; for ours, the columns `versions` and `source` say more."""
     builder = f"{GENAI} {package_version(GENAI)}"
     return dict.fromkeys(("fold", "keep", "swap"), "exporters") | {
         "builder": builder,

@@ -1,15 +1,15 @@
-"""What does a user get, from the base model to a merged graph that is served: here, and with PEFT and optimum-onnx?
+"""What does a user get on the way from the base model to a served, merged graph: here, and with PEFT and optimum-onnx?
 
-MRPC on MiniLM-L6, `query` and `value`, two epochs; stories on SmolLM2-135M, `q_proj` and `v_proj`. Each side trains in
-a process of its own, in the same loop with the same batches, then exports by the command that its users type:
-`optimum-cli export onnx` of PEFT's merged model, in an environment of its own (see `peers`), or `melora-fx export`,
-each with the checks that it makes by default.
-Each round does so for every side, in another order and with another seed; ratios are of a round, and their median is
-shown.
-Then ONNX Runtime runs the last round's graphs in turn, in one process, plain sessions, one thread.
+MRPC on MiniLM-L6 (`query` and `value`, two epochs), and stories on SmolLM2-135M (`q_proj` and `v_proj`). Each side
+trains in its own process, in the same loop with the same batches. It then exports with the command that its users type,
+with the command's default checks: `optimum-cli export onnx` of PEFT's merged model, in a separate environment (see
+`peers`), or `melora-fx export`. Each round does so for every side, in another order and with another seed. Ratios are
+taken within a round, and their median is shown. Finally ONNX Runtime runs the graphs of the last round in turn, in one
+process, in plain sessions with one thread.
 
-What a whole round has measured is kept in --cache: a run that was stopped goes on. Writes end_to_end.csv and
-end_to_end.md. --quick takes two sides, tiny models and, for optimum-onnx, transformers' exporter.
+The results of each complete round are kept in --cache, so a stopped run continues with the next round. Writes
+end_to_end.csv and end_to_end.md. --quick uses two sides, tiny models, and transformers' exporter instead of
+optimum-onnx.
 """
 
 import functools
@@ -78,7 +78,7 @@ def settings_of(options: Namespace) -> str:
 
 
 def _where(made_by: str) -> list[str]:
-    """What times depend on beside the code."""
+    """Returns what the times depend on besides the code: the device, the versions, and what makes PEFT's graphs."""
     found = origin_columns("cpu", "peft")
     return [found["device"], found["versions"], made_by]
 
@@ -89,11 +89,11 @@ def _mrpc_files(glue: Path) -> list[Path]:
 
 def _why_no_mrpc(glue: Path) -> str:
     missing = [path for path in _mrpc_files(glue) if not path.is_file()]
-    return f"`{missing[0]}` is not there: --glue takes a folder with GLUE's mrpc" if missing else ""
+    return f"`{missing[0]}` is missing: pass --glue a folder with GLUE's mrpc" if missing else ""
 
 
 def measure(options: Namespace, story: Story) -> list[Row]:
-    """The rows of a story, one a side."""
+    """Measures a story and returns its rows, one per side."""
     made_by = prepare(options)
     code = digest_of("melora_fx", "exporters", "benchmarks/deployment", "benchmarks/studies")
     work = options.cache / f"end-to-end-{digest(story.name, settings_of(options), code, *_where(made_by))}"
@@ -108,7 +108,7 @@ def measure(options: Namespace, story: Story) -> list[Row]:
 
 
 def _base(options: Namespace, story: Story) -> Path:
-    """The folder of the base model."""
+    """Returns the folder of the base model, and writes it if it is missing."""
 
     def make(folder: Path) -> None:
         torch.manual_seed(0)
@@ -133,7 +133,7 @@ def _folder(work: Path, side: Side, index: int) -> Path:
 def _round(
     options: Namespace, story: Story, sides: Sequence[Side], index: int, base: Path, work: Path
 ) -> dict[str, dict[str, float]]:
-    """What each side took and gave, its graph included; read where an earlier run has measured all of the round."""
+    """Returns what was measured of each side and its graph; read from disk if an earlier run completed the round."""
     path = work / f"round-{index}.json"
     if not path.is_file():
         order = rotated(sides, 2 * index)
@@ -153,7 +153,7 @@ def _side(options: Namespace, story: Story, side: Side, index: int, base: Path, 
         **{"data": str(options.glue / "mrpc" if story.name == "MRPC" else options.text), "epochs": options.epochs},
         "size": min(story.size, 32 if story.name == "MRPC" else 4) if options.quick else story.size,
     }
-    with TemporaryDirectory() as compiled:  # Inductor's compiler takes no folder with a blank in its name
+    with TemporaryDirectory() as compiled:  # Inductor's compiler fails if the folder's name contains a blank
         compiler = {"TORCHINDUCTOR_CACHE_DIR": compiled, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         environment = ONE_THREAD | compiler
         script = "deployment.end_to_end_process"
@@ -171,7 +171,7 @@ MEASURES = ("training_s", "first_step_s", "peak_mib", "adapter_kib", "adapter_al
 def _row(
     story: Story, side: str, rounds: Sequence[Mapping[str, Row]], latencies: Mapping[str, Mapping[str, list[float]]]
 ) -> Row:
-    """Medians over the rounds, or the loads of a graph, each with the median ratio to PEFT's of the same."""
+    """Returns medians over rounds or loads of a graph, with the median ratios to PEFT's of the same round or load."""
     totals = np.array([found[side]["total_s"] for found in rounds]) * 1e3
     median, p20, p80 = np.percentile(totals, (50, 20, 80)).round(1).tolist()
     row: Row = {"side": side, "median_ms": median, "p20_ms": p20, "p80_ms": p80, "reference": PEFT_SIDE}
@@ -192,7 +192,7 @@ def _row(
 
 
 def _ratios(name: str, ratios: Sequence[float]) -> Row:
-    """Their median, the least and the largest, as columns."""
+    """Returns the median, the smallest and the largest of `ratios` as columns."""
     ends = {name: statistics.median(ratios), f"{name}_least": min(ratios), f"{name}_most": max(ratios)}
     return {column: round(ratio, 4) for column, ratio in ends.items()}
 
@@ -206,7 +206,7 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
     origins: dict[str, dict[str, None]] = {}
     for row in rows:
         origin = (
-            f"{row['time'][:10]}: {row['device']}; {row['versions']}; beside {row['theirs_by']}; "
+            f"{row['time'][:10]}: {row['device']}; {row['versions']}; PEFT's graphs by {row['theirs_by']}; "
             f"commit {row['commit'] or 'unknown'}; {row['rounds']} rounds"
         )
         origins.setdefault(origin, {})[row["case"]] = None
@@ -216,25 +216,25 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
         "",
         f"Written by `python -m benchmarks end_to_end`. {measured}",
         "",
-        "Medians of the rounds; in brackets, the ratio to PEFT's of the same round: the median, the least and the "
+        "Medians over the rounds. In brackets: the ratio to PEFT's value of the same round, as median, smallest and "
         "largest.",
         "",
-        "* **Training** has one thread. It begins with the loaded model; compiling is in the first step, and nothing "
-        f"was compiled before. MRPC: {_length(STORIES[0])}; stories: {_length(STORIES[1])}. The more steps, the less "
+        "* **Training** uses one thread. It starts with the loaded model. The first step includes compiling, with an "
+        f"empty compiler cache. MRPC: {_length(STORIES[0])}; stories: {_length(STORIES[1])}. The more steps, the less "
         "the first one counts.",
-        "* **Peak** is what loading and training add to the memory of a process that has imported all: the model is in "
-        "it, exports are not.",
-        "* **Adapter** is its file, for MRPC with the trained head; *alone* is without the head.",
-        "* **Export** is from the trained model to the checked graph, with the start of each command: saving, merging "
-        "and `optimum-cli export onnx`, which does not optimize, or saving and `melora-fx export --target ort-cpu`, "
-        "which merges. PEFT's merged SmolLM2 is written by transformers 5, and optimum-onnx reads it with transformers "
-        "4, which does not know where the base of the rotary embedding stands and takes another; the benchmark writes "
-        "it where transformers 4 looks.",
-        f"* **Latencies** are of the last round's graphs, one thread, in one process that runs all in turn, in {LOADS} "
-        "loads.",
-        "* **Quality** is that of the graph, mean of the rounds: accuracy, or the held-out loss, of which lower is "
-        "better. So few rounds tell no side from another: the studies are for that. Each graph was compared "
-        "with its torch model.",
+        "* **Peak** is the memory that loading and training add to a process after its imports. It includes the model, "
+        "but not the export.",
+        "* **Adapter** is the size of its file, for MRPC with the trained head; *alone* is without the head.",
+        "* **Export** is the time from the trained model to the checked graph, with the start of each command: saving, "
+        "merging and `optimum-cli export onnx`, which does not optimize, or saving and `melora-fx export --target "
+        "ort-cpu`, which merges. PEFT's merged SmolLM2 is written by transformers 5, and optimum-onnx reads it with "
+        "transformers 4, which does not find the base of the rotary embedding and uses another. The benchmark writes "
+        "the base where transformers 4 looks for it.",
+        f"* **Latencies** are those of the last round's graphs on one thread. One process loads all of them {LOADS} "
+        "times and runs them in turn.",
+        "* **Quality** is that of the graph, as the mean over the rounds: accuracy, or the held-out loss (lower is "
+        "better). So few rounds do not distinguish the sides; the studies do. Each graph was compared with its torch "
+        "model.",
         "",
         *table(rows),
         "",
@@ -247,7 +247,7 @@ def _length(story: Story) -> str:
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """One line a side of each story."""
+    """Returns the lines of a Markdown table, one row per side of each story."""
     headings = [
         "story",
         "side",

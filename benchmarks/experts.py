@@ -1,10 +1,10 @@
-"""What does a training step cost whose adapters are those of a mixture's experts, over that of the frozen model?
+"""What does a training step with adapters in a mixture's experts cost, relative to the frozen model's step?
 
-A random Mixtral of two layers, adapters in both stacks of experts, eager, float32, one thread; ours of 8 blocks of rank
-8, and PEFT's LoRA of the parameters (`target_parameters`) of equal rank and of equal parameters. The floor is the step
-of the frozen model whose input wants its gradient; beside it stands its whole capture, which ours is made of. All sides
-of a case are timed in turn, step by step; the optimizer is AdamW, fused. Columns as in train_step. Writes experts.csv
-and experts.md.
+A random Mixtral of two layers with adapters in both stacks of experts; eager, float32, one thread. Ours have 8 blocks
+of rank 8. PEFT's LoRA of the parameters (`target_parameters`) has equal rank or equal parameters. The floor is a step
+of the frozen model with an input that requires a gradient. The whole capture of the frozen model, which ours is built
+on, is timed too. All sides of a case are timed in turn, step by step, with fused AdamW. Columns as in train_step.
+Writes experts.csv and experts.md.
 """
 
 import functools
@@ -33,15 +33,15 @@ from .training.step_cost import make_step, peak_memory_mib, saved_mib
 TARGETS = ["gate_up_proj", "down_proj"]
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16.0)
 _INTRODUCTION = """\
-Random Mixtrals of two layers, adapters in both stacks of experts, eager, float32, one thread. Ours has 8 blocks of rank
-8; PEFT's LoRA of the parameters has rank 64, or rank 8 and as many parameters as ours. *frozen*: the model as it is
-loaded. Its whole capture is what ours is made of: in the grouped form transformers' operator makes the gradient of the
-frozen stacks there, which ours leaves out. Made by `python -m benchmarks experts`."""
+Random Mixtrals of two layers with adapters in both stacks of experts; eager, float32, one thread. Ours has 8 blocks of
+rank 8. PEFT's LoRA of the parameters has rank 64, or rank 8 and as many parameters as ours. *frozen*: the unchanged
+model. *frozen, captured whole*: its whole capture, which ours is built on. In the grouped form transformers' operator
+computes the gradient of the frozen stacks there; ours leaves it out. Measured with `python -m benchmarks experts`."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """One model, and how its experts are computed."""
+    """A model, and the form in which its experts are computed."""
 
     form: str
     tokens: int
@@ -132,7 +132,7 @@ def measure(mixture: Mixture, rounds: int) -> list[Row]:
 
 
 def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
-    """A table for each case."""
+    """Writes experts.md: a table for each case."""
     headings = ("side", "ms", "p20 to p80", "over frozen", "kept for the backward, MiB", "peak, MiB", "parameters")
     lines = ["# A step that trains experts", "", _INTRODUCTION]
     for name in dict.fromkeys(row["case"] for row in rows):

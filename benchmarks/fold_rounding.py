@@ -1,15 +1,15 @@
-"""What does folding a trained adapter into a bfloat16 base lose, ours against PEFT's merge?
+"""How much does folding a trained adapter into a bfloat16 base lose, compared with PEFT's merge?
 
-SmolLM2-135M-Instruct in bfloat16, adapters of 8 blocks of rank 8 in every linear, trained for a minute on the first
-half of the stories in the text; PEFT gets the same update as a LoRA of rank 64, and merges as it does by default,
-which rounds once, and with `safe_merge=True`, which rounds the update and then the sum. Of each site: the share of the
-adapter that the merge rounds away,
+SmolLM2-135M-Instruct in bfloat16, with adapters of 8 blocks of rank 8 in every linear, trained for a minute on the
+first half of the stories in the text. PEFT gets the same update as a LoRA of rank 64. It merges with its defaults,
+which round once, and with `safe_merge=True`, which rounds the update and then the sum. Measures for each site the share
+of the adapter that the merge rounds away,
 
     ‖merged - (W + Δ)‖ / ‖Δ‖        in float64
 
-Then the loss on the other half of the stories. Losses are computed in bfloat16, as the model runs, and with the same
-weights in float32, where nothing but the weights' own rounding is left to see. Writes fold_rounding.csv, with a row for
-each site and side and one for each way to run the adapter, and fold_rounding.md; --quick takes a tiny model.
+and then the loss on the other half of the stories. Losses are computed in bfloat16, as the model runs, and with the
+same weights in float32, which shows only the rounding of the weights. Writes fold_rounding.csv, with a row for each
+site and side and one for each way to run the adapter, and fold_rounding.md. --quick uses a tiny model.
 """
 
 import copy
@@ -41,7 +41,7 @@ from .common.stories import read_windows, train_adapter, why_no_text
 CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16)
 SIDES = ("ours", "PEFT", "PEFT safe_merge")
 TOLERANCE = 1e-6
-"""Of the comparison with PEFT: the two multiply in float32, and the order of the sums differs between processors."""
+"""Of the comparison with PEFT: both multiply in float32, and the order of the sums differs between processors."""
 
 
 def run(options: Namespace) -> int:
@@ -54,14 +54,18 @@ def run(options: Namespace) -> int:
 
 
 def tiny_llama() -> tuple[nn.Module, Any]:
-    """A random model of bytes, and its tokenizer."""
+    """Returns a random model of bytes, and its tokenizer."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(64, 128, 2, 4, vocab_size=256))
     return model, lambda text: SimpleNamespace(input_ids=list(text.encode()))
 
 
 def measure(options: Namespace) -> list[Row]:
-    """Rows of every site and side, and then of every way to run the adapter."""
+    """Returns the rows of every site and side, and then of every way to run the adapter.
+
+    Raises:
+        MELoRAError: if our fold loses more than PEFT's merge at a site.
+    """
     torch.manual_seed(0)
     base, tokenizer = tiny_llama() if options.quick else load_smollm2()
     base = base.to(torch.bfloat16).eval()
@@ -79,7 +83,7 @@ def measure(options: Namespace) -> list[Row]:
     weights = {name: {side: model.get_parameter(f"{name}.weight") for side, model in merged.items()} for name in sites}
     rows = [row for name, site in sites.items() for row in measure_site(site, weights[name])]
     if worse := [row["site"] for row in rows if row["side"] != "ours" and row["ratio"] < 1 / (1 + TOLERANCE)]:
-        raise MELoRAError(f"ours loses more than PEFT's at {', '.join(worse)}")
+        raise MELoRAError(f"our fold loses more than PEFT's merge at {', '.join(worse)}")
     rows += measure_losses(base, unmerged, merged, held_out)
     for row in rows:
         row |= {"held_out_tokens": held_out.numel(), "steps": options.steps}
@@ -91,8 +95,8 @@ def measure(options: Namespace) -> list[Row]:
 
 
 def merged_by_peft(base: nn.Module, sites: dict[str, AdapterSite], *, safe_merge: bool = False) -> nn.Module:
-    """A copy of `base` with PEFT's LoRA of the same update merged, all else by PEFT's defaults."""
-    # Not `inject_adapter_in_model`: it leaves the adapter in the base's bfloat16, `get_peft_model` makes it float32.
+    """Returns a copy of `base` with PEFT's LoRA of the same update merged, with PEFT's other defaults."""
+    # Not `inject_adapter_in_model`, which leaves the adapter in the base's bfloat16: `get_peft_model` makes it float32.
     model: Any = peft.get_peft_model(copy.deepcopy(base), equal_lora(sites))
     copy_into_lora(sites, model.get_base_model())
     assert {p.dtype for name, p in model.named_parameters() if ".lora_" in name} == {torch.float32}
@@ -101,7 +105,7 @@ def merged_by_peft(base: nn.Module, sites: dict[str, AdapterSite], *, safe_merge
 
 @torch.no_grad()
 def measure_site(site: AdapterSite, merged: Mapping[str, torch.Tensor]) -> list[Row]:
-    """The rows of a site: which share of its update each side's merged weight (O, I) lacks."""
+    """Returns the rows of a site: the share of its update that each side's merged weight (O, I) lacks."""
     delta = torch.block_diag(*(site.scaling.double() * site.lora_b.double() @ site.lora_a.double()))
     exact = site.weight.double() + delta
     shares = {side: float((weight.double() - exact).norm() / delta.norm()) for side, weight in merged.items()}
@@ -114,14 +118,14 @@ def measure_site(site: AdapterSite, merged: Mapping[str, torch.Tensor]) -> list[
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, windows: torch.Tensor) -> float:
-    """Mean cross-entropy of a token, in nats."""
+    """Returns the mean cross-entropy per token, in nats."""
     return statistics.fmean(model(input_ids=window, labels=window).loss.item() for window in windows.split(1))
 
 
 def measure_losses(
     base: nn.Module, unmerged: nn.Module, merged: dict[str, nn.Module], windows: torch.Tensor
 ) -> list[Row]:
-    """The held-out losses of each way to run the adapter: in bfloat16, and with the same weights in float32."""
+    """Returns the held-out losses of each way to run the adapter: in bfloat16, and with the same weights in float32."""
     with tempfile.TemporaryDirectory() as folder:
         melora_fx.save_adapter(unmerged, folder)
         wide = melora_fx.load_adapter(copy.deepcopy(base).float(), folder)
@@ -142,7 +146,7 @@ def measure_losses(
 
 
 def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
-    """Writes the tables of the newest case."""
+    """Writes fold_rounding.md: the tables of the newest case."""
     rows = [row for row in rows if row["case"] == max(rows, key=lambda row: row["time"])["case"]]
     first = rows[0]
     ways = [row for row in rows if row["loss_float32"]]
@@ -151,7 +155,7 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
         "# Rounding of a fold into bfloat16",
         "",
         f"{written_by('fold_rounding', rows)}. {first['case'].partition(',')[0]} in bfloat16, 8 "
-        f"blocks of rank 8 in every linear after {first['steps']} steps; {first['held_out_tokens']} held-out tokens.",
+        f"blocks of rank 8 in every linear, after {first['steps']} steps; {first['held_out_tokens']} held-out tokens.",
         "",
         *_table_of_shares(shares),
         "",
@@ -161,7 +165,7 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
         if side in SIDES[1:]:
             ratios = [1 / float(each["ratio"]) for each in shares[side].values()]
             differ = f"{int(row['differing_weights']):,} of {int(row['merged_weights']):,} merged weights differ"
-            lines += [f"Ours over that of {side}: {min(ratios):.6f} to {max(ratios):.6f}; {differ}.", ""]
+            lines += [f"Our share over that of {side}: {min(ratios):.6f} to {max(ratios):.6f}; {differ}.", ""]
     losses = [[row[name] and f"{float(row[name]):.5f}" for name in ("loss_bfloat16", "loss_float32")] for row in ways]
     table = [(row["side"], *pair) for row, pair in zip(ways, losses, strict=True)]
     lines += markdown_table(("held-out loss", "in bfloat16", "same weights in float32"), table)

@@ -1,14 +1,14 @@
-"""How fast is a fold: in memory beside PEFT's merge, on disk beside a copy, in an ONNX graph beside a fresh export?
+"""How fast is a fold: in memory compared with PEFT's merge, on disk with a copy, in an ONNX graph with a new export?
 
-* memory: 264M parameters in the linears of a Llama, all adapted: 8 blocks of rank 8 here, rank 64 in PEFT.
-  `folded` includes keeping the blocks for the way back; `copy` is a memcpy of the same blocks into the same weights.
-* disk: a random Llama of 1.1B parameters in bfloat16, sharded (2.2 GB): `fold_checkpoint`, the whole command
-  `melora-fx fold`, `cp -r` and `shutil.copytree`, reading and rewriting every tensor through safetensors, and PEFT's
-  way: load, merge, save. All read from the page cache, which
-  is written back before each run; peak memory is that of a process of its own, above what its imports take.
-* onnx: MiniLM-L6, every linear of its layers: `fold_onnx` and `export_onnx` of the folded model, both unverified.
+* memory: 264M parameters in the linears of a Llama, all adapted: 8 blocks of rank 8 here, rank 64 in PEFT. `folded`
+  includes saving the blocks for the way back; `copy` is a memcpy of the same blocks into the same weights.
+* disk: a random, sharded Llama of 1.1B parameters in bfloat16 (2.2 GB): `fold_checkpoint`, the whole command
+  `melora-fx fold`, `cp -r`, `shutil.copytree`, reading and rewriting every tensor through safetensors, and PEFT's load,
+  merge and save. All read from the page cache, which is written back before each run. Peak memory is measured in a
+  separate process, above the memory in use after its imports.
+* onnx: MiniLM-L6, every linear of its layers: `fold_onnx`, and `export_onnx`, which folds the adapter; both unverified.
 
-All sides in turn in one process. Writes fold_speed.csv.
+All sides are timed in turn in one process. Writes fold_speed.csv.
 """
 
 import functools
@@ -57,7 +57,7 @@ def run(options: Namespace) -> int:
 
 
 def rows_of(seconds: dict[str, list[float]], reference: str, num_bytes: dict[str, int], **facts: Any) -> list[Row]:
-    """One row a side, with the rate at which it reads and writes `num_bytes`."""
+    """Returns one row per side, with the rate at which the side reads and writes its `num_bytes`, if it has any."""
     rows = timed_rows(seconds, reference, dict.fromkeys(seconds, facts))
     for row in rows:
         size = num_bytes.get(row["side"])
@@ -68,7 +68,7 @@ def rows_of(seconds: dict[str, list[float]], reference: str, num_bytes: dict[str
 def in_memory(dtype: torch.dtype, options: Namespace, device: str = "cpu") -> list[Row]:
     torch.manual_seed(0)
     config = base_config(6, options.quick, 128)
-    with torch.device(device):  # random weights are made there
+    with torch.device(device):  # random weights are created there
         ours = LlamaModel(config).to(dtype)
         theirs = lora(LlamaModel(config).to(dtype))
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -128,7 +128,7 @@ def on_disk(options: Namespace) -> list[Row]:
     out = options.folder / "out"
 
     def prepare(name: str) -> tuple[Path, Path]:
-        """Leaves no output there, and nothing to be written of the one before."""
+        """Removes the last output, and waits until everything is written to disk."""
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
         return folder, out
@@ -144,7 +144,7 @@ def on_disk(options: Namespace) -> list[Row]:
 
 
 def in_graph(encoder: str, options: Namespace) -> list[Row]:
-    folder = options.folder / encoder  # graphs of two models share no folder
+    folder = options.folder / encoder  # the graphs of two models must not share a folder
     base = build(encoder, "base", options.cache, "", 0, 0)
     ids = torch.arange(128).remainder(96).add(3).view(8, 16)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -160,5 +160,5 @@ def in_graph(encoder: str, options: Namespace) -> list[Row]:
     }
     seconds = time_in_turn(sides, rounds=options.rounds)
     written = [next(folder.glob(f"{name}.onnx.*.data")).read_bytes() for name in ("fresh", "folded")]
-    assert written[0] == written[1], "a fold gives the bits of a fresh export"
+    assert written[0] == written[1], "a fold and a new export write the same bits"
     return rows_of(seconds, "export_onnx", {}, part="onnx", dtype="float32", threads=options.threads)

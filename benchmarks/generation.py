@@ -1,10 +1,10 @@
-"""Does an exported decoder write what torch writes: merged, unmerged, swappable, and run by onnxruntime-genai?
+"""Does an exported decoder generate the same text as torch: merged, unmerged, swappable, and in onnxruntime-genai?
 
-SmolLM2-135M-Instruct in float32, with an adapter of all linears that has learnt from stories. Five prompts are
-continued by 32 tokens, the most likely ones: by transformers' `generate`, each alone, with the adapter unmerged; by
-`exporters.generate`'s loop over the graphs of `adapter="fold"`, `"keep"` and `"swap"`, all prompts at once, filled up
-at their left; and by onnxruntime-genai from the same folders, each alone. The logits of every step are compared too.
-Writes generation.csv, a row for each way, and generation.md, with the texts; --quick takes a tiny model.
+SmolLM2-135M-Instruct in float32, with an adapter in all linears that was trained on stories. Five prompts are continued
+greedily by up to 32 tokens: one by one with transformers' `generate`, with the adapter unmerged; all at once, padded on
+the left, with the loop of `exporters.generate` over the graphs of `adapter="fold"`, `"keep"` and `"swap"`; and one by
+one with onnxruntime-genai from the same folders. The logits of every step are compared too. Writes generation.csv, with
+a row for each way, and generation.md, with the texts. --quick uses a tiny model.
 """
 
 import functools
@@ -49,13 +49,13 @@ TORCH, TORCH_BASE = "torch", "torch, base"
 KINDS = {"fold": "merged", "keep": "unmerged", "swap": "swap, active"}
 BASE = "swap, none active"
 TOLERANCE = 1e-3
-"""Of a logit, between a graph and torch."""
+"""Largest absolute difference of a logit between a graph and torch."""
 
 _BETWEEN = " ¦ "
 
 
 class Written(NamedTuple):
-    """What came after each prompt: token ids, without an end token; and the logits of each step, (steps, words)."""
+    """The continuation of each prompt: token ids without the end token, and the logits, (steps, vocabulary)."""
 
     tokens: list[list[int]]
     logits: list[np.ndarray]
@@ -71,10 +71,10 @@ def run(options: Namespace) -> int:
 
 
 def measure(name: str, options: Namespace) -> list[Row]:
-    """One row a way of writing.
+    """Returns one row for each way to generate.
 
     Raises:
-        MELoRAError: where the adapter changes no text, and where a logit is not torch's.
+        MELoRAError: if the adapter changes no text, or if a text or a logit of a way differs from torch's.
     """
     workshop = Workshop(options.cache, olive="")
     tokenizer = AutoTokenizer.from_pretrained(workshop.model(name))
@@ -108,7 +108,7 @@ def by_torch(model: Any, prompts: Sequence[Sequence[int]]) -> Written:
 
 
 def by_graphs(model: Any, prompts: Sequence[Sequence[int]], folder: Path) -> Iterator[tuple[str, Written]]:
-    """Exports the model in each way, and lets ONNX Runtime and onnxruntime-genai write."""
+    """Exports the model in each form; yields the name of each way and what it generated."""
     tokens = torch.arange(8).view(2, -1) + 3
     example = {TOKENS: tokens, MASK: torch.ones_like(tokens)}
     ends = _end_tokens(model)
@@ -127,7 +127,7 @@ def by_graphs(model: Any, prompts: Sequence[Sequence[int]], folder: Path) -> Ite
 
 
 def by_our_loop(graph: Path, prompts: Sequence[Sequence[int]], adapter: Path | None, ends: Sequence[int]) -> Written:
-    """As `exporters.generate` does, all at once."""
+    """Generates all texts at once, as `exporters.generate` does."""
     steps: list[np.ndarray] = []
 
     def choose(logits: np.ndarray) -> np.ndarray:
@@ -141,7 +141,7 @@ def by_our_loop(graph: Path, prompts: Sequence[Sequence[int]], adapter: Path | N
 
 
 def by_genai(folder: Path, prompts: Sequence[Sequence[int]], adapter: Path | None, ends: Sequence[int]) -> Written:
-    """Each prompt alone, with the folder's own settings."""
+    """Generates the texts one by one, with the settings in the folder."""
     import onnxruntime_genai as genai
 
     model = genai.Model(str(folder))
@@ -166,7 +166,11 @@ def by_genai(folder: Path, prompts: Sequence[Sequence[int]], adapter: Path | Non
 
 
 def row_of(way: str, written: Mapping[str, Written], tokenizer: Any) -> Row:
-    """Compares with torch: with the adapter, or without."""
+    """Returns the row of a way, compared with torch with the adapter or without it.
+
+    Raises:
+        MELoRAError: if a text differs from torch's, or a logit by more than `TOLERANCE`.
+    """
     found, expected = written[way], written[TORCH_BASE if way.startswith((BASE, TORCH_BASE)) else TORCH]
     same = [ours == theirs for ours, theirs in zip(found.tokens, expected.tokens, strict=True)]
     difference = max(
@@ -174,7 +178,7 @@ def row_of(way: str, written: Mapping[str, Written], tokenizer: Any) -> Row:
         for ours, theirs in zip(found.logits, expected.logits, strict=True)
     )
     if not all(same) or difference > TOLERANCE:
-        raise MELoRAError(f"{way}: {sum(same)} of {len(same)} texts are torch's, logits differ by {difference:.2g}")
+        raise MELoRAError(f"{way}: {sum(same)} of {len(same)} texts equal torch's, logits differ by {difference:.2g}")
     return {
         "side": way,
         "same_texts": f"{sum(same)} of {len(same)}",
@@ -186,7 +190,7 @@ def row_of(way: str, written: Mapping[str, Written], tokenizer: Any) -> Row:
 
 
 def _joined(texts: Iterable[str]) -> str:
-    """For one cell."""
+    """Joins the texts for one cell, each on one line."""
     return _BETWEEN.join(" ".join(text.split()) for text in texts)
 
 
@@ -212,11 +216,11 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
         "# Texts of an exported decoder",
         "",
         f"{written_by('generation', rows)}. {first['case']} on {first['settings'].rpartition(' ')[2]}, float32, all "
-        f"linears adapted ({CONFIG.num_blocks} blocks of rank {CONFIG.rank}). Each text is "
-        f"compared with that of transformers' `generate`, greedy, {NEW_TOKENS} tokens at most; logits, the largest of "
-        f"which is {float(sides[TORCH]['max_logit']):.0f}, at every step.",
+        f"linears adapted ({CONFIG.num_blocks} blocks of rank {CONFIG.rank}). Each text is compared "
+        f"with that of transformers' `generate` (greedy, at most {NEW_TOKENS} tokens), and its logits at every step; "
+        f"the largest logit is {float(sides[TORCH]['max_logit']):.0f}.",
         "",
-        *markdown_table(("way", "texts that are torch's", "tokens", "largest difference of a logit"), table),
+        *markdown_table(("way", "texts equal to torch's", "tokens", "largest difference of a logit"), table),
         "",
         "| prompt | base | with the adapter |",
         "|---|---|---|",

@@ -1,9 +1,9 @@
 """Does MELoRA with 8 times fewer parameters understand language as well as LoRA? MiniLM-L6 on four tasks of GLUE.
 
-The first claim of the MELoRA paper (P. Ren et al., ACL 2024), in the open: every arm with the same seeds, the paper's
-metric of each task, the last epoch and not the best, one learning rate for all, chosen on SNIPS. Adapters are
-on `query` and `value`, as in the paper; pooler and classifier, the head, are trained with them. Writes glue_study.csv
-as rows arrive (a run that was stopped goes on), glue_study.md and glue_study.png.
+Tests the first claim of the MELoRA paper (P. Ren et al., ACL 2024) openly: every arm has the same seeds, each task has
+the paper's metric, the last epoch counts and not the best, and one learning rate for all is chosen on SNIPS. Adapters
+are on `query` and `value`, as in the paper; the head (pooler and classifier) is trained with them. Writes
+glue_study.csv row by row (a stopped run continues), glue_study.md and glue_study.png.
 """
 
 import functools
@@ -29,16 +29,16 @@ ARMS = (
     Arm("MELoRA 8×8", "MELoRA", 8, 8),
     Arm("head alone", "none"),
 )
-"""Of total rank 8, 8, 1 and 64; with n blocks of rank r, MELoRA has the parameters of a LoRA of rank r."""
+"""Adapters of total rank 8, 8, 1 and 64. MELoRA with n blocks of rank r has as many parameters as a LoRA of rank r."""
 ONE_ANSWER = Arm("one answer", "constant")
-"""What is scored by the commonest label of the training examples, or by their mean."""
+"""Always answers the most common label of the training examples, or their mean."""
 GLUE = ("RTE", "MRPC", "CoLA", "STS-B")
 CHOICE = "SNIPS"
 LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 NEAR = 0.01
-"""Of the best accuracy on SNIPS, which is easy: a rate that learns it a little better may be too high elsewhere."""
+"""How far an arm may be below its best accuracy on SNIPS, which is easy: its best rate may be too high elsewhere."""
 CHOICE_SEEDS = (100,)
-"""None that the study has."""
+"""Not among the seeds of the study."""
 STUDY = Study(
     name="glue_study",
     title="Quality on GLUE",
@@ -48,45 +48,47 @@ STUDY = Study(
         Comparison("MELoRA 8×1", "LoRA 8", "8 times fewer parameters, equal rank"),
         Comparison("MELoRA 8×1", "LoRA 1", "equal parameters, 8 times the rank"),
         Comparison("MELoRA 8×8", "LoRA 8", "equal parameters, 8 times the rank"),
-        Comparison("LoRA 1", "LoRA 8", "8 times fewer parameters, not planned"),
+        Comparison("LoRA 1", "LoRA 8", "8 times fewer parameters, post hoc"),
         Comparison("LoRA 8", "head alone", "with an adapter and without", is_drawn=False),
         Comparison("MELoRA 8×1", "head alone", "with an adapter and without", is_drawn=False),
     ),
     choice=CHOICE,
     rule="One learning rate for all arms was chosen on SNIPS: the smallest at which every arm is within a point of its "
-    "own best held-out accuracy (697 utterances, so seven of them). A rate for each arm would have favoured the arm "
-    "with the highest: the head is trained at it too (NOTES.md has the trial). MELoRA 8×1 has the lowest rate that it "
-    "may have by this rule, and every adapter is best at the end of the grid: more steps or a higher rate may change "
-    "the result.",
+    "own best held-out accuracy (697 utterances, so seven of them). A separate rate for each arm would have favoured "
+    "the arm with the highest rate, because the head is trained at that rate too (NOTES.md describes the trial). "
+    "MELoRA 8×1 has the lowest rate that the rule allows for it, and every adapter is best at the end of the grid: "
+    "more steps or a higher rate may change the result.",
     near=NEAR,
     seeds=5,
-    baseline=(ONE_ANSWER.name, "giving one answer always"),
-    beside="LoRA r is PEFT's LoRA of rank r, MELoRA n×r has n blocks of rank r; both are on `query` and `value`. "
-    "Pooler and classifier, 148,610 parameters (148,225 on STS-B), are trained beside every adapter and are not "
-    "counted with it: in all, MELoRA 8×1 trains 1.4 times fewer parameters than LoRA 8. A seed decides which examples "
-    "are taken, their order, and where adapter and head begin. What is scored: 277 examples of RTE, 408 of MRPC, 1,043 "
-    "of CoLA, 1,500 of STS-B; one answer has no correlation, which counts as 0.",
+    baseline=(ONE_ANSWER.name, "always giving one answer"),
+    beside="LoRA r is PEFT's LoRA of rank r, and MELoRA n×r has n blocks of rank r; both adapt `query` and `value`. "
+    "Pooler and classifier, 148,610 parameters (148,225 on STS-B), are trained with every adapter and not counted as "
+    "part of it: in total, MELoRA 8×1 trains 1.4 times fewer parameters than LoRA 8. A seed decides which examples are "
+    "used, their order, and the initial values of adapter and head. Scores are computed on 277 examples of RTE, 408 of "
+    "MRPC, 1,043 of CoLA and 1,500 of STS-B; if all answers are equal, the correlation is undefined and counts as 0.",
     unit="points",
     scale="100 × the metric",
     factor=100,
     digits=1,
     higher_is_better=True,
     differs=(
-        "The paper has RoBERTa-base (125M parameters) and eight tasks; here it is MiniLM-L6 (22.7M, trained to "
-        "embed sentences) and four tasks of at most 2,500 examples. Values are lower than the paper's, and on RTE and "
-        "CoLA so low that they hardly test its claim.",
-        "Training is short. The authors' script has 80 epochs of RTE, 40 of STS-B, 30 of MRPC and 8 of CoLA, in "
-        "batches of 128 (CoLA: 64), with weight decay 0.1 and dropout 0.05 in the adapter, and cuts pairs of RTE at "
-        "512 tokens. Here it is four epochs in batches of 16, without either, and texts are cut at 128 tokens.",
-        "alpha is 16 for all, as in the authors' script: alpha / rank is 2 for LoRA 8 and MELoRA 8×8, and 16 for LoRA "
-        "1 and MELoRA 8×1.",
-        "The script's own MELoRA has 2 blocks of rank 8; here it is 8 blocks, of rank 1 and of rank 8.",
+        "The paper uses RoBERTa-base (125M parameters) and eight tasks. This study uses MiniLM-L6 (22.7M, trained to "
+        "embed sentences) and four tasks of at most 2,500 examples. Its scores are lower than the paper's, and on RTE "
+        "and CoLA so low that they hardly test the claim.",
+        "Training is short. The authors' script trains for 80 epochs on RTE, 40 on STS-B, 30 on MRPC and 8 on CoLA, in "
+        "batches of 128 (CoLA: 64), with weight decay 0.1 and dropout 0.05 in the adapter, and truncates pairs of RTE "
+        "to 512 tokens. This study trains for four epochs in batches of 16, without weight decay and without dropout "
+        "in the adapter, and truncates texts to 128 tokens.",
+        "alpha is 16 for all arms, as in the authors' script: alpha / rank is 2 for LoRA 8 and MELoRA 8×8, and 16 for "
+        "LoRA 1 and MELoRA 8×1.",
+        "MELoRA has 2 blocks of rank 8 in the script, and 8 blocks of rank 1 or of rank 8 here.",
         "The paper chooses learning rate, batch size and rank for each task, and the best epoch on the development "
         "set. Here all adapters have one learning rate on all tasks, and the last epoch counts.",
-        "The rule, alpha and what belongs to the head were settled after trials, most of them with LoRA 8 and on the "
-        "validation sets that are scored here (NOTES.md): this may favour LoRA 8. A recipe that was dropped, with the "
-        "pooler frozen, favoured MELoRA. The rate comes from SNIPS alone.",
-        "LoRA is PEFT's, MELoRA is ours. With one block ours is a LoRA, and both train alike, step by step (a test).",
+        "The rule, alpha and the modules of the head were settled after trials, most of them with LoRA 8 and on the "
+        "validation sets that are scored here (NOTES.md): this may favour LoRA 8. A recipe with the pooler frozen, "
+        "which was abandoned, favoured MELoRA. The rate was chosen only on SNIPS.",
+        "LoRA is PEFT's, MELoRA is ours. With one block ours is a LoRA, and a test checks that both train alike, step "
+        "by step.",
     ),
 )
 
@@ -116,10 +118,12 @@ def run(options: Namespace) -> int:
 
 
 def common_rate(accuracies: Mapping[str, Mapping[float, float]]) -> float:
-    """The smallest at which every arm is within a point of its own best; where there is none, that which costs the arm
-    that loses most the least.
+    """Returns the smallest learning rate at which every arm is within `NEAR` of its own best accuracy.
 
-    `accuracies`: by arm and learning rate.
+    If there is none, returns the rate with the smallest loss of the arm that loses most.
+
+    Args:
+        accuracies: by arm and learning rate.
     """
     rates = sorted(next(iter(accuracies.values())))
     lost = {rate: max(max(of.values()) - of[rate] for of in accuracies.values()) for rate in rates}
@@ -147,25 +151,25 @@ _digest_of = functools.cache(digest_of_files)
 
 
 def _digest(options: Namespace, task: str) -> str:
-    """Of the files of SNIPS, or of those of all four tasks of GLUE."""
+    """Returns the digest of the files of SNIPS, or of all four tasks of GLUE."""
     files = _files(options.glue, options.snips)
     return _digest_of(tuple(path for name, path in files if (name == CHOICE) == (task == CHOICE)))
 
 
 def _files(glue: Path, snips: Path) -> list[tuple[str, Path]]:
-    """With the task of each."""
+    """Returns all files, each with its task."""
     folders = {task: glue / TASKS[task].folder for task in GLUE} | {CHOICE: snips}
     return [(task, folder / name) for task, folder in folders.items() for name in TASKS[task].files]
 
 
 def why_no_data(glue: Path, snips: Path) -> str:
-    """What to do about missing files; empty where all are there."""
+    """Returns what to do about missing files; empty if none is missing."""
     absent = next((path for _, path in _files(glue, snips) if not path.is_file()), None)
     if absent is None:
         return ""
     return (
-        f"`{absent}` is not there: --glue takes a folder with rte, mrpc, cola and stsb of GLUE, each with train.tsv "
-        "and validation.tsv (nyu-mll/glue on Hugging Face, or gluebenchmark.com), --snips one with train_small.tsv "
-        "and validation.tsv of SNIPS (2,082 and 697 utterances of 7 intents; snips-nlu's benchmark): tab-separated, "
-        "with the columns sentence1 and sentence2 or sentence, and label"
+        f"`{absent}` is missing: pass --glue a folder with rte, mrpc, cola and stsb of GLUE, each with train.tsv and "
+        "validation.tsv (nyu-mll/glue on Hugging Face, or gluebenchmark.com), and --snips a folder with "
+        "train_small.tsv and validation.tsv of SNIPS (2,082 and 697 utterances of 7 intents; snips-nlu's benchmark); "
+        "all are tab-separated, with the columns sentence1 and sentence2, or sentence, and label"
     )

@@ -1,10 +1,10 @@
 """Does MELoRA with 8 and with 36 times fewer parameters learn a text as well as LoRA? SmolLM2-135M on documentation.
 
-The second claim of the MELoRA paper (P. Ren et al., ACL 2024), which is about instructions and models of 7B parameters,
-scaled to what two cores can train: the loss on documents that were held out, after the same number of tokens. Every arm
-has the same seeds and sees the same windows; one learning rate for each adapter, chosen beforehand on documents of
-their own. Adapters are on `q_proj` and `o_proj`, the projections whose features 36 divides. Writes
-language_study.csv as rows arrive (a run that was stopped goes on), language_study.md and language_study.png.
+Tests the second claim of the MELoRA paper (P. Ren et al., ACL 2024), which is about instructions and models of 7B
+parameters, at a scale that two cores can train: the loss on held-out documents, after the same number of tokens. Every
+arm has the same seeds and sees the same windows. Each adapter has one learning rate, chosen beforehand on separate
+documents. Adapters are on `q_proj` and `o_proj`, the projections whose features are divisible by 36. Writes
+language_study.csv row by row (a stopped run continues), language_study.md and language_study.png.
 """
 
 import functools
@@ -40,18 +40,18 @@ ARMS = (
     Arm("MELoRA 8×1", "MELoRA", 1, 8),
     Arm("LoRA 1", "LoRA", 1),
 )
-"""n blocks of rank 1 have the parameters of a LoRA of rank 1: 36 times fewer than rank 36, 8 times than rank 8."""
+"""n blocks of rank 1 have as many parameters as a LoRA of rank 1: n times fewer than a LoRA of rank n."""
 BASE = Arm("none", "none")
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 CHOICE_SEED = 100
-"""None that the study has."""
+"""Not among the seeds of the study."""
 TASK, CHOICE = "documentation", "documentation, choice"
 HELD_OUT = {TASK: "held out", CHOICE: "choice"}
-"""The windows that give the loss."""
+"""The windows on which the loss of a task is computed."""
 STUDY = Study(
     name="language_study",
     title="Quality on text",
-    tasks={TASK: "loss of a token in nats"},
+    tasks={TASK: "loss per token in nats"},
     arms=[*(arm.name for arm in ARMS), BASE.name],
     comparisons=(
         Comparison("MELoRA 36×1", "LoRA 36", "36 times fewer parameters, equal rank"),
@@ -60,30 +60,31 @@ STUDY = Study(
         Comparison("MELoRA 8×1", "LoRA 1", "equal parameters, 8 times the rank"),
     ),
     choice=CHOICE,
-    rule="A learning rate for each adapter was chosen by the loss on documents that are for this alone, after fewer "
-    "steps: the best, with a worse one on either side. So few steps may prefer high rates.",
+    rule="The learning rate of each adapter was chosen by the loss on documents reserved for this choice, after fewer "
+    "steps: the best rate, with a worse one on either side. So few steps may prefer high rates.",
     near=0,
     seeds=3,
     baseline=(BASE.name, "the model before the training"),
-    beside="LoRA r is PEFT's LoRA of rank r, MELoRA n×r has n blocks of rank r; both are on `q_proj` and `o_proj`. A "
-    "seed decides which windows are taken and where the adapter begins.",
+    beside="LoRA r is PEFT's LoRA of rank r, and MELoRA n×r has n blocks of rank r; both adapt `q_proj` and `o_proj`. "
+    "A seed decides which windows are used and the initial values of the adapter.",
     unit="nats",
     scale="per token",
     factor=1,
     digits=4,
     higher_is_better=False,
     differs=(
-        "Training is short: some two per cent of one pass over the text. How fast an adapter begins to learn counts "
-        "here, more than where it ends.",
+        "Training is short: about two per cent of one pass over the text. How fast an adapter starts to learn counts "
+        "more here than the level that it finally reaches.",
         "The paper tunes Llama-2-7B to follow instructions and scores it on INSTRUCTEVAL. Here SmolLM2-135M learns to "
-        "continue documentation, and the loss on further documents counts: how well an adapter learns a text, not "
-        "how well a model follows instructions.",
-        "The paper chooses the rank of a block for each benchmark; here it is 1, with 36 blocks beside a LoRA of rank "
-        "36 and 8 beside one of rank 8.",
-        "alpha is 16 for all, so alpha / rank goes from 0.44 (LoRA 36) to 16 (rank 1); each arm's own learning rate "
-        "makes up for some of that.",
-        "The base is SmolLM2-135M-Instruct as its package has it, dequantised from four bits.",
-        "Adapters are on the projections of queries and of the attention's output, 576 → 576: 36 divides no other.",
+        "continue documentation and is scored by the loss on other documents. This measures how well an adapter learns "
+        "a text, not how well a model follows instructions.",
+        "The paper chooses the rank of a block for each benchmark. Here it is 1, with 36 blocks compared with a LoRA "
+        "of rank 36, and 8 blocks compared with a LoRA of rank 8.",
+        "alpha is 16 for all arms, so alpha / rank ranges from 0.44 (LoRA 36) to 16 (rank 1); the separate learning "
+        "rates make up for some of that.",
+        "The base is SmolLM2-135M-Instruct from its pip package, dequantised from four bits.",
+        "Adapters are on the query and output projections of the attention, 576 → 576: all other linears have a number "
+        "of features that is not divisible by 36.",
     ),
 )
 
@@ -112,7 +113,10 @@ def run(options: Namespace) -> int:
 
 
 def _choose(options: Namespace, make: Callable[..., Run], path: Path) -> tuple[int, dict[str, float]]:
-    """An exit status, and by arm the learning rate with the least loss: none at the end of those that were tried."""
+    """Returns an exit status, and the learning rate with the smallest loss by arm.
+
+    Tries further rates until the best is not the smallest or largest rate tried, except with --quick.
+    """
     rates = LEARNING_RATES[1:3] if options.quick else LEARNING_RATES
     new = choice = [make(CHOICE, arm, CHOICE_SEED, rate, options.choice_steps) for rate in rates for arm in ARMS]
     status = DONE
@@ -130,21 +134,28 @@ def _choose(options: Namespace, make: Callable[..., Run], path: Path) -> tuple[i
 
 
 def further_rate(losses: Mapping[float, float]) -> float | None:
-    """The next to try if the best is the largest or the smallest: twice or half of it; `losses`: by learning rate."""
+    """Returns twice the best rate if it is the largest, half of it if it is the smallest, else None.
+
+    Args:
+        losses: by learning rate.
+    """
     best = min(losses, key=lambda rate: losses[rate])
     return 2 * best if best == max(losses) else best / 2 if best == min(losses) else None
 
 
 def why_missing(options: Namespace) -> str:
-    """What to do about a missing text or model; empty where both are there."""
+    """Returns what to do about a missing text or model; empty if both are there."""
     if options.text != BOTOCORE and not Path(options.text).is_file():
-        return f"`{options.text}` is not there: --text takes a file of English, or `{BOTOCORE}`"
+        return f"`{options.text}` is missing: pass --text a file of English text, or `{BOTOCORE}`"
     needs = [BOTOCORE_PACKAGE] * (options.text == BOTOCORE) + [SMOLLM2] * (not options.quick)
     return "; ".join(filter(None, (need.why_missing(options.cache) for need in needs)))
 
 
 def prepare(options: Namespace) -> tuple[Path, Path, str, int]:
-    """Folders of the model and of the windows, both in --cache; what the text is; and how many windows train."""
+    """Returns the folders of model and windows, a description of the text, and the number of training windows.
+
+    Both folders are in --cache.
+    """
     documents = read_documents(options.text)
     name = f"{BOTOCORE} {version(BOTOCORE)}" if options.text == BOTOCORE else Path(options.text).name
     sha256 = digest(
@@ -165,7 +176,7 @@ def prepare(options: Namespace) -> tuple[Path, Path, str, int]:
 
 
 def _save_model(folder: Path, *, quick: bool) -> None:
-    """SmolLM2-135M-Instruct in float32, with its tokenizer; or a tiny model of bytes, whose features 36 divides."""
+    """Saves SmolLM2-135M-Instruct in float32 with its tokenizer, or a tiny model of bytes of 72 features."""
     if quick:
         torch.manual_seed(0)
         LlamaForCausalLM(llama_config(72, 144, 2, 2, vocab_size=256)).save_pretrained(folder)

@@ -1,11 +1,12 @@
-"""What does an adapter cost at inference: merged, unmerged in each form, swappable, and as PEFT's model, exported here?
+"""What does an adapter cost at inference: merged, unmerged in each form, swappable, and as PEFT's model exported here?
 
-One factor at a time around a centre: batch 8 × 64 tokens, one thread, n = r = 8, query and value. A cell holds what is
-compared: all forms run in turn, in an order drawn for every round, after their outputs have been found equal; graphs
-are loaded three times, for one that stays loaded may be some per cent off for as long as it does. Exports are kept in
---cache. Writes latency.csv, latency.md, and pictures: for each model its graphs, and torch.
+Varies one factor at a time around a centre: batch 8 × 64 tokens, one thread, n = r = 8, query and value. All forms of a
+cell run in turn, in an order drawn for every round, after their outputs have been compared. Graphs are loaded three
+times, because a graph may be off by some per cent for as long as it stays loaded. Exports are kept in --cache. Writes
+latency.csv, latency.md, and two pictures for each model: of its graphs, and of torch.
 
-`--providers cuda`, `cuda graph` or `tensorrt` measures the graphs there, `--device cuda` the torch cells.
+`--providers cuda`, `cuda graph` or `tensorrt` measures the graphs on that provider, `--device cuda` the torch cells on
+that device.
 """
 
 import functools
@@ -32,7 +33,7 @@ from .deployment.latency_cells import QUICK, TARGETS, Cell, Form, cells
 from .deployment.latency_report import write_report
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
-"""Largest relative difference, by precision, between forms that compute the same."""
+"""Largest relative difference between forms whose outputs must be equal, by precision."""
 MAX_ROUNDS = 200
 
 
@@ -51,7 +52,7 @@ def run(options: Namespace) -> int:
 
 
 class Workshop:
-    """Exports, kept in a folder that is named after the sources and versions that made them, and torch runners."""
+    """The exports and torch models of the cells. Exports are in a folder named after the sources and versions."""
 
     def __init__(self, cache: Path, device: str, backend: str = "inductor") -> None:
         self.cache = cache
@@ -62,7 +63,7 @@ class Workshop:
         self.torch_model = functools.lru_cache(maxsize=None)(self._torch_model)
 
     def contenders(self, cell: Cell, seed: int = 0) -> list[Contender]:
-        """The cell's forms in their order, loaded in another, which `seed` decides."""
+        """Returns the cell's forms in their order; `seed` decides the order in which they are loaded."""
         torch.set_num_threads(cell.threads)
         forms = list(cell.forms)
         random.Random(f"{cell.label} {seed}").shuffle(forms)
@@ -78,7 +79,7 @@ class Workshop:
         return self._graph(cell, form)
 
     def _graph(self, cell: Cell, form: Form) -> Contender:
-        from exporters import OrtRunner  # needs packages that the torch cells do without
+        from exporters import OrtRunner  # needs packages that torch cells do not need
         from exporters.adapters.ort_adapter import swap_tensors
         from exporters.onnx_files.metadata import read_facts
         from melora_fx.saving.adapter_file import read_adapter
@@ -91,7 +92,7 @@ class Workshop:
         return Contender(form.name, runner.with_tensors(tensors), path, tensors)
 
     def exported(self, cell: Cell, form: Form) -> Path:
-        """The form's graph, and the adapter in it as a folder beside it; exported where it is not there yet."""
+        """Returns the form's graph; if it is missing, exports it and saves its adapter in a folder next to it."""
         from exporters import export_onnx  # as above
 
         target = cell.target or TARGETS[cell.provider]
@@ -108,7 +109,7 @@ class Workshop:
         return path
 
     def inputs(self, cell: Cell) -> dict[str, Any]:
-        """Token ids, and a mask of ones."""
+        """Returns token ids and a mask of ones; for torch cells as tensors on the device."""
         arrays = token_arrays(cell.batch, cell.sequence)
         if not cell.provider.startswith("torch"):
             return arrays
@@ -125,22 +126,22 @@ class Workshop:
 
 
 def errors(cell: Cell, contenders: list[Contender], inputs: dict[str, Any]) -> dict[str, float]:
-    """The relative difference of each form from the one that it must equal.
+    """Returns the relative difference of each form from the form that it must equal.
 
     Raises:
-        MELoRAError: where it is too large, or where the adapter changes nothing.
+        MELoRAError: if a difference is too large, or if the adapter changes nothing.
     """
     runners = {contender.form: contender.runner for contender in contenders}
     found = {form.name: compare(runners[form.name], runners[form.equals], inputs).max_rel_error for form in cell.forms}
     if wrong := {name: error for name, error in found.items() if not error <= TOLERANCE[cell.precision]}:
-        raise MELoRAError(f"{cell.name}: not equal to what they must equal: {wrong}")
+        raise MELoRAError(f"{cell.name}: forms that differ from those they must equal: {wrong}")
     if compare(runners["merged"], runners["base"], inputs).max_rel_error < 10 * TOLERANCE["fp32"]:
         raise MELoRAError(f"{cell.name}: the adapter changes nothing")
     return found
 
 
 def measure_cell(cell: Cell, workshop: Workshop, seconds: float) -> list[Row]:
-    """The rows of a cell."""
+    """Measures a cell and returns its rows."""
     contenders = workshop.contenders(cell)
     inputs = workshop.inputs(cell)
     found = errors(cell, contenders, inputs)

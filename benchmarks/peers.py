@@ -1,16 +1,18 @@
-"""How fast are exported graphs beside those of others: optimum-onnx, ONNX Runtime's optimizer, Olive, transformers?
+"""How fast are exported graphs compared with those of optimum-onnx, ONNX Runtime's optimizer, Olive and transformers?
 
-Each side's graph runs in a plain session of ONNX Runtime with its default options, on one thread of a CPU. A classifier
-on MiniLM-L6 and on MPNet-base (pretrained), a ViT-B/16 and a GPT-2 (124M, without a cache; both random). The peers make
-their graphs in an environment of their own in --cache, since optimum-onnx needs transformers 4: `peers_environment.py`
-runs there, and installs nothing where it is there already. Of optimum-onnx there is the plain export and its levels O1
-to O3; of ONNX Runtime `onnxruntime.transformers.optimizer`; of Olive what `olive optimize` gives; of transformers its
-own exporter, plain and with its fusions. Ours are merged, unmerged and swappable ones without an adapter.
+Each side's graph runs in a plain ONNX Runtime session with default options, on one CPU thread. The models are a
+classifier on MiniLM-L6 and on MPNet-base (pretrained), a ViT-B/16, and a GPT-2 (124M, without a cache; both random).
 
-Each process loads all sides in an order of its own, behind 2 GB of ballast (see `decoding`), checks their outputs
-against ours, and times them in turn, in an order drawn for every round. A ratio is the median over the processes of a
-side's median over the fastest peer's; those of unmerged and swappable graphs are over our merged one's. What a process
-has measured is kept in --cache. Writes peers.csv, peers.md and a picture for each model.
+The peers are optimum-onnx (the plain export and its levels O1 to O3), `onnxruntime.transformers.optimizer`, the result
+of `olive optimize`, and transformers' own exporter (plain and with its fusions). Except for transformers' exporter they
+run `peers_environment.py` in a separate environment in --cache, which is created once: optimum-onnx needs
+transformers 4. Ours are merged and unmerged graphs, and swappable ones without an adapter.
+
+Each process loads all sides in an order of its own, after 2 GB of ballast (see `decoding`). It checks their outputs
+against ours, and times them in turn, in an order drawn for every round. `ratio` is a side's median over the fastest
+peer's, as the median over the processes; `over_merged` is over our merged graph's, and has the goals of unmerged and
+swappable graphs. The results of each process are kept in --cache. Writes peers.csv, peers.md and a picture for each
+model.
 """
 
 import functools
@@ -61,11 +63,11 @@ def rows_of(
     measured: Callable[[Setting], Sequence[Mapping[str, Any]]],
     maker: Callable[[str], str],
 ) -> list[Row]:
-    """The rows of a case, one a side; `ratio` is over the fastest peer, `over_merged` over our merged graph.
+    """Returns the rows of a case, one per side; `ratio` is over the fastest peer, `over_merged` over our merged graph.
 
     Args:
-        measured: gives what the processes of a setting printed.
-        maker: says of a side what has made its graph.
+        measured: returns what the processes of a setting printed.
+        maker: returns what made the graph of a side.
     """
     found = measured(setting)
     times = [each["milliseconds"][shape] for each in found]

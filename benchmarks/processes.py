@@ -1,14 +1,17 @@
-"""What do several processes send, hold and wait for with adapters, over the frozen model, here and in PEFT?
+"""What do several processes send, store and wait for with adapters, relative to the frozen model, here and in PEFT?
 
-A small random Llama, all seven linears of a layer adapted; gloo, each process on one thread. A case is one way to
-spread it over 2 or 4 processes, which hold all sides and train them in turn, step by step. The floor is the frozen
-model, spread in the same way, whose input wants its gradient. Columns: the largest difference of three losses, and of
-the adapter's gradients over the largest of these, from those of one process with the whole batch; collectives of a step
-and their bytes, in one process; bytes of parameters, buffers and AdamW's states that a process holds; peak memory that
-a step takes in it.
+A small random Llama with adapters in all seven linears of a layer; gloo, one thread per process. A case is one way to
+spread the model over 2 or 4 processes, which hold all sides and train them in turn, step by step. The floor is the
+frozen model, spread in the same way, with an input that requires a gradient. Columns:
 
-PEFT's LoRA under tensor parallelism follows a plan of its own, for its layers are no `nn.Linear`: of each linear one
-factor is whole on every process. Writes processes.csv and processes.md.
+* the largest difference of three losses from those of one process with the whole batch, and of the adapter's gradients,
+  relative to the largest gradient
+* the collectives of a step in one process, and their bytes
+* the memory that one process uses for parameters, buffers and AdamW's states
+* the peak memory of a step in one process
+
+PEFT's LoRA has its own plan under tensor parallelism, because its layers are not `nn.Linear`: one factor of each linear
+is whole on every process. Writes processes.csv and processes.md.
 """
 
 import functools
@@ -53,11 +56,11 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
     lines = [
         "# Several processes",
         "",
-        f"{written_by('processes', rows)}. Over gloo, on two cores, so that four processes share them. "
-        "Losses and gradients: the largest difference from one process with the whole batch, of gradients over the "
-        "largest gradient. Collectives and bytes: of a step, in one process; added: above the frozen model's. Held: "
-        "parameters, buffers and AdamW's states of one process. Step over frozen: ratio of medians, the frozen model "
-        "spread in the same way.",
+        f"{written_by('processes', rows)}. Over gloo, on two cores, which four processes must share. "
+        "Losses and gradients: the largest difference from one process with the whole batch; for gradients, relative "
+        "to the largest gradient. Collectives and bytes: those of a step in one process; added: above the frozen "
+        "model's. Held: parameters, buffers and AdamW's states of one process. Step over frozen: the ratio of the "
+        "medians, with the frozen model spread in the same way.",
         "",
         *processes_table(rows),
     ]
@@ -65,7 +68,7 @@ def write_report(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
 
 
 def processes_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """Returns the lines of a Markdown table."""
     floors = {row["case"]: row for row in rows if row["side"] == FROZEN}
     return markdown_table(_HEADINGS, [_cells(row, floors[row["case"]]) for row in rows], text_columns=3)
 

@@ -1,10 +1,10 @@
-"""Rows of the report.json that `melora-fx demo`, `melora-fx train` and an example write, as CSV files in results/:
+"""Converts the report.json of `melora-fx demo`, `melora-fx train` and an example into CSV files in results/:
 
     python -m benchmarks.report_rows demo demo-output/report.json
     python -m benchmarks.report_rows train_command trained/report.json
     python -m benchmarks.report_rows instruction_tuning instruction-tuning-output/report.json
 
-on the machine and at the commit that they ran on. benchmarks/pages/ makes tables of them.
+Run it on the machine and at the commit of the reported run. benchmarks/pages/ makes tables from the rows.
 """
 
 import json
@@ -21,14 +21,14 @@ from .common.cases import COLUMNS, Row
 from .common.checkout import ROOT, source_digest
 
 MAJORITY, EPOCH, LORA, FOLDED, BASE = "majority baseline", "epoch ", "LoRA of equal rank", "folded", "onnx base"
-"""Sides beside those that the demo timed; EPOCH begins those of the training, number 0 before it."""
+"""Sides in addition to those that the demo timed. EPOCH is the start of an epoch's name; epoch 0 is before training."""
 OWN_COLUMNS = ("accuracy", "parameters", "adapter_parameters", "max_abs_error", "same_labels")
 TUNING_COLUMNS = ("parameters", "loss", "stated", "last_number")
-"""Of instruction_tuning.csv: what is trained, the held-out loss, and the shares of right answers, read in two ways."""
+"""Of instruction_tuning.csv: trained parameters, held-out loss, and the shares of correct answers, read in two ways."""
 
 
 def rows_of(benchmark: str, report: Mapping[str, Any], device: str, time: str) -> list[Row]:
-    """A row for each epoch, for what it is beside, and for what the demo folded, exported and timed."""
+    """Returns a row for each epoch and each baseline, and for everything that the demo folded, exported and timed."""
     sides: dict[str, Row] = {MAJORITY: {"accuracy": report["majority_baseline"]}}
     sides |= {f"{EPOCH}{index}": {"accuracy": accuracy} for index, (_, accuracy) in enumerate(report["evaluations"])}
     last = sides[f"{EPOCH}{len(report['evaluations']) - 1}"]
@@ -56,7 +56,7 @@ def rows_of(benchmark: str, report: Mapping[str, Any], device: str, time: str) -
 
 
 def tuning_rows_of(report: Mapping[str, Any], device: str, time: str) -> list[Row]:
-    """A row for the base and one for the tuned model."""
+    """Returns a row for the base model and one for the tuned model."""
     origin = {
         "benchmark": "instruction_tuning",
         "case": "stories260K-hf",

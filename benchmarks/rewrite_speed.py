@@ -1,7 +1,7 @@
-"""How long does it take to rewrite a 7B model, beside PEFT's module swapping, and does matching scale?
+"""How long does rewriting a 7B model take, compared with PEFT's module swapping, and does matching scale?
 
-Llama-2-7B's configuration on the meta device, both sides in turn in one process, a fresh model for each run; then the
-matcher on graphs of 100 to 10,000 nodes. Writes rewrite_speed.csv.
+Both sides rewrite a model of Llama-2-7B's configuration on the meta device, in turn in one process, with a new model
+for each run. Then the matcher runs on graphs of 100 to 10,000 nodes. Writes rewrite_speed.csv.
 """
 
 import functools
@@ -40,7 +40,7 @@ def run(options: Namespace) -> int:
 
 
 def llama_7b(layers: int) -> nn.Module:
-    """The architecture of Llama-2-7B, of so many layers, without memory for its weights."""
+    """Returns a Llama-2-7B with `layers` layers on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers))
 
@@ -60,7 +60,7 @@ def measure_rewrite(targets: list[str], layers: int, rounds: int) -> list[Row]:
 
 
 class Chain(nn.Module):
-    """A number of products with own matrices, in one graph."""
+    """A chain of `length` products, each with its own matrix."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Chain(nn.Module):
 
 
 def measure_match(length: int, rounds: int) -> list[Row]:
-    """The time of matching, and that for one node of the graph."""
+    """Returns the row of matching, with its time in total and per node of the graph."""
     graph_module = fx.symbolic_trace(Chain(length))
 
     def match() -> None:

@@ -1,8 +1,8 @@
-"""What does a site cost whose product stands in a forward of the user's own, beside the same product in a graph?
+"""What does a site in a custom forward cost, compared with the same product in a graph?
 
-One site of 64 × 64, one token, where Python costs more than the numbers. The sides: the module's own forward, with a
-stand-in for its weight; the whole capture of the same module, a graph; an `nn.Linear` in place; the plain module.
-Writes site_speed.csv.
+One site of 64 × 64 and one token, so that Python costs more than the arithmetic. The sides are the module's own forward
+with a stand-in for its weight; the whole capture of the same module, which is a graph; an `nn.Linear` in place; and the
+plain module. Writes site_speed.csv.
 """
 
 import functools
@@ -21,7 +21,7 @@ from .common.cases import Case, Row, run_cases, timed_rows
 
 FEATURES = 64
 CALLS = 50
-"""Forwards that one timing is of."""
+"""Forward passes per timing."""
 
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "F.linear(x, w)": lambda x, w: F.linear(x, w),
@@ -40,7 +40,7 @@ def run(options: Namespace) -> int:
 
 
 class Product(nn.Module):
-    """One product with a weight of its own."""
+    """A product with its own weight."""
 
     def __init__(self, form: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Around(nn.Module):
 
 
 def sides(form: str) -> dict[str, nn.Module]:
-    """The models that take turns."""
+    """Returns the models that are timed in turn."""
     config = MELoRAConfig(rank=1, num_blocks=8)
     x = torch.empty(2, FEATURES)
     return {
@@ -76,7 +76,7 @@ def sides(form: str) -> dict[str, nn.Module]:
 
 
 def measure(form: str, training: bool, rounds: int) -> list[Row]:
-    """Rows of one form, with the microseconds of one forward."""
+    """Returns the rows of one form, with the microseconds of one forward pass."""
     x = torch.randn(1, FEATURES)
 
     def repeated(model: nn.Module) -> Callable[[], None]:

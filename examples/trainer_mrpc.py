@@ -2,13 +2,13 @@
 
     python examples/trainer_mrpc.py --data MRPC_FOLDER --out trainer-mrpc-output
 
-The rewritten model is the model that it was, so `Trainer` takes it as it is; the callback makes its checkpoints hold
-the trained tensors only. The best epoch is folded, exported to ONNX, and checked on ONNX Runtime on the whole
+The rewritten model stays the same object, so `Trainer` accepts it unchanged. The callback makes its checkpoints contain
+only the trained tensors. The best epoch is folded, exported to ONNX, and checked on ONNX Runtime on the whole
 validation set.
 
 Needs `pip install "melora_fx[demo]" accelerate`, and a folder with train.tsv and validation.tsv: tab-separated, with
-the columns `sentence1`, `sentence2` and `label`. Seven minutes on one core, four with `--bf16` where the processor has
-instructions for it; `--quick`: one.
+the columns `sentence1`, `sentence2` and `label`. Takes seven minutes on one core, four with `--bf16` if the
+processor has instructions for it; with `--quick` one.
 """
 
 import argparse
@@ -37,16 +37,16 @@ MRPC = Path(__file__).parents[2] / "shared" / "data" / "glue" / "mrpc"
 CONFIG = melora_fx.MELoRAConfig(rank=8, num_blocks=8, alpha=16)
 
 Rows = list[dict[str, Any]]
-"""Tokens and labels, one dict a sentence pair."""
+"""Tokens and labels, one dict per sentence pair."""
 
 
 def load_model() -> Any:
-    """MiniLM-L6 with a new head."""
+    """Returns MiniLM-L6 with a new head."""
     return AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2)
 
 
 def read(path: Path, tokenizer: Any) -> Rows:
-    """The sentence pairs as tokens, with their labels: a list is all that `Trainer` wants."""
+    """Returns the sentence pairs as tokens with their labels: a list is all that `Trainer` needs."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     pairs = [row["sentence1"] for row in rows], [row["sentence2"] for row in rows]
@@ -57,7 +57,7 @@ def read(path: Path, tokenizer: Any) -> Rows:
 
 
 def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, and F1 of the label 1 (a paraphrase), the two numbers that GLUE wants."""
+    """Returns the accuracy, and the F1 of the label 1 (a paraphrase): the two metrics of GLUE for this task."""
     hits = int((predicted & labels).sum())
     return {
         "accuracy": float((predicted == labels).mean()),
@@ -66,7 +66,7 @@ def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def logits_of(run: Callable[[Any], Any], data: Rows, collate: DataCollatorWithPadding) -> np.ndarray:
-    """Logits (rows, 2) by `run`, a runner's method, in batches of 32."""
+    """Returns the logits (rows, 2) of `run`, a runner's method, computed in batches of 32."""
     batches = [dict(collate(data[start : start + 32])) for start in range(0, len(data), 32)]
     return np.concatenate(
         [run({name: tensor for name, tensor in batch.items() if name != "labels"})["logits"] for batch in batches]
@@ -107,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=MRPC)
     parser.add_argument("--out", type=Path, default=Path("trainer-mrpc-output"))
     parser.add_argument("--bf16", action="store_true", help="train under autocast")
-    parser.add_argument("--quick", action="store_true", help="one epoch of 512 pairs, 128 to validate")
+    parser.add_argument("--quick", action="store_true", help="one epoch of 512 pairs, with 128 for validation")
     return parser.parse_args()
 
 
@@ -131,7 +131,7 @@ def main() -> None:
     labels = np.array([row["labels"] for row in validation])
     collate = DataCollatorWithPadding(tokenizer)
     unfolded = logits_of(TorchRunner(model).run, validation, collate)
-    best = Path(trainer.state.best_model_checkpoint or "")  # an adapter folder, too
+    best = Path(trainer.state.best_model_checkpoint or "")  # also an adapter folder
     reloaded = logits_of(TorchRunner(melora_fx.load_adapter(load_model(), best)).run, validation, collate)
     melora_fx.fold(model)  # a plain BertForSequenceClassification again
     folded = logits_of(TorchRunner(model).run, validation, collate)

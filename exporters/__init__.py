@@ -1,6 +1,6 @@
-"""exporters: what leaves torch: ONNX graphs, the runners that compute them, and what they cost.
+"""Takes models and adapters out of torch: ONNX graphs, the runners that run them, and measurements of their cost.
 
-Each name is imported when it is first used: who times a torch model needs no exporter.
+Each name is imported when it is first used, so that timing a torch model needs no exporter.
 """
 
 from importlib import import_module
@@ -45,7 +45,7 @@ _MODULES = {
     "export_report": ("ExportReport",),
     "onnx_fold": ("fold_onnx",),
 }
-"""Where each public name stands; no module has the name of one, which it would hide."""
+"""Module → the public names that it defines. No module may have a public name: importing it would hide that name."""
 
 __all__ = [
     "Comparison",

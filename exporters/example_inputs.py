@@ -1,4 +1,4 @@
-"""Hugging Face model folders: inputs to trace their models with."""
+"""Builds example inputs for tracing the models of Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "preprocessor_config.json",
 )
-"""What turns a user's data into a model's inputs; `preprocessor_config.json` is that of images and sound."""
+"""Files that turn a user's data into a model's inputs; `preprocessor_config.json` is the one for images and sound."""
 
 
 def example_inputs(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
-    """Inputs of two rows: sentences, or mere token ids where the folder has no tokenizer; images for a vision model.
+    """Returns inputs with two rows: images for a vision model, else sentences, or token ids if there is no tokenizer.
 
-    A decoder beside an encoder gets the first tokens of its own, but for a classifier, which makes them itself.
+    An encoder-decoder model also gets `decoder_input_ids`, the first five tokens of each row, unless it is a sequence
+    classifier, which computes its own.
     """
     if model.main_input_name == "pixel_values":
         config: Any = model.config
@@ -47,7 +48,7 @@ def _sentences(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokens = torch.arange(16).remainder(model.config.get_text_config().vocab_size).expand(2, -1).contiguous()
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    from transformers import AutoTokenizer  # heavy: only where it is used
+    from transformers import AutoTokenizer  # slow to import, so only here
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token is None:

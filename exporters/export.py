@@ -1,4 +1,4 @@
-"""`export_onnx`: a model, merged or unmerged, as an ONNX file that has been compared with torch."""
+"""Exports a model, merged or unmerged, as an ONNX file, and compares the file with torch."""
 
 from __future__ import annotations
 
@@ -52,46 +52,56 @@ def export_onnx(
     use_cache: bool | str = "auto",
     verify: bool = True,
 ) -> ExportReport:
-    """Writes `model` as an ONNX graph; the model is as before afterwards.
+    """Writes `model` as an ONNX graph; afterwards the model is as before.
 
-    Beside NAME.onnx: its weights NAME.onnx.HASH.data, the report NAME.export.json and, for a Hugging Face model, its
-    configurations and its tokenizer's files, from `config._name_or_path` where that is a local folder; for a decoder
-    with a cache onnxruntime-genai's genai_config.json, of the graph written last. All is written to a temporary folder,
-    checked there, and then moved; other files in the folder stay. Wherever the process is killed, the earlier graph or
-    the new one is there, each with its own weights. A graph that fails the check is left in the folder NAME.failed
-    instead.
+    Next to the graph NAME.onnx it writes the weights, NAME.onnx.HASH.data, and the report, NAME.export.json. For a
+    Hugging Face model it adds the configurations and, if `config._name_or_path` is a local folder, the tokenizer's
+    files from there. For a decoder with a cache and no encoder it adds onnxruntime-genai's genai_config.json, which
+    describes the graph that was written last. All files are written to a temporary folder, checked there, and then
+    moved; other files in the folder stay. Whenever the process is killed, either the earlier graph or the new one is
+    there, each with its own weights. The files of a graph that fails the check are left in the folder NAME.failed.
 
     Args:
-        model: a rewritten model, or a plain one, which is exported as it is, in float32. Weights in half precision
-            become float32 one by one, and half again afterwards.
-        example_inputs: a dict of keyword arguments or a tuple of positional ones, tensors or constants of the graph (a
-            number, a text, None); a batch of one is doubled where the batch is dynamic. Its number of tokens stands for
-            that of a typical run where `form` is "auto".
-        path: the .onnx file, or a folder, in which it is called model.onnx.
+        model: a rewritten model, or a plain one, which is exported unchanged. It is exported in float32: weights in
+            half precision are converted one at a time, and back afterwards; weights that shared memory no longer do.
+        example_inputs: a dict of keyword arguments or a tuple of positional ones. Tensors, of any shape that the model
+            accepts, are copied and become inputs of the graph; numbers, strings and None become constants. A batch of
+            one is doubled if the batch is dynamic. If `form` is "auto", the example should have as many tokens as a
+            typical run.
+        path: the .onnx file, or a folder for model.onnx. An encoder-decoder model with a cache needs a folder for
+            encoder_model.onnx and decoder_model.onnx.
         adapter: a name in `exporters.targets.ADAPTERS`: "fold" exports the merged weights, "keep" the adapters as nodes
-            of the graph, "swap" these nodes with the adapters as optional inputs, of any rank: without any the graph
-            computes the base. Inside `disabled` "fold" and "keep" export the base.
-        target: the runtime that the graph is for, a name in `exporters.targets.TARGETS`; "portable" is for all.
-        precision: a name in `exporters.targets.PRECISIONS`, or "auto": what the target runs best. Inputs and outputs
-            are the model's in each.
-        dynamic_axes: "auto": all that the model leaves free; or input name → {axis: name}, every other axis fixed.
-        form: how "keep" and "swap" write an update: "block", "dense", or "auto": the faster one for each site. "swap"
-            with "auto" takes blocks except in a decoder with a cache: "dense" makes adapter files larger. On a CPU, in
-            float32 and without a cache, these are "gated": left out while there is no adapter, some per cent slower
-            with one.
-        opset: ONNX operator set; None leaves the exporter's default.
-        use_cache: whether the graph of a decoder takes and gives a key-value cache: True, False, or "auto", which
-            follows `model.config.use_cache` where the model generates; the report says why there is none. The inputs
-            and outputs are called as optimum and onnxruntime-genai call them (`exporters.onnx_files.cache_names`).
-        verify: check the graph by `onnx.checker` and compare it with torch on ONNX Runtime's CPU, at other sizes too.
+            of the graph, "swap" the same nodes with the adapters as optional inputs of any rank; without these inputs
+            the graph computes the base. Inside `disabled`, "fold" and "keep" export the base.
+        target: a name in `exporters.targets.TARGETS`: the runtime that the graph is for. "portable" is for all.
+        precision: a name in `exporters.targets.PRECISIONS`, or "auto" for the target's default. Inputs and outputs have
+            the dtypes of the float32 model in every precision, except a key-value cache, which is float16 with "fp16".
+        dynamic_axes: "auto" frees axes 0 and 1 of each tensor, and further axes as long as some tensor's axis 1, if
+            they are longer than 1 and the model lets them vary. Or input name → {axis: name}: every other axis is
+            fixed, and the graph cannot have a key-value cache.
+        form: how "keep" and "swap" write an update: "block", "dense", "gated" or "auto", the faster one for each site.
+            "gated" blocks are skipped while there is no adapter, and are some per cent slower with one; without "swap",
+            in half precision, with a cache, or on a GPU they are plain blocks. "auto" writes "swap" as gated blocks,
+            because "dense" makes adapter files larger; only in a decoder with a cache does it choose the faster form.
+        opset: version of the ONNX operator set; None uses the exporter's default.
+        use_cache: whether the graph of a decoder accepts and returns a key-value cache: True, False, or "auto", which
+            follows `model.config.use_cache` if the model can generate. If "auto" cannot add the cache, the report's
+            notes say why. Inputs and outputs have the names that optimum and onnxruntime-genai use
+            (`exporters.onnx_files.cache_names`).
+        verify: whether to check the graph with `onnx.checker` and to compare it with torch on ONNX Runtime's CPU, also
+            at other sizes than the example's.
+
+    Returns:
+        the report. For an encoder-decoder model with a cache it is on the decoder's graph, and its `encoder` is the
+        report on the encoder's.
 
     Raises:
-        ValueError, TypeError: for an option or inputs of no accepted form.
-        MELoRAError: where `use_cache` is True and the model has no such cache; where the model cannot be folded;
-            for "swap" inside `disabled` or without sites; where the model
-            cannot be exported, or not with these dynamic axes or for this target; where the folder cannot be written,
-            or holds another model's configuration, tokenizer or weights; where ONNX Runtime is not installed, or the
-            graph is not equal to torch. No file of an earlier export is touched then.
+        ValueError, TypeError: if an option or an example input is not of an accepted form.
+        MELoRAError: if `use_cache` is True and the model cannot have such a cache; if the model cannot be folded, or
+            is sharded; for "swap" inside `disabled` or without sites; if the model cannot be exported, or not with
+            this adapter form, with these dynamic axes or for this target; if the folder cannot be written, or contains
+            another model's configuration, tokenizer or weights; if ONNX Runtime is not installed; if the graph is not
+            equal to torch. Files of an earlier export are not touched then.
     """
     found_target = find("target", target, TARGETS)
     options = ExportOptions(
@@ -111,7 +121,7 @@ def export_onnx(
     found = sites(model)
     held = held_adapter(model, options.adapter, found)
     half = half_dtypes(model)
-    notes = (f"the model's weights are {' and '.join(half)}: the graph is made of them in float32",) if half else ()
+    notes = (f"the model's weights are {' and '.join(half)}: the graph is built from them in float32",) if half else ()
     with (
         show_progress(f"exporting {options.path.name}") as step,
         contextlib.ExitStack() as folders,
@@ -133,7 +143,7 @@ def export_onnx(
         for report, staging in written:
             _publish(report, Path(report.path), staging)
         if half:
-            gc.collect()  # graphs are cycles: theirs would hold the weights in float32 while they become half again
+            gc.collect()  # graphs are reference cycles: they would keep float32 weights during the conversion back
     return replace(written[-1][0], encoder=written[0][0] if len(written) > 1 else None)
 
 
@@ -146,13 +156,13 @@ def _export(
     staging: Path,
     step: Callable[[str], None],
 ) -> ExportReport:
-    """Writes one graph, and what belongs beside it, into `staging`, and compares it with the model."""
+    """Writes one graph and its companion files into `staging`, and compares the graph with the model."""
     from exporters.graph.build import build_graph  # these two import onnx_ir and onnxscript
     from exporters.graph.passes import graph_facts, run_passes
 
     start = time.perf_counter()
     own = sites_in(model, part, found)
-    facts = _describe(model, options, held, own, found)  # of the base: before it is folded
+    facts = _describe(model, options, held, own, found)  # before the fold: it describes the base's weights
     with contextlib.ExitStack() as values:
         notes = _write_companions(model, options.path, staging)
         step("translating the model")
@@ -173,14 +183,14 @@ def _export(
 
 
 def _describe(model: nn.Module, options: ExportOptions, held: AdapterForm, own: Sites, found: Sites) -> dict[str, Any]:
-    """What the file will say of itself, but for what the passes find out."""
+    """Returns the description of the file without the facts that the passes find."""
     described, whole = ({}, {}) if held is NO_ADAPTER else (own, found)
     facts = describe(model, described, whole, held.name, options.target.name, is_swappable=held.is_swappable)
     return facts | {"precision": options.precision.name}
 
 
 def _write_companions(model: nn.Module, path: Path, staging: Path) -> tuple[str, ...]:
-    """Writes what belongs beside the graph, where that is no other model's place; returns notes for the user."""
+    """Writes the companion files into `staging`, and refuses another model's folder; returns notes for the user."""
     with writing(path):
         notes = write_companions(model, staging)
         refuse_other_model(staging, path)
@@ -188,8 +198,8 @@ def _write_companions(model: nn.Module, path: Path, staging: Path) -> tuple[str,
 
 
 def _write(export: Export, facts: Mapping[str, Any], staging: Path) -> tuple[str, ...]:
-    """Writes the graph with its description, its weights, and what other programs need to generate from it; returns
-    notes for the user.
+    """Writes the graph with its description and weights and, for a decoder with a cache, the configuration for
+    onnxruntime-genai; returns notes for the user.
     """
     notes: tuple[str, ...] = ()
     if export.has_cache:
@@ -205,7 +215,7 @@ def _write(export: Export, facts: Mapping[str, Any], staging: Path) -> tuple[str
 
 
 def _verify(export: Export, staging: Path, step: Callable[[str], None]) -> Verification | None:
-    """Checks the written file; one that is refused is kept in the folder NAME.failed."""
+    """Checks the written file; if it is refused, moves the files of the graph to the folder NAME.failed."""
     from . import verify  # imports onnx
 
     options = export.options
@@ -255,7 +265,7 @@ def _report(
 
 
 def _publish(report: ExportReport, path: Path, staging: Path) -> None:
-    """Writes the report beside the other files, and moves them all to their place."""
+    """Writes the report next to the other files, and moves all of them to their final place."""
     with writing(path):
         (staging / report_path(path).name).write_text(json.dumps(asdict(report), indent=2) + "\n")
         publish(staging, path)

@@ -1,4 +1,4 @@
-"""What an export refuses before any work is done, and what its graph will hold of the adapters."""
+"""Refuses invalid exports before any work is done, and decides what the graph will contain of the adapters."""
 
 from torch import fx, nn
 
@@ -17,12 +17,12 @@ from .targets import NO_ADAPTER
 
 
 def refuse_arguments(model: nn.Module, options: ExportOptions) -> None:
-    """Raises for all that can be refused before any work is done, and without a look at the adapters."""
+    """Raises ValueError or MELoRAError for everything that can be refused without looking at the adapters."""
     refuse_malformed_axes(options.dynamic_axes)
     if options.adapter.is_swappable and not options.target.takes_swap:
         raise ValueError(
-            f'`target="{options.target.name}"` takes no optional inputs: `adapter="{options.adapter.name}"` needs '
-            'another target, or use "keep"'
+            f'`target="{options.target.name}"` accepts no optional inputs, which `adapter="{options.adapter.name}"` '
+            'needs: use another target, or "keep"'
         )
     if runs_under_accelerate(model):
         raise MELoRAError(
@@ -31,30 +31,30 @@ def refuse_arguments(model: nn.Module, options: ExportOptions) -> None:
         )
     if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
         raise MELoRAError(
-            f"{first_of(sharded)}: sharded over processes, and a graph holds them whole: `save_adapter`, then export "
-            "from one process: the model with the adapter, or the base and `fold_onnx`"
+            f"{first_of(sharded)}: sharded over processes, but a graph contains whole weights: call `save_adapter`, "
+            "then export in a single process: the model with the adapter, or the base for `fold_onnx`"
         )
     if options.verify or options.precision.needs_runtime:
         import_onnxruntime()
     if isinstance(unwrap(model), fx.GraphModule) and (half := half_dtypes(model)):
         raise MELoRAError(
-            f"the model is a graph that computes in {' and '.join(half)}: capture `model.float()`, for a graph in half "
-            'precision export it with `precision="fp16"`'
+            f"the model is a graph that computes in {' and '.join(half)}: capture `model.float()`; for a graph in "
+            'half precision, export the capture with `precision="fp16"`'
         )
     refuse_folder(options.path)
 
 
 def half_dtypes(model: nn.Module) -> list[str]:
-    """The half precisions that the model has weights in."""
+    """Returns the names of the half-precision dtypes among the model's parameters, sorted."""
     found = {parameter.dtype for parameter in model.parameters() if parameter.dtype in HALF}
     return sorted(str(dtype).removeprefix("torch.") for dtype in found)
 
 
 def held_adapter(model: nn.Module, asked: AdapterForm, found: Sites) -> AdapterForm:
-    """What the graph will hold of the adapters: none, where the model has no sites, or computes its base.
+    """Returns the adapter form of the graph: `asked`, or `NO_ADAPTER` if the model has no sites or computes its base.
 
     Raises:
-        MELoRAError: where it cannot be what was asked for.
+        MELoRAError: if the model's adapters cannot be exported in the form `asked`.
     """
     if asked.refuse is not None:
         asked.refuse(model, found)

@@ -1,4 +1,4 @@
-"""How an export's files come to their place: one rename decides which graph is there, and each has its own weights."""
+"""Moves an export's files to their place: one rename replaces the graph, and each graph has its own weights."""
 
 import os
 import shutil
@@ -20,64 +20,68 @@ from melora_fx.files import locked, writing
 
 
 def onnx_file_path(path: str | os.PathLike[str]) -> Path:
-    """The .onnx file that `path` means: itself, or model.onnx in a folder."""
+    """Returns the .onnx file that `path` means: `path` itself, or model.onnx in the folder `path`."""
     path = Path(path)
     return path if path.suffix == ".onnx" else path / "model.onnx"
 
 
 def report_path(path: Path) -> Path:
-    """Where the report on the graph `path` stands."""
+    """Returns the path of the report on the graph `path`."""
     return path.with_name(f"{path.stem}.export.json")
 
 
 def refuse_folder(path: Path) -> None:
-    """Raises a MELoRAError for a path that is a folder, or too long to be a file."""
+    """Raises MELoRAError if `path` is a folder, has a parent that is a file, or is too long for a file."""
     with writing(path):
         if path.parent.exists() and not path.parent.is_dir():
-            raise MELoRAError(
-                f"`{path}` cannot be written: `{path.parent}` is a file, and no .onnx file: name one, or a folder"
-            )
+            raise MELoRAError(f"`{path}` cannot be written: `{path.parent}` is a file: name a .onnx file or a folder")
         if path.is_dir():
             raise MELoRAError(f"`{path}` is a folder: it cannot be written as a file")
 
 
 def refuse_other_model(companions: Path, path: Path) -> None:
-    """Raises where an export to `path` would overwrite, or mix, what belongs to another model.
+    """Raises an error if an export to `path` would overwrite another model's files or mix with them.
 
     Args:
-        companions: a folder with what will be written beside the graph: the configuration and the tokenizer's files.
-        path: where the graph will be. What stands beside a graph of ours that is alone in its folder is ours too.
+        companions: the folder with the files that will be written next to the graph: configurations and the tokenizer's
+            files.
+        path: the graph's place. If it holds a graph that `export_onnx` wrote, and no other graph is in its folder, the
+            companion files there are taken to be that graph's.
 
     Raises:
-        MELoRAError: where `path` is another tool's graph; where a companion would change one that belongs to other
-            graphs, to a Hugging Face model, or to nobody known; where it would come to the weights of another model.
+        MELoRAError: if `path` is another tool's graph; if a companion file would change one that belongs to other
+            graphs, to a Hugging Face model, or to an unknown owner; if a configuration would be added to the weights
+            of another model.
     """
     folder = path.parent
     if is_foreign(path):
-        raise MELoRAError(f"`{path}` is a graph that `export_onnx` has not written: remove it, or name another file")
+        raise MELoRAError(f"`{path}` is a graph that `export_onnx` did not write: remove it, or name another file")
     present = [(file, folder / file.name) for file in sorted(companions.iterdir())]
     changed = [old for new, old in present if old.is_file() and not is_of_one_model(new, old)]
     if changed and (others := sorted(file.name for file in folder.glob("*.onnx") if file != path)):
-        raise MELoRAError(f"`{changed[0]}` describes `{others[0]}` too, and is another model's: name another folder")
+        raise MELoRAError(
+            f"`{changed[0]}` belongs to another model, and describes `{others[0]}` too: name another folder"
+        )
     weights = model_weights(folder)
     if changed and (weights or not is_ours(path)):
-        raise MELoRAError(f"`{changed[0]}` is there already, and another model's: name another folder")
+        raise MELoRAError(f"`{changed[0]}` already exists and belongs to another model: name another folder")
     if weights and any(not old.exists() for _, old in present if old.name == "config.json"):
-        raise MELoRAError(f"`{weights[0]}` is there already, the weights of another model: name another folder")
+        raise MELoRAError(f"`{weights[0]}` already exists and contains another model's weights: name another folder")
 
 
 def publish(staging: Path, path: Path, keep: Collection[Path] = ()) -> None:
-    """Moves the finished files of `staging` beside `path`.
+    """Moves the finished files of `staging` to the folder of `path`.
 
-    Wherever the process is killed, the old graph is there with its weights, or the new one with its own. First goes
-    what describes the old graph; the new weights come, under a name of their own, with all else that is new; the
-    graph's rename decides; what describes the new graph follows, and at last the old weights go, and those that killed
-    runs have left. A description is missing rather than another graph's. One export at a time does this in a folder.
+    Whenever the process is killed, either the old graph is there with its weights, or the new one with its own. The
+    order ensures this: files that describe the old graph are removed; new files are moved in, among them the new
+    weights under their own name; one rename replaces the graph; changed files, which describe the new graph, follow;
+    finally the old weights and those that killed runs left are removed. So a description may be missing, but never
+    belongs to another graph. Only one export at a time does this in a folder.
 
     Args:
-        staging: a folder on the same disk, with the graph, its weights, and what belongs beside it.
+        staging: a folder on the same disk, with the graph, its weights and its companion files.
         path: the graph's place.
-        keep: files that are not to be removed.
+        keep: files that must not be removed.
     """
     folder = path.parent
     with locked(folder):
@@ -100,12 +104,12 @@ def publish(staging: Path, path: Path, keep: Collection[Path] = ()) -> None:
 
 
 def _remove_old_weights(path: Path, earlier: Collection[str], keep: Collection[Path]) -> None:
-    """Removes weights of graphs called like `path` that no graph in the folder refers to.
+    """Removes the weight files named after `path` that no other graph in the folder refers to.
 
     Args:
         path: the new graph.
-        earlier: how an earlier version called the weights of the graph that was there before.
-        keep: files that stay in any case.
+        earlier: names that an earlier version of this package gave to the weights of the previous graph.
+        keep: files that stay in any case, such as the new graph's weights.
     """
     kept = {file.resolve() for file in keep}
     weights = [
@@ -118,12 +122,12 @@ def _remove_old_weights(path: Path, earlier: Collection[str], keep: Collection[P
 
 
 def _may_be_graph(file: Path) -> bool:
-    """Whether this is a graph by its name, or one that was put aside, such as model.onnx.bak."""
+    """Returns whether a file has the name of a graph, or of a backup of one, such as model.onnx.bak."""
     return ".onnx" in file.name and not file.name.endswith("data") and file.is_file()
 
 
 def keep_failed(staging: Path, path: Path) -> Path:
-    """Moves the files of a refused graph into the folder NAME.failed beside `path`, for inspection."""
+    """Moves the files of a refused graph to the folder NAME.failed next to `path`, and returns that folder."""
     failed = path.with_suffix(".failed")
     with writing(failed):
         shutil.rmtree(failed, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What an export wrote, and how near it is to torch."""
+"""The report on an export: what was written, and its errors against torch."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,24 +8,31 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and how near it is to torch.
+    """The report on an exported graph: what was written, and its errors against torch. `str()` is a summary.
 
     Attributes:
-        path: the .onnx file; `files` lists every file written, names relative to its folder.
-        adapter: which adapters the graph holds, a name in `exporters.targets.ADAPTERS`, or "none".
-        target, precision: names in the other tables there.
+        path: the .onnx file.
+        files: every file written, as names relative to the folder of `path`.
+        adapter: the form of the adapters in the graph, a name in `exporters.targets.ADAPTERS`, or "none".
+        target: the runtime that the graph is for, a name in `exporters.targets.TARGETS`.
+        precision: a name in `exporters.targets.PRECISIONS`.
         forms: number of unmerged sites by form, "block" or "dense".
-        op_counts: number of nodes by operator type.
-        inputs, outputs: name → axes, a number for a fixed size or a name for a dynamic one.
-        ranges: name of each dynamic axis → the sizes that the graph is right for, in words.
-        assumed: what the export assumed of the inputs' sizes, in full: `OrtRunner` checks it.
-        constants: argument of the model → what it is in the graph.
-        num_adapter_inputs: number of optional inputs that an adapter's tensors go to.
-        compared: what was compared with torch, in words; empty without `verify`.
-        max_abs_error, max_rel_error: the worst of those comparisons; None where nothing was compared.
-        encoder: of an encoder-decoder model with a cache, the report on the encoder's graph; this one is the decoder's.
-        notes: what the user should know, such as missing tokenizer files.
-        seconds: time that the whole export took.
+        opset: version of the ONNX operator set.
+        num_nodes: number of nodes, subgraphs included.
+        op_counts: number of nodes by operator type, subgraphs included.
+        inputs: name → axes: a number for a fixed size, a name for a dynamic axis.
+        outputs: the same for the outputs.
+        ranges: name of each dynamic axis → the sizes for which the graph is correct, in words.
+        assumed: all conditions on the inputs' sizes that the export assumed; `OrtRunner` checks them.
+        constants: argument of the model → its constant value in the graph.
+        num_adapter_inputs: number of optional inputs for an adapter's tensors.
+        compared: the comparisons with torch, in words; empty without `verify`.
+        max_abs_error: the largest error of those comparisons; None if nothing was compared.
+        max_rel_error: the largest error relative to the largest value of its output; None if nothing was compared.
+        encoder: the report on the encoder's graph, if this one is on the decoder's graph of an encoder-decoder model
+            with a cache; else None.
+        notes: messages for the user, such as one on missing tokenizer files.
+        seconds: duration of the export of this graph, in seconds.
     """
 
     path: str
@@ -74,7 +81,7 @@ class ExportReport:
 
 
 def _in_lines(tensors: Mapping[str, Sequence[int | str]]) -> list[str]:
-    """Name and axes of each, those of all layers in one line: `present.0…29.key (batch, 3, total_sequence, 64)`."""
+    """Returns lines of name and axes, one for all layers: `present.0…29.key (batch, 3, total_sequence, 64)`."""
     layers: dict[tuple[str, ...], list[str]] = {}
     for name, axes in tensors.items():
         before, number, after = re.fullmatch(r"(.*?)(\.\d+\.|$)(.*)", name).groups()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Whether something is of transformers' classes, asked without importing them: before they are, no object can be."""
+"""Recognises objects of transformers without importing it: until it is imported, no object can be of its classes."""
 
 import sys
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def is_hugging_face_model(model: object) -> TypeGuard["PreTrainedModel"]:
-    """Whether `model` is of a class of transformers, or below one."""
+    """Returns whether `model` is a transformers model, of one of its classes or a subclass."""
     return _is_of("transformers.modeling_utils", "PreTrainedModel", model)
 
 
 def is_hugging_face_config(config: object) -> TypeGuard["PretrainedConfig"]:
-    """Whether `config` is the configuration of such a model."""
+    """Returns whether `config` is the configuration of a transformers model."""
     return _is_of("transformers.configuration_utils", "PretrainedConfig", config)
 
 
@@ -24,12 +24,12 @@ def _is_of(module: str, name: str, value: object) -> bool:
 
 
 def first_setting(sources: Iterable[object], name: str) -> Any:
-    """The setting of the first of these configurations that has one, None if none has; a tensor as a list or number."""
+    """Returns the first setting `name` among `sources` that is not None, else None; tensors as lists or numbers."""
     found: Any = next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
     return found.tolist() if hasattr(found, "tolist") else found
 
 
 def decoder_config(model: object) -> Any:
-    """The configuration of the part of a model that writes text."""
+    """Returns the configuration of the part of a model that generates text."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True)

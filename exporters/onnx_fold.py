@@ -1,7 +1,7 @@
-"""`fold_onnx`: an adapter merged into a graph that was exported once from the base, as a change of its weights' bytes.
+"""Merges an adapter into an ONNX graph of its base by changing the bytes of the weights.
 
-The graph says in its metadata which initializer, or which columns of one, holds each weight. No model is built, and no
-node is touched.
+The graph's metadata names the initializer, or the columns of one, that stores each weight. No model is built, and no
+node is changed.
 """
 
 from __future__ import annotations
@@ -44,29 +44,32 @@ if TYPE_CHECKING:
 def fold_onnx(
     onnx_path: str | os.PathLike[str], adapter_dir: str | os.PathLike[str], out_path: str | os.PathLike[str]
 ) -> FoldReport:
-    """Merges an adapter into an ONNX graph of its base, which was exported once, and writes a new graph.
+    """Merges an adapter into an ONNX graph of its base, and writes a new graph.
 
-    In float32 the new graph is the one that an export of the folded model would give, bit for bit. In float16 the
-    base's weights have been rounded before the update is added. A trained head is exchanged where the graph has one of
-    the same shape. Beside NAME.onnx stand its weights NAME.onnx.HASH.data, and config.json and the tokenizer's files
-    where they stand beside the base's graph; other files in the folder stay. Wherever the process is killed, an earlier
-    graph of this name or the new one is there, each with its own weights. There is no way back from a folded graph:
-    keep the base's.
+    In float32 the new graph is bit-identical to an export of the folded model. In float16 the update is added to
+    weights that the export of the base has already rounded. A trained head replaces the graph's head, which must have
+    the same shape. The weights are written to NAME.onnx.HASH.data next to NAME.onnx. Configurations and the tokenizer's
+    files are copied if they are next to the base's graph; other files in the folder stay. Whenever the process is
+    killed, either an earlier graph of this name or the new one is there, each with its own weights. A fold cannot be
+    undone: keep the base's graph.
 
     Args:
-        onnx_path: a graph that `export_onnx` wrote from a model without adapters; a .onnx file, or a folder with a
+        onnx_path: a graph that `export_onnx` wrote from a model without adapters: a .onnx file, or a folder with a
             model.onnx.
-        adapter_dir: a folder written by `save_adapter`, of an adapter that was trained on the same base.
-        out_path: the .onnx file, or a folder, in which it is called model.onnx.
+        adapter_dir: a folder written by `save_adapter`; its adapter must have been trained on the same base.
+        out_path: the .onnx file to write, or a folder for model.onnx.
 
     Returns:
-        what the rounding to the graph's precision has taken, site by site. Warns where it is much.
+        the report on how much of each site's update is lost by rounding to the graph's dtype. Warns if a site loses
+        more than 25 % of its update.
 
     Raises:
-        MELoRAError: where the graph or the adapter cannot be read or belong to different models; where the graph holds
-            an adapter already, or does not say where a weight is: it is tied, or the exporter has merged it with
-            others; where the adapter is not finite, the file cannot be written, or its folder holds another model's
-            configuration, tokenizer or weights. Nothing is written then.
+        ValueError: if `out_path` is empty.
+        MELoRAError: if the graph or the adapter cannot be read, or they belong to different models; if the graph
+            already contains an adapter; if it does not say where a weight is, because the weight is tied or the
+            exporter has merged it with others; if a weight is quantised; if `out_path` is the base's graph or one of
+            its files; if the adapter or a sum is not finite; if the file cannot be written, or its folder contains
+            another model's configuration, tokenizer or weights. Nothing is written then.
     """
     from exporters.onnx_files.weight_bytes import WeightBytes  # imports onnx_ir
 
@@ -100,27 +103,27 @@ def fold_onnx(
 
 
 def _refuse_graph(facts: GraphFacts, source: Path) -> None:
-    """Raises for a graph that is not the base's alone."""
+    """Raises MELoRAError if the graph contains an adapter, or inputs for one."""
     if facts.adapter == "fold":
         raise MELoRAError(
-            f"`{source}` holds an adapter already (sha256 {facts.adapter_sha256[:12]}…): fold into the base's graph"
+            f"`{source}` already contains an adapter (sha256 {facts.adapter_sha256[:12]}…): fold into the base's graph"
         )
     if facts.adapter != "none":
         raise MELoRAError(
-            f"`{source}` is no graph of the base alone (`{facts.adapter}`): export the base before `rewrite`, once, "
-            "and fold into that"
+            f"`{source}` is not a graph of only the base (`{facts.adapter}`): export the base once, before `rewrite`, "
+            "and fold into that graph"
         )
 
 
 def _refuse_overwriting(weights: WeightBytes, out: Path) -> None:
-    """Raises where the base's graph, or a file of its weights, would be overwritten."""
+    """Raises MELoRAError if `out` is the base's graph or a file of its weights."""
     own = {file.resolve() for file in (weights.path, *weights.files.values())}
     if out.resolve() in own:
-        raise MELoRAError(f"`{out}` is the base's own: a fold keeps it, name another file")
+        raise MELoRAError(f"`{out}` belongs to the base's graph, which a fold keeps: name another file")
 
 
 def _site_places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
-    """Where each site's weight is in the graph."""
+    """Maps each site to the place of its weight in the graph; raises MELoRAError if the graph does not say it."""
     places: dict[str, WeightPlace] = {}
     lines = []
     for site in adapter.configs:
@@ -132,15 +135,15 @@ def _site_places(adapter: Adapter, facts: GraphFacts) -> dict[str, WeightPlace]:
             lines.append(f"`{site}`; nearest: {nearest(site, known)}")
     if lines:
         raise MELoRAError(
-            f"`{facts.path}` does not say where the weights of these sites of `{adapter.directory}` are: they are "
-            "another model's, or tied, or the exporter has merged them with others; fold in memory and export:\n"
+            f"`{facts.path}` does not say where the weights of these sites of `{adapter.directory}` are: they "
+            "belong to another model, are tied, or the exporter merged them with others; fold in memory and export:\n"
             + "\n".join(lines)
         )
     return places
 
 
 def _refuse_weights(weights: WeightBytes, places: Mapping[str, WeightPlace]) -> None:
-    """Raises for weights of sites that are not floating point."""
+    """Raises MELoRAError if the weight of a site is not floating point."""
     tensors = {site: weights.tensors[place.initializer] for site, place in places.items()}
     quantised = [
         f"`{site}`: {tensor.dtype.name}" for site, tensor in tensors.items() if not weights.is_floating(places[site])
@@ -154,7 +157,7 @@ def _refuse_weights(weights: WeightBytes, places: Mapping[str, WeightPlace]) -> 
 def _refuse_adapter(
     adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace], facts: GraphFacts
 ) -> None:
-    """Raises for an adapter of another base, and for one that exchanges a part of a head."""
+    """Raises MELoRAError if the adapter belongs to another base, or replaces only a part of a head."""
     found = {site: weights.read(place) for site, place in places.items()}
     names = {initializer.removesuffix(".T"): initializer for initializer in weights.tensors}
     places = {name: place for name in names if (place := find_tensor(weights.tensors, name))} | facts.weights
@@ -174,7 +177,7 @@ def _fold_weight(
 
 
 def _head_changes(adapter: Adapter, facts: GraphFacts, weights: WeightBytes) -> list[tuple[WeightPlace, Change]]:
-    """Where the tensors that were kept trainable are in the graph, and their exchange."""
+    """Returns the place of each tensor that was kept trainable, with the change that replaces it in the graph."""
     found: list[tuple[WeightPlace, Change]] = []
     lines = []
     for name, tensor in adapter.kept_tensors().items():
@@ -182,15 +185,15 @@ def _head_changes(adapter: Adapter, facts: GraphFacts, weights: WeightBytes) -> 
             continue
         place = facts.weights.get(name) or find_tensor(weights.tensors, name)
         if place is None or _num_uses(weights.graph.graph.initializers[place.initializer]) != 1:
-            lines.append(f"`{name}`: the graph has no such weight, or one that is also another's")
+            lines.append(f"`{name}`: the graph has no such weight, or uses it more than once")
         elif not weights.is_floating(place):
-            lines.append(f"`{name}`: the graph's is quantised")
+            lines.append(f"`{name}`: the graph's weight is quantised")
         else:
             found.append((place, partial(_exchange, tensor)))
     if lines:
         raise MELoRAError(
-            f"what `{adapter.directory}` has trained beside its sites does not fit `{facts.path}`: export the base "
-            "with this head, or fold in memory and export\n" + "\n".join(lines)
+            f"tensors that `{adapter.directory}` has trained in addition to its sites do not fit `{facts.path}`: "
+            "export the base with this head, or fold in memory and export:\n" + "\n".join(lines)
         )
     return found
 
@@ -200,13 +203,13 @@ def _num_uses(value: onnx_ir.Value) -> int:
 
 
 def _exchange(tensor: torch.Tensor, parameter: torch.Tensor) -> None:
-    limit = torch.finfo(parameter.dtype).max  # as exports to half precision do
+    limit = torch.finfo(parameter.dtype).max  # clamped, as in exports to half precision
     wide = tensor.to(torch.promote_types(tensor.dtype, parameter.dtype))
     parameter.copy_(wide.clamp(-limit, limit))
 
 
 def _new_facts(graph: onnx_ir.Model, adapter: Adapter, weights: WeightBytes, places: Mapping[str, WeightPlace]) -> str:
-    """The description of the folded graph: the base's, and which adapter it holds."""
+    """Returns the description of the folded graph: the base's, with the adapter that the graph now contains."""
     facts = json.loads(graph.metadata_props[METADATA_KEY])
     facts |= {"adapter": "fold", "adapter_sha256": adapter.sha256}
     facts["sites"] = {

@@ -1,4 +1,4 @@
-"""ONNX Runtime, imported where it is used: neither package needs it to be imported."""
+"""Imports ONNX Runtime when it is used: both packages can be imported without it."""
 
 import importlib
 from typing import Any
@@ -12,20 +12,20 @@ Arrays = dict[str, np.ndarray]
 
 
 def import_onnxruntime() -> Any:
-    """The `onnxruntime` module.
+    """Returns the `onnxruntime` module.
 
     Raises:
-        MELoRAError: where it is not installed; names the extras.
+        MELoRAError: if it is not installed; names the extras to install.
     """
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise MELoRAError(
             'ONNX Runtime is not installed: pip install "melora_fx[cpu]", or "melora_fx[gpu]" for CUDA and TensorRT; '
-            "never both"
+            "never install both"
         ) from error
 
 
 def as_array(value: Any) -> np.ndarray:
-    """An array or a tensor as an array, in the same memory where it can be."""
+    """Returns an array or a tensor as an array, which shares its memory if possible."""
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)

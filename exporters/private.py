@@ -1,7 +1,8 @@
-"""What the exporters borrow of torch, transformers, accelerate and ONNX Runtime that they do not document.
+"""Undocumented parts of torch, transformers, accelerate, onnxscript and ONNX Runtime that the exporters use.
 
-One function or name for each; an upgrade that takes one away breaks this file, and `tests/test_private.py`, which calls
-every one. Each says why the documented way does not do, and the version that it was first seen to work with.
+Each has one function here. An upgrade that removes a part breaks this file and `tests/test_private.py`, which calls
+every function. Each docstring says why the documented way is not enough, and the version with which the function was
+first seen to work.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def name_scopes(node: onnx_ir.Node) -> list[str]:
-    """Paths of the modules in whose forward a node of torch's exporter stood, outermost first; the names of their
-    parameters are lost where it folds them. torch 2.13.
+    """Returns the paths of the modules whose forward computed a node of torch's exporter, outermost first. The
+    exporter loses the names of parameters that it folds. torch 2.13.
     """
     return [str(scope) for scope in ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))]
 
@@ -33,12 +34,12 @@ def name_scopes(node: onnx_ir.Node) -> list[str]:
 def export_by_transformers(
     model: PreTrainedModel, inputs: dict[str, Any], shapes: Any, opset: int | None
 ) -> tuple[Any, ExportedProgram]:
-    """The `onnx_ir.Model` of a Hugging Face model, and the program that it was made of.
+    """Returns the `onnx_ir.Model` of a Hugging Face model, and the exported program that it was translated from.
 
-    The exporter gives only the first: a class between it and its base keeps the second. It leaves its replacement of
-    `forward` on the instance: the instance's attributes are put back. transformers 5.23.
+    The exporter returns only the graph: a class between the exporter and its base keeps the program. The exporter
+    leaves its replacement of `forward` on the instance, so the instance's attributes are restored. transformers 5.23.
     """
-    from transformers.exporters import DynamoExporter, OnnxConfig, OnnxExporter  # heavy: only where it is used
+    from transformers.exporters import DynamoExporter, OnnxConfig, OnnxExporter  # slow to import, so only here
 
     programs = []
 
@@ -61,25 +62,26 @@ def export_by_transformers(
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """The argument of a model's forward that takes a key-value cache, which transformers 5.24 has given another name;
-    None where there is none.
+    """Returns the name of the argument of a model's forward that accepts a key-value cache, None if there is none.
+    transformers 5.24 renamed it from `past_key_values` to `cache`.
     """
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
 def returned_cache(outputs: Any) -> Any:
-    """The key-value cache in a model's outputs, None where there is none: as `cache_argument`. It logs a deprecation
-    where it is asked for by the old name beside the new one.
+    """Returns the key-value cache in a model's outputs, None if there is none. It was renamed like the argument
+    (`cache_argument`); reading it under the old name logs a deprecation if the new name exists.
     """
     return getattr(outputs, "cache" if hasattr(outputs, "cache") else "past_key_values", None)
 
 
 def dynamic_cache(tensors: Sequence[torch.Tensor]) -> Any:
-    """A cache of these keys and values, of each layer in turn, without a copy; an empty one for none. Whatever is
-    passed to its constructor gets concatenated to an empty tensor, which a graph would keep. transformers 5.23.
+    """Returns a cache of these tensors, the keys and values of each layer in turn, without copying them; an empty
+    cache for no tensors. The constructor would concatenate them to empty tensors, and a graph would keep these nodes.
+    transformers 5.23.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer  # heavy: only where it is used
+    from transformers.cache_utils import DynamicCache, DynamicLayer  # slow to import, so only here
 
     cache: Any = DynamicCache()
     for keys, values in zip(tensors[::2], tensors[1::2], strict=True):
@@ -91,17 +93,19 @@ def dynamic_cache(tensors: Sequence[torch.Tensor]) -> Any:
 
 
 def cache_of_both(own: Sequence[torch.Tensor], cross: Sequence[torch.Tensor]) -> Any:
-    """A decoder's cache beside an encoder: as `dynamic_cache` of its own tokens and of the encoder's, which stay."""
-    from transformers.cache_utils import EncoderDecoderCache  # heavy: only where it is used
+    """Returns the cache of an encoder-decoder model: a `dynamic_cache` for the decoder's own tokens, and one for the
+    encoder's, which does not grow.
+    """
+    from transformers.cache_utils import EncoderDecoderCache  # slow to import, so only here
 
     return EncoderDecoderCache(dynamic_cache(own), dynamic_cache(cross))
 
 
 def is_plain_cache(cache: Any, length: int) -> bool:
-    """Whether a cache holds keys and values of each layer for so many tokens, (batch, heads, length, head_dim), and
-    nothing else. transformers 5.23.
+    """Returns whether a cache contains nothing but keys and values of each layer for `length` tokens, (batch, heads,
+    length, head_dim). transformers 5.23.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # heavy
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # slow to import
 
     if type(cache) is not DynamicCache or not cache.layers:
         return False
@@ -115,19 +119,19 @@ def is_plain_cache(cache: Any, length: int) -> bool:
 
 
 def grouped_translations() -> dict[Any, Any]:
-    """How transformers writes products of rows that are sorted by expert in ONNX: torch's exporter has no translation
-    of their operators. transformers 5.23.
+    """Returns transformers' ONNX translations of the `grouped_mm` operators, products of rows sorted by expert: torch's
+    exporter has none. transformers 5.23.
     """
-    from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE  # heavy: only where it is used
+    from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE  # slow to import, so only here
 
     return {target: write for target, write in _ONNX_TRANSLATION_TABLE.items() if "grouped_mm" in str(target)}
 
 
 def fuse_for_onnxruntime(graph_model: onnx_ir.Model, provider: str, *, has_cache: bool) -> None:
-    """transformers' fusions into ONNX Runtime's own operators, in place; its exporter runs them only on graphs that it
-    has just made, before weights have names. `provider`: "cpu" or "cuda". transformers 5.23.
+    """Applies transformers' fusions into ONNX Runtime's own operators, in place. transformers' exporter runs them only
+    on graphs that it has just built, before weights have names. `provider`: "cpu" or "cuda". transformers 5.23.
     """
-    from transformers.exporters import onnxruntime_fusions  # heavy: only where it is used
+    from transformers.exporters import onnxruntime_fusions  # slow to import, so only here
 
     of_batches = _attentions_of_batches(onnxruntime_fusions) if has_cache else contextlib.nullcontext()
     with _pairs_apart(onnxruntime_fusions), of_batches:
@@ -136,10 +140,10 @@ def fuse_for_onnxruntime(graph_model: onnx_ir.Model, provider: str, *, has_cache
 
 @contextlib.contextmanager
 def _pairs_apart(fusions: Any) -> Iterator[None]:
-    """Packs products that share an input if they are three or more, as q, k and v; two stay apart.
+    """Inside the block, products that share an input are packed only if they are three or more, such as q, k and v.
 
-    An MLP's gate and up are as fast apart for one token. For many, the `Split` behind one packed product copies all of
-    its result: 1 % of what 512 tokens of SmolLM2-135M cost. transformers 5.24.
+    The products of an MLP's gate and up are equally fast unpacked for one token. For many tokens, the `Split` after a
+    packed product copies its whole result: 1 % of the time of 512 tokens of SmolLM2-135M. transformers 5.24.
     """
     steps, constant, pack = fusions._STEPS, fusions._constant, fusions._pack_sibling_matmuls
 
@@ -158,7 +162,7 @@ def _pairs_apart(fusions: Any) -> Iterator[None]:
 
 
 def _is_of_pair(weight: onnx_ir.Value) -> bool:
-    """Whether exactly one other weight is multiplied by the same input."""
+    """Returns whether exactly one other weight is multiplied by the same input."""
     products = [node for node, index in weight.uses() if node.op_type == "MatMul" and index == 1]
     values = {node.inputs[0] for node in products}
     users = [user for value in values if value is not None for user, index in value.uses() if index == 0]
@@ -168,11 +172,11 @@ def _is_of_pair(weight: onnx_ir.Value) -> bool:
 
 @contextlib.contextmanager
 def _attentions_of_batches(fusions: Any) -> Iterator[None]:
-    """Attentions over a cache are fused for any number of texts, and their rotary embeddings stay outside.
+    """Inside the block, attentions over a cache are fused for any number of texts, without their rotary embeddings.
 
-    transformers fuses them for a batch of one alone: after a past ONNX Runtime takes several tokens of one text only.
-    Who calls this says so of the graph. An embedding inside would rotate all texts of a first step by the positions of
-    the first of them, wrong where one is padded. transformers 5.24.
+    transformers fuses them only for a batch of one, because after a past ONNX Runtime accepts several tokens only of a
+    single text; the caller must add this condition to the graph's. A fused embedding would rotate all texts of a first
+    step by the positions of the first text, which is incorrect if one is padded. transformers 5.24.
     """
     static_dim, shared_rotation = fusions._static_dim, fusions._shared_rotation
     fusions._static_dim = lambda value, axis: 1 if axis == 0 else static_dim(value, axis)
@@ -185,12 +189,12 @@ def _attentions_of_batches(fusions: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quick_matching() -> Iterator[None]:
-    """Rules of onnxscript whose pattern has several outputs are tried at the nodes of their first one's operator alone.
+    """Inside the block, onnxscript tries rules with several outputs only at nodes with their first output's operator.
 
-    Its matcher lists the whole graph at every node before it looks at that operator: a third of the time that the graph
-    of SmolLM2-135M takes. onnxscript 0.7.1.
+    Otherwise its matcher lists the whole graph at every node before it compares that operator: a third of the time
+    that the graph of SmolLM2-135M takes. onnxscript 0.7.1.
     """
-    from onnxscript.rewriter import MatchResult, _matcher  # heavy: only where it is used
+    from onnxscript.rewriter import MatchResult, _matcher  # slow to import, so only here
 
     matcher: Any = _matcher.SimplePatternMatcher
     match = matcher.match
@@ -210,39 +214,39 @@ def quick_matching() -> Iterator[None]:
 
 
 def folder_of(config: PretrainedConfig) -> Path | None:
-    """Where a model's configuration was loaded from, a local folder or a name on a hub; None for one that was made.
-    transformers 5.23.
+    """Returns where a model's configuration was loaded from, a local folder or a name on a hub; None if it was created
+    in memory. transformers 5.23.
     """
     return Path(config._name_or_path) if config._name_or_path else None
 
 
 def runs_under_accelerate(model: nn.Module) -> bool:
-    """Whether accelerate, or a Trainer, has put the model's forward under autocast. accelerate 1.3."""
+    """Returns whether accelerate, or a Trainer, runs the model's forward under autocast. accelerate 1.3."""
     return "_original_forward" in vars(model)
 
 
 def float16_converter() -> Any:
-    """ONNX Runtime's module that converts graphs to half precision, which ships with the package outside of its
+    """Returns ONNX Runtime's module that converts graphs to half precision; it is part of the package, but not of the
     documented API. onnxruntime 1.24.
     """
     return importlib.import_module("onnxruntime.transformers.float16")
 
 
 def provider_library(ort: Any, name: str) -> Path:
-    """The shared library of a GPU provider, "cuda" or "tensorrt", in the package's folder: loading it says what it
-    lacks, where ONNX Runtime writes a line to its log. onnxruntime 1.24.
+    """Returns the path of the shared library of a GPU provider, "cuda" or "tensorrt", in the package's folder. Loading
+    it raises an error that names a missing library; ONNX Runtime only writes a line to its log. onnxruntime 1.24.
     """
     return Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
 
 
 def is_nameless_axis(axis: str | None) -> bool:
-    """Whether a session's input has no name for an axis: ONNX Runtime makes one up. onnxruntime 1.24."""
+    """Returns whether an axis of a session's input is nameless; ONNX Runtime invents a name then. onnxruntime 1.24."""
     return not axis or axis.startswith("unk__")
 
 
 def node_counts(session: Any) -> dict[str, int]:
-    """How many nodes each provider of a session has been given. The session must have been made with
-    `session.record_ep_graph_assignment_info`. onnxruntime 1.24.
+    """Returns the number of nodes that a session has assigned to each of its providers. The session must have been
+    created with `session.record_ep_graph_assignment_info`. onnxruntime 1.24.
     """
     counts = dict.fromkeys(session.get_providers(), 0)
     for part in session.get_provider_graph_assignment_info():

@@ -1,6 +1,6 @@
-"""What graphs can be exported for and as, whole: each list holds all that `export_onnx` takes by name.
+"""The tables of targets, precisions, adapter forms and update forms that `export_onnx` accepts by name.
 
-A further target is a line here; a precision, or a way to hold adapters, a line here and a file of its pass in `graph/`.
+A new target is a line here. A new precision or adapter form is a line here and a file with its pass in `graph/`.
 """
 
 import functools
@@ -13,7 +13,7 @@ from exporters.graph.export import AdapterForm, Precision, Target, UpdateForm
 
 
 def _later(function: str) -> Callable[..., Any]:
-    """A function whose module is imported when it is called: the command line lists the names below, and needs none."""
+    """Returns a function that imports its module when it is called: the command line only lists the names below."""
     return functools.partial(_call, function)
 
 
@@ -24,11 +24,13 @@ def _call(function: str, /, *args: Any, **kwargs: Any) -> Any:
 
 TARGETS = (
     Target("portable", "standard ONNX operators only"),
-    Target("ort-cpu", "the fastest on ONNX Runtime's CPU", fusions="cpu"),
-    Target("ort-cuda", "those for CUDA, by default in fp16", fusions="cuda", precision="fp16", provider="cuda"),
+    Target("ort-cpu", "the fastest operators on ONNX Runtime's CPU", fusions="cpu"),
+    Target(
+        "ort-cuda", "the fastest operators for CUDA, fp16 by default", fusions="cuda", precision="fp16", provider="cuda"
+    ),
     Target(
         "tensorrt",
-        "only what TensorRT builds",
+        "only operators that TensorRT builds",
         provider="tensorrt",
         takes_swap=False,
         check=_later("exporters.tensorrt_check.obstacles.refuse_obstacles"),
@@ -40,7 +42,7 @@ PRECISIONS = (
     Precision("fp32", "float32", epsilon=2**-23, tolerance=1e-4, tolerance_of_more=1e-4),
     Precision(
         "fp16",
-        "half precision inside",
+        "half precision inside the graph",
         epsilon=2**-10,
         tolerance=2e-2,
         tolerance_of_more=4e-2,
@@ -72,13 +74,15 @@ ADAPTERS = (
     ),
 )
 
-NO_ADAPTER = AdapterForm("none", "the base alone")
-"""What the graph of a model holds that has no sites, or is inside `disabled`."""
+NO_ADAPTER = AdapterForm("none", "only the base")
+"""The form of the graph of a model that has no sites, or is inside `disabled`."""
 
 FORMS = (
-    UpdateForm("auto", "the faster", is_dense=_later("exporters.graph.forms.is_dense_faster"), is_gated=True),
+    UpdateForm(
+        "auto", "the faster form for each site", is_dense=_later("exporters.graph.forms.is_dense_faster"), is_gated=True
+    ),
     UpdateForm("block", "as the model computes it", is_dense=lambda *_: False),
-    UpdateForm("gated", "so, left out without an adapter", is_dense=lambda *_: False, is_gated=True),
+    UpdateForm("gated", "block, skipped without an adapter", is_dense=lambda *_: False, is_gated=True),
     UpdateForm("dense", "block-diagonal matrices", is_dense=lambda *_: True),
 )
 
@@ -94,19 +98,25 @@ T = TypeVar("T", bound=_Entry)
 
 
 def find(option: str, name: str, table: tuple[T, ...], *, auto: str | None = None) -> T:
-    """The entry of a table that the argument `option` names; "auto" means the one called `auto`, if given.
+    """Returns the entry of `table` called `name`; "auto" means the entry called `auto`, if that is passed.
+
+    Args:
+        option: the argument of `export_onnx` that `name` was passed as, for the error.
+        name: the name to look up.
+        table: the entries to choose from.
+        auto: the name of the entry for "auto"; None if "auto" is not special.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: if no entry has this name.
     """
     entries = {entry.name: entry for entry in table}
     if auto is not None:
         entries = {"auto": entries[auto], **entries}
-    if name not in [*entries]:  # whatever type it has
+    if name not in [*entries]:  # a list, because a value of another type may not be hashable
         raise ValueError(f"`{option}` (={name!r}) must be one of {', '.join(map(repr, entries))}")
     return entries[name]
 
 
 def in_words(table: Iterable[_Entry]) -> str:
-    """A table for a person to choose from."""
+    """Returns the names and descriptions of a table as one string, for a help text."""
     return "; ".join(f'"{entry.name}": {entry.about}' for entry in table)

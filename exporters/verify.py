@@ -1,4 +1,4 @@
-"""Is an exported file sound, and does ONNX Runtime compute with it what torch computes?"""
+"""Checks that an exported file is valid, and that ONNX Runtime computes with it what torch computes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +29,13 @@ _RUNTIME_OPS = ("SimplifiedLayerNormalization",)
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared with torch, in words, and the worst errors of all comparisons; `conditions`: what must hold of
-    the inputs' sizes, which axes of one entry may be right for where the export did not say so, and the reverse.
+    """The result of the comparisons with torch.
+
+    Attributes:
+        compared: the comparisons, in words.
+        max_abs_error, max_rel_error: the largest errors of all comparisons.
+        conditions: the conditions on the inputs' sizes, corrected by trials. The export may exclude sizes for which the
+            graph is correct, such as one entry along an axis, and allow sizes for which it is not.
     """
 
     compared: tuple[str, ...]
@@ -40,11 +45,11 @@ class Verification:
 
 
 def check_file(path: Path) -> None:
-    """`onnx.checker` with strict shape inference; a graph with operators that ONNX Runtime has added to the standard
-    domain, which the checker does not know, is left to ONNX Runtime.
+    """Checks a file with `onnx.checker` and strict shape inference. Skips graphs with operators that ONNX Runtime adds
+    to the standard domain: the checker does not know them.
 
     Raises:
-        MELoRAError: for what it refuses.
+        MELoRAError: if the checker refuses the file.
     """
     nodes = onnx.load(path, load_external_data=False).graph.node
     if any(node.op_type in _RUNTIME_OPS and not node.domain for node in nodes):
@@ -58,13 +63,14 @@ def check_file(path: Path) -> None:
 def verify(export: Export, path: Path) -> Verification:
     """Compares the file of an export with its model, in evaluation mode, on ONNX Runtime's CPU.
 
-    Compared are the example, one entry along each dynamic axis and along all, the sizes of `trial_sizes.py`, and
-    padding; each with all adapters that the graph's form is to be tried with.
+    Compares the example; one entry along each dynamic axis, and along all axes for which one entry is correct; sizes
+    beyond doubtful bounds; the sizes of `trial_sizes.py`; and padding. Each comparison runs with all trial adapters of
+    the graph's adapter form. A decoder with a cache is compared step by step instead (`compare_steps`).
 
     Raises:
-        MELoRAError: where an error is above the precision's tolerance and above what rounding explains there, or ONNX
-            Runtime cannot run the file; but not for one entry along an axis, which the export takes to have two: then
-            it has to.
+        MELoRAError: if an error is above the precision's tolerance and above what rounding explains, or if ONNX
+            Runtime cannot run the file. If a trial with one entry along an axis, or beyond a doubtful bound, fails,
+            the graph's conditions exclude its sizes instead.
     """
     if export.has_cache:
         with own_attributes(export.model), in_mode(export.model, training=False):
@@ -95,8 +101,8 @@ class _Comparing:
 
     Attributes:
         example: dynamic axis → its size in the example.
-        conditions: what must hold of the inputs' sizes, as far as is known.
-        comparisons: what was compared, in words → how near it is.
+        conditions: the conditions on the inputs' sizes that are known so far.
+        comparisons: the sizes compared, in words → the errors.
     """
 
     def __init__(self, export: Export, path: Path) -> None:
@@ -117,11 +123,11 @@ class _Comparing:
         self.comparisons: dict[str, Comparison] = {}
 
     def compare(self, sizes: Sizes) -> None:
-        """With inputs of these sizes; raises MELoRAError where they are not near."""
+        """Compares inputs of these sizes; raises MELoRAError if an error is above the tolerance."""
         self._compare(in_words(sizes), self._inputs(sizes))
 
     def compare_padding(self) -> None:
-        """With half of a sequence padded, in a model that takes a mask of tokens."""
+        """Compares with half of the first sequence padded, if the model accepts a mask of tokens."""
         mask = self._tensors.get("attention_mask")
         if mask is not None and mask.dim() == 2 and mask.size(1) > 1:
             padded = mask.clone()
@@ -129,13 +135,13 @@ class _Comparing:
             self._compare("padding", {**self._tensors, "attention_mask": padded})
 
     def try_single_entries(self) -> None:
-        """Lets axes have one entry where the graph is right, and have two where it is not."""
+        """Allows one entry along axes for which the graph is correct with it, and requires more along the others."""
         right = [axis for axis, size in self.example.items() if size > 1 and self._try_one(axis)]
         if len(right) > 1:
             self._try_one(*right)
 
     def try_beyond_bounds(self) -> None:
-        """Drops doubtful bounds beyond which the graph is right."""
+        """Drops doubtful bounds if the graph is correct beyond them."""
         self.conditions = [condition for condition in self.conditions if not self._is_needless(condition)]
 
     def _is_needless(self, condition: Condition) -> bool:
@@ -145,7 +151,7 @@ class _Comparing:
         return bool(tried) and all(self._is_right(self.example | dict.fromkeys(axes, number)) for number in tried)
 
     def _is_right(self, sizes: Sizes) -> bool | None:
-        """Whether the graph computes what the model does, None where the model takes no such inputs."""
+        """Returns whether the graph computes what the model does; None if the model cannot run at these sizes."""
         if not self.model_takes(sizes):
             return None
         try:
@@ -166,15 +172,15 @@ class _Comparing:
         return bool(right)
 
     def ranges(self) -> dict[str, AxisRange]:
-        """The sizes of each dynamic axis for which the conditions hold."""
+        """Returns the range of sizes of each dynamic axis for which the conditions are true."""
         return axis_ranges(self.conditions, self._axes, {name: value.shape for name, value in self._tensors.items()})
 
     def are_assumed(self, sizes: Sizes) -> bool:
-        """Whether the conditions hold for these sizes."""
+        """Returns whether the conditions are true for these sizes."""
         return holds(self.conditions, {name: tensor.shape for name, tensor in self._inputs(sizes).items()})
 
     def model_takes(self, sizes: Sizes) -> bool:
-        """Whether the model itself runs: with more tokens than it has positions, say, it does not."""
+        """Returns whether the model itself runs at these sizes. With more tokens than positions it does not."""
         try:
             self._torch_runner.run(self._inputs(sizes))
         except Exception:  # the model's own forward can raise anything
@@ -182,7 +188,7 @@ class _Comparing:
         return True
 
     def _compare(self, words: str, inputs: dict[str, torch.Tensor]) -> None:
-        """With all adapters that the graph's form is to be tried with."""
+        """Compares with all trial adapters of the graph's adapter form."""
         export = self._export
         precision = export.options.precision
         has_more = any(value.numel() > self._tensors[name].numel() for name, value in inputs.items())
@@ -197,11 +203,11 @@ class _Comparing:
             self.comparisons[also] = comparison
 
     def _read(self, inputs: dict[str, torch.Tensor]) -> list[Arrays]:
-        """What torch gives: one step."""
+        """Returns torch's outputs, as the only step."""
         return [self._torch_runner.run(inputs)]
 
     def _inputs(self, sizes: Sizes) -> dict[str, torch.Tensor]:
-        """The example repeated or cut along its dynamic axes."""
+        """Returns the example, repeated or cut to these sizes along its dynamic axes."""
         resized = dict(self._tensors)
         for name, index in self._places(sizes):
             tensor, size = resized[name], sizes[self._axes[name][index]]
@@ -209,7 +215,7 @@ class _Comparing:
         return resized
 
     def _places(self, axes: Iterable[str]) -> list[tuple[str, int]]:
-        """Input and index of each of these dynamic axes."""
+        """Returns each place of these dynamic axes: the input's name and the index of the axis."""
         named = set(axes)
         return [
             (name, index) for name, shape in self._axes.items() for index, axis in enumerate(shape) if axis in named

@@ -1,7 +1,7 @@
 """melora_fx: rewrites the linear nodes of a PyTorch model into frozen base + MELoRA subgraphs.
 
-The names below stand in the order of a model's life. Each is imported when it is first used: an error class needs no
-torch, and nothing but `AdapterCheckpointCallback` needs transformers to be imported.
+The names below are in the order of a model's life. Each is imported on first use: importing `MELoRAError` needs no
+torch, and only the import of `AdapterCheckpointCallback` needs transformers.
 """
 
 from importlib import import_module
@@ -38,7 +38,8 @@ _MODULES = {
     "folding.fold_checkpoint": ("fold_checkpoint",),
     "errors": ("MELoRAError",),
 }
-"""Where each public name stands; no module or folder beside this file has the name of one, which it would hide."""
+"""Maps each module to its public names. No module or folder next to this file may have one of these names: importing
+it would hide the public name."""
 
 __all__ = [
     "MELoRAConfig",

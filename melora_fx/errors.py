@@ -1,5 +1,5 @@
-"""The one error class for graphs and files. Bad arguments raise `ValueError` or `TypeError` instead."""
+"""Holds the one error class for graphs, models and files. Bad arguments raise `ValueError` or `TypeError` instead."""
 
 
 class MELoRAError(Exception):
-    """A graph, a model or a file that cannot be used as asked; the text names it, the place and the remedy."""
+    """A graph, a model or a file cannot be used as requested. The text names it, the place and the remedy."""

@@ -1,4 +1,4 @@
-"""Where files are made and how failures to write are told: aside, under a lock, and named."""
+"""Writes files and folders aside, under a lock, and renames them; failures to write become errors with the path."""
 
 import contextlib
 import os
@@ -12,15 +12,15 @@ from .errors import MELoRAError
 
 try:
     import fcntl
-except ImportError:  # Windows: what killed runs leave is not removed there
+except ImportError:  # Windows: leftovers of killed runs are not removed there
     fcntl = None  # type: ignore[assignment]
 
 
 def output_path(place: str | os.PathLike[str]) -> Path:
-    """What is to be written, as a path.
+    """Returns the place to write as a path.
 
     Raises:
-        ValueError: for "", which would be the working directory.
+        ValueError: if `place` is "", which would be the working directory.
     """
     if not os.fspath(place):
         raise ValueError("the place to write is '': name a file or folder")
@@ -29,9 +29,9 @@ def output_path(place: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Failures to write in the block, such as a full disk, are errors that name `path`."""
+    """Turns failures to write in the block, such as a full disk, into a MELoRAError that names `path`."""
     if "\0" in str(path):
-        raise MELoRAError(f"{str(path)!r} cannot be written: it is no name of a file")
+        raise MELoRAError(f"{str(path)!r} cannot be written: it is not a valid file name")
     try:
         yield
     except OSError as error:
@@ -39,20 +39,20 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder itself, or leads into it, through links too."""
+    """Returns whether `path` is `folder` or is inside it, after links are resolved."""
     real, real_folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     return real_folder in (real, *real.parents)
 
 
 def read_bytes(path: Path, kind: str) -> bytes:
-    """The content of a file in a folder that must have it.
+    """Returns the content of a file in a folder that must contain it.
 
     Args:
         path: the file.
-        kind: what the folder is to be, "an adapter folder".
+        kind: what the folder should be, such as "an adapter folder".
 
     Raises:
-        MELoRAError: where it is missing, or cannot be read.
+        MELoRAError: if the file is missing or cannot be read.
     """
     try:
         return path.read_bytes()
@@ -63,7 +63,7 @@ def read_bytes(path: Path, kind: str) -> bytes:
 
 
 def refuse_link(path: Path) -> None:
-    """Raises MELoRAError for a link that leaves its folder, but for those that a Hugging Face cache is made of."""
+    """Raises MELoRAError if `path` is a link out of its folder. Links within a Hugging Face cache are allowed."""
     try:
         folder, target = path.parent.resolve(), path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
@@ -74,21 +74,21 @@ def refuse_link(path: Path) -> None:
 
 
 def refuse_source(out: Path, source: Path) -> None:
-    """Raises MELoRAError where `out` is the folder `source`, which is read, or lies in it."""
-    with writing(out):  # the system may refuse the very name
+    """Raises MELoRAError if `out` is the folder `source`, which is read, or is inside it."""
+    with writing(out):  # the system may reject the name itself
         is_inside = lies_in(out, source)
     if is_inside:
-        raise MELoRAError(f"`{out}` is the folder that is read, or in it: name another place, for `{source}` is kept")
+        raise MELoRAError(f"`{out}` is the folder that is read, or in it: name another place, as `{source}` is kept")
 
 
 def refuse_special(out: Path) -> None:
-    """Raises MELoRAError where `out` is there and no file: a rename would put one into the place of a device."""
+    """Raises MELoRAError if `out` exists and is not a file: a rename would replace a device with a file."""
     if os.path.exists(out) and not os.path.isfile(out):
-        raise MELoRAError(f"`{out}` is a folder or a device, and no file: name another place")
+        raise MELoRAError(f"`{out}` is a folder or a device, not a file: name another place")
 
 
 def refuse_occupied(out: Path) -> None:
-    """Raises MELoRAError where `out` is there, unless it is an empty folder."""
+    """Raises MELoRAError if `out` exists, unless it is an empty folder. A link is refused in any case."""
     with writing(out):
         is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if out.is_symlink() or not is_free:
@@ -97,7 +97,7 @@ def refuse_occupied(out: Path) -> None:
 
 @contextlib.contextmanager
 def made_folder(path: Path) -> Iterator[None]:
-    """Makes a folder and those above it; after a block that raises, the new ones are gone if they are empty."""
+    """Creates a folder and its parents. If the block raises, removes the new ones that are empty."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -111,9 +111,10 @@ def made_folder(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder on the disk of `path`, removed in any case; so are those that killed runs have left.
+    """Yields a temporary folder on the disk of `path` and removes it afterwards, even if the block raises.
 
-    The folder of `path` is made; after a block that raises it is gone again if it is empty.
+    Removes the staging folders of killed runs, too. Creates the folder of `path`, and removes it again if the block
+    raises and leaves it empty.
     """
     with contextlib.ExitStack() as stack:
         with writing(path):
@@ -124,28 +125,28 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` at the end of a block that raises nothing.
+    """Yields a folder to write into, and renames it to `path` unless the block raises.
 
-    `path` must be empty, or not there. Failures to write in the block name it.
+    `path` must be missing or an empty folder. Errors for failures to write in the block name `path`.
     """
     with staging_folder(path) as staging, writing(path):
         made = staging / path.name  # not the staging folder itself, which only its owner may read
         made.mkdir()
         yield made
-        refuse_occupied(path)  # by another run, since the first look
+        refuse_occupied(path)  # another run may have written it in the meantime
         os.replace(made, path)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path on the disk of `path`, flushes the file to the disk, and renames it."""
+    """Calls `write` with a temporary path on the disk of `path`, flushes the file to disk, and renames it to `path`."""
     write_together(path.parent, {path.name: write})
 
 
 def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """`write_atomically` for several files of a folder: they are renamed in their order when all are written.
+    """Writes several files of a folder like `write_atomically`, and renames them in order once all are written.
 
     Raises:
-        MELoRAError: where one would take the place of a folder or a device.
+        MELoRAError: if a file would replace a folder or a device.
     """
     for name in writers:
         refuse_special(folder / name)
@@ -160,7 +161,7 @@ def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One block at a time of all that lock this folder, in any process; no lock where the disk has none."""
+    """Locks `folder` during the block, so one block at a time runs, in any process; no lock if the disk has none."""
     lock = _lock(folder, wait=True)
     try:
         yield
@@ -170,10 +171,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _staging(path: Path) -> Iterator[Path]:
-    """`staging_folder`, in a folder that is there.
+    """Does the same as `staging_folder`, in a folder that exists.
 
-    A run locks its staging folder, and the lock ends with the process: what is not locked was left by a killed one.
-    Process ids would not do: they are used again, and are others in a container on the same disk.
+    A run locks its staging folder, and the lock ends with the process, so a folder without a lock was left by a killed
+    run. Process ids would not do: they are reused, and a container on the same disk counts its own.
     """
     _remove_left(path)
     while True:
@@ -181,7 +182,7 @@ def _staging(path: Path) -> Iterator[Path]:
         lock = _lock(staging, wait=True)
         if staging.exists():
             break
-        _unlock(lock)  # another run took it for a killed one's, before it was locked
+        _unlock(lock)  # before it was locked, another run removed it as the folder of a killed run
     try:
         yield staging
     finally:
@@ -190,7 +191,9 @@ def _staging(path: Path) -> Iterator[Path]:
 
 
 def _remove_left(path: Path) -> None:
-    """Removes the staging folders of killed runs; earlier versions had .new too, and files with their process id."""
+    """Removes the staging folders of killed runs, and what earlier versions left: .new folders, and files named after
+    their process id.
+    """
     name = re.compile(rf"\.{re.escape(path.name)}\.([a-z0-9_]{{8}}\.(tmp|new)|\d+\.tmp)")
     for left in path.parent.iterdir():
         if name.fullmatch(left.name) and (lock := _lock(left, wait=False)) is not None:
@@ -202,9 +205,9 @@ def _remove_left(path: Path) -> None:
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-    """A file descriptor that locks a file or folder; None where another has the lock, or it cannot be locked.
+    """Locks a file or folder and returns its file descriptor; None if another has the lock, or it cannot be locked.
 
-    The folder itself is locked: a file for filelock would be published with all else that lies in it.
+    Locks the folder itself, as the lock file of `filelock` would be published with the other files in the folder.
     """
     if fcntl is None:
         return None

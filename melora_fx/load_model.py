@@ -1,4 +1,4 @@
-"""The model in a Hugging Face folder."""
+"""Loads the model of a Hugging Face folder."""
 
 import json
 import os
@@ -30,24 +30,25 @@ def load_model(
     brought: Collection[str] = (),
     dtype: torch.dtype | None = None,
 ) -> "PreTrainedModel":
-    """The model in a folder, in evaluation mode. Code that lies in the folder is never run.
+    """Returns the model of a folder, in evaluation mode. Never runs code from the folder.
 
     Args:
-        folder: has config.json and, for `with_weights`, the weights.
+        folder: contains config.json and, if `with_weights`, the weights.
         with_weights: False builds the model on the meta device, without reading any weight.
-        class_name: transformers' class to use; None takes the first of the configuration's `architectures`.
-        num_labels: number of labels of a classification head; None leaves the configuration's.
-        labels: their names, in the order of their indices; none leaves the configuration's.
-        pad_token_id: the padding token; None leaves the configuration's.
-        brought: names of tensors that an adapter brings: the folder may lack them, or have them in other sizes.
-        dtype: of the weights; None leaves the folder's.
+        class_name: name of the transformers class; None uses the first of the configuration's `architectures`.
+        num_labels: number of labels of a classification head; None keeps the configuration's.
+        labels: names of the labels, in the order of their indices; if empty, the configuration's are kept.
+        pad_token_id: the padding token; None keeps the configuration's.
+        brought: names of tensors that an adapter provides: the folder may lack them, or have them in other shapes.
+        dtype: dtype of the weights; None keeps the folder's.
 
     Raises:
-        MELoRAError: for a folder without a configuration, weights or a known class, and for weights that the model
-            needs and that neither the folder has nor `brought` names.
+        MELoRAError: if the folder has no readable configuration or weights; if transformers lacks the class, or the
+            class does not fit the configuration; or if the model needs weights that the folder lacks and `brought`
+            does not name.
     """
     config = load_config(folder)
-    import transformers  # heavy: only where it is used
+    import transformers  # slow to import, so only here
 
     if num_labels is not None and num_labels != config.num_labels:
         config.num_labels = num_labels
@@ -61,35 +62,37 @@ def load_model(
     if model_class is None:
         raise MELoRAError(f"`{folder}`: transformers has no model class {name!r}")
     if not isinstance(config, model_class.config_class):
-        raise MELoRAError(f"`{folder}` holds a {config.model_type} model, not the {name} that was asked for")
+        raise MELoRAError(f"`{folder}` holds a {config.model_type} model, not the {name} that was requested")
     if not with_weights:
         try:
             with torch.device("meta"):
                 return model_class(config).eval()
-        except Exception as error:  # whatever a model does with sizes that do not fit
-            raise MELoRAError(f"`{folder}/config.json` makes no {name}: {type(error).__name__}: {error}") from error
+        except Exception as error:  # a model may raise anything for sizes that do not fit
+            raise MELoRAError(
+                f"no {name} can be built from `{folder}/config.json`: {type(error).__name__}: {error}"
+            ) from error
     model, new = load_weights(model_class, folder, config, **({} if dtype is None else {"dtype": dtype}))
     refuse_missing(folder, type(model).__name__, new, brought=brought)
     return model
 
 
 def load_config(folder: Path) -> Any:
-    """The configuration in a folder.
+    """Returns the configuration of a folder.
 
     Raises:
-        MELoRAError: where there is none, it cannot be read, or its model is code that lies in the folder.
+        MELoRAError: if it is missing or cannot be read, or if the model is custom code in the folder.
     """
     file = folder / "config.json"
     if not os.path.isfile(file):
         raise MELoRAError(f"`{folder}` is not a Hugging Face model folder: it has no config.json")
-    from transformers import CONFIG_MAPPING, AutoConfig  # heavy: only where they are used
+    from transformers import CONFIG_MAPPING, AutoConfig  # slow to import, so only here
 
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if "auto_map" in content and content.get("model_type") not in CONFIG_MAPPING:
             raise MELoRAError(
-                f"`{folder}`: its model is code of its own (`auto_map` in config.json), which is not run: only models "
-                "of transformers can be used"
+                f"`{folder}`: its model is custom code (`auto_map` in config.json), which is not run: use a model that "
+                "is part of transformers"
             )
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except MELoRAError:
@@ -99,19 +102,20 @@ def load_config(folder: Path) -> Any:
 
 
 def load_weights(model_class: Any, folder: Path, config: Any, **options: Any) -> tuple[Any, dict[str, str]]:
-    """(model in evaluation mode, what is new in it): its tensors that the folder lacks, or has in another size.
+    """Returns the model in evaluation mode, and its new tensors by name: those that the folder lacks or has in another
+    shape.
 
-    These hold the random values of a fresh model; those in another size are mapped to a text that says which. What
-    transformers counts as there, such as a tied weight, is not among them.
+    New tensors have the random values of a fresh model. The value for a name is "" if the folder lacks the tensor, else
+    a text with both shapes. Tensors that transformers does not count as missing, such as tied weights, are left out.
 
     Args:
         model_class: a class of transformers, or one of its auto classes.
-        folder: has the weights.
-        config: the model's.
-        options: of `from_pretrained`.
+        folder: contains the weights.
+        config: the model's configuration.
+        options: arguments for `from_pretrained`.
 
     Raises:
-        MELoRAError: where the weights cannot be read.
+        MELoRAError: if the weights cannot be read.
     """
     try:
         model, info = model_class.from_pretrained(
@@ -131,19 +135,19 @@ def load_weights(model_class: Any, folder: Path, config: Any, **options: Any) ->
 
 
 def refuse_missing(folder: Path, class_name: str, lacking: Mapping[str, str], *, brought: Collection[str] = ()) -> None:
-    """Raises MELoRAError for weights that a folder has not, or in another size, unless an adapter brings them.
+    """Raises MELoRAError if a folder lacks weights, or has them in another shape, and no adapter provides them.
 
     Args:
         folder: the folder.
         class_name: the model's class.
-        lacking: as `load_weights` gives it.
-        brought: names of tensors that an adapter brings.
+        lacking: the new tensors, as `load_weights` returns them.
+        brought: names of tensors that an adapter provides.
     """
     lines = [f"`{name}`" + (f" ({size})" if size else "") for name, size in lacking.items() if name not in brought]
     if not lines:
         return
     raise MELoRAError(
-        f"`{folder}` lacks weights of {class_name}, which would be random: {first_of(lines, _NAMED)}. Give the "
+        f"`{folder}` lacks weights of {class_name}, which would be random: {first_of(lines, _NAMED)}. Pass the "
         "folder that they were saved in, or an adapter that was trained with them: `melora-fx train` trains and saves "
-        "all that is new, in code `rewrite(…, keep_trainable=[…])` does"
+        "all new weights; in code, `rewrite(…, keep_trainable=[…])` does"
     )

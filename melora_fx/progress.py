@@ -1,4 +1,4 @@
-"""One line on the terminal that shows how far a long job has come."""
+"""Shows the progress of a long job in one line on the terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,18 +9,18 @@ from typing import Any
 def show_progress(
     title: str, total: int | None = None, *, in_bytes: bool = False, console: Any = None
 ) -> Iterator[Callable[..., None]]:
-    """Shows a job's progress while the block runs; nothing where there is no terminal.
+    """Shows a job's progress while the block runs; shows nothing if there is no terminal.
 
     Args:
-        title: what the line begins with.
-        total: how much there is to do; None shows the seconds so far in the place of a bar.
+        title: the beginning of the line.
+        total: the amount of work; None shows the elapsed time instead of a bar.
         in_bytes: whether `total` counts bytes.
         console: the rich `Console` to write to; None for stderr.
 
     Yields:
-        `show(step="", advance=0)`: names the present step, and counts on by `advance`.
+        `show(step="", advance=0)`: names the current step, and advances the count by `advance`.
     """
-    from rich import progress as parts  # heavy: only where a job takes long
+    from rich import progress as parts  # slow to import, so only for long jobs
     from rich.console import Console
 
     console = console or Console(stderr=True)

@@ -1,4 +1,4 @@
-"""Which parameters of a model live in the same memory: tied ones, and views of each other."""
+"""Finds the parameters of a model that share memory: tied ones, and views of each other."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,11 +8,11 @@ from torch import nn
 from .names import without_wrappers
 
 _Span = tuple[int, int, int, str]
-"""(device's number, first byte, end, name) of a parameter."""
+"""(device number, address of the first byte, address after the last byte, name) of a parameter."""
 
 
 def sharing_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Name of each parameter that overlaps others in memory → the names of these, in the order of the model.
+    """Returns the name of each parameter that shares memory with others, mapped to their names in the model's order.
 
     A module that is used in several places counts once, under its first name.
     """
@@ -32,7 +32,7 @@ def _spans(model: nn.Module) -> Iterator[_Span]:
 
 
 def _overlapping(spans: Iterable[_Span]) -> Iterator[list[str]]:
-    """Groups of two and more names whose spans overlap."""
+    """Yields groups of two or more names whose spans overlap."""
     group: list[str] = []
     group_end = (0, 0)
     for device, start, end, name in sorted(spans):
@@ -48,12 +48,15 @@ def _overlapping(spans: Iterable[_Span]) -> Iterator[list[str]]:
 
 
 def overlap(span: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
-    """Whether two spans have memory in common."""
+    """Returns whether two spans have memory in common."""
     return span[0] == other[0] and span[1] < other[2] and other[1] < span[2]
 
 
 def span_of(parameter: torch.Tensor) -> tuple[int, int, int]:
-    """(device's number, first byte, end) of the memory that a parameter lives in; itself, where it has none."""
+    """Returns (device number, address of the first byte, address after the last byte) of a parameter's memory.
+
+    If the parameter has no plain memory (on the meta device, empty, a tensor subclass), returns a unique span instead.
+    """
     tensor = parameter.detach()
     if type(tensor) is not torch.Tensor or tensor.is_meta or not tensor.numel():
         return -2, id(parameter), id(parameter) + 1

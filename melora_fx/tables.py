@@ -1,15 +1,15 @@
-"""Rows as lines of equal columns, for the reports' texts."""
+"""Formats rows as lines with aligned columns, for the texts of reports."""
 
 from collections.abc import Collection, Sequence
 
 
 def table(rows: Sequence[Sequence[str]], right: Collection[int] = (), max_width: int | None = None) -> list[str]:
-    """One line a row, without spaces at its end.
+    """Returns one line per row, without trailing spaces.
 
     Args:
-        rows: the cells; all rows have as many.
-        right: the columns that are aligned at the right, as numbers are.
-        max_width: of a line; the first column's long cells lose their beginning.
+        rows: the cells; all rows have the same number of cells.
+        right: the indices of the columns that are right-aligned, as for numbers.
+        max_width: the largest width of a line, in characters. Long cells of the first column lose their beginning.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if max_width is not None:

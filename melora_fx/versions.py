@@ -1,4 +1,4 @@
-"""Versions of installed packages, and the commit of this source."""
+"""Reads the versions of installed packages and the commit of this source."""
 
 import importlib.metadata
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def package_version(name: str) -> str:
-    """The installed version of a package; "not installed" of what runs from its source folder."""
+    """Returns the installed version of a package; "not installed" for a package that runs from its source folder."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -14,7 +14,7 @@ def package_version(name: str) -> str:
 
 
 def source_commit() -> str:
-    """The commit of this source, with "-dirty" after it where files have changed; empty outside of a checkout."""
+    """Returns the commit of this source, followed by "-dirty" if files have changed; empty outside a checkout."""
     file = Path(__file__)
     git = ["git", "-C", str(file.parent)]
     try:

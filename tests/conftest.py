@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models, whole-graph captures that are made once and copied, and graphs made once a run."""
+"""Fixtures: tiny random models, captures that are built once and copied, and graphs exported once per run."""
 
 import fnmatch
 import gc
@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 import rich.style  # noqa: F401 (its first import draws one of Python's random numbers)
-import support.cores  # above torch
-import support.interpreter  # noqa: F401 (above what imports triton)
+import support.cores  # before torch
+import support.interpreter  # noqa: F401 (before the imports of triton)
 import torch
 import transformers
 from hypothesis import settings
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the cases of a parametrized test: those of its `default_cases` not at all, those of its `slow_cases` slow,
-    and the rest full, or slow where it has no `slow_cases`. Each of their patterns has a case.
+    and the rest full, or slow if it has no `slow_cases`. Raises an error for a pattern that matches no case.
     """
     num_cases: Counter[tuple[str, str, str]] = Counter()
 
@@ -46,13 +46,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not by_default and (by_default, slowly) != (None, None):
             item.add_marker(pytest.mark.full if slowly is False else pytest.mark.slow)
     unmatched = sorted(key for key, number in num_cases.items() if number == 0)
-    if unmatched and not any("::" in argument for argument in config.args):  # which may name a few cases of a test
+    if unmatched and not any("::" in argument for argument in config.args):  # such an argument may select a few cases
         lines = [f"{test}: `{name}` {pattern!r}" for test, name, pattern in unmatched]
         raise pytest.UsageError("patterns that match no case:\n" + "\n".join(lines))
 
 
 def pytest_collection_finish() -> None:
-    """Spares the garbage collector what was imported, a second in each full collection: a Trainer makes many."""
+    """Exempts imported objects from garbage collection: a second in each full collection, and a Trainer runs many."""
     gc.collect()
     gc.freeze()
 
@@ -64,15 +64,15 @@ def _seeded() -> None:
 
 @pytest.fixture
 def fresh_dynamo():
-    """No compiled code of one test counts in another; files that compile use it in all of their tests."""
+    """Clears compiled code, so that none counts in another test; files that compile use it in all of their tests."""
     yield
     torch._dynamo.reset()
 
 
 @pytest.fixture
 def fresh_accelerator():
-    """What accelerate keeps for the whole process is not of other tests, nor theirs of this one."""
-    from accelerate.state import AcceleratorState  # takes a second: only where it is used
+    """Resets accelerate's process-wide state before and after a test."""
+    from accelerate.state import AcceleratorState  # takes a second to import, so only here
 
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -81,7 +81,7 @@ def fresh_accelerator():
 
 @pytest.fixture(params=list(_CASES))
 def case(request: pytest.FixtureRequest) -> Case:
-    """Each of three models in each of two captures, a copy of its own for each test."""
+    """Each of three models in each of two captures, copied for each test."""
     return Case(request.param)
 
 
@@ -93,6 +93,6 @@ def tower_case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    """Graphs that were exported once; pytest-xdist's workers share them."""
+    """Graphs that are exported once; pytest-xdist's workers share them."""
     folder = tmp_path_factory.getbasetemp()
     return Exports((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "exports")

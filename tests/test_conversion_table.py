@@ -1,12 +1,12 @@
-"""The table of docs/ADAPTERS.md still holds, and its errors are small."""
+"""The table of docs/ADAPTERS.md is still correct, and its errors are small."""
 
 import pytest
 from support.conversion_table import FORMS, documented, measure
 from support.travelling import CASES
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 _FLOAT16_TABLE = ("llama.cpp", "GPT-2, split")
-"""llama.cpp's GELU: its own base is as far from torch's."""
+"""llama.cpp's GELU: its own base differs from torch's by as much."""
 AGAIN = [
     (form, name)
     for form, run in FORMS.items()

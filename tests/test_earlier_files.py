@@ -1,4 +1,4 @@
-"""Files that earlier commits wrote: the present code reads them, and folds to the same bits."""
+"""Files that earlier commits wrote: the current code reads them, and folds to the same bits."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def plain(name: str) -> nn.Module:
 
 
 def rewritten(name: str) -> nn.Module:
-    """With other values in its adapters."""
+    """Returns the rewritten model, with other values in its adapters."""
     case = ADAPTERS[name]
     return melora_fx.rewrite(case.build(), case.targets, **case.options)
 
@@ -55,7 +55,7 @@ def test_adapter_gives_the_outputs_that_it_gave(commit: str, name: str, build: A
     model = load(build(name), name, folder / "adapter")
     expected = load_file(folder / "outputs.safetensors")["output"]
     torch.testing.assert_close(ADAPTERS[name].output(model), expected, **TOLERANCE[torch.float32])
-    assert (expected - ADAPTERS[name].output(plain(name))).abs().max() > 0.1, "the adapter must show"
+    assert (expected - ADAPTERS[name].output(plain(name))).abs().max() > 0.1, "the adapter must change the output"
 
 
 @each_adapter

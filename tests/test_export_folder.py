@@ -1,4 +1,4 @@
-"""What else lies in the folder of an export: other models' files, other graphs, and other exports at work."""
+"""Other content in the folder of an export: other models' files, other graphs, and other running exports."""
 
 import json
 import os
@@ -55,22 +55,22 @@ def test_another_models_folder_is_refused(weights: tuple[str, ...], tmp_path: Pa
     OTHER.save_pretrained(tmp_path)
     for file in weights:
         (tmp_path / file).touch()
-    assert_refused(tmp_path, r"config\.json` is there already, and another model's: name another folder")
-    assert_refused(tmp_path, r"config\.json` is there already, and another model's", "deep.onnx")
+    assert_refused(tmp_path, r"config\.json` already exists and belongs to another model: name another folder")
+    assert_refused(tmp_path, r"config\.json` already exists and belongs to another model", "deep.onnx")
 
 
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("content", ["{}", "[1]", "no json", '{"model_type": "bert", "hidden_size": "?"}', "\xff"])
 def test_a_configuration_that_cannot_be_read_is_anothers(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
-    assert_refused(tmp_path, r"config\.json` is there already, and another model's")
+    assert_refused(tmp_path, r"config\.json` already exists and belongs to another model")
 
 
 @pytest.mark.usefixtures("no_work")
 def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
-    """A Trainer's checkpoint of an adapter; an adapter's own folder is a place for its graph."""
+    """Such as a Trainer's checkpoint of an adapter; an adapter's own folder may get its graph."""
     (tmp_path / "model.safetensors").touch()
-    assert_refused(tmp_path, r"model\.safetensors` is there already, the weights of another model: name another folder")
+    assert_refused(tmp_path, r"model\.safetensors` already exists and contains another model's weights: name")
     (tmp_path / "model.safetensors").rename(tmp_path / "adapter.safetensors")
     with pytest.raises(AssertionError, match="the model is translated"):
         export_onnx(bert_classifier(num_layers=1), tokens(), tmp_path, verify=False)
@@ -79,24 +79,24 @@ def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_work")
 def test_another_tools_graph_is_refused(tmp_path: Path) -> None:
     write_graph(tmp_path, data=WEIGHT)
-    assert_refused(tmp_path, r"model\.onnx` is a graph that `export_onnx` has not written: remove it, or name another")
+    assert_refused(tmp_path, r"model\.onnx` is a graph that `export_onnx` did not write: remove it, or name another")
 
 
 @pytest.mark.usefixtures("no_work")
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    """And the model's own folder with another head; the same head is no change."""
+    """So is the model's own folder with another head; with the same head it is accepted."""
     model = bert_classifier(num_layers=1)
     model.save_pretrained(tmp_path / "own")
     (tmp_path / "own" / "vocab.txt").write_text("a")
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "own")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "vocab.txt").write_text("b")
-    with pytest.raises(MELoRAError, match=r"vocab\.txt` is there already, and another model's"):
+    with pytest.raises(MELoRAError, match=r"vocab\.txt` already exists and belongs to another model"):
         export_onnx(loaded, tokens(), tmp_path / "out", verify=False)
     with pytest.raises(AssertionError, match="the model is translated"):
         export_onnx(loaded, tokens(), tmp_path / "own", verify=False)
     loaded.config.num_labels = 7
-    with pytest.raises(MELoRAError, match=r"config\.json` is there already, and another model's"):
+    with pytest.raises(MELoRAError, match=r"config\.json` already exists and belongs to another model"):
         export_onnx(loaded, tokens(), tmp_path / "own", verify=False)
 
 
@@ -107,7 +107,7 @@ def staged(folder: Path, config: Any) -> Path:
 
 
 def test_settings_are_compared_and_not_how_they_are_written(tmp_path: Path) -> None:
-    """Defaults that are written out, the version and the dtype are no difference."""
+    """Explicit defaults, the version and the dtype are not differences."""
     new = staged(tmp_path / "new", CONFIG)
     out = tmp_path / "out"
     out.mkdir()
@@ -115,7 +115,7 @@ def test_settings_are_compared_and_not_how_they_are_written(tmp_path: Path) -> N
     (out / "config.json").write_text(json.dumps(written, indent=8))
     (out / "model.safetensors").touch()
     refuse_other_model(new, out / "model.onnx")
-    with pytest.raises(MELoRAError, match="another model's"):
+    with pytest.raises(MELoRAError, match="another model"):
         refuse_other_model(staged(new, OTHER), out / "model.onnx")
 
 
@@ -126,9 +126,9 @@ def test_graphs_of_one_model_share_a_folder_and_of_two_do_not(tmp_path: Path) ->
     other = staged(tmp_path / "other", OTHER)
     refuse_other_model(other, out / "model.onnx")  # again to the same place
     shutil.copy(out / "model.onnx", out / "second.onnx")
-    with pytest.raises(MELoRAError, match=r"config\.json` describes `second\.onnx` too, and is another model's"):
+    with pytest.raises(MELoRAError, match=r"config\.json` belongs to another model, and describes `second\.onnx` too"):
         refuse_other_model(other, out / "model.onnx")
-    with pytest.raises(MELoRAError, match=r"config\.json` describes `model\.onnx` too"):
+    with pytest.raises(MELoRAError, match=r"config\.json` belongs to another model, and describes `model\.onnx` too"):
         refuse_other_model(other, out / "third.onnx")
 
 
@@ -138,13 +138,13 @@ def test_a_fold_is_refused_there_too(exports: Exports, tmp_path: Path) -> None:
     melora_fx.save_adapter(fill(melora_fx.rewrite(bert_classifier(num_layers=1), "query")), tmp_path / "adapter")
     out = staged(tmp_path / "out", OTHER)
     before = contents(out)
-    with pytest.raises(MELoRAError, match=r"config\.json` is there already, and another model's"):
+    with pytest.raises(MELoRAError, match=r"config\.json` already exists and belongs to another model"):
         fold_onnx(base, tmp_path / "adapter", out)
     assert contents(out) == before
 
 
 def test_other_weights_have_another_name(tmp_path: Path) -> None:
-    """Wherever they differ. The last ones have the bytes of the first, and so their name, in whatever graph."""
+    """Wherever they differ. The last ones have the bytes of the first, and so the same name, in any graph."""
     size = 3 * (1 << 18) + 5
     rows = np.zeros((3, size), np.float32)
     rows[1, 123_457] = rows[2, -1] = 1.0
@@ -158,14 +158,14 @@ def test_other_weights_have_another_name(tmp_path: Path) -> None:
 
 
 def test_old_weights_go_and_those_that_others_refer_to_stay(tmp_path: Path) -> None:
-    """Graphs that the user has renamed or put aside; weights of that name that are not of ours."""
+    """Graphs that the user has renamed or put aside, and weights with similar names that are not ours."""
     path = tmp_path / "model.onnx"
     for value, name in ((1.0, "renamed.onnx"), (2.0, "model.onnx.bak")):
         publish_small(path, value).rename(tmp_path / name)
     kept = names(tmp_path) | {"model.onnx.mine.data", "model.onnx.data", "other.onnx.000000000000.data"}
     for name in kept - names(tmp_path):
         (tmp_path / name).touch()
-    (tmp_path / "model.onnx.000000000000.data").touch()  # of a killed run
+    (tmp_path / "model.onnx.000000000000.data").touch()  # from a killed run
     publish_small(path, 3.0)
     publish_small(path, 4.0)
     (newest,) = names(tmp_path) - kept - {"model.onnx"}
@@ -191,7 +191,7 @@ def test_a_report_on_the_replaced_graph_goes(tmp_path: Path) -> None:
 
 
 def test_files_that_a_caller_names_stay(tmp_path: Path) -> None:
-    """A fold's base may be a link to the weights of the graph that it replaces."""
+    """The base of a fold may be a link to the weights of the graph that it replaces."""
     path = publish_small(tmp_path / "out" / "model.onnx", 1.0)
     before = data_of(path)
     link = tmp_path / "link"
@@ -231,7 +231,7 @@ def test_a_graph_without_large_weights_has_no_data_file(tmp_path: Path) -> None:
 
 
 def test_exports_to_one_place_at_once_leave_one_of_them_whole(tmp_path: Path) -> None:
-    """Each publication removes the other's weights, and never before its own graph is there."""
+    """Each publication removes the other's weights, but never before its own graph is there."""
     path = tmp_path / "out" / "model.onnx"
     wrong = []
 
@@ -266,7 +266,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(MELoRAError, match=r"model\.safetensors` is a file, and no \.onnx file: name one, or a folder"):
+    with pytest.raises(MELoRAError, match=r"model\.safetensors` is a file: name a \.onnx file or a folder"):
         export_onnx(bert_classifier(num_layers=1), tokens(), tmp_path / "model.safetensors", verify=False)
 
 

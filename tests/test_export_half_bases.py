@@ -1,4 +1,4 @@
-"""Bases in half precision: their tensors become float32 one by one for an export, and are as before afterwards."""
+"""Bases in half precision: their tensors become float32 one by one for an export, and are restored afterwards."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_the_graph_is_that_of_the_model_in_float32(tmp_path: Path, dtype: torch.
     with assert_unchanged(model):
         report = export_onnx(model, {"x": randn(2, IN)}, tmp_path / "half.onnx", adapter=adapter)
     name = str(dtype).removeprefix("torch.")
-    assert f"the model's weights are {name}: the graph is made of them in float32" in report.notes
+    assert f"the model's weights are {name}: the graph is built from them in float32" in report.notes
     export_onnx(model.float(), {"x": randn(2, IN)}, tmp_path / "float.onnx", adapter=adapter)
     inputs = {"x": randn(5, IN).numpy()}
     found, expected = (OrtRunner(tmp_path / f"{which}.onnx").run(inputs)["output"] for which in ("half", "float"))
@@ -42,7 +42,7 @@ def test_decoders(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_an_export_that_fails_leaves_the_model_in_half_precision(tmp_path: Path) -> None:
     model = tower().bfloat16()
-    with assert_unchanged(model), pytest.raises(MELoRAError, match="does not take `example_inputs`"):
+    with assert_unchanged(model), pytest.raises(MELoRAError, match="does not accept `example_inputs`"):
         export_onnx(model, {"x": randn(2, IN + 1)}, tmp_path)
 
 
@@ -57,7 +57,7 @@ def test_tensors_become_float32_one_by_one() -> None:
     with in_float32(model):
         assert {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} == {torch.float32}
         assert next(model.parameters()) is first
-        assert second.data_ptr() == address, "what is float32 is not touched"
+        assert second.data_ptr() == address, "float32 tensors are not touched"
     assert model.scale is buffer
     assert buffer.dtype == torch.float16
     for parameter, values in zip(model.parameters(), before, strict=True):

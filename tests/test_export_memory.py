@@ -1,4 +1,4 @@
-"""What an export takes of memory: the model is folded in place, never copied, whatever the target."""
+"""The memory of an export: the model is folded in place and never copied, whatever the target."""
 
 import subprocess
 import sys
@@ -38,8 +38,8 @@ print(in_float32, (weights + memory.growth) / in_float32)
     [("portable", "no", "float32"), ("ort-cpu", "no", "bfloat16"), ("ort-cuda", "verify", "float32")],
 )
 def test_the_peak_is_below_1_6_times_the_weights(target: str, verify: str, dtype: str, tmp_path: Path) -> None:
-    """Memory that the process holds; pages of the written file, which ONNX Runtime maps, the system takes back. Of a
-    model in half precision: times the weights in float32, as they are in the graph.
+    """Counts the memory of the process, without pages of the written file, which ONNX Runtime maps and the system can
+    reclaim. For a model in half precision the weights count in float32, as they are in the graph.
     """
     command = [sys.executable, "-c", EXPORT, str(tmp_path / "model.onnx"), target, verify, dtype]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -46,7 +46,7 @@ MODELS = {
 
 
 def loaded(name: str, folder: Path) -> Any:
-    """The model as from a folder with a tokenizer, with an adapter."""
+    """Returns a model loaded from a folder with a tokenizer, with a filled adapter."""
     model = spread(MODELS[name]())
     model.save_pretrained(folder)
     write_tokenizer(folder)
@@ -54,7 +54,7 @@ def loaded(name: str, folder: Path) -> Any:
 
 
 def by_torch(model: Any, folder: Path, new_tokens: int = 12) -> list[str]:
-    """What torch writes for each prompt alone."""
+    """Returns what torch writes for each prompt alone."""
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     written = []
     for prompt in PROMPTS:
@@ -110,7 +110,7 @@ def test_what_a_pair_writes_is_torchs(tmp_path: Path, name: str, adapter: str, t
 
 def test_a_file_holds_one_graph(tmp_path: Path) -> None:
     inputs = {"input_ids": torch.tensor([[5, 9, 4], [7, 8, 3]])}
-    with pytest.raises(MELoRAError, match="an encoder-decoder model becomes two graphs: name a folder, not a file"):
+    with pytest.raises(MELoRAError, match="an encoder-decoder model is exported as two graphs: name a folder"):
         export_onnx(t5(), inputs, tmp_path / "t5.onnx", use_cache=True)
     assert not [*tmp_path.iterdir()]
 

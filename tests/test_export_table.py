@@ -1,4 +1,4 @@
-"""The table of exported graphs in docs/EXPORT.md still holds, in what does not depend on the versions it names."""
+"""The table of graphs in docs/EXPORT.md is still correct, except parts that depend on the named versions."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The tables of what `export_onnx` takes by name."""
+"""The tables of names that `export_onnx` accepts."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""An export's files: all of them or none, whatever ends it, and an earlier export stays until the last moment."""
+"""An export's files: all or none, whatever ends it; an earlier export stays until the last moment."""
 
 import re
 import shutil
@@ -50,7 +50,7 @@ def test_what_earlier_versions_left_is_removed_and_users_files_are_not(tmp_path:
 def test_a_staging_folder_that_another_run_has_removed_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its making and its lock it is like a killed run's."""
+    """Between its creation and its lock it looks like a killed run's."""
     make = tempfile.mkdtemp
     made = []
 
@@ -103,7 +103,7 @@ def test_a_failed_save_leaves_no_folder_that_it_has_made(tmp_path: Path, monkeyp
 
 
 def test_a_new_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:
-    """Readable for others too, as the umask has it; a block that raises leaves what was there."""
+    """It is readable for others too, as the umask says; a block that raises an error keeps the existing folder."""
     path = tmp_path / "out"
     (tmp_path / "by_hand").mkdir()
     with new_folder(path) as made:
@@ -147,7 +147,7 @@ def test_a_path_that_cannot_be_a_file_is_one_error(path: str, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["a b/mö ∂.onnx", "new/deep/v1.2"])
 def test_odd_paths_work(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative ones too: external data is found beside the graph."""
+    """Also relative ones: external data is found next to the graph."""
     monkeypatch.chdir(tmp_path)
     report = export_onnx(tower(), (randn(2, 24),), path)
     assert OrtRunner(report.path).run({"x": randn(3, 24)})["output"].shape == (3, 6)
@@ -195,7 +195,7 @@ def test_a_killed_export_leaves_the_earlier_one(step: str, tmp_path: Path) -> No
     result = subprocess.run([sys.executable, "-c", KILLED, path, step], capture_output=True, text=True, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     left = [file for file in tmp_path.iterdir() if file.is_dir()]
-    assert len(left) == 1, "what the killed export has written"
+    assert len(left) == 1, "the files of the killed export"
     lost = {tmp_path / "model.export.json"} if step == "moving" else set()
     assert {file: file.read_bytes() for file in before if file not in lost} == {
         file: content for file, content in before.items() if file not in lost

@@ -44,11 +44,11 @@ CASES: dict[str, tuple[str, Any, Any, Any, MELoRAConfig]] = {
     "gpt2": ("gpt2", lambda: gpt2(num_layers=1), tokens(), ["c_attn", "c_fc", "c_proj"], TOWER_CONFIG),
     "llama": ("llama", lambda: build("Llama")[0], tokens(), "all-linear", MELoRAConfig(rank=2, num_blocks=2)),
 }
-"""Name → the export of the base, the model, inputs, and what is adapted how."""
+"""Maps a name to the export of the base, the model, inputs, targets and configuration."""
 
 
 def base_and_adapter(case: str, exports: Exports, folder: Path, **options: Any) -> nn.Module:
-    """Puts the base's export into base/, saves an adapter to adapter/, and gives the rewritten model."""
+    """Copies the base's export to base/, saves an adapter to adapter/, and returns the rewritten model."""
     name, make, _, targets, config = CASES[case]
     model = make()
     copy_export(exports, name, folder / "base", **options)
@@ -80,7 +80,7 @@ PAIRS = [*((case, "portable") for case in CASES), ("bert", "ort-cpu"), ("gpt2", 
 def test_the_files_are_those_of_a_fresh_export_bit_for_bit(
     case: str, target: str, exports: Exports, tmp_path: Path
 ) -> None:
-    """Packed and transposed weights too, and the graph itself with all that it says of itself."""
+    """Also packed and transposed weights, and the graph itself with its description."""
     model = base_and_adapter(case, exports, tmp_path, target=target, precision="fp32")
     before = contents(tmp_path / "base")
     export_onnx(model, CASES[case][2], tmp_path / "fresh", target=target, precision="fp32")
@@ -95,7 +95,7 @@ def test_the_files_are_those_of_a_fresh_export_bit_for_bit(
 @pytest.mark.parametrize("case", ["bert", "gpt2"])
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_half_precision(case: str, target: str, exports: Exports, tmp_path: Path) -> None:
-    """The sum is made of the rounded base: one more rounding than a fresh export, no more."""
+    """The sum uses the rounded base: exactly one more rounding than in a fresh export."""
     model = base_and_adapter(case, exports, tmp_path, target=target, precision="fp16")
     inputs = {name: value.numpy() for name, value in CASES[case][2].items()}
     export_onnx(model, CASES[case][2], tmp_path / "fresh", target=target, precision="fp16", verify=False)
@@ -137,7 +137,7 @@ def test_a_head_that_the_graph_has_quantised(exports: Exports, tmp_path: Path) -
     (bias,) = (tensor for tensor in graph.graph.initializer if tensor.name == "classifier.bias")
     bias.CopyFrom(onnx.numpy_helper.from_array(np.ones(3, np.int8), bias.name))
     onnx.save(graph, tmp_path / "base.onnx")
-    with pytest.raises(MELoRAError, match=r"`classifier\.bias`: the graph's is quantised"):
+    with pytest.raises(MELoRAError, match=r"`classifier\.bias`: the graph's weight is quantised"):
         fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
     assert not list(tmp_path.glob("*out*"))
 
@@ -196,7 +196,7 @@ def test_a_value_that_the_exporter_stores_once_for_two_is_not_a_head_of_its_own(
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
 def test_graphs_that_hold_an_adapter_or_inputs_for_one(adapter: str, exports: Exports, tmp_path: Path) -> None:
     melora_fx.save_adapter(rewritten_tower(), tmp_path / "adapter")
-    text = "holds an adapter already" if adapter == "fold" else f"no graph of the base alone (`{adapter}`)"
+    text = "already contains an adapter" if adapter == "fold" else f"not a graph of only the base (`{adapter}`)"
     with pytest.raises(MELoRAError, match=re.escape(text)):
         fold_onnx(exports("adapted tower", adapter=adapter).path, tmp_path / "adapter", tmp_path / "out.onnx")
 
@@ -207,10 +207,10 @@ def test_a_second_adapter_on_a_folded_graph_and_the_base_in_its_own_place(export
     folded = contents(tmp_path / "folded")
     facts = read_facts(tmp_path / "folded" / "model.onnx")
     assert (facts.adapter, facts.adapter_sha256) == ("fold", read_adapter(tmp_path / "adapter").sha256)
-    with pytest.raises(MELoRAError, match=f"holds an adapter already .*{facts.adapter_sha256[:12]}"):
+    with pytest.raises(MELoRAError, match=f"already contains an adapter .*{facts.adapter_sha256[:12]}"):
         fold_onnx(tmp_path / "folded", tmp_path / "adapter", tmp_path / "twice")
     base = contents(tmp_path / "base")
-    with pytest.raises(MELoRAError, match=r"model\.onnx` is the base's own: a fold keeps it"):
+    with pytest.raises(MELoRAError, match=r"model\.onnx` belongs to the base's graph, which a fold keeps"):
         fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "base" / "model.onnx")
     assert contents(tmp_path / "base") == base
     assert contents(tmp_path / "folded") == folded
@@ -218,7 +218,7 @@ def test_a_second_adapter_on_a_folded_graph_and_the_base_in_its_own_place(export
 
 
 def test_a_base_that_was_renamed_keeps_its_weights(exports: Exports, tmp_path: Path) -> None:
-    """They are still called after its old name, which the folded graph gets."""
+    """Their files still have its old name, which the folded graph gets."""
     base_and_adapter("tower", exports, tmp_path)
     folder = tmp_path / "base"
     before = contents(folder)
@@ -264,7 +264,7 @@ def test_tied_weights_are_refused(target: str, exports: Exports, tmp_path: Path)
     graph = exports("gpt2", target=target).path
     model = fill(melora_fx.rewrite(gpt2(num_layers=1), ["lm_head"], TOWER_CONFIG))
     melora_fx.save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(MELoRAError, match=r"(?s)they are another model's, or tied.*`lm_head`"):
+    with pytest.raises(MELoRAError, match=r"(?s)they belong to another model, are tied.*`lm_head`"):
         fold_onnx(graph, tmp_path / "adapter", tmp_path / "out.onnx")
 
 
@@ -274,13 +274,13 @@ def test_a_weight_of_two_modules_is_refused(tmp_path: Path) -> None:
     export_onnx(model, {"x": randn(2, 24)}, tmp_path / "base.onnx", verify=False)
     fill(melora_fx.rewrite(model, "a", TOWER_CONFIG))
     melora_fx.save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(MELoRAError, match=r"(?s)or tied.*`a`"):
+    with pytest.raises(MELoRAError, match=r"(?s)are tied.*`a`"):
         fold_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
 
 
 @pytest.mark.slow
 def test_equal_weights_of_two_modules_are_told_apart_or_refused(tmp_path: Path) -> None:
-    """The exporter may store equal weights once."""
+    """The exporter may store equal weights only once."""
     model = tower()
     with torch.no_grad():
         model.gate.weight.copy_(model.up.weight)
@@ -312,7 +312,7 @@ def test_an_integer_weight_is_refused(exports: Exports, tmp_path: Path) -> None:
 
 
 def test_weights_inside_of_the_graph_file(exports: Exports, tmp_path: Path) -> None:
-    """A graph that was saved again by other tools has no external data."""
+    """A graph that other tools have saved again may have no external data."""
     base_and_adapter("tower", exports, tmp_path)
     fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
     (tmp_path / "one").mkdir()
@@ -375,7 +375,7 @@ def test_weights_that_are_missing_or_cut_short(exports: Exports, tmp_path: Path)
 def test_a_fold_into_one_of_two_tensors_in_one_place_of_the_file_leaves_the_other(
     exports: Exports, tmp_path: Path
 ) -> None:
-    """Tools that store equal values once write them so."""
+    """As written by tools that store equal values once."""
     copy_export(exports, "tower", tmp_path / "base")
     path = tmp_path / "base" / "model.onnx"
     graph = onnx.load(path, load_external_data=False)

@@ -1,4 +1,4 @@
-"""What importing brings, in fresh processes: the names of packages, since seconds vary."""
+"""The packages that an import loads in fresh processes: their names, since seconds vary."""
 
 import subprocess
 import sys
@@ -16,14 +16,14 @@ TYPER = {
     "typer", "click", "annotated_doc", "shellingham", "pydantic", "pydantic_core", "annotated_types",
     "typing_extensions", "typing_inspection",
 }  # fmt: skip
-"""typer, and what it imports by itself."""
+"""typer, and the packages that it imports."""
 
 PACKAGES = [melora_fx, exporters]
 
 
 def added(tmp_path: Path, first: str, then: str) -> tuple[set[str], str, str]:
-    """Names of the packages beside Python's own that `then` imports after `first`, with those of Dynamo and torch.onnx;
-    and what both have printed.
+    """Returns the names of the packages, except Python's own, that `then` imports after `first`, including Dynamo and
+    torch.onnx, and what both print.
     """
     code = f"""
 import atexit, pathlib, sys
@@ -92,7 +92,7 @@ def test_a_fold_on_disk_needs_no_transformers(tmp_path: Path) -> None:
     run = f"sys.argv = ['melora-fx', 'fold', *{places}]\nfrom exporters.cli.commands import main\nmain()"
     found, out, err = added(tmp_path, "import torch", run)
     assert OURS <= found <= OURS | TYPER | {"numpy", "rich", "safetensors"}
-    assert "holds adapter" in out
+    assert "contains adapter" in out
     assert err == ""
 
 

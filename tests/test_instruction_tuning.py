@@ -24,7 +24,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def _bytes() -> Any:
-    """One token a byte, and a start token before each text, as Llama's."""
+    """Returns a tokenizer with one token per byte, and a start token before each text, as in Llama."""
     names = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -95,7 +95,7 @@ def test_what_is_missing_is_said_before_anything_is_written(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
     model = tmp_path if missing == "lm-eval" else tmp_path / "nowhere"
     monkeypatch.setattr(sys, "argv", ["", "--model", str(model), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="pip install lm-eval" if missing == "lm-eval" else "nowhere` is not there"):
+    with pytest.raises(SystemExit, match="pip install lm-eval" if missing == "lm-eval" else "nowhere` does not exist"):
         recipe.main()
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Wherever a process is killed, the old file or the new one is there, and the next run removes what was left."""
+"""Wherever a process is killed, the old file or the new one is there, and the next run removes leftovers."""
 
 import shutil
 import tempfile
@@ -29,9 +29,8 @@ def names(folder: Path) -> set[str]:
 def check_kills(
     folder: Path, run: Callable[[], object], check: Callable[[], object], again: Callable[[], object] | None = None
 ) -> int:
-    """Kills `run` everywhere, each time with the same files in `folder` before, and calls `check`; then runs it, or
-    `again`, to its end, after which the files must be those of a run that was never disturbed. Returns the number of
-    kills.
+    """Kills `run` before every change to files, each time with the same initial files in `folder`, and calls `check`.
+    Then runs it, or `again`, to its end: the files must be those of an undisturbed run. Returns the number of kills.
     """
     with tempfile.TemporaryDirectory() as kept:
         before = Path(kept, "before")
@@ -56,7 +55,7 @@ def check_kills(
 
 @pytest.mark.slow
 def test_publication_over_an_earlier_graph(tmp_path: Path) -> None:
-    """The old graph or the new one, with its own weights, and no description of the other."""
+    """The old graph or the new one is there, with its own weights, and without a description of the other."""
     folder = tmp_path / "graphs"
     path = folder / "model.onnx"
     publish_small(path, 1.0, config='{"is": 1}', tokenizer='{"is": 1}', same='{"is": "same"}')
@@ -120,7 +119,7 @@ def test_an_export_over_an_earlier_one(verify: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("earlier", ["fold", "export"])
 def test_a_fold_over_an_earlier_graph(earlier: str, tmp_path: Path) -> None:
-    """Beside the base's graph, which stays."""
+    """Next to the base's graph, which stays."""
     folder = tmp_path / "graphs"
     path = folder / "folded.onnx"
     export_onnx(tower(), (X["x"],), folder / "base.onnx", verify=False)
@@ -193,7 +192,7 @@ def test_an_adapter_for_onnx_runtime_over_an_earlier_one(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_trainers_checkpoint_over_one_of_an_earlier_run(tmp_path: Path) -> None:
-    """Never one run's adapter beside what another run resumes from."""
+    """Never one run's adapter next to files from which another run resumes."""
     model = fill(rewritten())
     trainer_of(model, tmp_path, AdapterCheckpointCallback())
     folder = tmp_path / "checkpoint-3"

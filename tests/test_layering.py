@@ -1,4 +1,4 @@
-"""Rooms import only what stands above them in the list; nothing imports in a circle."""
+"""Rooms import only rooms above them in the list; there are no import cycles."""
 
 import ast
 import re
@@ -31,7 +31,7 @@ def files(package: str) -> list[Path]:
 
 
 def module_of(path: Path) -> str:
-    """Dotted name of a file; a folder's `__init__` keeps it."""
+    """Returns the dotted name of a file, including `__init__`."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
@@ -39,7 +39,7 @@ MODULES = {module_of(path) for package in ORDER for path in files(package)}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names of what a file imports, also inside of functions and by `_later`: modules, and names in modules."""
+    """Yields the dotted names that a file imports, also in functions and with `_later`: modules and names in them."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -52,7 +52,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def resolve(name: str) -> str | None:
-    """The module of ours that an imported name is, or stands in; None for those of others."""
+    """Returns our module that an imported name is, or is in; None for other packages."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         for module in (".".join(parts[:end]), ".".join([*parts[:end], "__init__"])):
@@ -96,7 +96,7 @@ def test_the_library_needs_no_exporter(package: str) -> None:
 
 
 def borrowed(path: Path) -> Iterator[str]:
-    """What a file uses of other packages by a name that begins with an underscore."""
+    """Yields the names that a file uses from other packages."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and not node.level:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -105,7 +105,7 @@ def borrowed(path: Path) -> Iterator[str]:
 
 
 def test_internals_are_borrowed_in_files_of_their_own() -> None:
-    """Attributes of instances, which the syntax does not tell from our own, are left to the reader."""
+    """Attributes of instances are not checked, because syntax cannot distinguish them from our own."""
     wrong = [
         f"{path.relative_to(ROOT)}: {name}"
         for package in ORDER
@@ -118,7 +118,7 @@ def test_internals_are_borrowed_in_files_of_their_own() -> None:
 
 
 def test_no_import_circle() -> None:
-    """Between files; `graphlib` raises, and names the circle."""
+    """Between files; `graphlib` raises an error that names the cycle."""
     needs = {
         module_of(path): {module for name in imports(path) if (module := resolve(name)) and module != module_of(path)}
         for package in ORDER
@@ -139,7 +139,7 @@ def test_no_test_file_imports_another() -> None:
 
 
 def test_sizes() -> None:
-    """A file can be read in one sitting, a folder at one glance; tests and benchmarks aside."""
+    """A file can be read in one sitting, a folder at one glance, except tests and benchmarks."""
     paths = [path for package in ORDER for path in files(package)]
     assert {path: n for path in paths if (n := len(path.read_text().splitlines())) > 300} == {}
     folders = {path.parent for path in paths}
@@ -149,7 +149,7 @@ def test_sizes() -> None:
 def test_every_folder_lists_its_files() -> None:
     for init in (path for package in ORDER for path in files(package) if path.name == "__init__.py"):
         if init.parent.name in ORDER:
-            continue  # the package's own, a table of public names
+            continue  # the package's own is a table of public names
         listed = {
             name for line in ast.get_docstring(ast.parse(init.read_text())).splitlines() for name in _listed(line)
         }
@@ -157,6 +157,6 @@ def test_every_folder_lists_its_files() -> None:
 
 
 def _listed(line: str) -> list[str]:
-    """The files that a line of a folder's docstring is about: what stands before two spaces."""
+    """Returns the files that a line of a folder's docstring describes: the names before two spaces."""
     names, gap, _ = line.partition("  ")
     return names.split(", ") if gap else []

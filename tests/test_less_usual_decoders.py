@@ -1,4 +1,4 @@
-"""Decoders that are less usual: windows, forwards of a user's own, training, compiled ones."""
+"""Less usual decoders: with windows, with user-defined forwards, in training, compiled."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,7 +28,7 @@ def with_window(kind: str) -> Any:
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 @pytest.mark.parametrize("kind", ["Mistral", "Gemma3"])
 def test_a_window_passes_over_the_cache(tmp_path: Path, kind: str, target: str) -> None:
-    """The check compares with a cache that is whole in torch too: this compares with none."""
+    """The export's own check compares with torch's whole cache; this test compares with no cache."""
     model = with_window(kind)
     report = export_onnx(model, example(), tmp_path, target=target)
     ids, mask = np.arange(26).reshape(2, 13) + 3, np.ones((2, 13), np.int64)
@@ -81,7 +81,7 @@ def with_its_own_forward() -> Any:
     ids=["in training", "its own forward", "without positions", "compiled", "more outputs"],
 )
 def test_less_usual_models(tmp_path: Path, make: Any) -> None:
-    """One text, by its first token alone and another."""
+    """One text, exported with its first token, and run token by token."""
     torch.manual_seed(0)
     model = make()
     with assert_unchanged(model):

@@ -1,4 +1,4 @@
-"""Places that the system refuses, to read from and to write to: one error of ours that names them."""
+"""Places that the system refuses, for reading and writing: one of our errors, which names them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +82,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, exports: Exports) -> Bases:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """Ours; PEFT's form of it is beside it, in `peft`."""
+    """Our adapter folder; PEFT's form of it is next to it, in `peft`."""
     melora_fx.save_adapter(adapted_kept_tower(), tmp_path / "adapter")
     write_peft_adapter(tmp_path / "adapter", tmp_path / "peft")
     return tmp_path / "adapter"
@@ -116,7 +116,7 @@ def test_written_where_nobody_may(write: Callable[..., object], bases: Bases, ad
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if name != "fold_onnx file"])
 def test_no_place(name: str, bases: Bases, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be the working directory."""
+    """An empty string would be the working directory."""
     (adapter.parent / "empty").mkdir()
     monkeypatch.chdir(adapter.parent / "empty")
     with pytest.raises(ValueError, match="the place to write is ''"):

@@ -1,4 +1,4 @@
-"""Every internal that the packages borrow does what its one function says: an upgrade breaks here first."""
+"""Every internal function that the packages borrow does what its wrapper says: an upgrade breaks here first."""
 
 import ast
 import contextlib
@@ -69,7 +69,7 @@ def test_registered() -> None:
     assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
     assert list(children) == ["extra"]
     del parameters["nothing"]
-    assert not hasattr(module, "nothing"), "the dicts are the module's own"
+    assert not hasattr(module, "nothing"), "the dicts must be the module's own"
 
 
 def test_kinds_of_modules() -> None:
@@ -151,7 +151,7 @@ def test_export_hooks_are_cleared() -> None:
 
 
 class Branch(nn.Module):
-    """Takes the other branch where there are more than 8 rows, or one."""
+    """Takes the other branch if there are more than 8 rows, or one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 1 if 1 < x.shape[0] <= 8 else x - 1
@@ -381,7 +381,7 @@ def test_what_transformers_does_not_miss() -> None:
 
 
 class Scaled(nn.Module):
-    """A linear under a name, so that its node has a scope."""
+    """A named linear, so that its node has a scope."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -444,7 +444,7 @@ def test_caches_of_both_are_filled() -> None:
     cache = private.cache_of_both(tensors[:2], tensors[2:])
     assert cache.get_seq_length() == 1
     assert cache.cross_attention_cache.layers[0].keys is tensors[2]
-    assert cache.is_updated == {0: True}, "what is there is not computed again"
+    assert cache.is_updated == {0: True}, "existing values are not computed again"
     assert private.cache_of_both([], []).is_updated == {}
 
 
@@ -520,7 +520,7 @@ def test_accelerate_is_seen() -> None:
 
 
 def small_graph(folder: Path) -> Path:
-    """y = x w, with an axis without a name."""
+    """Writes a graph of y = x w, with an axis without a name."""
     text = '<ir_version: 9, opset_import: ["" : 20]> g (float[?, 2] x) => (float[?, 3] y) { y = MatMul (x, w) }'
     model = onnx.parser.parse_model(text)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((2, 3), np.float32), "w"))

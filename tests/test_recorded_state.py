@@ -1,4 +1,4 @@
-"""What tells that a refusal changed nothing must itself notice every change."""
+"""The function that shows that a refusal changed nothing must notice every change."""
 
 import random
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Model(nn.Module):
-    """Holds one of everything."""
+    """Contains one of everything."""
 
     def __init__(self, cache: list[Any]) -> None:
         super().__init__()

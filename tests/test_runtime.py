@@ -1,4 +1,4 @@
-"""ONNX Runtime is imported where it is used, and its absence named."""
+"""ONNX Runtime is imported only if it is used; an error names it if it is missing."""
 
 import sys
 from pathlib import Path

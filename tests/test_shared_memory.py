@@ -1,4 +1,4 @@
-"""Which parameters overlap in memory: tied ones and views, and no others."""
+"""Parameters that overlap in memory: tied ones and views, and no others."""
 
 import torch
 from torch import nn

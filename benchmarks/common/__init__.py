@@ -1,12 +1,12 @@
-"""What several benchmarks share.
+"""Modules that several benchmarks share.
 
 checkout       the checkout that is measured, and the exit statuses
 needs          packages and weights that may be missing
-cases          the columns, which cases are done, the CSV file, processes of their own
-kept           what is made once and kept in --cache, and what processes of their own have measured
-origin         when and on what rows were made, in words
-ratios         times over a reference's, in the CSV file and in the picture
-random_models  models that are made at random, in the shapes of known ones
-models         models, pretrained or random, with adapters of ours and of PEFT
-stories        a text that decoders learn from, and the training
+cases          the columns, which cases are done, the CSV file, separate processes
+kept           files that are made once and kept in --cache, and the results of separate processes
+origin         sentences about when and on what rows were measured
+ratios         times relative to a reference, for the CSV file and the picture
+random_models  random models in the shapes of known ones
+models         models, pretrained or random, with our adapters or PEFT's
+stories        a text for decoders to learn from, and the training
 """

@@ -1,4 +1,4 @@
-"""What is common to the benchmarks: their columns, which cases are done, their CSV file, processes of their own."""
+"""Common parts of the benchmarks: their columns, which cases are done, their CSV file, and separate processes."""
 
 import json
 import os
@@ -30,11 +30,11 @@ COLUMNS = (
     *("benchmark", "case", "side", "median_ms", "p20_ms", "p80_ms", "ratio", "reference", "rounds"),
     *("settings", "device", "versions", "source", "commit", "time"),
 )
-"""The first columns of every CSV file; a benchmark's own follow. `ratio`: of the median to that of `reference`, a side;
-`source`: a digest of the code, which tells also what no commit holds.
+"""The first columns of every CSV file, followed by those of the benchmark. `ratio`: the median over that of the side
+`reference`. `source`: a digest of the code, which also distinguishes uncommitted changes.
 """
 ORIGIN = ("settings", "device", "versions", "source")
-"""A case is done if its rows have these as a row of now would."""
+"""A case is done if a row measured now would have the same values as its rows in these columns."""
 
 Row = dict[str, Any]
 Report = Callable[[Sequence[Mapping[str, str]], Path], None]
@@ -42,13 +42,13 @@ console = Console()
 
 
 class Case(NamedTuple):
-    """What is measured together, in turn.
+    """Sides that are measured together, in turn.
 
     Attributes:
-        name: the column `case`.
-        measure: gives its rows, one a side or more.
-        missing: why it cannot be measured here; empty where it can.
-        provider: what computes, as `device_name` takes it.
+        name: the value of the column `case`.
+        measure: returns the rows, at least one per side.
+        missing: why the case cannot be measured here; empty if it can.
+        provider: what computes, as `device_name` accepts it.
     """
 
     name: str
@@ -58,25 +58,25 @@ class Case(NamedTuple):
 
 
 def run_cases(options: Namespace, cases: Sequence[Case], *, settings: str, write_report: Report | None = None) -> int:
-    """Measures the cases one after another; the rows of each are on disk before the next begins.
+    """Measures the cases one after another; writes the rows of each to disk before the next begins.
 
-    A case whose rows are there, of the same origin, is skipped, so that a run which was stopped goes on when it is
-    started again. Other rows stay until their case is measured again.
+    A case that has rows of the same origin is skipped, so a stopped run continues when it is started again. Other rows
+    stay until their case is measured again.
 
     Args:
-        options: of the command line.
+        options: those of the command line.
         cases: in the order of their rows.
         settings: the options that the numbers depend on.
-        write_report: called with all rows and the folder, at the end.
+        write_report: called at the end with all rows and the folder.
 
     Returns:
-        an exit status.
+        An exit status.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.benchmark}.csv"
     chosen = [case for case in cases if options.only in case.name and not options.report_only]
     if options.only and not chosen:
-        _say(f"`--only {options.only}` is in the name of no case: {', '.join(case.name for case in cases)}")
+        _say(f"`--only {options.only}` matches no case: {', '.join(case.name for case in cases)}")
         return MISUSED
     settings += ", quick" if options.quick else ""
     counts = dict.fromkeys(("measured", "skipped", "failed", "left out"), 0)
@@ -92,7 +92,7 @@ def run_cases(options: Namespace, cases: Sequence[Case], *, settings: str, write
                 found = [dict.fromkeys(COLUMNS, "") | row | same for row in case.measure()]
                 _write([row for row in rows if row["case"] != case.name] + found, cases, path)
                 print_rows(found)
-            except Exception as error:  # must not cost the other cases
+            except Exception as error:  # must not stop the other cases
                 outcome = "failed"
                 _say(f"    failed: {error if isinstance(error, MELoRAError) else traceback.format_exc()}")
         counts[outcome] += 1
@@ -108,29 +108,29 @@ def _say(text: str) -> None:
 
 
 def _outcome(case: Case, rows: Sequence[Mapping[str, str]], origin: Mapping[str, str]) -> str:
-    """Whether the case is "skipped", "left out" or "measured"; says why."""
+    """Returns whether the case is "skipped", "left out" or "measured", and prints why."""
     earlier = next((row for row in rows if row["case"] == case.name), None)
     other = [name for name in ORIGIN if earlier and earlier[name] != origin[name]]
     if earlier and not other:
-        _say(f"    skipped: has rows of {earlier['time']} and of the same origin; --again measures it anew")
+        _say(f"    skipped: its rows of {earlier['time']} have the same origin; pass --again to measure it again")
         return "skipped"
     if case.missing:
         _say(f"    left out: {case.missing}")
         return "left out"
     if earlier:
-        _say(f"    again: the rows of {earlier['time'] or 'before'} have other {', '.join(other)}")
+        _say(f"    again: the rows of {earlier['time'] or 'before'} differ in {', '.join(other)}")
     return "measured"
 
 
 def _write(rows: Sequence[Row], cases: Sequence[Case], path: Path) -> None:
-    """Writes the rows in the order of the cases, those of cases that are no more behind."""
+    """Writes the rows in the order of the cases; rows of cases that no longer exist come last."""
     order = {case.name: index for index, case in enumerate(cases)}
     own = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
     write_csv(sorted(rows, key=lambda row: order.get(row["case"], len(order))), [*COLUMNS, *own], path)
 
 
 def timed_rows(seconds: Mapping[str, Sequence[float]], reference: str, facts: Mapping[str, Row]) -> list[Row]:
-    """One row a side: its times, and its own `facts` behind."""
+    """Returns one row per side: its times, then its `facts`."""
     return [
         {"side": side, **timing.columns(), "reference": reference, **facts.get(side, {})}
         for side, timing in summarize(seconds, reference).items()
@@ -138,13 +138,13 @@ def timed_rows(seconds: Mapping[str, Sequence[float]], reference: str, facts: Ma
 
 
 def measured_rows(measured: Sequence[Measurement], facts: Row) -> list[Row]:
-    """One row a contender; its own columns are those of a `Measurement`, and the given ones."""
+    """Returns one row per contender, with the columns of a `Measurement` and those of `facts`."""
     rows = [facts | asdict(each) | {"reference": measured[0].form} for each in measured]
     return [{"side": row.pop("form"), **row} for row in rows]
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """A table of what was timed."""
+    """Prints a table of the rows that were timed."""
     table = Table("side", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("median ms", "p20–p80", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -159,10 +159,10 @@ def print_rows(rows: Sequence[Row]) -> None:
 def run_apart(
     module: str, *arguments: object, timeout_s: float | None = None, environment: Mapping[str, str] | None = None
 ) -> Any:
-    """What a module of the benchmarks prints as JSON in its last line, in a process of its own.
+    """Runs a module of the benchmarks in its own process, and returns the JSON in the last line that it prints.
 
     Raises:
-        MELoRAError: where it fails, or takes longer than `timeout_s`.
+        MELoRAError: if the process fails, or takes longer than `timeout_s`.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
     environment = os.environ | (environment or {})
@@ -176,7 +176,7 @@ def run_apart(
 
 
 def _error_of(stderr: str) -> str:
-    """The line that names the exception, or the last: torch.compile writes advice below its errors."""
+    """Returns the last line that names an exception, else the last line: torch.compile prints advice below errors."""
     lines = stderr.strip().splitlines()
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt|Unsupported)\b", line)]
     return (named or lines or [""])[-1]

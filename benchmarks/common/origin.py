@@ -1,4 +1,4 @@
-"""When, on what machines, with which versions and at which commits the rows of a report were made, in words."""
+"""Says when, on which machines, with which versions and at which commits the rows of a report were measured."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,12 +6,12 @@ Rows = Sequence[Mapping[str, str]]
 
 
 def written_by(benchmark: str, rows: Rows) -> str:
-    """The first sentence of a report, without its full stop."""
+    """Returns the first sentence of a report, without its full stop."""
     return f"Written by `python -m benchmarks {benchmark}` from rows of {origin(rows)}"
 
 
 def origin(rows: Rows) -> str:
-    """All days, machines, versions and commits that the rows name."""
+    """Returns all days, machines, versions and commits that the rows name."""
     days = sorted({row["time"][:10] for row in rows if row["time"]})
     when = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "an unknown day"
     made_on = ", and ".join(
@@ -22,5 +22,5 @@ def origin(rows: Rows) -> str:
 
 
 def beside_graphs_of(rows: Rows) -> str:
-    """Names what made the graphs that are not ours, with its versions."""
-    return f"beside graphs of {', '.join(sorted({row['made_by'] for row in rows} - {'exporters'}))}"
+    """Returns the names and versions of the tools that made the graphs that are not ours."""
+    return f"compared with graphs of {', '.join(sorted({row['made_by'] for row in rows} - {'exporters'}))}"

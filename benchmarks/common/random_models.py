@@ -1,4 +1,4 @@
-"""Models that are made at random, in the shapes of known ones: no weights are needed for them."""
+"""Random models in the shapes of known ones, which need no weights from elsewhere."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a random model; `key_value_heads`: as many as of queries where it is None."""
+    """Sizes of a random model. `key_value_heads`: None for as many as query heads."""
 
     kind: str
     hidden: int
@@ -21,7 +21,7 @@ class Shape:
 
     @property
     def query_value(self) -> tuple[str, str]:
-        """What two of its linears are called."""
+        """The names of its query and value linears."""
         return ("query", "value") if self.kind == "bert" else ("q_proj", "v_proj")
 
 
@@ -31,8 +31,8 @@ SHAPES = {
     "SmolLM2-shaped": Shape("llama", 576, 1536, 30, 9, 3),
     "Llama-shaped, 1B": Shape("llama", 2048, 8192, 16, 32, 8),
 }
-"""Of the models that are made at random: those of MiniLM-L6, SmolLM2-135M and Llama 3.2 1B, without their vocabularies;
-below each, one of its kind with two small layers."""
+"""The shapes of MiniLM-L6, SmolLM2-135M and Llama 3.2 1B without their vocabularies, and for each of them one of the
+same kind with two small layers."""
 SMALL = ", small"
 SHAPES |= {
     f"{name}{SMALL}": replace(shape, **_SMALL_SIZES, key_value_heads=shape.key_value_heads and 2)
@@ -41,7 +41,7 @@ SHAPES |= {
 
 
 def random_model(shape: Shape) -> nn.Module:
-    """A model without a head, of 128 tokens and without dropout, in evaluation mode; on the default device."""
+    """Returns a model on the default device, in evaluation mode, without head and dropout, with 128 token ids."""
     torch.manual_seed(0)
     if shape.kind == "llama":
         config = llama_config(
@@ -61,7 +61,7 @@ def random_model(shape: Shape) -> nn.Module:
 
 
 def llama_config(hidden: int, intermediate: int, layers: int, heads: int, **others: Any) -> LlamaConfig:
-    """Of a random Llama; as many heads of keys and values as of queries unless said otherwise."""
+    """Returns the configuration of a Llama, by default with as many key and value heads as query heads."""
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,

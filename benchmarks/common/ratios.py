@@ -1,4 +1,4 @@
-"""Times of several processes over a reference's: as columns of a CSV file, and as the table that is drawn."""
+"""Times of several processes relative to a reference: as columns of a CSV file, and as the table of a picture."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,9 +10,9 @@ from .cases import Row
 
 
 def ratios_of(side: str, reference: str, times: Sequence[Mapping[str, Sequence[float]]]) -> Row:
-    """The columns of a side's times: p20, p80 and the ratios are of the medians of the processes.
+    """Returns the columns of a side's times, all computed from the medians of the processes.
 
-    `times`: milliseconds, of each process, by side.
+    `times`: for each process, the milliseconds by side.
     """
     medians = np.array([np.median(each[side]) for each in times])
     ratios = medians / np.array([np.median(each[reference]) for each in times])
@@ -24,9 +24,9 @@ def ratios_of(side: str, reference: str, times: Sequence[Mapping[str, Sequence[f
 
 
 def ratio_table(rows: Mapping[str, Mapping[str, str]], sides: Iterable[str]) -> LatencyTable:
-    """Some sides of a case as `plot_latency` takes them, their bars those of the ratios.
+    """Returns some sides of a case as `plot_latency` accepts them, with bars for p20 and p80 of the ratios.
 
-    `rows`: those of the case by side, as CSV files have them.
+    `rows`: those of the case by side, as read from a CSV file.
     """
     reference = next(iter(rows.values()))["reference"]
     base = float(rows[reference]["median_ms"])

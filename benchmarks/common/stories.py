@@ -1,4 +1,4 @@
-"""Stories that a decoder learns from: a file of English, and a minute of training an adapter on it."""
+"""Stories for a decoder to learn from: a file of English text, and a minute of training an adapter on it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,28 @@ WINDOW = 128
 
 
 def why_no_text(path: Path) -> str:
-    """What to do about a missing file; empty if it is there."""
+    """Returns what to do about a missing file; empty if it is there."""
     if path.is_file():
         return ""
     return (
-        f"`{path}` is not there: give --text a file of some 30 kB of English, one story a line; the "
-        "numbers in results/ are of an excerpt of TinyStories (roneneldan/TinyStories on Hugging Face)"
+        f"`{path}` is missing: pass --text a file of some 30 kB of English text, one story per line; the numbers in "
+        "results/ are for an excerpt of TinyStories (roneneldan/TinyStories on Hugging Face)"
     )
 
 
 def read_windows(path: Path, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token windows (count, WINDOW) to train on and to hold out: the first and the second half of the stories."""
-    # The excerpt has some stories twice, which would train on what is held out.
+    """Returns token windows (count, WINDOW) of the first half of the stories for training, and of the second, held out.
+
+    Raises:
+        MELoRAError: if a half is shorter than a window.
+    """
+    # Some stories are in the excerpt twice: without this, held-out stories could be trained on.
     stories = list({line.lower(): line for line in path.read_text().splitlines() if line}.values())
     halves = stories[: len(stories) // 2], stories[len(stories) // 2 :]
     tokens = [torch.tensor(tokenizer("\n".join(half)).input_ids, dtype=torch.long) for half in halves]
     train, held_out = (ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW) for ids in tokens)
     if not len(train) or not len(held_out):
-        raise MELoRAError(f"`{path}` is too short: each half of its lines must have {WINDOW} tokens")
+        raise MELoRAError(f"`{path}` is too short: each half of its lines must have at least {WINDOW} tokens")
     return train, held_out
 
 

@@ -1,4 +1,4 @@
-"""What decoding measures: the adapters, the steps, and the sides that are compared."""
+"""The adapters and the steps that decoding measures, and the sides that it compares."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +8,7 @@ TARGETS: dict[str, list[str] | str] = {"q,v": ["q_proj", "v_proj"], "all-linear"
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and an adapter of it: N blocks of rank R here, a LoRA of rank N R elsewhere, of equal updates."""
+    """A model and its adapter: N blocks of rank R here, and a LoRA of rank N R with equal updates elsewhere."""
 
     model: str
     targets: str
@@ -29,7 +29,7 @@ class Setting:
 
 
 class Step(NamedTuple):
-    """One run of a decoder; `share`: of the time that a process has."""
+    """One run of a decoder: `new` tokens after `past` ones. `share`: its share of the time of a process."""
 
     past: int
     new: int
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Tokens behind it."""
+        """The number of tokens after it."""
         return self.past + self.new
 
     @property
@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What is compared. `graph`: as `Workshop` names it; `equals`: the model whose logits it must have."""
+    """A side of the comparison. `graph`: its name in `Workshop`; `equals`: the model whose logits it must have."""
 
     name: str
     graph: str
@@ -65,8 +65,8 @@ SIDES = (
     Side("Olive, active", "olive", gives_adapter=True),
     Side("torch eager", "torch"),
 )
-"""The first is the reference. "builder" is onnxruntime-genai's, and so is "baked", whose LoRA, PEFT's, is constants;
-"olive" is that with the LoRA as optional inputs; "torch" is the merged model of transformers."""
+"""The first is the reference. "builder" and "baked" are from onnxruntime-genai's builder; "baked" has PEFT's LoRA as
+constants, "olive" has it as optional inputs. "torch" is the merged model of transformers."""
 REFERENCE, MERGED, TORCH = SIDES[0].name, SIDES[1].name, SIDES[-1].name
 
 GOALS = {
@@ -76,7 +76,7 @@ GOALS = {
 }
 """The largest ratio to the reference that a side should have, by targets."""
 TIMES_FASTER_THAN_TORCH = 2.0
-"""What the merged graph should be at least."""
+"""How many times faster than torch the merged graph should be at least."""
 
 SETTINGS = tuple(Setting("SmolLM2-135M", targets, rank) for targets in TARGETS for rank in (8, 64))
 STEPS = (Step(64, 1, 0.2), Step(512, 1, 0.25), Step(0, 64, 0.2), Step(0, 512, 0.35))

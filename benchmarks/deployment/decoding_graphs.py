@@ -1,4 +1,4 @@
-"""The graphs that decoding compares, each made once and kept in --cache; others' do not change with our code."""
+"""Makes the graphs that decoding compares, each once, and keeps them in --cache; only ours depend on our code."""
 
 import functools
 import json
@@ -31,9 +31,9 @@ GENAI, OLIVE = "onnxruntime-genai", "olive-ai"
 BUILDER = "onnxruntime_genai.models.builder"
 EXAMPLE_TOKENS = 16
 CHECKED = 16
-"""Tokens at the end of a step whose logits are compared."""
+"""Number of tokens at the end of a step whose logits are compared."""
 _TINY_WORDS = 96
-"""Not the width of any other linear: the builder knows the head by it."""
+"""Must not be the width of any other linear: the builder recognises the head by it."""
 
 
 class Workshop:
@@ -41,7 +41,7 @@ class Workshop:
 
     Args:
         cache: the folder.
-        olive: a Python that has olive-ai; its sides are left out where it has none.
+        olive: a Python with olive-ai; if it has none, Olive's sides are left out.
     """
 
     def __init__(self, cache: Path, olive: str) -> None:
@@ -53,11 +53,11 @@ class Workshop:
 
     @property
     def sides(self) -> list[str]:
-        """The names of those that can be measured here."""
+        """The names of the sides that can be measured here."""
         return [side.name for side in SIDES if side.graph != "olive" or self.olive_version]
 
     def prepare(self, setting: Setting, steps: Sequence[Step]) -> dict[str, Any]:
-        """Where a process finds all that it loads, ready for JSON."""
+        """Makes everything that a process loads; returns the paths, ready for JSON."""
         graphs: dict[str, Path] = {
             "builder": self._built(setting.model) / "model.onnx",
             "baked": self._built(setting.model, setting) / "model.onnx",
@@ -76,7 +76,7 @@ class Workshop:
         }
 
     def model(self, name: str) -> Path:
-        """A model and its tokenizer, saved."""
+        """Returns the folder of a model and its tokenizer."""
         return once(self._theirs / name, lambda folder: _SAVE[name](folder))
 
     def _adapter(self, setting: Setting) -> Path:
@@ -100,7 +100,7 @@ class Workshop:
         return once(self._theirs / f"{setting.file_name}-reference-{digest(str(steps))}", make)
 
     def _built(self, name: str, setting: Setting | None = None) -> Path:
-        """By onnxruntime-genai, which offers the LoRA of `setting` no other way than as constants."""
+        """Returns a graph of onnxruntime-genai's builder, which supports the LoRA of `setting` only as constants."""
         model = self.model(name)
         lora = []
         if setting is not None:
@@ -114,7 +114,7 @@ class Workshop:
         return once(self._theirs / f"{name if setting is None else setting.file_name}-builder", make)
 
     def _extracted(self, setting: Setting, baked: Path) -> Path:
-        """By Olive, of the builder's graph, as its `auto-opt --use_model_builder --adapter_path` does."""
+        """Returns what Olive makes of the builder's graph, as in `auto-opt --use_model_builder --adapter_path`."""
 
         def make(folder: Path) -> None:
             options = ["--pass-name", "ExtractAdapters", "-m", str(baked), "-o", str(folder), "--device", "cpu"]
@@ -125,7 +125,7 @@ class Workshop:
         return once(self._theirs / f"{setting.file_name}-olive", make)
 
     def _exported(self, setting: Setting, kind: str) -> Path:
-        """By us; the rank decides on the form of the updates, of swappable ones too."""
+        """Returns our graph; the rank decides the form of the updates, also if they are swappable."""
 
         def make(folder: Path) -> None:
             model = melora_fx.load_adapter(load_model(self.model(setting.model)), self._adapter(setting))
@@ -150,8 +150,10 @@ def load_merged(folder: str | Path, adapter: str | Path) -> Any:
 
 
 def run_in_torch(model: Any, steps: Sequence[Step], prefix: str) -> dict[str, np.ndarray]:
-    """What the steps are given and checked with, in one run: the cache by the names of inputs, and under the name of
-    each step its last logits, (1, tokens, vocabulary); all keys begin with `prefix`.
+    """Returns the inputs and expected logits of the steps, from one run in torch.
+
+    These are the cache by the names of inputs, and the last logits of each step by its name, (1, tokens, vocabulary).
+    All keys begin with `prefix`.
     """
     tokens = max(step.end for step in steps)
     ids = text(tokens, model.config.vocab_size)
@@ -164,12 +166,12 @@ def run_in_torch(model: Any, steps: Sequence[Step], prefix: str) -> dict[str, np
 
 
 def text(tokens: int, vocabulary: int) -> np.ndarray:
-    """Token ids, (1, tokens); the first ones are the same whatever the length."""
+    """Returns token ids, (1, tokens); the first ones do not depend on the length."""
     return np.random.default_rng(0).integers(3, vocabulary, (1, tokens))
 
 
 def step_arrays(ids: np.ndarray, step: Step) -> dict[str, np.ndarray]:
-    """What a step takes beside the cache: ids, mask and positions."""
+    """Returns the inputs of a step other than the cache: ids, mask and positions."""
     return {
         TOKENS: np.ascontiguousarray(ids[:, step.past : step.end]),
         MASK: np.ones((1, step.end), np.int64),
@@ -184,7 +186,7 @@ def _save_smollm2(folder: Path) -> None:
 
 
 def _save_tiny(folder: Path) -> None:
-    """A random model of two layers for --quick, and a tokenizer, without which the builder makes no graph."""
+    """Saves a random model of two layers for --quick, and a tokenizer, which the builder needs."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(64, 128, 2, 4, num_key_value_heads=2, vocab_size=_TINY_WORDS))
     with torch.no_grad():
@@ -201,7 +203,7 @@ _SAVE: Mapping[str, Callable[[Path], None]] = {"SmolLM2-135M": _save_smollm2, "T
 
 @functools.cache
 def _version_in(python: str, package: str) -> str:
-    """The version of a package in another Python; empty where it has none."""
+    """Returns the version of a package in another Python; empty if it is not installed there."""
     code = f"import importlib.metadata; print(importlib.metadata.version({json.dumps(package)}))"
     try:
         return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()

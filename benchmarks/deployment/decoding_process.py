@@ -1,4 +1,4 @@
-"""One process of decoding: loads all sides of a setting in an order of its own, checks them, and times them in turn.
+"""Runs one process of decoding: loads all sides of a setting in its own order, checks them, and times them in turn.
 
 `python -m benchmarks.deployment.decoding_process JOB` prints JSON: step → side → milliseconds of each run,
 and differences.
@@ -28,15 +28,15 @@ from .decoding_graphs import load_merged, step_arrays, text
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[], Any]
 TOLERANCE = 1e-4
-"""Of the largest logit, between a side and torch."""
+"""Largest difference between a side and torch, relative to the largest logit."""
 MAX_ROUNDS = 500
 BALLAST_BYTES = 2 << 30
-"""Kept while the sides are loaded and timed: it takes the small pieces that free memory begins with. The session that
-lies there instead, the first of a process, takes up to 20 % longer for a token."""
+"""Kept while the sides are loaded and timed: it occupies the small pieces at the start of free memory. Otherwise the
+first session of a process gets them, and takes up to 20 % longer for a token."""
 
 
 class Graph:
-    """A session, whose cache is given with each run, as plain ONNX Runtime takes it: nothing is copied."""
+    """A session that gets the cache with each run, as in plain ONNX Runtime: nothing is copied."""
 
     def __init__(self, path: str, native_adapter: str | None) -> None:
         options = onnxruntime.SessionOptions()
@@ -47,7 +47,7 @@ class Graph:
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._with_adapter = None
         if native_adapter is not None:
-            self._adapter = onnxruntime.LoraAdapter()  # the options keep its address alone
+            self._adapter = onnxruntime.LoraAdapter()  # the options keep only its address
             self._adapter.Load(native_adapter)
             self._with_adapter = onnxruntime.RunOptions()
             self._with_adapter.add_active_adapter(self._adapter)
@@ -83,10 +83,10 @@ class Eager:
 
 
 def measure(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Times by step and side, ready for JSON.
+    """Returns the order of loading, and times and differences by step and side, ready for JSON.
 
     Raises:
-        MELoRAError: where a side does not compute what torch computes, or the adapter changes nothing.
+        MELoRAError: if the logits of a side differ from torch's, or if the adapter changes nothing.
     """
     torch.set_num_threads(1)
     sides = [side for side in SIDES if side.name in job["sides"]]
@@ -121,7 +121,7 @@ def _load(kind: str, job: Mapping[str, Any]) -> Graph | Eager:
 
 
 def _given_and_expected(reference: Arrays, side: Side, step: Step) -> tuple[Arrays, np.ndarray]:
-    """The inputs of a step by name, with the cache that the side's model has then, and its last logits."""
+    """Returns the inputs of a step by name, with the cache of the side's model, and its last logits."""
     own = {name.partition("/")[2]: value for name, value in reference.items() if name.startswith(f"{side.equals}/")}
     logits = own[step.name]
     past = {name: np.ascontiguousarray(value[:, :, : step.past]) for name, value in own.items() if is_past(name)}
@@ -134,7 +134,7 @@ def _difference(logits: np.ndarray, expected: np.ndarray) -> float:
 
 def _refuse_wrong(step: Step, differences: Mapping[str, float], reference: Arrays) -> None:
     if wrong := {name: value for name, value in differences.items() if not value <= TOLERANCE}:
-        raise MELoRAError(f"{step.name}: not what torch computes, by more than {TOLERANCE} of the largest: {wrong}")
+        raise MELoRAError(f"{step.name}: logits differ from torch's by more than {TOLERANCE} of the largest: {wrong}")
     if _difference(reference[f"adapted/{step.name}"], reference[f"base/{step.name}"]) < 10 * TOLERANCE:
         raise MELoRAError("the adapter changes nothing")
 

@@ -1,4 +1,4 @@
-"""decoding.csv as a Markdown table and as a picture."""
+"""Writes decoding.csv as a Markdown table and as a picture."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
         groups.setdefault(row["case"], {})[row["side"]] = row
     (folder / "decoding.md").write_text(_markdown(groups))
     panels = {
-        case: ratio_table(sides, [side for side in sides if side != TORCH])  # whose dot is far off
+        case: ratio_table(sides, [side for side in sides if side != TORCH])  # its dot is far away
         for case, sides in groups.items()
     }
     title = f"{rows[0]['model']}, float32, one thread ({rows[0]['device']}), over the builder's base graph"
@@ -38,11 +38,11 @@ def _markdown(groups: Groups) -> str:
         "",
         f"{written_by('decoding', rows)}; {beside_graphs_of(rows)}. {first['model']}, float32, one text, one thread.",
         "",
-        "A number is the time over that of the base graph of onnxruntime-genai's builder: the median over "
-        f"{first['processes']} processes, with p20 and p80; a process holds all sides, loaded in an order of its own, "
-        f"and runs them in turn. Ours have {first['num_blocks']} blocks; the LoRA of the others has the same total "
-        "rank and the same updates. The logits of every side were compared with torch first. torch is transformers' "
-        "eager mode with its `DynamicCache`, merged.",
+        "A number is the time relative to the base graph of onnxruntime-genai's builder: the median over "
+        f"{first['processes']} processes, with p20 and p80. Each process loads all sides in an order of its own, and "
+        f"runs them in turn. Our adapters have {first['num_blocks']} blocks; the LoRA of the others has the same total "
+        "rank and the same updates. The logits of every side were compared with torch first. torch is the merged model "
+        "in transformers' eager mode with its `DynamicCache`.",
         "",
         *_table(groups),
         "",
@@ -52,7 +52,7 @@ def _markdown(groups: Groups) -> str:
 
 
 def _table(groups: Groups) -> list[str]:
-    """One line a case, bold what is above its goal, and the goals below."""
+    """Returns a table with one line per case, ratios above their goal in bold, and the goals below."""
     names = [side.name for side in SIDES[1:] if any(side.name in sides for sides in groups.values())]
     lines = []
     for sides in groups.values():
@@ -92,12 +92,12 @@ def _notes(groups: Groups) -> list[str]:
     lines = [
         "* Bold: misses its goal.",
         f"* *Olive*: the graphs of [onnxruntime-genai issue 1661]({ISSUE}), in which a LoRA of rank 8 slows generation "
-        "by 30 % even when none is active: the builder's graph with a LoRA, whose weights Olive's pass "
+        "by 30 % even if none is active. They are the builder's graphs with a LoRA, whose weights Olive's pass "
         "`ExtractAdapters` turns into optional inputs. The issue measured them with weights of 4 bits, an eighth of "
         "what is read here for each token.",
-        "* *builder, LoRA baked in*: what onnxruntime-genai's builder makes of `adapter_path`.",
-        "* A step is one run of a session that is given the cache and writes all of the next one: the builder's graph "
-        "can also be run with one buffer for both, and so can ours.",
+        "* *builder, LoRA baked in*: the graph of onnxruntime-genai's builder with the option `adapter_path`.",
+        "* A step is one run of a session that gets the cache and writes the complete next one. The builder's graphs "
+        "and ours can also run with one buffer for both.",
     ]
     if not any("Olive" in side for sides in groups.values() for side in sides):
         lines.append("* Olive's sides were left out: no olive-ai was found (`--olive PYTHON`).")

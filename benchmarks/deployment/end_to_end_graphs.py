@@ -1,4 +1,4 @@
-"""The graphs of end_to_end: made by a command, scored, and timed in turn."""
+"""Exports the graphs of end_to_end with commands, scores them, and times them in turn."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ from .peers_graphs import environment_python
 
 
 def prepare(options: Namespace) -> str:
-    """Makes what exporting takes beside a trained model, before anything is timed; says what makes PEFT's graphs."""
+    """Makes what exporting needs besides a model, before anything is timed; returns what makes PEFT's graphs."""
     if options.quick:
         return f"transformers {transformers.__version__}"
     python = environment_python(options.cache / "peers-environment")
@@ -44,14 +44,16 @@ def prepare(options: Namespace) -> str:
 
 
 def export(options: Namespace, story: Story, side: Side, base: Path, folder: Path) -> float:
-    """By the command that its users type, in a process of its own; with --quick by transformers' exporter here.
+    """Exports with the command that the side's users type, in its own process.
+
+    With --quick, exports PEFT's model with transformers' exporter in this process.
 
     Returns:
-        the seconds it took.
+        The seconds that it took.
     """
     out, is_ours = folder / "graph", not side.name.startswith(PEFT_SIDE)
     if story.name == "stories" and not is_ours and not options.quick:
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder / "merged")  # optimum reads it
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder / "merged")  # optimum needs it
         _name_rope_theta(folder / "merged" / "config.json")
     start = time.perf_counter()
     if is_ours:
@@ -67,18 +69,20 @@ def export(options: Namespace, story: Story, side: Side, base: Path, folder: Pat
 
 
 def _name_rope_theta(path: Path) -> None:
-    """Writes into a Llama's configuration what transformers 4, which optimum-onnx needs, calls the base of the rotary
-    embedding: it does not read `rope_parameters` of transformers 5, takes 10000, and optimum compares with the same.
+    """Writes the base of the rotary embedding into a Llama's configuration under its name in transformers 4.
+
+    optimum-onnx needs transformers 4, which does not read `rope_parameters` of transformers 5 and uses 10000.
+    optimum's check does not notice, because it compares with a model that uses 10000 too.
     """
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"rope_theta": config["rope_parameters"]["rope_theta"]}, indent=2))
 
 
 def check(folder: Path) -> None:
-    """That the graph answers to `PROBE` as the trained model did.
+    """Checks that the graph's logits for `PROBE` are the trained model's.
 
     Raises:
-        MELoRAError: if the largest difference of a logit is over a thousandth of the largest logit.
+        MELoRAError: if the largest difference of a logit is not below a thousandth of the largest logit.
     """
     graph, expected = Graph(graph_of(folder / "graph")), np.load(folder / "probe.npy")
     difference = np.abs(graph.logits(graph.feed(np.array(PROBE))) - expected).max() / np.abs(expected).max()
@@ -103,12 +107,12 @@ def _export_by_transformers(model_folder: Path, out: Path) -> None:
 
 
 def graph_of(folder: Path) -> Path:
-    """The graph in an exported folder."""
+    """Returns the graph in an exported folder."""
     return next(folder.glob("*.onnx"))
 
 
 class Graph:
-    """A plain session with one thread, given token ids alone."""
+    """A plain session with one thread, which needs only token ids."""
 
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
@@ -118,7 +122,7 @@ class Graph:
         self.outputs = [value.name for value in self._session.get_outputs()]
 
     def feed(self, ids: np.ndarray, mask: np.ndarray | None = None, types: np.ndarray | None = None) -> dict[str, Any]:
-        """What the graph takes for token ids (batch, length); its cache is empty."""
+        """Returns the graph's inputs for token ids (batch, length), with an empty cache."""
         batch, length = ids.shape
         known = {
             "input_ids": ids,
@@ -142,7 +146,7 @@ class Graph:
 
 
 def quality_of(options: Namespace, story: Story, base: Path, path: Path) -> float:
-    """Of the graph, on the validation set or on the stories that were held out."""
+    """Returns the quality of the graph: accuracy on the validation set, or loss on the held-out stories."""
     graph = Graph(path)
     if story.name == "MRPC":
         _, tokenize = load(2, quick=options.quick)
@@ -165,13 +169,13 @@ def quality_of(options: Namespace, story: Story, base: Path, path: Path) -> floa
 
 LOADS = 5
 MIN_RUNS = 5
-"""Of a graph in each load, however long one takes."""
+"""Least number of runs of a graph in each load, however long a run takes."""
 
 
 def latencies_of(paths: Mapping[str, Path], shape: tuple[int, int], seconds: float) -> dict[str, list[float]]:
-    """Median milliseconds of each side's graph, run in turn: one number a load, as two sessions of one graph differ.
+    """Returns the median milliseconds of each side's graph, run in turn, per load: two sessions of one graph differ.
 
-    Each load is in an order of its own, each side first in one and last in one: the first that is loaded is slower.
+    Each load has its own order. With five sides, each is first once and last once: the first loaded graph is slower.
     """
     ids = np.random.default_rng(0).integers(3, 100, shape)
     found: dict[str, list[float]] = {name: [] for name in paths}
@@ -188,6 +192,6 @@ def latencies_of(paths: Mapping[str, Path], shape: tuple[int, int], seconds: flo
 
 
 def rotated(names: Sequence[Any], index: int) -> list[Any]:
-    """All of them, from another one on each time."""
+    """Returns all names, starting with another one for each index."""
     start = index % len(names)
     return [*names[start:], *names[:start]]

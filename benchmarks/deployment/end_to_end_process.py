@@ -1,6 +1,6 @@
-"""A training of end_to_end: `python -m benchmarks.deployment.end_to_end_process JOB` saves an adapter and prints JSON.
+"""Runs one training of end_to_end: `python -m benchmarks.deployment.end_to_end_process JOB` prints JSON.
 
-Of PEFT it saves the merged model too, which other exporters take; ours are folded by `melora-fx export`.
+Saves the adapter. For PEFT, saves the merged model too, which other exporters need; `melora-fx export` folds ours.
 """
 
 import json
@@ -27,16 +27,17 @@ from benchmarks.training.step_cost import peak_memory_mib
 
 Batches = Iterator[dict[str, torch.Tensor]]
 PROBE = [list(range(20, 52))]
-"""Token ids that every graph is compared with torch on, (1, 32)."""
+"""Token ids, (1, 32), on which every graph is compared with torch."""
 
 
 def train_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains as the job says, and saves the adapter and what the model answers to `PROBE`.
+    """Runs the training of a job; saves the adapter, and the model's logits for `PROBE`.
 
     Returns:
-        `training_s`, from the loaded model on, the adapter's beginning and compiling included; `first_step_s` of it;
-        `saving_s`; `peak_mib`, what loading and training add to the memory of a process that has imported all; and
-        `adapter_kib`, the size of the adapter's file, with `adapter_alone_kib` of it without the head.
+        `training_s`: seconds from the loaded model on, including adding the adapter and compiling. `first_step_s`: the
+        part of them up to the end of the first step. `saving_s`. `peak_mib`: the memory that loading and training add
+        after the imports. `adapter_kib`: the size of the adapter's file. `adapter_alone_kib`: the size of the
+        adapter's parameters, without the head.
     """
     torch.set_num_threads(1)
     arm, out, found, models = Arm(*job["arm"]), Path(job["out"]), {}, []
@@ -64,14 +65,14 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _noted(steps: Batches, times: list[float]) -> Batches:
-    """The same batches; `times` has when each was asked for."""
+    """Yields the same batches; appends to `times` when each was requested."""
     for batch in steps:
         times.append(time.perf_counter())
         yield batch
 
 
 def _classifier(job: dict[str, Any]) -> tuple[nn.Module, Batches, int]:
-    """The model, and the batches of one epoch or more of MRPC."""
+    """Returns the model, and the batches of all epochs of MRPC with their number."""
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=2)
@@ -84,7 +85,7 @@ def _classifier(job: dict[str, Any]) -> tuple[nn.Module, Batches, int]:
 
 
 def _decoder(job: dict[str, Any]) -> tuple[nn.Module, Batches, int]:
-    """The model, and `size` batches of windows of stories."""
+    """Returns the model, and `size` batches of windows of stories with their number."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(job["model"])
@@ -105,7 +106,7 @@ def byte_tokens(text: str) -> Any:
 
 
 def _save(model: nn.Module, arm: Arm, out: Path) -> float:
-    """Saves the adapter, and of PEFT the merged model; returns the seconds."""
+    """Saves the adapter, and for PEFT the merged model; returns the seconds."""
     start = time.perf_counter()
     if arm.kind == "LoRA":
         saved: Any = model

@@ -1,6 +1,6 @@
-"""The ways to merge an adapter into a folder that fold_speed times, and the adapters of both projects.
+"""The ways to merge an adapter into a checkpoint that fold_speed times, and the adapters of both projects.
 
-Run as a script it does one of them once, and prints the peak memory of that in MiB above what it has after its imports.
+As a script, runs one of the ways once and prints its peak memory in MiB above the memory in use after the imports.
 """
 
 import shutil
@@ -28,20 +28,20 @@ CONFIG = MELoRAConfig(rank=8, num_blocks=8, alpha=16.0)
 
 
 def base_config(layers: int, quick: bool, vocab_size: int) -> LlamaConfig:
-    """A Llama of so many layers; two small ones with `quick`."""
+    """Returns the configuration of a Llama with `layers` layers, or with two small ones if `quick`."""
     if quick:
         return llama_config(128, 256, 2, 4, num_key_value_heads=2, vocab_size=vocab_size)
     return llama_config(2048, 5632, layers, 32, num_key_value_heads=4, vocab_size=vocab_size)
 
 
 def lora(model: nn.Module) -> Any:
-    """`model` with PEFT's LoRA of equal rank on every linear."""
+    """Returns `model` with PEFT's LoRA of equal rank on every linear."""
     config = peft.LoraConfig(r=CONFIG.total_rank, lora_alpha=2 * CONFIG.total_rank, target_modules="all-linear")
     return fill(peft.get_peft_model(model, config))  # type: ignore[arg-type]
 
 
 def make_checkpoint(folder: Path, quick: bool) -> None:
-    """A base, and an adapter for it of each kind; `folder` appears when all are there."""
+    """Writes a base and an adapter of each kind for it; `folder` appears when it is complete."""
     if folder.exists():
         return
     staging = folder.with_name(f"{folder.name}.tmp")
@@ -64,7 +64,7 @@ def copy_by_shutil(folder: Path, out: Path) -> None:
 
 
 def fold_by_command(folder: Path, out: Path) -> None:
-    """The whole command, its imports included."""
+    """Runs the whole command, including its imports."""
     command = [sys.executable, "-c", "from exporters.cli.commands import main; main()", "fold"]
     arguments = [str(folder / "base"), str(folder / "adapter"), "-o", str(out)]
     subprocess.run([*command, *arguments], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""What latency measures: the forms that are compared, and the cells in which they are."""
+"""The forms that latency compares, and the cells in which it does so."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Form:
-    """A graph among those compared. `kind`: as for `build`; `equals`: the form whose outputs it must have."""
+    """A form that is compared. `kind`: as for `build`; `equals`: the form whose outputs it must have."""
 
     name: str
     kind: str
@@ -31,14 +31,14 @@ TORCH_FORMS = (
     Form("PEFT unmerged", "peft"),
 )
 WITHOUT = dict.fromkeys(("cuda graph", "tensorrt"), ("swap, no adapter", "swap, one adapter"))
-"""Forms that a provider, or a target, does not take: neither has optional inputs."""
+"""Forms that a provider or target does not support: it has no optional inputs."""
 TARGETS = {"cpu": "portable", "cuda": "ort-cuda", "cuda graph": "ort-cuda", "tensorrt": "tensorrt"}
-"""What graphs are exported for, by the provider that runs them, where a cell does not say it."""
+"""The export target for each provider, unless a cell names one."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured together."""
+    """A setting in which all forms are measured together."""
 
     model: str
     provider: str
@@ -75,7 +75,7 @@ class Cell:
 
     @property
     def session(self) -> dict[str, Any]:
-        """Arguments of its `OrtRunner`: on TensorRT and in a CUDA graph the axes have one size."""
+        """Arguments of its `OrtRunner`: on TensorRT and in a CUDA graph each axis has one size."""
         provider, _, graph = self.provider.partition(" ")
         shapes = {"batch": (self.batch,) * 3, "sequence": (self.sequence,) * 3}
         options: dict[str, Any] = {"provider": provider, "threads": self.threads}
@@ -84,7 +84,7 @@ class Cell:
 
 
 def _each(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """Every value as a change of its own."""
+    """Returns one change for every value."""
     return [{name: value} for name, found in values.items() for value in found]
 
 
@@ -110,7 +110,7 @@ CHANGES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("MiniLM-L6", "torch compile"): [{}, {"sequence": 128}, _ALL],
     ("MPNet-base", "torch compile"): [],
 }
-"""Changes to the centre, one cell each. MPNet's cells of more than 20 s, or minutes of compiling, are left out."""
+"""Changes to the centre, one cell each. MPNet's cells that take more than 20 s, or minutes to compile, are left out."""
 
 QUICK = (
     Cell("Tiny", "cpu", batch=2, sequence=8, num_blocks=4, rank=2),
@@ -119,7 +119,7 @@ QUICK = (
 
 
 def cells(providers: list[str]) -> list[Cell]:
-    """The cells of the given providers, those of the CPU for every other provider of graphs too."""
+    """Returns the cells of the given providers; those without cells of their own have the cells of the CPU."""
     return [
         Cell(model, provider, **change)
         for provider in providers

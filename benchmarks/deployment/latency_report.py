@@ -1,4 +1,4 @@
-"""latency.csv as a Markdown table and as pictures."""
+"""Writes latency.csv as a Markdown table and as pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,17 +23,17 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
         suffix = "-torch" if found[0]["provider"].startswith("torch") else ""
         pictures.setdefault((found[0]["model"], suffix), {})[_label(found[0])] = table_of(found)
     for (model, suffix), panels in pictures.items():
-        title = f"{model}, n = 8 and r = 8, one thread unless said otherwise ({rows[0]['device']})"
+        title = f"{model}, n = 8 and r = 8, one thread unless stated otherwise ({rows[0]['device']})"
         plot_latency(panels, title, folder / f"latency-{model.lower()}{suffix}.png")
 
 
 def _label(row: Row) -> str:
-    """The case without its model."""
+    """Returns the name of the case without its model."""
     return row["case"].removeprefix(f"{row['model']}, ")
 
 
 def table_of(rows: Sequence[Row]) -> LatencyTable:
-    """The rows of one case as `plot_latency` takes them."""
+    """Returns the rows of one case as `plot_latency` accepts them."""
     return LatencyTable(tuple(map(_latency, rows)))
 
 
@@ -60,12 +60,12 @@ def _markdown(groups: Mapping[str, Sequence[Row]]) -> str:
     lines = [
         "# Latency",
         "",
-        f"{written_by('latency', rows)}. A number is the median over the base's on the same provider, with p20 "
-        "and p80; n = 8 blocks of rank 8 and one thread unless said otherwise; PEFT's LoRA has the same total rank.",
+        f"{written_by('latency', rows)}. A number is the median relative to the base's on the same provider, with p20 "
+        "and p80. n = 8 blocks of rank 8 and one thread unless stated otherwise; PEFT's LoRA has the same total rank.",
         "",
         *latency_table(groups),
         "",
-        "Peak memory at the shape / file size, MiB, of each graph:",
+        "Peak memory of each graph at the shape / its file size, in MiB:",
         "",
         *markdown_table([*_CELL, *sides], space, text_columns=2),
     ]
@@ -73,7 +73,7 @@ def _markdown(groups: Mapping[str, Sequence[Row]]) -> str:
 
 
 def latency_table(groups: Mapping[str, Sequence[Row]]) -> list[str]:
-    """The lines of a Markdown table, one a case: the base's milliseconds and the others' ratios to them."""
+    """Returns the lines of a Markdown table, one per case: the base's milliseconds and the others' ratios to them."""
     sides = _sides(groups)
     lines = []
     for rows in groups.values():

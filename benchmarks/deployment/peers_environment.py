@@ -1,7 +1,7 @@
-"""Makes the peers' graphs of a model; runs in an environment that has optimum-onnx and Olive, and nothing of ours.
+"""Makes the peers' graphs of a model, in an environment that has optimum-onnx and Olive but none of our packages.
 
-`python peers_environment.py MODEL_FOLDER OUT_FOLDER` makes OUT_FOLDER/SIDE/model.onnx for each side that can be made,
-and OUT_FOLDER/sides.json: side → what made it, or why it could not.
+`python peers_environment.py MODEL_FOLDER OUT_FOLDER` writes OUT_FOLDER/SIDE/model.onnx for each side that can be made,
+and OUT_FOLDER/sides.json: side → what made it, or why it failed.
 """
 
 import importlib.metadata
@@ -41,7 +41,7 @@ def main(model: Path, out: Path) -> None:
         try:
             with tempfile.TemporaryDirectory(dir=out) as staging:
                 make(Path(staging))
-                graph = next(Path(staging).rglob("*.onnx"))  # Olive puts some graphs into a folder of their own
+                graph = next(Path(staging).rglob("*.onnx"))  # Olive writes some graphs into a subfolder
                 graph.rename(graph.with_name("model.onnx"))
                 shutil.copytree(graph.parent, folder)
             made[side] = {"made_by": f"{package} {importlib.metadata.version(package)}"}

@@ -1,4 +1,4 @@
-"""The graphs that `peers` compares, each made once and kept in --cache; others' do not change with our code."""
+"""Makes the graphs that `peers` compares, each once, and keeps them in --cache; only ours depend on our code."""
 
 import json
 import shutil
@@ -23,9 +23,9 @@ from exporters.measuring.machine import package_versions
 from melora_fx import MELoRAConfig
 
 _TORCH = f"torch~={'.'.join(torch.__version__.split('.')[:2])}.0"
-"""That of this environment: another build would take another time to be imported."""
+"""The version in this environment: another build would take another time to import."""
 PACKAGES = ("optimum-onnx[onnxruntime]", "transformers<5", "olive-ai", "sentence-transformers", _TORCH)
-"""What the peers' environment has."""
+"""The packages of the peers' environment."""
 
 PLAIN, MERGED = "optimum", "merged"
 OURS = (MERGED, "portable", "keep q,v", "keep all-linear", "swap idle q,v", "swap idle all-linear")
@@ -34,7 +34,7 @@ BLOCKS = {"num_blocks": 8, "rank": 8}
 
 
 class Shape(NamedTuple):
-    """A batch of texts of a length, or of square images."""
+    """A batch of texts of one length, or of square images."""
 
     batch: int
     size: int
@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A model, what its query and value are called, and the inputs that it is timed with."""
+    """A model, the names of its query and value, and the inputs with which it is timed."""
 
     model: str
     query_value: tuple[str, ...]
@@ -67,7 +67,7 @@ class Workshop:
 
     Args:
         cache: the folder.
-        has_environment: whether the peers that need an environment of their own take part.
+        has_environment: whether to include the peers that need a separate environment.
     """
 
     def __init__(self, cache: Path, *, has_environment: bool) -> None:
@@ -79,11 +79,11 @@ class Workshop:
         self._makers: dict[str, str] = {}
 
     def maker(self, side: str) -> str:
-        """What made a side's graph."""
+        """Returns what made a side's graph."""
         return self._makers[side]
 
     def graphs(self, setting: Setting) -> dict[str, Path]:
-        """Side → its graph."""
+        """Makes the graphs that are missing; returns side → its graph."""
         model = once(
             self._theirs / setting.model / "model", lambda folder: _save(setting.model, folder, self._theirs.parent)
         )
@@ -118,7 +118,7 @@ class Workshop:
 
 
 def environment_python(folder: Path) -> Path:
-    """The Python of an environment with `PACKAGES`, made where it is not there yet."""
+    """Returns the Python of an environment with `PACKAGES`, and creates the environment if it is missing."""
     python = folder / "bin" / "python"
     if not (folder / "ready").is_file():
         print(f"    making an environment for {', '.join(PACKAGES)} …", flush=True)

@@ -1,4 +1,4 @@
-"""One process of peers: loads all sides in an order of its own, checks them, and times them in turn.
+"""Runs one process of peers: loads all sides in its own order, checks them, and times them in turn.
 
 `python -m benchmarks.deployment.peers_process JOB` prints JSON: shape → side → milliseconds of each run,
 and differences.
@@ -21,13 +21,13 @@ from melora_fx import MELoRAError
 from .peers_graphs import MERGED, Shape
 
 BALLAST_BYTES = 2 << 30
-"""As in `decoding_process`: a session's place in memory shifts it."""
+"""As in `decoding_process`: a session's place in memory changes its time."""
 TOLERANCE = {False: 1e-4, True: 2e-2}
-"""Largest difference from our merged graph, relative to the largest output; True: of graphs with another activation
+"""Largest difference from our merged graph, relative to the largest output; True: for graphs with another activation
 (optimum's O3 approximates Gelu)."""
 APPROXIMATE = ("optimum O3",)
 NO_EQUAL = ("keep q,v", "keep all-linear")
-"""Sides that hold an adapter: they compute something else."""
+"""Sides with an adapter, which compute something else."""
 MAX_ROUNDS = 400
 
 
@@ -56,7 +56,7 @@ def _session(path: str) -> Any:
 
 
 def _feed(session: Any, shape: Shape) -> dict[str, np.ndarray]:
-    """The arrays that a graph takes, the same for all; some of the peers' take positions and kinds of tokens too."""
+    """Returns a graph's inputs, equal for all graphs; some of the peers' need positions and token types too."""
     arrays = token_arrays(shape.batch, shape.size)
     ids = arrays["input_ids"]
     arrays["position_ids"] = np.broadcast_to(np.arange(shape.size), ids.shape).copy()
@@ -69,10 +69,10 @@ def _feed(session: Any, shape: Shape) -> dict[str, np.ndarray]:
 
 
 def _differences(sessions: Mapping[str, Any], feeds: Mapping[str, Any]) -> dict[str, float]:
-    """Each side's largest difference from our merged graph.
+    """Returns each side's largest difference from our merged graph.
 
     Raises:
-        MELoRAError: where it is too large.
+        MELoRAError: if a difference is too large.
     """
     outputs = {side: session.run(None, feeds[side])[0] for side, session in sessions.items()}
     expected = outputs[MERGED]

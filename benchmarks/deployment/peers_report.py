@@ -1,4 +1,4 @@
-"""peers.csv as a Markdown table and as pictures."""
+"""Writes peers.csv as a Markdown table and as pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ GOALS = {
     "swap idle q,v": 1.02,
     "swap idle all-linear": 1.03,
 }
-"""Over our merged graph. The merged one's own: no cell above 1.00 of the fastest peer."""
+"""Largest ratios to our merged graph. The goal of the merged graph itself: no cell above 1.00 of the fastest peer."""
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> None:
@@ -43,7 +43,7 @@ def _by_model(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Row]]]:
 
 
 def overview(rows: Sequence[Row]) -> list[str]:
-    """The short table, which docs/EXPORT.md has too: a line for each shape of a model, then the geometric means."""
+    """Returns the short table, also for docs/EXPORT.md: a line for each shape of a model, then the geometric means."""
     return _overview(_by_model(rows))
 
 
@@ -56,11 +56,11 @@ def _overview(models: Mapping[str, Cells]) -> list[str]:
         means = [_mean([sides[MERGED] for sides in cells.values()], "ratio")]
         means += [_mean([sides[side] for sides in cells.values()], "over_merged") for side in GOALS]
         lines.append([f"**{model}**", f"**mean of {len(cells)}**", "", *(f"**{mean:.2f}**" for mean in means)])
-    return markdown_table(["model", "batch × tokens", "the fastest other", "merged", *GOALS], lines, text_columns=3)
+    return markdown_table(["model", "batch × tokens", "fastest peer", "merged", *GOALS], lines, text_columns=3)
 
 
 def _drawn(sides: Mapping[str, Row]) -> list[str]:
-    """The sides of a picture: the fastest peer first, then ours, then the other peers."""
+    """Returns the sides of a picture: the fastest peer first, then ours, then the other peers."""
     best = sides[MERGED]["reference"]
     return list(dict.fromkeys([best, *(side for side in OURS if side in sides), *sides]))
 
@@ -68,21 +68,22 @@ def _drawn(sides: Mapping[str, Row]) -> list[str]:
 def _markdown(models: Mapping[str, Cells]) -> str:
     rows = [row for cells in models.values() for sides in cells.values() for row in sides.values()]
     lines = [
-        "# Exported graphs beside those of others",
+        "# Exported graphs compared with those of others",
         "",
         f"{written_by('peers', rows)}; {beside_graphs_of(rows)}. Plain sessions of ONNX Runtime with "
         "default options, float32, one thread.",
         "",
-        "A number is the time over that of the fastest peer, whose own is given in milliseconds: the median over "
-        f"{rows[0]['processes']} processes, each of which holds all sides and runs them in turn. *merged* and the "
-        "sides below it are ours, all for `ort-cpu` but for *portable*, which is merged too; the second number of "
-        "those with an adapter is the time over *merged*. Adapters have 8 blocks of rank 8; *idle*: swappable, without "
-        "one. Bold: a merged graph slower than the fastest peer, or one with an adapter above its goal "
+        "A number is the time relative to the fastest peer, whose own time is shown in milliseconds: the median over "
+        f"{rows[0]['processes']} processes, each of which loads all sides and runs them in turn. *merged* and the "
+        "sides below it are ours, all for the target `ort-cpu` except *portable*, which is merged too. The second "
+        "number of unmerged and swappable graphs is the time relative to *merged*. Adapters have 8 blocks of rank 8; "
+        "*idle* is swappable, without an adapter. Bold: a merged graph that is slower than the fastest peer, or "
+        "another graph above its goal "
         f"({', '.join(f'{side} {goal:.2f}' for side, goal in GOALS.items())}).",
     ]
     lines += [
         "",
-        "In short, *merged* over the fastest peer and what has an adapter over *merged*:",
+        "Overview, *merged* relative to the fastest peer, and unmerged and swappable graphs relative to *merged*:",
         "",
         *_overview(models),
     ]
@@ -128,7 +129,7 @@ def _summary(cells: Cells) -> list[str]:
         for side in GOALS
         if all(side in rows for rows in cells.values())
     ]
-    return [*lines, f"Over *merged*: {', '.join(means)}."]
+    return [*lines, f"Relative to *merged*: {', '.join(means)}."]
 
 
 def _mean(rows: Sequence[Row], column: str) -> float:

@@ -1,4 +1,4 @@
-"""A part's cases that measure something, one after another."""
+"""Runs the cases of a part that measure something, one after another."""
 
 import gc
 import time
@@ -12,18 +12,19 @@ from .recorder import Recorder, in_a_line, say
 from .rows import FAILED, LACKING, PASSED
 
 LOST = 5
-"""Exit code of a process for which the device computes nothing more: an error in a kernel ends every later call too."""
+"""Exit code of a process that has lost the device: after an error in a kernel every later call fails too."""
 
 
 class Cell(NamedTuple):
     """A case that measures.
 
     Attributes:
-        name: of the case.
-        seconds: what it takes on an H100, roughly: it is not begun with less time than that.
-        measure: its sides, given whether to build all and time nothing; one that failed has a `reason`.
-        lacks: what to install for it; empty where nothing is missing.
-        lacks_to_run: the same where a dry run can do without it.
+        name: the name of the case.
+        seconds: the approximate duration on an H100; the case does not begin with less time left.
+        measure: returns the sides, given whether this is a dry run, which builds all and times nothing. A side that
+            failed has a `reason`.
+        lacks: what to install for the case; empty if nothing is missing.
+        lacks_to_run: what else to install, except for a dry run.
     """
 
     name: str
@@ -51,19 +52,19 @@ def _run(cell: Cell, record: Recorder) -> None:
         reason = "; ".join(f"{side['side']}: {side['reason']}" for side in sides if "reason" in side)
         facts = {"seconds": round(time.perf_counter() - start, 1), "sides": sides}
         record.ends(cell.name, FAILED if reason else PASSED, **({"reason": reason} if reason else {}), **facts)
-    except Exception as error:  # must not cost the other cases
+    except Exception as error:  # must not stop the other cases
         traceback.print_exc()
         record.ends(cell.name, FAILED, reason=in_a_line(error))
     if is_lost():
         raise SystemExit(LOST)
     torch.compiler.reset()
-    gc.collect()  # models hold cycles: without it those of a cell are there while the next one's are made
+    gc.collect()  # models contain cycles: without this a cell's models stay while the next are built
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def is_lost() -> bool:
-    """Whether the device computes nothing more in this process; says why."""
+    """Returns whether this process has lost the device, and prints why."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

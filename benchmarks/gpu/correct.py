@@ -1,4 +1,4 @@
-"""Does CUDA compute what the CPU computes? The tests that need a CUDA device, each of them one case."""
+"""Does CUDA compute what the CPU computes? Each test that needs a CUDA device is one case."""
 
 import time
 from typing import Any
@@ -13,13 +13,13 @@ from .rows import FAILED, PASSED, SKIPPED
 
 TESTS = ("tests/cuda", "tests/lowering/test_triton_kernels.py", "tests/lowering/test_triton_lowering.py")
 OPTIONS = (
-    "--noconftest",  # which needs packages that a machine may lack
+    "--noconftest",  # the conftest needs packages that a machine may lack
     *("-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "-p", "no:terminal"),
     *("--rootdir", str(ROOT), "--continue-on-collection-errors"),
 )
 
 SECONDS = 10
-"""What the longest tests take on an H100, those that compile."""
+"""Duration of the longest tests on an H100, those that compile."""
 
 
 def run(record: Recorder) -> None:
@@ -32,7 +32,7 @@ def run(record: Recorder) -> None:
 
 
 class _Cases:
-    """Makes cases of pytest's tests."""
+    """A pytest plugin that turns tests into cases."""
 
     def __init__(self, record: Recorder) -> None:
         self.record = record
@@ -52,7 +52,7 @@ class _Cases:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         if not self.record.begins(item.nodeid, 0 if self.record.dry else SECONDS):
-            return True  # done with it: what runs tests is not called
+            return True  # handled: pytest does not run the test
         self.session = item.session
         self.start = time.perf_counter()
         self.reports = []
@@ -72,7 +72,7 @@ class _Cases:
 
 
 def _reason(report: Any) -> str:
-    """What went wrong, or why the test was skipped, in a line; all of it goes to the log."""
+    """Returns what went wrong, or why the test was skipped, in one line; prints the full error for the log."""
     if isinstance(report.longrepr, tuple):  # of a skip: file, line, reason
         return report.longrepr[2].removeprefix("Skipped: ")
     print(report.longreprtext)

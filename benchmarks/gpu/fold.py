@@ -1,4 +1,4 @@
-"""How fast is a fold in the device's memory, beside PEFT's merge and a copy of what changes? As in fold_speed."""
+"""How fast is a fold in the device's memory, compared with PEFT's merge and a copy of the blocks? As in fold_speed."""
 
 import functools
 from argparse import Namespace
@@ -27,7 +27,7 @@ def cells() -> list[Cell]:
 
 
 def measure(dtype: torch.dtype, dry: bool) -> list[Row]:
-    """A row for each way to merge."""
+    """Returns a row for each way to merge."""
     if not dry:
         return in_memory(dtype, Namespace(quick=False, rounds=ROUNDS, threads=torch.get_num_threads()), "cuda")
     rows = in_memory(dtype, Namespace(quick=True, rounds=1, threads=1))

@@ -1,6 +1,7 @@
-"""What does an adapter cost at inference, merged and unmerged, beside the base and PEFT, in float16?
+"""What does an adapter cost at inference, merged and unmerged, compared with the base and PEFT, in float16?
 
-As in latency, on random models; graphs in ONNX Runtime's CUDA provider, with and without a CUDA graph, and in TensorRT.
+As in latency, on random models. Graphs run on ONNX Runtime's CUDA provider, with and without a CUDA graph, and on
+TensorRT.
 """
 
 import functools
@@ -21,9 +22,9 @@ from .graphs import why_no_graph, why_no_session
 from .recorder import Recorder
 
 SECONDS = 6.0
-"""Of timing one cell, of three loads."""
+"""Seconds of timing per cell, over three loads."""
 ORIGIN = ("versions", "device", "commit", "time")
-"""Columns that the line of a case has."""
+"""Columns that are already in the line of a case."""
 _ALL = {"targets": "all-linear"}
 _CELLS = {  # provider: (model, changes to the centre, seconds)
     "torch eager": [
@@ -60,7 +61,7 @@ def cells() -> list[Cell]:
 
 
 def _lacks(provider: str) -> tuple[str, str]:
-    """What to install for a provider, and for it to run."""
+    """Returns what to install to export graphs for a provider, and what to install to run them on it."""
     if provider.startswith("torch"):
         return "", ""
     return why_no_graph(), why_no_session(provider.partition(" ")[0])
@@ -73,7 +74,7 @@ def _workshop(device: str, backend: str, cache: Path = CACHE) -> Workshop:
 
 
 def measure(cell: LatencyCell, dry: bool) -> list[Row]:
-    """The rows of a cell, one a form; without a device, graphs are built for theirs and run on the CPU."""
+    """Returns the rows of a cell, one per form; a dry run exports graphs for their provider, and runs on the CPU."""
     if not dry:
         rows = measure_cell(cell, _workshop("cuda", "inductor"), SECONDS)
         return [{name: value for name, value in row.items() if name not in ORIGIN} for row in rows]

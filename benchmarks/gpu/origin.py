@@ -1,4 +1,4 @@
-"""What a line of results was made on and with. What is absent is said to be, so that every machine has an origin."""
+"""The machine and the versions of a line of results. Absent ones are named as such, so every machine has an origin."""
 
 import functools
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ("triton", "transformers", "peft", "onnx", "onnxscript", "onnxruntime
 
 
 def origin(source: str, *, dry: bool) -> dict[str, str]:
-    """The fields that end each line. `source`: the digest of the code."""
+    """Returns the fields at the end of each line. `source`: the digest of the code."""
     own = {"settings": "dry run" if dry else "", "source": source}
     return own | _machine() | {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
 
@@ -33,7 +33,7 @@ def _device() -> str:
 
 
 def _driver() -> str:
-    """The driver's version, as `nvidia-smi` says it, and that of CUDA that torch was built with."""
+    """Returns the driver's version according to `nvidia-smi`, and the version of CUDA that torch was built with."""
     built = f"CUDA {torch.version.cuda or 'none'}"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:

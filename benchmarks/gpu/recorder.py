@@ -1,4 +1,4 @@
-"""What a part's process is told, and how it writes down what it finds."""
+"""The settings of a part's process, and how it records its results."""
 
 import json
 import time
@@ -11,23 +11,23 @@ from .parts import part_named
 from .rows import BEGUN, PASSED, SKIPPED, append, latest, read
 
 SAME = ("settings", "device", "versions", "source")
-"""A case is done if its line has these as a line of now would."""
+"""A case is done if a line written now would have the same values as its line in these fields."""
 
 
 @dataclass
 class Recorder:
-    """What a part's process is told, and where it writes.
+    """The settings of a part's process, and where it records its results.
 
     Attributes:
-        part: its name.
-        folder: of the results.
+        part: the name of the part.
+        folder: the folder of the results.
         deadline: seconds since the epoch; no case begins that would end later.
-        dry: build everything with small models on the CPU, time nothing.
-        again: run also what an earlier run has done.
-        only: cases whose name contains this.
-        num_before: how many lines there were before this run.
-        tried: cases that this run has tried already, in an earlier process.
-        num_not_begun: how many cases there was no time for.
+        dry: builds everything with small models on the CPU, and times nothing.
+        again: also runs what an earlier run has done.
+        only: runs only cases whose name contains this.
+        num_before: the number of lines before this run.
+        tried: cases that this run has already tried, in an earlier process.
+        num_not_begun: the number of cases for which there was no time.
     """
 
     part: str
@@ -54,13 +54,13 @@ class Recorder:
 
     @property
     def origin(self) -> dict[str, str]:
-        """Of a line of now."""
-        from .origin import origin  # heavy: the process that starts the parts' has no use for it
+        """The origin of a line written now."""
+        from .origin import origin  # slow to import, and not needed in the process that starts the parts
 
         return origin(part_named(self.part).digest, dry=self.dry)
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that are to be run: first those that no earlier run has tried."""
+        """Returns the cases of `names` to run, starting with those that no earlier run has tried."""
         now = self.origin
         earlier = {} if self.again else latest(read(self.path))
         found = {
@@ -72,24 +72,24 @@ class Recorder:
         )
 
     def begins(self, case: str, seconds: float = 0) -> bool:
-        """Whether there is time for a case; writes down that it has begun."""
+        """Returns whether there is time for a case; if so, records that it has begun."""
         left = max(self.deadline - time.time(), 0)
         if seconds >= left:
             self.num_not_begun += 1
-            say(f"  {case}: not begun, takes about {seconds:.0f} s of the {left:.0f} s left")
+            say(f"  {case}: not begun, takes about {seconds:.0f} s, and {left:.0f} s are left")
             return False
         self.ends(case, BEGUN)
         return True
 
     def ends(self, case: str, outcome: str, **facts: Any) -> None:
-        """Writes down how a case has ended. `facts`: `reason`, `seconds`, `sides`."""
+        """Records how a case has ended. `facts`: `reason`, `seconds`, `sides`."""
         append(self.path, {"part": self.part, "case": case, "outcome": outcome, **facts, **self.origin})
         if outcome != BEGUN:
             say(f"  {case}: {outcome}" + (f", {facts['reason']}" if facts.get("reason") else ""))
 
 
 def in_a_line(error: BaseException) -> str:
-    """An error as the field `reason` takes it."""
+    """Returns an error as one line, for the field `reason`."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 600 else f"{text[:400]} … {text[-200:]}"
 

@@ -1,6 +1,6 @@
-"""Tables and pictures of what came back: `python -m benchmarks gpu --report FOLDER`.
+"""Writes tables and pictures of the results: `python -m benchmarks gpu --report FOLDER`.
 
-The lines of FOLDER join those that are there already: of each case on each device the last one stays.
+The lines of FOLDER are added to the existing ones; the last line of each case on each device stays.
 """
 
 import re
@@ -22,12 +22,12 @@ from .rows import BEGUN, PASSED, Line, append, read
 
 Row = dict[str, str]
 _INTRODUCTION = """\
-Written by `python -m benchmarks gpu --report FOLDER` of what `python -m benchmarks gpu` has found: the JSON lines
-beside this page, one a case. All models are random ones in the shapes of known models."""
+Written by `python -m benchmarks gpu --report FOLDER` from the results of `python -m benchmarks gpu`: the JSON lines
+next to this page, one per case. All models are random ones in the shapes of known models."""
 
 
 def write_report(folder: Path, out: Path) -> int:
-    """Writes gpu.md, pictures and the lines into `out`; gives an exit status."""
+    """Writes gpu.md, pictures and the lines into `out`; returns an exit status."""
     found = {part: _joined(part, folder, out) for part in PARTS}
     if not any(found.values()):
         print(f"no results in `{folder}`: run `python -m benchmarks gpu --out {folder}` first")
@@ -50,7 +50,7 @@ def write_report(folder: Path, out: Path) -> int:
 
 
 def _joined(part: Part, folder: Path, out: Path) -> list[Line]:
-    """The last line of each case on each device that says how it ended."""
+    """Returns, for each case on each device, the last line that says how it ended."""
     lines = [*read(part.file(out)), *(read(part.file(folder)) if folder != out else ())]
     return list({(line["case"], line["device"]): line for line in lines if line["outcome"] != BEGUN}.values())
 
@@ -64,12 +64,12 @@ def _write_lines(lines: Iterable[Line], path: Path) -> None:
 
 
 def _commit_of(line: Line) -> str:
-    """The commit of a line that was made without a repository: this one's, if the code is the same."""
+    """Returns the commit of a line that was written without a repository: this one's if the code is the same."""
     return source_commit() if line["source"] == part_named(line["part"]).digest else ""
 
 
 def _origins(found: Iterable[Sequence[Line]]) -> Iterator[str]:
-    """What the lines were made with, each once."""
+    """Yields the origins of the lines, each once with its number of cases."""
     kinds = Counter(
         "; ".join([line["time"][:10], f"driver {line['driver']}", line["versions"], _where(line)])
         + (", a dry run: nothing is timed" if line["settings"] else "")
@@ -85,7 +85,7 @@ def _where(line: Line) -> str:
 
 
 def _section(part: Part, lines: Sequence[Line], out: Path) -> Iterator[str]:
-    """What a part has found: how many cases, those that did not pass, and its own tables."""
+    """Yields the results of a part: the number of cases, those that did not pass, and its tables."""
     counts = Counter(line["outcome"] for line in lines)
     yield ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + "."
     if others := [(line["case"], line["outcome"], line.get("reason", "")) for line in lines if _has_not_passed(line)]:
@@ -115,7 +115,7 @@ def _escaped(cells: Sequence[str]) -> list[str]:
 
 
 def _rows(line: Line) -> list[Row]:
-    """The sides of a case, those that failed left out, as a CSV file has them."""
+    """Returns the sides of a case that have not failed, as if read from a CSV file."""
     sides = [side for side in line["sides"] if "reason" not in side]
     return [{"case": line["case"]} | {name: _text(value) for name, value in side.items()} for side in sides]
 

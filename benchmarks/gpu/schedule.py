@@ -1,4 +1,4 @@
-"""The parts one after another, each in its share of the minutes and in processes of its own, which can be lost."""
+"""Runs the parts one after another, each in its share of the minutes and in its own processes, which may crash."""
 
 import argparse
 import contextlib
@@ -24,11 +24,11 @@ from .rows import BEGUN, FAILED, LACKING, append, latest, read
 from .worker import NOT_BEGUN
 
 GRACE_S = 15
-"""How long a case may go on after its part's share of the time."""
+"""How long a case may continue after its part's share of the time."""
 OUT_OF_TIME = 124
-"""The code of a process that was ended after its time, as that of `timeout`."""
+"""The exit code of a process that was ended after its time, as that of `timeout`."""
 WORTHWHILE_S = 30
-"""The least time for which processes are started once more: each takes some ten seconds to import all."""
+"""The least time for which processes are started again: each takes some ten seconds for its imports."""
 WORKER = ["-m", "benchmarks.gpu.worker"]
 DRY_RUN_VARIABLE = "MELORA_FX_DRY_RUN"
 """Tells the tests of part *correct* to run on the CPU."""
@@ -37,13 +37,13 @@ Say = Callable[[str], None]
 
 
 def run(options: argparse.Namespace) -> int:
-    """An exit status: 0, or 1 where a case failed, 2 for arguments, 3 where something is missing or not begun."""
+    """Returns an exit status: 0, or 1 if a case failed, 2 for arguments, 3 if something is missing or not begun."""
     if options.report:
-        from .report import write_report  # draws: heavy
+        from .report import write_report  # draws, so it is slow to import
 
         return write_report(options.report, options.out or RESULTS)
     if not options.dry_run and not _has_device():
-        print("there is no CUDA device: --dry-run builds every case on the CPU", file=sys.stderr)
+        print("there is no CUDA device: pass --dry-run to build every case on the CPU", file=sys.stderr)
         return LEFT_OUT
     folder = options.out or OUT
     log = _open_log(folder)
@@ -60,17 +60,17 @@ def run(options: argparse.Namespace) -> int:
         statuses = _run_parts(records, end, say)
         late = {part: record for part, record in records.items() if record.num_not_begun}
         if late and end - time.time() > WORTHWHILE_S:
-            say("again, in what the shares have left over:")
+            say("again, in the time that the shares left over:")
             statuses |= _run_parts(late, end, say)
         say(f"see {folder}")
     if set(statuses.values()) == {DONE} and not any(map(_is_named, records.values())):
-        print(f"`--only {options.only}` is in the name of no case", file=sys.stderr)
+        print(f"`--only {options.only}` matches no case", file=sys.stderr)
         return MISUSED
     return max(statuses.values(), key=(DONE, LEFT_OUT, A_CASE_FAILED).index)
 
 
 def _open_log(folder: Path) -> TextIO | None:
-    """The log of `folder`, locked for as long as this process runs; None, and why, if there is none for it."""
+    """Returns the log of `folder`, locked as long as this process runs; returns None and prints why if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = (folder / "log.txt").open("a", encoding="utf-8")
@@ -83,7 +83,7 @@ def _open_log(folder: Path) -> TextIO | None:
         print(f"another run writes into `{folder}`", file=sys.stderr)
         log.close()
         return None
-    except OSError:  # a disk without locks
+    except OSError:  # a file system without locks
         pass
     return log
 
@@ -95,12 +95,12 @@ def _recorder(part: Part, folder: Path, options: argparse.Namespace) -> Recorder
 
 
 def _is_named(record: Recorder) -> bool:
-    """Whether a case that has been run, now or before, has the text of `--only` in its name."""
+    """Returns whether a case that has been run, now or before, has the value of `--only` in its name."""
     return not record.only or any(record.only in case for case in latest(read(record.path)))
 
 
 def _run_parts(records: Mapping[Part, Recorder], end: float, say: Say) -> dict[Part, int]:
-    """The exit status of each part; each gets its share of the time until `end`."""
+    """Runs each part in its share of the time until `end`; returns the exit status of each."""
     statuses = {}
     for index, (part, record) in enumerate(records.items()):
         left = max(end - time.time(), 0)
@@ -112,13 +112,13 @@ def _run_parts(records: Mapping[Part, Recorder], end: float, say: Say) -> dict[P
 
 
 def _has_device() -> bool:
-    import torch  # heavy
+    import torch  # slow to import, so only here
 
     return torch.cuda.is_available()
 
 
 def _run_part(part: Part, record: Recorder, say: Say) -> int:
-    """Runs a part until nothing of it is left to be tried, or its time is over; gives an exit status."""
+    """Runs a part until all its cases have been tried or its time is over; returns an exit status."""
     if part.missing:
         say(f"  left out: {part.missing}")
         return LEFT_OUT
@@ -135,7 +135,7 @@ def _run_part(part: Part, record: Recorder, say: Say) -> int:
         record.tried = list(tried)
         if code in (0, NOT_BEGUN) or not has_gone_on or time.time() > record.deadline:
             break
-    record.num_not_begun = int(code in (NOT_BEGUN, OUT_OF_TIME))  # at least: the process has counted them
+    record.num_not_begun = int(code in (NOT_BEGUN, OUT_OF_TIME))  # at least one: only the process has counted them
     outcomes = Counter(line["outcome"] for line in latest(read(record.path)[record.num_before :]).values())
     say(f"  {', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items())) or 'nothing run'}")
     if outcomes[FAILED] or code not in (0, NOT_BEGUN):
@@ -144,7 +144,7 @@ def _run_part(part: Part, record: Recorder, say: Say) -> int:
 
 
 def _work(record: Recorder, say: Say) -> int:
-    """The exit code of one process of a part; ends it, and all that it has started, when its time is over."""
+    """Runs one process of a part and returns its exit code; when its time is over, ends it and all its children."""
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     if record.dry:
@@ -159,7 +159,7 @@ def _work(record: Recorder, say: Say) -> int:
             except subprocess.TimeoutExpired:
                 say(f"  stopped {GRACE_S} s after the part's time")
                 is_late.set()
-            _end_group(process)  # also what a lost process has started: it holds the output open
+            _end_group(process)  # also the children of a crashed process, which keep the output open
 
         is_late = threading.Event()
         watcher = threading.Thread(target=watch)

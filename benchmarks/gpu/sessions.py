@@ -1,7 +1,7 @@
 """Do graphs compute on CUDA and TensorRT what torch computes on the CPU in float32?
 
-A random model with an adapter in every linear, exported in each form and run; what is compared is said in each side.
-Timing has a part of its own.
+A random model with an adapter in every linear is exported in each form and run. The name of each side says what is
+compared. Timing is a part of its own.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from .graphs import why_no_graph, why_no_session
 from .recorder import Recorder
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
-"""Largest difference from torch, over the largest value; what the adapter changes is ten times as large."""
+"""Largest difference from torch, relative to the largest value. The adapter's effect is over ten times as large."""
 SHAPES = ((8, 128), (1, 16), (3, 77))
-"""Batch and tokens of what is run."""
+"""Batch sizes and numbers of tokens of the inputs."""
 SMALL_SHAPES = ((2, 8), (1, 5))
 
 
 class Graph(NamedTuple):
-    """What a case exports and runs."""
+    """The graph that a case exports and runs."""
 
     model: str
     provider: str
@@ -54,7 +54,7 @@ class Graph(NamedTuple):
 
 
 def _graphs() -> Iterator[tuple[Graph, float]]:
-    """Each with the seconds that it takes, roughly."""
+    """Yields each graph with its approximate duration in seconds."""
     for model in ("MiniLM-shaped", "SmolLM2-shaped"):
         for adapter in ("fold", "keep", "swap"):
             yield Graph(model, "cuda", adapter, "fp16"), 25
@@ -78,10 +78,10 @@ def cells() -> list[Cell]:
 
 
 def measure(graph: Graph, dry: bool) -> list[Row]:
-    """A row for each comparison; without a device the graph runs on the CPU.
+    """Returns a row for each comparison; in a dry run the graph runs on the CPU.
 
     Raises:
-        MELoRAError: where a difference is too large; names all.
+        MELoRAError: if a difference is too large; names all that are.
     """
     model = build(graph.model + (SMALL if dry else ""), "unmerged", CACHE, "all-linear", 8, 8)
     _strengthen(model)
@@ -94,13 +94,13 @@ def measure(graph: Graph, dry: bool) -> list[Row]:
         provider = "cpu" if dry else graph.provider
         rows = [*_beside_torch(graph, model, path, provider, shapes), *_beside_itself(graph, path, provider, shapes[0])]
     if far := [f"{row['side']}: {row['difference']:.1e}" for row in rows if not row["difference"] <= row["tolerance"]]:
-        raise MELoRAError(f"too far from what it must equal: {', '.join(far)}")
+        raise MELoRAError(f"differences above their tolerance: {', '.join(far)}")
     return rows
 
 
 @torch.no_grad()
 def _strengthen(model: nn.Module) -> None:
-    """Makes the adapter large enough for its absence to be seen in half precision."""
+    """Makes the adapter so large that its absence shows in half precision."""
     for site in melora_fx.sites(model).values():
         site.lora_b.mul_(10)
     adapted = TorchRunner(model).run(token_arrays(*SMALL_SHAPES[0]))
@@ -112,7 +112,7 @@ def _strengthen(model: nn.Module) -> None:
 def _beside_torch(
     graph: Graph, model: nn.Module, path: Path, provider: str, shapes: Sequence[tuple[int, int]]
 ) -> Iterator[Row]:
-    """The graph beside the model on the CPU in float32, at each shape, with each adapter that it can be given."""
+    """Compares the graph with the model on the CPU in float32, at each shape, with each adapter that it accepts."""
     runner = OrtRunner(path, provider=provider, shapes=_ranges(shapes) if provider == "tensorrt" else None)
     nodes = runner.describe()["nodes"]
     adapters: dict[str, Path | None] = {"adapter": None}
@@ -130,7 +130,7 @@ def _beside_torch(
 
 
 def _beside_itself(graph: Graph, path: Path, provider: str, shape: tuple[int, int]) -> Iterator[Row]:
-    """The other ways to run the graph on the same provider."""
+    """Compares the other ways to run the graph on the same provider."""
     inputs = token_arrays(*shape)
     fixed = _ranges([shape]) if provider == "tensorrt" else None
     runner = OrtRunner(path, provider=provider, shapes=fixed)
@@ -149,13 +149,13 @@ def _beside_itself(graph: Graph, path: Path, provider: str, shape: tuple[int, in
 
 
 def _ranges(shapes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int, int]]:
-    """`shapes` of `OrtRunner` that hold all the given ones."""
+    """Returns the argument `shapes` of `OrtRunner` that allows all these shapes."""
     by_axis = {"batch": [batch for batch, _ in shapes], "sequence": [sequence for _, sequence in shapes]}
     return {axis: (min(sizes), sizes[0], max(sizes)) for axis, sizes in by_axis.items()}
 
 
 def _difference(found: Arrays, expected: Arrays) -> Row:
-    """The largest one over all outputs, over the largest value expected; not a number where one output is not."""
+    """Returns the largest difference relative to the largest value, over all outputs; NaN if an output has NaN."""
     differences = [
         np.abs(found[name].astype(np.float64) - value).max() / np.abs(value).max() for name, value in expected.items()
     ]

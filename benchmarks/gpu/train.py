@@ -1,7 +1,8 @@
-"""What does a training step cost over the frozen model's, here and in PEFT?
+"""What does a training step cost relative to the frozen model's, here and in PEFT?
 
-As in train_step, on random models, all sides of which are in memory at once and take turns, step by step. MiniLM's
-shape has adapters in its dense layers, the decoders in every linear. In float32 "ours" makes W + Δ if that is faster.
+As in train_step, on random models. All sides of a cell are in memory at once and are timed in turn, step by step. The
+MiniLM shape has adapters in its dense layers, the decoders in every linear. In float32 "ours" computes W + Δ if that is
+faster.
 """
 
 import traceback
@@ -20,12 +21,12 @@ from .cells import Cell, run_cells
 from .recorder import Recorder, in_a_line
 
 SECONDS = 10.0
-"""Of timing one cell."""
+"""Seconds of timing per cell."""
 MAX_ROUNDS = 40
 SIDES = ("frozen", "ours", "ours, plain nodes", "PEFT LoRA, equal rank", "PEFT LoRA, equal parameters")
 COMPILED_SIDES = ("frozen", "ours", "PEFT LoRA, equal rank")
 TRITON_SIDES = ("frozen", "ours", "ours, Triton")
-"""Apart from the others: a kernel that fails takes its whole process down."""
+"""Separate from the others, because a kernel that fails ends its whole process."""
 _LLAMA = Setting("Llama-shaped, 1B", "all-linear", 8, "bfloat16")
 _SMOLLM2 = Setting("SmolLM2-shaped", "all-linear", 8, "bfloat16")
 _MINILM = Setting("MiniLM-shaped", "centre", 8, "bfloat16")
@@ -57,7 +58,7 @@ def cells() -> list[Cell]:
 
 
 def measure(cell: TrainCell, dry: bool) -> list[Row]:
-    """A row for each side; a side that fails has a `reason` in it, and the others go on."""
+    """Returns a row for each side; the row of a side that fails has a `reason`, and the others continue."""
     device = "cuda"
     if dry:
         device = "cpu"

@@ -1,4 +1,4 @@
-"""One part in a process of its own: `python -m benchmarks.gpu.worker JSON`, a `Recorder` as JSON."""
+"""Runs one part in its own process: `python -m benchmarks.gpu.worker JSON`, with a `Recorder` as JSON."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from .parts import part_named
 from .recorder import Recorder
 
 NOT_BEGUN = 4
-"""Exit code where there was no time for some cases."""
+"""Exit code if there was no time for some cases."""
 
 
 def main(argument: str) -> int:
@@ -22,8 +22,9 @@ def main(argument: str) -> int:
 
 
 def end_with(parent: int) -> None:
-    """Ends this process, and all that it has started, when the process `parent` is gone, killed perhaps: else they
-    would go on using the device.
+    """Ends this process and everything that it started when the process `parent` is gone, for example killed.
+
+    They would otherwise continue to use the device.
     """
     while os.getppid() == parent:
         time.sleep(1)

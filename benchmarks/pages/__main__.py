@@ -1,9 +1,10 @@
-"""`python -m benchmarks.pages`: writes every block of README.md and docs/ anew."""
+"""`python -m benchmarks.pages` generates every block of README.md and docs/ again, and the README's picture."""
 
 from benchmarks.common.checkout import ROOT
 
 from .block import lines_of, with_blocks
 from .blocks import BLOCKS
+from .overview import PICTURE, draw
 
 
 def main() -> None:
@@ -12,6 +13,7 @@ def main() -> None:
         made = {block.name: lines_of(block) for block in BLOCKS if block.page == page}
         path.write_text(with_blocks(path.read_text(), made))
         print(f"{page}: {', '.join(made)}")
+    draw(ROOT / PICTURE)
 
 
 if __name__ == "__main__":

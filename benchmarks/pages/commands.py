@@ -1,4 +1,4 @@
-"""Blocks about what `melora-fx demo`, `melora-fx train` and the example of instruction tuning reported."""
+"""Blocks about the reports of `melora-fx demo`, `melora-fx train` and the example of instruction tuning."""
 
 from benchmarks.report_rows import EPOCH, FOLDED, LORA, MAJORITY
 from exporters.measuring.tables import markdown_table
@@ -10,7 +10,7 @@ _TIMED = {"merged": "onnx merged", "unmerged": "onnx unmerged", "torch eager": "
 
 
 def demo(rows: Rows) -> list[str]:
-    """The README's table."""
+    """Returns the table of docs/QUICKSTART.md."""
     sides = {row["side"]: row for row in rows}
     epochs = _epochs(rows)
     last = list(epochs.values())[-1]
@@ -19,29 +19,29 @@ def demo(rows: Rows) -> list[str]:
     graphs = [timed["merged"], timed["unmerged"]]
     ratios = [f"{name} {number(row, 'ratio'):.2f}" for name, row in timed.items()]
     table = [
-        ["held-out accuracy", f"{before} before, {after} (majority baseline {_accuracy(sides[MAJORITY])})"],
+        ["held-out accuracy", f"{before} before training, {after} (majority baseline {_accuracy(sides[MAJORITY])})"],
         [
             "trainable parameters",
-            f"{int(last['parameters']):,} with the head; the adapters of a LoRA of equal rank alone: "
-            f"{int(sides[LORA]['adapter_parameters']):,}",
+            f"{int(last['parameters']):,} with the head; a LoRA of equal rank has "
+            f"{int(sides[LORA]['adapter_parameters']):,} without the head",
         ],
-        ["folded against unfolded", f"max abs error {_error(sides[FOLDED])} on logits"],
+        ["folded compared with unfolded", f"max abs error {_error(sides[FOLDED])} in the logits"],
         [
-            "merged / unmerged ONNX against torch",
-            f"{' / '.join(map(_error, graphs))}; the same label on {per_cent(number(graphs[0], 'same_labels'))} of "
-            "held-out texts",
+            "merged / unmerged ONNX compared with torch",
+            f"max abs error {' / '.join(map(_error, graphs))}; the same label on "
+            f"{per_cent(number(graphs[0], 'same_labels'))} of held-out texts",
         ],
-        ["latency over the base graph's", f"{listed(ratios)}, one thread, 8 × 21 tokens"],
+        ["latency relative to the base graph", f"{listed(ratios)}, one thread, 8 × 21 tokens"],
     ]
     caption = (
-        f"What one `melora-fx demo` did on {machine(rows)} (MiniLM-L6, 1,370 English utterances of 12 topics, `query` "
-        "and `value`, rank 8 × 8 blocks):"
+        f"Results of one `melora-fx demo` on {machine(rows)} (MiniLM-L6, 1,370 English utterances on 12 topics, "
+        "adapters in `query` and `value`, 8 blocks of rank 8):"
     )
     return [*paragraph(caption), "", *markdown_table(["", ""], table, text_columns=2)]
 
 
 def train(rows: Rows) -> list[str]:
-    """The table of docs/TRAINING.md, and what was trained."""
+    """Returns the table of docs/TRAINING.md, and a sentence on what was trained."""
     epochs = _epochs(rows)
     last = list(epochs.values())[-1]
     majority = next(row for row in rows if row["side"] == MAJORITY)
@@ -49,27 +49,27 @@ def train(rows: Rows) -> list[str]:
         *markdown_table(["after epoch", *epochs], [["held-out accuracy", *map(_accuracy, epochs.values())]]),
         "",
         *paragraph(
-            f"Trained are {int(last['parameters']):,} values, {int(last['adapter_parameters']):,} of them in adapters; "
-            f"the majority baseline is {_accuracy(majority)}. Run on {origin(rows, 'torch', 'transformers')}."
+            f"{int(last['parameters']):,} values are trained, {int(last['adapter_parameters']):,} of them in adapters. "
+            f"The majority baseline is {_accuracy(majority)}. Run on {origin(rows, 'torch', 'transformers')}."
         ),
     ]
 
 
 def tuning(rows: Rows) -> list[str]:
-    """The table of docs/TRAINING.md."""
+    """Returns the table of docs/TRAINING.md."""
     sides = {row["side"]: row for row in rows}
     names = ("base", "tuned")
     table = [
-        ["held-out loss, nats a token of the answers", *(f"{number(sides[name], 'loss'):.3f}" for name in names)],
-        ['right, by the number after "The answer is"', *(per_cent(number(sides[name], "stated")) for name in names)],
-        ["right, by the last number", *(per_cent(number(sides[name], "last_number")) for name in names)],
+        ["held-out loss, nats per token of the answers", *(f"{number(sides[name], 'loss'):.3f}" for name in names)],
+        ['correct, by the number after "The answer is"', *(per_cent(number(sides[name], "stated")) for name in names)],
+        ["correct, by the last number", *(per_cent(number(sides[name], "last_number")) for name in names)],
     ]
-    run_on = f"Of 100 problems that it was not trained on. Run on {origin(rows, 'torch', 'transformers', 'lm-eval')}."
+    run_on = f"On 100 problems that were not trained on. Run on {origin(rows, 'torch', 'transformers', 'lm-eval')}."
     return [*markdown_table(["", *names], table), "", *paragraph(run_on)]
 
 
 def _epochs(rows: Rows) -> dict[str, Row]:
-    """Number → row."""
+    """Returns number → row."""
     return {row["side"].removeprefix(EPOCH): row for row in rows if row["side"].startswith(EPOCH)}
 
 

@@ -1,4 +1,4 @@
-"""What adapters learn, and what a user gets from the base model to a served graph."""
+"""Blocks about what adapters learn, and about the way from the base model to a served graph."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from .words import by_case, machine, number, paragraph
 
 
 def studies(rows: Rows) -> list[str]:
-    """The differences between adapters, with what the intervals allow to say; `rows`: of either study."""
+    """Returns the differences between adapters, and the conclusions from them. `rows`: those of either study."""
     study = next(
         each
         for each in (glue_study.STUDY, language_study.STUDY)
@@ -21,10 +21,10 @@ def studies(rows: Rows) -> list[str]:
     )
     done, planned = progress(study, rows)
     if done < planned:
-        return [f"*`python -m benchmarks {study.name}` is under way: {done} of {planned} trainings are there.*"]
+        return [f"*`python -m benchmarks {study.name}` is in progress: {done} of {planned} trainings are done.*"]
     lead = {
         "glue_study": f"MiniLM-L6 on {len(study.tasks)} tasks of GLUE",
-        "language_study": "SmolLM2-135M on documentation, the held-out loss of a token",
+        "language_study": "SmolLM2-135M on documentation, held-out loss per token",
     }
     text = f"{lead[study.name]}, {seeds_of(study, rows)}: mean difference (95 % interval), in {study.unit}."
     short = study._replace(comparisons=[each for each in study.comparisons if each.is_drawn])
@@ -38,22 +38,22 @@ def studies(rows: Rows) -> list[str]:
 
 
 def _wrapped(lines: Sequence[str]) -> list[str]:
-    """Points of a list, and the paragraph below, in the width of a page."""
+    """Returns the points of a list unchanged, and the paragraph below them in the width of a page."""
     return [part for line in lines for part in (paragraph(line) if line and not line.startswith("*") else [line])]
 
 
 def end_to_end(rows: Rows) -> list[str]:
-    """One line a side, over PEFT and optimum-onnx, not compiled."""
+    """Returns one line per side, relative to PEFT, not compiled, with optimum-onnx."""
     headings = [
         "",
         "side",
+        "quality",
         "training",
         "peak memory",
         "adapter alone",
         "export",
         "1 × 32",
         "8 × 64",
-        "quality",
     ]
     names = ("training_ratio", "peak_ratio", "adapter_alone_ratio", "export_ratio", "ratio_1x32", "ratio_8x64")
     lines = []
@@ -62,14 +62,14 @@ def end_to_end(rows: Rows) -> list[str]:
         for side, row in sides.items():
             if side != PEFT_SIDE:
                 cells = [spread(row, name) for name in names]
-                quality = f"{row['quality']} {theirs:.3f} → {number(row, 'quality_mean'):.3f}"
-                lines.append([case, side, *cells, quality])
+                quality = f"{theirs:.3f} → {number(row, 'quality_mean'):.3f}"
+                lines.append([f"{case}, {row['quality']}", side, quality, *cells])
     rounds = next(iter(rows))["rounds"]
     text = (
-        "From the base model to a merged graph on ONNX Runtime, over PEFT's LoRA of rank 8, not compiled, with "
-        f"optimum-onnx, which does not optimize its graph: the median of {rounds} rounds, the least and the largest "
-        f"({machine(rows)}; [times, sizes, and what each column holds](benchmarks/results/end_to_end.md)). Two of our "
-        "three sides train as many parameters as PEFT. Quality, from PEFT's to its own, is without an interval; of "
-        "a loss, lower is better:"
+        "From the base model to a merged graph on ONNX Runtime, relative to PEFT's LoRA of rank 8, not compiled, with "
+        f"optimum-onnx, which does not optimize its graph: median, smallest and largest ratio of {rounds} rounds "
+        f"({machine(rows)}; [times, sizes, and the meaning of the columns](../benchmarks/results/end_to_end.md)). Two "
+        "of our three sides train as many parameters as PEFT. Quality is shown as PEFT's → the side's, without an "
+        "interval; a lower loss is better:"
     )
     return [*paragraph(text), "", *markdown_table(headings, lines, text_columns=2)]

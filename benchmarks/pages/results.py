@@ -1,5 +1,5 @@
-"""docs/RESULTS.md: a block for each benchmark, with its report, or a table of its rows, and its pictures; and for each
-command that reported what it reached.
+"""The blocks of docs/RESULTS.md: for each benchmark its report or a table of its rows, and its pictures; and for each
+command that wrote a report.
 """
 
 import functools
@@ -23,16 +23,16 @@ _PICTURE = re.compile(r"!\[([^]]*)\]\(([^)]*)\)")
 
 
 def section(benchmark: Benchmark, rows: Rows) -> list[str]:
-    """The question, how to measure again, where the rows are from, all tables, and all pictures."""
+    """Returns the question, how to measure again, the origin of the rows, all tables, and all pictures."""
     lines = paragraph(
-        f"*{benchmark.question}* `python -m benchmarks {benchmark.name}` measures again, in some {benchmark.minutes} "
+        f"*{benchmark.question}* `python -m benchmarks {benchmark.name}` measures again, in about {benchmark.minutes} "
         f"minutes; the rows are in [{benchmark.name}.csv]({_FROM_PAGE}/{benchmark.name}.csv)."
     )
     report = RESULTS / f"{benchmark.name}.md"
     if report.is_file():
         body = _report(report.read_text())
     else:
-        body = table(rows) if "median_ms" in rows[0] else ["*Under way: there is no report yet.*"]
+        body = table(rows) if "median_ms" in rows[0] else ["*In progress: there is no report yet.*"]
     if not any("Written by `python -m benchmarks" in line for line in body):
         lines += ["", *paragraph(f"From rows of {origin(rows)}.")]
     drawn = {path for line in body for _, path in _PICTURE.findall(line)}
@@ -43,7 +43,7 @@ def section(benchmark: Benchmark, rows: Rows) -> list[str]:
 
 
 def _report(text: str) -> list[str]:
-    """A report below a heading of the page: without its title, headings one deeper, pictures by their place."""
+    """Returns a report for a section of the page: without title, with deeper headings and the paths of the pictures."""
     lines = text.rstrip("\n").splitlines()[1:]
     while lines and not lines[0]:
         lines = lines[1:]
@@ -52,7 +52,7 @@ def _report(text: str) -> list[str]:
 
 
 def table(rows: Rows) -> list[str]:
-    """Every row that was timed; below, those that have other values alone."""
+    """Returns a table of the rows that were timed, and one of the rows that only have other values."""
     lines = []
     for row in rows:
         if row["median_ms"]:
@@ -61,7 +61,7 @@ def table(rows: Rows) -> list[str]:
             lines.append(
                 [row["case"], row["side"], format_ms(float(row["median_ms"])), spread, ratio, row["reference"]]
             )
-    timed = markdown_table(["case", "side", "median, ms", "p20–p80", "ratio", "over"], lines, text_columns=2)
+    timed = markdown_table(["case", "side", "median, ms", "p20–p80", "ratio", "relative to"], lines, text_columns=2)
     others = [row for row in rows if not row["median_ms"]]
     names = [name for name in rows[0] if name not in COLUMNS and any(row[name] for row in others)]
     if not names:
@@ -72,7 +72,7 @@ def table(rows: Rows) -> list[str]:
 
 
 class _Report(NamedTuple):
-    """What reported, how to run it, and what makes the lines of it."""
+    """A command that writes a report: its CSV file, how to run it, and the function that returns the lines."""
 
     csv: str
     question: str
@@ -84,7 +84,7 @@ _REPORTS = (
     _Report("demo", "What does the demo show?", "melora-fx demo --out demo-output", commands.demo),
     _Report(
         "train_command",
-        "What does `melora-fx train` reach on SNIPS?",
+        "What accuracy does `melora-fx train` reach on SNIPS?",
         "melora-fx train MODEL TEXTS -o trained",
         commands.train,
     ),
@@ -98,10 +98,10 @@ _REPORTS = (
 
 
 def _reported(report: _Report, rows: Rows) -> list[str]:
-    """As `section`, of what a command reported."""
+    """Returns the section of a command that writes a report."""
     lines = paragraph(
         f"*{report.question}* `{report.command}` writes a report.json, and `python -m benchmarks.report_rows "
-        f"{report.csv} report.json` the rows, which are in [{report.csv}.csv]({_FROM_PAGE}/{report.csv}.csv)."
+        f"{report.csv} report.json` converts it into the rows in [{report.csv}.csv]({_FROM_PAGE}/{report.csv}.csv)."
     )
     return [*lines, "", *paragraph(f"From rows of {origin(rows)}."), "", *report.write(rows)]
 

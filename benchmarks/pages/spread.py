@@ -1,4 +1,4 @@
-"""Blocks about several processes: measured, and on paper."""
+"""Blocks about several processes: measured, and calculated on paper."""
 
 from benchmarks.processes import processes_table
 from benchmarks.training.scale_model import scale_table
@@ -8,7 +8,7 @@ from .words import listed, number, origin, paragraph
 
 
 def measured(rows: Rows) -> list[str]:
-    """A sentence and the table of docs/SCALE.md, of processes.csv."""
+    """Returns a sentence and the table of docs/SCALE.md, from processes.csv."""
     ours = [row for row in rows if row["side"].startswith("ours")]
     loss = max(number(row, "loss_difference") for row in ours)
     gradient = max(number(row, "gradient_difference") for row in ours)
@@ -16,8 +16,8 @@ def measured(rows: Rows) -> list[str]:
     modes = len(dict.fromkeys(row["mode"] for row in rows))
     return [
         *paragraph(
-            f"With our adapters losses differ from those of one process by {loss:.0e} at most and gradients by "
-            f"{gradient:.0e}, in {modes} modes with {numbers} processes; on "
+            f"With our adapters, losses differ from those of one process by {loss:.0e} at most, and gradients by "
+            f"{gradient:.0e} of the largest one, in {modes} modes with {numbers} processes, on "
             f"{origin(rows, 'torch', 'transformers', 'peft')}:"
         ),
         "",
@@ -26,5 +26,5 @@ def measured(rows: Rows) -> list[str]:
 
 
 def on_paper(rows: Rows) -> list[str]:
-    """The table of the paper model, which needs no rows."""
+    """Returns the table of `scale_model`, which needs no rows."""
     return scale_table()

@@ -24,11 +24,11 @@ STEPS = {
     "… every linear": _SMOLLM2.format("eager, all-linear, rank 8, float32, 1 threads"),
     "… bfloat16, q,k,v,o": _SMOLLM2.format("eager, centre, rank 8, bfloat16, 1 threads"),
 }
-"""Row of the README's table → case of train_step.csv."""
+"""Row of the table in docs/LOWERINGS.md → case in train_step.csv."""
 
 
 def steps(rows: Rows) -> list[str]:
-    """The README's table, of train_step.csv."""
+    """Returns the table of docs/LOWERINGS.md, from train_step.csv."""
     cases = by_case(rows)
     table = []
     for label, case in STEPS.items():
@@ -36,10 +36,10 @@ def steps(rows: Rows) -> list[str]:
         table.append([label, *(f"{number(row, 'ratio'):.2f}" if row else "" for row in found)])
     return [
         *paragraph(
-            f"A step's time over that of the frozen model whose input wants its gradient, on {machine(rows)} "
-            "(`python -m benchmarks train_step`; one thread unless said otherwise). Here: 8 blocks of rank 8. PEFT's "
-            "LoRA of equal rank, 64, has 8 times the parameters; that of equal parameters, rank 8, was timed in some "
-            "rows:"
+            "Time of a step relative to the frozen model with an input that requires a gradient, on "
+            f"{machine(rows)} (`python -m benchmarks train_step`; one thread unless stated otherwise). Here: 8 blocks "
+            "of rank 8. PEFT's LoRA of equal rank (64) has 8 times as many parameters; the one of equal parameters "
+            "(rank 8) was timed only in some rows:"
         ),
         "",
         *markdown_table(["", "here", "PEFT, equal rank", "PEFT, equal parameters", "the authors' loop"], table),
@@ -47,30 +47,30 @@ def steps(rows: Rows) -> list[str]:
 
 
 def kept_for_backward(rows: Rows) -> list[str]:
-    """A sentence, of train_step.csv."""
+    """Returns a sentence, from train_step.csv."""
     cases = by_case(rows)
 
     def kept(case: str, side: str) -> str:
         return f"{number(cases[case][side], 'saved_mib') - number(cases[case]['frozen'], 'saved_mib'):.0f} MiB"
 
     return paragraph(
-        f"On MiniLM-L6, every dense layer adapted, that is {kept(CENTRE, OURS)} above what the frozen model keeps, and "
-        f"{kept(CENTRE, PEFT)} in PEFT; with dropout it is {kept(DROPOUT, OURS)} and {kept(DROPOUT, PEFT)}."
+        f"On MiniLM-L6 with adapters in every dense layer, that is {kept(CENTRE, OURS)} more than the frozen model "
+        f"keeps, and {kept(CENTRE, PEFT)} more in PEFT; with dropout, {kept(DROPOUT, OURS)} and {kept(DROPOUT, PEFT)}."
     )
 
 
 def allocators(rows: Rows) -> list[str]:
-    """A sentence, of train_step.csv: steps with memory that is kept beside those with glibc's defaults."""
+    """Returns a sentence, from train_step.csv: steps with memory that is kept, compared with glibc's defaults."""
     cases = by_case(rows)
     frozen, ours, peft = (times(ratio(cases[KEPT][side], cases[CENTRE][side])) for side in ("frozen", OURS, PEFT))
     return paragraph(
-        f"So a step of MiniLM-L6 takes {frozen} of the time frozen, {ours} with our adapters and {peft} with PEFT's, "
-        f"each measured apart, on {origin(rows, 'torch', 'peft')}."
+        f"A step of MiniLM-L6 then takes {frozen} of its previous time if frozen, {ours} with our adapters and {peft} "
+        f"with PEFT's, each measured separately, on {origin(rows, 'torch', 'peft')}."
     )
 
 
 def experts(rows: Rows) -> list[str]:
-    """The table of docs/TRAINING.md, of experts.csv."""
+    """Returns the table of docs/LOWERINGS.md, from experts.csv."""
     sides = {"here": OURS, "PEFT, rank 64": PEFT, "PEFT, rank 8": PEFT_EQUAL_PARAMETERS}
     table = [
         ["`{}`, {}".format(*case.split(", ", 1)), *(f"{number(found[side], 'ratio'):.2f}" for side in sides.values())]
@@ -84,7 +84,7 @@ def experts(rows: Rows) -> list[str]:
 
 
 def swaps(rows: Rows) -> list[str]:
-    """A sentence, of swap_speed.csv."""
+    """Returns a sentence, from swap_speed.csv."""
     cases = {name: sides for name, sides in by_case(rows).items() if name.startswith("swap, ")}
     ours = [sides["load_adapter"] for sides in cases.values()]
     over = {
@@ -102,10 +102,10 @@ def swaps(rows: Rows) -> list[str]:
 
 
 def rewriting(rows: Rows) -> list[str]:
-    """A sentence, of rewrite_speed.csv."""
+    """Returns a sentence, from rewrite_speed.csv."""
     cases = {name: sides for name, sides in by_case(rows).items() if name.startswith("rewrite ")}
     named = [f"{number(sides['melora_fx'], 'ratio'):.2f} ({name.rpartition(' ')[2]})" for name, sides in cases.items()]
     return paragraph(
-        f"Rewriting Llama-2-7B takes {listed(named)} of the time that PEFT's module swapping takes "
+        f"Rewriting Llama-2-7B takes {listed(named)} of the time of PEFT's module swapping "
         f"(`benchmarks/results/rewrite_speed.csv`, on {machine(rows)})."
     )

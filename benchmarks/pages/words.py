@@ -1,4 +1,4 @@
-"""What the sentences of blocks are made of. None of it says which side is faster: the rows may change."""
+"""Parts of the sentences in blocks. None of them says which side is faster, because the rows may change."""
 
 import re
 import textwrap
@@ -12,19 +12,19 @@ _SPACE = "\0"
 
 
 def paragraph(text: str) -> list[str]:
-    """Lines of a page's width; names of links and code stay on one line."""
+    """Returns lines of a page's width; link names and code stay on one line."""
     kept = _IN_ONE_LINE.sub(lambda found: found[0].replace(" ", _SPACE), text)
     lines = textwrap.wrap(kept, WIDTH, break_long_words=False, break_on_hyphens=False)
     return [line.replace(_SPACE, " ") for line in lines]
 
 
 def machine(rows: Rows) -> str:
-    """What the rows were measured on."""
-    return " and ".join(dict.fromkeys(row["device"] or "a machine that was not noted" for row in rows))
+    """Returns the machines that the rows were measured on."""
+    return " and ".join(dict.fromkeys(row["device"] or "an unknown machine" for row in rows))
 
 
 def origin(rows: Rows, *packages: str) -> str:
-    """What the rows were measured on, and with which versions of melora_fx and of further packages."""
+    """Returns the machines that the rows were measured on, with the versions of melora_fx and of `packages`."""
     texts = [text.split(" ") for row in rows for text in row["versions"].split("; ") if text]
     found: dict[str, dict[str, None]] = {}
     for name, version in texts:
@@ -34,7 +34,7 @@ def origin(rows: Rows, *packages: str) -> str:
 
 
 def by_case(rows: Rows) -> dict[str, dict[str, Row]]:
-    """Case → side → row, in the order of the file."""
+    """Returns case → side → row, in the order of the file."""
     cases: dict[str, dict[str, Row]] = {}
     for row in rows:
         cases.setdefault(row["case"], {})[row["side"]] = row
@@ -50,25 +50,25 @@ def ratio(row: Row, over: Row, column: str = "median_ms") -> float:
 
 
 def span(values: Iterable[float], form: str) -> str:
-    """The least and the largest: "0.98 to 1.05", or one where both are written alike."""
+    """Returns the smallest and the largest value, as "0.98 to 1.05", or one number if both are formatted alike."""
     found = sorted(values)
     low, high = format(found[0], form), format(found[-1], form)
     return low if low == high else f"{low} to {high}"
 
 
 def listed(texts: Sequence[str]) -> str:
-    """a, b and c."""
+    """Returns "a, b and c"."""
     return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
 def duration(row: Row) -> str:
-    """The median, of three digits: milliseconds, or seconds from one on."""
+    """Returns the median with three digits, in milliseconds, or in seconds from one second on."""
     milliseconds = number(row, "median_ms")
     return f"{_three_digits(milliseconds)} ms" if milliseconds < 999.5 else f"{_three_digits(milliseconds / 1e3)} s"
 
 
 def times(value: float) -> str:
-    """A ratio: two decimals below ten, none from there on."""
+    """Returns a ratio with two decimals below ten, and none from ten on."""
     return f"{value:.2f}" if value < 9.995 else f"{value:,.0f}"
 
 

@@ -9,11 +9,11 @@ from benchmarks.studies.intervals import Interval, Values, interval, mean_over, 
 Rows = Sequence[Mapping[str, str]]
 MEAN = "mean of the tasks"
 MIN_SEEDS = 3
-"""What is said of fewer would be chance."""
+"""Conclusions from fewer would be chance."""
 
 
 class Comparison(NamedTuple):
-    """Two arms; `what`: how their parameters compare. `is_drawn`: in the picture, which has one scale for all."""
+    """Two arms. `what`: how their parameters compare. `is_drawn`: in the picture, which has one scale for all."""
 
     arm: str
     other: str
@@ -25,22 +25,23 @@ class Study(NamedTuple):
     """What a report is made of.
 
     Attributes:
-        name: of the CSV file.
-        title: of the report.
-        tasks: in the order of the tables; with more than one, their mean stands behind.
-        arms: in the same order.
-        comparisons: what is answered.
-        choice: the task of the rows that learning rates were chosen by.
-        rule: which of those that were tried was chosen, in sentences.
-        near: what an arm may lose against its best at a rate that the rule takes for it; 0 if the rule takes the best.
-        seeds: how many each arm shall have.
-        baseline: the arm that learns nothing, once, and what it is called in a sentence.
-        beside: what the arms are, what is trained beside an adapter, and what is scored.
-        unit: what a difference is called.
-        scale: what it is, in brackets; may be empty.
-        factor: what values are multiplied by before they are shown.
-        digits: behind the point.
-        higher_is_better: of values.
+        name: the name of the CSV file.
+        title: the title of the report.
+        tasks: task → what is measured, in the order of the tables; the mean of several tasks comes last.
+        arms: in the order of the tables.
+        comparisons: the comparisons that the study is about.
+        choice: the task of the rows that served to choose learning rates.
+        rule: sentences on how the learning rates were chosen from those that were tried.
+        near: how far an arm may be below its best value at the rate that the rule chooses; 0 if the rule chooses the
+            best rate.
+        seeds: the planned number of seeds per arm.
+        baseline: the arm that learns nothing and runs once, and a phrase for it in a sentence.
+        beside: sentences on the arms, on what is trained with an adapter, and on what is scored.
+        unit: the unit of a difference.
+        scale: an explanation of the unit, in brackets; may be empty.
+        factor: values are multiplied by it before they are shown.
+        digits: the number of decimals.
+        higher_is_better: whether higher values are better.
         differs: how the study differs from the paper's.
     """
 
@@ -64,8 +65,10 @@ class Study(NamedTuple):
 
 
 def main_rows(study: Study, rows: Rows) -> Rows:
-    """The rows of the study itself: with the settings that most have, and of each arm with the learning rate that most
-    have; of two with as many, the newer. A trial beside the study is none of it.
+    """Returns the rows of the study itself, without trials.
+
+    These have the most common settings and, for each arm, its most common learning rate; of equally common ones the
+    newest counts.
     """
     main = [row for row in rows if row["task"] in study.tasks]
     found = [row for row in main if row["settings"] == commonest(main, "settings")]
@@ -75,21 +78,21 @@ def main_rows(study: Study, rows: Rows) -> Rows:
 
 
 def commonest(rows: Rows, column: str) -> str:
-    """Empty where there are no rows."""
+    """Returns the most common value of a column, the newest of equally common ones; empty if there are no rows."""
     counts = Counter(row[column] for row in rows)
     newest = {row[column]: row["time"] for row in sorted(rows, key=lambda row: row["time"])}
     return max(counts, key=lambda value: (counts[value], newest[value]), default="")
 
 
 def progress(study: Study, rows: Rows) -> tuple[int, int]:
-    """How many trainings are there, and how many shall be."""
+    """Returns the number of finished trainings and of planned ones."""
     arms = [arm for arm in study.arms if arm != study.baseline[0]]
     planned = {(task, arm, str(seed)) for task in study.tasks for arm in arms for seed in range(study.seeds)}
     return len(planned & {(row["task"], row["arm"], row["seed"]) for row in main_rows(study, rows)}), len(planned)
 
 
 def values_of(study: Study, rows: Rows) -> dict[str, dict[str, Values]]:
-    """By task, arm and seed, as they are shown: of the seeds that every arm of the task has."""
+    """Returns the values as shown, by task, arm and seed, for the seeds that every arm of the task has."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in main_rows(study, rows):
         seeds = found.setdefault(row["task"], {}).setdefault(row["arm"], {})
@@ -105,24 +108,27 @@ def _of_common_seeds(study: Study, arms: Mapping[str, Mapping[int, float]]) -> d
 
 
 def mean_of(values: Mapping[str, Mapping[str, Values]], arm: str, study: Study) -> Interval | None:
-    """Of all tasks; None where one is missing."""
+    """Returns the mean over all tasks with its interval; None if a task is missing."""
     over = by_seed(values, arm, study.tasks)
     return interval(list(over.values())) if over else None
 
 
 def by_seed(values: Mapping[str, Mapping[str, Values]], arm: str, tasks: Iterable[str]) -> Values:
-    """The mean of the tasks; empty if one is missing."""
+    """Returns the mean over the tasks by seed; empty if a task is missing."""
     found = [values.get(task, {}).get(arm, {}) for task in tasks]
     return mean_over(found) if all(found) else {}
 
 
 def mean_name(study: Study, learnt: Sequence[str]) -> str:
-    """Of the mean of these tasks."""
+    """Returns the name of the mean over these tasks."""
     return f"mean without {' and '.join(task for task in study.tasks if task not in learnt)}"
 
 
 def differences(study: Study, rows: Rows) -> dict[Comparison, dict[str, Interval]]:
-    """By comparison and task, of the mean of the tasks, and of the mean of those on which something is learnt."""
+    """Returns the paired differences by comparison and task.
+
+    Of several tasks it adds the differences of their mean, and of the mean of the tasks on which something is learnt.
+    """
     values = values_of(study, rows)
     learnt = learnt_tasks(study, rows)
     found: dict[Comparison, dict[str, Interval]] = {}
@@ -139,7 +145,7 @@ def differences(study: Study, rows: Rows) -> dict[Comparison, dict[str, Interval
 
 
 def unlearnt(study: Study, rows: Rows) -> list[str]:
-    """The tasks on which no arm is better than the baseline."""
+    """Returns the tasks on which no arm is better than the baseline."""
     name, better = study.baseline[0], 1 if study.higher_is_better else -1
     found = []
     for task, arms in values_of(study, rows).items():
@@ -153,13 +159,13 @@ def unlearnt(study: Study, rows: Rows) -> list[str]:
 
 
 def learnt_tasks(study: Study, rows: Rows) -> list[str]:
-    """The other tasks: differences between adapters count on them alone."""
+    """Returns the other tasks: only on them do differences between adapters count."""
     left_out = unlearnt(study, rows)
     return [task for task in study.tasks if task not in left_out]
 
 
 def seeds_of(study: Study, rows: Rows) -> str:
-    """Such as "5 seeds", or "3 to 5 seeds" where tasks differ."""
+    """Returns a phrase such as "5 seeds", or "3 to 5 seeds" if the tasks differ."""
     arms = [of for found in values_of(study, rows).values() for arm, of in found.items() if arm != study.baseline[0]]
     counts = sorted({len(seeds) for seeds in arms})
     text = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else "0"

@@ -1,4 +1,4 @@
-"""A process that trains MiniLM-L6 on one task: `python -m benchmarks.studies.glue JOB` prints its score as JSON."""
+"""Trains MiniLM-L6 on one task: `python -m benchmarks.studies.glue JOB` prints the score as JSON."""
 
 import csv
 import json
@@ -20,15 +20,15 @@ from .training import add_adapter, num_adapter_parameters, train
 
 TARGETS = ("query", "value")
 HEAD = ("pooler", "classifier")
-"""Two linears, as the head of the paper's RoBERTa. MiniLM's pooler holds noise: it was never trained."""
+"""Two linears, like the head of the paper's RoBERTa. MiniLM's pooler contains noise: it was never trained."""
 BATCH = 16
 MAX_LENGTH = 128
 POOL = 8
-"""Batches whose texts are sorted by length before they are cut: less padding."""
+"""Number of batches whose texts are sorted by length together, for less padding."""
 
 
 class Task(NamedTuple):
-    """A task of classification, or of regression. `files`: to train and to score on, in `folder`."""
+    """A classification or regression task. `files`: those for training and for scoring, in `folder`."""
 
     folder: str
     columns: tuple[str, ...]
@@ -48,18 +48,18 @@ TASKS = {
     "STS-B": Task("stsb", PAIR, "Pearson"),
     "SNIPS": Task("snips", ("sentence",), "accuracy", ("train_small.tsv", "validation.tsv")),
 }
-"""With the metric that the MELoRA paper has for each, and the task that learning rates are chosen on."""
+"""The tasks with the metrics of the MELoRA paper, and SNIPS, on which learning rates are chosen."""
 
 
 class Examples(NamedTuple):
-    """Token ids of each text or pair, with its token types, and labels: whole numbers, or floats for a regression."""
+    """Token ids and token types of each text or pair, and labels: integers, or floats for a regression."""
 
     tokens: list[tuple[list[int], list[int]]]
     labels: list[Any]
 
 
 def read(task: Task, folder: Path, tokenize: Callable[..., Any]) -> tuple[Examples, Examples]:
-    """What is trained on, and what is scored."""
+    """Returns the examples for training and for scoring."""
     parts = [_rows(folder / name) for name in task.files]
     names = sorted({row["label"] for row in parts[0]})
     number = float if task.is_regression else names.index
@@ -78,25 +78,25 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def score(metric: str, predicted: np.ndarray, labels: Sequence[Any]) -> float:
-    """`predicted`: (examples, labels) or (examples, 1)."""
+    """Returns the value of a metric. `predicted`: (examples, labels), or (examples, 1) for a regression."""
     from sklearn.metrics import matthews_corrcoef
 
     if metric == "Pearson":
         if np.ptp(predicted) == 0:
-            return 0.0  # undefined; as scikit-learn's Matthews of one class
+            return 0.0  # undefined; scikit-learn's Matthews of one class is 0 too
         return float(np.corrcoef(predicted[:, 0], labels)[0, 1])
     chosen = predicted.argmax(-1)
     return float(matthews_corrcoef(labels, chosen) if metric == "Matthews" else (chosen == np.array(labels)).mean())
 
 
 def score_of_one_answer(task: Task, examples: Examples, held_out: Examples) -> float:
-    """Of a model that answers the commonest label of the examples always, or for a regression their mean."""
+    """Returns the score of always answering the most common label of `examples`, or their mean for a regression."""
     counts = np.bincount(examples.labels) if not task.is_regression else [np.mean(examples.labels)]
     return score(task.metric, np.tile(np.array(counts, dtype=np.float32), (len(held_out.labels), 1)), held_out.labels)
 
 
 def batches(examples: Examples, epochs: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """In another order each epoch, texts of like length together; the same for the same seed."""
+    """Yields batches in another order each epoch, with texts of similar length together; the same for the same seed."""
     shuffler = random.Random(seed)
     for _ in range(epochs):
         order = list(range(len(examples.tokens)))
@@ -110,7 +110,7 @@ def batches(examples: Examples, epochs: int, seed: int) -> Iterator[dict[str, to
 
 
 def collate(examples: Examples, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Padded with token 0."""
+    """Returns a batch of these examples, padded with token 0."""
     length = max(len(examples.tokens[index][0]) for index in indices)
     ids, types, mask = (torch.zeros(len(indices), length, dtype=torch.long) for _ in range(3))
     for row, index in enumerate(indices):
@@ -123,7 +123,7 @@ def collate(examples: Examples, indices: Sequence[int]) -> dict[str, torch.Tenso
 
 
 def load(num_labels: int, *, quick: bool) -> tuple[nn.Module, Callable[..., tuple[list[int], list[int]]]]:
-    """The model with a new head, and what gives the tokens and token types of a text or a pair."""
+    """Returns the model with a new head, and a function from a text or a pair to its token ids and token types."""
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -148,7 +148,10 @@ def load(num_labels: int, *, quick: bool) -> tuple[nn.Module, Callable[..., tupl
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains and scores the last epoch. The seed sets the head, the examples and their order, alike for every arm."""
+    """Trains, and returns the score after the last epoch.
+
+    The seed decides the head, the examples and their order, equally for every arm.
+    """
     task, arm, seed = TASKS[job["task"]], Arm(*job["arm"]), job["seed"]
     torch.manual_seed(seed)
     folder = Path(job["folder"])

@@ -1,4 +1,4 @@
-"""Means over seeds, and what their 95 % intervals (Student's t) allow to say."""
+"""Means over seeds, with 95 % intervals (Student's t)."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,13 @@ from typing import NamedTuple
 CONFIDENCE = 0.95
 
 Values = Mapping[int, float]
-"""By seed."""
+"""Values by seed."""
 
 
 class Interval(NamedTuple):
-    """A mean, and the interval that holds the true one in 95 of 100 studies, if the seeds' values spread normally.
+    """A mean, and an interval that contains the true mean in 95 of 100 studies, if values are normal over seeds.
 
-    `low` and `high` are None for one seed alone.
+    `low` and `high` are None for a single seed.
     """
 
     mean: float
@@ -23,14 +23,14 @@ class Interval(NamedTuple):
 
     @property
     def side(self) -> int:
-        """1 or -1 where the whole interval lies above or below zero, 0 where zero is in it."""
+        """1 or -1 if the whole interval is above or below zero, else 0."""
         if self.low is None or self.high is None:
             return 0
         return (self.low > 0) - (self.high < 0)
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of one value a seed."""
+    """Returns the interval of the values, one per seed."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, None, None, len(values))
@@ -42,12 +42,12 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(values: Values, others: Values) -> Interval | None:
-    """Of the differences to `others`, seed by seed, over the seeds that both have; None where they share none."""
+    """Returns the interval of `values` - `others`, seed by seed, over the common seeds; None if there are none."""
     seeds = sorted(values.keys() & others.keys())
     return interval([values[seed] - others[seed] for seed in seeds]) if seeds else None
 
 
 def mean_over(tasks: Sequence[Values]) -> Values:
-    """By seed, the mean over tasks; of the seeds that every task has."""
+    """Returns the mean over tasks by seed, for the seeds that every task has."""
     seeds = set.intersection(*(set(values) for values in tasks)) if tasks else set()
     return {seed: statistics.fmean(values[seed] for values in tasks) for seed in sorted(seeds)}

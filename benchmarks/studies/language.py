@@ -1,4 +1,4 @@
-"""A process that trains a decoder on text: `python -m benchmarks.studies.language JOB` prints its loss as JSON."""
+"""Trains a decoder on text: `python -m benchmarks.studies.language JOB` prints the loss as JSON."""
 
 import json
 import sys
@@ -16,14 +16,14 @@ from benchmarks.studies.runs import Arm
 from benchmarks.studies.training import add_adapter, num_adapter_parameters, train
 
 TARGETS = ("q_proj", "o_proj")
-"""576 → 576 in SmolLM2: 36 divides neither the 192 outputs of `k_proj` and `v_proj` nor the 1536 of the others."""
+"""576 → 576 in SmolLM2: 36 divides neither the 192 outputs of `k_proj` and `v_proj` nor 1536 in the other linears."""
 BATCH = 8
 AUTOCAST = torch.bfloat16
-"""What training computes in, as is usual for decoders; the loss on what is held out is computed in float32."""
+"""The dtype of training, as usual for decoders; the held-out loss is computed in float32."""
 
 
 def batches(windows: torch.Tensor, num_steps: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Windows that no two batches share, where there are enough; the same for the same seed."""
+    """Yields batches that share no window, if there are enough windows; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     passes = -(-num_steps * BATCH // len(windows))
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(passes)])
@@ -34,13 +34,13 @@ def batches(windows: torch.Tensor, num_steps: int, seed: int) -> Iterator[dict[s
 
 @torch.inference_mode()
 def loss_of(model: nn.Module, windows: torch.Tensor) -> float:
-    """Mean cross-entropy of a token, in nats; every window counts alike, so does every token."""
+    """Returns the mean cross-entropy per token, in nats; every window and every token has the same weight."""
     losses = [len(ids) * model(input_ids=ids, labels=ids).loss.item() for ids in windows.long().split(BATCH)]
     return sum(losses) / len(windows)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains on `job["steps"]` batches and gives the loss on what is held out; the arm "none" stays as it is."""
+    """Trains on `job["steps"]` batches and returns the held-out loss; the arm "none" is not trained."""
     arm, seed = Arm(*job["arm"]), job["seed"]
     cut = load_file(Path(job["text"]) / "windows.safetensors")
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A study as a picture."""
+"""Draws the picture of a study."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from exporters.measuring.plots import import_pyplot
 
 _COLORS = ("#c0792a", "#2a7fc0", "#e3b98a", "#20848c", "#8e5ea2", "#5f6b6d")
 _FAR = 1.5
-"""An arm whose mean is further off than this many widths of what is compared is named at the edge."""
+"""An arm whose mean is more than this many widths outside the range of the compared arms is written at the edge."""
 
 
 def plot(study: Study, rows: Rows, path: Path) -> None:
-    """Above, the arms of each task, every seed a small dot; below, the paired differences."""
+    """Draws the arms of each task, with a small dot for every seed, and below them the paired differences."""
     pyplot = import_pyplot()
     values = values_of(study, rows)
     found = {each: of for each, of in differences(study, rows).items() if each.is_drawn}
@@ -53,7 +53,7 @@ def plot(study: Study, rows: Rows, path: Path) -> None:
 
 
 def _draw_arms(axes: Any, study: Study, arms: Sequence[str], of: Mapping[str, Values], compared: set[str]) -> None:
-    """One line an arm; the axis has the arms that are compared, and others if they are near."""
+    """Draws one line per arm. The axis spans the arms that are compared, and others if they are near."""
     spans = {arm: _span(list(seeds.values())) for arm, seeds in of.items()}
     low = min(spans[arm][0] for arm in of if arm in compared or not compared)
     high = max(spans[arm][1] for arm in of if arm in compared or not compared)
@@ -80,14 +80,14 @@ def _draw_arms(axes: Any, study: Study, arms: Sequence[str], of: Mapping[str, Va
 
 
 def _span(seeds: Sequence[float]) -> tuple[float, float]:
-    """What a line takes: its interval and its dots."""
+    """Returns the range of a line: of its interval and its dots."""
     found = interval(seeds)
     ends = [end for end in (found.low, found.high) if end is not None]
     return min(*seeds, found.mean, *ends), max(*seeds, found.mean, *ends)
 
 
 def _draw(axes: Any, found: Interval, place: int, color: str, *, is_filled: bool = True) -> None:
-    """`is_filled`: the dot; an interval that has zero in it gets a hollow one."""
+    """Draws an interval. `is_filled`: whether its dot is; an interval that contains zero gets a hollow one."""
     if found.low is not None:
         axes.plot([found.low, found.high], [place, place], color=color, linewidth=1.5)
     axes.plot([found.mean], [place], "o", color=color, markerfacecolor=color if is_filled else "white", markersize=5)

@@ -1,4 +1,4 @@
-"""A study's rows as tables, and as sentences that say no more than the intervals allow."""
+"""Writes a study's rows as tables, and as sentences that say no more than the intervals support."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ from exporters.measuring.tables import markdown_table
 
 
 def write_report(study: Study, rows: Rows, folder: Path) -> None:
-    """Writes NAME.md and NAME.png into the folder, of what is there of the study."""
+    """Writes NAME.md and NAME.png into the folder from the existing rows; writes nothing if there are no values yet."""
     if not values_of(study, rows):
         return
     lines = [f"# {study.title}", "", *origin(study, rows), "", *tables(study, rows), "", *conclusions(study, rows), ""]
@@ -43,25 +43,24 @@ def write_report(study: Study, rows: Rows, folder: Path) -> None:
 
 
 def origin(study: Study, rows: Rows) -> list[str]:
-    """Where, when and how it was trained, and how much of the study is there."""
+    """Returns lines on when, where and how the study was trained, and how much of it is done."""
     main, choice = main_rows(study, rows), choice_rows(study, rows)
     hours = sum(float(row["seconds"]) for row in (*main, *choice)) / 3600
     done, planned = progress(study, rows)
     lines = [
-        f"{written_by(study.name, main)}. {done} trainings and {len(choice)} that learning rates were chosen by, "
+        f"{written_by(study.name, main)}. {done} trainings, and {len(choice)} to choose learning rates, took "
         f"{hours:.1f} hours of one core. {seeds_of(study, rows)} of each adapter; {main[0]['settings']}.",
     ]
     if done < planned:
-        told = (
-            f"**Under way: {done} of {planned} trainings are there.** A task counts with the seeds that all arms have."
-        )
+        told = f"**In progress: {done} of {planned} trainings are done.** A task counts only the seeds of all its arms."
         lines += ["", told]
     return [*lines, "", study.beside]
 
 
 def rates_table(study: Study, rows: Rows) -> list[str]:
-    """What each learning rate gave where it was chosen: in bold that of the study, in italics what an arm alone would
-    have by the rule.
+    """Returns the rule, and a table of the values that the tried learning rates reached.
+
+    The rate of the study is bold; the rate that the rule would choose for an arm on its own is in italics.
     """
     taken = {row["arm"]: float(row["learning_rate"]) for row in main_rows(study, rows)}
     tried: dict[str, dict[float, float]] = {}
@@ -80,25 +79,25 @@ def rates_table(study: Study, rows: Rows) -> list[str]:
     seeds = ", ".join(sorted({row["seed"] for row in choice}))
     told = f"Seed {seeds}; {choice[0]['settings']}. Bold: the rate of the study."
     if study.near:
-        told += " In italics, if another: the rate that the rule would give the arm alone."
+        told += " Italics, if it is another: the rate that the rule would choose for the arm on its own."
     table = markdown_table([f"{choice[0]['metric']} at", *(f"{rate:g}" for rate in rates)], lines)
     return [study.rule, "", told, "", *table]
 
 
 def own_rate(values: Mapping[float, float], near: float) -> float:
-    """The smallest learning rate whose value is within `near` of the best, the highest; `values`: by rate."""
+    """Returns the smallest learning rate whose value is within `near` of the highest value. `values`: by rate."""
     return min(rate for rate, value in values.items() if max(values.values()) - value <= near)
 
 
 def choice_rows(study: Study, rows: Rows) -> Rows:
-    """Those that learning rates were chosen by, with the settings that most of them have."""
+    """Returns the rows that served to choose learning rates, with their most common settings."""
     choice = [row for row in rows if row["task"] == study.choice]
     settings = commonest(choice, "settings")
     return [row for row in choice if row["settings"] == settings]
 
 
 def tables(study: Study, rows: Rows) -> list[str]:
-    """The means of every arm, and the paired differences."""
+    """Returns a table of the means of every arm, and one of the paired differences."""
     values = values_of(study, rows)
     parameters = {row["arm"]: int(row["parameters"]) for row in main_rows(study, rows)}
     arms = [arm for arm in study.arms if any(arm in found for found in values.values())]
@@ -109,12 +108,12 @@ def tables(study: Study, rows: Rows) -> list[str]:
         if len(study.tasks) > 1:
             cells.append(_cell(mean, study) if (mean := mean_of(values, arm, study)) else "")
         lines.append([arm, f"{parameters[arm]:,}", *cells])
-    headings = ["arm", "parameters of the adapter", *columns, *([MEAN] if len(study.tasks) > 1 else [])]
+    headings = ["arm", "adapter parameters", *columns, *([MEAN] if len(study.tasks) > 1 else [])]
     return [*markdown_table(headings, lines), "", *differences_table(study, rows)]
 
 
 def differences_table(study: Study, rows: Rows) -> list[str]:
-    """Of every comparison on every task: the mean difference and the ends of its interval."""
+    """Returns a table of the mean difference and its interval, for every comparison on every task."""
     names = [*values_of(study, rows), *([MEAN] if len(study.tasks) > 1 else [])]
     names = list(dict.fromkeys([*names, *(name for of in differences(study, rows).values() for name in of)]))
     lines = [
@@ -129,7 +128,7 @@ def differences_table(study: Study, rows: Rows) -> list[str]:
 
 
 def _cell(found: Interval, study: Study, sign: str = "") -> str:
-    """A mean and the ends of its interval."""
+    """Returns a mean and the ends of its interval."""
     text = f"{found.mean:{sign}.{study.digits}f}"
     if found.low is None:
         return text
@@ -137,9 +136,9 @@ def _cell(found: Interval, study: Study, sign: str = "") -> str:
 
 
 def conclusions(study: Study, rows: Rows) -> list[str]:
-    """One line a comparison: on what it is better, on what worse, and on what the intervals do not say.
+    """Returns one line per comparison: the tasks on which the arm is better, worse, or not distinguished.
 
-    Nothing is said of a task on which nothing is learnt.
+    Tasks on which nothing is learnt are left out.
     """
     left_out = unlearnt(study, rows)
     found = {
@@ -155,16 +154,17 @@ def conclusions(study: Study, rows: Rows) -> list[str]:
 
 
 def caveats(study: Study, rows: Rows) -> list[str]:
-    """What the intervals are, what they leave out, and on which tasks nothing was learnt."""
+    """Returns what the intervals are and what they leave out, and the tasks on which nothing was learnt."""
     told = [difference for of in differences(study, rows).values() for difference in of.values()]
     count = sum(difference.count >= MIN_SEEDS for difference in told)
     if not count:
         return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
     unit = study.unit + (f" ({study.scale})" if study.scale else "")
     texts = [
-        f"Differences in {unit}, with 95 % intervals of Student's t over the seeds: other seeds, but the same "
-        "validation set and the same learning rate. *Not told apart* means that zero lies in the interval, not that "
-        f"the two are equal. There are {count} intervals; one in twenty misses the true difference by chance."
+        f"Differences in {unit}, with 95 % intervals of Student's t over the seeds. They cover the choice of the "
+        "seeds, but not of the validation set or the learning rate. *Not distinguished* means that the interval "
+        f"contains zero, not that the two are equal. There are {count} intervals; one in twenty misses the true "
+        "difference by chance."
     ]
     if tasks := unlearnt(study, rows):
         told = ", ".join(tasks)
@@ -179,6 +179,6 @@ def _sentence(study: Study, each: Comparison, of: Mapping[str, Interval]) -> str
     groups: dict[int, list[str]] = {1: [], -1: [], 0: []}
     for task, difference in of.items():
         groups[difference.side * better].append(task)
-    names = ((1, "better"), (-1, "worse"), (0, "not told apart"))
+    names = ((1, "better"), (-1, "worse"), (0, "not distinguished"))
     texts = [f"{text} on {', '.join(groups[side])}" for side, text in names if groups[side]]
     return f"* {each.arm} against {each.other} ({each.what}): {'; '.join(texts)}."

@@ -1,4 +1,4 @@
-"""What a study trains, and its CSV file: a run that is stopped goes on where it was when it is started again."""
+"""Trains the runs of a study and writes its CSV file; a stopped study continues when it is started again."""
 
 import importlib
 import json
@@ -20,9 +20,10 @@ COLUMNS = (
     *("task", "arm", "seed", "metric", "value", "epochs", "learning_rate", "parameters", "seconds"),
     *("settings", "device", "versions", "source", "commit", "time"),
 )
-"""`parameters`: of the adapter alone, without the head. `seconds`: of the training, beside others: no timing."""
+"""`parameters`: those of the adapter, without the head. `seconds`: the training's, which runs next to others."""
 SAME = ("task", "arm", "seed", "epochs", "learning_rate", "settings")
-"""A run is done if a row has these. Code that changed trains nothing anew: `source` says which code it was, --again."""
+"""A run is done if a row has its values in these columns. Changed code trains nothing again, except with --again;
+`source` says which code it was."""
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -30,10 +31,10 @@ Row = dict[str, Any]
 
 
 class Arm(NamedTuple):
-    """An adapter that is compared. `rank`: of each block.
+    """An adapter that is compared. `rank`: that of each block.
 
-    `kind`: "LoRA", which is PEFT's; "MELoRA", ours; "none", no adapter: a head is trained alone; "constant": nothing
-    is trained, and one answer given.
+    `kind`: "LoRA" is PEFT's; "MELoRA" is ours; "none" is no adapter, so that only the head is trained, if there is one;
+    "constant" trains nothing and always gives one answer.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Arm(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training. `epochs`: passes over what is trained on. `given`: what the process takes beside these."""
+    """One training. `epochs`: passes over the training data. `given`: further values for the process."""
 
     task: str
     arm: Arm
@@ -55,7 +56,7 @@ class Run(NamedTuple):
 
     @property
     def job(self) -> dict[str, Any]:
-        """What the process is given."""
+        """The argument of the process."""
         facts = {"task": self.task, "arm": list(self.arm), "seed": self.seed, "epochs": self.epochs}
         return {**facts, "learning_rate": self.learning_rate, **self.given}
 
@@ -70,15 +71,15 @@ def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def train_all(options: Namespace, script: str, runs: Sequence[Run]) -> int:
-    """Trains what has no row yet, `options.processes` at a time; each row is on disk as soon as it is there.
+    """Trains the runs that have no row yet, `options.processes` at a time, and writes each row as soon as it is known.
 
     Args:
-        options: of the command line.
+        options: those of the command line; with --quick, trains in this process, one run after another.
         script: the module of `benchmarks` that trains one run.
         runs: in the order in which they begin.
 
     Returns:
-        an exit status.
+        An exit status.
     """
     path = options.out / f"{options.benchmark}.csv"
     options.out.mkdir(parents=True, exist_ok=True)
@@ -99,33 +100,33 @@ def train_all(options: Namespace, script: str, runs: Sequence[Run]) -> int:
                     row = _row(run, future.result())
                     if not math.isfinite(float(row["value"])):
                         raise MELoRAError(f"{row['metric']} is {row['value']}")
-                except MELoRAError as error:  # must not cost the other runs
+                except MELoRAError as error:  # must not stop the other runs
                     num_failed += 1
                     print(f"{told}: failed: {error}", flush=True)
                     continue
                 _add(row, path)
                 print(f"{told}, {run.learning_rate}: {row['metric']} {row['value']:.4f}", flush=True)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what waits would train on, and be lost
+            pool.shutdown(wait=False, cancel_futures=True)  # waiting runs would train, and be lost
             raise
     return FAILED if num_failed else DONE
 
 
 def name_of(task: str, arm: Arm) -> str:
-    """What `--only` looks into."""
+    """Returns the name in which `--only` is searched."""
     return f"{task} {arm.name}"
 
 
 def is_misused(options: Namespace, tasks: Iterable[str], arms: Sequence[Arm]) -> bool:
-    """Whether `--only` leaves no run, which it says: before learning rates are chosen for nothing."""
+    """Returns whether `--only` matches no run, and says so, before learning rates are chosen for nothing."""
     if any(options.only in name_of(task, arm) for task in tasks for arm in arms):
         return False
-    print(f"`--only {options.only}` is in the name of no run, which is such as `{name_of(next(iter(tasks)), arms[0])}`")
+    print(f"`--only {options.only}` matches no run; runs have names such as `{name_of(next(iter(tasks)), arms[0])}`")
     return True
 
 
 def for_choice(options: Namespace) -> Namespace:
-    """The options of the runs that learning rates are chosen by: all are needed, whatever `--only` says."""
+    """Returns the options for the runs that serve to choose learning rates: all are needed, regardless of `--only`."""
     return Namespace(**vars(options) | {"only": "", "again": options.again and not options.only})
 
 
@@ -148,21 +149,21 @@ def _add(row: Row, path: Path) -> None:
 
 
 def values_by_rate(rows: Sequence[Mapping[str, str]], runs: Sequence[Run]) -> dict[str, dict[float, float]]:
-    """What each learning rate gave each arm, where learning rates are chosen.
+    """Returns the value of each arm at each learning rate, to choose one.
 
     Args:
-        rows: of the CSV file.
-        runs: those that learning rates are chosen by; rows of others do not count.
+        rows: those of the CSV file.
+        runs: those that serve to choose learning rates; rows of others do not count.
 
     Returns:
-        by the arm's name and the learning rate, the mean over the seeds.
+        The mean over the seeds, by the arm's name and the learning rate.
 
     Raises:
-        MELoRAError: where a run has no row: what is left would choose another rate.
+        MELoRAError: if a run has no row: the others could choose another rate.
     """
     values = {key_of(row): float(row["value"]) for row in rows}
     if missing := [f"{run.arm.name} at {run.learning_rate:g}" for run in runs if run.key not in values]:
-        raise MELoRAError(f"no learning rates can be chosen without {', '.join(missing)}: start again")
+        raise MELoRAError(f"no learning rates can be chosen without {', '.join(missing)}: start the study again")
     found: dict[str, dict[float, list[float]]] = {}
     for run in runs:
         found.setdefault(run.arm.name, {}).setdefault(run.learning_rate, []).append(values[run.key])

@@ -1,7 +1,7 @@
 """The text that the study of language trains on, and its windows of tokens.
 
-`botocore` (Apache-2.0) ships what Amazon writes about each of its services: some 440 documents of prose about an API,
-5 million tokens. A text of one's own is a file, of which each hundredth is taken for a document.
+`botocore` (Apache-2.0) contains Amazon's documentation of each of its services: some 440 documents of prose about an
+API, 5 million tokens. A custom text is a file; each hundredth of its lines counts as a document.
 """
 
 import gzip
@@ -21,15 +21,15 @@ from melora_fx import MELoRAError
 BOTOCORE = "botocore"
 WINDOW = 128
 SHORTEST = 100
-"""Characters of a paragraph; shorter ones are phrases such as "The name of the resource."."""
+"""Least number of characters of a paragraph; shorter ones are phrases such as "The name of the resource."."""
 HELD_OUT_SHARE = 0.05
-"""Share of the documents, for each of what is held out and what learning rates are chosen on."""
+"""Share of the documents that is held out; as many serve to choose learning rates."""
 NUM_HELD_OUT = 256
-"""Windows, for each of the two."""
+"""Largest number of windows of either."""
 
 
 def read_documents(text: str) -> dict[str, str]:
-    """Documents by name, paragraphs apart by a line break; none has a paragraph that an earlier one has.
+    """Returns documents by name, with paragraphs separated by line breaks; each paragraph appears only once.
 
     Args:
         text: "botocore", or the path of a file.
@@ -45,7 +45,7 @@ def read_documents(text: str) -> dict[str, str]:
 
 
 def _services() -> Iterator[tuple[str, list[str]]]:
-    """Each version of each service, under the service's name: what is held out has no version to train on."""
+    """Yields each version of each service under the service's name, so no version of a held-out one is trained on."""
     spec = find_spec("botocore")
     assert spec is not None
     assert spec.origin is not None
@@ -57,7 +57,7 @@ def _services() -> Iterator[tuple[str, list[str]]]:
 
 
 def _documentation(value: Any) -> Iterator[str]:
-    """Every string with the key "documentation", at any depth."""
+    """Yields every string with the key "documentation", at any depth."""
     if isinstance(value, dict):
         for key, each in value.items():
             if key == "documentation" and isinstance(each, str):
@@ -77,10 +77,10 @@ def _hundredths(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def windows(documents: dict[str, str], tokenize: Callable[[str], list[int]]) -> dict[str, torch.Tensor]:
-    """Windows (count, WINDOW) of token ids, int32: "train", and "choice" and "held out" of documents of their own.
+    """Returns windows (count, WINDOW) of token ids in int32: "train", "choice" and "held out", of different documents.
 
     Raises:
-        MELoRAError: where the text is too short.
+        MELoRAError: if the text is too short for a window of each.
     """
     names = sorted(documents)
     random.Random(0).shuffle(names)
@@ -91,7 +91,7 @@ def windows(documents: dict[str, str], tokenize: Callable[[str], list[int]]) -> 
         for part, chosen in parts.items()
     }
     if short := [part for part, found in cut.items() if not len(found)]:
-        raise MELoRAError(f"the text is too short: no window of {WINDOW} tokens to {' and to '.join(short)}")
+        raise MELoRAError(f"the text is too short: no window of {WINDOW} tokens goes to {' and to '.join(short)}")
     generator = torch.Generator().manual_seed(0)
     for part in ("held out", "choice"):
         order = torch.randperm(len(cut[part]), generator=generator)

@@ -1,4 +1,4 @@
-"""One training with an adapter, PEFT's or ours."""
+"""Trains a model with an adapter, PEFT's or ours."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +13,8 @@ import melora_fx
 from .runs import Arm
 
 ALPHA = 16
-"""The numerator of alpha / rank, of every adapter, with the rank of a block: what the LoRA paper proposes, so that one
-learning rate suits adapters of all ranks, and the value of the MELoRA authors' scripts."""
+"""The numerator of alpha / rank for every adapter, with the rank of a block. The LoRA paper proposes one alpha, so that
+one learning rate suits adapters of all ranks; the value is that of the MELoRA authors' scripts."""
 WARMUP = 0.06
 """Share of the steps in which the learning rate rises; it falls to zero in the others."""
 
@@ -22,7 +22,7 @@ Batch = Mapping[str, torch.Tensor]
 
 
 def add_adapter(model: nn.Module, arm: Arm, targets: Sequence[str], head: Sequence[str] = ()) -> nn.Module:
-    """The model with a fresh adapter, which alone is trained beside the modules whose names end in one of `head`."""
+    """Returns the model with a new adapter. Only the adapter and the modules named in `head` are trained."""
     if arm.kind == "none":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(part in head for part in name.split(".")))
@@ -37,7 +37,7 @@ def add_adapter(model: nn.Module, arm: Arm, targets: Sequence[str], head: Sequen
 
 
 def num_adapter_parameters(model: nn.Module, head: Sequence[str] = ()) -> int:
-    """How many are trained without the head."""
+    """Returns the number of trained parameters without the head."""
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
@@ -52,9 +52,9 @@ def train(
     learning_rate: float,
     autocast: torch.dtype = torch.float32,
 ) -> float:
-    """AdamW without weight decay, gradients clipped at norm 1; returns the seconds it took.
+    """Trains with AdamW without weight decay, and gradients clipped at norm 1; returns the seconds that it took.
 
-    With an `autocast` to bfloat16, parameters and the optimizer's state stay in float32.
+    With `autocast` to bfloat16, parameters and the optimizer's state stay in float32.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)

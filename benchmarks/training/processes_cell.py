@@ -1,4 +1,4 @@
-"""One case of `processes`, as a program: starts the processes and prints what the first of them has measured."""
+"""Measures one case of `processes`: starts the processes, and prints the results of the first one."""
 
 import json
 import os
@@ -35,8 +35,8 @@ SIDES: dict[str, MELoRAConfig | int | None] = {
     "PEFT LoRA, rank 64": 64,
     "PEFT LoRA, rank 8": 8,
 }
-"""By name a configuration of ours, or the rank of a LoRA of PEFT's. Eight blocks of rank 8 have the rank of the first
-LoRA and the parameters of the second."""
+"""Our configuration or the rank of PEFT's LoRA, by name. Eight blocks of rank 8 have the rank of the first LoRA and as
+many parameters as the second."""
 
 _LINEARS = [name.rpartition(".")[2] for name in (*BY_COLUMNS, *BY_ROWS)]
 _VOCABULARY, _BATCH, _SEQUENCE = 512, 8, 64
@@ -44,16 +44,16 @@ _TIMEOUT = timedelta(seconds=120)
 
 
 class Alone(NamedTuple):
-    """What one process with the whole batch computes: three losses, and the gradients of a fourth step by name."""
+    """Results of one process with the whole batch: three losses, and the gradients of a fourth step by name."""
 
     losses: list[float]
     gradients: dict[str, torch.Tensor]
 
 
 def make_side(name: str, sizes: str) -> Any:
-    """A random Llama with the adapters of a side, whose B has values; the same in each process.
+    """Returns a random Llama with the adapters of a side, with random values in B; the same in each process.
 
-    `sizes`: hidden size, intermediate size, layers and heads, with commas between.
+    `sizes`: hidden size, intermediate size, layers and heads, separated by commas.
     """
     hidden, intermediate, layers, heads = map(int, sizes.split(","))
     numbers = {"num_key_value_heads": heads // 2, "vocab_size": _VOCABULARY, "use_cache": False}
@@ -75,13 +75,13 @@ def make_side(name: str, sizes: str) -> Any:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters, by their names without DDP's part of them."""
+    """Returns the adapters' parameters by their names without DDP's prefix."""
     named = ((name.removeprefix("module."), parameter) for name, parameter in model.named_parameters())
     return {name: parameter for name, parameter in named if "lora_" in name}
 
 
 def make_batch(hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings and labels, the same in each process."""
+    """Returns embeddings and labels, the same in each process."""
     generator = torch.Generator().manual_seed(2)
     labels = torch.randint(0, _VOCABULARY, (_BATCH, _SEQUENCE), generator=generator)
     return torch.randn(_BATCH, _SEQUENCE, hidden, generator=generator), labels
@@ -92,13 +92,13 @@ class Training:
 
     def __init__(self, model: nn.Module, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
         self.model = model
-        self.embeddings = embeddings.clone().requires_grad_()  # so that the backward goes all the way down
+        self.embeddings = embeddings.clone().requires_grad_()  # so that the backward pass reaches the first layer
         self.labels = labels
         own = list(trained(model).values())
         self.optimizer = torch.optim.AdamW(own, lr=1e-3, eps=1e-3) if own else None
 
     def backward(self) -> float:
-        """The loss, whose gradients are there then."""
+        """Computes the loss and its gradients; returns the loss."""
         self.embeddings.grad = None
         loss = self.model(inputs_embeds=self.embeddings, labels=self.labels).loss
         loss.backward()
@@ -112,7 +112,7 @@ class Training:
         return loss
 
     def held_bytes(self) -> int:
-        """Of parameters, buffers and the optimizer's states."""
+        """Returns the bytes of parameters, buffers and optimizer states in this process."""
         states = (
             [value for state in self.optimizer.state.values() for value in state.values()] if self.optimizer else []
         )
@@ -128,12 +128,12 @@ def alone(name: str, sizes: str) -> Alone:
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None, "it has been trained"
+    assert parameter.grad is not None, "a trained parameter has a gradient"
     return whole(parameter.grad).clone()
 
 
 def measure(mode: str, rounds: int, sizes: str, expected: Mapping[str, Alone]) -> list[Row]:
-    """The rows of all sides, in each process."""
+    """Measures all sides and returns their rows; runs in each process."""
     torch.set_num_threads(1)
     embeddings, labels = make_batch(int(sizes.partition(",")[0]))
     steps: dict[str, Callable[[], float]] = {}

@@ -1,8 +1,8 @@
-"""A paper model of several GPUs: what one holds, sends and receives in a training step, for adapters and without.
+"""Calculates what one of several GPUs stores, sends and receives in a training step, with and without adapters.
 
-Nothing is measured here. Of a Llama whose linears are all adapted, on D_f × D_t GPUs: FSDP over D_f, tensor parallelism
-over D_t by torch's styles, which cut as Megatron does. I and O are the features of a linear, T tokens of one GPU, h the
-hidden size.
+Nothing is measured here. The model is a Llama with adapters in all linears, on D_f × D_t GPUs: FSDP over D_f, and
+tensor parallelism over D_t with torch's styles, which shard as Megatron does. I and O are the features of a linear, T
+the tokens of one GPU, h the hidden size.
 
     python -m benchmarks.training.scale_model      prints the table of docs/SCALE.md
 """
@@ -21,7 +21,7 @@ _TRAINED = 4 * _FP32
 
 @dataclass(frozen=True)
 class Llama:
-    """Sizes of a model. `key_value`: features of k and of v."""
+    """Sizes of a model. `key_value`: output features of k and of v."""
 
     hidden: int
     intermediate: int
@@ -30,17 +30,17 @@ class Llama:
     vocabulary: int
 
     def by_columns(self) -> list[tuple[int, int]]:
-        """(I, O) of q, k, v, gate and up."""
+        """Returns (I, O) of q, k, v, gate and up."""
         outputs = (self.hidden, self.key_value, self.key_value, self.intermediate, self.intermediate)
         return [(self.hidden, output) for output in outputs]
 
     def by_rows(self) -> list[tuple[int, int]]:
-        """(I, O) of o and down."""
+        """Returns (I, O) of o and down."""
         return [(self.hidden, self.hidden), (self.intermediate, self.hidden)]
 
     @property
     def num_parameters(self) -> int:
-        """Of all linears, the embedding and the head."""
+        """The number of parameters of all linears, the embedding and the head."""
         of_layer = sum(math.prod(shape) for shape in (*self.by_columns(), *self.by_rows()))
         return self.layers * of_layer + 2 * self.vocabulary * self.hidden
 
@@ -52,7 +52,7 @@ MODELS = {
 
 
 class Layout(NamedTuple):
-    """How many GPUs share the layers' weights by FSDP and by tensor parallelism, and tokens of one GPU's batch."""
+    """The number of GPUs for FSDP and for tensor parallelism, and the tokens of one GPU's batch."""
 
     fsdp: int
     tensor: int
@@ -60,12 +60,12 @@ class Layout(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What is trained of one linear.
+    """The trained values of one linear.
 
     Attributes:
-        total: values in all, of (I, O, whether it is cut by columns, D_t).
-        held: those that one of the D_t GPUs trains.
-        sent: values that the D_t GPUs add up over T tokens in a forward and its backward.
+        total: all values, given (I, O, whether the linear is sharded by columns, D_t).
+        held: those that one of the D_t GPUs trains, given the same arguments.
+        sent: values per token that the D_t GPUs sum up in a forward and backward pass.
     """
 
     total: Callable[[int, int, bool, int], float]
@@ -74,7 +74,7 @@ class Adapter(NamedTuple):
 
 
 def melora(num_blocks: int, rank: int) -> Adapter:
-    """n blocks of rank r; n a multiple of D_t."""
+    """Returns a MELoRA adapter; `num_blocks` must be a multiple of D_t."""
     return Adapter(
         total=lambda inputs, outputs, columns, degree: rank * (inputs + outputs),
         held=lambda inputs, outputs, columns, degree: rank * (inputs + outputs) / degree,
@@ -82,7 +82,7 @@ def melora(num_blocks: int, rank: int) -> Adapter:
 
 
 def lora(rank: int) -> Adapter:
-    """A is whole beside a linear that is cut by columns, B beside one that is cut by rows."""
+    """Returns a LoRA: A is whole at a linear that is sharded by columns, B at one that is sharded by rows."""
 
     def held(inputs: int, outputs: int, columns: bool, degree: int) -> float:
         return rank * (inputs + outputs / degree if columns else inputs / degree + outputs)
@@ -91,7 +91,7 @@ def lora(rank: int) -> Adapter:
 
 
 def bd_lora(rank: int) -> Adapter:
-    """B is block-diagonal with D_t blocks beside a linear that is cut by columns, A beside one that is cut by rows."""
+    """Returns a BD-LoRA: at a linear that is sharded by columns B has D_t diagonal blocks, by rows A has them."""
 
     def total(inputs: int, outputs: int, columns: bool, degree: int) -> float:
         return rank * (inputs + outputs / degree if columns else inputs / degree + outputs)
@@ -113,8 +113,10 @@ SIDES = {
 
 
 class Cost(NamedTuple):
-    """Of one GPU: bytes of weights and of what is trained, and bytes a step by FSDP and by tensor parallelism; of the
-    last two, what the adapter adds.
+    """The cost of one GPU, in bytes: weights, trained values, and the traffic of a step.
+
+    The traffic is that of FSDP and of tensor parallelism, each also as what the adapter adds. `trained_values` is their
+    number in the whole model.
     """
 
     trained_values: float
@@ -127,11 +129,11 @@ class Cost(NamedTuple):
 
 
 def cost(model: Llama, layout: Layout, adapter: Adapter) -> Cost:
-    """What one GPU holds and exchanges; weights in bfloat16, what is trained in float32.
+    """Returns what one GPU stores and exchanges, with weights in bfloat16 and trained values in float32.
 
-    FSDP gathers the layers' weights in the forward and in the backward, in bfloat16, and reduces gradients in float32.
-    Tensor parallelism by torch's styles sums up T·h values for each linear: by rows in the forward, by columns in the
-    backward.
+    FSDP gathers the layers' weights in bfloat16, in the forward and in the backward pass, and reduces gradients in
+    float32. Tensor parallelism with torch's styles sums T·h values for each linear: in the forward pass for linears
+    that are sharded by rows, in the backward pass for those that are sharded by columns.
     """
     is_full = adapter is FULL
     linears = [(*shape, True) for shape in model.by_columns()] + [(*shape, False) for shape in model.by_rows()]
@@ -141,7 +143,7 @@ def cost(model: Llama, layout: Layout, adapter: Adapter) -> Cost:
         rest = 2 * model.vocabulary * model.hidden
         total, held = total + rest, held + rest / layout.tensor
     per_tensor = model.num_parameters / layout.tensor
-    moved = 1 - 1 / layout.fsdp  # of what is gathered or reduced, the part of others
+    moved = 1 - 1 / layout.fsdp  # the share of other GPUs in what is gathered or reduced
     gathered = 2 * _BF16 * moved
     of_base = per_tensor * gathered
     of_adapter = held * _FP32 * moved if is_full else held * (gathered + _FP32 * moved)
@@ -161,12 +163,12 @@ def cost(model: Llama, layout: Layout, adapter: Adapter) -> Cost:
 LAYOUTS = {"Llama 2 7B": (Layout(8, 1), Layout(1, 8)), "Llama 3 70B": (Layout(64, 1), Layout(8, 8))}
 _HEADINGS = (
     *("model", "GPUs: FSDP × TP", "trained", "million values", "weights, GB", "trained, GB"),
-    *("FSDP a step, GB", "added", "TP a step, GB", "added"),
+    *("FSDP per step, GB", "added", "TP per step, GB", "added"),
 )
 
 
 def scale_table() -> list[str]:
-    """The lines of a Markdown table."""
+    """Returns the lines of a Markdown table."""
     return markdown_table(_HEADINGS, list(_rows()), text_columns=3)
 
 

@@ -1,6 +1,6 @@
-"""Ways to spread a model over processes by torch's own means: data, sharded data, tensor and sequence parallel.
+"""Spreads a Llama over processes with torch's own means: data, sharded data, tensor and sequence parallel.
 
-Of Llamas, with adapters of ours, of PEFT, or none.
+The model can have our adapters, PEFT's, or none.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ BY_ROWS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def make_mesh(*sizes: int) -> Any:
-    """Of all processes: one dimension, "tp", or "dp" and "tp"."""
+    """Returns a mesh of all processes with the dimension "tp", or with "dp" and "tp"."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp")[-len(sizes) :])
 
 
 def tensor_parallel(model: Any, mesh: Any, *, sequence: bool = False) -> nn.Module:
-    """By torch's styles: linears by columns and by rows, and the norms and what is between by tokens if `sequence`."""
+    """Shards linears by columns and by rows, with torch's styles; norms and what is between by tokens if `sequence`."""
     from torch.distributed.tensor.parallel import parallelize_module
 
     plan: dict[str, Any] = {}
@@ -48,18 +48,18 @@ def _layer_plan(model: nn.Module, layer: str, *, sequence: bool) -> dict[str, An
     output: dict[str, Any] = {"output_layouts": Shard(1)} if sequence else {}
     plan: dict[str, Any] = {}
     for name in (f"{layer}.{name}" for name in BY_COLUMNS):
-        if f"{name}.base_layer" in names:  # PEFT's: A is whole on each process
+        if f"{name}.base_layer" in names:  # PEFT's LoRA: A is whole on each process
             plan |= {f"{name}.base_layer": ColwiseParallel(), f"{name}.lora_B.default": ColwiseParallel()}
         else:
             plan[name] = ColwiseParallel()
     for name in (f"{layer}.{name}" for name in BY_ROWS):
-        if f"{name}.base_layer" in names:  # B is whole on each, and has the gradients of some tokens if `sequence`
+        if f"{name}.base_layer" in names:  # B is whole on each process; if `sequence`, it gets gradients of some tokens
             own = {f"{name}.base_layer": RowwiseParallel(**output), f"{name}.lora_A.default": RowwiseParallel(**output)}
             plan |= own | ({f"{name}.lora_B.default": SequenceParallel(use_local_output=True)} if sequence else {})
         else:
             plan[name] = RowwiseParallel(**output)
     if sequence:
-        is_pefts = f"{layer}.{BY_ROWS[0]}.base_layer" in names  # whose A takes no DTensor
+        is_pefts = f"{layer}.{BY_ROWS[0]}.base_layer" in names  # PEFT's A accepts no DTensor
         plan |= {f"{layer}.{name}_layernorm": SequenceParallel() for name in ("input", "post_attention")}
         plan[f"{layer}.self_attn"] = PrepareModuleInput(
             input_kwarg_layouts={"hidden_states": Shard(1)},
@@ -73,7 +73,7 @@ def _layer_plan(model: nn.Module, layer: str, *, sequence: bool) -> dict[str, An
 
 
 def _plan_around(first_layer: str, model: nn.Module) -> dict[str, Any]:
-    """What is before and behind the layers: the model makes its positions of what the embedding gives, whole."""
+    """Returns the plan before and after the layers. The embedding's output stays whole: positions are made from it."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, SequenceParallel
 
@@ -85,7 +85,7 @@ def _plan_around(first_layer: str, model: nn.Module) -> dict[str, Any]:
 
 
 def fully_sharded(model: Any, mesh: Any, *, each: str = "layer", **options: Any) -> Any:
-    """By `fully_shard`: each layer, or each of its linears, and then the rest; `options`: of that function."""
+    """Calls `fully_shard` on each layer, or on each of its linears, and then on the rest; passes `options` to it."""
     from torch.distributed.fsdp import fully_shard
 
     for name, module in model.named_modules():
@@ -96,7 +96,7 @@ def fully_sharded(model: Any, mesh: Any, *, each: str = "layer", **options: Any)
 
 
 def spread(mode: str, model: Any) -> tuple[Any, int, int]:
-    """The model over all processes, and which part of a batch this one trains on: (number, of how many).
+    """Spreads the model; returns it, the index of the batch's part for this process, and the number of parts.
 
     `mode`: "DDP", "FSDP by layer", "FSDP by linear", "TP", "TP and sequence", "FSDP and TP".
     """

@@ -1,4 +1,4 @@
-"""What a training step costs: its time, what autograd keeps for its backward, and its peak memory."""
+"""What a training step costs: the step to time, what autograd saves for its backward pass, and its peak memory."""
 
 import ctypes
 from collections.abc import Callable
@@ -12,9 +12,12 @@ Step = Callable[[], None]
 
 
 def make_step(model: nn.Module, embeddings: torch.Tensor, run: Callable[..., Any] | None = None) -> tuple[Step, int]:
-    """The training step of a model, and how many parameters it trains. `run`: computes it, such as it compiled.
+    """Returns the training step of a model, and the number of parameters that it trains.
 
-    `embeddings` want their gradient, so that the backward goes down to the first layer also where nothing is trained.
+    Args:
+        model: its parameters that require gradients are trained.
+        embeddings: require a gradient, so that the backward pass reaches the first layer even if nothing is trained.
+        run: called instead of the model, such as the compiled model.
     """
     run = model if run is None else run
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -33,7 +36,7 @@ def make_step(model: nn.Module, embeddings: torch.Tensor, run: Callable[..., Any
 
 
 def saved_mib(model: nn.Module, embeddings: torch.Tensor) -> float:
-    """Size of the distinct storages that autograd keeps between a forward and its backward; not the model's own."""
+    """Returns the size of the distinct storages that autograd saves for the backward pass, without model and input."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), embeddings]}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -49,7 +52,10 @@ def saved_mib(model: nn.Module, embeddings: torch.Tensor) -> float:
 
 
 def peak_memory_mib(step: Step, device: str) -> float | None:
-    """What one step adds to the memory in use at its peak: resident memory on the CPU (Linux), else the GPU's."""
+    """Returns what one step adds to the memory in use at its peak: resident memory on the CPU (Linux), or the GPU's.
+
+    Returns None if the CPU's cannot be measured.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -57,7 +63,7 @@ def peak_memory_mib(step: Step, device: str) -> float | None:
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except (OSError, AttributeError):
         return None
     before = resident_kib("VmRSS")

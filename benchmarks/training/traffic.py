@@ -1,4 +1,4 @@
-"""What a process gives to others and takes from them: collectives and their bytes."""
+"""Counts what a process sends and receives: collectives and their bytes."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ _COLLECTIVES = ("all_reduce", "allreduce", "all_gather", "allgather", "reduce_sc
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the collectives of a block, and the bytes of the larger of what each takes and gives.
+    """Counts the collectives of a block and their bytes: for each, the larger of its arguments and its result.
 
-    DDP calls its own past every mode: `count_ddp` counts those.
+    Modes do not see the collectives of DDP: call `count_ddp` for them.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Traffic(TorchDispatchMode):
         return result
 
     def count_ddp(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
-        """From here on counts what `model` reduces."""
+        """Also counts what `model` reduces from now on."""
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         def count(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -41,7 +41,7 @@ class Traffic(TorchDispatchMode):
 
 
 def _bytes(tree: Any) -> int:
-    """Of the largest tensor among the leaves, or of a list of them together."""
+    """Returns the bytes of the largest leaf; a list of tensors counts as one leaf."""
     if isinstance(tree, torch.Tensor):
         return tree.nbytes
     if isinstance(tree, dict):

@@ -1,4 +1,4 @@
-"""What train_step measures: one factor at a time around a centre for each model and mode."""
+"""The cells of train_step: one factor at a time around a centre, for each model and mode."""
 
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ _CENTRES = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting, how it is run, and which sides."""
+    """A setting, how it is run, and the sides that are compared."""
 
     setting: Setting
     mode: str = "eager"
@@ -28,7 +28,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Names the cell in the CSV file."""
+        """The name of the cell in the CSV file."""
         where = self.setting
         extra = f", dropout {where.dropout}" if where.dropout else ""
         extra += ", memory kept" if self.keeps_memory else ""
@@ -39,7 +39,7 @@ class Cell:
 
 
 def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
-    """The cells, in the order in which they are measured."""
+    """Returns the cells in the order in which they are measured."""
     cells = []
     for model, mode, tokens in _CENTRES:
         setting = Setting(model, "all-linear" if model == "Tiny" else "centre", 8, "float32", llama=llama)
@@ -49,7 +49,7 @@ def all_cells(llama: tuple[int, int, int, int]) -> list[Cell]:
 
 
 def quick_cells() -> list[Cell]:
-    """A tiny model, with all sides, and one layer, compiled, with two."""
+    """Returns a tiny model with all sides, and one compiled layer with two sides."""
     tiny = Setting("Tiny", "all-linear", 8, "float32")
     layer = Setting("Llama", "centre", 8, "float32", llama=(64, 128, 1, 4))
     return [
@@ -59,7 +59,7 @@ def quick_cells() -> list[Cell]:
 
 
 def _variations(centre: Cell) -> list[Cell]:
-    """The cells one change away from `centre`; few of compiled ones, whose sides take up to a minute to compile."""
+    """Returns the cells one change away from `centre`; few compiled ones, since a side compiles for up to a minute."""
     setting = centre.setting
     is_minilm = setting.model == "MiniLM-L6"
     is_eager = centre.mode == "eager"
@@ -71,7 +71,7 @@ def _variations(centre: Cell) -> list[Cell]:
         cells += [replace(some, setting=replace(setting, rank=1)), replace(some, threads=2)]
     if is_eager:
         cells += [replace(some, setting=replace(setting, dropout=0.1))]
-    if not is_minilm:  # whose centre is every linear
+    if not is_minilm:  # MiniLM's centre is every linear
         cells += [replace(some, setting=replace(setting, targets="all-linear"))]
     else:
         cells += [replace(some, keeps_memory=True)]

@@ -1,4 +1,4 @@
-"""train_step.csv as a Markdown table and as a bar chart."""
+"""Writes train_step.csv as a Markdown table and as a bar chart."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
 
 
 def label(row: Row) -> str:
-    """A cell without its model and mode."""
+    """Returns the name of a cell without its model and mode."""
     is_minilm = row["model"].startswith("MiniLM")
     centre = "every dense layer" if is_minilm else "q,k,v,o"
     facts = [centre if row["targets"] == "centre" else row["targets"], f"{row['tokens']} tokens"]
@@ -58,9 +58,9 @@ def _markdown(groups: Mapping[str, list[Row]]) -> str:
     lines = [
         "# Training steps",
         "",
-        f"{written_by('train_step', rows)}. Ratio: median of a step over that of the frozen model whose input wants "
-        "its gradient. Saved: what autograd keeps for the backward, above the frozen model's. Peak: memory that one "
-        "step takes, above the frozen model's.",
+        f"{written_by('train_step', rows)}. Ratio: the median of a step over that of the frozen model with an input "
+        "that requires a gradient. Saved: what autograd saves for the backward pass, above the frozen model's. Peak: "
+        "the memory that one step takes, above the frozen model's.",
         "",
         *steps_table(groups),
     ]
@@ -68,7 +68,7 @@ def _markdown(groups: Mapping[str, list[Row]]) -> str:
 
 
 def steps_table(groups: Mapping[str, list[Row]]) -> list[str]:
-    """The lines of a Markdown table; `groups`: the rows of each cell, the frozen model's first."""
+    """Returns the lines of a Markdown table. `groups`: the rows of each cell, the frozen model's first."""
     cells = [_cells(row, rows[0]) for rows in groups.values() for row in rows]
     return markdown_table(_HEADINGS, cells, text_columns=4)
 
@@ -98,7 +98,7 @@ def _difference(row: Row, floor: Row, column: str) -> str:
 
 
 def plot_steps(groups: Mapping[str, list[Row]], path: Path) -> None:
-    """One panel for each model and mode: bars of what a step costs over the floor, in per cent of it."""
+    """Draws one panel for each model and mode: bars of what a step costs above the floor, in per cent of the floor."""
     pyplot = import_pyplot()
     panels: dict[str, list[list[Row]]] = {}
     for rows in groups.values():

@@ -1,7 +1,7 @@
 """The sides that train_step times: a model, and the ways to train it.
 
-Every side is the same model with the same sites, from a copy of its own. The input is a batch of embeddings that wants
-its gradient, so that the backward of every side, the frozen model's too, goes down to the first layer.
+Every side is a separate copy of the same model, with the same sites. The input is a batch of embeddings that requires a
+gradient, so that the backward pass of every side, even the frozen model's, reaches the first layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +20,15 @@ from melora_fx import MELoRAConfig
 SEQUENCE = {"MiniLM-L6": 64, "SmolLM2-135M": 128, "Llama": 128, "Tiny": 16}
 SEQUENCE |= {"MiniLM-shaped": 128, "SmolLM2-shaped": 512, "Llama-shaped, 1B": 2048}
 SEQUENCE |= {name: 16 for name in SHAPES if name.endswith(SMALL)}
-"""Tokens of one text."""
+"""Tokens per text, by model."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained. `targets`: "centre" (the attention's projections; in MiniLM every dense layer too), "q,v" or
-    "all-linear". `llama`: hidden size, intermediate size, layers and heads of the random Llama; "Tiny" is one too.
+    """A model and its adapters.
+
+    `targets`: "centre" (the attention's projections; in MiniLM every dense layer too), "q,v" or "all-linear". `llama`:
+    hidden size, intermediate size, layers and heads of the random Llama; "Tiny" is a Llama too, of fixed sizes.
     """
 
     model: str
@@ -47,7 +49,7 @@ class Setting:
 
 
 def base_model(setting: Setting) -> nn.Module:
-    """The model without a head, in training mode, its own dropout at 0, all its parameters frozen."""
+    """Returns the model without a head, in training mode, with its own dropout at 0 and all parameters frozen."""
     if setting.model == "MiniLM-L6":
         model = AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False, hidden_dropout_prob=0.0)
         model.config.attention_probs_dropout_prob = 0.0
@@ -68,7 +70,7 @@ def base_model(setting: Setting) -> nn.Module:
 
 
 def site_names(model: nn.Module, setting: Setting) -> list[str]:
-    """The linears that every side adapts."""
+    """Returns the names of the linears that every side adapts."""
     targets: str | Sequence[str] = {
         "centre": ["query", "key", "value", "dense"] if setting.is_bert else ["q_proj", "k_proj", "v_proj", "o_proj"],
         "q,v": ["query", "value"] if setting.is_bert else ["q_proj", "v_proj"],
@@ -83,7 +85,7 @@ def ours(model: nn.Module, setting: Setting, lowering: str = "auto") -> nn.Modul
 
 
 def peft_lora(model: nn.Module, setting: Setting, rank: int, *, is_bdlora: bool = False) -> nn.Module:
-    """PEFT's LoRA; as BD-LoRA its B is block-diagonal, beside an ordinary A."""
+    """Adds PEFT's LoRA; a BD-LoRA has a block-diagonal B and an ordinary A."""
     names = site_names(model, setting)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=setting.dropout)
     if is_bdlora:
@@ -94,7 +96,7 @@ def peft_lora(model: nn.Module, setting: Setting, rank: int, *, is_bdlora: bool 
 
 
 class LoopLinear(nn.Module):
-    """The forward of the MELoRA authors' code, written anew: a loop over the blocks (arXiv 2402.17263, figure 2)."""
+    """The forward of the MELoRA authors' code, reimplemented: a loop over the blocks (arXiv 2402.17263, figure 2)."""
 
     def __init__(self, base: nn.Linear, config: MELoRAConfig) -> None:
         super().__init__()
@@ -124,7 +126,7 @@ def authors_loop(model: nn.Module, setting: Setting) -> nn.Module:
 
 
 def full_fine_tuning(model: nn.Module, setting: Setting) -> nn.Module:
-    """Every parameter but the word embeddings, which the input takes the place of."""
+    """Trains every parameter except those of embeddings: the input replaces the word embeddings."""
     model.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -148,6 +150,6 @@ FEW_SIDES = ("frozen", "ours", "PEFT LoRA, equal rank")
 
 
 def make_side(name: str, setting: Setting) -> nn.Module:
-    """A model of its own for one side; no adapter's B is zero."""
+    """Returns a separate model for one side, with values in every adapter's B."""
     torch.manual_seed(0)
     return fill(SIDES[name](base_model(setting), setting))

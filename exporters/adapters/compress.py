@@ -1,4 +1,4 @@
-"""Adapters of smaller ranks: in each block the nearest update of a rank, by its singular values (Eckart and Young).
+"""Compresses adapters to smaller ranks: the nearest update of each block, from singular values (Eckart and Young).
 
     s_i B_i A_i = Q_B (R_B R_Aᵀ) Q_Aᵀ      B_i s_i = Q_B R_B   A_iᵀ = Q_A R_A
     R_B R_Aᵀ = U S Vᵀ                      B'_i = Q_B U √S     A'_i = √S (Q_A V)ᵀ
@@ -32,11 +32,12 @@ _WIDTH = 120
 
 @dataclass(frozen=True)
 class SiteCompression:
-    """What became of one site.
+    """The result for one site.
 
     Attributes:
-        ranks_before, ranks_after: of each block, N long.
-        relative_error: ‖Δ − Δ'‖ / ‖Δ‖ in the Frobenius norm; 0 for an update that is zero.
+        name: the name of the site.
+        ranks_before, ranks_after: the rank of each block, N long.
+        relative_error: ‖Δ − Δ'‖ / ‖Δ‖ in the Frobenius norm; 0 if the update is zero.
     """
 
     name: str
@@ -47,11 +48,11 @@ class SiteCompression:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What compressing an adapter has taken of it.
+    """The loss caused by compressing an adapter.
 
     Attributes:
         directory: the folder that was written.
-        sites: its sites.
+        sites: the result for each site.
         largest_error: the largest `relative_error` of a site.
     """
 
@@ -78,27 +79,29 @@ class CompressReport:
 def compress_adapter(
     adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, rank: int
 ) -> CompressReport:
-    """Writes an adapter with blocks of a smaller rank, whose update is the nearest to that of another one.
+    """Writes a copy of an adapter whose blocks have smaller ranks, with the nearest possible update.
 
-    Each block of each part of `split` and of each expert is approximated by itself. Blocks that have this rank or less
-    keep their values, unless their rank is above what a block of their size can have; the others have a scaling of 1,
-    and their site is written in float32 (float64 stays). A trained head is kept as it is.
+    Each block of each part of `split` and of each expert is approximated separately. Blocks with this rank or less
+    keep their values, unless their rank exceeds what a block of their size can have. The other blocks get a scaling of
+    1, and their site is written in float32 (float64 stays). A trained head is kept unchanged.
 
     Args:
         adapter_dir: a folder written by `save_adapter`.
-        out_dir: the folder to write; an adapter that is there is replaced.
-        rank: of each block at most; it is never raised.
+        out_dir: the folder to write; an adapter that is already there is replaced.
+        rank: the largest rank of a block; smaller ranks are never raised.
 
     Returns:
-        What is lost of each site. Rounding to float32 is not counted.
+        The loss of each site, without the rounding to float32.
 
     Raises:
-        ValueError, TypeError: for a rank that is no positive int.
-        MELoRAError: for a folder that cannot be read or written, or the same folder twice; nothing is written then.
+        ValueError, TypeError: if `rank` is not a positive int or is above the limit of `MELoRAConfig`, or `out_dir` is
+            "".
+        MELoRAError: if a folder cannot be read or written, `out_dir` is `adapter_dir` or inside it, or the adapter does
+            not say which base it was trained on; nothing is written then.
     """
     if isinstance(rank, Sequence):
         raise TypeError(f"`rank` must be an int, got {rank!r}")
-    MELoRAConfig(rank=rank)  # which refuses what is no rank
+    MELoRAConfig(rank=rank)  # refuses invalid ranks
     adapter = read_adapter(adapter_dir)
     made = {name: _compressed(adapter.tensors_of(name), rank) for name in adapter.configs}
     updates = {name: own for name, (own, _) in made.items()}
@@ -111,7 +114,7 @@ def compress_adapter(
 
 
 def _compressed(own: AdapterTensors, rank: int) -> tuple[AdapterTensors, float]:
-    """The update with smaller ranks, and the relative error of that."""
+    """Returns the update with smaller ranks, and its relative error."""
     config = own.config
     smaller = [_smaller(before, rank, own) for before in config.ranks]
     is_kept = [after == before for after, before in zip(smaller, config.ranks, strict=True)]
@@ -137,13 +140,13 @@ def _compressed(own: AdapterTensors, rank: int) -> tuple[AdapterTensors, float]:
 
 
 def _smaller(before: int, rank: int, own: AdapterTensors) -> int:
-    """The new rank of a block: what is above the sizes of its matrices, (O_p/N, I/N), can hold nothing."""
+    """Returns the new rank of a block: ranks above the sizes of its matrices, (O_p/N, I/N), would be useless."""
     height = max(own.part_sizes) // own.config.num_blocks
     return min(before, rank, max(height, 1), own.lora_a.size(2))
 
 
 def _nearest(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """√S Vᵀ (E·N, K, I/N), U √S (E·N, O_p/N, K) and the singular values S (E·N, K), largest first, of each B A."""
+    """Returns √S Vᵀ (E·N, K, I/N), U √S (E·N, O_p/N, K) and the descending singular values S (E·N, K) of each B A."""
     q_b, r_b = torch.linalg.qr(lora_b)
     q_a, r_a = torch.linalg.qr(lora_a.mT)
     u, values, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
@@ -152,13 +155,13 @@ def _nearest(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _sized(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
-    """Cut to, or padded with zeros up to, `rank` entries of a dimension."""
+    """Cuts a dimension to `rank` entries, or pads it with zeros."""
     tensor = tensor.narrow(dim, 0, min(rank, tensor.size(dim)))
     return F.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, rank - tensor.size(dim)])
 
 
 def _config_of(config: MELoRAConfig, ranks: Sequence[int], is_kept: Sequence[bool]) -> MELoRAConfig:
-    """With the new ranks: a scaling of 1 where a block is new, its own alpha where it is kept."""
+    """Returns the configuration with the new ranks: new blocks get a scaling of 1, kept blocks keep their alpha."""
     own = config.alpha if isinstance(config.alpha, tuple) else (config.alpha,) * config.num_blocks
     alphas = [
         alpha if kept else (math.sqrt(rank) if config.use_rslora else float(rank))
@@ -168,7 +171,7 @@ def _config_of(config: MELoRAConfig, ranks: Sequence[int], is_kept: Sequence[boo
 
 
 def _keep_blocks(made: AdapterTensors, own: AdapterTensors, is_kept: Sequence[bool]) -> None:
-    """Puts the blocks that keep their rank back as they were."""
+    """Copies the blocks that keep their rank back from `own`."""
     parts = len(own.part_sizes)
     to_a, from_a = (each.lora_a.view(len(each.lora_a), parts, -1, each.lora_a.size(2)) for each in (made, own))
     for block, rank in enumerate(made.config.ranks):

@@ -1,4 +1,4 @@
-"""Adapters made of adapters: whether they are of one base, and the folder of what is made of them."""
+"""Checks that adapters have the same base, and writes the folder of an adapter computed from them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,17 +26,17 @@ def write_derived(
     kept: Sequence[str] = (),
     kept_tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes an adapter folder that is made of `sources`, which are of one base.
+    """Writes the folder of an adapter that was computed from `sources`, which must have the same base.
 
     Args:
         out: the folder to write.
-        sources: the adapters that were read; what they say of base and model is kept.
+        sources: the adapters that were read; their facts about the base and the model are kept.
         updates: site → A and B.
-        kept, kept_tensors: what is trained whole: names of modules and parameters, and their tensors.
+        kept, kept_tensors: names of the modules and parameters that were trained in full, and their tensors.
 
     Raises:
-        MELoRAError: where `out` is one of the sources or lies in it, a value is not finite, or a source says too little
-            of its base; nothing is written then. And for a folder that cannot be written.
+        MELoRAError: if `out` is one of the sources or inside one, a value is not finite, or a source says too little
+            about its base; nothing is written then. Also if the folder cannot be written.
     """
     for source in sources:
         refuse_source(out, source.directory)
@@ -44,37 +44,40 @@ def write_derived(
     for name, own in updates.items():
         tensors |= own.named(name)
     if wrong := non_finite_names(tensors):
-        raise MELoRAError(f"`{out}` is not written: {', '.join(map(repr, wrong))} would hold values out of range")
+        raise MELoRAError(f"`{out}` is not written: {', '.join(map(repr, wrong))} would contain values out of range")
     sites = {name: _entry(name, own.config, sources) for name, own in updates.items()}
     write_adapter(out, tensors, {"sites": sites, "kept": list(kept), "model": _agreed_facts(sources)})
 
 
 def refuse_other_bases(adapters: Sequence[Adapter]) -> None:
-    """Raises MELoRAError for adapters of several bases, or with other blocks on one site; names each site."""
+    """Raises MELoRAError, naming each site, if the adapters have different bases or blocks.
+
+    Also raises it if an adapter shares no site with the first one and belongs to another class of models.
+    """
     if lines := [line for name in all_sites(adapters) for line in _misfits(name, adapters)]:
-        raise MELoRAError("adapters of one base with equal blocks can be combined, these are not:\n" + "\n".join(lines))
+        raise MELoRAError("combined adapters must have one base and equal blocks; these differ:\n" + "\n".join(lines))
     first = adapters[0]
     for other in adapters[1:]:
         classes = first.model.get("class"), other.model.get("class")
         if None not in classes and classes[0] != classes[1] and not first.configs.keys() & other.configs.keys():
             raise MELoRAError(
-                f"`{other.directory}` has no site of `{first.directory}`, and is of a {classes[1]}, not a "
-                f"{classes[0]}: no model has the sites of both"
+                f"`{other.directory}` shares no site with `{first.directory}`, and was trained in a {classes[1]}, not "
+                f"in a {classes[0]}: no model has the sites of both"
             )
 
 
 def all_sites(adapters: Sequence[Adapter]) -> list[str]:
-    """The sites of all adapters, each once, in their order."""
+    """Returns the sites of all adapters, each once, in the order in which they first appear."""
     return list(dict.fromkeys(name for adapter in adapters for name in adapter.configs))
 
 
 def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether dtype, shape and all values are the same."""
+    """Returns whether dtype, shape and all values are equal."""
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _misfits(name: str, adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Why the adapters' weights of one site are not the same, or are cut in other ways."""
+    """Yields a line for each adapter whose base weight of one site differs from the others', or is cut differently."""
     known, *others = [adapter for adapter in adapters if name in adapter.configs]
     for other in others:
         if reason := _misfit(name, known, other):
@@ -85,10 +88,10 @@ def _misfits(name: str, adapters: Sequence[Adapter]) -> Iterator[str]:
 
 def _misfit(name: str, expected: Adapter, actual: Adapter) -> str | None:
     if expected.row_dims.get(name) != actual.row_dims.get(name):
-        return "its weight is another matrix of three dimensions"
+        return "its weight has three dimensions, and is read as a different matrix"
     directions = {adapter.transposed[name] for adapter in (expected, actual) if name in adapter.transposed}
     if len(directions) > 1:
-        return "its weight lies the other way, (in, out) and (out, in)"
+        return "its weight has the other orientation, (in, out) instead of (out, in) or vice versa"
     if name in expected.fingerprints and name in actual.fingerprints:
         reason = fingerprint_misfit(actual.fingerprints[name], expected.fingerprints[name])
         if reason is not None:
@@ -100,7 +103,7 @@ def _misfit(name: str, expected: Adapter, actual: Adapter) -> str | None:
 
 
 def _blocks(own: AdapterTensors) -> str:
-    """How an update is cut, in words: equal where ranks of the blocks can stand side by side."""
+    """Describes how an update is cut; descriptions are equal if the ranks of the blocks can be placed side by side."""
     config = own.config
     sizes = own.in_features, config.num_blocks * own.lora_b.size(1)
     stack = f"{own.num_experts} matrices of " if own.num_experts > 1 else ""
@@ -109,14 +112,14 @@ def _blocks(own: AdapterTensors) -> str:
 
 
 def _entry(name: str, config: MELoRAConfig, sources: Sequence[Adapter]) -> dict[str, Any]:
-    """What the header says of a site: see `melora_fx/saving/header.py`."""
+    """Returns the header's entry for a site; see `melora_fx/saving/header.py`."""
     holders = [source for source in sources if name in source.configs]
     bases = [source.fingerprints[name] for source in holders if name in source.fingerprints]
     base = next((base for base in bases if "values" in base), None)
     base = base or next((base for base in bases if "without_values" in base), None)
     if base is None:
         raise MELoRAError(
-            f"`{holders[0].directory}` does not say which weight `{name}` was trained on, as an early version has "
+            f"`{holders[0].directory}` does not say which weight `{name}` was trained on, because an early version "
             "saved it: load it into its model and save it again"
         )
     entry: dict[str, Any] = {"config": config.to_dict(), "base": base}
@@ -131,7 +134,7 @@ def _entry(name: str, config: MELoRAConfig, sources: Sequence[Adapter]) -> dict[
 
 
 def _agreed_facts(sources: Sequence[Adapter]) -> dict[str, Any]:
-    """What the sources say of their model, as far as they agree; of those with a trained head, if there are any."""
+    """Returns the facts about the model on which the sources agree; if some have a trained head, only those count."""
     sources = [source for source in sources if source.kept] or sources
     agreed = {}
     for fact in _FACTS:

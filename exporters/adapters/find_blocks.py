@@ -1,4 +1,4 @@
-"""Ordinary LoRAs as block-diagonal adapters, where their values lie in blocks: the inverse of `lora_form`.
+"""Finds the blocks of ordinary LoRAs whose values lie in blocks: the inverse of `lora_form`.
 
 N num_blocks, I in_features, O out_features, R ranks of one matrix, P parts of `split`, E matrices of a stack.
 """
@@ -15,26 +15,26 @@ from melora_fx.config import MELoRAConfig, alpha_for, one_or_each
 from .lora_form import Lora, loras_of, places
 
 _MOST_PARTS = 8
-"""Of a packed projection, as far as nobody says how many it has."""
+"""The largest number of parts that is tried for a packed projection whose number of parts is not known."""
 
 
 @dataclass(frozen=True)
 class _Rank:
-    """Where one rank of a LoRA belongs: the block and the part that hold all of its values."""
+    """The place of one rank of a LoRA: the part and the block that contain all of its values."""
 
     part: int
     block: int
 
 
 def in_blocks(loras: Sequence[Lora], scaling: float) -> AdapterTensors | None:
-    """The blocks that the LoRAs of a site are made of, as many as can be; None where there is one.
+    """Returns the blocks that the LoRAs of a site consist of, as many as possible, or None if there is only one.
 
-    Every block of a part must have a rank of its own: a LoRA that happens to change one corner of a weight is none.
+    Every block of every part must have at least one rank: a LoRA that changes only a corner of a weight has no blocks.
     Ranks without values are left out.
 
     Args:
-        loras: of the matrices of a stack, or the one.
-        scaling: what B A is multiplied by.
+        loras: the LoRA of each matrix of a stack, or of the one matrix.
+        scaling: the factor of B A.
     """
     spans_a = _spans(torch.stack([lora.lora_a for lora in loras]).ne(0).any(0))
     spans_b = _spans(torch.stack([lora.lora_b for lora in loras]).ne(0).any(0).T)
@@ -51,12 +51,13 @@ def in_blocks(loras: Sequence[Lora], scaling: float) -> AdapterTensors | None:
 def as_described(
     loras: Sequence[Lora], config: MELoRAConfig, order: Callable[[AdapterTensors], list[list[int]]] | None = None
 ) -> AdapterTensors | None:
-    """The blocks of LoRAs that were made of this configuration; None where the values say that they were not.
+    """Returns the blocks of LoRAs that were written from this configuration, or None if the values contradict it.
 
     Args:
-        loras: of the matrices of a stack, or the one; what they have beyond the configuration's ranks must be zero.
-        config: with scalings of 1.
-        order: the ranks of each place, in the order of `places`; by default as `loras_of` puts them.
+        loras: the LoRA of each matrix of a stack, or of the one matrix; values beyond the configuration's ranks must
+            be zero.
+        config: the configuration, with scalings of 1.
+        order: returns the ranks at each place, in the order of `places`; by default the order of `loras_of`.
     """
     in_features, out_features = loras[0].lora_a.size(1), loras[0].lora_b.size(0)
     if config.misfit(in_features, out_features) or loras[0].rank < config.total_rank * len(config.parts(out_features)):
@@ -77,17 +78,17 @@ def as_described(
 
 
 def _ranks_in_order(own: AdapterTensors) -> list[list[int]]:
-    """The ranks of each of `places`, as `loras_of` puts them."""
+    """Returns the ranks at each of `places`, in the order of `loras_of`."""
     return [list(range(ranks.start, ranks.stop)) for _, _, _, ranks in places(own)]
 
 
 def _dtype(loras: Sequence[Lora]) -> torch.dtype:
-    """One that holds A and B."""
+    """Returns a dtype that can represent both A and B."""
     return torch.promote_types(loras[0].lora_a.dtype, loras[0].lora_b.dtype)
 
 
 def _spans(used: torch.Tensor) -> list[tuple[int, int] | None]:
-    """First and last column with a value, of each row; None for a row without any."""
+    """Returns the first and last column with a value for each row, or None for a row without values."""
     columns = torch.arange(used.size(1))
     last = torch.where(used, columns, -1).amax(1).tolist()
     first = torch.where(used, columns, used.size(1)).amin(1).tolist()
@@ -105,9 +106,9 @@ def _place(
     num_blocks: int,
     num_parts: int,
 ) -> list[_Rank | None] | None:
-    """Part and block of each rank (None: it has no values), or None where one fits into no block, or a block has none.
+    """Returns the part and block of each rank, which is None for a rank without values.
 
-    `sizes`: I and O.
+    Returns None instead if a rank fits into no block, or a block has no rank. `sizes`: I and O.
     """
     width, height = sizes[0] // num_blocks, sizes[1] // (num_blocks * num_parts)
     found: list[_Rank | None] = []
@@ -126,7 +127,7 @@ def _place(
 
 
 def _piece(span: tuple[int, int] | None, size: int) -> int | None:
-    """Which piece of `size` holds a span; -1 for several, None for no values."""
+    """Returns the index of the piece of `size` that contains a span; -1 for several pieces, None for no values."""
     if span is None:
         return None
     return span[0] // size if span[0] // size == span[1] // size else -1
@@ -135,7 +136,7 @@ def _piece(span: tuple[int, int] | None, size: int) -> int | None:
 def _cut(
     loras: Sequence[Lora], ranks: Sequence[_Rank | None], num_blocks: int, num_parts: int, scaling: float
 ) -> AdapterTensors:
-    """The tensors of these blocks. Parts share the ranks of a block: the largest number that one of them has."""
+    """Returns the tensors of these blocks. The parts of a block share its rank, the largest of a part."""
     by_place: dict[_Rank, list[int]] = {}
     for index, rank in enumerate(ranks):
         if rank is not None:
@@ -155,7 +156,7 @@ def _cut(
 
 
 def _fill(own: AdapterTensors, lora: Lora, indices: Sequence[list[int]]) -> None:
-    """Puts a LoRA's values into the blocks of one matrix; `indices`: its ranks of each place in `places`."""
+    """Writes a LoRA's values into the blocks of one matrix; `indices`: its ranks at each of `places`."""
     width, largest = own.lora_a.size(2), own.lora_b.size(2)
     heights = [size // own.config.num_blocks for size in own.part_sizes]
     for (part, block, _, _), index in zip(places(own), indices, strict=True):

@@ -1,8 +1,8 @@
-"""Adapters for llama.cpp: a GGUF file, for the base converted by llama.cpp's convert_hf_to_gguf.py.
+"""Writes adapters for llama.cpp as GGUF files, for bases converted with llama.cpp's convert_hf_to_gguf.py.
 
-The file holds `<weight>.lora_a` (R, I) and `<weight>.lora_b` (O, R), or (E, R, I) and (E, O, R) of E experts, under
-llama.cpp's own names of the weights, with the scaling in B. llama.cpp scales by alpha / R, and not at all where alpha
-is 0, as it is here. The tensors are float32: it rounds what it multiplies by narrower ones.
+The file stores `<weight>.lora_a` (R, I) and `<weight>.lora_b` (O, R), or (E, R, I) and (E, O, R) for E experts, under
+llama.cpp's names of the weights, with the scaling in B. llama.cpp scales by alpha / R, but not at all if alpha is 0, as
+it is here. The tensors are float32: llama.cpp rounds the values that it multiplies by narrower tensors.
 """
 
 import os
@@ -29,20 +29,23 @@ from .lora_form import all_loras
 def write_gguf_adapter(
     adapter_dir: str | os.PathLike[str], base_dir: str | os.PathLike[str], out_path: str | os.PathLike[str]
 ) -> None:
-    """Writes an adapter folder as a GGUF file for llama.cpp, for one base.
+    """Writes an adapter folder as a GGUF file for llama.cpp and one base.
 
-    One adapter gives the same bytes each time. Of the base only headers and a few values are read; one that is
-    quantised, or stores its experts one by one, is checked by shapes alone where it is.
+    The same adapter always yields the same bytes. The tensors are float32: A (R, I) and B (O, R), which includes the
+    scaling, or (E, R, I) and (E, O, R) for a stack of E experts. Only headers and a few values of the base are read.
+    Weights that the base stores quantised, or as single experts, are checked only by their shapes.
 
     Args:
         adapter_dir: a folder written by `melora_fx.save_adapter`.
-        base_dir: the Hugging Face folder of its base, from which llama.cpp's GGUF file of the base was converted,
-            without fusing q, k and v, or gates and ups.
-        out_path: the file to write; a GGUF adapter that is there is replaced.
+        base_dir: the Hugging Face folder of the adapter's base. llama.cpp's GGUF file of the base must be converted
+            from it, without fusing q, k and v, or gates and ups.
+        out_path: the file to write; a GGUF adapter that is already there is replaced.
 
     Raises:
-        MELoRAError: for an adapter of another base, or with trained modules beside its sites, an architecture or a
-            weight of which it is not known what llama.cpp makes of it, or a file that cannot be written.
+        ValueError: if `out_path` is "".
+        MELoRAError: if the package gguf is missing; a folder cannot be read; the adapter has another base, or trained
+            modules in addition to its sites; how llama.cpp converts the architecture or a weight is not known;
+            `out_path` cannot be written, is inside one of the folders, or is another file.
     """
     gguf = _import_gguf()
     adapter_dir, base_dir, out_path = Path(adapter_dir), Path(base_dir), output_path(out_path)
@@ -51,9 +54,9 @@ def write_gguf_adapter(
     for source in (adapter_dir, base_dir):
         refuse_source(out_path, source)
     if os.path.isfile(out_path) and not _is_adapter_file(gguf, out_path):
-        raise MELoRAError(f"`{out_path}` is there already, and no GGUF adapter: name another place")
+        raise MELoRAError(f"`{out_path}` already exists and is not a GGUF adapter: name another place")
     if base.config is None:
-        raise MELoRAError(f"`{base_dir}` has no {CONFIG_FILE}, which says what llama.cpp makes of its weights")
+        raise MELoRAError(f"`{base_dir}` has no {CONFIG_FILE}, which decides how llama.cpp converts its weights")
     conversion = conversion_of(base.config, base_dir)
     _refuse_kept(adapter)
     tensors = _gguf_tensors(adapter, _find_weights(adapter, base), conversion, base.config)
@@ -72,7 +75,7 @@ def _import_gguf() -> Any:
 def _is_adapter_file(gguf: Any, path: Path) -> bool:
     try:
         kind = gguf.GGUFReader(path).get_field(gguf.Keys.General.TYPE)
-    except (ValueError, IndexError, OSError):  # of no GGUF file
+    except (ValueError, IndexError, OSError):  # not a GGUF file
         return False
     return kind is not None and kind.contents() == gguf.GGUFType.ADAPTER
 
@@ -80,15 +83,15 @@ def _is_adapter_file(gguf: Any, path: Path) -> bool:
 def _refuse_kept(adapter: Adapter) -> None:
     if kept := list(adapter.kept_tensors()):
         raise MELoRAError(
-            f"`{adapter.directory}` has trained {', '.join(map(repr, kept[:5]))} beside its sites, for which llama.cpp "
-            f"has no place in an adapter: {REMEDY}"
+            f"`{adapter.directory}` has trained {', '.join(map(repr, kept[:5]))} in addition to its sites, which an "
+            f"adapter for llama.cpp cannot store: {REMEDY}"
         )
 
 
 def _find_weights(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name of each site's weight in the checkpoint, and its shape in the model; checked to be those of its base.
+    """Returns the name of each site's weight in the checkpoint and its shape in the model; checks the adapter's base.
 
-    A stack of experts that the checkpoint stores in other forms has its own name.
+    A stack of experts that the checkpoint stores in another form keeps its name in the model.
     """
     names = map_keys(base, adapter.model.get("class"), adapter.model.get("num_labels"))
     found: dict[str, str] = {}
@@ -98,11 +101,11 @@ def _find_weights(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[str, tu
         parameter = site if site in names.keys or site in names.converted else f"{site}.weight"
         if others := names.tied.get(parameter):
             lines.append(
-                f"`{site}` shares its weight with {', '.join(map(repr, others))}, which llama.cpp has once: "
-                "`fold(model, untie=True)`, save, and convert that"
+                f"`{site}` shares its weight with {', '.join(map(repr, others))}, and llama.cpp stores it once: "
+                "call `fold(model, untie=True)`, save the model and convert it"
             )
         elif names.tensors is not None and parameter not in names.tensors:
-            lines.append(f"`{site}`: its {CONFIG_FILE} describes a model without it")
+            lines.append(f"`{site}`: the base's {CONFIG_FILE} describes a model without it")
         elif parameter not in names.keys and parameter not in names.converted:
             lines.append(f"`{site}`: the base has no such weight; nearest: {nearest(site, list(names.keys))}")
         else:
@@ -116,7 +119,7 @@ def _find_weights(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[str, tu
 
 
 def _shape(parameter: str, base: Checkpoint, names: KeyMap) -> tuple[int, ...]:
-    """A parameter's shape in the model: a quantised checkpoint may store it in another one."""
+    """Returns a parameter's shape in the model; a quantised checkpoint may store it in another shape."""
     if names.tensors is not None:
         return tuple(names.tensors[parameter].shape)
     return base.tensors[names.keys[parameter]].shape
@@ -125,7 +128,7 @@ def _shape(parameter: str, base: Checkpoint, names: KeyMap) -> tuple[int, ...]:
 def _check_values(
     adapter: Adapter, base: Checkpoint, found: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuses an adapter of another base, by those weights that the checkpoint stores as they are in the model."""
+    """Raises MELoRAError if the adapter has another base; checks the weights that are stored as the model has them."""
     stored = {site: base.tensors[name] for site, name in found.items() if name in base.tensors}
     is_as_it_is = {site: tensor.dtype in DTYPES and tensor.shape == shapes[site] for site, tensor in stored.items()}
     check_fingerprints(
@@ -143,7 +146,7 @@ def _gguf_tensors(
     conversion: Conversion,
     config: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-    """A and B of every weight that llama.cpp has, by their names in the file."""
+    """Returns A and B of every adapted weight of llama.cpp, by their names in the file."""
     tensors: dict[str, np.ndarray] = {}
     lines: list[str] = []
     loras_by_site = all_loras(adapter)
@@ -183,13 +186,13 @@ def _write(gguf: Any, path: Path, architecture: str, tensors: Mapping[str, np.nd
     finally:
         writer.close()
     if not _is_whole(gguf, path, tensors):
-        raise OSError("its values are not all on the disk, which may be full")
+        raise OSError("not all of its values reached the disk, which may be full")
 
 
 def _is_whole(gguf: Any, path: Path, tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether a file holds these tensors: numpy, which writes them, does not say when its last bytes find no room."""
+    """Returns whether a file contains these tensors; numpy reports no error if the disk is full at the last bytes."""
     try:
         written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
-    except (ValueError, IndexError):  # of a file that ends early
+    except (ValueError, IndexError):  # the file ends early
         return False
     return written.keys() == tensors.keys() and all(np.array_equal(written[name], tensors[name]) for name in tensors)

@@ -1,7 +1,7 @@
-"""What llama.cpp's converter makes of the weights of each architecture: the names, and the order of their rows.
+"""The names that llama.cpp's converter gives to the weights of each architecture, and the order of their rows.
 
-llama.cpp has a converter in Python for each class of transformers. Most weights get another name and stay as they are;
-some have their rows in another order there, and so has the B of an adapter.
+llama.cpp has a Python converter for each class of transformers. It renames most weights and leaves their values
+unchanged. It reorders the rows of some weights, and the rows of an adapter's B must be reordered in the same way.
 """
 
 import functools
@@ -17,18 +17,18 @@ from melora_fx import MELoRAError
 REMEDY = "fold the adapter into the base (`melora-fx fold`) and convert the folded model"
 
 RowOrder = Callable[[Mapping[str, Any], int], torch.Tensor]
-"""(config.json, number of rows) → for each row in llama.cpp the row of the Hugging Face weight that it is."""
+"""(config.json, number of rows) → for each row in llama.cpp, the index of this row in the Hugging Face weight."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What becomes of one class of transformers.
+    """How llama.cpp's converter treats one class of transformers.
 
     Attributes:
-        architecture: its name in llama.cpp.
-        row_orders: of the weights whose rows change their places, by the last part of their names there.
-        has_experts: its stacks (E, 2·O, I) of gates and ups, and (E, O, I), become one stack each of gates, ups and
-            downs.
+        architecture: llama.cpp's name of the architecture.
+        row_orders: last part of a weight's name in llama.cpp → the order of its rows, for the weights whose rows move.
+        has_experts: whether the stacks of gates and ups (E, 2·O, I) and of downs (E, O, I) become three stacks, one
+            each for gates, ups and downs.
     """
 
     architecture: str
@@ -38,11 +38,11 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an update stands in llama.cpp.
+    """The place of an update in llama.cpp.
 
     Attributes:
-        name: the weight's name there.
-        rows: for each of its rows the one of the Hugging Face weight.
+        name: the name of the weight in llama.cpp.
+        rows: for each of its rows, the index of this row in the Hugging Face weight.
     """
 
     name: str
@@ -50,21 +50,22 @@ class Place:
 
 
 def conversion_of(config: Mapping[str, Any], folder: Any) -> Conversion:
-    """What llama.cpp's converter does with the model that a config.json describes.
+    """Returns how llama.cpp's converter treats the model that a config.json describes.
 
     Raises:
-        MELoRAError: for an architecture that is not in `CONVERSIONS`; the text says why where that is known.
+        MELoRAError: if the config.json names no class, or a class that is not in `CONVERSIONS`; the text says why if
+            the reason is known.
     """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str):
-        raise MELoRAError(f"`{folder}/config.json` names no class in `architectures`, by which llama.cpp converts it")
+        raise MELoRAError(f"`{folder}/config.json` names no class in `architectures`, which llama.cpp needs")
     if name in CONVERSIONS:
         return CONVERSIONS[name]
     if name in REARRANGED:
         raise MELoRAError(f"llama.cpp's conversion of {name} rearranges {REARRANGED[name]}: {REMEDY}")
     raise MELoRAError(
-        f"`{folder}` holds a {name}, of which it is not known what llama.cpp makes of its weights: {REMEDY}; known are "
+        f"`{folder}` holds a {name}, and how llama.cpp converts its weights is not known: {REMEDY}; known classes are "
         f"{', '.join(CONVERSIONS)}"
     )
 
@@ -72,16 +73,16 @@ def conversion_of(config: Mapping[str, Any], folder: Any) -> Conversion:
 def places_of(
     weight: str, num_rows: int, conversion: Conversion, config: Mapping[str, Any], *, is_stack: bool
 ) -> list[Place]:
-    """Where the update of a weight stands in llama.cpp: in one weight, or in two for gates and ups of experts.
+    """Returns the places of a weight's update in llama.cpp: one weight, or two for the gates and ups of experts.
 
     Args:
-        weight: its name, as the checkpoint has it.
-        num_rows: O, of one matrix.
-        conversion, config: the model's.
-        is_stack: whether it is (E, O, I).
+        weight: the name of the weight in the checkpoint.
+        num_rows: O of one matrix.
+        conversion, config: the conversion and the config.json of the model.
+        is_stack: whether the weight is a stack (E, O, I).
 
     Raises:
-        MELoRAError: for a weight that llama.cpp has under no name, or that does not fit the configuration.
+        MELoRAError: if the place of the weight in llama.cpp is not known, or the weight does not fit the configuration.
     """
     if is_stack:
         return _expert_places(weight, num_rows, conversion)
@@ -97,7 +98,7 @@ def places_of(
 
 
 def _known_name(weight: str, architecture: str) -> str | None:
-    """A weight's name in llama.cpp, without its ending; None for one that it does not know."""
+    """Returns a weight's name in llama.cpp without the ending `.weight`, or None if llama.cpp does not know it."""
     layer = re.search(r"(?<=\.)\d+(?=\.)", weight)
     in_first = weight if layer is None else f"{weight[: layer.start()]}0{weight[layer.end() :]}"
     name: str | None = _names(architecture).get_name(in_first.removesuffix(".weight"))
@@ -108,13 +109,13 @@ def _known_name(weight: str, architecture: str) -> str | None:
 
 @functools.cache
 def _names(architecture: str) -> Any:
-    """The names of a model of one layer."""
+    """Returns the names of the weights of a model with one layer."""
     from gguf import MODEL_ARCH_NAMES, TensorNameMap
 
     arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         raise MELoRAError(f"the package gguf does not know {architecture}: pip install --upgrade gguf")
-    # a class of its own: for some architectures the map changes its class's table, and so those that are made after it
+    # a new class: for some architectures a map changes its class's table, which would affect later maps
     table = {"block_mappings_cfg": dict(TensorNameMap.block_mappings_cfg)}
     return type("Names", (TensorNameMap,), table)(arch, 1)
 
@@ -122,7 +123,7 @@ def _names(architecture: str) -> Any:
 def _expert_places(weight: str, num_rows: int, conversion: Conversion) -> list[Place]:
     found = re.search(r"\.layers\.(\d+)\..*experts\.(gate_up_proj|down_proj)$", weight)
     if found is None or not conversion.has_experts:
-        raise MELoRAError(f"it is not known where llama.cpp's {conversion.architecture} has this stack")
+        raise MELoRAError(f"the place of this stack in llama.cpp's {conversion.architecture} is not known")
     rows = torch.arange(num_rows)
     if found[2] == "down_proj":
         return [Place(f"blk.{found[1]}.ffn_down_exps.weight", rows)]
@@ -131,9 +132,9 @@ def _expert_places(weight: str, num_rows: int, conversion: Conversion) -> list[P
 
 
 def _interleaved(*heads: str) -> RowOrder:
-    """Row by row of the two halves of each head, which rotary embeddings pair.
+    """Returns an order that alternates between the rows of the two halves of each head, which rotary embeddings pair.
 
-    `heads`: where config.json has their number.
+    `heads`: the entries of config.json that may contain the number of heads; the first one that does is used.
     """
 
     def order(config: Mapping[str, Any], num_rows: int) -> torch.Tensor:
@@ -143,7 +144,7 @@ def _interleaved(*heads: str) -> RowOrder:
 
 
 def _by_part(*heads: str) -> RowOrder:
-    """All of q, then all of k, then all of v, where each head has its q, k and v side by side."""
+    """Returns an order with all of q, then all of k, then all of v, for weights that store q, k and v head by head."""
 
     def order(config: Mapping[str, Any], num_rows: int) -> torch.Tensor:
         return _ungrouped(num_rows, _number(config, *heads), 1)
@@ -152,7 +153,7 @@ def _by_part(*heads: str) -> RowOrder:
 
 
 def _falcon_rows(config: Mapping[str, Any], num_rows: int) -> torch.Tensor:
-    """As `_by_part`, but each group of query heads has one k and one v."""
+    """Orders the rows as `_by_part` does, for weights in which each group of query heads has one k and one v."""
     heads = _number(config, "num_attention_heads", "n_head")
     size = _number(config, "hidden_size") // heads
     groups = (num_rows // size - heads) // 2
@@ -165,7 +166,7 @@ def _ungrouped(num_rows: int, groups: int, queries: int) -> torch.Tensor:
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
-    """The first of these entries that is there."""
+    """Returns the first of these entries that is a positive integer; raises ValueError if none is."""
     for name in names:
         value = config.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -211,16 +212,16 @@ CONVERSIONS: dict[str, Conversion] = {
 }
 """Class of transformers → what llama.cpp's converter does with it.
 
-Of each a small base was converted by the converter itself (October 2026), and llama.cpp computed with an adapter of all
-of its linears what the folded model computes.
+Each class was tested with a small base (October 2026): llama.cpp's converter converted the base, and llama.cpp with an
+adapter on all linears computed the same as the folded model.
 """
 
 REARRANGED = {
     "DeepseekV2ForCausalLM": "kv_b_proj, which it splits and transposes",
     "DeepseekV3ForCausalLM": "kv_b_proj, which it splits and transposes",
     "Qwen3NextForCausalLM": "in_proj_qkvz, whose columns it reorders",
-    "GptOssForCausalLM": "the experts, whose gates and ups lie row by row",
+    "GptOssForCausalLM": "the experts, whose rows alternate between gates and ups",
     "DbrxForCausalLM": "the experts, which it transposes",
     "Llama4ForCausalLM": "the experts, which it transposes",
 }
-"""Those of which it is known that they need more than a name and an order of rows."""
+"""Classes known to need more than new names and row orders → what llama.cpp rearranges."""

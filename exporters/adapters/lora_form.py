@@ -1,6 +1,6 @@
-"""An adapter's updates as ordinary LoRAs, the form that other programs know: Δ = B A, with the scaling in B.
+"""Converts an adapter's updates to ordinary LoRAs, the form that other programs read: Δ = B A, with the scaling in B.
 
-The ranks of one matrix stand part for part of `split`, and in each part block for block: R = P·Σ r_i of them.
+The R = P·Σ r_i ranks of one matrix are ordered by the parts of `split`, and in each part by the blocks.
 
 N num_blocks, I in_features, O out_features, P parts of `split`, E matrices of a stack.
 """
@@ -20,8 +20,8 @@ class Lora:
     """The update B A of one matrix.
 
     Attributes:
-        lora_a: (R, I).
-        lora_b: (O, R), scaled.
+        lora_a: A (R, I).
+        lora_b: B (O, R), which includes the scaling.
     """
 
     lora_a: torch.Tensor
@@ -38,7 +38,7 @@ class Lora:
         return self.lora_a.size(0)
 
     def padded(self, rank: int) -> "Lora":
-        """The same update with zeros up to another rank."""
+        """Returns the same update, padded with zeros to a larger rank."""
         more = rank - self.rank
         return Lora(
             torch.nn.functional.pad(self.lora_a, (0, 0, 0, more)), torch.nn.functional.pad(self.lora_b, (0, more))
@@ -46,32 +46,32 @@ class Lora:
 
 
 def loras_of(own: AdapterTensors) -> list[Lora]:
-    """The updates of a site's matrices, one after the other; exact: what a fold adds.
+    """Returns the update of each matrix of a site, exactly as a fold adds it.
 
-    They have the adapter's dtype, or float32 where s_i B_i is not a number of a narrower one.
+    The LoRAs have the adapter's dtype, or float32 if a narrower dtype cannot represent s_i B_i exactly.
     """
     dtype = _exact_dtype(own)
     return [_lora_of(matrix, dtype) for matrix in own.by_matrix()]
 
 
 def all_loras(adapter: Adapter) -> dict[str, list[Lora]]:
-    """Site → `loras_of` it.
+    """Maps each site to its `loras_of`.
 
     Raises:
-        MELoRAError: where a scaling makes a value infinite.
+        MELoRAError: if a scaling makes a value infinite.
     """
     found = {site: loras_of(adapter.tensors_of(site)) for site in adapter.configs}
     for site, loras in found.items():
         if not all(lora.lora_b.isfinite().all() for lora in loras):
             raise MELoRAError(
-                f"`{site}` of `{adapter.directory}`: its values times its scaling are more than its dtype holds: train "
+                f"`{site}` of `{adapter.directory}`: its values times its scaling exceed the range of its dtype: train "
                 "with a smaller alpha"
             )
     return found
 
 
 def _exact_dtype(own: AdapterTensors) -> torch.dtype:
-    """The dtype in which s_i B_i is what a fold computes with: the adapter's own, or float32."""
+    """Returns the dtype in which s_i B_i is exact, as a fold uses it: the adapter's own, or float32."""
     narrow = torch.promote_types(own.lora_a.dtype, own.lora_b.dtype)
     wide = torch.promote_types(narrow, torch.float32)
     is_exact = torch.equal(own.scaled_b(narrow).to(wide), own.scaled_b(wide))
@@ -79,7 +79,7 @@ def _exact_dtype(own: AdapterTensors) -> torch.dtype:
 
 
 def places(own: AdapterTensors) -> Iterator[tuple[int, int, int, slice]]:
-    """Where the ranks of each block stand in a LoRA: part, block, its rank r_i and the r_i ranks, in their order."""
+    """Yields the place of each block in a LoRA, in order: part, block, its rank r_i and the slice of its r_i ranks."""
     first = 0
     for part in range(len(own.part_sizes)):
         for block, rank in enumerate(own.config.ranks):
@@ -88,7 +88,7 @@ def places(own: AdapterTensors) -> Iterator[tuple[int, int, int, slice]]:
 
 
 def _lora_of(own: AdapterTensors, dtype: torch.dtype) -> Lora:
-    """Of one matrix."""
+    """Returns the LoRA of one matrix."""
     width = own.lora_a.size(2)
     in_features, out_features = own.config.num_blocks * width, sum(own.part_sizes)
     lora_a = own.lora_a.new_zeros((own.total_rank, in_features), dtype=dtype)

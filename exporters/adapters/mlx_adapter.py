@@ -1,8 +1,8 @@
-"""Adapters for MLX: folders that `mlx_lm.load(model, adapter_path=…)` reads, written and read.
+"""Writes and reads adapters for MLX: the folders that `mlx_lm.load(model, adapter_path=…)` reads.
 
-mlx_lm adapts the modules that `keys` names, below each of the last `num_layers` layers or, by their whole names, in the
-model; one rank, scale and dropout serve all. Whole names fit any choice of modules and need no knowledge of the base,
-so these are written, with the scalings in B and ranks padded with zeros.
+mlx_lm adapts the modules that `keys` names, by their paths in each of the last `num_layers` layers or by their full
+names in the model. All of them have one rank, scale and dropout. Full names fit any choice of modules and need no
+knowledge of the base, so full names are written, with the scalings in B and ranks padded with zeros.
 
 I in_features, O out_features, R rank, E experts of a stack.
 """
@@ -31,23 +31,26 @@ from .mlx_names import ARCHITECTURES, EXPERTS, Architecture
 TENSORS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _KIND = "an adapter folder of mlx_lm"
-_FOLD = "fold it into the base (`melora-fx fold`), and convert the result by `mlx_lm.convert`"
+_FOLD = "fold it into the base (`melora-fx fold`), and convert the result with `mlx_lm.convert`"
 
 
 def write_mlx_adapter(adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
-    """Writes an adapter folder as one for MLX: for `mlx_lm.load`, `mlx_lm.generate`, `mlx_lm.fuse` and the others.
+    """Writes an adapter folder for MLX: for `mlx_lm.load`, `mlx_lm.generate`, `mlx_lm.fuse` and mlx_lm's other tools.
 
-    mlx_lm computes the same updates with it, on a plain or a quantised base; float64 becomes float32. MLX is
-    not needed here. Such a folder has one dropout, for training on: the largest of all sites. An adapter on `lm_head`
-    needs a base whose head has a weight of its own: mlx_lm refuses it on others.
+    mlx_lm computes the same updates with it, on a plain or a quantised base. The folder stores A (I, R) and B (R, O) of
+    a linear, and A (E, R, I) and B (E, O, R) of a stack of E experts; float64 becomes float32. MLX need not be
+    installed. The folder has one dropout, for further training: the largest of all sites. An adapter on `lm_head` needs
+    a base whose head has its own weight: mlx_lm refuses it on other bases.
 
     Args:
         adapter_dir: a folder written by `melora_fx.save_adapter`.
-        out_dir: the folder to write; new, or empty.
+        out_dir: the folder to write; it must be new or empty.
 
     Raises:
-        MELoRAError: for a model whose names in mlx_lm are not known, sites that mlx_lm has no module for, a trained
-            head or other parameters beside the adapter, or a folder that is in use or cannot be written.
+        ValueError: if `out_dir` is "".
+        MELoRAError: if `adapter_dir` cannot be read; the names of the model in mlx_lm are not known; mlx_lm has no
+            module for a site; a head or other parameters were trained in addition to the sites; a value is not finite
+            in float32; `out_dir` is not empty, is inside `adapter_dir`, or cannot be written.
     """
     out = output_path(out_dir)
     adapter = read_adapter(adapter_dir)
@@ -61,7 +64,7 @@ def write_mlx_adapter(adapter_dir: str | os.PathLike[str], out_dir: str | os.Pat
         tensors |= _mlx_tensors(name, [lora.padded(rank) for lora in matrices])
     if wrong := non_finite_names(tensors):
         listed = ", ".join(map(repr, wrong))
-        raise MELoRAError(f"`{adapter.directory}`: {listed} are no numbers in float32: train with a smaller alpha")
+        raise MELoRAError(f"`{adapter.directory}`: {listed} are not finite in float32: train with a smaller alpha")
     config = {
         "fine_tune_type": "lora",
         "lora_parameters": {
@@ -81,7 +84,7 @@ def _refuse_kept(adapter: Adapter) -> None:
     if adapter.kept:
         kept = ", ".join(f"`{name}`" for name in adapter.kept)
         raise MELoRAError(
-            f"`{adapter.directory}` has trained {kept} beside the adapter, which MLX's cannot hold: {_FOLD}"
+            f"`{adapter.directory}` has trained {kept} in addition to its sites, which MLX cannot store: {_FOLD}"
         )
 
 
@@ -91,17 +94,17 @@ def _architecture_of(adapter: Adapter) -> Architecture:
         if not name:
             raise MELoRAError(
                 f"`{adapter.directory}` does not say in which class of models it was trained: load it into its model "
-                "by `load_adapter`, and save it again"
+                "with `load_adapter` and save it again"
             )
         raise MELoRAError(
-            f"`{adapter.directory}` was trained in `{name}`, whose modules' names in mlx_lm are not known; they are of "
+            f"`{adapter.directory}` was trained in `{name}`, whose names in mlx_lm are not known; known classes are "
             f"{', '.join(sorted(ARCHITECTURES))}. If mlx_lm has the model, {_FOLD}"
         )
     return ARCHITECTURES[name]
 
 
 def _mlx_loras(adapter: Adapter, architecture: Architecture) -> dict[str, list[Lora]]:
-    """The updates of each of mlx_lm's modules, by its name; for a stack those of its experts."""
+    """Maps the names of mlx_lm's modules to their updates, one for each expert of a stack."""
     loras: dict[str, list[Lora]] = {}
     without_module = []
     for site, own_loras in all_loras(adapter).items():
@@ -110,14 +113,14 @@ def _mlx_loras(adapter: Adapter, architecture: Architecture) -> dict[str, list[L
         without_module += [] if own else [f"`{site}`"]
     if without_module:
         raise MELoRAError(
-            f"`{adapter.directory}` has adapters on {', '.join(without_module)}, which are no modules in mlx_lm's "
+            f"`{adapter.directory}` has adapters on {', '.join(without_module)}, which are not modules of mlx_lm's "
             f"`{adapter.model['class']}`: leave them out of `targets`, or {_FOLD}"
         )
     return loras
 
 
 def _mlx_modules(site: str, loras: list[Lora], architecture: Architecture) -> Iterator[tuple[str, list[Lora]]]:
-    """The modules that a site is in mlx_lm, with their updates; none where it has none."""
+    """Yields mlx_lm's modules for a site, with their updates; nothing if mlx_lm has none."""
     found = EXPERTS.fullmatch(site) if architecture.experts else None
     name = architecture.name_of(site)
     if name is None or (found is None and len(loras) > 1):
@@ -138,7 +141,7 @@ def _mlx_modules(site: str, loras: list[Lora], architecture: Architecture) -> It
 
 
 def _mlx_tensors(name: str, loras: list[Lora]) -> dict[str, torch.Tensor]:
-    """(I, R) and (R, O) of a matrix; of a stack (E, R, I) and (E, O, R), as it lies."""
+    """Returns A and B in mlx_lm's layout: (I, R) and (R, O) for a matrix, (E, R, I) and (E, O, R) for a stack."""
     is_stack = ".switch_mlp." in name
     lora_a = torch.stack([lora.lora_a for lora in loras]) if is_stack else loras[0].lora_a.T
     lora_b = torch.stack([lora.lora_b for lora in loras]) if is_stack else loras[0].lora_b.T
@@ -151,9 +154,9 @@ class MlxLora:
     """The update of one of mlx_lm's modules: scale · B A.
 
     Attributes:
-        lora_a: (R, I), or (E, R, I) of a stack of experts.
-        lora_b: (O, R), or (E, O, R).
-        scale: s.
+        lora_a: A (R, I), or (E, R, I) for a stack of experts.
+        lora_b: B (O, R), or (E, O, R).
+        scale: the factor of B A.
     """
 
     lora_a: torch.Tensor
@@ -162,11 +165,11 @@ class MlxLora:
 
 
 def read_mlx_folder(mlx_dir: str | os.PathLike[str]) -> dict[str, MlxLora]:
-    """The LoRAs of a folder that mlx_lm has trained, or `write_mlx_adapter` written, by mlx_lm's names of modules.
+    """Returns the LoRAs in a folder written by mlx_lm or `write_mlx_adapter`, by mlx_lm's names of modules.
 
     Raises:
-        MELoRAError: for a folder that is not one, or whose files are truncated, corrupt or do not belong together; for
-            DoRA, full fine-tuning, and adapters of embeddings.
+        MELoRAError: if the folder is not an adapter of mlx_lm; its files are truncated, corrupt or do not belong
+            together; it contains DoRA, full fine-tuning or an adapter of an embedding.
     """
     folder = Path(mlx_dir)
     rank, scale = _read_config(folder / CONFIG_FILE)
@@ -174,7 +177,7 @@ def read_mlx_folder(mlx_dir: str | os.PathLike[str]) -> dict[str, MlxLora]:
     refuse_link(path)
     tensors, _ = read_tensors(path, _KIND)
     if lines := [*_wrong_names(tensors)] or [*_wrong_tensors(tensors, rank)]:
-        raise MELoRAError(f"`{path}` holds no LoRA as mlx_lm writes it:\n" + "\n".join(lines))
+        raise MELoRAError(f"`{path}` is not a LoRA as mlx_lm writes it:\n" + "\n".join(lines))
     modules = sorted({name.rpartition(".")[0] for name in tensors})
     return {name: _lora(tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], scale) for name in modules}
 
@@ -185,7 +188,7 @@ def _lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> MlxLora:
 
 
 def _read_config(path: Path) -> tuple[int, float]:
-    """Rank and scale."""
+    """Returns rank and scale."""
     try:
         refuse_link(path)
         content: Any = parse_json(read_bytes(path, _KIND).decode())
@@ -194,25 +197,25 @@ def _read_config(path: Path) -> tuple[int, float]:
     kind = content.get("fine_tune_type", "lora") if isinstance(content, dict) else None
     if kind in ("dora", "full"):
         what = "DoRA, which scales the weights" if kind == "dora" else "full fine-tuning, without adapters"
-        raise MELoRAError(f"`{path.parent}` is {what}, and not LoRA: fuse it into its base by `mlx_lm.fuse`")
+        raise MELoRAError(f"`{path.parent}` is {what}, not LoRA: fuse it into its base with `mlx_lm.fuse`")
     parameters = content.get("lora_parameters") if kind == "lora" else None
     own: dict[str, Any] = parameters if isinstance(parameters, dict) else {}
     rank, scale = own.get("rank"), own.get("scale", math.nan)
     if type(rank) is not int or rank < 1 or type(scale) not in (int, float) or not _is_float32(scale):
         raise MELoRAError(
-            f"`{path}` is no configuration of a LoRA by mlx_lm: it must have `fine_tune_type` 'lora' and "
-            "`lora_parameters` with a `rank` from 1 and a finite `scale`; copy it again"
+            f"`{path}` is not mlx_lm's configuration of a LoRA: it must have `fine_tune_type` 'lora' and "
+            "`lora_parameters` with a `rank` of at least 1 and a finite `scale`; copy it again"
         )
     return rank, float(scale)
 
 
 def _is_float32(scale: Any) -> bool:
-    """Whether it is finite there."""
+    """Returns whether a scale is finite in float32."""
     return abs(scale) <= torch.finfo(torch.float32).max
 
 
 def _wrong_names(tensors: dict[str, torch.Tensor]) -> Iterator[str]:
-    """Lines on tensors that are missing, and on those that are none of a LoRA of linears."""
+    """Yields a line for each module with a missing tensor, or a tensor that is not part of a LoRA of linears."""
     if not tensors:
         yield "it is empty"
     modules = {name.rpartition(".")[0] for name in tensors}
@@ -220,13 +223,13 @@ def _wrong_names(tensors: dict[str, torch.Tensor]) -> Iterator[str]:
         own = {name for name in tensors if name.rpartition(".")[0] == module}
         expected = {f"{module}.lora_a", f"{module}.lora_b"}
         if f"{module}.m" in own:
-            yield f"`{module}` is DoRA: fuse it into its base by `mlx_lm.fuse`"
+            yield f"`{module}` is DoRA: fuse it into its base with `mlx_lm.fuse`"
         elif unknown := sorted(own - expected):
-            yield f"`{unknown[0]}` is no part of a LoRA: fuse a trained or quantised base by `mlx_lm.fuse`"
+            yield f"`{unknown[0]}` is not part of a LoRA: fuse a trained or quantised base with `mlx_lm.fuse`"
         elif missing := sorted(expected - own):
             yield f"`{missing[0]}` is missing: copy the file again"
         elif _is_embedding(module):
-            yield f"`{module}` is an embedding, which cannot be adapted here: fuse it into its base by `mlx_lm.fuse`"
+            yield f"`{module}` is an embedding, which cannot be adapted here: fuse it into its base with `mlx_lm.fuse`"
 
 
 def _is_embedding(module: str) -> bool:
@@ -235,7 +238,7 @@ def _is_embedding(module: str) -> bool:
 
 
 def _fit(lora_a: torch.Tensor, lora_b: torch.Tensor, rank: int) -> bool:
-    """Whether they are (I, R) and (R, O), or (E, R, I) and (E, O, R)."""
+    """Returns whether A and B are (I, R) and (R, O), or (E, R, I) and (E, O, R), with this rank R."""
     if lora_a.dim() == lora_b.dim() == 2:
         return lora_a.size(1) == lora_b.size(0) == rank
     is_stack = lora_a.dim() == lora_b.dim() == 3 and lora_a.size(0) == lora_b.size(0)
@@ -243,7 +246,7 @@ def _fit(lora_a: torch.Tensor, lora_b: torch.Tensor, rank: int) -> bool:
 
 
 def _wrong_tensors(tensors: dict[str, torch.Tensor], rank: int) -> Iterator[str]:
-    """Lines on modules whose tensors do not fit the rank or each other, and are not finite floats."""
+    """Yields a line for each module whose tensors do not fit the rank or each other, or are not finite floats."""
     for name_a in (name for name in tensors if name.endswith(".lora_a")):
         module = name_a.rpartition(".")[0]
         a, b = tensors[name_a], tensors[f"{module}.lora_b"]

@@ -1,7 +1,7 @@
-"""What mlx_lm calls the modules that transformers calls otherwise, of the models that were run in both.
+"""mlx_lm's names of transformers' modules, for the models that were run in both.
 
-Hugging Face's names of modules stand in our adapters. An architecture that is missing here is not written: a module of
-the same name may compute something else, such as a packed projection in another order.
+Our adapters contain Hugging Face's names. Adapters of an architecture that is missing here are refused: a module of the
+same name may compute something else, such as a packed projection in another order.
 """
 
 import re
@@ -16,9 +16,9 @@ class Architecture:
     """The names of one class of models.
 
     Attributes:
-        renamed: a piece of transformers' names, and mlx_lm's for it.
-        head: mlx_lm's name of the head; None where its model has the embedding's weight there, and no module.
-        experts: whether it has stacks of experts.
+        renamed: a piece of transformers' names, and mlx_lm's replacement for it.
+        head: mlx_lm's name of the head; None if its model uses the embedding's weight instead of a module.
+        experts: whether the models have stacks of experts.
     """
 
     renamed: tuple[str, str] = ("", "")
@@ -26,7 +26,7 @@ class Architecture:
     experts: bool = False
 
     def name_of(self, site: str) -> str | None:
-        """mlx_lm's name of a module; None where its model has none."""
+        """Returns mlx_lm's name of a module, or None if its model has no such module."""
         if "." not in site:
             return self.head if site in ("lm_head", "embed_out") else None
         name = site.replace(*self.renamed, 1)
@@ -66,4 +66,4 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": _SAME,
     "Starcoder2ForCausalLM": _SAME,
 }
-"""By the class in transformers. The names of one that is not here may be equal: run both before you add it."""
+"""Class in transformers → its names. A missing class may have equal names: run it in both before you add it."""

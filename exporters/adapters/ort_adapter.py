@@ -1,8 +1,8 @@
-"""Adapters for ONNX Runtime: as arrays for a swappable graph's inputs, and as .onnx_adapter files.
+"""Converts adapters for ONNX Runtime, to arrays for a swappable graph's inputs and to .onnx_adapter files.
 
-A swappable graph takes A transposed, (N, I/N, R), and B transposed and scaled, (N, R, O/N), or in the dense form
-block-diagonal matrices of them, (I, N·R) and (N·R, O); what it computes with them stands in
-`exporters/graph/swap_inputs.py`. An .onnx_adapter file holds these arrays under the names of the inputs.
+A swappable graph accepts A transposed, (N, I/N, R), and B transposed and scaled, (N, R, O/N). In the dense form both
+are block-diagonal matrices, (I, N·R) and (N·R, O). `exporters/graph/swap_inputs.py` says what the graph computes with
+them. An .onnx_adapter file stores the arrays under the names of the inputs.
 
 N num_blocks, I in_features, O out_features, R the rank.
 """
@@ -30,10 +30,11 @@ from melora_fx.saving.checks import check_fingerprints, check_shapes
 
 
 def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
-    """An adapter's tensors by the names of a swappable graph's inputs.
+    """Returns an adapter's tensors in float32, by the names of a swappable graph's inputs.
 
     Raises:
-        MELoRAError: for a graph without swappable adapters, or an adapter of another base, with other sites or blocks.
+        MELoRAError: if the graph has no swappable adapters, or the adapter has another base, sites that the graph
+            lacks, other blocks, or other trained modules.
     """
     _refuse_unswappable(facts)
     adapter = _without(adapter, facts.elsewhere)
@@ -48,7 +49,7 @@ def swap_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
 
 
 def _without(adapter: Adapter, sites: Sequence[str]) -> Adapter:
-    """The adapter without these sites: another graph's."""
+    """Returns the adapter without these sites, which are in another graph."""
     left_out = {name for site in sites for name in factor_names(site)}
     return replace(
         adapter,
@@ -61,20 +62,21 @@ def _without(adapter: Adapter, sites: Sequence[str]) -> Adapter:
 def check_inputs(
     path: str | Path, tensors: Arrays, graph: str | Path, inputs: Mapping[str, Sequence[int | str]]
 ) -> None:
-    """Refuses tensors that are not a graph's optional inputs, in name or shape.
+    """Checks that the names and shapes of tensors fit a graph's optional inputs.
 
     Args:
-        path: where they come from, for error texts.
+        path: the source of the tensors, for error texts.
         tensors: the tensors by the names of inputs.
         graph: the graph's file, for error texts.
-        inputs: its optional inputs: name → axes, a size or the name of a dynamic one, of the same size in all of them.
+        inputs: the graph's optional inputs: name → axes, each a size or the name of a dynamic axis, which must have
+            the same size in all tensors.
 
     Raises:
-        MELoRAError: names every tensor that does not fit.
+        MELoRAError: if a tensor does not fit; names every such tensor.
     """
     unknown = [name for name in tensors if name not in inputs]
     if unknown:
-        raise MELoRAError(f"`{path}` is for another graph than `{graph}`, which has no inputs {unknown}")
+        raise MELoRAError(f"`{path}` is for another graph: `{graph}` has no inputs {unknown}")
     sizes: dict[str, int] = {}
     lines = []
     for name, array in tensors.items():
@@ -84,20 +86,25 @@ def check_inputs(
         if len(axes) != array.ndim or right != array.shape:
             lines.append(f"`{name}` has the shape {array.shape}, the graph's is ({', '.join(map(str, axes))})")
     if lines:
-        raise MELoRAError(f"`{path}` is for another graph than `{graph}`: " + "; ".join(lines))
+        raise MELoRAError(f"`{path}` is for another graph, not for `{graph}`: " + "; ".join(lines))
 
 
 def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: str | Path) -> None:
-    """Writes an adapter folder as an .onnx_adapter file for `onnxruntime.LoraAdapter`, for one swappable graph.
+    """Writes an adapter folder as an .onnx_adapter file for `onnxruntime.LoraAdapter` and one swappable graph.
+
+    The file stores float32 arrays: A as (N, I/N, R) and B, scaled, as (N, R, O/N), or as (I, N·R) and (N·R, O) in the
+    graph's dense form.
 
     Args:
         adapter_dir: a folder written by `melora_fx.save_adapter`.
         onnx_path: the graph, exported with `adapter="swap"` from the same base.
-        out_path: the file to write; an .onnx_adapter file that is there is replaced.
+        out_path: the file to write; an .onnx_adapter file that is already there is replaced.
 
     Raises:
-        MELoRAError: for a graph that was not written by `export_onnx`, or is not swappable, an adapter that does not
-            fit it, or a place that cannot be written, or holds another file.
+        ValueError: if `out_path` is "".
+        MELoRAError: if ONNX Runtime is not installed; the graph was not written by `export_onnx`, or is not swappable;
+            the adapter cannot be read, or does not fit the graph; `out_path` cannot be written, is inside
+            `adapter_dir`, or is another file.
     """
     ort = import_onnxruntime()
     out_path = output_path(out_path)
@@ -106,7 +113,7 @@ def write_ort_adapter(adapter_dir: str | Path, onnx_path: str | Path, out_path: 
     adapter = read_adapter(adapter_dir)
     refuse_source(out_path, adapter.directory)
     if os.path.isfile(out_path) and not _is_adapter_file(ort, out_path):
-        raise MELoRAError(f"`{out_path}` is there already, and no .onnx_adapter file: name another place")
+        raise MELoRAError(f"`{out_path}` already exists and is not an .onnx_adapter file: name another place")
     tensors = swap_tensors(adapter, facts)
     check_inputs(adapter_dir, tensors, onnx_path, axes_by_name(optional_inputs(graph)))
     adapter_format = ort.AdapterFormat()
@@ -132,16 +139,16 @@ def _is_adapter_file(ort: Any, path: Path) -> bool:
 
 
 def read_ort_adapter(path: str | Path, facts: GraphFacts) -> tuple[Any, Arrays]:
-    """An .onnx_adapter file as ONNX Runtime's own `LoraAdapter`, and its tensors by the names of the graph's inputs.
+    """Returns an .onnx_adapter file as ONNX Runtime's `LoraAdapter`, and its tensors by the names of graph inputs.
 
     Raises:
-        MELoRAError: for a file that ONNX Runtime cannot read, a graph without swappable adapters, or an adapter that
-            was written for another base.
+        MELoRAError: if ONNX Runtime cannot read the file, the graph has no swappable adapters, or the adapter was
+            written for another base.
     """
     ort = import_onnxruntime()
     try:
         file = ort.AdapterFormat.read_adapter(str(path))
-        tensors = {name: value.numpy().copy() for name, value in file.get_parameters().items()}  # they live in `file`
+        tensors = {name: value.numpy().copy() for name, value in file.get_parameters().items()}  # in memory of `file`
         version = file.get_model_version()
         adapter = ort.LoraAdapter()
         adapter.Load(str(path))
@@ -150,7 +157,7 @@ def read_ort_adapter(path: str | Path, facts: GraphFacts) -> tuple[Any, Arrays]:
     _refuse_unswappable(facts)
     if version != _base_version(facts):
         raise MELoRAError(
-            f"`{path}` is for another graph or base than `{facts.path}`: write it for this one by `write_ort_adapter`"
+            f"`{path}` is for another graph or base, not for `{facts.path}`: write it again with `write_ort_adapter`"
         )
     return adapter, tensors
 
@@ -173,7 +180,7 @@ def _site_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
 
 
 def _kept_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
-    """What was trained beside the sites, by the names of the graph's inputs."""
+    """Returns the tensors that were trained in addition to the sites, by the names of the graph's inputs."""
     tensors: Arrays = {}
     for name, tensor in adapter.kept_tensors().items():
         place = facts.kept.get(name)
@@ -187,7 +194,7 @@ def _kept_tensors(adapter: Adapter, facts: GraphFacts) -> Arrays:
 
 
 def _misfit(name: str, adapter: Adapter, facts: GraphFacts) -> str | None:
-    """Why one site of an adapter does not fit the graph's, or None."""
+    """Returns why one site of an adapter does not fit the graph's site, or None."""
     config = adapter.configs[name]
     expected = facts.configs[name]
     if (config.num_blocks, config.split) != (expected.num_blocks, expected.split):
@@ -196,12 +203,12 @@ def _misfit(name: str, adapter: Adapter, facts: GraphFacts) -> str | None:
             f"the graph's are {expected.num_blocks} and {expected.split}"
         )
     if adapter.row_dims.get(name) != facts.row_dims.get(name):
-        return f"`{name}`: its weight is another matrix of three dimensions than the graph's"
+        return f"`{name}`: its weight has three dimensions, and the graph reads it as a different matrix"
     return None
 
 
 def _check_base(adapter: Adapter, facts: GraphFacts) -> None:
-    """Raises MELoRAError for an adapter of another base than the graph's."""
+    """Raises MELoRAError if the adapter has another base than the graph, or lacks trained modules of the graph."""
     described = {name: facts.fingerprints[name] for name in adapter.configs}
     weights = {name: torch.empty(base["shape"], device="meta") for name, base in described.items()}
     check_shapes(adapter, weights)
@@ -209,8 +216,8 @@ def _check_base(adapter: Adapter, facts: GraphFacts) -> None:
     saved = adapter.kept_tensors()
     if lost := [name for name in facts.kept if name not in saved]:
         raise MELoRAError(
-            f"`{adapter.directory}` lacks {', '.join(map(repr, lost))}, which `{facts.path}` takes with an adapter: "
-            "one head would stay where another belongs"
+            f"`{adapter.directory}` lacks {', '.join(map(repr, lost))}, which `{facts.path}` expects with an "
+            "adapter: without it, the graph would keep another head"
         )
 
 
@@ -219,5 +226,5 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _base_version(facts: GraphFacts) -> int:
-    """A checksum of the base's fingerprints: the format has no place for them but its model version, 31 bits."""
+    """Returns a checksum of the base's fingerprints; the format only has room for its 31 bits, as the model version."""
     return zlib.crc32(json.dumps(facts.fingerprints, sort_keys=True).encode()) >> 1

@@ -1,4 +1,4 @@
-"""What an adapter folder holds, site by site: `melora-fx adapter inspect` shows it."""
+"""Summarises an adapter folder, site by site, for `melora-fx adapter inspect`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _WIDTH = 120
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """One site: features of its linear, how its adapter is cut, and how large its update is.
+    """One site: the features of its linear, how its adapter is cut, and how large its update is.
 
     Attributes:
-        total_rank, used_rank: of the update that can be, and of the one that is.
+        rank, alpha: of a block, as one number or the range over the blocks.
+        total_rank, used_rank: the rank that the update can have, and the rank that it has.
         update_norm: the Frobenius norm of Δ.
     """
 
@@ -43,14 +44,14 @@ class AdapterSummary:
 
     Attributes:
         directory: its folder.
-        format_version: of its file.
-        sha256: of header and tensors, as the file says and as has been checked; None in format 1, which says none.
-        adapter_sha256: the identity that folded models and graphs name.
-        model: class, labels and padding token of the model that it was trained in, as far as known.
-        versions: package → version that has saved it.
-        sites: its sites.
-        kept: name of what was kept trainable → number of values.
-        num_parameters: of the adapters, without padding.
+        format_version: the version of its file format.
+        sha256: the SHA-256 of header and tensors that its file states, checked; None in format 1, which has none.
+        adapter_sha256: the identity of the adapter, as folded models and graphs state it.
+        model: class, labels and padding token of the model that it was trained in, if known.
+        versions: package → the version that saved the adapter.
+        sites: the summary of each site.
+        kept: name of a module or parameter that was kept trainable → its number of values.
+        num_parameters: the number of adapter parameters, without padding.
     """
 
     directory: str
@@ -64,7 +65,7 @@ class AdapterSummary:
     num_parameters: int
 
     def __str__(self) -> str:
-        checked = f"SHA-256 {self.sha256[:12]}…, checked" if self.sha256 else "without a SHA-256: save it again for one"
+        checked = f"SHA-256 {self.sha256[:12]}…, checked" if self.sha256 else "no SHA-256: save it again to add one"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [
             f"{self.directory}: format {self.format_version}, {checked}",
@@ -74,7 +75,7 @@ class AdapterSummary:
         ]
         if self.kept:
             kept = ", ".join(f"{name} ({number:,} values)" for name, number in self.kept.items())
-            lines.append(f"  trained whole: {kept}")
+            lines.append(f"  trained in full: {kept}")
         return "\n".join([*lines, "", *self._table()])
 
     def _table(self) -> list[str]:
@@ -97,10 +98,10 @@ class AdapterSummary:
 
 
 def summarise_adapter(directory: str | os.PathLike[str]) -> AdapterSummary:
-    """What an adapter folder holds; reading it checks it.
+    """Reads, checks and summarises an adapter folder.
 
     Raises:
-        MELoRAError: as `read_adapter`.
+        MELoRAError: as for `read_adapter`.
     """
     adapter = read_adapter(directory)
     sites = tuple(_summarise(name, adapter.tensors_of(name)) for name in adapter.configs)
@@ -144,7 +145,7 @@ def _num_parameters(adapter: Adapter, sites: tuple[SiteSummary, ...]) -> int:
 
 
 def in_short(value: float | tuple[float, ...]) -> str:
-    """A rank or an alpha: one number, or the range of several."""
+    """Formats a rank or an alpha: one number, or the range of several."""
     if isinstance(value, tuple):
         low, high = min(value), max(value)
         return f"{low:g}" if low == high else f"{low:g}–{high:g}"

@@ -1,12 +1,12 @@
 """The command line, `melora-fx`: the top layer, which nothing else imports.
 
 commands    every command with an example, and `main`
-options     options that several commands have, and the parsers of texts
+options     options that several commands share, and the parsers of option values
 training    train, demo, match
 folding     fold, fold-onnx
 exporting   export
 generating  generate
 adapters    adapter inspect, scale, add, average, compress, to-peft, from-peft, to-gguf, to-mlx, to-ort
 timing      bench
-terminal    errors, warnings and logs, as the user sees them
+terminal    how errors, warnings and logs reach the user
 """

@@ -1,4 +1,4 @@
-"""`python -m exporters.cli` is `melora-fx`."""
+"""Runs `melora-fx` as `python -m exporters.cli`."""
 
 from .commands import main
 

@@ -1,4 +1,4 @@
-"""`melora-fx adapter …`: adapter folders seen from outside, and in other tools' formats."""
+"""`melora-fx adapter …`: inspects and combines adapter folders, and converts them from and to other formats."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ import typer
 
 from .options import AdapterDir, decimals
 
-_AdapterDirs = Annotated[list[Path], typer.Argument(help="Adapter folders, as save_adapter writes them.")]
-_OutDir = Annotated[Path, typer.Option("-o", "--out", help="The adapter folder to write; none that is read.")]
+_AdapterDirs = Annotated[list[Path], typer.Argument(help="Adapter folders, as written by save_adapter.")]
+_OutDir = Annotated[Path, typer.Option("-o", "--out", help="Adapter folder to write; must not be an input folder.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -22,7 +22,7 @@ def inspect_adapter(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Check an adapter, and show its sites, ranks and how large its updates are."""
+    """Check an adapter, and show its sites, its ranks and the size of its updates."""
     from exporters.adapters.summary import summarise_adapter
 
     summary = summarise_adapter(adapter_dir)
@@ -30,11 +30,11 @@ def inspect_adapter(
         _check_base(adapter_dir, base)
     _show(summary, as_json)
     if base is not None and not as_json:
-        print(f"\nit belongs to the base in {base}")
+        print(f"\nthe adapter belongs to the base in {base}")
 
 
 def _check_base(adapter_dir: Path, base: Path) -> None:
-    """Raises MELoRAError where a fold on disk would refuse the two; nothing is written."""
+    """Raises MELoRAError if a fold on disk would refuse the adapter and the base; writes nothing."""
     from melora_fx.folding.checkpoint import open_checkpoint
     from melora_fx.folding.checkpoint_plan import plan_fold
     from melora_fx.saving.adapter_file import read_adapter
@@ -44,11 +44,11 @@ def _check_base(adapter_dir: Path, base: Path) -> None:
 
 def adapter_to_ort(
     adapter_dir: AdapterDir,
-    graph: Annotated[Path, typer.Argument(help='The graph, exported with "--adapter swap" from the same base.')],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx_adapter file.")],
+    graph: Annotated[Path, typer.Argument(help='ONNX graph, exported with "--adapter swap" from the same base.')],
+    out: Annotated[Path, typer.Option("-o", "--out", help=".onnx_adapter file to write.")],
     as_json: _AsJson = False,
 ) -> None:
-    """Write an adapter for ONNX Runtime's LoraAdapter: one session, many adapters."""
+    """Write an adapter for ONNX Runtime's LoraAdapter: one session can run many adapters."""
     from exporters.adapters.ort_adapter import write_ort_adapter
 
     write_ort_adapter(adapter_dir, graph, out)
@@ -57,15 +57,15 @@ def adapter_to_ort(
 
 def adapter_to_peft(
     adapter_dir: AdapterDir,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The PEFT folder to write; new, or empty.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="PEFT folder to write; must be new or empty.")],
     form: Annotated[str, typer.Option(help='"lora", or "bdlora": block-diagonal LoRA, one factor smaller.')] = "lora",
     reader: Annotated[
-        str, typer.Option("--for", help='Who is to read it: "peft", or "vllm", which takes less and is checked for.')
+        str, typer.Option("--for", help='Reader: "peft", or "vllm", which supports less: its rules are checked.')
     ] = "peft",
     base_model: Annotated[str | None, typer.Option(help="Path or name of the base, for PEFT's Auto classes.")] = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Write an adapter for PEFT, and all that serves PEFT's: vLLM, SGLang, text-generation-inference."""
+    """Write an adapter for PEFT and for servers of PEFT adapters: vLLM, SGLang, text-generation-inference."""
     from exporters.peft_adapters.vllm import check_for_vllm
     from exporters.peft_adapters.writer import write_peft_adapter
     from melora_fx.saving.adapter_file import read_adapter
@@ -73,9 +73,7 @@ def adapter_to_peft(
     if reader not in ("peft", "vllm"):
         raise ValueError(f"`--for` (={reader!r}) must be 'peft' or 'vllm'")
     if reader == "vllm" and form != "lora":
-        raise ValueError(
-            "vLLM takes `--form lora` alone: it refuses block-diagonal LoRA, or reads it as if it was none"
-        )
+        raise ValueError("vLLM needs `--form lora`: it refuses block-diagonal LoRA, or reads it as an ordinary LoRA")
     needs = check_for_vllm(read_adapter(adapter_dir)) if reader == "vllm" else None
     write_peft_adapter(adapter_dir, out, form=form, base_model=base_model)
     if needs is None:
@@ -87,11 +85,11 @@ def adapter_to_peft(
 
 
 def adapter_from_peft(
-    peft_dir: Annotated[Path, typer.Argument(help="Folder of PEFT's, the MELoRA authors' code or mlx_lm.")],
+    peft_dir: Annotated[Path, typer.Argument(help="Adapter folder of PEFT, the MELoRA authors' code or mlx_lm.")],
     out: _OutDir,
     as_json: _AsJson = False,
 ) -> None:
-    """Read a PEFT adapter: it loads, trains, folds and exports like any other."""
+    """Convert a PEFT adapter into an adapter folder, which loads, trains, folds and exports like any other."""
     from exporters.adapters.summary import summarise_adapter
     from exporters.peft_adapters.reader import read_peft_adapter
 
@@ -101,8 +99,10 @@ def adapter_from_peft(
 
 def adapter_to_gguf(
     adapter_dir: AdapterDir,
-    base: Annotated[Path, typer.Argument(help="Hugging Face folder of the base, whose GGUF file llama.cpp has.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The .gguf file.")],
+    base: Annotated[
+        Path, typer.Argument(help="Hugging Face folder of the base that llama.cpp's GGUF file was converted from.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help=".gguf file to write.")],
     as_json: _AsJson = False,
 ) -> None:
     """Write an adapter for llama.cpp: `llama-server -m base.gguf --lora adapter.gguf`."""
@@ -114,7 +114,7 @@ def adapter_to_gguf(
 
 def adapter_to_mlx(
     adapter_dir: AdapterDir,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; new, or empty.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must be new or empty.")],
     as_json: _AsJson = False,
 ) -> None:
     """Write an adapter for MLX: `mlx_lm.generate --model base --adapter-path folder`."""
@@ -125,12 +125,12 @@ def adapter_to_mlx(
 
 
 def _show(report: Any, as_json: bool) -> None:
-    """A dataclass, which prints itself as a table."""
+    """Prints a dataclass, as JSON or as the table that its `str()` is."""
     print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else report)
 
 
 def _show_written(out: Path, as_json: bool, content: str | None = None, **more: Any) -> None:
-    """A file or folder that was written, its size, and what it is."""
+    """Prints the path of a written file or folder, its size, and what it contains."""
     size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.iterdir()))
     if as_json:
         more |= {"content": content} if content else {}
@@ -141,11 +141,11 @@ def _show_written(out: Path, as_json: bool, content: str | None = None, **more: 
 
 def scale_update(
     adapter_dir: AdapterDir,
-    factor: Annotated[float, typer.Option(help="What the update is multiplied by; may be negative, or 0.")],
+    factor: Annotated[float, typer.Option(help="Number to multiply the update by; may be negative or 0.")],
     out: _OutDir,
     as_json: _AsJson = False,
 ) -> None:
-    """Write an adapter whose update is a multiple of another one's."""
+    """Multiply the update of an adapter by a number, and write the result as an adapter."""
     from exporters.adapters.arithmetic import scale_adapter
 
     scale_adapter(adapter_dir, factor, out)
@@ -157,25 +157,25 @@ def add_updates(
     out: _OutDir,
     weights: Annotated[
         list[Any],
-        typer.Option(parser=decimals, metavar="NUMBERS", help="One for each folder: 0.7,0.3. Default: 1 for each."),
+        typer.Option(parser=decimals, metavar="NUMBERS", help="One per folder, such as 0.7,0.3; default: 1 each."),
     ] = [],  # noqa: B006  (typer copies it)
     as_json: _AsJson = False,
 ) -> None:
-    """Write the weighted sum of adapters of one base as one adapter; their ranks add up."""
+    """Write the weighted sum of adapters of one base as one adapter. The ranks add up."""
     from exporters.adapters.arithmetic import add_adapters
 
     given = [*chain.from_iterable(weights)] or [1.0] * len(adapter_dirs)
     if len(given) != len(adapter_dirs):
-        raise ValueError(f"`--weights` gives {len(given)} for {len(adapter_dirs)} adapters: give one each")
+        raise ValueError(f"`--weights` has {len(given)} for {len(adapter_dirs)} adapters: pass one for each")
     adapters = dict(zip(adapter_dirs, given, strict=True))
     if len(adapters) < len(adapter_dirs):
-        raise ValueError("a folder is given twice: give it once, with the sum of its weights")
+        raise ValueError("a folder is listed twice: list it once, with the sum of its weights")
     add_adapters(adapters, out)
     _show_written(out, as_json, " + ".join(f"{weight:g} × {folder}" for folder, weight in adapters.items()))
 
 
 def average_updates(adapter_dirs: _AdapterDirs, out: _OutDir, as_json: _AsJson = False) -> None:
-    """Write the mean of adapters of one base as one adapter, and that of their heads; their ranks add up."""
+    """Write the mean of adapters of one base, and of their heads, as one adapter. The ranks add up."""
     from exporters.adapters.arithmetic import average_adapters
 
     average_adapters(adapter_dirs, out)
@@ -184,11 +184,11 @@ def average_updates(adapter_dirs: _AdapterDirs, out: _OutDir, as_json: _AsJson =
 
 def compress_update(
     adapter_dir: AdapterDir,
-    rank: Annotated[int, typer.Option(help="Rank that a block has at most.")],
+    rank: Annotated[int, typer.Option(help="Maximum rank of a block.")],
     out: _OutDir,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Write the nearest adapter of a smaller rank, and say what is lost."""
+    """Write the nearest adapter of a smaller rank, and show what is lost."""
     from exporters.adapters.compress import compress_adapter
 
     report = compress_adapter(adapter_dir, out, rank=rank)

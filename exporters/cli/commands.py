@@ -1,10 +1,11 @@
 """Every command of `melora-fx`, and `main`.
 
-The modules of the commands import torch, transformers and onnx inside of their functions: --help and completion need
-none of them.
+The modules of the commands import torch, transformers and onnx inside their functions, because --help and completion
+need none of them.
 """
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -65,14 +66,22 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Rewrite, fold and export transformers with MELoRA adapters.",
+    help="Train, fold, export and run transformer models with MELoRA adapters.",
 )
-adapter_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Work with adapter folders.")
+adapter_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Inspect, combine and convert adapter folders."
+)
 app.add_typer(adapter_app, name="adapter")
-for _name, _function, _example in _COMMANDS:
-    app.command(_name, epilog=f"Example: {_NAME} {_name} {_example}")(_function)
-for _name, _function, _example in _ADAPTER_COMMANDS:
-    adapter_app.command(_name, epilog=f"Example: {_NAME} adapter {_name} {_example}")(_function)
+
+
+def _add(group: typer.Typer, prefix: str, commands: tuple[Command, ...]) -> None:
+    for name, function, example in commands:
+        summary = " ".join(inspect.cleandoc(function.__doc__ or "").partition("\n\n")[0].split())
+        group.command(name, short_help=summary, epilog=f"Example: {prefix} {name} {example}")(function)
+
+
+_add(app, _NAME, _COMMANDS)
+_add(adapter_app, f"{_NAME} adapter", _ADAPTER_COMMANDS)
 
 
 def _print_versions(is_asked: bool) -> None:
@@ -89,17 +98,20 @@ def _options(
         bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print versions and exit.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option(_DEBUG, help="Show the traceback of an error, and all warnings and logs; in any place.")
+        bool,
+        typer.Option(
+            _DEBUG, help="Show tracebacks, the source of warnings, and all logs. Works anywhere on the command line."
+        ),
     ] = False,
 ) -> None:
-    """Options of `melora-fx` itself; `main` reads `debug`, which may stand behind a command too."""
+    """Declares the options of `melora-fx` itself; `main` reads `debug`, because it may also follow a command."""
 
 
 def main() -> None:
-    """Runs the command line; an error is one message on stderr, and its traceback with --debug."""
+    """Runs the command line. Prints an error as one message on stderr, or lets it through with --debug."""
     arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
-    if "" in arguments:  # of an unset variable: as a path, it would be the working directory
-        print("error: an argument is empty: give it, or leave it out", file=sys.stderr)
+    if "" in arguments:  # from an unset variable; as a path it would be the working directory
+        print("error: an argument is empty: pass a value, or leave it out", file=sys.stderr)
         sys.exit(1)
     is_debugging = len(arguments) < len(sys.argv[1:])
     with quiet_pipe(), contextlib.nullcontext() if is_debugging else tidy_terminal():

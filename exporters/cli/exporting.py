@@ -1,4 +1,4 @@
-"""`melora-fx export`: a base and an adapter as an ONNX graph, and what else the runtime needs."""
+"""`melora-fx export`: writes a base and an adapter as an ONNX graph, and what else its runtime needs."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,20 +21,26 @@ _STEP_SHAPES = {
     TOTAL_AXIS: (1, 65, 256),
     SOURCE_AXIS: (1, 64, 128),
 }
-"""Of a decoder with a cache."""
+"""The default shapes of a decoder with a cache."""
 _SHAPES_TEXT = ", ".join(f"{axis}={low}:{usual}:{high}" for axis, (low, usual, high) in _DEFAULT_SHAPES.items())
 
 _AdapterDir = Annotated[
-    Path | None, typer.Argument(help="Adapter folder, as save_adapter writes it; default: the base alone.")
+    Path | None, typer.Argument(help="Adapter folder, as written by save_adapter; default: only the base.")
 ]
 _BaseOf = Annotated[
-    Path | None, typer.Option(help="Without an adapter: one whose model class and head the graph gets, for fold-onnx.")
+    Path | None,
+    typer.Option(
+        help="For graphs without an adapter: folder of the adapter that fold-onnx will merge; sets class and head."
+    ),
 ]
-_Adapter = Annotated[str, typer.Option(help=f"{in_words(ADAPTERS)}.", autocompletion=named_in(ADAPTERS))]
-_Target = Annotated[str, typer.Option(help=f"{in_words(TARGETS)}.", autocompletion=named_in(TARGETS))]
+_Adapter = Annotated[str, typer.Option(help=f"Adapter: {in_words(ADAPTERS)}.", autocompletion=named_in(ADAPTERS))]
+_Target = Annotated[str, typer.Option(help=f"Runtime: {in_words(TARGETS)}.", autocompletion=named_in(TARGETS))]
 _Precision = Annotated[
     str,
-    typer.Option(help=f'{in_words(PRECISIONS)}; "auto": the target\'s.', autocompletion=named_in(PRECISIONS)),
+    typer.Option(
+        help=f'Precision: {in_words(PRECISIONS)}; "auto": the default of the target.',
+        autocompletion=named_in(PRECISIONS),
+    ),
 ]
 _Form = Annotated[str, typer.Option(help=f"Unmerged updates: {in_words(FORMS)}.", autocompletion=named_in(FORMS))]
 _Shapes = Annotated[
@@ -42,13 +48,13 @@ _Shapes = Annotated[
     typer.Option(
         parser=axis_range,
         metavar="AXIS=MIN:OPT:MAX",
-        help="Sizes for TensorRT and Triton; may be repeated. Default: " + _SHAPES_TEXT,
+        help="Axis sizes for TensorRT and Triton; may be repeated. Default: " + _SHAPES_TEXT,
     ),
 ]
 _Cache = Annotated[
     bool | None,
     typer.Option(
-        "--cache/--no-cache", help="A decoder's key-value cache; default: as the model's configuration has it."
+        "--cache/--no-cache", help="Whether a decoder gets a key-value cache; default: the model's configuration."
     ),
 ]
 _Triton = Annotated[
@@ -57,8 +63,8 @@ _Triton = Annotated[
 
 
 def export(
-    model_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder: the adapter's base.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file, or a folder.")],
+    model_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder of the base.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help=".onnx file to write, or a folder for model.onnx.")],
     adapter_dir: _AdapterDir = None,
     base_of: _BaseOf = None,
     adapter: _Adapter = "fold",
@@ -66,18 +72,18 @@ def export(
     precision: _Precision = "auto",
     form: _Form = "auto",
     cache: _Cache = None,
-    verify: Annotated[bool, typer.Option(help="Compare the graph with torch.")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare the graph's outputs with those of torch.")] = True,
     shapes: _Shapes = [],  # noqa: B006  (typer copies it)
     triton: _Triton = None,
 ) -> None:
-    """Write a base model and an adapter as an ONNX graph that has been compared with torch."""
+    """Export a base model, with or without an adapter, as an ONNX graph, and compare it with torch."""
     from exporters.example_inputs import example_inputs
     from exporters.export import export_onnx
     from exporters.triton_server.repository import write_triton_repository
 
     asked = dict(shapes)
     if len(asked) < len(shapes):
-        raise ValueError(f"`--shapes` gives an axis twice: {', '.join(axis for axis, _ in shapes)}")
+        raise ValueError(f"`--shapes` names an axis twice: {', '.join(axis for axis, _ in shapes)}")
     model = _load_adapted(model_dir, adapter_dir, base_of)
     report = export_onnx(
         model,
@@ -100,7 +106,7 @@ def export(
 
 
 def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | None) -> Any:
-    """The base with the adapter; or the base alone, with the class and head of the model that `base_of` adapts."""
+    """Returns the base with the adapter; or only the base, with the class and head of the adapter in `base_of`."""
     import torch
 
     from melora_fx import load_adapter
@@ -108,7 +114,7 @@ def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | Non
     from melora_fx.saving.adapter_file import read_adapter
 
     if adapter_dir is not None and base_of is not None:
-        raise ValueError("`--base-of` is for graphs without an adapter: leave it out, or the adapter")
+        raise ValueError("`--base-of` is for graphs without an adapter: leave out `--base-of` or the adapter")
     hide_loading_bars()
     source = adapter_dir or base_of
     saved = read_adapter(source) if source else None
@@ -120,17 +126,20 @@ def _load_adapted(model_dir: Path, adapter_dir: Path | None, base_of: Path | Non
         labels=facts.get("labels", ()),
         pad_token_id=facts.get("pad_token_id"),
         brought=saved.kept_tensors() if saved else (),
-        dtype=torch.float32,  # what graphs are made of; half precision is an option of the export
+        dtype=torch.float32,  # graphs are built in float32; half precision is an option of the export
     )
     if adapter_dir is not None:
         load_adapter(model, adapter_dir)
-    elif saved is not None:  # a new head's zeros would be optimised away, and fold-onnx would have no place for its own
+    elif saved is not None:  # zeros of a new head would be optimised away, and fold-onnx could not store a trained one
         model.load_state_dict(saved.kept_tensors(), strict=False)
     return model
 
 
 def _ranges(report: ExportReport, asked: Shapes) -> Shapes:
-    """The ranges asked for with the default ones; if none are, the default ones of the graph's own axes."""
+    """Returns the requested ranges and the default ones, the latter only for axes that are free in the graph.
+
+    If ranges are requested and the graph has no cache, all defaults are included.
+    """
     free = {axis for axes in report.inputs.values() for axis in axes}
     default = _STEP_SHAPES if PAST_AXIS in free else _DEFAULT_SHAPES
     if asked and default is _DEFAULT_SHAPES:

@@ -1,4 +1,4 @@
-"""`melora-fx fold` and `melora-fx fold-onnx`: an adapter merged into a base on disk, without building the model."""
+"""`melora-fx fold` and `melora-fx fold-onnx`: merge an adapter into a base on disk without building the model."""
 
 import time
 import warnings
@@ -15,31 +15,33 @@ if TYPE_CHECKING:
 
 
 def fold(
-    base_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder: the adapter's base; it is not changed.")],
+    base_dir: Annotated[
+        Path, typer.Argument(help="Hugging Face model folder of the adapter's base; it is not changed.")
+    ],
     adapter_dir: AdapterDir,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; empty, or not there.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must be new or empty.")],
 ) -> None:
-    """Merge an adapter into a model folder on disk, and say what rounding takes of it."""
+    """Merge an adapter into a copy of a model folder, and show what is lost to rounding."""
     from melora_fx import fold_checkpoint
 
     _print_fold(fold_checkpoint, base_dir, adapter_dir, out)
 
 
 def fold_into_onnx(
-    graph: Annotated[Path, typer.Argument(help="The base's graph, as melora-fx export writes it without an adapter.")],
+    graph: Annotated[Path, typer.Argument(help="ONNX graph of the base, as `export` writes it without an adapter.")],
     adapter_dir: AdapterDir,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The .onnx file to write, or a folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help=".onnx file to write, or a folder for model.onnx.")],
 ) -> None:
-    """Merge an adapter into a base graph that was exported once, without building the model."""
+    """Merge an adapter into an exported graph of its base, without building the model."""
     from exporters.onnx_fold import fold_onnx
 
     _print_fold(fold_onnx, graph, adapter_dir, out)
 
 
 def _print_fold(function: Callable[[Path, Path, Path], "FoldReport"], base: Path, adapter_dir: Path, out: Path) -> None:
-    """Folds, and prints where to and what was lost; the report says what its warning would."""
+    """Folds, and prints what was lost and the output path. Hides the fold's warning: the report says the same."""
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         report = function(base, adapter_dir, out)
-    print(f"{report}\n{out}: holds adapter {report.adapter_sha256[:12]}…, {time.perf_counter() - start:.1f} s")
+    print(f"{report}\n{out}: contains adapter {report.adapter_sha256[:12]}…, {time.perf_counter() - start:.1f} s")

@@ -1,4 +1,4 @@
-"""`melora-fx generate`: text from an exported decoder, as it is written."""
+"""`melora-fx generate`: prints the text of an exported decoder as it is generated."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,18 +7,20 @@ import typer
 
 from exporters.runtime.providers import PROVIDERS
 
-_Folder = Annotated[Path, typer.Argument(help="Folder that `export` has written, or the graph in it.")]
-_Prompt = Annotated[str, typer.Argument(help="What the text begins with.")]
+_Folder = Annotated[Path, typer.Argument(help="Folder written by `export`, or the graph in it.")]
+_Prompt = Annotated[str, typer.Argument(help="Text to continue.")]
 _Adapter = Annotated[
-    Path | None, typer.Option(help="For a graph with swappable adapters: an adapter folder or .onnx_adapter file.")
+    Path | None, typer.Option(help="Adapter folder or .onnx_adapter file, for a graph with swappable adapters.")
 ]
-_Tokens = Annotated[int, typer.Option(help="Tokens to write at most.")]
-_Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens at random; else the most likely ones.")]
-_Temperature = Annotated[float, typer.Option(help="With --sample: below 1 for less surprising texts.")]
-_TopP = Annotated[float, typer.Option(help="With --sample: the fewest tokens with this probability together.")]
-_Seed = Annotated[int, typer.Option(help="With --sample: of the random numbers.")]
+_Tokens = Annotated[int, typer.Option(help="Maximum number of new tokens.")]
+_Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens at random instead of taking the most likely one.")]
+_Temperature = Annotated[float, typer.Option(help="With --sample: values below 1 make the text less surprising.")]
+_TopP = Annotated[
+    float, typer.Option(help="With --sample: draw from the fewest tokens that reach this total probability.")
+]
+_Seed = Annotated[int, typer.Option(help="With --sample: random seed.")]
 _Provider = Annotated[
-    str, typer.Option(help="What runs the graph: cpu or cuda.", autocompletion=lambda: [*PROVIDERS][:2])
+    str, typer.Option(help="ONNX Runtime provider: cpu or cuda.", autocompletion=lambda: [*PROVIDERS][:2])
 ]
 
 
@@ -32,9 +34,9 @@ def generate(
     top_p: _TopP = 1.0,
     seed: _Seed = 0,
     provider: _Provider = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads; default: ONNX Runtime's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of threads; default: ONNX Runtime's.")] = None,
 ) -> None:
-    """Write the text that an exported decoder continues a prompt with."""
+    """Continue a prompt with an exported decoder, and print the new text."""
     from exporters.generation.generate import generate as generate_text
 
     generate_text(

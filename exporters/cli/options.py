@@ -1,4 +1,4 @@
-"""Options that several commands have, and the parsers of what typer has no type for: each reads one option's text."""
+"""Options that several commands share, and the parsers of option values that typer has no type for."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,12 +9,12 @@ import typer
 
 
 def names(text: str) -> list[str]:
-    """Comma-separated names; a regular expression keeps its commas."""
+    """Returns the comma-separated names in `text`; a regular expression ("re:…") keeps its commas."""
     return [text] if text.startswith("re:") else text.split(",")
 
 
 def numbers(text: str) -> list[int]:
-    """Comma-separated numbers."""
+    """Returns the comma-separated whole numbers in `text`."""
     try:
         return [int(number) for number in text.split(",")]
     except ValueError as error:
@@ -22,7 +22,7 @@ def numbers(text: str) -> list[int]:
 
 
 def decimals(text: str) -> list[float]:
-    """Comma-separated numbers that need not be whole."""
+    """Returns the comma-separated numbers in `text`, whole or not."""
     try:
         return [float(number) for number in text.split(",")]
     except ValueError as error:
@@ -30,7 +30,7 @@ def decimals(text: str) -> list[float]:
 
 
 def axis_size(text: str) -> tuple[str, int]:
-    """The size of an axis by its name."""
+    """Returns (name, size) of an axis from a string such as "past_length=0"."""
     name, _, size = text.partition("=")
     if not name or not size.isdigit():
         raise typer.BadParameter(f"{text!r} must be NAME=SIZE, as in past_length=0")
@@ -38,7 +38,7 @@ def axis_size(text: str) -> tuple[str, int]:
 
 
 def axis_range(text: str) -> tuple[str, tuple[int, int, int]]:
-    """The smallest, usual and largest size of an axis by its name, from "batch=1:8:32", or "batch=8" for all three."""
+    """Returns (axis, (smallest, usual, largest size)) from "batch=1:8:32", or from "batch=8", which sets all three."""
     found = re.fullmatch(r"\s*([^=\s]+)\s*=\s*(\d+)(?::(\d+):(\d+))?\s*", text)
     if found is None:
         raise typer.BadParameter(f"{text!r} is not AXIS=MIN:OPT:MAX, such as batch=1:8:32")
@@ -50,7 +50,7 @@ def axis_range(text: str) -> tuple[str, tuple[int, int, int]]:
 
 
 def share_or_file(text: str) -> float | Path:
-    """A share, such as 0.2, or else a file."""
+    """Returns a share if `text` is a number, such as 0.2, and a path otherwise."""
     try:
         return float(text)
     except ValueError:
@@ -58,19 +58,19 @@ def share_or_file(text: str) -> float | Path:
 
 
 def named_in(table: Iterable[Any]) -> Callable[[], list[tuple[str, str]]]:
-    """What a shell completes to: the names in a table of `exporters.targets`, and what each is."""
+    """Returns a shell completion: the names in a table of `exporters.targets` with their descriptions."""
     return lambda: [(entry.name, entry.about) for entry in table]
 
 
-AdapterDir = Annotated[Path, typer.Argument(help="Adapter folder, as save_adapter writes it.")]
+AdapterDir = Annotated[Path, typer.Argument(help="Adapter folder, as written by save_adapter.")]
 Targets = Annotated[
     list[Any],
     typer.Option(
         "--targets",
         parser=names,
         metavar="NAMES",
-        help='Linears to adapt: names, globs, "re:…" or "all-linear"; may be repeated.',
+        help='Linear layers to adapt: comma-separated names or globs, "re:…" or "all-linear"; may be repeated.',
     ),
 ]
-Rank = Annotated[int, typer.Option(help="Rank of one block.")]
+Rank = Annotated[int, typer.Option(help="Rank of each block.")]
 NumBlocks = Annotated[int, typer.Option(help="Number of diagonal blocks.")]

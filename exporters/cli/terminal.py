@@ -1,4 +1,4 @@
-"""What of a command reaches the terminal: an error as one message, a warning as one line, no other package's log."""
+"""Controls what reaches the terminal: one message per error, one line per warning, no log record below ERROR."""
 
 import contextlib
 import logging
@@ -13,8 +13,9 @@ from melora_fx.errors import MELoRAError
 
 @contextlib.contextmanager
 def tidy_terminal() -> Iterator[None]:
-    """Inside the block errors end the program with status 1 and a message on stderr, without the traceback; warnings
-    have no file and no source line; what packages log below an error is dropped.
+    """Ends the program with status 1 and a message on stderr, without a traceback, if the block raises an error.
+
+    Inside the block, warnings are printed without file and source line, and log records below ERROR are dropped.
     """
     logged = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -31,19 +32,19 @@ def tidy_terminal() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """Ends the program with status 1, and no message of Python's, where the reader of its output (`head`) has gone."""
+    """Ends the program with status 1, and no message from Python, if the reader of its output (`head`) has gone."""
     try:
         yield
     finally:
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at exit
             sys.exit(1)
 
 
 def hide_loading_bars() -> None:
-    """From here on transformers shows no progress of reading weights; imports transformers."""
+    """Switches off the bars that transformers shows while it loads weights; imports transformers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -54,11 +55,11 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _message(error: Exception) -> str:
-    """The text of an error that the user can mend; of another one its type and first line, and how to learn more."""
+    """Returns the text of an error that the user can fix; for any other error its type, its first line, and a hint."""
     if isinstance(error, MELoRAError) or (isinstance(error, ValueError | TypeError) and _is_raised_by_us(error)):
         return str(error)
     line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {line or 'no message'} (`melora-fx --debug COMMAND …` shows where)"
+    return f"{type(error).__name__}: {line or 'no message'} (`melora-fx --debug COMMAND …` shows the traceback)"
 
 
 def _is_raised_by_us(error: Exception) -> bool:

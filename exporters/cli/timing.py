@@ -1,4 +1,4 @@
-"""`melora-fx bench`: the user's own graphs against each other."""
+"""`melora-fx bench`: times the user's graphs against each other."""
 
 from itertools import chain
 from pathlib import Path
@@ -10,13 +10,15 @@ from exporters.runtime.providers import PROVIDERS
 
 from .options import axis_size, numbers
 
-_Batch = Annotated[list[Any], typer.Option(parser=numbers, metavar="SIZES", help="Batch sizes: 1,8; may be repeated.")]
+_Batch = Annotated[
+    list[Any], typer.Option(parser=numbers, metavar="SIZES", help="Batch sizes, such as 1,8; may be repeated.")
+]
 _Sequence = Annotated[
     list[Any],
     typer.Option(
         parser=numbers,
         metavar="LENGTHS",
-        help="Lengths: 16,128; may be repeated. Default: 64 where there is such an axis.",
+        help="Sequence lengths, such as 16,128; may be repeated. Default: 64 if the graphs have such an axis.",
     ),
 ]
 _Axis = Annotated[
@@ -26,23 +28,23 @@ _Axis = Annotated[
 
 
 def bench(
-    graphs: Annotated[list[Path], typer.Argument(help="ONNX files with equal inputs; the first is the reference.")],
+    graphs: Annotated[list[Path], typer.Argument(help="ONNX files with the same inputs; the first is the reference.")],
     batch: _Batch = ["8"],  # noqa: B006
     sequence: _Sequence = [],  # noqa: B006
     axis: _Axis = [],  # noqa: B006
-    threads: Annotated[int, typer.Option(help="Threads of one run.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Timed runs of each graph at each shape.")] = 30,
+    threads: Annotated[int, typer.Option(help="Number of threads per run.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed runs per graph and shape.")] = 30,
     provider: Annotated[
         str,
-        typer.Option(help="What runs the graphs: cpu, cuda or tensorrt.", autocompletion=lambda: [*PROVIDERS]),
+        typer.Option(help="ONNX Runtime provider: cpu, cuda or tensorrt.", autocompletion=lambda: [*PROVIDERS]),
     ] = "cpu",
     max_difference: Annotated[
-        float | None, typer.Option(help="Refuse graphs whose outputs differ by more (relative) from the first one's.")
+        float | None, typer.Option(help="Fail if outputs differ by more than this (relative) from the first graph's.")
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture to this file (.png, .svg, .pdf).")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot to this file (.png, .svg, .pdf).")] = None,
 ) -> None:
-    """Time ONNX graphs against each other: in turn, in random order, medians and ratios to the first."""
+    """Time ONNX graphs in turn, in random order; show medians, and ratios to the first graph."""
     from exporters.measuring.bench import BenchOptions, run_bench
 
     run_bench(

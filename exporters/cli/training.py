@@ -1,4 +1,4 @@
-"""`melora-fx train`, `melora-fx demo` and `melora-fx match`: adapters in a model."""
+"""`melora-fx train`, `melora-fx demo` and `melora-fx match`: put adapters into a model, or show where they would go."""
 
 import dataclasses
 import json
@@ -11,14 +11,14 @@ import typer
 from .options import NumBlocks, Rank, Targets, names, share_or_file
 from .terminal import hide_loading_bars
 
-_Text = Annotated[str, typer.Option(help="Column of the texts in --data.")]
-_Label = Annotated[str, typer.Option(help="Column of the labels in --data.")]
+_Text = Annotated[str, typer.Option(help="Name of the text column in --data.")]
+_Label = Annotated[str, typer.Option(help="Name of the label column in --data.")]
 _Validation = Annotated[
     Any,
     typer.Option(
         parser=share_or_file,
         metavar="SHARE|FILE",
-        help="Share of the texts that is held out, or a file of its own with the same columns.",
+        help="Share of the texts to hold out, or a separate file with the same columns.",
     ),
 ]
 _ChosenTargets = Annotated[
@@ -27,18 +27,16 @@ _ChosenTargets = Annotated[
         "--targets",
         parser=names,
         metavar="NAMES",
-        help='Linears to adapt: names, globs, "re:…" or "all-linear"; may be repeated. Default: the query and value '
-        "projections.",
+        help='Linear layers to adapt: comma-separated names or globs, "re:…" or "all-linear"; may be repeated. '
+        "Default: the query and value projections.",
     ),
 ]
-_MaxTokens = Annotated[
-    int | None, typer.Option(help="Cut texts at this many tokens; default: at the model's limit alone.")
-]
+_MaxTokens = Annotated[int | None, typer.Option(help="Truncate texts to this many tokens; default: the model's limit.")]
 
 
 def train(
     model_dir: Annotated[Path, typer.Argument(help="Hugging Face model folder; it is not changed.")],
-    data: Annotated[Path, typer.Option(help="CSV or TSV file with a header, a text and a label in each row.")],
+    data: Annotated[Path, typer.Option(help="CSV or TSV file with a header, and a text and a label in each row.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints and the report.")],
     text: _Text = "text",
     label: _Label = "label",
@@ -46,19 +44,21 @@ def train(
     targets: _ChosenTargets = [],  # noqa: B006  (typer copies it)
     rank: Rank = 8,
     num_blocks: NumBlocks = 8,
-    alpha: Annotated[float, typer.Option(help="Numerator of the scaling alpha / rank.")] = 16.0,
-    dropout: Annotated[float, typer.Option(help="Share of an adapter's inputs that is zeroed in training.")] = 0.0,
-    epochs: Annotated[int, typer.Option(help="How often each text is seen.")] = 5,
-    learning_rate: Annotated[float, typer.Option(help="Of the first step; it falls linearly to a twentieth.")] = 2e-3,
-    batch_size: Annotated[int, typer.Option(help="Texts of one step.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Updates are scaled by alpha / rank.")] = 16.0,
+    dropout: Annotated[float, typer.Option(help="Dropout probability of an adapter's inputs during training.")] = 0.0,
+    epochs: Annotated[int, typer.Option(help="Number of passes over the training texts.")] = 5,
+    learning_rate: Annotated[
+        float, typer.Option(help="Initial learning rate; it falls linearly to a twentieth of this value.")
+    ] = 2e-3,
+    batch_size: Annotated[int, typer.Option(help="Number of texts per step.")] = 16,
     max_tokens: _MaxTokens = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the new weights, the order and dropout.")] = 0,
-    device: Annotated[str, typer.Option(help="What trains: cpu, cuda, …; auto: CUDA where there is any.")] = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where --out has another training's.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed of the split, new weights, text order and dropout.")] = 0,
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, …; auto: CUDA if available, else the CPU.")] = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Delete the checkpoints in --out and start over.")] = False,
 ) -> None:
-    """Train an adapter, and what is new in the model, on labelled texts.
+    """Train an adapter on labelled texts, together with the head and anything else that is new in the model.
 
-    The same command goes on where it was interrupted.
+    If the training is interrupted, run the same command again to resume it.
     """
     from exporters.training.train import TrainOptions, run_train
     from melora_fx import MELoRAConfig
@@ -88,7 +88,7 @@ def train(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-output"),
     data: Annotated[
-        Path | None, typer.Option(help="CSV or TSV file with a header; default: utterances by topic.")
+        Path | None, typer.Option(help="CSV or TSV file with a header; default: utterances labelled by topic.")
     ] = None,
     text: _Text = "text",
     label: _Label = "label",
@@ -97,7 +97,7 @@ def demo(
     num_blocks: NumBlocks = 8,
     targets: _ChosenTargets = [],  # noqa: B006
     max_tokens: _MaxTokens = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A short training: one epoch, one or two minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One epoch and fewer timed runs: one or two minutes.")] = False,
 ) -> None:
     """Train, fold, export and time a real transformer, from pretrained weights to ONNX Runtime."""
     from exporters.demo.data import minilm_folder
@@ -106,7 +106,7 @@ def demo(
     from melora_fx import MELoRAConfig
 
     if data is None and (text, label) != ("text", "label"):
-        raise ValueError("`--text` and `--label` are columns of `--data`: give the file too")
+        raise ValueError("`--text` and `--label` name columns of `--data`: pass the file too")
     hide_loading_bars()
     run_demo(
         DemoOptions(
@@ -134,7 +134,10 @@ def match(
     num_blocks: NumBlocks = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show which linears would be adapted, which not, and why."""
+    """Show which linear layers would be adapted, which would not, and why.
+
+    Without --targets, it shows all linear layers; `train` adapts only the query and value projections.
+    """
     import melora_fx
     from melora_fx.load_model import load_model
 

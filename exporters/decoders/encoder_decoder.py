@@ -1,11 +1,11 @@
-"""An encoder-decoder model's forward in two: what is computed once of a text, and what at each step.
+"""Splits an encoder-decoder model's forward in two: the part computed once per text, and the part for each step.
 
     encoder  forward(input_ids, attention_mask) → {last_hidden_state, present.N.encoder.key, …}
     decoder  forward(input_ids, encoder_attention_mask, past_key_values.N.decoder.key, …, past_key_values.N.encoder.key,
              …) → {logits, present.N.decoder.key, …}
 
-The keys and values that a decoder attends to in its encoder are computed once, in the encoder's graph: adapters of the
-projections that make them are in that graph.
+The keys and values of the cross-attention are computed once, in the encoder's graph. The adapters of their projections
+are in that graph too.
 """
 
 import inspect
@@ -32,20 +32,22 @@ from .flat_cache import dotted, named_cache, patched_forward
 
 _STARTS = "decoder_input_ids"
 _PAST_TOKENS, _NEW_TOKENS = 3, 2
-"""Of the decoder, in the example."""
+"""Numbers of the decoder's tokens in the example."""
 
 
 def pair_misfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
-    """Why an encoder-decoder model cannot become two graphs, in words; None where it can."""
+    """Returns why an encoder-decoder model cannot be exported as two graphs, in words; None if it can."""
     if not is_hugging_face_model(model) or not model.can_generate():
-        return f"`{type(model).__name__}` is no model of transformers that generates"
+        return f"`{type(model).__name__}` is not a transformers model that generates"
     if TOKENS not in inputs:
-        return f"its encoder takes no `{TOKENS}`"
+        return f"`example_inputs` has no `{TOKENS}`"
     if others := [name for name in inputs if name not in (TOKENS, MASK, _STARTS)]:
-        return f"`example_inputs` gives {', '.join(f'`{name}`' for name in others)} beside the tokens"
+        return f"`example_inputs` has {', '.join(f'`{name}`' for name in others)} in addition to the tokens"
     parameters = inspect.signature(model.forward).parameters
     if cache_argument(model) is None or not {MASK, _STARTS, "encoder_outputs"} <= parameters.keys():
-        return f"`{type(model).__name__}.forward` takes no cache, `{_STARTS}` and `encoder_outputs`"
+        return (
+            f"`{type(model).__name__}.forward` must accept a cache, `attention_mask`, `{_STARTS}` and `encoder_outputs`"
+        )
     if start_token(model) is None:
         return "its configuration has no `decoder_start_token_id`"
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
@@ -53,15 +55,15 @@ def pair_misfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
         with torch.no_grad():
             cache = returned_cache(model(**{TOKENS: tokens, _STARTS: tokens[:, :1]}, use_cache=True))
     except Exception as error:  # the model's own forward can raise anything
-        return f"its forward does not run with tokens alone ({type(error).__name__}: {error})"
+        return f"its forward does not run with only tokens ({type(error).__name__}: {error})"
     parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     if not all(is_plain_cache(part, length) for part, length in zip(parts, (1, 2), strict=True)):
-        return "what it keeps of earlier tokens is more than keys and values of each layer"
+        return "it keeps more of earlier tokens than keys and values of each layer"
     return None
 
 
 def start_token(model: Any) -> int | None:
-    """What the texts of the model's decoder begin with."""
+    """Returns the id of the token that texts of the model's decoder begin with; None if its configuration has none."""
     sources = (getattr(model, "generation_config", None), model.config)
     start: int | None = first_setting(sources, "decoder_start_token_id")
     return start
@@ -69,7 +71,7 @@ def start_token(model: Any) -> int | None:
 
 @contextmanager
 def encoder_forward(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes what its decoder needs of a text."""
+    """Inside the block the model computes its encoder's states and the keys and values of the cross-attention."""
     own, start, argument = model.forward, start_token(model), cache_argument(model)
     assert start is not None
     assert argument is not None
@@ -96,7 +98,7 @@ def decoder_forward(model: nn.Module) -> Iterator[None]:
         past = [value for name, value in named.items() if is_past(name) and not is_cross(name)]
         cross = [value for name, value in named.items() if is_past(name) and is_cross(name)]
         mask = named[ENCODER_MASK]
-        unread = cross[0].new_zeros(()).expand(*mask.shape, config.hidden_size)  # its keys and values are there already
+        unread = cross[0].new_zeros(()).expand(*mask.shape, config.hidden_size)  # its keys and values are in the cache
         outputs = own(
             attention_mask=mask,
             encoder_outputs=(unread,),
@@ -110,13 +112,13 @@ def decoder_forward(model: nn.Module) -> Iterator[None]:
 
 
 def encoder_inputs(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The encoder's example: tokens, and a mask."""
+    """Returns the encoder's example inputs: tokens and a mask, (batch, sequence) both."""
     tokens = inputs[TOKENS].long()
     return {TOKENS: tokens, MASK: inputs.get(MASK, torch.ones_like(tokens)).long()}
 
 
 def decoder_step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The decoder's example by name: a step with a past, for the texts in `inputs`, one of which is padded."""
+    """Returns the decoder's example inputs by name: a step with a past, for the texts in `inputs` with one padded."""
     texts = encoder_inputs(inputs)
     tokens, mask = texts[TOKENS], texts[MASK].clone()
     mask[0, -1] = 0

@@ -1,4 +1,4 @@
-"""A step with a past, by which a decoder is translated: some tokens follow others, and one text is padded."""
+"""Builds the step with which a decoder is translated: new tokens follow a past, and one text is padded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,20 +23,20 @@ from exporters.onnx_files.cache_names import (
 from .flat_cache import flat_cache, takes_positions
 
 _LEAST_TOKENS = 5
-"""Of a text in the example: past and new tokens of several each, and not as many."""
+"""Minimum length of an example text: several past and several new tokens, which differ in number."""
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """The position of each token among those of its text that are no padding; (batch, sequence) both."""
+    """Returns the position of each token among those of its text that are not padding; both (batch, sequence)."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def example_step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The inputs of a step by name, made of example texts: the first tokens are the past.
+    """Returns the inputs of a step by name, built from example texts whose first tokens are the past.
 
     Args:
         model: a decoder that has a cache.
-        inputs: `input_ids`, and `attention_mask` if there is padding; of two rows and more.
+        inputs: `input_ids` and, if there is padding, `attention_mask`; at least two rows.
     """
     tokens, mask = padded_texts(inputs[TOKENS], inputs.get(MASK))
     positions = {POSITIONS: positions_of(mask)} if takes_positions(model) else {}
@@ -50,7 +50,7 @@ def example_step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch
 
 
 def padded_texts(tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask with tokens enough for an example, the first text padded: a mask of ones would be left out."""
+    """Returns token ids and mask, long enough for an example, the first text padded: graphs drop masks of ones."""
     repeats = -(-_LEAST_TOKENS // tokens.size(1))
     mask = torch.ones_like(tokens) if mask is None else mask
     tokens, mask = tokens.long().repeat(1, repeats), mask.long().repeat(1, repeats)
@@ -60,7 +60,7 @@ def padded_texts(tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch
 
 
 def step_axes(name: str) -> dict[int, str]:
-    """The dynamic axes of a step's input or output, by index."""
+    """Returns the names of the dynamic axes of a step's input or output, by index."""
     if is_cross(name):
         return {0: "batch", 2: SOURCE_AXIS}
     if is_past(name):

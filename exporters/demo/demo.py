@@ -1,4 +1,4 @@
-"""The whole job on real input: train, save, export, fold, compare, time. `melora-fx demo` runs it."""
+"""Runs the whole workflow on real input, for `melora-fx demo`: train, save, export, fold, compare, time."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -32,17 +32,17 @@ from .data import load_topics
 from .report import print_code, print_results
 
 _CHECKPOINTS = "demo-checkpoints"
-"""Not those of a `melora-fx train` into the same folder; removed after the training."""
+"""Another name than that of `melora-fx train`, which may use the same folder. Removed after the training."""
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the command line gives.
+    """The options of the command line.
 
     Attributes:
-        train: of the training; without `data` the demo's own texts are read.
+        train: the options of the training; without `data` the demo's own texts are read.
         quick: times fewer rounds.
-        model_name: what results and pictures call the model.
+        model_name: the name of the model in results and plots.
     """
 
     train: TrainOptions
@@ -55,13 +55,14 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions) -> dict[str, Any]:
-    """Runs the job, prints what it does, and writes its results into `options.out`.
+    """Runs the workflow, prints its progress, and writes its results into `options.out`.
 
     Returns:
-        what it has also written as report.json.
+        the content of report.json.
 
     Raises:
-        MELoRAError, ValueError: for data, a model, targets or a folder that cannot be used, before training starts.
+        MELoRAError, ValueError: if the data, the model, the targets or the folder cannot be used, before training
+            starts.
     """
     import_onnxruntime()
     check_requirements(options.out)
@@ -71,16 +72,17 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     training = prepare(asked, texts, checkpoints=_CHECKPOINTS)
     print(training.matched)
     model, batches = training.base.model, training.batches
-    site = training.matched.sites[0].name
+    site, lowering = training.matched.sites[0].name, training.matched.sites[0].lowering
     print_code(f"before: {site}", fx.symbolic_trace(model.get_submodule(site)).code)
     graphs = {name: options.out / f"{name}.onnx" for name in ("base", "unmerged", "merged")}
-    export_onnx(model, batches.example(), graphs["base"])  # what cannot be exported is known before the training
+    export_onnx(model, batches.example(), graphs["base"])  # a model that cannot be exported fails before the training
 
     console.rule("train")
     results = fit(training) | {"model": options.model_name}
     shutil.rmtree(training.checkpoints.folder)
     print_summary(results)
-    print_code(f"after: {site}", melora_fx.sites(model)[site].code)
+    title = f'after: {site}, in plain operations; a step computes it with the lowering "{lowering}"'
+    print_code(title, melora_fx.sites(model)[site].code)
 
     _export(training, graphs)
     results |= _fold(model, graphs, batches)
@@ -92,7 +94,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
 
 
 def _export(training: Training, graphs: dict[str, Path]) -> None:
-    """The trained model as two graphs: with its adapters beside the weights, and merged."""
+    """Exports the trained model as two graphs: unmerged, with its adapters next to the weights, and merged."""
     console.rule("export")
     model, inputs = training.base.model, training.batches.example()
     print(export_onnx(model, inputs, graphs["unmerged"], adapter="keep"))
@@ -100,7 +102,7 @@ def _export(training: Training, graphs: dict[str, Path]) -> None:
 
 
 def _fold(model: nn.Module, graphs: dict[str, Path], batches: Batches) -> dict[str, float]:
-    """Folds the model, and compares it with itself before and with its graphs, on all held-out texts."""
+    """Folds the model, and compares it on all held-out texts with the unfolded model and with the graphs."""
     unfolded = compute_logits(TorchRunner(model), batches)
     unmerged = compute_logits(OrtRunner(graphs["unmerged"]), batches)
     melora_fx.fold(model)

@@ -1,4 +1,4 @@
-"""What the demo prints."""
+"""Prints the results of the demo."""
 
 import os
 from collections.abc import Mapping
@@ -10,19 +10,19 @@ from melora_fx.tables import table
 
 
 def print_code(title: str, code: str) -> None:
-    """A graph's code without its empty lines."""
+    """Prints the code of a graph without its empty lines."""
     console.print(f"[bold]{title}[/]")
     print("\n".join(line for line in code.splitlines() if line.strip()))
 
 
 def print_results(results: Mapping[str, Any], out: Path) -> None:
-    """The results of `run_demo` as a table, and the files in its folder."""
+    """Prints the results of `run_demo` as a table, and lists the files in its folder."""
     console.rule("result")
     rows = [
         ("held-out accuracy", f"{results['accuracy_before']:.1%} → {results['accuracy_after']:.1%}"),
         ("majority baseline", f"{results['majority_baseline']:.1%}"),
         ("trainable parameters", f"{results['trainable_parameters']:,} with the head"),
-        ("a LoRA of equal rank", f"{results['lora_equal_rank_parameters']:,} in its adapters alone"),
+        ("a LoRA of equal rank", f"{results['lora_equal_rank_parameters']:,} in its adapters only"),
     ]
     for name, key in (("folded", "fold"), ("merged ONNX", "merged"), ("unmerged ONNX", "unmerged")):
         rows.append((f"{name} against torch", f"max abs error {results[f'{key}_max_abs_error']:.1e}"))

@@ -1,9 +1,9 @@
-"""Text from exported decoders: the steps, what they are checked against, and what other programs need to take them.
+"""Generates text with exported decoders, checks their steps, and describes them for other programs.
 
-check             a decoder's graph beside its model, step by step
-genai_config      what onnxruntime-genai reads of a graph
-decoder           a graph and its cache, step by step
-tokenized_folder  tokens of texts, and back
-sampling          the next token, of logits
-generate          prompts in, text out
+check             compares a decoder's graph with its model, step by step
+genai_config      writes the configuration that onnxruntime-genai reads
+decoder           runs a graph with its cache, step by step
+tokenized_folder  turns texts into tokens, and back
+sampling          chooses the next token from logits
+generate          turns prompts into text
 """

@@ -1,6 +1,6 @@
-"""Does a decoder's graph compute what torch computes, step by step, with a cache that each fills by itself?
+"""Compares a decoder's graph with torch, step by step; each of the two fills its own cache.
 
-Wrong padding raises no error: texts are tried alone and beside others, padded before them and behind.
+Incorrect padding raises no error, so texts are tried one by one and in pairs, padded at the beginning and at the end.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +25,13 @@ from exporters.runtime.torch_runner import Runner, TorchRunner
 from melora_fx.whole_capture.conditions import Condition
 
 _MOST_TOKENS = 2**10
-"""Windows above this are not tried: attention takes memory with the square of the tokens."""
+"""Larger windows are not tried: the memory of attention grows with the square of the tokens. Also the limit for models
+without `max_position_embeddings`.
+"""
 
 
 class Texts(NamedTuple):
-    """What is tried: token ids and mask, (batch, all), the number of tokens of each step, the dtype of the cache."""
+    """A trial: its description, token ids and mask, (batch, tokens), the tokens of each step, and the cache's dtype."""
 
     words: str
     tokens: np.ndarray
@@ -39,17 +41,17 @@ class Texts(NamedTuple):
 
 
 class StepsComparison(NamedTuple):
-    """What was compared, in words → how near it is; and what must hold of the sizes of a step, as far as is known."""
+    """The comparisons, by the trial in words, and the known conditions on the sizes of a step's inputs."""
 
     comparisons: dict[str, Comparison]
     conditions: list[Condition]
 
 
 def compare_steps(export: Export, path: Path) -> StepsComparison:
-    """Compares the file of a decoder's export with its model, in its present mode, on ONNX Runtime's CPU.
+    """Compares the file of a decoder's export with its model, in the model's current mode, on ONNX Runtime's CPU.
 
     Raises:
-        MELoRAError: where an error is above the precision's tolerance and above what rounding explains there, or ONNX
+        MELoRAError: if an error is above the precision's tolerance and above what rounding explains, or if ONNX
             Runtime cannot run the file.
     """
     runner = OrtRunner(path, save_memory=True).without_check()
@@ -73,7 +75,7 @@ def compare_steps(export: Export, path: Path) -> StepsComparison:
 
 
 def _trial_texts(export: Export) -> Iterator[Texts]:
-    """Those of `_all_texts` that the model has positions for."""
+    """Returns the trials of `_all_texts` for which the model has enough positions."""
     most = _most_tokens(export)
     return (texts for texts in _all_texts(export) if sum(texts.steps) <= most)
 
@@ -83,7 +85,7 @@ def _most_tokens(export: Export) -> int:
 
 
 def _all_texts(export: Export) -> Iterator[Texts]:
-    """One text and two, by one token a step and by several, padded and not; as many tokens as a window and more."""
+    """Yields trials of one and two texts, one and several tokens a step, padded and not, and longer than a window."""
     ids = export.inputs[TOKENS].cpu().numpy()
     vocabulary = int(decoder_config(export.model).vocab_size)
     generator = np.random.default_rng(0)
@@ -120,7 +122,7 @@ def _all_texts(export: Export) -> Iterator[Texts]:
 
 
 def _windows(export: Export) -> Sequence[int]:
-    """How many tokens a layer attends to, where these are not all; none for more than the model has positions."""
+    """Returns the sizes of the attention windows in the model's configuration, in tokens, sorted."""
     config = decoder_config(export.model)
     found = {getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")}
     return sorted(size for size in found if isinstance(size, int) and size > 0)
@@ -129,7 +131,7 @@ def _windows(export: Export) -> Sequence[int]:
 def _compare(
     runner: OrtRunner, torch_runner: Runner, texts: Texts, beside: Mapping[str, torch.Tensor]
 ) -> tuple[Comparison, list[dict[str, tuple[int, ...]]]]:
-    """The errors over all steps, and the shapes of each step's inputs. `beside`: what a decoder takes of an encoder."""
+    """Returns the largest errors of all steps, and each step's input shapes. `beside`: the inputs from an encoder."""
     inputs = runner.session.get_inputs()
     encoded = _encoded(texts, beside)
     steps = _run(runner, inputs, texts, empty_cache(inputs, len(texts.tokens)), as_types(inputs, encoded))
@@ -141,7 +143,7 @@ def _compare(
 def _torch_steps(
     torch_runner: Runner, runner: OrtRunner, texts: Texts, beside: Mapping[str, torch.Tensor]
 ) -> list[Arrays]:
-    """What torch gives at each step, for the inputs of `runner`."""
+    """Returns torch's outputs at each step, for the inputs of `runner`."""
     inputs = runner.session.get_inputs()
     cache = {name: value.astype(texts.dtype) for name, value in empty_cache(inputs, len(texts.tokens)).items()}
     return _run(torch_runner, inputs, texts, cache, _encoded(texts, beside))
@@ -152,7 +154,7 @@ def _encoded(texts: Texts, beside: Mapping[str, torch.Tensor]) -> Arrays:
 
 
 def _run(runner: Runner, inputs: Sequence[Any], texts: Texts, cache: Arrays, encoded: Arrays) -> list[Arrays]:
-    """The outputs of each step, each with the cache of the one before, and zeros at padding."""
+    """Returns the outputs of each step, which gets the cache of the one before, with zeros at padding."""
     read = []
     for given, mask in _given(inputs, texts):
         outputs = runner.run(given | cache | encoded)
@@ -162,7 +164,7 @@ def _run(runner: Runner, inputs: Sequence[Any], texts: Texts, cache: Arrays, enc
 
 
 def _given(inputs: Sequence[Any], texts: Texts) -> Iterator[tuple[Arrays, np.ndarray]]:
-    """The inputs of each step but for the cache, and the mask of all tokens so far."""
+    """Yields the inputs of each step without the cache, and the mask of all tokens so far."""
     names = [value.name for value in inputs]
     end = 0
     for size in texts.steps:
@@ -172,7 +174,7 @@ def _given(inputs: Sequence[Any], texts: Texts) -> Iterator[tuple[Arrays, np.nda
 
 
 def _without_padding(outputs: Arrays, mask: np.ndarray) -> Arrays:
-    """The outputs with zeros at padding: what is computed there, nobody reads."""
+    """Returns the outputs with zeros at padding, where nothing reads them."""
     read = {}
     for name, value in outputs.items():
         is_read = mask.astype(bool)

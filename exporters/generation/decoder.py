@@ -1,4 +1,4 @@
-"""A decoder's graph and its cache: each step adds tokens to the texts, and gives the logits of what may follow them."""
+"""Runs a decoder's graph with its cache: each step adds tokens to the texts, and returns the logits after them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from melora_fx import MELoRAError
 
 
 class CachedDecoder:
-    """Texts on their way through a graph; their cache stays where the session computes, and is never copied.
+    """Texts that grow step by step, with their cache, which stays on the session's device and is never copied.
 
     Args:
-        runner: of a graph with a cache.
+        runner: the runner of a graph with a cache.
         batch: number of texts.
         adapter: as for `OrtRunner.run`.
-        encoded: what it takes of its encoder, beside one (`encode`).
+        encoded: the result of `encode`, for the decoder of an encoder-decoder model.
 
     Raises:
-        MELoRAError: for a graph without a cache.
+        MELoRAError: if the graph has no cache.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class CachedDecoder:
         self._cache |= encoded
 
     def step(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """The logits after each of the new tokens, (batch, new, vocabulary).
+        """Adds tokens to the texts, and returns the logits after each new token, (batch, new, vocabulary).
 
         Args:
-            tokens: ids, (batch, new).
-            mask: of all tokens so far, (batch, past + new); 0 for padding.
+            tokens: ids of the new tokens, (batch, new).
+            mask: the mask of all tokens so far, (batch, past + new); 0 for padding.
 
         Raises:
-            MELoRAError: as `OrtRunner.run`.
+            MELoRAError: as for `OrtRunner.run`.
         """
         given = self._runner.to_device(step_inputs(self._runner.input_names, tokens, mask))
         outputs = self._runner.run_on_device(given | self._cache, self._adapter)
@@ -64,11 +64,11 @@ class CachedDecoder:
 def encode(
     runner: OrtRunner, tokens: np.ndarray, mask: np.ndarray, adapter: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
-    """What a decoder takes of its encoder's graph, for `CachedDecoder`; it stays where the session computes.
+    """Runs an encoder's graph; returns the decoder's inputs from it, for `CachedDecoder`, on the session's device.
 
     Args:
-        runner: the encoder's.
-        tokens, mask: ids of the texts, and 0 for padding, (batch, sequence) both.
+        runner: the runner of the encoder's graph.
+        tokens, mask: ids of the texts, and a mask with 0 for padding, (batch, sequence) both.
         adapter: as for `OrtRunner.run`.
     """
     values = runner.to_device({TOKENS: tokens, MASK: mask})

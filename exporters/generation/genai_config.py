@@ -1,4 +1,4 @@
-"""`genai_config.json`: what onnxruntime-genai needs to know of a graph to generate from it."""
+"""Writes `genai_config.json`, which onnxruntime-genai needs to generate with a graph."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ TYPES = (
     "chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gptoss", "granite", "hunyuandensev1", "internlm2",
     "llama", "mistral", "nemotron", "olmo", "phi", "phi3", "phi3small", "phimoe", "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
-"""Types of decoders that onnxruntime-genai 0.18 runs by the inputs and outputs that its configuration names."""
+"""Types of decoders that onnxruntime-genai 0.18 runs with the inputs and outputs named in its configuration."""
 
 _ANY_DECODER = "decoder"
-"""What it calls any other one; `gpt2` is a graph with keys and values in one tensor there."""
+"""onnxruntime-genai's type for all others, GPT-2 too: its type `gpt2` has keys and values in one tensor."""
 
 _OTHER_NAMES = {"gpt_oss": "gptoss", "hunyuan_v1_dense": "hunyuandensev1"}
-"""A model's type in transformers → in onnxruntime-genai, where they differ."""
+"""A model's type in transformers → in onnxruntime-genai, if they differ."""
 
 
 def write_genai_config(export: Export, folder: Path) -> tuple[str, ...]:
-    """Writes `genai_config.json` for a decoder's graph into `folder`; returns notes for the user, why there is none."""
+    """Writes `genai_config.json` for a decoder's graph into `folder`; if it cannot, returns a note for the user."""
     config: Any = export.model.config
     if not export.has_own_mask:
         return (
-            f"no {GENAI_CONFIG}: onnxruntime-genai runs no encoder and decoder of type {config.model_type!r} as these "
-            "graphs are; `exporters.generate` does",
+            f"no {GENAI_CONFIG}: onnxruntime-genai cannot run an encoder and decoder of type {config.model_type!r} as "
+            "these two graphs; use `exporters.generate`",
         )
     kind = _OTHER_NAMES.get(config.model_type, config.model_type)
     described = genai_config(export, kind if kind in TYPES else _ANY_DECODER)
@@ -48,9 +48,9 @@ def write_genai_config(export: Export, folder: Path) -> tuple[str, ...]:
 
 
 def genai_config(export: Export, kind: str) -> dict[str, Any]:
-    """The configuration as onnxruntime-genai's own builder writes it.
+    """Returns the configuration in the form that onnxruntime-genai's own builder writes.
 
-    The past and the present share a buffer where ONNX Runtime's attention adds to the cache itself.
+    The past and the present share a buffer if ONNX Runtime's attention extends the cache itself.
     """
     text = decoder_config(export.model)
     past = [value for name, value in export.inputs.items() if is_past(name)]
@@ -108,9 +108,10 @@ def _input_names(inputs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _token_ids(model: Any) -> dict[str, Any]:
-    """The tokens that begin, end and pad texts: those that the model generates with, or else its configuration's.
+    """Returns the tokens that begin, end and pad texts: from the generation configuration, else the model's.
 
-    onnxruntime-genai looks up padding as any token, and takes it for the end token where there is none.
+    onnxruntime-genai looks up padding like any token, so its id must be in the vocabulary: the model's padding token,
+    else an end token, else 0.
     """
     text = decoder_config(model)
     sources = [getattr(model, "generation_config", None), text]

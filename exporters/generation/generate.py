@@ -1,4 +1,4 @@
-"""`generate`: text from an exported decoder."""
+"""Generates text with an exported decoder."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .sampling import draw, most_likely
 from .tokenized_folder import TokenizedFolder
 
 OnText = Callable[[int, str], None]
-"""Takes the number of a prompt and what comes next of its text."""
+"""Called with the number of a prompt and the next piece of its text."""
 
 _PADDING = 0
-"""Any id that every vocabulary has: it is masked."""
+"""An id that every vocabulary has: padding is masked."""
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""Ends a text whose last token is a part of a character."""
+"""The end of a decoded text whose last token is only a part of a character."""
 
 
 def generate(
@@ -42,28 +42,33 @@ def generate(
     provider: str = "cpu",
     threads: int | None = None,
 ) -> list[str]:
-    """What a decoder writes after each of the prompts, without the prompts.
+    """Returns the text that a decoder generates for each prompt, without the prompt.
 
-    All prompts are computed together. A text ends with one of the model's end tokens (generation_config.json's; without
-    that file config.json's), after `max_new_tokens`, or with the last position that the model has.
+    All prompts run in one batch. A text ends at an end token of the model (from generation_config.json; without that
+    file, from config.json), after `max_new_tokens` tokens, or at the model's last position.
 
     Args:
-        path: a folder that `export_onnx` has written with a cache, or the graph in it; its tokenizer is used. A folder
-            with an encoder's and a decoder's graph gives what the decoder writes for the prompts.
-        prompts: one text or several.
-        adapter: for a graph with swappable adapters, as for `OrtRunner.run`.
-        max_new_tokens: tokens of each text at most.
-        sample: draw tokens at random, with `temperature` and `top_p`; else the most likely one is taken.
-        temperature: above 1 for more surprising texts, below 1 for less.
-        top_p: tokens are drawn from the fewest that have this probability together.
-        seed: of the random numbers.
-        on_text: is called with the number of a prompt and each piece of its text as soon as it is there.
-        provider, threads: as for `OrtRunner`.
+        path: a folder in which `export_onnx` has written a graph with a cache, or that graph; the folder's tokenizer is
+            used. If the folder contains an encoder's and a decoder's graph, the encoder reads the prompts.
+        prompts: one string or several.
+        adapter: the adapter for a graph with swappable adapters, as for `OrtRunner.run`.
+        max_new_tokens: maximum number of new tokens of each text, at least 1.
+        sample: whether to draw tokens at random, with `temperature` and `top_p`, instead of the most likely ones.
+        temperature: above 1 for more surprising texts, below 1 for less surprising ones; above 0.
+        top_p: tokens are drawn from the smallest set with at least this total probability; above 0 and at most 1.
+        seed: the seed of the random numbers, at least 0.
+        on_text: called with the number of a prompt, from 0, and each new piece of its text as soon as it is decoded.
+        provider: as for `OrtRunner`.
+        threads: as for `OrtRunner`.
+
+    Returns:
+        one text for each prompt, in their order.
 
     Raises:
-        ValueError: for options out of range, and no prompts.
-        MELoRAError: for a graph without a cache or a folder without a tokenizer; for a prompt that is empty, or as long
-            as what the model can take; else as `OrtRunner`.
+        ValueError: if an option is out of range, or there are no prompts.
+        MELoRAError: if the graph has no cache, or the folder no tokenizer; if a prompt has no tokens and the tokenizer
+            no token to begin with; if a prompt leaves the model no position for a new token; otherwise as for
+            `OrtRunner`.
     """
     texts = _check_options(prompts, max_new_tokens, temperature, top_p, seed)
     encoder_path, decoder_path = _graphs(Path(path))
@@ -103,15 +108,15 @@ def new_tokens(
     first: int | None = None,
     choose: Callable[[np.ndarray], np.ndarray] = most_likely,
 ) -> Iterator[list[int | None]]:
-    """The next token of each text, step by step; None where a text has ended, its end token included.
+    """Yields the next token of each text, step by step; None if a text has ended, also in place of its end token.
 
     Args:
-        decoder: one on which no step was made.
+        decoder: a decoder that has made no step yet.
         prompts: token ids of each text.
-        most: number of new tokens of each text at most.
+        most: maximum number of new tokens of each text.
         ends: tokens that end a text.
-        first: what each text begins with whatever the logits are, if anything.
-        choose: the next tokens, (batch,), by logits (batch, vocabulary).
+        first: the token that each text begins with regardless of the logits; None to choose it like the others.
+        choose: returns the next tokens, (batch,), for logits (batch, vocabulary).
     """
     tokens, mask = padded(prompts, left=True)
     has_ended = np.zeros(len(prompts), bool)
@@ -128,7 +133,7 @@ def new_tokens(
 
 
 def padded(texts: Sequence[Sequence[int]], *, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask of texts, (batch, sequence) both, filled up at their left, or their right."""
+    """Returns token ids and mask of texts, (batch, sequence) both, padded at the left or at the right."""
     length = max(map(len, texts))
     tokens = np.full((len(texts), length), _PADDING, np.int64)
     mask = np.zeros_like(tokens)
@@ -139,7 +144,7 @@ def padded(texts: Sequence[Sequence[int]], *, left: bool) -> tuple[np.ndarray, n
 
 
 def _graphs(path: Path) -> tuple[Path | None, Path]:
-    """The graphs of an encoder, if there is one, and of a decoder."""
+    """Returns the files of the encoder's graph, None if there is none, and of the decoder's."""
     graph = onnx_file_path(path)
     pair = graph.with_name(ENCODER_FILE), graph.with_name(DECODER_FILE)
     has_pair = all(file.is_file() for file in pair) and (graph in pair or not graph.is_file())
@@ -147,25 +152,27 @@ def _graphs(path: Path) -> tuple[Path | None, Path]:
 
 
 def _check_options(prompts: object, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> list[str]:
-    """The prompts as a list; raises a ValueError for options out of range."""
+    """Returns the prompts as a list; raises ValueError if an option is out of range."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else []
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"`prompts` (={prompts!r}) must be one text or several")
+        raise ValueError(f"`prompts` (={prompts!r}) must be one string or several")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"`seed` (={seed!r}) must be a whole number, 0 or more")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` (={max_new_tokens!r}) must be a whole number, 1 or more")
     if not temperature > 0:
-        raise ValueError(f"`temperature` (={temperature!r}) must be above 0; `sample=False` takes the likeliest tokens")
+        raise ValueError(
+            f"`temperature` (={temperature!r}) must be above 0; `sample=False` takes the most likely tokens"
+        )
     if not 0 < top_p <= 1:
-        raise ValueError(f"`top_p` (={top_p!r}) must be above 0, and 1 at most")
+        raise ValueError(f"`top_p` (={top_p!r}) must be above 0 and at most 1")
     return texts
 
 
 @dataclass
 class _Writer:
-    """The text of one prompt as it grows. Decoded without the tokens `before` it, it would lack the space that it
-    begins with where tokenizers drop that of a text's first word.
+    """The growing text of one prompt. It is decoded together with the tokens `before` it, because some tokenizers drop
+    the space before the first word of a text.
     """
 
     reader: TokenizedFolder
@@ -183,7 +190,7 @@ class _Writer:
                 self._write(text)
 
     def finish(self) -> str:
-        """The whole text."""
+        """Writes the rest of the text, and returns all of it."""
         self._write(self._decode())
         return self.text
 

@@ -1,20 +1,20 @@
-"""The next token of each text: the most likely one, or one drawn at random."""
+"""Chooses the next token of each text: the most likely one, or one drawn at random."""
 
 import numpy as np
 
 
 def most_likely(logits: np.ndarray) -> np.ndarray:
-    """The index of the largest of each row, (batch, vocabulary) → (batch,)."""
+    """Returns the index of the largest logit of each row, (batch, vocabulary) → (batch,)."""
     chosen: np.ndarray = logits.argmax(-1)
     return chosen
 
 
 def draw(logits: np.ndarray, temperature: float, top_p: float, generator: "np.random.Generator") -> np.ndarray:
-    """One index of each row, (batch, vocabulary) → (batch,), with the probabilities softmax(logits / temperature) of
-    the fewest tokens that have `top_p` together.
+    """Draws one index per row, (batch, vocabulary) → (batch,), with the probabilities softmax(logits / temperature),
+    from the smallest set of tokens with a total probability of at least `top_p`.
     """
     wide = logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # next to no temperature leaves the most likely ones
+    with np.errstate(over="ignore"):  # a tiny temperature leaves only the most likely tokens
         scaled = (wide - wide.max(-1, keepdims=True)) / temperature
     order = np.argsort(-scaled, axis=-1, kind="stable")
     sorted_logits = np.take_along_axis(scaled, order, -1)

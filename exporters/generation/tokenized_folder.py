@@ -1,4 +1,4 @@
-"""The tokenizer in an exported folder, and what the configurations there say of tokens."""
+"""Reads the tokenizer of an exported folder, and the special tokens in its configurations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,19 +10,19 @@ from melora_fx import MELoRAError
 
 
 class TokenizedFolder:
-    """Tokenizer and tokens of a folder that `export_onnx` has written.
+    """The tokenizer and the special tokens of a folder that `export_onnx` has written.
 
     Attributes:
-        end_tokens: those that end a text.
-        start_token: what the texts of a decoder beside an encoder begin with; None without an encoder.
-        forced_token: what these write first whatever the logits are, if anything.
+        end_tokens: the tokens that end a text.
+        start_token: the token that the decoder's texts begin with in an encoder-decoder model; None without an encoder.
+        forced_token: the token that such a decoder writes first regardless of the logits; None if there is none.
 
     Raises:
-        MELoRAError: for a folder without a tokenizer or configuration, or with one that cannot be read.
+        MELoRAError: if the folder's tokenizer or configuration is missing or cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # heavy: only where it is used
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # slow to import, so only here
 
         self._folder = folder
         settings: Any = None
@@ -31,10 +31,10 @@ class TokenizedFolder:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             if (folder / GENERATION_CONFIG).is_file():
                 settings = GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # each tokenizer raises its own
+        except Exception as error:  # each tokenizer raises its own types
             raise MELoRAError(
-                f"`{folder}` has no configurations and tokenizer that can be read ({type(error).__name__}: "
-                f"{str(error)[:200]}): copy the model's, as `save_pretrained` writes them, beside the graph"
+                f"the configurations and tokenizer of `{folder}` cannot be read ({type(error).__name__}: "
+                f"{str(error)[:200]}): copy the model's, as `save_pretrained` writes them, next to the graph"
             ) from error
         text = self._config.get_text_config(decoder=True)
         ends: Any = getattr(settings or text, "eos_token_id", None)
@@ -45,24 +45,24 @@ class TokenizedFolder:
         self.forced_token: int | None = first_setting(sources, "forced_bos_token_id")
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each prompt; raises a MELoRAError for one that has none, or too many."""
+        """Returns the token ids of each prompt; raises MELoRAError if a prompt has none, or too many."""
         encoded = []
         for index, prompt in enumerate(prompts):
             ids = list(self.tokenizer(prompt)["input_ids"])
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
-                raise MELoRAError(f"prompt {index} (={prompt!r}) has no tokens, and the tokenizer none to begin with")
+                raise MELoRAError(f"prompt {index} (={prompt!r}) has no tokens, and the tokenizer no first token")
             if self._positions is not None and len(ids) + (self.start_token is None) > self._positions:
                 raise MELoRAError(
-                    f"prompt {index} has {len(ids)} tokens: the model in `{self._folder}` takes {self._positions} with "
-                    "those that it writes (`max_position_embeddings`): shorten it"
+                    f"prompt {index} has {len(ids)} tokens: the model in `{self._folder}` has {self._positions} "
+                    "positions for prompts and new tokens (`max_position_embeddings`): shorten it"
                 )
             encoded.append(ids)
         return encoded
 
     def most_new_tokens(self, encoded: Sequence[Sequence[int]], asked: int) -> list[int]:
-        """Of each text: as many as were asked for, as far as the model has positions for them."""
+        """Returns the maximum number of new tokens of each text: `asked`, or fewer if the model lacks positions."""
         return [asked if self._positions is None else min(asked, self._positions - len(ids)) for ids in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:

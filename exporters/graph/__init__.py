@@ -1,17 +1,17 @@
-"""From a torch module to an ONNX graph: the translation, and each pass over the graph.
+"""Turns a torch module into an ONNX graph: the translation, and each pass over the graph.
 
-axes              the dynamic axes, checked and named
-ranges            the sizes of each axis that the graph is right for
-trial_sizes       those at which it is compared with its model
-named_tensors     names for what a model takes and returns
-export            what one pass hands on to the next, and what a target, a precision and an adapter's form are
-build             a model's graph, by transformers' or torch's exporter
-clean             traces of the exporters, and stale types, taken away
-weights           which initializer holds which parameter
-forms             how an unmerged update is written
-swap_inputs       adapters as optional inputs
-cached_attention  what stands around ONNX Runtime's attention over a cache
-stand_ins, fuse   ONNX Runtime's fused operators, and where the weights are afterwards
-half              graphs in float16
-passes            all of these in their order
+axes              names the dynamic axes
+ranges            computes the sizes of each axis for which the graph is correct
+trial_sizes       chooses the sizes at which a graph is compared with its model
+named_tensors     names a model's inputs and outputs
+export            defines the state that passes hand on, and the types of targets, precisions and forms
+build             translates a model with transformers' or torch's exporter
+clean             removes the exporters' traces and stale types
+weights           finds which initializer stores which parameter
+forms             writes unmerged updates
+swap_inputs       turns adapters into optional inputs
+cached_attention  rewrites the nodes around ONNX Runtime's attention over a cache
+stand_ins, fuse   fuses nodes into ONNX Runtime's operators, and finds the weights afterwards
+half              converts graphs to float16
+passes            runs all passes in their order
 """

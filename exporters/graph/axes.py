@@ -1,4 +1,4 @@
-"""The dynamic axes of a graph: which they are, and what they are called."""
+"""Names the dynamic axes of a graph."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,19 +10,19 @@ from exporters.decoders.example_step import step_axes
 from melora_fx.whole_capture.dynamic_axes import DynamicAxes
 
 _AXIS_NAMES = ("batch", "sequence")
-"""Of the axes 0 and 1, where `dynamic_axes` gives none."""
+"""Names of the axes 0 and 1 if `dynamic_axes` has none for them."""
 
 _SEQUENCE_AXIS = 1
 _DECODER = "decoder_"
-"""Before the names of a decoder's inputs: as long as an encoder's in an example, they need not be so otherwise."""
+"""Prefix of the names of a decoder's inputs, whose lengths may equal the encoder's only in the example."""
 
 
 def name_axes(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:
-    """Renames the symbols of dynamic axes, in every shape of the graph: `batch` for axis 0, `sequence` for axis 1,
-    or as `dynamic_axes` says.
+    """Renames the symbols of dynamic axes in every shape of the graph: to the names in `dynamic_axes`, or, for "auto",
+    `batch` for axis 0, `sequence` for axis 1, and `axis_2`, … for others.
 
-    Where axis 1 has several sizes in the examples, the later ones take the input's name as prefix, and a decoder's is
-    called `decoder_sequence` where it is not the encoder's own.
+    With "auto", if an axis differs in size between inputs, the later inputs prefix its name with their own. Axis 1 of a
+    decoder's input is called `decoder_sequence` if it varies independently of the encoder's.
     """
     names = _names_of_symbols(graph, examples, dynamic_axes)
     apart = _kept_apart(names)
@@ -33,7 +33,7 @@ def name_axes(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic_axes: D
 
 
 def _kept_apart(names: Mapping[str, str]) -> dict[str, str]:
-    """Names for inside of the graph, where two axes of one name would be taken for equal ones by fusions."""
+    """Returns distinct names for shapes inside the graph: fusions would treat two axes of one name as equal."""
     first: dict[str, str] = {}
     return {
         symbol: name if first.setdefault(name, symbol) == symbol else f"{name}_{symbol}"
@@ -42,7 +42,7 @@ def _kept_apart(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _names_of_symbols(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic_axes: DynamicAxes) -> dict[str, str]:
-    """The exporter's symbol, such as `s77` → the axis's name."""
+    """Maps the exporter's symbol of each dynamic axis, such as `s77`, to the axis's name."""
     names: dict[str, str] = {}
     size_of: dict[str, int] = {}
     for value in graph.inputs:
@@ -64,14 +64,14 @@ def _names_of_symbols(graph: onnx_ir.Graph, examples: Mapping[str, Any], dynamic
 
 
 def name_step_axes(graph: onnx_ir.Graph) -> None:
-    """Names the axes of a decoder's inputs and outputs, also those that the exporter computes from others."""
+    """Names the axes of a decoder's inputs and outputs, including axes that the exporter computes from others."""
     for value in (*graph.inputs, *graph.outputs):
         names = step_axes(value.name or "")
         value.shape = onnx_ir.Shape([names.get(index, size) for index, size in enumerate(value.shape or ())])
 
 
 def _symbol(size: int | onnx_ir.SymbolicDim) -> str | None:
-    """The symbol of a dynamic axis; None for a fixed size and for one that is computed from others."""
+    """Returns the symbol of a dynamic axis; None for a fixed size, and for a size that is computed from others."""
     symbol = None if isinstance(size, int) else size.value
     return str(symbol) if symbol is not None and symbol.isidentifier() else None
 
@@ -87,11 +87,11 @@ def _renamed(size: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> int |
         return size
     if size.value is None:
         return None
-    if size.value.isdigit():  # the exporter writes an axis that the model has fixed as a symbol called "12"
+    if size.value.isdigit():  # the exporter writes an axis that the model fixes as a symbol such as "12"
         return int(size.value)
     return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(size.value))
 
 
 def axes_of(value: onnx_ir.Value) -> tuple[int | str, ...]:
-    """Size of each axis of a graph input or output: a number, or the name of a dynamic axis."""
+    """Returns the axes of a graph input or output: a number for a fixed size, a name for a dynamic axis."""
     return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ())

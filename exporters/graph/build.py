@@ -1,4 +1,4 @@
-"""From a torch module to an `onnx_ir.Model`: Hugging Face models by transformers' exporter, all others by torch's.
+"""Translates torch modules to `onnx_ir.Model`: with transformers' exporter for Hugging Face models, else with torch's.
 
 The graph's inputs, outputs and dynamic axes get the names that a user of the model expects.
 """
@@ -33,7 +33,7 @@ from .ranges import without_empty_axes
 
 
 class BuiltGraph(NamedTuple):
-    """A graph, what its export assumed of the sizes of its inputs, and in words what the model does beside it."""
+    """A graph, the conditions on its inputs' sizes that the export assumed, and notes on effects that it lacks."""
 
     graph_model: onnx_ir.Model
     conditions: tuple[Condition, ...]
@@ -48,19 +48,20 @@ def build_graph(
     dynamic_axes: DynamicAxes = "auto",
     opset: int | None = None,
 ) -> BuiltGraph:
-    """The ONNX graph of `model` in evaluation mode, by default without a key-value cache.
+    """Returns the ONNX graph of `model` in evaluation mode, by default without a key-value cache.
 
-    Weights are not copied: the graph refers to the model's own tensors until it is saved.
+    Weights are not copied: the graph shares the model's tensors until it is saved.
 
     Args:
         model: the model.
-        inputs: keyword arguments of the model; what is no tensor becomes a constant of the graph.
-        forward: the context in which the model computes what the graph is to.
-        dynamic_axes: which axes stay dynamic.
+        inputs: keyword arguments of the model; values that are not tensors become constants of the graph.
+        forward: the context in which the model computes what the graph must compute.
+        dynamic_axes: which axes stay dynamic; ignored if the inputs include a cache.
         opset: ONNX operator set; None leaves the exporter's default.
 
     Raises:
-        MELoRAError: where the model or the exporter fails, its own message is given; for an axis that the model fixes.
+        MELoRAError: if the model or the exporter fails, with the original message; if the exporter cannot write
+            `opset`; if the model fixes an axis that `dynamic_axes` names.
     """
     is_step = has_cache(inputs)
     if is_step:
@@ -71,7 +72,7 @@ def build_graph(
     _name_inputs(graph_model.graph, inputs)
     _name_outputs(graph_model.graph, outputs)
     if opset is not None and graph_model.opset_imports[""] != opset:
-        raise MELoRAError(f"the exporter cannot write opset {opset}: it gave {graph_model.opset_imports['']}")
+        raise MELoRAError(f"the exporter cannot write opset {opset}: it wrote opset {graph_model.opset_imports['']}")
     refuse_fixed_axes({value.name or "": _sizes(value) for value in graph_model.graph.inputs}, dynamic_axes)
     name_axes(graph_model.graph, inputs, dynamic_axes)
     conditions = conditions_of(program)
@@ -84,12 +85,12 @@ def build_graph(
 
 
 def _sizes(value: onnx_ir.Value) -> list[int | str]:
-    """Its axes: an int for a fixed one, which the exporter may write as a text."""
+    """Returns the axes of a value; fixed ones become ints, because the exporter may write them as strings."""
     return [int(axis) if str(axis).isdigit() else axis for axis in axes_of(value)]
 
 
 def _run(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The model's outputs by name, and what it does to its inputs and attributes, in words."""
+    """Runs the model; returns its outputs by name, and notes on the inputs and attributes that it changes."""
     outputs, given = list[dict[str, torch.Tensor]](), list[dict[str, Any]]()
 
     def run() -> None:
@@ -100,10 +101,10 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tens
         kept = changed_attributes(model, run)
     except Exception as error:  # the model's own forward can raise anything
         raise MELoRAError(
-            f"`{type(model).__name__}` does not take `example_inputs`: {type(error).__name__}: {error}"
+            f"`{type(model).__name__}` does not accept `example_inputs`: {type(error).__name__}: {error}"
         ) from error
     notes = [f"the model changes its input `{name}`, the graph does not" for name in changed_names(given[0], inputs)]
-    notes += [f"the model keeps `{name}` from call to call, the graph has its value of now" for name in kept]
+    notes += [f"the model changes `{name}` from call to call, the graph contains its current value" for name in kept]
     return outputs[0], tuple(notes)
 
 
@@ -119,7 +120,7 @@ def _export(
             if is_hugging_face_model(model):
                 return export_by_transformers(model, inputs, shapes, opset)
             return _export_by_torch(model, inputs, shapes, opset)
-    except Exception as error:  # exporters raise many kinds
+    except Exception as error:  # exporters raise many types
         raise MELoRAError(f"`{type(model).__name__}` cannot be exported: {_reason(error)}") from error
 
 
@@ -141,14 +142,14 @@ def _export_by_torch(
 
 
 def _grouped_products(program: torch.export.ExportedProgram) -> dict[Any, Any]:
-    """How products of rows that are sorted by expert are written, where there are any: as transformers does."""
+    """Returns transformers' translations of `grouped_mm`, products of rows sorted by expert, if the program has any."""
     if not any("grouped_mm" in str(node.target) for node in program.graph.nodes):
         return {}
     return grouped_translations()
 
 
 def _reason(error: BaseException) -> str:
-    """The exporter's message; torch's outermost one advises torch's developers, those below it say what happened."""
+    """Returns the messages that say what happened: not torch's outermost one, which advises torch's developers."""
     if isinstance(error, MELoRAError):
         return str(error)
     causes = [error]
@@ -158,14 +159,14 @@ def _reason(error: BaseException) -> str:
 
 
 def _name_inputs(graph: onnx_ir.Graph, names: Iterable[str]) -> None:
-    """Gives the graph's inputs the names of the model's, of which the exporter has taken what an argument can have."""
+    """Restores the names of the model's inputs in the graph: the exporter was passed identifiers instead."""
     by_identifier = {identifier(name): name for name in names}
     for value in graph.inputs:
         value.name = by_identifier.get(value.name or "", value.name)
 
 
 def _name_outputs(graph: onnx_ir.Graph, names: Iterable[str]) -> None:
-    """Gives the graph's outputs the names of the model's; one that is an input's name too gets `_output` after it."""
+    """Gives the graph's outputs the names of the model's; a name that an input has too gets the suffix `_output`."""
     names = list(names)
     if len(graph.outputs) != len(names):
         raise MELoRAError(f"the export has {len(graph.outputs)} outputs, the model {len(names)}: {', '.join(names)}")
@@ -175,5 +176,5 @@ def _name_outputs(graph: onnx_ir.Graph, names: Iterable[str]) -> None:
 
 
 def count_ops(graph_model: onnx_ir.Model) -> dict[str, int]:
-    """Number of nodes of each operator type, subgraphs included, most frequent first."""
+    """Returns the number of nodes of each operator type, subgraphs included, the most frequent first."""
     return dict(Counter(node.op_type for node in graph_model.graph.all_nodes()).most_common())

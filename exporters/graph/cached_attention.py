@@ -1,16 +1,16 @@
-"""What stands around ONNX Runtime's attention over a cache.
+"""Rewrites the nodes around ONNX Runtime's attention over a cache.
 
-Lengths: the number of earlier tokens is read off the mask and not off the cache. ONNX Runtime's attention over a cache
-writes into the memory of the past where the runtime gives a buffer for the longest text, past and present in one
-(`past_present_share_buffer`). The sizes of the cache are then those of the buffer. What a graph computes of them is
-computed of those of the mask and the tokens instead:
+Lengths: the number of earlier tokens is computed from the mask, not from the cache. The runtime may pass one buffer for
+past and present, large enough for the longest text (`past_present_share_buffer`). The attention then writes into the
+memory of the past, and the sizes of the cache are those of the buffer. So lengths are computed from the sizes of the
+mask and the tokens:
 
     past = mask.shape[1] - tokens.shape[1]        past + new = mask.shape[1]
 
-Views: heads are split off and joined again between two operators that both take (batch, tokens, width).
+Views: reshapes that split heads off and join them again between two operators on (batch, tokens, width) are removed.
 
-Zeros: transformers' exporter sets what a padded token attends to to zero, behind each attention. Nobody reads it, and
-ONNX Runtime's attention gives a mean of the values there.
+Zeros: transformers' exporter sets the result of each attention to zero at padded tokens. These zeros are removed: ONNX
+Runtime's attention returns a mean of the values there, and nothing reads it.
 """
 
 import onnx_ir
@@ -25,7 +25,9 @@ _LENGTH_AXIS = 2
 
 
 def read_lengths_off_mask(export: Export) -> None:
-    """Replaces the lengths of past and present wherever the graph has an attention that updates the cache itself."""
+    """Computes the lengths of past and present from the mask, if the graph has an attention that extends the cache
+    itself, and adds that attention's condition to `export.conditions`.
+    """
     attentions = [node for node in export.graph if node.op_type == CACHED_ATTENTION]
     if not export.has_own_mask or not attentions:
         return
@@ -57,7 +59,7 @@ def _shape(value: onnx_ir.Value, start: int, end: int) -> onnx_ir.Node:
 
 
 def _replace_length(node: onnx_ir.Node, value: onnx_ir.Value, length: onnx_ir.Value) -> list[onnx_ir.Node]:
-    """Puts `length` into a `Shape` of `value`, where it asks for it; returns the nodes that are needed for that."""
+    """Puts `length` into the result of a `Shape` of `value`, if it has that axis; returns the nodes to insert."""
     rank = 4
     start, end, _ = slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)).indices(rank)
     if not start <= _LENGTH_AXIS < end:
@@ -72,9 +74,9 @@ def _replace_length(node: onnx_ir.Node, value: onnx_ir.Value, length: onnx_ir.Va
 
 
 def drop_needless_views(export: Export) -> None:
-    """Removes the zeros at padding, and reshapes that only lead to what was there before, around these attentions.
+    """Removes the zeros at padding, and reshapes that only restore an earlier shape, around these attentions.
 
-    In half precision the zeros stay: what is added to scores of masked tokens is near the largest number there is.
+    In half precision the zeros stay: the number added to the scores of masked tokens is near the dtype's limit.
     """
     if not export.has_one_token_steps:
         return
@@ -90,7 +92,7 @@ def drop_needless_views(export: Export) -> None:
 
 
 def _zeroed(node: onnx_ir.Node) -> onnx_ir.Value | None:
-    """What a `Where` puts zeros into at tokens whose mask has nothing: an attention's states; None for another one."""
+    """Returns the attention's result that a `Where` sets to zero at fully masked tokens; None for any other `Where`."""
     condition, zeros, states = node.inputs
     constant = zeros.const_value if zeros is not None else None
     if constant is None or constant.size != 1 or constant.numpy().item() != 0:
@@ -106,7 +108,7 @@ def _zeroed(node: onnx_ir.Node) -> onnx_ir.Value | None:
 
 
 def _same_before(node: onnx_ir.Node) -> onnx_ir.Value | None:
-    """The value that a reshape into (batch, tokens, width) leads back to, through other reshapes; None for others."""
+    """Returns the earlier value whose shape (batch, tokens, width) a chain of reshapes restores, else None."""
     leading = _leading(node.outputs[0])
     value = node.inputs[0]
     while leading is not None and leading[1] == _JOINED and (before := _producer(value)) is not None:
@@ -119,11 +121,11 @@ def _same_before(node: onnx_ir.Node) -> onnx_ir.Value | None:
 
 
 _JOINED = 3
-"""Dimensions of states whose heads are side by side."""
+"""Number of dimensions of states whose heads are side by side."""
 
 
 def _leading(value: onnx_ir.Value | None, depth: int = 8) -> tuple[tuple[str, ...], int] | None:
-    """The first two axes of a value and the number of all, as far as is known or follows from what it is made of."""
+    """Returns the first two axes of a value and its number of axes, if they are known or follow from its producers."""
     if value is None or depth == 0:
         return None
     if value.shape is not None and all(_is_known(axis) for axis in value.shape[:2]):

@@ -1,4 +1,4 @@
-"""What exporters and passes leave in a graph, taken away; and what they print, kept from the user."""
+"""Removes what exporters and passes leave in a graph, and hides what they print."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ _LOGGERS = ("torch.onnx", "transformers.exporters", "onnxscript", "onnx_ir")
 
 
 def drop_traces(export: Export) -> None:
-    """Removes what the exporters note on nodes and values: source lines and paths of the exporting machine."""
+    """Removes the exporters' metadata from nodes and values: source lines and paths of the exporting machine."""
     ClearMetadataAndDocStringPass()(export.graph_model)
     for graph in export.graph_model.graphs():
         outputs = (output for node in graph for output in node.outputs)
@@ -24,8 +24,8 @@ def drop_traces(export: Export) -> None:
 
 
 def drop_inferred(export: Export) -> None:
-    """Removes types and shapes of values inside the graph where a pass has left stale ones; runtimes infer them anyway.
-    Those of initializers become their tensors'.
+    """Removes the types and shapes of values inside the graph if a pass has left stale ones: runtimes infer them.
+    Initializers get the types and shapes of their tensors.
     """
     if not export.has_stale_types:
         return
@@ -44,8 +44,8 @@ def drop_inferred(export: Export) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the progress, notices and deprecations of exporters and graph passes from the user; errors are raised, not
-    logged.
+    """Hides the progress, notices and deprecations of exporters and graph passes inside the block; errors are still
+    raised.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]

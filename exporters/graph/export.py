@@ -1,6 +1,6 @@
-"""One export on its way through the passes, and the table entries (`exporters/targets.py`) that it was asked for.
+"""The state of an export during its passes, and the types of the entries of the tables in `exporters/targets.py`.
 
-The command line lists the entries: they import neither torch nor onnx.
+The command line lists these entries, so the module imports neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ if TYPE_CHECKING:
     from .ranges import AxisRange
 
 CACHED_ATTENTION = "GroupQueryAttention"
-"""ONNX Runtime's operator that attends to the cache and adds to it."""
+"""ONNX Runtime's attention operator that reads the cache and extends it."""
 
 Sites = Mapping[str, "AdapterSite"]
 Pass = Callable[["Export"], None]
 
 
 class Target(NamedTuple):
-    """What graphs are written for.
+    """A runtime that graphs are written for.
 
     Attributes:
-        name: as `export_onnx` takes it.
-        about: what its graphs are, in words.
-        fusions: the provider whose fused operators its graphs get; None for standard operators alone.
-        precision: what "auto" means for it.
-        provider: ONNX Runtime's that computes its graphs: "cpu", "cuda" or "tensorrt".
-        takes_swap: whether it takes optional inputs.
-        check: raises a MELoRAError for a graph, as `read_graph` gives it, that it cannot run; takes its name too.
-        explain: what to say of a written file on the command line; takes the path and the axes' `shapes`.
+        name: the name that `export_onnx` accepts.
+        about: a description of its graphs, for help texts.
+        fusions: the provider whose fused operators its graphs get; None for only standard operators.
+        precision: the precision that "auto" means.
+        provider: the ONNX Runtime provider that runs its graphs: "cpu", "cuda" or "tensorrt".
+        takes_swap: whether its graphs can have optional inputs.
+        check: raises MELoRAError if the target cannot run a graph; called with the result of `read_graph` and the
+            file's name. None for no check.
+        explain: returns what the command line prints about a written file; called with the path and the axes' `shapes`.
+            None for nothing.
     """
 
     name: str
@@ -57,14 +59,15 @@ class Target(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """What a graph computes in.
+    """A precision that graphs compute in.
 
     Attributes:
-        name, about: as those of a target.
-        epsilon: distance from 1 to the next number.
-        tolerance: largest relative error against torch in float32, but for ill-conditioned inputs.
-        tolerance_of_more: the same for inputs with more entries than the example's: their sums round more often.
-        convert: the pass that brings a float32 graph to it; None for float32 itself.
+        name, about: as in `Target`.
+        epsilon: the distance from 1 to the next number.
+        tolerance: the largest accepted relative error against torch in float32, except for ill-conditioned inputs.
+        tolerance_of_more: the tolerance for inputs with more entries than the example's, because their sums are rounded
+            more often, and for the steps of a decoder.
+        convert: the pass that converts a float32 graph to it; None for float32 itself.
         needs_runtime: whether that pass calls ONNX Runtime.
     """
 
@@ -78,12 +81,13 @@ class Precision(NamedTuple):
 
 
 class UpdateForm(NamedTuple):
-    """How kept updates are written.
+    """A form in which unmerged updates are written.
 
     Attributes:
-        name, about: as those of a target.
-        is_dense: whether as dense products, for a site of this configuration and a number of tokens.
-        is_gated: whether swappable ones are left out while there is no adapter, in float32 graphs for a CPU.
+        name, about: as in `Target`.
+        is_dense: returns whether to write dense products, for a site's configuration and a number of tokens.
+        is_gated: whether swappable updates are skipped while there is no adapter, in float32 graphs for a CPU without
+            a cache.
     """
 
     name: str
@@ -93,8 +97,8 @@ class UpdateForm(NamedTuple):
 
 
 class AdapterTrial(NamedTuple):
-    """One way to compare a graph with torch: the adapter's `name`, the `context` in which torch computes with it, and
-    the graph's inputs for it, asked for inside of that context.
+    """An adapter with which a graph is compared with torch: its `name`, the `context` in which torch computes with it,
+    and a function that returns the graph's `inputs` for it, to be called inside that context.
     """
 
     name: str
@@ -111,17 +115,18 @@ def _only_as_it_is(model: nn.Module, sites: Sites, facts: GraphFacts) -> Iterato
 
 
 class AdapterForm(NamedTuple):
-    """What a graph holds of a model's adapters.
+    """The form of a model's adapters in a graph.
 
     Attributes:
-        name, about: as those of a target.
-        values: the context in which the model has the values that it is exported with; it lasts until a pass ends it
-            (`Export.values`), or until the file has been verified.
-        passes: what it does to the graph, whose weights have been named.
+        name, about: as in `Target`.
+        values: the context in which the model has the values to export. It lasts until a pass closes `Export.values`,
+            or until the file has been verified.
+        passes: its passes over the graph, which run after the weights have been named.
         stays: whether products with A and B stay in the graph.
-        is_swappable: whether these are inputs, so that the graph has no adapter of its own.
-        refuse: raises for a model whose graph cannot hold its adapters in this way; None: such a graph holds none.
-        trials: the adapters that the graph is compared with torch for.
+        is_swappable: whether A and B are inputs, so that the graph itself contains no adapter.
+        refuse: raises MELoRAError if the model has no adapters that the graph can contain in this form. None: a graph
+            without adapters is exported then.
+        trials: yields the adapters with which the graph is compared with torch.
     """
 
     name: str
@@ -136,8 +141,8 @@ class AdapterForm(NamedTuple):
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The arguments of `export_onnx` beside the model and its inputs: `path` is the .onnx file, also where a folder was
-    given, and names have become entries of the tables.
+    """The arguments of `export_onnx` except the model, its inputs and `use_cache`: `path` is the .onnx file, even if a
+    folder was passed, and names are replaced with entries of the tables.
     """
 
     path: Path
@@ -152,23 +157,24 @@ class ExportOptions:
 
 @dataclass
 class Export:
-    """One export: each pass takes it and changes it.
+    """The state of an export, which each pass changes.
 
     Attributes:
-        graph_model: the graph so far; a pass changes it in place, or puts another in its place.
-        model: the module that it was made of.
+        graph_model: the graph so far; a pass changes it in place or replaces it.
+        model: the module that was translated.
         inputs: the example inputs by name.
-        forward: the context in which the module computes what the graph does.
-        options: what was asked for.
-        adapter: what the graph holds of the adapters: as asked for, or nothing where the model computes its base.
-        sites: those of the model, whatever the graph holds.
-        values: the adapter form's context; closed once the model is to have its own values again.
-        conditions: what holds of the inputs' sizes wherever the graph is right, as far as is known.
-        weights: parameter → where it lives in the graph; without those that cannot be told from others.
-        kept: tensor of a module kept trainable → where it lives, None where the exporter has folded it into others.
+        forward: the context in which the module computes what the graph computes.
+        options: the options of the export.
+        adapter: the form of the adapters in the graph: the requested one, or `NO_ADAPTER` if the model has no sites or
+            computes its base.
+        sites: the sites that this graph's part of the model computes with, even if the graph contains no adapters.
+        values: the adapter form's context; closing it restores the model's own values.
+        conditions: the known conditions on the inputs' sizes under which the graph is correct.
+        weights: parameter → its place in the graph, without parameters that cannot be distinguished from others.
+        kept: tensor of a module kept trainable → its place; None if the exporter has folded it into others.
         forms: site → "block" or "dense", in a graph that keeps the adapters.
         defaults: optional input → its default, in a graph with swappable adapters.
-        has_stale_types: whether a pass has left types and shapes that are no longer right.
+        has_stale_types: whether a pass has left types and shapes that are no longer correct.
     """
 
     graph_model: onnx_ir.Model
@@ -192,13 +198,15 @@ class Export:
 
     @property
     def is_spelt(self) -> bool:
-        """Whether its operators are chosen for a CPU (`exporters/spelling/`). A step of a decoder with a cache has few
-        rows, for which `MatMul` is as fast.
+        """Whether the operators are chosen for a CPU (`exporters/spelling/`). Not if there is a cache: a decoder's step
+        has few rows, for which `MatMul` is as fast.
         """
         return self.options.target.provider == "cpu" and not self.has_cache
 
     def ranges(self) -> dict[str, AxisRange]:
-        """The sizes of each dynamic axis for which the graph is right, one token a step where it needs that."""
+        """Returns the range of sizes of each dynamic axis for which the graph is correct. If steps must have one token,
+        the ranges are for such steps.
+        """
         from exporters.decoders.step_conditions import ONE_TOKEN_OR_TEXT
 
         from .axes import axes_of
@@ -210,32 +218,34 @@ class Export:
         return axis_ranges(conditions, axes, {name: value.shape for name, value in tensors.items()}, self.sums())
 
     def sums(self) -> dict[str, tuple[str, ...]]:
-        """The dynamic axes that are as long as others together."""
+        """Maps each dynamic axis whose size is the sum of others to those others."""
         from exporters.onnx_files.cache_names import PAST_AXIS, TOTAL_AXIS
 
         return {TOTAL_AXIS: (PAST_AXIS, "sequence")} if self.has_own_mask else {}
 
     @property
     def has_one_token_steps(self) -> bool:
-        """Whether a step after a past takes one token, or one text: ONNX Runtime's attention over a cache does."""
+        """Whether a step after a past must have one token or one text, as for ONNX Runtime's attention over a cache."""
         return self.has_cache and any(node.op_type == CACHED_ATTENTION for node in self.graph)
 
     @property
     def has_own_mask(self) -> bool:
-        """Whether the graph takes a cache, and a mask of all tokens so far: a decoder beside an encoder takes none."""
+        """Whether the graph has a cache and a mask of all tokens so far. The decoder of an encoder-decoder model has no
+        such mask.
+        """
         from exporters.onnx_files.cache_names import MASK
 
         return self.has_cache and MASK in self.inputs
 
     @property
     def has_cache(self) -> bool:
-        """Whether the graph takes and gives a key-value cache."""
+        """Whether the graph accepts and returns a key-value cache."""
         from exporters.onnx_files.cache_names import has_cache
 
         return has_cache(self.inputs)
 
     def constants(self) -> dict[str, Any]:
-        """The example inputs that are no tensors: constants of the graph."""
+        """Returns the example inputs that are not tensors: constants of the graph."""
         import torch
 
         return {name: value for name, value in self.inputs.items() if not isinstance(value, torch.Tensor)}

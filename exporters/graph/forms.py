@@ -1,4 +1,4 @@
-"""How an unmerged update is written in a graph, chosen for each site.
+"""Writes unmerged updates in a graph, in a form chosen for each site.
 
     block   x (T, N, I/N) → (N, T, I/N) · Aᵀ (N, I/N, R) · (s B)ᵀ (N, R, O/N) → (T, N, O/N): as the model computes it
     dense   x · blockdiag(A)ᵀ (I, N·R) · blockdiag(s B)ᵀ (N·R, O): no transposed copies, but N times the products
@@ -22,42 +22,45 @@ from melora_fx.adapter.tensors import factor_names
 from .export import Export
 
 _SUFFIXES = {"block": ".T", "dense": ".blockdiag.T"}
-"""What follows a factor's name in that of its initializer, by form."""
+"""Form → the suffix that a factor's initializer has after the factor's name."""
 
 
 def choose_form(num_blocks: int, rank: int, tokens: int) -> str:
-    """The faster form on ONNX Runtime's CPU, by the measurements in benchmarks/results/adapter_forms.csv.
+    """Returns the faster form on ONNX Runtime's CPU, according to the measurements in
+    benchmarks/results/adapter_forms.csv.
 
-    Dense wins up to N·R = 16. At 32 the two are within 2 % of each other: dense, with fewer nodes, for few tokens.
+    Dense is faster up to N·R = 16. At 32 the two are within 2 % of each other: dense, which has fewer nodes, is chosen
+    below 64 tokens. A single block is always dense.
 
     Args:
         num_blocks: N.
         rank: R.
-        tokens: T of a typical run.
+        tokens: T, the number of tokens of a typical run.
     """
     limit = 32 if tokens < 64 else 16
     return "dense" if num_blocks == 1 or num_blocks * rank <= limit else "block"
 
 
 def is_dense_faster(config: MELoRAConfig, tokens: int) -> bool:
-    """Whether `choose_form` prefers dense products."""
+    """Returns whether `choose_form` prefers dense products."""
     return choose_form(config.num_blocks, max(config.ranks), tokens) == "dense"
 
 
 def write_forms(export: Export) -> None:
-    """Writes the updates as dense products where that was asked for, and notes the form of each in `export.forms`.
+    """Writes updates as dense products if the requested form says so, and records each site's form in `export.forms`.
 
-    Swappable adapters are files N times as large in the dense form: "auto" takes it only if a decoder's step is faster.
+    The dense form makes files of swappable adapters N times as large: for them "auto" chooses it only in a decoder with
+    a cache, if it is faster there.
 
-    A site that the exporter wrote in another way than one block product (the parts of `split`, a product with the
-    weight on the left) stays as it is.
+    A site that the exporter did not write as one block product stays unchanged: the parts of `split`, or a product with
+    the weight on the left.
     """
     form = export.options.form
     stays_small = export.adapter.is_swappable and form.name == "auto" and not export.has_cache
     tokens = 1 if export.has_cache else _num_tokens(export.inputs)
     dense = [name for name, site in export.sites.items() if not stays_small and form.is_dense(site.config, tokens)]
     pairs = {initializer_names(name, "block") for name in dense}
-    # Sites of one input share its blocks: nodes are removed when all have been written.
+    # Sites with the same input share its blocks, so unused nodes are removed after all sites have been written.
     rule = RewriteRule(_block_products, _dense_products, partial(_is_one_of, pairs), remove_nodes=False)
     rule.apply_to_model(export.graph_model)
     RemoveUnusedNodesPass()(export.graph_model)
@@ -67,7 +70,7 @@ def write_forms(export: Export) -> None:
 
 
 def initializer_names(site: str, form: str) -> tuple[str, str]:
-    """The initializers that hold a site's A and B, transposed and scaled, in this form."""
+    """Returns the names of the initializers that store a site's A and B in this form: both transposed, B scaled."""
     name_a, name_b = factor_names(site)
     return f"{name_a}{_SUFFIXES[form]}", f"{name_b}{_SUFFIXES[form]}"
 
@@ -75,8 +78,9 @@ def initializer_names(site: str, form: str) -> tuple[str, str]:
 def add_biases_last(export: Export) -> None:
     """Turns (x Wᵀ + bias) + update into (x Wᵀ + update) + bias at every site.
 
-    ONNX Runtime's fused activations and normalisations take the bias before them in, as in the base's graph: with an
-    update of zero they compute the base bit for bit. A graph that is spelt for a CPU has the bias in its products.
+    ONNX Runtime's fused activations and normalisations absorb the bias before them, as in the base's graph: with an
+    update of zero they compute the base bit for bit. A graph that is spelt for a CPU stays unchanged: its products
+    contain the bias.
     """
     if export.is_spelt:
         return
@@ -89,13 +93,13 @@ def add_biases_last(export: Export) -> None:
 
 
 def _num_tokens(inputs: Mapping[str, Any]) -> int:
-    """Number of tokens of the example: the leading two sizes of its first tensor."""
+    """Returns the number of tokens of the example: the product of the first two sizes of its first tensor."""
     shapes = [value.shape[:2] for value in inputs.values() if isinstance(value, torch.Tensor)]
     return shapes[0].numel() if shapes else 1
 
 
 def _add_last(graph: onnx_ir.Graph, biased: onnx_ir.Node, bias: onnx_ir.Value) -> None:
-    """Moves the bias that the node `biased` adds behind the update that is added next, if one is."""
+    """Moves the bias that the node `biased` adds after the update, if an update is added next."""
     output = biased.outputs[0]
     product = next(value for value in biased.inputs if value is not bias)
     users = list(output.consumers())
@@ -130,7 +134,7 @@ def _is_one_of(
     update: onnx_ir.Value,
     **_: Any,
 ) -> bool:
-    """Whether the products are by one of the `pairs` of names, used once, and of rows of blocks."""
+    """Returns whether the products are with one of the `pairs` of names, each used once, and of rows in blocks."""
     is_asked_for = (lora_a.name, lora_b.name) in pairs
     is_used_once = len(lora_a.consumers()) == len(lora_b.consumers()) == 1
     return is_asked_for and is_used_once and bool(x.shape) and _rank(blocks) == 3 and _rank(update) == _rank(x)

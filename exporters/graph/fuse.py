@@ -1,7 +1,7 @@
-"""ONNX Runtime's own operators for one of its providers, and where the weights are afterwards.
+"""Fuses a graph into ONNX Runtime's own operators for a provider, and finds its weights afterwards.
 
-transformers' `fuse_for_onnxruntime` does the fusing. It packs the weights of products that share an input side by side
-into one, as q, k and v of an attention; numbered stand-ins (`stand_ins.py`) go through it in the weights' place.
+transformers' `fuse_for_onnxruntime` does the fusing. It packs the weights of products that share an input, such as q, k
+and v of an attention, side by side into one. Meanwhile numbered stand-ins (`stand_ins.py`) replace the weights.
 """
 
 import numpy as np
@@ -17,18 +17,17 @@ from .stand_ins import PackedPlace, put_stand_ins, take_stand_ins
 
 
 def fuse(export: Export) -> None:
-    """Fuses the graph, whose weights have been named, for the targets that have fusions, and brings `export.weights` up
-    to date.
+    """Fuses the graph, whose weights must have been named, if the target has fusions, and updates `export.weights`.
 
     Raises:
-        MELoRAError: where the fusions did something to a weight that is not known here.
+        MELoRAError: if the fusions changed a weight in an unknown way.
     """
     provider = export.options.target.fusions
     if provider is None:
         return
     names = dict.fromkeys(place.initializer for place in export.weights.values())
     weights = put_stand_ins(export.graph, [*names])
-    with quiet(), quick_matching():  # shape inference refuses the stand-ins' type; no fusion needs it
+    with quiet(), quick_matching():  # shape inference refuses the stand-ins' dtype, but no fusion needs it
         fuse_for_onnxruntime(export.graph_model, provider, has_cache=export.has_own_mask)
     _flatten_attentions(export.graph)
     packed = take_stand_ins(export.graph, weights)
@@ -45,9 +44,9 @@ def _place_in(packed: PackedPlace | None, place: WeightPlace) -> WeightPlace:
 
 
 def _flatten_attentions(graph: onnx_ir.Graph) -> None:
-    """Gives a `Gemm` after an attention its (B·T, H·D) back, as torch's exporter writes it before an `addmm`.
+    """Flattens the input of a `Gemm` after an attention to (B·T, H·D), as torch's exporter does before an `addmm`.
 
-    transformers 5.23 puts an attention's (B, T, H·D) in the place of its flattened output too.
+    transformers 5.23 replaces that flattened value, too, with the attention's (B, T, H·D).
     """
     for node in list(graph):
         states = node.inputs[0] if node.op_type == "Gemm" else None
@@ -62,7 +61,7 @@ def _flatten_attentions(graph: onnx_ir.Graph) -> None:
 
 
 def _is_attention(node: onnx_ir.Node | None) -> bool:
-    """Whether the node ends an attention in three dimensions: a fused one, or one written out for the CPU."""
+    """Returns whether the node ends an attention, fused or written out for the CPU, in three dimensions."""
     if node is None:
         return False
     if node.op_type == "Reshape":

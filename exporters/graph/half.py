@@ -1,7 +1,7 @@
-"""float16 graphs: weights and computation in half precision, inputs and outputs as they were.
+"""Converts the weights and the computation of graphs to float16, and of the inputs and outputs only a cache's.
 
-ONNX Runtime's own converter does it. What squares or sums values of any size on the way stays in float32: norms that no
-fusion has taken, softmax, reductions, the sums of experts; the fused norms accumulate in float32 by themselves.
+ONNX Runtime's own converter does it. Operators that square or sum values of any size stay in float32: norms that no
+fusion has replaced, softmax, reductions, the sums of experts. Fused norms accumulate in float32 by themselves.
 """
 
 from collections.abc import Sequence
@@ -30,21 +30,21 @@ FLOAT32_OPS = (
     "LogSoftmax",
     "ScatterElements",
 )
-"""Operators kept in float32 besides those for which ONNX Runtime has no float16 kernel."""
+"""Operators kept in float32, in addition to those for which ONNX Runtime has no float16 kernel."""
 
 _FLOAT32_PREFIX = "float32_"
-"""Begins the names of the nodes between two such operators, which stay in float32 too."""
+"""Prefix of the names of nodes between two `FLOAT32_OPS`, which stay in float32 too."""
 
 _STUB_BYTES = 4096
-"""Initializers above this stay out of the converter, so that memory does not grow with the model."""
+"""Larger initializers bypass the converter, so that its memory does not grow with the model."""
 
 
 def to_float16(export: Export) -> None:
-    """Puts a float16 graph in the place of the float32 one; inputs and outputs keep their types, but for a cache's.
+    """Replaces the float32 graph with a float16 one; inputs and outputs keep their dtypes, except a cache's.
 
-    Initializers are cast one by one when the graph is saved.
+    Large initializers are cast one at a time when the graph is saved.
     """
-    import_onnxruntime()  # its error names the extras
+    import_onnxruntime()  # raises the error that names the extras
     graph = export.graph
     keep = [value.name for value in (*graph.inputs, *graph.outputs) if not _is_cache(value.name or "")]
     large = _set_aside_large(graph)
@@ -60,8 +60,8 @@ def _is_cache(name: str) -> bool:
 
 
 def _set_aside_large(graph: onnx_ir.Graph) -> dict[str, onnx_ir.TensorProtocol]:
-    """Makes inputs of the large initializers, whose type the converter changes without a copy of their values; returns
-    these.
+    """Turns large initializers into inputs, so that the converter changes their dtype without copying values; returns
+    their tensors by name.
     """
     large = {}
     for name, value in list(graph.initializers.items()):
@@ -75,7 +75,7 @@ def _set_aside_large(graph: onnx_ir.Graph) -> dict[str, onnx_ir.TensorProtocol]:
 
 
 def _convert(graph_model: onnx_ir.Model, keep: Sequence[str | None]) -> onnx_ir.Model:
-    """A float16 graph, made by ONNX Runtime; the inputs and outputs in `keep` keep their types."""
+    """Returns the graph converted to float16 by ONNX Runtime; the inputs and outputs in `keep` keep their dtypes."""
     float16 = float16_converter()
     proto = float16.convert_float_to_float16(
         onnx_ir.to_proto(graph_model),
@@ -95,7 +95,7 @@ def _put_back_in_half(graph: onnx_ir.Graph, large: dict[str, onnx_ir.TensorProto
 
 
 def _name_between(graph: onnx_ir.Graph) -> list[str]:
-    """Names of the nodes between two operators kept in float32, such as the epsilon's sum in a norm; they get one."""
+    """Names the nodes between two `FLOAT32_OPS`, such as the addition of epsilon in a norm, and returns the names."""
     names = []
     for index, node in enumerate(graph):
         before = [value.producer() for value in node.inputs if value is not None]
@@ -111,7 +111,7 @@ def _any_in_float32(nodes: Sequence[onnx_ir.Node | None]) -> bool:
 
 
 def _join_float32(graph_model: onnx_ir.Model) -> None:
-    """Drops the rounding to half precision between two nodes that both compute in float32."""
+    """Removes the casts to half precision and back between two nodes that both compute in float32."""
     for node in graph_model.graph:
         narrow = node.inputs[0].producer() if _casts_to(node, onnx_ir.DataType.FLOAT) and node.inputs[0] else None
         wide = narrow.inputs[0] if narrow is not None and _casts_to(narrow, onnx_ir.DataType.FLOAT16) else None
@@ -128,7 +128,7 @@ def _casts_to(node: onnx_ir.Node, dtype: onnx_ir.DataType) -> bool:
 
 
 def _cast(tensor: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
-    """`tensor` in half precision, values beyond its range cut to it, made whenever it is read."""
+    """Returns `tensor` in half precision, converted whenever it is read; values beyond the range are clamped to it."""
     return onnx_ir.LazyTensor(
         lambda: onnx_ir.tensor(_rounded(tensor.numpy()), name=tensor.name),
         dtype=onnx_ir.DataType.FLOAT16,

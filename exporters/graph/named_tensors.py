@@ -1,4 +1,4 @@
-"""Names for the tensors that a model takes and returns: a graph's inputs and outputs have names."""
+"""Names the tensors that a model accepts and returns, because a graph's inputs and outputs have names."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,19 @@ from melora_fx.whole_capture.example_inputs import as_arguments
 def named_inputs(
     model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], dynamic_axes: DynamicAxes
 ) -> dict[str, Any]:
-    """The example inputs as keyword arguments, in the order of the model's own; a batch of one is doubled where axis 0
-    is dynamic.
+    """Returns the example inputs as keyword arguments, in the order of the model's parameters. A batch of one is
+    doubled if axis 0 is dynamic.
 
     Raises:
-        TypeError: for more arguments than the model has names for, and for values that are no tensor and no constant.
+        TypeError: if there are more arguments than the model has names for, or a value is neither a tensor nor a
+            constant.
     """
     args, kwargs = as_arguments(example_inputs, double=has_dynamic_batch(dynamic_axes))
     parameters = inspect.signature(model.forward).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):
         raise TypeError(
-            f"`{type(model).__name__}.forward` takes {len(names)} named arguments, `example_inputs` gives {len(args)}: "
+            f"`{type(model).__name__}.forward` accepts {len(names)} named arguments, `example_inputs` has {len(args)}: "
             "pass a dict"
         )
     inputs = dict(zip(names, args, strict=False)) | kwargs
@@ -35,16 +36,16 @@ def named_inputs(
         if not isinstance(value, torch.Tensor | bool | int | float | str | None):
             raise TypeError(
                 f"`example_inputs`: `{name}` is a {type(value).__name__}, a graph's input must be a tensor (a number, "
-                "a text or None becomes a constant of the graph)"
+                "a string or None becomes a constant of the graph)"
             )
     return {name: inputs[name] for name in sorted(inputs, key=lambda name: names.index(name) if name in names else -1)}
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a model's output by name: its fields' names, else `output` or `output_0`, `output_1`, …
+    """Returns the tensors of a model's output by name: its fields' names, else `output` or `output_0`, `output_1`, …
 
     Raises:
-        MELoRAError: for an output without any tensor.
+        MELoRAError: if the output contains no tensor.
     """
     if isinstance(outputs, torch.Tensor):
         return {"output": outputs}
@@ -54,12 +55,12 @@ def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
             path = ("output", *keys) if keys[0].isdigit() else keys
             named["_".join(path)] = leaf
     if not named:
-        raise MELoRAError(f"the model returns no tensor that has a name, but a {type(outputs).__name__}")
+        raise MELoRAError(f"the model returns a {type(outputs).__name__} without a named tensor")
     return named
 
 
 def _without_empty_fields(outputs: Any) -> Any:
-    """Hugging Face outputs as dicts, without the fields that are None."""
+    """Returns a mapping, such as a Hugging Face output, as a dict without its None fields; other outputs unchanged."""
     if not isinstance(outputs, Mapping):
         return outputs
     return {name: value for name, value in outputs.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The passes over a graph, in their order."""
+"""Runs the passes over a graph in their order."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,13 +25,13 @@ from .weights import find_kept_tensors, fold_adapter_constants, name_weights
 
 
 def write_adapter(export: Export) -> None:
-    """The passes of what the graph holds of the adapters."""
+    """Runs the passes of the adapter form."""
     for run in export.adapter.passes:
         run(export)
 
 
 def spell(export: Export) -> None:
-    """The pass that writes the graph in the operators that ONNX Runtime's CPU computes fastest."""
+    """Rewrites a graph for a CPU in the operators that ONNX Runtime's CPU computes fastest."""
     if not export.is_spelt:
         return
     is_float32 = export.options.precision.convert is None
@@ -48,26 +48,26 @@ def spell(export: Export) -> None:
 
 
 def _is_padded_before(inputs: Mapping[str, Any]) -> bool:
-    """Whether a text of the example is masked from its beginning: its first tokens may have nothing to attend to."""
+    """Returns whether a text of the example is padded at its beginning: padded tokens may have nothing to attend to."""
     masks = [value for name, value in inputs.items() if name.endswith(MASK) and isinstance(value, torch.Tensor)]
     return any(bool((mask[:, 0] == 0).any()) for mask in masks if mask.dim() == 2)
 
 
 def tidy_fusions(export: Export) -> None:
-    """The pass that takes away what fusions have left around attentions."""
+    """Removes the reshapes that fusions have left around attentions."""
     if export.is_spelt and export.options.target.fusions is not None:
         drop_returns(export.graph_model)
 
 
 def convert(export: Export) -> None:
-    """The pass of the precision."""
+    """Runs the pass of the precision, if it has one."""
     if export.options.precision.convert is not None:
         export.options.precision.convert(export)
 
 
 PASSES: tuple[Pass, ...] = (
     fold_adapter_constants,
-    name_weights,  # by their values, while the model has those that were exported, and by the exporter's traces
+    name_weights,  # compares values, so before the model's own are restored; reads traces, so before they are dropped
     find_kept_tensors,
     drop_traces,
     write_adapter,
@@ -80,20 +80,20 @@ PASSES: tuple[Pass, ...] = (
     drop_inferred,
     attach_defaults,
 )
-"""Each does nothing for an export that it is not for."""
+"""Each pass is a no-op for an export that does not need it."""
 
 
 def run_passes(export: Export) -> None:
-    """Makes the translated graph the finished one."""
+    """Turns the translated graph into the finished one."""
     for run in PASSES:
         run(export)
 
 
 def graph_facts(export: Export) -> dict[str, Any]:
-    """What a graph's description says of it beside `describe`: the forms of its updates, where weights live, and which
-    inputs it is for.
+    """Returns the part of a graph's description that `describe` does not: the forms of its updates, the places of its
+    weights, and the inputs for which it is correct.
     """
-    shared = sharing_parameters(export.model)  # a fold into one would change the others
+    shared = sharing_parameters(export.model)  # folding into one would change the others
     return {
         "forms": export.forms,
         "weights": places_as_json({name: place for name, place in export.weights.items() if name not in shared}),

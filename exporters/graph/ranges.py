@@ -1,4 +1,4 @@
-"""The range of each dynamic axis of a graph: the sizes for which what the export assumed is true."""
+"""Computes the range of each dynamic axis of a graph: the sizes for which the export's conditions are true."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from melora_fx.whole_capture.conditions import Condition, Shaped
 
 _LARGEST = 2**31
-"""Sizes that hold up to here are taken to have no end."""
+"""A range that reaches this size is taken to have no end."""
 
 
 class AxisRange(NamedTuple):
-    """Sizes of an axis: from, to (None for no end), and how far apart they are."""
+    """The sizes of an axis: the smallest, the largest (None for no end), and the step between them."""
 
     smallest: int
     largest: int | None
@@ -24,13 +24,13 @@ class AxisRange(NamedTuple):
 
 
 def holds(conditions: Iterable[Condition], shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether all are true for inputs of these shapes."""
+    """Returns whether all conditions are true for inputs of these shapes."""
     inputs = {name: Shaped(tuple(shape)) for name, shape in shapes.items()}
     return all(condition.holds(inputs) for condition in conditions)
 
 
 def without_empty_axes(axes: Mapping[str, Sequence[Any]]) -> list[Condition]:
-    """That each dynamic axis of each input has an entry: a graph's Reshape takes 0 for the size that it had."""
+    """Returns the conditions that no dynamic axis is empty: a graph's Reshape reads 0 as "keep the size"."""
     return [
         Condition(f"{name}.shape[{index}] > 0")
         for name, shape in axes.items()
@@ -45,13 +45,13 @@ def axis_ranges(
     shapes: Mapping[str, Sequence[int]],
     sums: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, AxisRange]:
-    """The range of each dynamic axis, with the others as they are in the example.
+    """Returns the range of each dynamic axis while the others have their sizes in the example.
 
     Args:
-        conditions: what the export assumed.
-        axes: input → its axes, a size or the name of a dynamic one.
-        shapes: input → its shape in the example, which fulfils them.
-        sums: axis → those that it is as long as together; it has no range of its own.
+        conditions: the conditions that the export assumed.
+        axes: input → its axes: a number for a fixed size, a name for a dynamic axis.
+        shapes: input → its shape in the example, for which the conditions are true.
+        sums: axis → the axes whose sizes add up to its size; it gets no range.
     """
 
     def fits(size: int, *, axis: str) -> bool:
@@ -69,7 +69,7 @@ def axis_ranges(
 
 
 def _sizes(axes: Mapping[str, Sequence[Any]], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The size of each dynamic axis in the example."""
+    """Returns the size of each dynamic axis in the example."""
     sized = [pair for name, shape in shapes.items() for pair in zip(axes[name], shape, strict=True)]
     return {axis: size for axis, size in sized if isinstance(axis, str)}
 

@@ -1,8 +1,8 @@
-"""Numbered stand-ins for weights, by which a fusion that packs weights side by side can be followed.
+"""Replaces weights with numbered stand-ins, to follow a fusion that packs weights side by side.
 
-A fusion moves weights about without looking at their values. So each weight is replaced by a stand-in of its shape,
-one byte an element, with the weight's number in the first four bytes of every row, little-endian. After the fusion the
-numbers say which weights an initializer holds, in which order and in which columns.
+A fusion moves weights without reading their values. So each weight is replaced with a stand-in of the same shape and
+one byte per element, whose rows all begin with the weight's number: four bytes, little-endian. After the fusion the
+numbers tell which weights an initializer contains, in which order and in which columns.
 
 An attention with the products x Wq, x Wk and x Wv, each W of 2 rows and 5 columns:
 
@@ -10,12 +10,12 @@ An attention with the products x Wq, x Wk and x Wv, each W of 2 rows and 5 colum
                           1 0 0 0 0                 2 0 0 0 0                 3 0 0 0 0
     fused    val_7 = 1 0 0 0 0 2 0 0 0 0 3 0 0 0 0
                      1 0 0 0 0 2 0 0 0 0 3 0 0 0 0
-    read     at column 0 stands number 1, five columns wide; at 5 number 2, at 10 number 3:
+    read     number 1 at column 0, five columns wide; number 2 at column 5; number 3 at column 10:
              q.weight.T → (0, 5), k.weight.T → (5, 10), v.weight.T → (10, 15)
-    taken    val_7 = [Wq | Wk | Wv], put together when the graph is saved, under the name {q,k,v}.weight.T
+    taken    val_7 = [Wq | Wk | Wv], concatenated when the graph is saved, and named {q,k,v}.weight.T
 
-No weight is copied on the way, and weights of equal values are told apart. An initializer whose rows differ, or are
-anything else than whole stand-ins one after the other, is an error.
+No weight is copied during the fusion, and weights with equal values are distinguished. It is an error if the rows of an
+initializer differ, or are not a sequence of whole stand-ins.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,23 +27,23 @@ import onnx_ir
 from melora_fx import MELoRAError
 
 _DTYPE = onnx_ir.DataType.UINT8
-"""By which stand-ins are known: the weights that they stand for are floating point."""
+"""The dtype that identifies stand-ins: the weights that they replace are floating point."""
 
 _NUMBER_BYTES = 4
 
 
 class PackedPlace(NamedTuple):
-    """The initializer in which a weight lies beside others, and its columns there: (start, stop)."""
+    """The initializer that stores a weight alongside others, and the weight's columns there: (start, stop)."""
 
     initializer: str
     columns: tuple[int, int]
 
 
 def put_stand_ins(graph: onnx_ir.Graph, names: Sequence[str]) -> dict[str, onnx_ir.TensorProtocol]:
-    """Puts stand-ins in the place of the initializers called `names`, as far as they are matrices wide enough.
+    """Replaces the initializers called `names` with stand-ins, if they are matrices of at least four columns.
 
     Returns:
-        their weights by name, in the order of their numbers, which begin at 1.
+        the replaced weights by name, in the order of their numbers, which begin at 1.
     """
     weights = {name: tensor for name in names if (tensor := _wide_matrix(graph, name)) is not None}
     for number, (name, tensor) in enumerate(weights.items(), start=1):
@@ -52,17 +52,17 @@ def put_stand_ins(graph: onnx_ir.Graph, names: Sequence[str]) -> dict[str, onnx_
 
 
 def take_stand_ins(graph: onnx_ir.Graph, weights: Mapping[str, onnx_ir.TensorProtocol]) -> dict[str, PackedPlace]:
-    """Puts the weights back where their stand-ins are now; an initializer of several is named after all of them.
+    """Replaces the stand-ins with their weights; an initializer of several weights is named after all of them.
 
     Args:
         graph: the graph after the fusions.
         weights: what `put_stand_ins` returned.
 
     Returns:
-        the weights that have been packed, by the name that they had.
+        the places of the weights that have been packed, by their earlier names.
 
     Raises:
-        MELoRAError: where the fusions did something to a weight that is not known here.
+        MELoRAError: if the fusions changed a weight in an unknown way.
     """
     packed: dict[str, PackedPlace] = {}
     for value in list(graph.initializers.values()):
@@ -81,7 +81,7 @@ def take_stand_ins(graph: onnx_ir.Graph, weights: Mapping[str, onnx_ir.TensorPro
 
 
 def read_numbers(value: onnx_ir.Value, weights: Mapping[str, onnx_ir.TensorProtocol]) -> dict[str, tuple[int, int]]:
-    """The weights whose stand-ins `value` holds side by side: name → its columns."""
+    """Returns the weights whose stand-ins `value` contains side by side: name → its columns."""
     assert value.const_value is not None
     array = value.const_value.numpy()
     names = [*weights]
@@ -94,7 +94,7 @@ def read_numbers(value: onnx_ir.Value, weights: Mapping[str, onnx_ir.TensorProto
         stop = start + width
         if not width or not np.array_equal(row[start:stop], _row(number, width)) or (array != row).any():
             raise MELoRAError(
-                f"ONNX Runtime's fusions made `{value.name}` of weights, in a way that is not known here: export for "
+                f"ONNX Runtime's fusions built `{value.name}` from weights in an unknown way: export with "
                 '`target="portable"`, which ONNX Runtime runs too'
             )
         found[names[number - 1]] = (start, stop)
@@ -103,7 +103,7 @@ def read_numbers(value: onnx_ir.Value, weights: Mapping[str, onnx_ir.TensorProto
 
 
 def joined_name(names: Sequence[str]) -> str:
-    """`a.query.weight.T`, `a.key.weight.T` → `a.{query,key}.weight.T`."""
+    """Returns one name for several: `a.query.weight.T`, `a.key.weight.T` → `a.{query,key}.weight.T`."""
     paths = [name.split(".") for name in names]
     first = _num_common(paths)
     last = _num_common([path[first:][::-1] for path in paths])
@@ -113,7 +113,7 @@ def joined_name(names: Sequence[str]) -> str:
 
 
 def _wide_matrix(graph: onnx_ir.Graph, name: str) -> onnx_ir.TensorProtocol | None:
-    """The initializer's tensor, where a stand-in can take its place."""
+    """Returns the initializer's tensor if a stand-in can replace it, else None."""
     tensor = graph.initializers[name].const_value if name in graph.initializers else None
     if tensor is None or len(tensor.shape) != 2 or tensor.shape.numpy()[1] < _NUMBER_BYTES:
         return None
@@ -132,7 +132,7 @@ def _row(number: int, width: int) -> np.ndarray:
 
 
 def _side_by_side(parts: Sequence[onnx_ir.TensorProtocol], name: str) -> onnx_ir.LazyTensor:
-    """[W_1 | W_2 | …], put together whenever it is read."""
+    """Returns [W_1 | W_2 | …], concatenated whenever it is read."""
     rows = parts[0].shape.numpy()[0]
     width = sum(part.shape.numpy()[1] for part in parts)
     return onnx_ir.LazyTensor(
@@ -144,6 +144,6 @@ def _side_by_side(parts: Sequence[onnx_ir.TensorProtocol], name: str) -> onnx_ir
 
 
 def _num_common(paths: Sequence[Sequence[str]]) -> int:
-    """Number of leading components that all paths share."""
+    """Returns the number of leading components that all paths share."""
     columns = enumerate(zip(*paths, strict=False))
     return next((index for index, parts in columns if len(set(parts)) > 1), min(map(len, paths)))

@@ -1,15 +1,15 @@
-"""Adapters as optional inputs of a graph: one session, many adapters, of any rank.
+"""Turns adapters into optional inputs of a graph: one session runs many adapters of any rank.
 
-    y = x Wᵀ + b + concat_i( x_i Aᵀ_i (s_i B_i)ᵀ )      <site>.lora_a: (N, I/N, R)   <site>.lora_b: (N, R, O/N), s in it
+    y = x Wᵀ + b + concat_i( x_i Aᵀ_i (s_i B_i)ᵀ )      <site>.lora_a: (N, I/N, R)   <site>.lora_b: (N, R, O/N), scaled
     dense form: block-diagonal matrices of both         <site>.lora_a: (I, N·R)      <site>.lora_b: (N·R, O)
 
-Each adapter tensor is an initializer that is also a graph input, of rank 0 by default: an empty product is zero, so
-that without an adapter the graph computes the base, bit for bit. The tensors of modules kept trainable become inputs
-too, with their present values as default.
+Each adapter tensor is an initializer that is also a graph input. Its default has rank 0: an empty product is zero, so
+without an adapter the graph computes the base, bit for bit. The tensors of modules kept trainable become inputs too,
+with their current values as defaults.
 
-The model is translated with random adapters (`distinct_values`), until its weights have names (`own_values`). Their
-initializers become inputs before any fusion can take them for constants (`open_inputs`), and the inputs get their
-defaults at the end (`attach_defaults`).
+The model is translated with random adapters (`distinct_values`), and gets its own back when the weights have names
+(`own_values`). The adapters' initializers become inputs before a fusion can take them for constants (`open_inputs`),
+and the inputs get their defaults at the end (`attach_defaults`).
 
 N num_blocks, I in_features, O out_features, R the rank.
 """
@@ -35,27 +35,29 @@ from .export import AdapterTrial, Export, Sites
 from .forms import initializer_names
 
 _RANK_AXES = {"block": (2, 1), "dense": (1, 0)}
-"""Which axis of an input is the rank: of A, and of B."""
+"""Form → the index of the rank axis of A's input, and of B's."""
 
 
 def refuse_without_adapters(model: nn.Module, sites: Sites) -> None:
-    """Raises a MELoRAError for a model without sites, and for one that computes its base."""
+    """Raises MELoRAError if the model has no sites or computes its base."""
     if is_disabled(model):
         raise MELoRAError(
-            '`adapter="swap"` makes inputs of the adapters, which `disabled` has switched off: '
+            '`adapter="swap"` turns the adapters into inputs, but `disabled` has switched them off: '
             "export outside of the block"
         )
     if not sites:
-        raise MELoRAError('`adapter="swap"` needs a rewritten model: its sites say where adapters go')
+        raise MELoRAError(
+            '`adapter="swap"` needs a rewritten model, whose sites say where adapters go: call `rewrite` first'
+        )
 
 
 @contextmanager
 def distinct_values(model: nn.Module, sites: Sites) -> Iterator[None]:
-    """Inside the block the adapters and the modules kept trainable hold random values, afterwards their own again:
-    normal, of variance 1 / (values that a product sums), so that an update is about as large as its input. Sites that
-    the model's adapter lacks have values too, and what is beyond its ranks stays zero.
+    """Inside the block the adapters and the modules kept trainable have random values; afterwards their own again.
 
-    Exporters store tensors of equal values once, such as the zeros of every untrained B; inputs must stay apart.
+    The values are normal with variance 1 / (number of values that a product sums), so that an update is about as large
+    as its input. Sites that the model's adapter lacks get values too; entries beyond an adapter's ranks are zero.
+    Exporters store tensors of equal values once, such as the zeros of every untrained B, but inputs must stay separate.
     """
     own = model.state_dict()
     tensors = [tensor for site in sites.values() for tensor in (site.lora_a, site.lora_b)]
@@ -64,7 +66,7 @@ def distinct_values(model: nn.Module, sites: Sites) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     saved = [tensor.detach().clone() for tensor in tensors]
     absent = [site.record for site in sites.values() if site.is_absent]
-    with preserve_versions([tensor for tensor in tensors if not tensor.is_inference()]):  # the bits come back
+    with preserve_versions([tensor for tensor in tensors if not tensor.is_inference()]):  # the bits are restored
         try:
             with torch.no_grad():
                 for tensor in tensors:
@@ -83,7 +85,7 @@ def distinct_values(model: nn.Module, sites: Sites) -> Iterator[None]:
 
 
 def _cut_to_rank(site: AdapterSite) -> None:
-    """Puts zeros beyond the rank of the site's adapter, where the model was rewritten with a larger one."""
+    """Sets entries beyond the rank of the site's adapter to zero, if the model was rewritten with a larger rank."""
     rank = max(site.config.ranks)
     if rank < site.lora_b.size(2):
         cut = site.tensors.with_rank(rank).with_rank(site.lora_b.size(2))
@@ -92,17 +94,18 @@ def _cut_to_rank(site: AdapterSite) -> None:
 
 
 def own_values(export: Export) -> None:
-    """The model has its own values again."""
+    """Restores the model's own values."""
     export.values.close()
 
 
 def open_inputs(export: Export) -> None:
-    """Turns the adapters' initializers into inputs with a rank axis, and those of the modules kept trainable too.
+    """Turns the adapters' initializers into inputs with a rank axis, and those of modules kept trainable into inputs.
 
-    They are inputs without a default at first, so that no fusion takes them for constants; `export.defaults` gets it.
+    Initially the inputs have no default, so that no fusion takes them for constants. The defaults are in
+    `export.defaults`.
 
     Raises:
-        MELoRAError: for a tensor that the exporter has folded away.
+        MELoRAError: if the exporter has folded one of these tensors into others.
     """
     _refuse_lost(export)
     opened = _adapter_inputs(export) | _kept_inputs(export)
@@ -114,7 +117,7 @@ def open_inputs(export: Export) -> None:
 
 
 def attach_defaults(export: Export) -> None:
-    """Makes inputs optional: an initializer of the same name is an input's default."""
+    """Makes the inputs optional: an initializer with the name of an input is its default."""
     for value in export.graph.inputs:
         default = export.defaults.get(value.name or "")
         if default is not None:
@@ -123,7 +126,7 @@ def attach_defaults(export: Export) -> None:
 
 
 def swap_trials(model: nn.Module, sites: Sites, facts: GraphFacts) -> Iterator[AdapterTrial]:
-    """Without an adapter, with the model's own, and with a random one."""
+    """Yields three trials: without an adapter, with the model's own, and with a random one."""
     inputs = partial(_present_inputs, model, facts)
     yield AdapterTrial("no", disabled(model), dict)
     yield AdapterTrial("own", nullcontext(), inputs)
@@ -150,7 +153,7 @@ def _refuse_lost(export: Export) -> None:
 
 
 def _adapter_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:
-    """The adapters' values, named and shaped as inputs, and their defaults of rank 0."""
+    """Names and shapes the adapters' graph values as inputs; returns them with their defaults of rank 0."""
     inputs = {}
     for index, site in enumerate(export.sites):
         form = export.forms[site]
@@ -167,7 +170,7 @@ def _adapter_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:
 
 
 def _forget_rank_after(lora_a: onnx_ir.Value) -> None:
-    """Forgets the last axis of products with A: it is of the rank that the model was rewritten with."""
+    """Clears the last axis of the products with A: it has the rank that the model was rewritten with."""
     for user in lora_a.consumers():
         for output in user.outputs:
             if output.shape is not None:
@@ -175,7 +178,7 @@ def _forget_rank_after(lora_a: onnx_ir.Value) -> None:
 
 
 def _kept_inputs(export: Export) -> dict[onnx_ir.Value, torch.Tensor]:
-    """The values of the tensors of the modules kept trainable, and their present values."""
+    """Returns the graph values of the tensors of modules kept trainable, with their current values as defaults."""
     own = export.model.state_dict()
     inputs = {}
     for name, place in export.kept.items():

@@ -1,4 +1,4 @@
-"""The sizes of dynamic axes at which a graph is compared with its model."""
+"""Chooses the sizes of dynamic axes at which a graph is compared with its model."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,19 +7,19 @@ from .ranges import AxisRange
 Sizes = dict[str, int]
 """Dynamic axis → size."""
 _LARGEST_TRIAL = 2**12
-"""Ranges that end later are not tried at their end: attention takes memory with the square of the tokens."""
+"""A range that ends later is not tried at its end: the memory of attention grows with the square of the tokens."""
 
 
 def in_words(sizes: Sizes) -> str:
-    """`batch=2 sequence=5`."""
+    """Returns the sizes in words, such as `batch=2 sequence=5`."""
     return " ".join(f"{axis}={size}" for axis, size in sizes.items()) or "the example"
 
 
 def trial_sizes(example: Sizes, ranges: Mapping[str, AxisRange]) -> Iterator[Sizes]:
-    """A step more than the example along all axes; four times as many entries along each; and the least and the most
-    that an axis may have, the most with as few as may be along the others.
+    """Yields one step more than the example along all axes; four times the example along each axis; and the smallest
+    and the largest size of each axis, the largest with the others as small as possible.
 
-    Sizes outside of `ranges` are left out, and those that are there already.
+    Skips sizes outside of `ranges`, the example, and repeated sizes.
     """
     least = {axis: min(size, ranges[axis].smallest) for axis, size in example.items()}
     candidates = [{axis: size + ranges[axis].step for axis, size in example.items()}]

@@ -1,8 +1,8 @@
-"""Which initializer of a graph holds which parameter of the model, and names for them that a person can read.
+"""Finds which initializer of a graph stores which parameter of the model, and gives it a readable name.
 
-An export folds the transposition of a linear's weight into a new initializer that it calls `val_130`; here such an
-initializer gets the parameter's name again, with `.T` where it is transposed. It is recognised by its values; where
-several parameters have the same ones, by the module in which the exporter saw it used.
+An export folds the transposition of a linear's weight into a new initializer called, say, `val_130`. Here such an
+initializer gets the parameter's name back, with the suffix `.T` if it is transposed. It is recognised by its values; if
+several parameters have equal values, it is recognised by the module in which the exporter saw it used.
 """
 
 import sys
@@ -25,7 +25,7 @@ from .export import Export
 
 
 class Candidate(NamedTuple):
-    """What an initializer may hold: the values of `parameter` or their transpose, and the `name` that it gets then."""
+    """Possible contents of an initializer: `parameter` or its transpose, and the `name` that it gets then."""
 
     name: str
     parameter: str
@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
 
 
 def fold_adapter_constants(export: Export) -> None:
-    """Carries out s·B and the transpositions of adapter tensors: the exporters leave large ones in the graph."""
+    """Folds s·B and the transposes of adapter tensors into constants: the exporters do not fold large ones."""
     initializers = export.graph.initializers
     names = {f"{site}.{kind}" for site in export.sites for kind in TENSORS}
     constants = {initializers[name] for name in names if name in initializers}
@@ -58,11 +58,11 @@ def fold_adapter_constants(export: Export) -> None:
 
 
 def name_weights(export: Export) -> None:
-    """Renames the initializers that hold a matrix or an adapter tensor of the model, whose values are still those that
-    were exported, and notes in `export.weights` where each matrix, or stack of matrices, lives.
+    """Renames the initializers that store a matrix or an adapter tensor of the model, and records the place of each
+    matrix, or stack of matrices, in `export.weights`. The model must still have the values that were exported.
 
-    An adapter's B stands in a graph multiplied by its scaling, s B. A matrix that cannot be told from another is left
-    out.
+    The graph stores an adapter's B multiplied by its scaling, s B. A matrix that cannot be distinguished from another
+    is left out.
     """
     initializers = export.graph.initializers
     parameters = dict(export.model.named_parameters())
@@ -92,13 +92,13 @@ def name_weights(export: Export) -> None:
 
 
 def find_kept_tensors(export: Export) -> None:
-    """Notes in `export.kept` where the tensors of the modules kept trainable live."""
+    """Records the places of the tensors of modules kept trainable in `export.kept`."""
     initializers = export.graph.initializers
     export.kept = {name: find_tensor(initializers, name) for name in kept_tensor_names(export.model)}
 
 
 def _matrices(export: Export) -> dict[str, nn.Parameter]:
-    """The parameters that are matrices or stacks of them, without those of adapters."""
+    """Returns the parameters that are matrices or stacks of matrices, without those of adapters."""
     own = {id(parameter) for site in export.sites.values() for parameter in (site.lora_a, site.lora_b)}
     return {
         name: parameter
@@ -108,7 +108,7 @@ def _matrices(export: Export) -> dict[str, nn.Parameter]:
 
 
 def _candidates(export: Export, matrices: Mapping[str, nn.Parameter]) -> Iterator[Candidate]:
-    """All that an export may hold under a new name; the transpose first, which is what products take."""
+    """Yields everything that an export may store under a new name; transposes first, because products use them."""
     for name, parameter in matrices.items():
         yield Candidate(f"{name}.T", name, True, parameter.detach().mT)
         yield Candidate(name, name, False, parameter.detach())
@@ -129,7 +129,7 @@ def _by_shape(candidates: Iterator[Candidate]) -> dict[tuple[int, ...], list[Can
 def _equal_candidates(
     initializer: onnx_ir.Value, candidates: Mapping[tuple[int, ...], list[Candidate]]
 ) -> list[Candidate]:
-    """The candidates whose values `initializer` has."""
+    """Returns the candidates whose values equal those of `initializer`."""
     tensor = initializer.const_value
     assert tensor is not None
     same_shape = candidates.get(tuple(tensor.shape.numpy()), [])
@@ -144,13 +144,13 @@ def _parameters(candidates: list[Candidate]) -> frozenset[str]:
 
 
 def _scopes(value: onnx_ir.Value) -> set[str]:
-    """Paths of the modules in whose forward the users of `value` stand."""
+    """Returns the paths of the modules whose forward uses `value`."""
     return {scope for user in value.consumers() for scope in name_scopes(user)}
 
 
 def _without_merged(places: dict[str, WeightPlace], alike: set[frozenset[str]]) -> dict[str, WeightPlace]:
-    """`places` without the groups of equal parameters that have fewer initializers than members: the exporter has put
-    several into one, and whoever edits that one would change them all.
+    """Returns `places` without groups of equal parameters of which a member has no place: the exporter has merged
+    several into one initializer, and a change of it would change them all.
     """
     for group in alike:
         if not group <= places.keys():

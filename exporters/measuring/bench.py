@@ -1,4 +1,4 @@
-"""What the user's own graphs cost beside each other. `melora-fx bench` runs it."""
+"""Times the user's graphs against each other, for `melora-fx bench`."""
 
 import functools
 import os
@@ -29,14 +29,14 @@ _LOADS = 3
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 Shape = tuple[int, int | None]
-"""Batch, and sequence where the graphs have such an axis."""
+"""(batch, sequence); sequence is None if the graphs have no such axis."""
 
 console = Console()
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What the command line gives. `sequences`: empty is 64 where the graphs have such an axis."""
+    """The options of the command line. Empty `sequences` mean 64 if the graphs have such an axis."""
 
     graphs: tuple[Path, ...]
     batches: tuple[int, ...] = (8,)
@@ -51,15 +51,17 @@ class BenchOptions:
 
 
 def run_bench(options: BenchOptions) -> list[Measurement]:
-    """Measures the graphs at every shape, shows the table as it grows, and writes what was asked for.
+    """Measures the graphs at every shape, shows the table as it grows, and writes the requested CSV file and plot.
 
     Returns:
-        one row a graph and shape, in this order: shapes, and in them the graphs as they were given.
+        one row per graph and shape: shape by shape, the graphs in the order of `options.graphs`.
 
     Raises:
-        ValueError: for sizes or rounds below 1, or a sequence for graphs that have none.
-        MELoRAError: for graphs that cannot be loaded or take different inputs, an axis of unknown size, outputs that
-            differ too much, or files that cannot be written; all but the outputs before anything is timed.
+        ValueError: if a size, `threads` or `rounds` is too small, the graphs have no free axis for a size, or the
+            plot's suffix is unknown.
+        MELoRAError: if graphs cannot be loaded or have different inputs, the size of an axis is unknown, outputs differ
+            by too much, or a file cannot be written. Outputs are compared before each shape is timed, files are written
+            last, and everything else is checked first.
     """
     _check_options(options)
     first = _load(options, 0)[0].runner
@@ -79,7 +81,7 @@ def run_bench(options: BenchOptions) -> list[Measurement]:
 
 
 def _measure_shapes(options: BenchOptions, feeds: Mapping[Shape, Arrays], model: str) -> list[Measurement]:
-    """The rows of every shape; the table grows on the screen."""
+    """Returns the rows of every shape, and shows the table as it grows."""
     rows: list[Measurement] = []
     num_rounds = -(-options.rounds // _LOADS) * _LOADS * len(feeds)
     with (
@@ -125,7 +127,7 @@ def _check_options(options: BenchOptions) -> None:
 
 
 def _load(options: BenchOptions, seed: int) -> list[Contender]:
-    """The graphs in the given order, loaded in a random one: what is loaded first is not always the reference."""
+    """Loads the graphs in random order, so that the reference is not always first; returns them in the given order."""
     if missing := [f"`{path}`" for path in options.graphs if not os.path.isfile(path)]:
         raise MELoRAError(f"{', '.join(missing)}: no such file")
     order = list(range(len(options.graphs)))
@@ -137,7 +139,7 @@ def _load(options: BenchOptions, seed: int) -> list[Contender]:
     for path, runner in zip(options.graphs, (runners[index] for index in sorted(runners)), strict=True):
         if _signature(runner) != expected:
             raise MELoRAError(
-                f"`{path}` takes other inputs than `{options.graphs[0]}`, so they cannot be compared: "
+                f"`{path}` has other inputs than `{options.graphs[0]}`, so they cannot be compared: "
                 f"{_signature(runner)} and {expected}"
             )
     names = _names(options.graphs)
@@ -152,7 +154,7 @@ def _signature(runner: OrtRunner) -> dict[str, str]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each graph: as much of its path as tells it from the others, a number where it comes twice."""
+    """Returns the shortest end of each path that distinguishes the graph, numbered if the same graph comes again."""
     tails = [path.resolve().with_suffix("").parts for path in paths]
     names = []
     for tail in tails:
@@ -167,7 +169,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _shapes(options: BenchOptions, runner: OrtRunner) -> list[Shape]:
     roles = axis_roles(runner)
     if "batch" not in roles and len(options.batches) > 1:
-        raise ValueError(f"`{runner.path}` has a fixed batch: several of them (--batch) make no difference")
+        raise ValueError(f"`{runner.path}` has a fixed batch: pass only one to --batch")
     if "sequence" not in roles and options.sequences:
         raise ValueError(f"`{runner.path}` has no free sequence axis: leave --sequence out")
     sequences: tuple[int | None, ...] = (options.sequences or (64,)) if "sequence" in roles else (None,)
@@ -175,7 +177,7 @@ def _shapes(options: BenchOptions, runner: OrtRunner) -> list[Shape]:
 
 
 def _model_of(runner: OrtRunner) -> str:
-    """The model's class, where `export_onnx` has written the graph."""
+    """Returns the class of the model if `export_onnx` wrote the graph, else an empty string."""
     is_ours = METADATA_KEY in runner.session.get_modelmeta().custom_metadata_map
     return read_facts(runner.path).model.rpartition(".")[2] if is_ours else ""
 

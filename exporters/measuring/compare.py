@@ -1,4 +1,4 @@
-"""Are two runners equal, and which is faster."""
+"""Compares the outputs of two runners."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,12 @@ from melora_fx import MELoRAError
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors of `runner_a` against `runner_b` by output: max |a - b|, and that over max |b|."""
+    """The errors of `runner_a` against `runner_b`.
+
+    Attributes:
+        max_abs_errors: output → max |a - b|.
+        max_rel_errors: output → max |a - b| divided by max |b| or by the scale of the output, whichever is larger.
+    """
 
     max_abs_errors: dict[str, float]
     max_rel_errors: dict[str, float]
@@ -38,16 +43,18 @@ class Comparison:
 def compare(
     runner_a: Runner, runner_b: Runner, inputs: Mapping[str, Any], scales: Mapping[str, float] = MappingProxyType({})
 ) -> Comparison:
-    """Runs both on the same inputs and compares every output.
+    """Runs both runners on the same inputs and compares every output.
 
-    A value that is not finite on one side only counts as an infinite error.
+    A value that is finite in only one of the two outputs counts as an infinite error.
 
     Args:
-        runner_a, runner_b, inputs: what is run.
-        scales: output → what its error is relative to at least: few values may be small by chance.
+        runner_a: the runner whose outputs are judged.
+        runner_b: the runner to compare with; errors are relative to its outputs.
+        inputs: arrays or tensors by name, as for `Runner.run`.
+        scales: output → least value that its error is divided by, because a few values may all be small by chance.
 
     Raises:
-        MELoRAError: where the outputs have different names or shapes.
+        MELoRAError: if the outputs have different names or shapes.
     """
     return compare_arrays(runner_a.run(inputs), runner_b.run(inputs), scales)
 
@@ -57,7 +64,7 @@ def compare_arrays(
     outputs_b: Mapping[str, np.ndarray],
     scales: Mapping[str, float] = MappingProxyType({}),
 ) -> Comparison:
-    """As `compare`, of outputs that are there already."""
+    """Compares outputs that are already computed, as `compare` does."""
     if outputs_a.keys() != outputs_b.keys():
         raise MELoRAError(f"the outputs have different names: {[*outputs_a]} and {[*outputs_b]}")
     abs_errors = {}
@@ -87,13 +94,13 @@ def compare_steps_of(
 
 
 def largest(values: np.ndarray) -> float:
-    """The largest size of a finite value; 0 where there is none."""
+    """Returns the largest |value| of the finite values; 0 if there are none."""
     return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
 
 
 def _errors(actual: np.ndarray, expected: np.ndarray, least_scale: float) -> tuple[float, float]:
-    """(absolute, relative) error; the relative one is divided by the largest finite |expected|, or by `least_scale`,
-    unless both are zero.
+    """Returns the (absolute, relative) error. The relative one is divided by the largest finite |expected| or by
+    `least_scale`, whichever is larger, unless both are zero.
     """
     actual = actual.astype(np.float64)
     expected = expected.astype(np.float64)

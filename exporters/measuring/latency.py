@@ -1,4 +1,4 @@
-"""Which runner is faster."""
+"""Times runners against each other."""
 
 import functools
 import os
@@ -15,7 +15,17 @@ from .timing import summarize, time_in_turn
 
 @dataclass(frozen=True)
 class Latency:
-    """One runner's row: milliseconds a run, and the ratio of its median to the first runner's."""
+    """The row of one runner.
+
+    Attributes:
+        name: the name of the runner.
+        median_ms: median of the timed runs, in milliseconds.
+        p20_ms: 20th percentile, in milliseconds.
+        p80_ms: 80th percentile, in milliseconds.
+        ratio: the median divided by that of the first runner.
+        rounds: number of timed runs.
+        threads: intra-operator threads; None for the default.
+    """
 
     name: str
     median_ms: float
@@ -28,7 +38,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What `measure_latency` found, the first runner being the reference. `str()` is a table."""
+    """The result of `measure_latency`; the first runner is the reference. `str()` renders a table.
+
+    Attributes:
+        rows: one row per runner, in the order of `runners`.
+    """
 
     rows: tuple[Latency, ...]
 
@@ -47,7 +61,10 @@ class LatencyTable:
         return "\n".join(lines)
 
     def is_within_noise(self, row: Latency) -> bool:
-        """p20 to p80 of the row, or of the reference, is wider than their medians are apart: it shows no difference."""
+        """Returns whether the row shows no difference from the reference.
+
+        That is, p20 to p80 of the row, or of the reference, is wider than the difference of their medians.
+        """
         first = self.rows[0]
         if row == first and row.ratio == 1:
             return False
@@ -56,7 +73,14 @@ class LatencyTable:
         return abs(row.median_ms - row.median_ms / row.ratio) < spread_ms
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table, one row a runner."""
+        """Writes the table as a CSV file, one row per runner; times are in milliseconds.
+
+        Args:
+            path: the file to write; an existing one is replaced.
+
+        Raises:
+            MELoRAError: if the file cannot be written.
+        """
         write_csv([asdict(row) for row in self.rows], [item.name for item in fields(Latency)], path)
 
 
@@ -68,18 +92,19 @@ def measure_latency(
     warmup: int = 3,
     on_round: Callable[[], object] = lambda: None,
 ) -> LatencyTable:
-    """Times the runners against each other: each once a round, in an order that is drawn anew for every round, so that
-    all see the same machine and none always follows the same other.
+    """Times the runners against each other: each once per round, in a new random order every round.
+
+    All runners thus see the same machine, and none always follows the same other one.
 
     Args:
-        runners: by name; the first is what the ratios refer to. All must have the same `threads`.
-        inputs: as for `Runner.run`.
-        rounds: number of timed runs of each.
-        warmup: number of runs of each before the first timed one.
+        runners: the runners by name; the ratios refer to the first. All must have the same `threads`.
+        inputs: arrays or tensors by name, as for `Runner.run`.
+        rounds: number of timed runs of each runner.
+        warmup: number of untimed runs of each runner before the first round.
         on_round: called after every round, for a progress bar.
 
     Raises:
-        ValueError: for no runners, no rounds, or runners with different numbers of threads.
+        ValueError: if there are no runners or no rounds, or the runners have different numbers of threads.
     """
     seconds = time_runners(runners, inputs, rounds=rounds, warmup=warmup, on_round=on_round)
     threads = next(iter(runners.values())).threads
@@ -91,8 +116,9 @@ def measure_latency(
 def time_runners(
     runners: Mapping[str, Runner], inputs: Mapping[str, Any], *, rounds: int, **options: Any
 ) -> dict[str, list[float]]:
-    """The seconds of every run, by runner; arguments as for `measure_latency`, which raises the same, and
-    `time_in_turn`.
+    """Returns the seconds of every run, by runner.
+
+    The arguments are those of `measure_latency` and `time_in_turn`; raises as `measure_latency`.
     """
     if not runners or rounds < 1:
         raise ValueError("`measure_latency` needs at least one runner and one round")

@@ -1,4 +1,4 @@
-"""What a measurement was made on and with, and what a graph takes of memory and disk."""
+"""Describes the device and the versions of a measurement, and measures the memory and disk use of a graph."""
 
 import contextlib
 import os
@@ -39,14 +39,14 @@ session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionPr
 session.run(None, feed)
 print(resident("VmHWM") - before)
 """
-"""VmHWM and not `ru_maxrss`, which a child inherits from a larger parent."""
+"""Reads VmHWM, not `ru_maxrss`, which a child inherits from a larger parent."""
 
 
 def peak_memory_mib(path: str | os.PathLike[str], feed: Arrays, threads: int | None) -> float | None:
-    """What loading the graph and running it on the CPU adds to the resident memory of a process, at its peak.
+    """Measures what loading a graph and running it on the CPU adds to the peak resident memory of a process.
 
-    A process of its own holds nothing but ONNX Runtime, the inputs and the graph: of several graphs in one process
-    none could be told from the others.
+    A separate process contains only ONNX Runtime, the inputs and the graph. In one process, several graphs could not be
+    distinguished.
 
     Args:
         path: the graph.
@@ -54,10 +54,10 @@ def peak_memory_mib(path: str | os.PathLike[str], feed: Arrays, threads: int | N
         threads: intra-operator threads; None leaves ONNX Runtime's default.
 
     Returns:
-        MiB, or None on systems that do not tell (without /proc).
+        MiB, or None on systems without /proc.
 
     Raises:
-        MELoRAError: where that process fails.
+        MELoRAError: if that process fails.
     """
     if not Path("/proc/self/status").is_file():
         return None
@@ -68,12 +68,12 @@ def peak_memory_mib(path: str | os.PathLike[str], feed: Arrays, threads: int | N
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        raise MELoRAError(f"`{path}` cannot be run in a process of its own: {reason}")
+        raise MELoRAError(f"`{path}` cannot be run in a separate process: {reason}")
     return int(result.stdout) * 1024 / _MIB
 
 
 def file_size_mib(path: str | os.PathLike[str]) -> float:
-    """MiB of a .onnx file and of the files that hold its external data."""
+    """Returns the MiB of a .onnx file and of the files with its external data."""
     path = Path(path)
     graph = onnx.load(path, load_external_data=False).graph
     external = {entry.value for item in graph.initializer for entry in item.external_data if entry.key == "location"}
@@ -81,7 +81,7 @@ def file_size_mib(path: str | os.PathLike[str]) -> float:
 
 
 def device_name(provider: str) -> str:
-    """The processor's name and number of cores, or the first GPU's name for a provider that runs on one."""
+    """Returns the processor's name and number of cores, or the first GPU's name if the provider runs on a GPU."""
     if provider in ("cuda", "tensorrt"):
         if torch.cuda.is_available():
             return torch.cuda.get_device_name()
@@ -96,7 +96,7 @@ def device_name(provider: str) -> str:
 
 
 def origin_columns(provider: str, *packages: str) -> dict[str, Any]:
-    """The columns that say what a row was made on, with and when (UTC); `packages`: as for `package_versions`."""
+    """Returns the columns with versions, device, commit and time (UTC) of a row; arguments as in `package_versions`."""
     return {
         "versions": package_versions(*packages),
         "device": device_name(provider),
@@ -106,7 +106,7 @@ def origin_columns(provider: str, *packages: str) -> dict[str, Any]:
 
 
 def package_versions(*packages: str) -> str:
-    """The versions of what computes, in one line, those of further packages behind."""
+    """Returns the versions of the packages that compute, in one line, followed by those of further `packages`."""
     names = ("melora_fx", "torch", "transformers", "onnx")
     versions = [f"{name} {package_version(name)}" for name in names]
     others = [f"{name} {package_version(name)}" for name in packages]
@@ -114,7 +114,7 @@ def package_versions(*packages: str) -> str:
 
 
 def _onnxruntime_version() -> str:
-    """Asked of the module, which two packages bring."""
+    """Returns the version of the module, which two packages provide."""
     try:
         return import_onnxruntime().__version__
     except MELoRAError:

@@ -1,4 +1,4 @@
-"""One row of results for each of several contenders on one input: equal first, then timed, and what they take."""
+"""Compares several contenders on one input, then times them and measures their memory and size: one row each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ from .timing import summarize
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed against others.
+    """A runner that is timed against others.
 
     Attributes:
-        form: its name among them.
-        runner: computes it.
-        path: its graph; None where it is none, and has no file size or memory of its own.
-        tensors: optional inputs of the graph that the runner gives beside the model's inputs: an adapter.
+        form: its name among the contenders.
+        runner: the runner.
+        path: the file of its graph; None if it is not a graph, so that it has no file size or memory in the results.
+        tensors: optional inputs that the runner passes in addition to the model's inputs: an adapter.
     """
 
     form: str
@@ -34,13 +34,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row of results. Empty cells are None: a graph without sequence, a form that is no graph.
+    """One row of results. Empty cells are None: a graph without a sequence axis, a form that is not a graph.
 
     Attributes:
-        provider: what computes; form: which of the graphs; model: the class of the model in it.
-        ratio: of the median to the first contender's; max_rel_difference: of the outputs to the first one's.
-        peak_memory_mib: what a process of its own needs to load and run the graph at this shape (CPU only).
-        file_size_mib: the graph and its external data.
+        provider, form, model: the provider that computes, the contender's name, and the class of its model.
+        ratio: the median divided by that of the first contender.
+        max_rel_difference: the largest relative difference of the outputs from the first contender's.
+        peak_memory_mib: memory that a separate process needs to load and run the graph at this shape (CPU only).
+        file_size_mib: size of the graph with its external data.
         time: UTC.
     """
 
@@ -65,7 +66,7 @@ class Measurement:
 
     @property
     def latency(self) -> Latency:
-        """The row that a `LatencyTable` has for it."""
+        """This row as a row of a `LatencyTable`."""
         return Latency(
             name=self.form,
             median_ms=self.median_ms,
@@ -91,25 +92,26 @@ def measure(
     max_difference: float | None = None,
     on_round: Callable[[], object] = lambda: None,
 ) -> list[Measurement]:
-    """Compares the outputs, then times all in turn; the first contender is the reference.
+    """Compares the outputs, then times all contenders in turn; the first contender is the reference.
 
-    The same graph loaded twice differs by up to 5 % for as long as it stays loaded: each load gets its share of the
-    rounds, and the times of all of them are put together.
+    Two loads of the same graph differ in speed by up to 5 % for as long as they stay loaded. Therefore each load gets
+    its share of the rounds, and the times of all loads are pooled.
 
     Args:
-        load: called with 0, 1, …: the contenders, on the same number of threads, loaded anew.
-        inputs: as for `Runner.run`, of the given `batch` and `sequence`.
-        provider: what computes; the column of this name. Peak memory is measured for "cpu".
+        load: called with 0, 1, …; loads and returns the contenders, all on the same number of threads.
+        inputs: as for `Runner.run`, with sizes `batch` and `sequence`.
+        provider: the provider that computes, for the column of this name. Peak memory is measured only for "cpu".
         model: the column of this name.
         batch, sequence: the columns of these names.
-        loads: number of times that `load` is called.
-        rounds: timed runs of each contender, rounded up to the same number for each load.
-        max_seconds: of timing; one round a load runs in any case.
+        loads: number of calls of `load`.
+        rounds: timed runs of each contender, rounded up to a multiple of `loads`.
+        max_seconds: limit of the timing in seconds; each load runs at least one round.
         on_round: called after every round.
-        max_difference: largest relative difference from the first contender's outputs; None: any, it is reported.
+        max_difference: largest relative difference allowed from the first contender's outputs; None allows and reports
+            any difference.
 
     Raises:
-        MELoRAError: where outputs have other names or shapes, or differ by more than `max_difference`.
+        MELoRAError: if outputs have other names or shapes, or differ by more than `max_difference`.
     """
     contenders = load(0)
     differences = _differences(contenders, inputs, max_difference)
@@ -153,7 +155,7 @@ def measure(
 def _differences(
     contenders: Sequence[Contender], inputs: Mapping[str, Any], max_difference: float | None
 ) -> dict[str, float]:
-    """The relative difference of each one's outputs from the first one's, none of them above the given one."""
+    """Returns each contender's relative difference from the first; raises MELoRAError above `max_difference`."""
     reference = contenders[0]
     differences = {each.form: compare(each.runner, reference.runner, inputs).max_rel_error for each in contenders}
     if max_difference is not None:

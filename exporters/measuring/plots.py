@@ -1,4 +1,4 @@
-"""Pictures of latencies: what each form costs beside the first one."""
+"""Plots latencies: what each form costs compared with the first one."""
 
 import math
 import os
@@ -16,10 +16,10 @@ _LONG_NAME = 20
 
 
 def import_pyplot() -> Any:
-    """matplotlib's `pyplot`, without a display.
+    """Returns matplotlib's `pyplot`, which needs no display here.
 
     Raises:
-        MELoRAError: where matplotlib is not installed; names the extra.
+        MELoRAError: if matplotlib is not installed; names the extra.
     """
     try:
         import matplotlib as mpl
@@ -32,23 +32,23 @@ def import_pyplot() -> Any:
 
 
 def format_ms(value: float) -> str:
-    """Milliseconds with three digits or more: neighbours differ by per cents."""
+    """Formats milliseconds with three digits or more, because neighbours differ by a few per cent."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-3))))}f}"
 
 
 def plot_latency(
     panels: Mapping[str, LatencyTable], title: str, path: str | os.PathLike[str], *, reference: str | None = None
 ) -> None:
-    """Writes one panel a table, side by side on one scale: a dot for each row's ratio, a bar from p20 to p80.
+    """Draws one panel per table, side by side on one scale: a dot for each row's ratio, a bar from p20 to p80.
 
     Args:
-        panels: by the panel's title; a row has the same line and colour in every panel.
+        panels: the tables by panel title; a row has the same line and colour in every panel.
         title: says what was measured: model, threads, machine.
-        path: a file whose suffix matplotlib knows, such as .png.
-        reference: what the times are divided by; None means the first row, the same in every panel.
+        path: the file to write, with a suffix that matplotlib knows, such as .png.
+        reference: name of what the ratios refer to, for the axis label; None: the first row, the same in every panel.
 
     Raises:
-        MELoRAError: where matplotlib is not installed.
+        MELoRAError: if matplotlib is not installed.
     """
     pyplot = import_pyplot()
     names = list(dict.fromkeys(row.name for table in panels.values() for row in table.rows))
@@ -59,7 +59,7 @@ def plot_latency(
         _draw(axes, table, names)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    for column in grid.T:  # the lowest panel of each column carries the scale
+    for column in grid.T:  # the lowest panel of each column shows the scale
         lowest = [axes for axes in column if axes.get_visible()][-1]
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel(f"time ÷ time of {divided_by}")
@@ -74,7 +74,7 @@ def plot_latency(
 
 
 def _make_grid(pyplot: Any, num_panels: int, names: Sequence[str]) -> tuple[Any, Any]:
-    """(figure, panels (rows, columns)), as large as its lines need; all panels share their axes."""
+    """Returns (figure, panels (rows, columns)), as large as the lines need; all panels share their axes."""
     num_columns = min(num_panels, _MAX_COLUMNS)
     num_rows = -(-num_panels // num_columns)
     width = 7.5 if num_columns == 1 else 1.8 + 3.4 * num_columns
@@ -117,7 +117,7 @@ def _draw(axes: Any, table: LatencyTable, names: list[str]) -> None:
 
 
 def _range(panels: Mapping[str, LatencyTable]) -> tuple[float, float]:
-    """Ends of the scale: every bar, and 1.00 inside."""
+    """Returns the ends of the scale, with every bar and 1.00 inside."""
 
     def ratios(row: Latency) -> tuple[float, float]:
         reference = row.median_ms / row.ratio

@@ -1,7 +1,7 @@
-"""How much of an error is rounding: what the outputs of a model make of a change in the last bits of its weights.
+"""Measures how much of an error rounding explains: how far a model's outputs move with the last bits of its weights.
 
-Some inputs are ill-conditioned: a model can make many times as much of a rounding error in one text as in another, and
-another runtime's sums are then as far from torch's as torch's own would be in another order.
+Some inputs are ill-conditioned: on one text a model can amplify a rounding error far more than on another. On such
+inputs a correct runtime that sums in another order differs from torch as much as a reordered torch would.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ from exporters.onnx_runtime import Arrays
 from melora_fx import MELoRAError
 
 _FACTOR = 8
-"""A graph rounds at more places than a model has weights, and not at random."""
+"""The margin over the measured change: a graph also rounds between the weights, and its errors are not random."""
 _DRAWS = 3
 _MOST = 10
-"""How many times the tolerance rounding may explain: a model that chooses among experts can make anything of it."""
+"""The most that rounding may explain, in tolerances, because a last bit can change which experts a model selects."""
 
 
 def refuse_unequal(
@@ -34,7 +34,7 @@ def refuse_unequal(
 ) -> None:
     """Raises MELoRAError if an error is above the tolerance and rounding does not explain it.
 
-    `words` say what was compared. The other arguments are those of `rounding_allowance`, which is measured only if it
+    `words` says what was compared. The other arguments are those of `rounding_allowance`, which is measured only if it
     can change the decision.
     """
     error = comparison.max_rel_error
@@ -54,10 +54,10 @@ def rounding_allowance(
     """Returns the relative error that rounding explains in the outputs of `run`, which computes them with `model`.
 
     Args:
-        model: its float32 parameters change by the precision's epsilon, at random, and are as before afterwards.
-        precision: the graph's.
+        model: its float32 parameters change by the precision's epsilon, at random, and are restored afterwards.
+        precision: the precision of the graph.
         run: returns the outputs of each step.
-        scales: as in `compare`; those of the error that is to be explained.
+        scales: as in `compare`, and the same as for the error that is to be explained.
     """
     before = run()
     found = 0.0
@@ -69,7 +69,7 @@ def rounding_allowance(
 
 @contextmanager
 def _changed_weights(model: nn.Module, epsilon: float, seed: int) -> Iterator[None]:
-    """Every floating parameter of the model times 1 ± epsilon, with a sign of its own for each value."""
+    """Multiplies each float32 parameter by 1 ± epsilon, with a random sign per value."""
     parameters = [parameter for parameter in model.parameters() if parameter.dtype == torch.float32]
     before = [parameter.data for parameter in parameters]
     generator = torch.Generator().manual_seed(seed)

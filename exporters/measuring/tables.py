@@ -1,4 +1,4 @@
-"""Rows as CSV files, and as Markdown."""
+"""Writes rows as CSV files and as Markdown, and reads the CSV files."""
 
 import csv
 import os
@@ -10,10 +10,10 @@ from melora_fx.files import write_atomically, writing
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """Writes rows in place of the file: either the old file or the whole new one is there.
+    """Writes rows as a CSV file, in place of an old one. At any time the old file or the complete new one is there.
 
     Raises:
-        MELoRAError: where the file cannot be written.
+        MELoRAError: if the file cannot be written.
     """
 
     def write(temporary: Path) -> None:
@@ -27,7 +27,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: s
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The rows of a file that `write_csv` wrote; none where there is no file."""
+    """Returns the rows of a file that `write_csv` wrote; none if there is no file."""
     if not Path(path).is_file():
         return []
     with Path(path).open(newline="") as file:
@@ -35,7 +35,7 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[Any]], *, text_columns: int = 1) -> list[str]:
-    """The lines of a table; columns of numbers, those after the first `text_columns`, end at the right."""
+    """Returns the lines of a table. Columns after the first `text_columns` contain numbers and are right-aligned."""
     rule = ["---"] * text_columns + ["---:"] * (len(headings) - text_columns)
     lines = [headings, rule, *rows]
     return [f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines]

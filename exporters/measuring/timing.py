@@ -1,4 +1,4 @@
-"""The one timer: everything that is compared takes turns, and is summarised against a named reference."""
+"""The only timer: everything that is compared takes turns, and is summarised relative to a reference."""
 
 import gc
 import random
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of a run, and the ratio of its median to the reference's."""
+    """The milliseconds per run of an action, and the ratio of its median to the reference's."""
 
     median_ms: float
     p20_ms: float
@@ -21,7 +21,7 @@ class Timing:
     rounds: int
 
     def columns(self) -> dict[str, Any]:
-        """The fields with four digits after the point."""
+        """Returns the fields, rounded to four decimals."""
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
@@ -35,16 +35,18 @@ def time_in_turn(
     prepare: Callable[[str], Sequence[Any]] = lambda name: (),
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Runs each action once a round, in an order that is drawn anew for every round, so that all see the same machine
-    and none always follows the same other. No garbage is collected while an action is timed.
+    """Runs each action once per round, in a new random order every round.
+
+    All actions thus see the same machine, and none always follows the same other one. No garbage is collected while an
+    action is timed.
 
     Args:
-        actions: by name.
-        rounds: number of timed runs of each.
-        warmup: number of runs of each before the first timed one.
-        max_seconds: no further round begins after this time.
-        seed: of the order.
-        prepare: called before each run with its name, untimed; returns the action's arguments.
+        actions: the actions by name.
+        rounds: number of timed runs of each action.
+        warmup: number of untimed runs of each action before the first round.
+        max_seconds: no further round begins after so many seconds.
+        seed: seed of the order.
+        prepare: called before each run with the action's name, untimed; returns the arguments of the action.
         on_round: called after every round.
 
     Returns:
@@ -80,7 +82,7 @@ def _seconds(action: Callable[..., object], arguments: Sequence[Any]) -> float:
 
 
 def summarize(seconds: Mapping[str, Sequence[float]], reference: str | None = None) -> dict[str, Timing]:
-    """Medians with p20 and p80 by name; `reference`: what the ratios refer to, by default the first."""
+    """Returns medians with p20 and p80 by name. Ratios refer to the name `reference`, by default the first one."""
     cuts = {name: 1000 * np.percentile(times, (50, 20, 80)) for name, times in seconds.items()}
     floor = cuts[next(iter(cuts)) if reference is None else reference][0]
     return {

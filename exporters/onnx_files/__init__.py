@@ -1,10 +1,10 @@
-"""An .onnx file seen from outside: what it holds, and what stands beside it. Nothing here builds a graph or a model.
+"""Reads and writes .onnx files and the files next to them. Nothing here builds a graph or a model.
 
-cache_names   what a decoder's inputs and outputs are called
-weight_place  where a parameter lives in a graph
-onnx_file     a file's graph, axes and data files, checked to be whole
-metadata      what an exported file says of itself
-save_graph    a graph written with its weights beside it, in a file named after their hash
-weight_bytes  weights read and changed in the files that they lie in
-companions    the configuration and the tokenizer's files beside a graph
+cache_names   names a decoder's inputs and outputs
+weight_place  describes the place of a parameter in a graph
+onnx_file     reads a file's graph and axes, and checks that its data files are complete
+metadata      reads and writes the description of an exported file
+save_graph    writes a graph, and its weights to a file named after their hash
+weight_bytes  reads weights from their files, and writes graphs with changed weights
+companions    writes and compares the configurations and the tokenizer's files next to a graph
 """

@@ -1,4 +1,4 @@
-"""The files that Hugging Face users expect beside a graph: the configuration and the tokenizer's."""
+"""Writes and compares the files that Hugging Face users expect next to a graph: configurations, tokenizer files."""
 
 import copy
 import json
@@ -18,15 +18,15 @@ _CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 GENAI_CONFIG = "genai_config.json"
 _NO_SETTINGS = ("transformers_version", "_name_or_path", "_from_model_config", "dtype", "torch_dtype")
-"""Keys in a configuration that say where it is from, or how it was loaded."""
+"""Keys of a configuration that record where it comes from or how it was loaded."""
 
 
 def write_companions(model: nn.Module, folder: Path) -> tuple[str, ...]:
-    """Writes the configuration and the tokenizer's files of `model` into `folder`, none for a model of no Hugging Face
-    class.
+    """Writes the configurations and the tokenizer's files of `model` into `folder`; nothing if `model` is not a Hugging
+    Face model.
 
     Returns:
-        notes on what is missing, for the user.
+        notes for the user on missing files.
     """
     config = getattr(model, "config", None)
     if not is_hugging_face_config(config):
@@ -44,7 +44,7 @@ def write_companions(model: nn.Module, folder: Path) -> tuple[str, ...]:
 
 
 def _without_tensors(settings: Any) -> Any:
-    """How a model generates, with lists and numbers for tensors, which JSON cannot hold."""
+    """Returns a copy of a generation configuration with tensors as lists and numbers, which JSON can store."""
     plain = copy.deepcopy(settings)
     for name, value in vars(plain).items():
         if isinstance(value, torch.Tensor):
@@ -53,13 +53,13 @@ def _without_tensors(settings: Any) -> Any:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies the configurations and the tokenizer's files from the folder of one graph to another's."""
+    """Copies the configurations and the tokenizer's files from one graph's folder to another's."""
     for file in _files_in(source, (_CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)):
         shutil.copyfile(file, folder / file.name)
 
 
 def copy_genai_config(source: Path, path: Path) -> None:
-    """Copies what onnxruntime-genai reads of the graph `source` beside the graph `path`, for that one."""
+    """Copies the genai_config.json of the graph `source`, if any, next to the graph `path`, which the copy names."""
     if has_genai_config(source):
         described = json.loads(source.with_name(GENAI_CONFIG).read_text(encoding="utf-8"))
         described["model"]["decoder"]["filename"] = path.name
@@ -67,7 +67,7 @@ def copy_genai_config(source: Path, path: Path) -> None:
 
 
 def has_genai_config(path: Path) -> bool:
-    """Whether the genai_config.json beside a graph is of that graph: it names one; those of other forms none."""
+    """Returns whether the genai_config.json next to a graph names that graph; a file of another form names none."""
     try:
         described = json.loads(path.with_name(GENAI_CONFIG).read_text(encoding="utf-8"))
         return bool(described["model"]["decoder"]["filename"] == path.name)
@@ -76,27 +76,27 @@ def has_genai_config(path: Path) -> bool:
 
 
 def model_weights(folder: Path) -> list[Path]:
-    """The files of a Hugging Face model's weights in a folder; adapters are none."""
+    """Returns the files of a Hugging Face model's weights in a folder, without files of adapters."""
     found = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     return sorted(file for file in found if not file.name.startswith("adapter"))
 
 
 def says_the_same(first: Path, second: Path) -> bool:
-    """Whether two files of one name have the same content; of configurations, the same settings."""
+    """Returns whether two files of one name have the same content or, if they are configurations, the same settings."""
     if first.read_bytes() == second.read_bytes():
         return True
     return first.name in (_CONFIG, GENERATION_CONFIG) and _settings(first) == _settings(second)
 
 
 def is_of_one_model(first: Path, second: Path) -> bool:
-    """Whether two files of one name are of one model: what onnxruntime-genai reads may be of another of its graphs."""
+    """Returns whether two files of one name belong to one model; a genai_config.json may name another of its graphs."""
     if first.name == GENAI_CONFIG:
         return _of_any_graph(first) == _of_any_graph(second)
     return says_the_same(first, second)
 
 
 def _of_any_graph(file: Path) -> Any:
-    """What a genai_config.json says of a model, whichever of its graphs it names; one of another form is its text."""
+    """Returns a genai_config.json's settings of the model, without the graph's; the text of a file of another form."""
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         settings = json.loads(text)["model"]
@@ -106,15 +106,15 @@ def _of_any_graph(file: Path) -> Any:
 
 
 def _settings(file: Path) -> Any:
-    """What a configuration sets, defaults too; one that cannot be read is its text."""
-    from transformers import CONFIG_MAPPING, GenerationConfig  # heavy: only where two configurations differ
+    """Returns the settings in a configuration, defaults included; the text of a file that cannot be read."""
+    from transformers import CONFIG_MAPPING, GenerationConfig  # slow to import: only if two configurations differ
 
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         settings = json.loads(text)
         config_class = GenerationConfig if file.name == GENERATION_CONFIG else CONFIG_MAPPING[settings["model_type"]]
         settings = config_class.from_dict(settings).to_dict()
-    except Exception:  # classes of configurations check their values as they like
+    except Exception:  # classes of configurations raise their own types
         return text
     return {key: value for key, value in settings.items() if key not in _NO_SETTINGS}
 

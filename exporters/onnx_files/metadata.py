@@ -1,4 +1,4 @@
-"""What an exported file says of itself: the `melora` entry of its `metadata_props`, as JSON."""
+"""Reads and writes the description of an exported file: the `melora` entry of its `metadata_props`, as JSON."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """A graph's description, as read.
+    """The description of a graph, as read from its file.
 
     Attributes:
         path: the file, for error texts.
         model: the name of the model's class.
-        adapter: which adapters the graph has, as in `exporters/targets.py`: "fold", say, or "none".
-        adapter_sha256: the identity of the adapter that it holds, or "none".
+        adapter: the form of the adapters in the graph, a name in `exporters.targets.ADAPTERS`, or "none".
+        adapter_sha256: SHA-256 of the adapter that the graph contains, or "none".
         configs: site → its configuration.
         fingerprints: site → its base weight's fingerprint.
-        weights: parameter → where it lives in the graph; without those that go by several names, or that the exporter
-            could not tell apart.
-        kept: the same for the tensors of the modules kept trainable.
+        weights: parameter → its place in the graph, without parameters that have several names, or that the exporter
+            could not distinguish.
+        kept: the places of the tensors of modules kept trainable.
         dense: the sites whose update is a product of block-diagonal matrices.
-        row_dims: site → as in `as_matrices`, of the sites that have any.
-        conditions: what the export assumed of the sizes of inputs; none in graphs of earlier versions.
-        constants: argument of the model → what the export took it to be.
+        row_dims: site → `row_dims` as in `as_matrices`, for the sites that have one.
+        conditions: the conditions that the export assumed on the inputs' sizes; none in graphs of earlier versions.
+        constants: argument of the model → its constant value in the graph.
         elsewhere: sites of the model that are in another graph: the encoder's, or the decoder's.
     """
 
@@ -74,14 +74,14 @@ def describe(
     *,
     is_swappable: bool,
 ) -> dict[str, Any]:
-    """The description of a graph of `model`, but for where its weights live.
+    """Returns the description of a graph of `model` without the facts that the passes find, such as weights' places.
 
     Args:
-        model: the model, before it is folded: fingerprints are of the base.
-        sites: those whose adapters the graph holds, or can take.
-        whole: all of the model, of which another graph has the others.
+        model: the model, before it is folded, because the fingerprints are of the base.
+        sites: the sites whose adapters the graph contains or accepts.
+        whole: all sites of the model; those not in `sites` are in another graph.
         adapter, target: as for `export_onnx`; "none" for a graph of the base.
-        is_swappable: whether the graph has no adapter of its own.
+        is_swappable: whether the adapters are inputs, so that the graph itself contains none.
     """
     described = sites if is_swappable else present_sites(sites)
     identified = {} if is_swappable else present_sites(whole)
@@ -99,13 +99,13 @@ def describe(
 
 
 def places_as_json(places: dict[str, WeightPlace]) -> dict[str, Any]:
-    """Places as JSON-ready values."""
+    """Returns the places as JSON-ready values."""
     return {name: asdict(place) for name, place in places.items()}
 
 
 def write_description(path: Path, facts: Mapping[str, Any]) -> None:
-    """Exchanges the description in an exported file; weights in its data file are not read."""
-    import onnx  # heavy: only where it is used
+    """Replaces the description in an exported file, without reading the weights in its data file."""
+    import onnx  # slow to import, so only here
 
     graph = onnx.load(path, load_external_data=False)
     for entry in graph.metadata_props:
@@ -115,40 +115,40 @@ def write_description(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_facts(path: str | Path) -> GraphFacts:
-    """The description in an exported file.
+    """Returns the description in an exported file.
 
     Raises:
-        MELoRAError: for a file that is missing, is no ONNX graph, lacks its weights, or was not written by
+        MELoRAError: if the file is missing, is not an ONNX graph, lacks its weights, or was not written by
             `export_onnx`.
     """
     return facts_of(read_graph(path), path)
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a graph with a description."""
+    """Returns whether a file is a graph with a description."""
     graph = _read_proto(path)
     return graph is not None and any(entry.key == METADATA_KEY for entry in graph.metadata_props)
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a file is a graph without a description: another tool's."""
+    """Returns whether a file is a graph without a description, written by another tool."""
     graph = _read_proto(path)
     return graph is not None and all(entry.key != METADATA_KEY for entry in graph.metadata_props)
 
 
 def _read_proto(path: Path) -> onnx.ModelProto | None:
-    """The graph in a file without its external data; None for what is no graph."""
+    """Returns the graph in a file without its external data; None if the file is not a graph."""
     import onnx
 
     try:
         graph = onnx.load(path, load_external_data=False)
-    except Exception:  # protobuf raises its own kinds
+    except Exception:  # protobuf raises its own types
         return None
     return graph if graph.HasField("graph") else None
 
 
 def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
-    """The description in a graph that has been read from `path`."""
+    """Returns the description in a graph that has been read from `path`; raises MELoRAError if it cannot be read."""
     text = graph.metadata_props.get(METADATA_KEY)
     if text is None:
         raise MELoRAError(f"`{path}` was not written by `export_onnx`: it has no `{METADATA_KEY}` entry")
@@ -161,7 +161,7 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
             raise ValueError(f"site {unknown[0]!r} has no `base`")
         for name in ("model", "adapter", "adapter_sha256"):
             if not isinstance(facts[name], str):
-                raise TypeError(f"`{name}` must be a text, got {facts[name]!r}")
+                raise TypeError(f"`{name}` must be a string, got {facts[name]!r}")
         return GraphFacts(
             path=Path(path),
             model=facts["model"],
@@ -184,7 +184,7 @@ def facts_of(graph: onnx_ir.Model, path: str | Path) -> GraphFacts:
 
 
 def conditions_in(graph: onnx_ir.Model, path: str | Path) -> tuple[Condition, ...]:
-    """What the export of a graph assumed of the sizes of its inputs; nothing is known of one that is not ours."""
+    """Returns the conditions that a graph's export assumed on its inputs' sizes; none for another tool's graph."""
     return facts_of(graph, path).conditions if METADATA_KEY in graph.metadata_props else ()
 
 
@@ -193,16 +193,16 @@ def _conditions(texts: Any, graph: onnx_ir.Model) -> tuple[Condition, ...]:
     ranks = {value.name: len(value.shape) for value in graph.graph.inputs if value.shape is not None}
     for condition in conditions:
         if unknown := [name for name in condition.names if name not in ranks]:
-            raise ValueError(f"`{condition.text}` is about {unknown[0]!r}, which is no input of the graph")
+            raise ValueError(f"`{condition.text}` is about {unknown[0]!r}, which is not an input of the graph")
         condition.holds({name: Shaped((1,) * ranks[name]) for name in condition.names})
     return conditions
 
 
 def _places(entries: dict[str, Any], graph: onnx_ir.Model) -> dict[str, WeightPlace]:
-    """The inverse of `places_as_json`, each place in the graph.
+    """Returns the inverse of `places_as_json`, after checking that each place is in the graph.
 
     Raises:
-        ValueError, TypeError, KeyError: for an entry of another form, or a place that the graph has not.
+        ValueError, TypeError, KeyError: if an entry has another form, or the graph lacks a place.
     """
     return {name: _place(name, entry, graph) for name, entry in entries.items()}
 
@@ -212,15 +212,15 @@ def _place(name: str, entry: dict[str, Any], graph: onnx_ir.Model) -> WeightPlac
     place = WeightPlace(entry["initializer"], entry["is_transposed"], tuple(columns) if columns else None)
     value = graph.graph.initializers.get(place.initializer)
     if value is None or value.const_value is None:
-        raise ValueError(f"the graph has no weight {place.initializer!r}, where `{name}` is said to be")
+        raise ValueError(f"the graph has no weight {place.initializer!r}, the recorded place of `{name}`")
     if not isinstance(place.is_transposed, bool):
         raise TypeError(f"`is_transposed` of `{name}` must be true or false, got {place.is_transposed!r}")
     rank = len(value.const_value.shape)
     if place.is_transposed and rank < 2:
-        raise ValueError(f"`{name}` is said to be transposed, and has {rank} dimensions")
+        raise ValueError(f"`{name}` is recorded as transposed, but has {rank} dimensions")
     if place.columns is not None:
         start, stop = place.columns
         width = value.const_value.shape.numpy()[1] if rank == 2 else 0
         if not all(type(column) is int for column in place.columns) or not 0 <= start < stop <= width:
-            raise ValueError(f"`{name}` is said to be columns {start!r} to {stop!r} of {width}")
+            raise ValueError(f"`{name}` is recorded as columns {start!r} to {stop!r} of {width}")
     return place

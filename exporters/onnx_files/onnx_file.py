@@ -1,4 +1,4 @@
-"""A .onnx file from outside: its graph, the axes of its inputs and outputs, and the files that its weights are in."""
+"""Reads .onnx files: the graph, the axes of its inputs and outputs, and the files that its weights are in."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
 
 
 def read_graph(path: str | os.PathLike[str]) -> onnx_ir.Model:
-    """The graph in an ONNX file; its external data has been checked to be there, and is not read.
+    """Returns the graph in an ONNX file; checks that its external data is complete, but does not read it.
 
     Raises:
-        MELoRAError: for a file that is missing or no ONNX graph, or whose external data is not whole.
+        MELoRAError: if the file is missing or not an ONNX graph, or its external data is incomplete.
     """
-    import onnx_ir  # heavy: only where it is used
+    import onnx_ir  # slow to import, so only here
 
     try:
         model = onnx_ir.load(path)
         data_files(path, model)
     except MELoRAError:
         raise
-    except Exception as error:  # protobuf and onnx_ir raise their own kinds
+    except Exception as error:  # protobuf and onnx_ir raise their own types
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else error
         raise MELoRAError(f"`{path}` cannot be read as an ONNX graph: {reason}") from error
     return model
 
 
 def data_files(path: str | os.PathLike[str], model: onnx_ir.Model) -> dict[str, Path]:
-    """The files that hold the graph's external data: the name that the graph refers to → the file.
+    """Returns the files of the graph's external data: the name that the graph refers to → the file.
 
-    Places are judged as they are written; a symbolic link in the folder is its owner's doing.
+    Names are checked as written; symbolic links in the folder are followed, because its owner put them there.
 
     Raises:
-        MELoRAError: names every file that leads out of the graph's folder, is missing, or has been cut short.
+        MELoRAError: if a file is outside the graph's folder, missing, or cut short; names every such file.
     """
     folder = Path(path).parent
     ends: dict[str, int] = {}
@@ -54,7 +54,7 @@ def data_files(path: str | os.PathLike[str], model: onnx_ir.Model) -> dict[str, 
 
 
 def may_refer_to(graph: Path, name: str) -> bool:
-    """Whether the name of a file of weights occurs in a graph's file, as it does where the graph has weights there."""
+    """Returns whether the name of a weight file occurs in a graph's file, as it does if the graph has weights there."""
     if not graph.is_file() or not graph.stat().st_size:
         return False
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -62,7 +62,7 @@ def may_refer_to(graph: Path, name: str) -> bool:
 
 
 def _fault(folder: Path, location: str, end: int) -> str | None:
-    """What is wrong with a file of external data that has to reach to byte `end`; None where it does."""
+    """Returns what is wrong with a file of external data that must have `end` bytes; None if nothing is wrong."""
     places = (PurePosixPath(location), PureWindowsPath(location))
     if not location or any(place.is_absolute() or place.drive or ".." in place.parts for place in places):
         return f"`{location}` leads out of the graph's folder"
@@ -74,7 +74,7 @@ def _fault(folder: Path, location: str, end: int) -> str | None:
 
 
 def _external_tensors(model: onnx_ir.Model) -> Iterator[onnx_ir.ExternalTensor]:
-    """Initializers, and the tensors that nodes hold, in subgraphs too."""
+    """Yields the external tensors among initializers and node attributes, in subgraphs too."""
     import onnx_ir
 
     for graph in model.graphs():
@@ -88,22 +88,22 @@ def _external_tensors(model: onnx_ir.Model) -> Iterator[onnx_ir.ExternalTensor]:
 
 
 def has_optional_inputs(model: onnx_ir.Model) -> bool:
-    """Whether initializers are inputs too, and so defaults; before IR version 4 all were, as constants."""
+    """Returns whether inputs have initializers as defaults; before IR version 4 all were inputs, as constants."""
     return model.ir_version >= 4 and len(required_inputs(model)) < len(model.graph.inputs)
 
 
 def required_inputs(model: onnx_ir.Model) -> list[onnx_ir.Value]:
-    """The inputs without a default."""
+    """Returns the inputs without a default."""
     return [value for value in model.graph.inputs if not value.is_initializer()]
 
 
 def optional_inputs(model: onnx_ir.Model) -> list[onnx_ir.Value]:
-    """The inputs with a default."""
+    """Returns the inputs with a default."""
     return [value for value in model.graph.inputs if value.is_initializer()]
 
 
 def axes_by_name(values: Iterable[onnx_ir.Value]) -> dict[str, tuple[int | str, ...]]:
-    """Axes of graph inputs or outputs: a size, the name of a dynamic axis, or "?" for one without a name."""
+    """Returns the axes of graph inputs or outputs: a size, the name of a dynamic axis, or "?" for a nameless one."""
     return {
         value.name or "": tuple(size if isinstance(size, int) else size.value or "?" for size in value.shape or ())
         for value in values
@@ -111,7 +111,7 @@ def axes_by_name(values: Iterable[onnx_ir.Value]) -> dict[str, tuple[int | str, 
 
 
 def precision_of(model: onnx_ir.Model) -> str:
-    """ "fp16" where the graph holds weights of half precision, else "fp32"."""
+    """Returns "fp16" if a weight with more than one dimension is in half precision, else "fp32"."""
     import onnx_ir
 
     weights = (value.const_value for value in model.graph.initializers.values())
@@ -120,7 +120,7 @@ def precision_of(model: onnx_ir.Model) -> str:
 
 
 def content_hash(path: str | os.PathLike[str], model: onnx_ir.Model) -> str:
-    """SHA-256 of a graph and its weights, in whatever files they are."""
+    """Returns the SHA-256 of a graph's file and of all files of its weights."""
     digest = hashlib.sha256()
     for file in (Path(path), *data_files(path, model).values()):
         with file.open("rb") as stream:

@@ -1,7 +1,7 @@
-"""`save_graph`: a graph with its weights beside it, in a file named after their hash; `check_weights` checks them.
+"""Writes a graph, and its weights to a file next to it that is named after their hash; checks written weights.
 
-The graph holds the SHA-256 of each weight (`melora_weights` of its metadata); they lie in NAME.onnx.HASH.data. Other
-weights have another name, so that new ones lie beside the old ones until one rename exchanges the graph.
+The graph's metadata contains the SHA-256 of each weight (`melora_weights`); the weights are in NAME.onnx.HASH.data.
+Other weights have another file name, so new ones can be next to the old ones until one rename replaces the graph.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     import onnx_ir
 
 WEIGHTS_KEY = "melora_weights"
-"""Key in a graph's metadata: the SHA-256 of the bytes of each weight, by its name, as JSON."""
+"""Key in a graph's metadata: a JSON object that maps each weight's name to the SHA-256 of its bytes."""
 _HEX_DIGITS = 12
 SMALL_BYTES = 256
-"""Tensors up to this size stay in the graph."""
+"""Tensors up to this size stay in the graph's file."""
 _READ_BYTES = 1 << 20
 
 
 def save_graph(model: onnx_ir.Model, path: Path, known: Mapping[str, str] | None = None) -> None:
-    """Writes `model`, and its weights to NAME.onnx.HASH.data beside it; none where all are small.
+    """Writes `model`, and its weights to NAME.onnx.HASH.data next to it; without that file if all weights are small.
 
-    `model` stays as it is but for its metadata, which gets the SHA-256 of its weights.
+    `model` does not change, except that its metadata gets the SHA-256 of its weights.
 
     Args:
         model: the graph.
         path: the .onnx file to write.
-        known: SHA-256 of weights that need not be hashed: they are copied as they are.
+        known: weight → SHA-256, for weights that are copied unchanged and need not be hashed.
     """
     import onnx_ir
 
@@ -61,14 +61,14 @@ def save_graph(model: onnx_ir.Model, path: Path, known: Mapping[str, str] | None
         digits = hashlib.sha256(json.dumps(places).encode()).hexdigest()[:_HEX_DIGITS]
         named = path.with_name(_data_name(path, digits))
         os.replace(unnamed, named)
-        graph = graph.replace(os.fsencode(unnamed.name), os.fsencode(named.name))  # as long as before
+        graph = graph.replace(os.fsencode(unnamed.name), os.fsencode(named.name))  # of equal length
     else:
         unnamed.unlink(missing_ok=True)
     path.write_bytes(graph)
 
 
 def check_weights(path: Path, model: onnx_ir.Model) -> None:
-    """Raises MELoRAError where a graph's weights are not those that were written with it; names each.
+    """Raises MELoRAError if a graph's weights are not those that were written with it; names up to ten of them.
 
     Args:
         path: the graph's file.
@@ -77,8 +77,8 @@ def check_weights(path: Path, model: onnx_ir.Model) -> None:
     expected = known_digests(model)
     if not expected:
         raise MELoRAError(
-            f"`{path}` does not say what its weights have to be: another tool or an earlier version has written it, "
-            "export it again"
+            f"`{path}` contains no hashes of its weights: another tool or an earlier version has written it, export it "
+            "again"
         )
     files = data_files(path, model)
     actual: dict[str, str] = {}
@@ -94,7 +94,7 @@ def check_weights(path: Path, model: onnx_ir.Model) -> None:
 
 
 def known_digests(model: onnx_ir.Model) -> dict[str, str]:
-    """The SHA-256 of each weight as a graph says; empty where it does not."""
+    """Returns the SHA-256 of each weight in a graph's metadata; empty if the metadata has none."""
     try:
         found = json.loads(model.metadata_props.get(WEIGHTS_KEY, "{}"))
     except (ValueError, RecursionError):
@@ -104,7 +104,7 @@ def known_digests(model: onnx_ir.Model) -> dict[str, str]:
 
 
 def is_data_name(name: str, graph_name: str) -> bool:
-    """Whether `save_graph` gives this name, with some hash, to the weights of graphs called `graph_name`."""
+    """Returns whether `save_graph` can give `name` to the weights of a graph called `graph_name`."""
     return bool(re.fullmatch(rf"{re.escape(graph_name)}\.[0-9a-f]{{{_HEX_DIGITS}}}\.data", name))
 
 
@@ -113,7 +113,7 @@ def _data_name(path: Path, digits: str) -> str:
 
 
 def _weights(model: onnx_ir.Model) -> dict[str, onnx_ir.Value]:
-    """The initializers of a graph by name; those of a graph in it by its name too."""
+    """Returns the initializers of a graph by name; those of a subgraph have its name as a prefix."""
     return {
         name if graph is model.graph else f"{graph.name}/{name}": value
         for graph in model.graphs()
@@ -125,13 +125,13 @@ def _weights(model: onnx_ir.Model) -> dict[str, onnx_ir.Value]:
 def _digests(
     model: onnx_ir.Model, file: Path | None, *, location: str | None = None, skip: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """SHA-256 of weights by name: of those in `file`, and where `location` is None of those in the graph itself.
+    """Returns the SHA-256 of weights by name: of those in `file` and, if `location` is None, of those in the graph.
 
     Args:
         model: the graph.
-        file: where the weights lie outside of it; None for those in the graph alone.
-        location: how the graph calls `file`; None for any name.
-        skip: the names that are left out.
+        file: the file of external weights; None for only the weights in the graph.
+        location: the name by which the graph refers to `file`; None for any name.
+        skip: the names of weights to leave out.
     """
     import onnx_ir
 
@@ -149,7 +149,7 @@ def _digests(
 
 
 def _hash(file: Path, start: int, size: int) -> str:
-    """SHA-256 of `size` bytes of a file from `start` on."""
+    """Returns the SHA-256 of `size` bytes of a file from `start` on."""
     digest = hashlib.sha256()
     for piece in _pieces(file, start, size):
         digest.update(piece)

@@ -1,4 +1,4 @@
-"""The weights of a graph, read and changed where they lie."""
+"""Reads the weights of a graph from their files, and writes the graph with changed weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,18 +27,18 @@ TORCH_DTYPES = {
 _WRITE_BYTES = 1 << 20
 
 Change = Callable[[torch.Tensor], object]
-"""Changes a parameter in place."""
+"""A function that changes a parameter in place."""
 
 
 @dataclass
 class WeightBytes:
-    """The initializers of a graph, and what is to be done to them.
+    """The initializers of a graph, and the changes to make when it is written.
 
     Attributes:
         path: the graph's file.
         graph: the graph as `read_graph` reads it.
-        changes: initializer → the places in it that change, each with its change, in the order in which they were
-            asked for.
+        changes: initializer → the places in it that change, each with its change, in the order of the calls of
+            `change`.
     """
 
     path: Path
@@ -51,20 +51,20 @@ class WeightBytes:
         self.files = data_files(self.path, self.graph)
 
     def read(self, place: WeightPlace) -> torch.Tensor:
-        """The parameter at `place`, memory-mapped where it is in a file of its own."""
+        """Returns the parameter at `place`, memory-mapped if it is external data; writes never reach the file."""
         return self._view(place, self._bytes(place.initializer))
 
     def is_floating(self, place: WeightPlace) -> bool:
-        """Whether the parameter at `place` is of floating point numbers: another is quantised, or a counter."""
+        """Returns whether the parameter at `place` is floating point; if not, it is quantised, or a counter."""
         return self.tensors[place.initializer].dtype in TORCH_DTYPES
 
     def change(self, place: WeightPlace, change: Change) -> None:
-        """Notes that the parameter at `place` is to be changed when the graph is written."""
+        """Registers a change of the parameter at `place`, which `write` makes."""
         self.changes.setdefault(place.initializer, []).append((place, change))
 
     def write(self, path: Path, facts: str) -> None:
-        """Writes the graph with its changed weights and `facts` as its new description, by `save_graph`. Each weight is
-        read, changed and written on its own.
+        """Writes the graph with its changed weights and `facts` as its new description, using `save_graph`. Weights are
+        read, changed and written one at a time.
         """
         self._settle_places()
         buffer = np.empty(max((self.tensors[name].nbytes for name in self.changes), default=0), np.uint8)
@@ -75,7 +75,7 @@ class WeightBytes:
         save_graph(self.graph, path, unchanged)
 
     def _to_be_changed(self, name: str, buffer: np.ndarray) -> onnx_ir.TensorProtocol:
-        """The initializer as it will be, made when it is written; a small one, which stays in the graph, at once."""
+        """Returns the changed initializer, computed when it is written; a small one, kept in the graph, at once."""
         tensor = self.tensors[name]
         if tensor.nbytes <= SMALL_BYTES:
             return self._changed(name, np.empty(tensor.nbytes, np.uint8))
@@ -83,8 +83,8 @@ class WeightBytes:
         return onnx_ir.LazyTensor(partial(self._changed, name, buffer), tensor.dtype, shape, name=name)
 
     def _settle_places(self) -> None:
-        """Names external data by its files' whole paths: through a graph's folder onnx_ir follows no links. What nodes
-        hold outside of the graph is read into it.
+        """Gives external data absolute paths, because onnx_ir follows no links in a graph's folder. External data of
+        node attributes is read into the graph.
         """
         for graph in self.graph.graphs():
             for value in graph.initializers.values():
@@ -97,7 +97,7 @@ class WeightBytes:
                     node.attributes[name] = onnx_ir.AttrTensor(name, held)
 
     def _bytes(self, name: str) -> np.ndarray:
-        """The bytes of an initializer, which can be changed without a change of the file."""
+        """Returns the bytes of an initializer; changing them does not change the file."""
         tensor = self.tensors[name]
         if isinstance(tensor, onnx_ir.ExternalTensor):
             file = self.files[str(tensor.location)]
@@ -105,19 +105,19 @@ class WeightBytes:
         data = np.frombuffer(bytearray(tensor.tobytes()), np.uint8)
         if data.nbytes != tensor.nbytes:
             raise MELoRAError(
-                f"`{self.path}`: `{name}` has {data.nbytes} bytes, its shape and type say {tensor.nbytes}"
+                f"`{self.path}`: `{name}` has {data.nbytes} bytes, but its shape and dtype need {tensor.nbytes}"
             )
         return data
 
     def _view(self, place: WeightPlace, data: np.ndarray) -> torch.Tensor:
-        """The parameter at `place` as it lies in the model, a view of its initializer's bytes."""
+        """Returns the parameter at `place` in the model's orientation, as a view of its initializer's bytes."""
         tensor = self.tensors[place.initializer]
         values = torch.from_numpy(data).view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape.numpy())
         values = values[:, slice(*place.columns)] if place.columns else values
         return values.mT if place.is_transposed else values
 
     def _changed(self, name: str, buffer: np.ndarray) -> onnx_ir.Tensor:
-        """The initializer as it will be, in `buffer`, until the next one is: fresh memory for each takes longer."""
+        """Returns the changed initializer in `buffer`, valid until the next call: new memory for each takes longer."""
         tensor = self.tensors[name]
         data = buffer[: tensor.nbytes]
         if isinstance(tensor, onnx_ir.ExternalTensor):
@@ -138,7 +138,7 @@ class WeightBytes:
 
 
 class _PiecemealTensor(onnx_ir.Tensor):
-    """Is written a megabyte at once: for more the system looks for memory in one piece, which can take seconds."""
+    """A tensor written in pieces of 1 MiB: for more, the system may search seconds for contiguous memory."""
 
     def tofile(self, file: Any) -> None:
         data = memoryview(self.numpy().reshape(-1).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""Where a parameter lives in a graph: which initializer, or which columns of one, and whether transposed."""
+"""Describes the place of a parameter in a graph: the initializer, or columns of one, and the orientation."""
 
 from collections.abc import Container
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """Where a parameter lives in a graph.
+    """The place of a parameter in a graph.
 
     Attributes:
-        initializer: the name of the initializer that holds it.
-        is_transposed: whether it is held transposed, as a product x Wᵀ takes it.
-        columns: (start, stop) in an initializer that holds several parameters side by side; None where it holds one.
+        initializer: the name of the initializer that stores it.
+        is_transposed: whether it is stored transposed, as a product x Wᵀ needs it.
+        columns: (start, stop) in an initializer that stores several parameters side by side; None if it stores one.
     """
 
     initializer: str
@@ -20,7 +20,7 @@ class WeightPlace:
 
 
 def find_tensor(initializers: Container[str], name: str) -> WeightPlace | None:
-    """Where the parameter `name` lives in a graph with these initializers, whose weights have been named, or None."""
+    """Returns the place of the parameter `name` among initializers that `name_weights` has renamed, or None."""
     if name in initializers:
         return WeightPlace(name, False)
     transposed = f"{name}.T"

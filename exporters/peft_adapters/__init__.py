@@ -1,14 +1,14 @@
-"""PEFT's adapter folders: written, for all programs that read them, and read.
+"""Writes adapter folders for PEFT and the programs that read PEFT's, and reads PEFT's.
 
 names           files and keys
-stacks          stacks of experts, which PEFT wraps one around the other
+stacks          stacks of experts, for which PEFT nests its wrappers
 bdlora          block-diagonal LoRA: one factor in blocks
-writer          an adapter as a PEFT folder
-folder          the two files of a folder, read
-settings        what its configuration says
-lora_format     LoRA and block-diagonal LoRA, taken apart
-authors_format  the files of the MELoRA authors' own code, taken apart
-imported        what was taken apart, and the adapter that it becomes
-reader          a PEFT folder as an adapter
+writer          writes an adapter as a PEFT folder
+folder          reads the two files of a folder
+settings        parses the configuration
+lora_format     parses LoRA and block-diagonal LoRA
+authors_format  parses the files of the MELoRA authors' code
+imported        a parsed adapter, and the adapter folder that it becomes
+reader          reads a PEFT folder as an adapter
 vllm            whether vLLM can serve an adapter, and with which flags
 """

@@ -1,7 +1,7 @@
-"""Adapter files of the MELoRA authors' own code, a fork of PEFT 0.5: a list of mini LoRAs for each module.
+"""Parses adapter files of the MELoRA authors' code, a fork of PEFT 0.5: a list of mini LoRAs for each module.
 
 The keys are `base_model.model.MODULE.lora_A.BLOCK.weight` (r_i, I/n) and `….lora_B.BLOCK.weight` (O/n, r_i); `r` and
-`lora_alpha` are lists with a number for each block. Source: github.com/ChasonShi/MELoRA, `tuners/melora.py` and
+`lora_alpha` are lists with one number per block. Source: github.com/ChasonShi/MELoRA, `tuners/melora.py` and
 `utils/save_and_load.py`.
 """
 
@@ -21,14 +21,14 @@ from .settings import modules_to_save
 
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.(?P<block>\d{1,7})\.weight")
 _ORIGINAL = ".original_module."
-"""In the keys of a trained module as it was before: the authors' code saves it beside the trained one."""
+"""Part of the keys of a trained module's original weights, which the authors' code saves alongside the trained ones."""
 
 
 def read_authors(folder: PeftFolder) -> Imported:
-    """The adapter in a folder.
+    """Returns the adapter in a folder.
 
     Raises:
-        MELoRAError: for settings or tensors that do not fit together, and ranks of 0, which their code cannot run.
+        MELoRAError: if settings or tensors do not fit together, or a rank is 0, which the authors' code cannot run.
     """
     config = _config(folder)
     found: dict[str, dict[tuple[str, int], torch.Tensor]] = {}
@@ -49,9 +49,9 @@ def _config(folder: PeftFolder) -> MELoRAConfig:
     ranks, alphas = folder.config.get("r"), folder.config.get("lora_alpha")
     try:
         if not isinstance(ranks, list) or not isinstance(alphas, list) or not ranks or len(ranks) != len(alphas):
-            raise ValueError(f"`r` (={ranks!r}) and `lora_alpha` (={alphas!r}) must be lists, a number for each block")
+            raise ValueError(f"`r` (={ranks!r}) and `lora_alpha` (={alphas!r}) must be lists with one number per block")
         if folder.config.get("bias", "none") != "none":
-            raise ValueError(f"it has trained biases (`bias` is {folder.config['bias']!r}), which are not read")
+            raise ValueError(f"it has trained biases (`bias` is {folder.config['bias']!r}), which cannot be read")
         return MELoRAConfig(
             rank=one_or_each(ranks),
             num_blocks=len(ranks),
@@ -68,7 +68,7 @@ def _site(
     blocks = range(config.num_blocks)
     where = f"`{module}` in `{folder.directory}`"
     if factors.keys() != {(factor, block) for factor in "AB" for block in blocks}:
-        raise MELoRAError(f"{where} has not lora_A and lora_B of just the {config.num_blocks} blocks of its `r`")
+        raise MELoRAError(f"{where} must have lora_A and lora_B of exactly the {config.num_blocks} blocks in `r`")
     first_a, first_b = factors["A", 0], factors["B", 0]
     if not first_a.dim() == first_b.dim() == 2 or not all(tensor.is_floating_point() for tensor in factors.values()):
         raise MELoRAError(f"{where}: blocks must be matrices of floating point numbers")
@@ -78,7 +78,7 @@ def _site(
         if shapes != ((rank, width), (height, rank)):
             raise MELoRAError(f"{where}: block {block} has the shapes {shapes}, not {((rank, width), (height, rank))}")
     if not width or not height:
-        raise MELoRAError(f"{where}: blocks without values")
+        raise MELoRAError(f"{where}: its blocks are empty")
     number = config.num_blocks
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in factors.values()))
     own = AdapterTensors.zeros(config, number * width, number * height, dtype=dtype)

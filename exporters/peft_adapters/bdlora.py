@@ -1,7 +1,7 @@
 """PEFT's block-diagonal LoRA: one factor of a linear stored in blocks, the other written out.
 
-A in blocks is (r, I/n) and B in blocks (O, r/n), the blocks one below the other; a block has r/n ranks. PEFT finds the
-linears of each kind by lists of names, any part of a module's whole name, and has one number of blocks for all.
+A in blocks is (r, I/n) and B in blocks (O, r/n), the blocks one below the other; a block has r/n ranks. PEFT has lists
+of names for the linears of each kind, which match any part of a module's full name, and one number of blocks for all.
 Source: PEFT 0.21, `tuners/lora/variants.py` (BdLoraLinearVariant).
 
 n blocks, I in_features, O out_features, r rank.
@@ -25,13 +25,13 @@ LISTS = {"a": "target_modules_bd_a", "b": "target_modules_bd_b"}
 
 @dataclass(frozen=True)
 class Packing:
-    """Which factor is stored in blocks.
+    """The factor of each module that is stored in blocks.
 
     Attributes:
         num_blocks: n.
-        factors: name of a module → "a" or "b".
-        is_strict: whether that is said of every module.
-        block_rank: r/n that a packed site needs.
+        factors: name of a module → the factor, "a" or "b".
+        is_strict: whether `factors` names every module.
+        block_rank: the smallest r/n that fits all packed sites.
     """
 
     num_blocks: int
@@ -40,28 +40,28 @@ class Packing:
     block_rank: int = 1
 
     def rank_for(self, rank: int) -> int:
-        """The smallest r that holds `rank` and every packed site."""
+        """Returns the smallest r that fits `rank` and every packed site."""
         return self.num_blocks * max(self.block_rank, -(-rank // self.num_blocks))
 
     def factor_of(self, module: str) -> str | None:
-        """The factor of a module that PEFT takes for one in blocks."""
+        """Returns the factor of a module that PEFT would read as blocks, or None."""
         return next((factor for pattern, factor in self.factors.items() if pattern in module), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's own `use_bdlora`."""
+        """Returns PEFT's `use_bdlora`."""
         lists = {key: [name for name, own in self.factors.items() if own == factor] for factor, key in LISTS.items()}
         return lists | {"nblocks": self.num_blocks, "match_strict": self.is_strict}
 
 
 def choose_packing(adapter: Adapter) -> Packing:
-    """The packing that saves the most values.
+    """Returns the packing that saves the most values.
 
     Raises:
-        MELoRAError: where PEFT can store no site in blocks, or takes none beside stacks of experts.
+        MELoRAError: if PEFT can store no site in blocks, or the adapter has stacks of experts.
     """
     if stacks := [site for site in adapter.configs if is_stack(adapter, site)]:
         raise MELoRAError(
-            f"`{adapter.directory}` adapts stacks of experts (`{stacks[0]}`), beside which PEFT takes no "
+            f"`{adapter.directory}` adapts stacks of experts (`{stacks[0]}`), which PEFT does not combine with "
             'block-diagonal LoRA: write it with form="lora"'
         )
     best: dict[str, str] = {}
@@ -73,15 +73,15 @@ def choose_packing(adapter: Adapter) -> Packing:
             num_blocks, best = number, factors
     if not best:
         raise MELoRAError(
-            f"`{adapter.directory}` has no site that PEFT's block-diagonal LoRA stores in blocks: it takes nn.Linear "
-            'alone; write it with form="lora"'
+            f"`{adapter.directory}` has no site that PEFT's block-diagonal LoRA can store in blocks: it needs an "
+            'nn.Linear with `num_blocks` above 1; write it with form="lora"'
         )
     block_rank = max(adapter.tensors_of(site).lora_a.size(1) for site in best)
     return Packing(num_blocks, best, is_strict=best.keys() == adapter.configs.keys(), block_rank=block_rank)
 
 
 def packed(packing: Packing, site: str, own: AdapterTensors, dense: Lora) -> Lora:
-    """A site's factors as the packing says, of the rank of `dense`, which is what they are where it says nothing."""
+    """Returns a site's factors as the packing stores them, with the rank of `dense`; `dense` if it stores no blocks."""
     factor = packing.factor_of(site)
     if factor is None:
         return dense
@@ -101,19 +101,19 @@ def packed(packing: Packing, site: str, own: AdapterTensors, dense: Lora) -> Lor
 
 
 def packed_ranks(own: AdapterTensors, block_rank: int) -> list[list[int]]:
-    """The ranks of each place in `lora_form.places`, in a site that `packed` has put into blocks of `block_rank`."""
+    """Returns the ranks at each of `lora_form.places`, in a site that `packed` stored in blocks of `block_rank`."""
     largest = own.lora_b.size(2)
     firsts = [(block * block_rank + part * largest, rank) for part, block, rank, _ in places(own)]
     return [list(range(first, first + rank)) for first, rank in firsts]
 
 
 def unpacked(weight: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """A factor in blocks, one below the other, as a whole matrix."""
+    """Returns a factor in blocks, one below the other, as a block-diagonal matrix."""
     return torch.block_diag(*weight.chunk(num_blocks))
 
 
 def _written_out(own: AdapterTensors, lora_b: torch.Tensor) -> torch.Tensor:
-    """B (O, r) of blocks (n, O/n, r/n): the rows of a block stand part by part."""
+    """Returns B (O, r) from blocks (n, O/n, r/n), whose rows are ordered by part."""
     number, block_rank = own.config.num_blocks, lora_b.size(2)
     whole = lora_b.new_zeros((sum(own.part_sizes), number * block_rank))
     top, first = 0, 0
@@ -132,13 +132,13 @@ def _fits(adapter: Adapter, site: str, num_blocks: int) -> bool:
 
 
 def _larger(own: AdapterTensors) -> str:
-    """The factor that has more values. B in blocks has those of one part in its rows, one after the other."""
+    """Returns the factor with more values, but A if there is a `split`: B's blocks need consecutive rows."""
     is_wide = own.lora_b.size(1) > own.lora_a.size(2)
     return "b" if is_wide and own.config.split is None else "a"
 
 
 def _without_conflicts(factors: dict[str, str], names: Iterable[str]) -> dict[str, str]:
-    """Without those that PEFT would find in the name of a module that is another: a part of a name is a match."""
+    """Drops the sites whose name is part of the name of a module with another factor: PEFT would match that one too."""
     while True:
         wrong = {
             pattern
@@ -152,7 +152,7 @@ def _without_conflicts(factors: dict[str, str], names: Iterable[str]) -> dict[st
 
 
 def _saved(adapter: Adapter, num_blocks: int, factors: Mapping[str, str]) -> int:
-    """About how many values the packing saves."""
+    """Returns roughly how many values the packing saves."""
     saved = 0
     for site in adapter.configs:
         if factor := factors.get(site):

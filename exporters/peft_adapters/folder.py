@@ -1,4 +1,4 @@
-"""The two files of a PEFT adapter folder, read and looked through before anything is believed."""
+"""Reads the two files of a PEFT adapter folder, and checks them before anything is used."""
 
 import os
 import pickle
@@ -21,13 +21,13 @@ _KIND = "an adapter folder of PEFT"
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
         directory: the folder, for error texts.
         config: its configuration.
-        tensors: by their keys, sorted.
-        metadata: of the tensors' file.
+        tensors: its tensors by key, sorted.
+        metadata: the metadata of the tensors' file.
     """
 
     directory: Path
@@ -37,11 +37,12 @@ class PeftFolder:
 
 
 def read_folder(directory: Path) -> PeftFolder:
-    """A PEFT adapter folder; a pickle is read without running what is in it.
+    """Returns the contents of a PEFT adapter folder; a pickle is read without running the code in it.
 
     Raises:
-        MELoRAError: names the file that is missing, leads elsewhere, or cannot be read, and tensors of other kinds
-            than numbers, or with NaN or infinity.
+        MELoRAError: if a file is missing, is a link out of the folder, or cannot be read; if a tensor is not made of
+            numbers, has a dtype in which adapters are not trained, or contains NaN or infinity. The text names the
+            file or tensor.
     """
     _name_sub_folders(directory)
     config = _read_config(directory)
@@ -53,7 +54,7 @@ def read_folder(directory: Path) -> PeftFolder:
         tensors, metadata = _read_pickle(directory / PICKLE_FILE), {}
     for key, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype not in FLOATS:
-            raise MELoRAError(f"`{key}` in `{directory}` holds {tensor.dtype}, in which nothing is trained")
+            raise MELoRAError(f"`{key}` in `{directory}` is {tensor.dtype}, in which adapters are not trained")
         if not isinstance(tensor, torch.Tensor) or tensor.is_complex() or not _is_stored_whole(tensor):
             raise MELoRAError(f"`{key}` in `{directory}` is not a tensor of numbers")
     if wrong := non_finite_names(tensors):
@@ -62,17 +63,17 @@ def read_folder(directory: Path) -> PeftFolder:
 
 
 def _is_stored_whole(tensor: torch.Tensor) -> bool:
-    """Whether each value has a place in memory: a pickle may hold a view that repeats a few without an end."""
+    """Returns whether memory has room for each value: a view in a pickle may repeat a few values endlessly."""
     is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     return is_plain and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _name_sub_folders(directory: Path) -> None:
-    """Raises MELoRAError for a folder of adapters, which PEFT writes for a model that has several."""
+    """Raises MELoRAError for a folder of adapter folders, which PEFT writes for a model with several adapters."""
     if os.path.isdir(directory) and not os.path.exists(directory / CONFIG_FILE):
         found = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
         if found:
-            raise MELoRAError(f"`{directory}` holds adapters in folders of their own: name one of {', '.join(found)}")
+            raise MELoRAError(f"`{directory}` contains adapters in subfolders: name one of {', '.join(found)}")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise MELoRAError(f"`{path}` cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise MELoRAError(f"`{path}` must hold a JSON object")
+        raise MELoRAError(f"`{path}` must contain a JSON object")
     return config
 
 
@@ -93,10 +94,11 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise MELoRAError(
-            f"`{path}` holds more than tensors, and is not run: load it with PEFT and save it as safetensors"
+            f"`{path}` contains more than tensors, and its code is not run: load it with PEFT and save it "
+            "as safetensors"
         ) from error
-    except Exception as error:  # a damaged file raises many kinds
+    except Exception as error:  # a damaged file raises many kinds of errors
         raise MELoRAError(f"`{path}` cannot be read, it is truncated or corrupt: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
-        raise MELoRAError(f"`{path}` does not hold tensors by name")
+        raise MELoRAError(f"`{path}` does not contain tensors by name")
     return dict(sorted(tensors.items()))

@@ -1,4 +1,4 @@
-"""An adapter of another program's, taken apart, and the folder that it becomes."""
+"""A parsed adapter of another program, and the adapter folder that it becomes."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -16,25 +16,25 @@ from melora_fx.saving.adapter_file import write_adapter
 from .names import last_name
 
 CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
-"""Names of transformers' Conv1D, of GPT-2 and its like; in other models linears have them too."""
+"""Names of transformers' Conv1D modules, in GPT-2 and similar models; linears of other models have them too."""
 _EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "wte", "shared", "embed_in", "embed_out")
 
 
 @dataclass
 class Imported:
-    """What is known of it.
+    """Known facts about an adapter of another program.
 
     Attributes:
-        directory: where it was, for error texts.
+        directory: its folder, for error texts.
         sites: name → tensors.
-        stacks: those of the sites that are stacks of experts.
-        parameters: those of the sites whose weight is not called `weight` → its name.
-        fan_in_fan_out: PEFT's word on how weights lie, (I, O) or (O, I): one for all, and that of the last module.
-        transposed: the truth, of sites where it is known.
-        bases: fingerprints of base weights, where the file has these too.
-        kept: names of modules that were trained whole.
-        kept_tensors: their tensors.
-        class_name: of the model, where it is said.
+        stacks: the sites that are stacks of experts.
+        parameters: site whose weight is not called `weight` → the name of the weight.
+        fan_in_fan_out: PEFT's claim that weights are (I, O), not (O, I): one value for all, that of the last module.
+        transposed: site → whether its weight is (I, O), if this is known.
+        bases: site → the fingerprint of its base weight, if the file contains the weight.
+        kept: names of modules that were trained in full.
+        kept_tensors: the tensors of these modules.
+        class_name: the class of the model, or None if the folder does not say.
     """
 
     directory: Path
@@ -49,12 +49,17 @@ class Imported:
     class_name: str | None = None
 
     def add_kept(self, tensors: Mapping[str, torch.Tensor], modules: Iterable[str], *, with_tied: bool = False) -> None:
-        """Adds modules that were trained whole: tensors whose path has a name of `modules`, or the end of one, in it.
+        """Adds modules that were trained in full.
 
-        `with_tied`: also those that are equal to one of these.
+        A tensor belongs to a module if its name starts with a path that ends in one of `modules`.
+
+        Args:
+            tensors: the tensors by name.
+            modules: names of modules, or the ends of their names.
+            with_tied: whether tensors of other modules are added too if they equal a tensor of these modules.
 
         Raises:
-            MELoRAError: for tensors that belong to none of them.
+            MELoRAError: if a tensor belongs to none of them.
         """
         modules = list(modules)
         owners = {
@@ -72,7 +77,7 @@ class Imported:
         """Writes the adapter folder.
 
         Raises:
-            MELoRAError: for what no adapter is made of, before anything is written, and a place that cannot be written.
+            MELoRAError: if this is not a valid adapter, in which case nothing is written, or `out` cannot be written.
         """
         tensors = dict(self.kept_tensors)
         for name, own in self.sites.items():
@@ -82,7 +87,7 @@ class Imported:
         write_adapter(out, tensors, {"sites": entries, "kept": self.kept, "model": model}, is_foreign=True)
 
     def _entry(self, name: str, own: AdapterTensors) -> dict[str, Any]:
-        """What the header says of a site."""
+        """Returns the header's entry for a site."""
         in_features, out_features = own.in_features, sum(own.part_sizes)
         is_transposed = self._is_transposed(name, in_features == out_features)
         shape = [in_features, out_features] if is_transposed else [out_features, in_features]
@@ -93,7 +98,10 @@ class Imported:
         return entry | ({"parameter": self.parameters[name]} if name in self.parameters else {})
 
     def _is_transposed(self, name: str, is_square: bool) -> bool | None:
-        """How the weight lies: as is known, or as PEFT says where it can be believed; of others their shape tells."""
+        """Returns whether a weight is (I, O), or None if this is not known.
+
+        PEFT is believed for square matrices if the module's name agrees; the shapes of other matrices show it.
+        """
         if name in self.transposed or not is_square or name in self.stacks:
             return self.transposed.get(name)
         is_named_so = last_name(name) in CONV1D
@@ -101,19 +109,21 @@ class Imported:
 
 
 def _why_not(name: str) -> str:
-    """Why a tensor that belongs to no LoRA and to no trained module is not read, and what to do."""
+    """Returns why a tensor that belongs to no LoRA and no trained module is refused, and the remedy."""
     merge = "merge the adapter into the base with PEFT"
     if "lora_" in name:
-        return f"a part of an adapter that is no lora_A or lora_B of a linear, as of an embedding or of DoRA: {merge}"
+        return (
+            f"part of an adapter other than lora_A and lora_B of a linear, such as of an embedding or of DoRA: {merge}"
+        )
     if name.rpartition(".")[0].endswith(_EMBEDDINGS):
         return (
-            "which PEFT saves of its own where the vocabulary was resized, and by `save_embedding_layers=True`: save "
-            "the adapter with `save_embedding_layers=False`, and the resized base beside it"
+            "which PEFT saves if the vocabulary was resized, or with `save_embedding_layers=True`: save the adapter "
+            "with `save_embedding_layers=False`, and the resized base next to it"
         )
-    return f"which is of no adapted module and of none of `modules_to_save` (trained biases are not read): {merge}"
+    return f"which belongs to no adapted module and none of `modules_to_save` (trained biases cannot be read): {merge}"
 
 
 def _path_of(module: str, name: str) -> str | None:
-    """The path at the beginning of a tensor's name that ends in `module`, without a dot before it too, as in PEFT."""
+    """Returns the start of a tensor's name that ends in `module`, with or without a dot before it, as in PEFT."""
     match = re.match(rf"(.*?{re.escape(module)})\.", name)
     return match[1] if match else None

@@ -1,4 +1,4 @@
-"""The files of PEFT's LoRA and block-diagonal LoRA."""
+"""Parses the files of PEFT's LoRA and block-diagonal LoRA."""
 
 import json
 import re
@@ -23,16 +23,16 @@ from .settings import PeftSettings, parse_settings
 from .stacks import stack_at, unstacked
 
 _BASE_WEIGHT = f"{BASE_LAYER}.weight"
-"""Ends the name of an adapted module's own weight, which PEFT saves too where the module is one of embeddings."""
+"""The end of the name of an adapted module's base weight, which PEFT also saves for embeddings and heads."""
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _OLD_MIXTRAL = re.compile(r".*\.block_sparse_moe\.experts\.\d+\.w[123]")
 
 
 def read_lora(folder: PeftFolder) -> Imported:
-    """The adapter in a folder.
+    """Returns the adapter in a folder.
 
     Raises:
-        MELoRAError: for another method, and for tensors that do not fit together or the configuration.
+        MELoRAError: if the folder is of another method, or its tensors do not fit together or the configuration.
     """
     settings = parse_settings(folder.directory, folder.config)
     factors, others = _by_module(folder)
@@ -58,21 +58,21 @@ def _add_site(
     settings: PeftSettings,
     described: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Adds the site of a module, or of a wrapper around one, at `path`."""
+    """Adds the site of the module, or of the wrapper around one, at `path`; raises ValueError if it cannot be read."""
     if _OLD_MIXTRAL.fullmatch(path):
         raise ValueError(
-            "it is of experts as transformers 4 had them: load it into its model with PEFT, which converts it, and "
-            "save that"
+            "it adapts experts in the form of transformers 4: load it into its model with PEFT, which converts it, and "
+            "save it again"
         )
     if path.endswith(f"{BASE_LAYER}.out_proj") or f"{path}{BASE_LAYER}.out_proj" in factors:
-        raise ValueError("it is of an nn.MultiheadAttention, which is not read: merge it into the base with PEFT")
+        raise ValueError("it adapts an nn.MultiheadAttention, which cannot be read: merge it into the base with PEFT")
     parameter = stack_at(path, factors.keys(), settings.target_parameters)
     name = parameter or path
     rank = settings.rank_of(name)
     loras = unstacked(*factors[path].factors, rank) if parameter else [_unpacked(name, factors[path], settings)]
     if loras[0].rank != rank:
         raise ValueError(
-            f"it has the rank {loras[0].rank}, its configuration says {rank}: PEFT would not load it either"
+            f"it has rank {loras[0].rank}, but its configuration says {rank}: PEFT would not load it either"
         )
     is_transposed = described.get(name, {}).get("is_transposed")
     site = name.removesuffix(".weight")
@@ -91,24 +91,24 @@ def _add_site(
 
 
 def _of_parameter(lora: Lora, path: str, is_transposed: bool | None) -> Lora:
-    """The LoRA of a matrix that PEFT adapts as a parameter, whose rows it takes for outputs.
+    """Returns the LoRA of a matrix that PEFT adapts as a parameter; PEFT treats the rows of a parameter as outputs.
 
     Raises:
-        ValueError: where they may be inputs, which only its model can tell.
+        ValueError: if the rows may be inputs, which only its model can tell.
     """
     owner, _, name = path.rpartition(".")
     if is_transposed is None and (name != "weight" or last_name(owner) in CONV1D):
-        raise ValueError("it is adapted as a parameter, and whether its rows are outputs is not said: adapt its module")
+        raise ValueError("it is adapted as a parameter whose rows may be inputs or outputs: adapt its module instead")
     return Lora(lora.lora_b.T.contiguous(), lora.lora_a.T.contiguous()) if is_transposed else lora
 
 
 def _by_module(folder: PeftFolder) -> tuple[dict[str, Lora], dict[str, torch.Tensor]]:
-    """A and B of each module, and all other tensors, by names without PEFT's prefix."""
+    """Returns A and B of each module, and all other tensors, by names without PEFT's prefix."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     others = {}
     names = [without_wrappers(key).removeprefix(PREFIX) for key in folder.tensors]
     if len(set(names)) < len(names):
-        raise MELoRAError(f"`{folder.directory}` holds a tensor twice, with and without the prefix `{PREFIX}`")
+        raise MELoRAError(f"`{folder.directory}` contains a tensor twice, with and without the prefix `{PREFIX}`")
     for name, tensor in zip(names, folder.tensors.values(), strict=True):
         match = _LORA_KEY.fullmatch(name)
         if match is None:
@@ -123,36 +123,36 @@ def _by_module(folder: PeftFolder) -> tuple[dict[str, Lora], dict[str, torch.Ten
     for module, factors in found.items():
         if factors.keys() != {"A", "B"}:
             raise MELoRAError(
-                f"`{module}` in `{folder.directory}` has lora_{''.join(factors)} without the other: save it "
+                f"`{module}` in `{folder.directory}` has only lora_{''.join(factors)}, not both factors: save it "
                 "with PEFT again"
             )
     return {module: _promoted(factors["A"], factors["B"]) for module, factors in found.items()}, others
 
 
 def _promoted(lora_a: torch.Tensor, lora_b: torch.Tensor) -> Lora:
-    """Both in a dtype that holds them."""
+    """Returns A and B in a dtype that can represent both."""
     dtype = torch.promote_types(lora_a.dtype, lora_b.dtype)
     return Lora(lora_a.to(dtype), lora_b.to(dtype))
 
 
 def _unpacked(name: str, lora: Lora, settings: PeftSettings) -> Lora:
-    """The LoRA of a module, of which a block-diagonal one stores one factor in blocks."""
+    """Returns the LoRA of a module as whole matrices; a block-diagonal LoRA stores one factor in blocks."""
     lora_a, lora_b = lora.factors
     factor = settings.factor_of(name)
     rows = {"a": lora_a.size(0), "b": lora_b.size(0)}
     if factor and rows[factor] % settings.num_blocks:
-        raise ValueError(f"its {rows[factor]} rows cannot be {settings.num_blocks} blocks, as `use_bdlora` says")
+        raise ValueError(f"its {rows[factor]} rows cannot form {settings.num_blocks} blocks, as `use_bdlora` says")
     if factor == "a":
         lora_a = unpacked(lora_a, settings.num_blocks)
     if factor == "b":
         lora_b = unpacked(lora_b, settings.num_blocks)
     if lora_a.size(0) != lora_b.size(1):
-        raise ValueError(f"lora_A {tuple(lora_a.shape)} and lora_B {tuple(lora_b.shape)} are not of one rank")
+        raise ValueError(f"lora_A {tuple(lora_a.shape)} and lora_B {tuple(lora_b.shape)} have different ranks")
     return Lora(lora_a, lora_b)
 
 
 def _blocks_of(loras: list[Lora], name: str, settings: PeftSettings, described: Mapping[str, Any]) -> AdapterTensors:
-    """The site: as it was before it was written for PEFT, or in the blocks that its values lie in, or in one."""
+    """Returns the site in the blocks from which we wrote it, else in those in which its values lie, else in one."""
     scaling = settings.scaling_of(name)
     before = _config_of(described)
     if before is not None and scaling == 1:
@@ -171,7 +171,7 @@ def _blocks_of(loras: list[Lora], name: str, settings: PeftSettings, described: 
 
 
 def _described(folder: PeftFolder) -> Mapping[str, Mapping[str, Any]]:
-    """Site → how `write_peft_adapter` says that it was cut and its weight lies; nothing in files of others."""
+    """Maps each site to its blocks and orientation as `write_peft_adapter` stores them; empty for other files."""
     try:
         entries = json.loads(folder.metadata[METADATA_KEY])["sites"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -182,7 +182,7 @@ def _described(folder: PeftFolder) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _config_of(described: Mapping[str, Any]) -> MELoRAConfig | None:
-    """With scalings of 1; None for a description that is none."""
+    """Returns the described configuration with scalings of 1, or None if the description is invalid."""
     try:
         rank = described["rank"]
         fields = {"rank": rank, "alpha": rank, "num_blocks": described["num_blocks"], "split": described["split"]}

@@ -1,4 +1,4 @@
-"""Adapter folders of other programs as ours: PEFT's, those of the MELoRA authors' code, and mlx_lm's."""
+"""Converts adapter folders of PEFT, of the MELoRA authors' code and of mlx_lm to ours."""
 
 import os
 from pathlib import Path
@@ -20,24 +20,28 @@ from .names import PICKLE_FILE, TENSORS_FILE
 
 
 def read_peft_adapter(peft_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
-    """Writes a PEFT adapter folder as one of ours: it loads, trains, folds, exports and swaps like any other.
+    """Converts a PEFT adapter folder to one of ours, which loads, trains, folds, exports and swaps like any other.
 
-    What it reads: LoRA, with patterns of ranks and alphas, rank-stabilised, on nn.Linear, Conv1D and stacks of experts
-    (`target_parameters`), block-diagonal LoRA, and trained modules (`modules_to_save`). An update whose values lie in
-    blocks is stored in blocks; others have `num_blocks=1`. Adapters that the MELoRA authors' code has saved
-    (`peft_type` "MELORA") keep their blocks. A folder of mlx_lm's (`adapters.safetensors`) is read too, where its names
-    of modules are transformers'.
+    It reads LoRA on nn.Linear, Conv1D and stacks of experts (`target_parameters`), with patterns of ranks and alphas
+    and rank-stabilised; block-diagonal LoRA; and trained modules (`modules_to_save`). An update whose values lie in
+    blocks is stored in blocks; other updates have `num_blocks=1`. Adapters of the MELoRA authors' code (`peft_type`
+    "MELORA") keep their blocks. A folder of mlx_lm (`adapters.safetensors`) is read too, if its names of modules are
+    those of transformers.
 
-    Such a folder does not say what its base's values are, nor how square weights lie: what PEFT says of Conv1D is
-    believed where it is plain. Loading the adapter into its model and saving it puts both into the file.
+    Such a folder contains neither the values of its base nor the orientation of square weights. PEFT's claim about
+    Conv1D (`fan_in_fan_out`) is believed if the name of the module agrees with it. Load the adapter into its model and
+    save it to store both in the file.
 
     Args:
         peft_dir: a folder with adapter_config.json and adapter_model.safetensors or adapter_model.bin.
-        out_dir: the adapter folder to write; not that of another program.
+        out_dir: the adapter folder to write, which must not be one of another program; our own adapter there is
+            replaced.
 
     Raises:
-        MELoRAError: for a folder that cannot be read or is not sound; for other methods, by name: DoRA, trained
-            biases, embeddings, QALoRA and the like; for a place that cannot be written.
+        ValueError: if `out_dir` is "".
+        MELoRAError: if `peft_dir` cannot be read, is damaged or adapts no module; it is of another method, which the
+            text names (DoRA, trained biases, embeddings, QALoRA, etc.); `out_dir` cannot be written, is inside
+            `peft_dir`, or is a folder of another program.
     """
     directory, out = Path(peft_dir), output_path(out_dir)
     imported = _take_apart(directory)
@@ -59,7 +63,7 @@ def _take_apart(directory: Path) -> Imported:
 
 
 def _read_mlx(directory: Path) -> Imported:
-    """A folder of mlx_lm's, of models whose modules it calls as transformers does: Llama and its like."""
+    """Returns the adapter in a folder of mlx_lm, for models whose modules have transformers' names, such as Llama."""
     imported = Imported(directory)
     for name, found in read_mlx_folder(directory).items():
         try:
@@ -71,9 +75,9 @@ def _read_mlx(directory: Path) -> Imported:
 
 def _mlx_site(found: MlxLora) -> AdapterTensors:
     if not found.lora_a.dim() == found.lora_b.dim() == 2:
-        raise ValueError("it is of a stack of experts: of mlx_lm's adapters, those of linears alone are read")
+        raise ValueError("it adapts a stack of experts: only linears can be read from mlx_lm's adapters")
     if not found.scale:
-        raise ValueError("its scale is 0, so that it changes nothing")
+        raise ValueError("its scale is 0, so it changes nothing")
     lora = Lora(found.lora_a, found.lora_b if found.scale > 0 else -found.lora_b)
     scale = abs(found.scale)
     config = MELoRAConfig(rank=lora.rank, num_blocks=1, alpha=alpha_for(scale, lora.rank))

@@ -1,5 +1,6 @@
-"""What a PEFT configuration says of an adapter: its scaling, module by module, and everything that makes it another
-method than LoRA, which is refused by name.
+"""Parses a PEFT configuration: the rank and scaling of each module.
+
+Methods other than LoRA are refused with an error that names the method.
 """
 
 import math
@@ -27,7 +28,7 @@ _VARIANTS = {
     "kasa_config": "KaSA",
     "arrow_config": "Arrow",
 }
-"""Settings of PEFT's LoRA that make another method of it, and the method's name."""
+"""Setting that turns PEFT's LoRA into another method → the name of the method."""
 _HARMLESS = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
     *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
@@ -37,27 +38,27 @@ _HARMLESS = {
 }
 _LONGEST_MATCH_S = 1.0
 _INITS = {"gaussian", "eva", "orthogonal", "mica"}
-"""Ways to begin that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it."""
+"""Initialisations that leave the base unchanged; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it."""
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Modules that PEFT trains, and takes for trained ones, by the task that a folder names."""
+"""Task type of a folder → the modules that PEFT trains for it, and expects among the trained ones."""
 
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """The settings of an ordinary or a block-diagonal LoRA, checked.
+    """The checked settings of an ordinary or a block-diagonal LoRA.
 
     Attributes:
-        rank, alpha: of modules that no pattern names; alpha may be negative.
+        rank, alpha: the values for modules that match no pattern; alpha may be negative.
         rank_pattern, alpha_pattern: pattern of module names → rank, alpha.
         use_rslora: whether the scaling is alpha / sqrt(rank).
-        dropout: of the adapter's input.
+        dropout: the dropout probability of the adapter's input.
         fan_in_fan_out: whether weights are stored as (I, O).
-        modules_to_save: names of modules that were trained whole, or the ends of such.
-        target_parameters: paths of stacks, or the ends of such.
-        num_blocks: n of a block-diagonal LoRA; 1 of an ordinary one.
-        packed: "a" and "b" → parts of the names of modules that have this factor in blocks.
+        modules_to_save: names of modules that were trained in full, or the ends of their names.
+        target_parameters: paths of stacks, or the ends of their paths.
+        num_blocks: n of a block-diagonal LoRA; 1 for an ordinary one.
+        packed: "a" and "b" → parts of the names of modules that store this factor in blocks.
         ensure_weight_tying: whether modules that are tied to trained ones were trained with them, and saved too.
-        class_name: of the model, where it is said.
+        class_name: the class of the model, or None if the folder does not say.
     """
 
     rank: int
@@ -75,27 +76,27 @@ class PeftSettings:
     class_name: str | None
 
     def rank_of(self, name: str) -> int:
-        """The rank of a module, or of a parameter."""
+        """Returns the rank of a module or a parameter."""
         return _matched(self.rank_pattern, name, self.rank)
 
     def alpha_of(self, name: str) -> float:
-        """The size of its alpha."""
+        """Returns the absolute value of its alpha."""
         return abs(_matched(self.alpha_pattern, name, self.alpha))
 
     def is_negative(self, name: str) -> bool:
-        """Whether its alpha is."""
+        """Returns whether its alpha is negative."""
         return _matched(self.alpha_pattern, name, self.alpha) < 0
 
     def scaling_of(self, name: str) -> float:
-        """The size of what B A is multiplied by."""
+        """Returns the absolute value of the factor of B A."""
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def factor_of(self, name: str) -> str | None:
-        """The factor of a module that is stored in blocks.
+        """Returns the factor of a module that is stored in blocks, "a" or "b", or None.
 
         Raises:
-            ValueError: where the lists name both.
+            ValueError: if the lists name both.
         """
         found = [factor for factor, parts in self.packed.items() if any(part in name for part in parts)]
         if len(found) > 1:
@@ -104,10 +105,11 @@ class PeftSettings:
 
 
 def parse_settings(directory: Path, config: Mapping[str, Any]) -> PeftSettings:
-    """The settings of a configuration.
+    """Returns the settings of a configuration.
 
     Raises:
-        MELoRAError: for another method, named; for a value of another type, or out of range.
+        MELoRAError: if the configuration is of another method, which the text names, or a value has the wrong type or
+            is out of range.
     """
     try:
         _refuse_variants(config)
@@ -117,10 +119,10 @@ def parse_settings(directory: Path, config: Mapping[str, Any]) -> PeftSettings:
 
 
 def modules_to_save(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of trained modules: those that are listed, and the heads of the task, which old versions do not list.
+    """Returns the names of trained modules: the listed ones and the task's heads, which old versions do not list.
 
     Raises:
-        TypeError: where they are no list of names.
+        TypeError: if the listed ones are not a list of names.
     """
     task = config.get("task_type")
     heads = HEADS.get(task, ()) if isinstance(task, str) else ()
@@ -151,43 +153,43 @@ def _parse(config: Mapping[str, Any]) -> PeftSettings:
 
 
 def _refuse_variants(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for what is not, or not only, LoRA."""
+    """Raises ValueError if the method is not LoRA, or more than LoRA."""
     if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(f"its `peft_type` is {kind!r}, and LORA and MELORA are read: merge it into the base with PEFT")
+        raise ValueError(f"its `peft_type` is {kind!r}, not LORA or MELORA: merge it into the base with PEFT")
     for setting, method in _VARIANTS.items():
         if config.get(setting):
-            raise ValueError(f"the adapter is of {method}, which is not read: merge it into the base with PEFT")
+            raise ValueError(f"the adapter uses {method}, which cannot be read: merge it into the base with PEFT")
     if config.get("bias", "none") != "none":
         raise ValueError(
-            f"it has trained biases (`bias` is {config['bias']!r}), which are not read: merge it into the base with "
+            f"it has trained biases (`bias` is {config['bias']!r}), which cannot be read: merge it into the base with "
             "PEFT"
         )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _INITS:
         raise ValueError(
-            f"`init_lora_weights` is {init!r}, by which PEFT changes the base: save the adapter with PEFT's "
+            f"`init_lora_weights` is {init!r}, with which PEFT changes the base: save the adapter with PEFT's "
             "`path_initial_model_for_weight_conversion`"
         )
     unknown = [name for name, value in config.items() if value and name not in {*_HARMLESS, *_VARIANTS}]
     if unknown:
         raise ValueError(
-            f"it has settings that are not known, and may be of another method: {', '.join(sorted(unknown))}; merge it "
+            f"it has unknown settings, which may belong to another method: {', '.join(sorted(unknown))}; merge it "
             "into the base with PEFT"
         )
 
 
 def _matched(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The first that matches the whole name or the end of it, as PEFT does.
+    """Returns the value of the first pattern that matches the whole name or its end, as in PEFT, or the default.
 
     Raises:
-        ValueError: for an expression that takes long to match.
+        ValueError: if an expression takes longer than `_LONGEST_MATCH_S` to match.
     """
     for key, value in pattern.items():
         try:
             if regex.match(rf"(.*\.)?({key})$", name, timeout=_LONGEST_MATCH_S):
                 return value
         except TimeoutError:
-            raise ValueError(f"the expression {key!r} takes for ever to match") from None
+            raise ValueError(f"the expression {key!r} takes too long to match") from None
     return default
 
 
@@ -199,7 +201,7 @@ def _pattern(config: Mapping[str, Any], name: str, check: Any) -> dict[str, Any]
         try:
             regex.compile(key)
         except regex.error as error:
-            raise ValueError(f"`{name}` has {key!r}, which is no regular expression: {error}") from error
+            raise ValueError(f"`{name}` has {key!r}, which is not a regular expression: {error}") from error
     return {key: check(f"{name}[{key!r}]", value) for key, value in pattern.items()}
 
 
@@ -225,12 +227,12 @@ def _share(name: str, value: Any) -> float:
 
 def _positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
-        raise ValueError(f"`{name}` (={value!r}) must be an integer of at least 1")
+        raise ValueError(f"`{name}` (={value!r}) must be an integer from 1 to 2^20")
     return value
 
 
 def _alpha(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= abs(value) <= 1e30:
         shown = repr(value)[:40]
-        raise ValueError(f"`{name}` (={shown}) must be a number of a size from 1e-30 to 1e30; with 0 it adapts nothing")
+        raise ValueError(f"`{name}` (={shown}) must be a number of size 1e-30 to 1e30; with 0 it would adapt nothing")
     return float(value)

@@ -1,15 +1,16 @@
-"""Whether vLLM can serve an adapter once it is written as an ordinary LoRA, and with which flags.
+"""Checks whether vLLM can serve an adapter that is written as an ordinary LoRA, and with which flags.
 
-The rules are those of vLLM 0.33, from the files named beside them; most were tried with vLLM's own models and loader
-(`tests/peft_adapters/test_vllm.py`). Two things happen to a tensor that vLLM has no layer for. If no layer of the
-model has its last name, loading fails (`LoRAModel.from_local_checkpoint`, vllm/lora/lora_model.py). If one has, but
-not at its path, it is dropped without a word (`LoRAModelManager.activate_adapter`, vllm/lora/model_manager.py): the
-model then answers as if that part had not been trained. Both are refused here where the adapter's file tells.
+The rules are those of vLLM 0.33, from the files named next to them; most were tested with vLLM's own models and loader
+(`tests/peft_adapters/test_vllm.py`). A tensor for which vLLM has no layer has one of two effects. If no layer of the
+model has its last name, loading fails (`LoRAModel.from_local_checkpoint`, vllm/lora/lora_model.py). If a layer has this
+name, but another path, the tensor is silently dropped (`LoRAModelManager.activate_adapter`,
+vllm/lora/model_manager.py): the model then answers as if that part had not been trained. Both cases are refused here if
+the adapter's file shows them.
 
-Packed layers need nothing: vLLM puts `q_proj`, `k_proj`, `v_proj` together as `qkv_proj` itself
-(`packed_modules_mapping` of each model), and takes `qkv_proj` where the checkpoint has it so (vllm/.../phi3.py).
-Keys of the configuration that it does not know are ignored (`PEFTHelper.from_dict`, vllm/lora/peft_helper.py); it
-refuses `use_bdlora`, and versions before that key ignored it. So only the form "lora" is for vLLM.
+Packed layers need no special treatment: vLLM packs `q_proj`, `k_proj`, `v_proj` into `qkv_proj` itself
+(`packed_modules_mapping` of each model), and accepts `qkv_proj` if the checkpoint has it (vllm/.../phi3.py).
+vLLM ignores unknown keys of the configuration (`PEFTHelper.from_dict`, vllm/lora/peft_helper.py). It refuses
+`use_bdlora`, and versions that did not know this key ignored it. So only the form "lora" works with vLLM.
 """
 
 from collections.abc import Iterable
@@ -24,12 +25,12 @@ from .names import last_name
 from .stacks import is_stack
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` can be: `MaxLoRARanks`, vllm/config/lora.py."""
+"""The values that `--max-lora-rank` accepts: `MaxLoRARanks`, vllm/config/lora.py."""
 _DEFAULT_RANK = 16
 
 _WITHOUT_ADAPTERS = ("BloomForCausalLM", "FalconForCausalLM", "GPT2ForSequenceClassification", "GPT2LMHeadModel")
-"""Models of vLLM's own that lack `SupportsLoRA` (vllm/model_executor/models), so that `--enable-lora` does not start
-them, and whose linears vLLM does not find in transformers' code either (vllm/model_executor/models/transformers)."""
+"""vLLM's own models that lack `SupportsLoRA` (vllm/model_executor/models) and so do not start with `--enable-lora`;
+vLLM does not find their linears in transformers' code either (vllm/model_executor/models/transformers)."""
 _WITH_TRANSFORMERS_CODE = (
     "BertForMaskedLM",
     "DbrxForCausalLM",
@@ -44,18 +45,18 @@ _WITH_TRANSFORMERS_CODE = (
     "XLMRobertaForTokenClassification",
     "Zamba2ForCausalLM",
 )
-"""Models of vLLM's own that lack `SupportsLoRA`, and that it may run in transformers' code, which has it; GPT-J and
-StableLM were tried."""
+"""vLLM's own models that lack `SupportsLoRA`, but that vLLM may run in transformers' code, which has it; GPT-J and
+StableLM were tested."""
 
 
 @dataclass(frozen=True)
 class VllmNeeds:
-    """What vLLM has to be started with to serve an adapter.
+    """The options with which vLLM must be started to serve an adapter.
 
     Attributes:
-        rank: of the LoRA that is written.
+        rank: the rank of the LoRA that is written.
         max_lora_rank: the smallest value of `--max-lora-rank` that admits it.
-        notes: what to know beforehand, one sentence or two each.
+        notes: facts to know beforehand, one or two sentences each.
     """
 
     rank: int
@@ -64,7 +65,7 @@ class VllmNeeds:
 
     @property
     def flags(self) -> str:
-        """For `vllm serve`."""
+        """The flags for `vllm serve`."""
         rank = f" --max-lora-rank {self.max_lora_rank}" if self.max_lora_rank > _DEFAULT_RANK else ""
         return f"--enable-lora{rank}"
 
@@ -73,10 +74,10 @@ class VllmNeeds:
 
 
 def check_for_vllm(adapter: Adapter) -> VllmNeeds:
-    """Checks an adapter that is about to be written as an ordinary LoRA; nothing is computed or written.
+    """Checks whether vLLM can serve an adapter as an ordinary LoRA; computes and writes nothing.
 
     Raises:
-        MELoRAError: for what vLLM would refuse, or load and then leave out.
+        MELoRAError: if vLLM would refuse a part of the adapter, or load the adapter without that part.
     """
     _refuse_kept(adapter)
     _refuse_model(adapter)
@@ -93,77 +94,78 @@ def check_for_vllm(adapter: Adapter) -> VllmNeeds:
 
 
 def _rank_of(adapter: Adapter, site: str) -> int:
-    """The rank of a site's LoRA: of its blocks and parts together, for one matrix."""
+    """Returns the rank of a site's LoRA for one matrix: the sum over its blocks and parts."""
     own = adapter.tensors_of(site)
     return own.total_rank // own.num_experts
 
 
 def _refuse_kept(adapter: Adapter) -> None:
-    """vLLM reads A and B alone (`parse_fine_tuned_lora_name`, vllm/lora/utils.py).
+    """Raises MELoRAError for trained modules.
 
-    0.33 also takes one `classifier` or `score`, of some classification models (`PEFTHelper._validate_features`,
-    vllm/lora/peft_helper.py); earlier versions refuse every `modules_to_save`.
+    vLLM reads only A and B (`parse_fine_tuned_lora_name`, vllm/lora/utils.py). Version 0.33 also accepts one
+    `classifier` or `score` of some classification models (`PEFTHelper._validate_features`, vllm/lora/peft_helper.py);
+    earlier versions refuse every `modules_to_save`.
     """
     if adapter.kept:
         _refuse(
             adapter,
-            f"it holds what was trained whole ({_named(adapter.kept)}), which vLLM does not read from adapters (newer "
-            "versions read a `classifier` or `score`, of some models)",
+            f"it has modules that were trained in full ({_named(adapter.kept)}), which vLLM does not read from "
+            "adapters (newer versions read a `classifier` or `score` of some models)",
             "fold it into the base",
         )
 
 
 def _refuse_model(adapter: Adapter) -> None:
-    """`LoRAConfig.verify_with_model_config`, vllm/config/lora.py."""
+    """Raises MELoRAError for models without adapters (`LoRAConfig.verify_with_model_config`, vllm/config/lora.py)."""
     name = adapter.model.get("class")
     if name in _WITHOUT_ADAPTERS:
-        _refuse(adapter, f"it is of a `{name}`, which vLLM serves without adapters", "fold it into the base")
+        _refuse(adapter, f"it adapts a `{name}`, which vLLM serves without adapters", "fold it into the base")
 
 
 def _refuse_sites(adapter: Adapter) -> None:
-    """Sites that vLLM has no adaptable layer for."""
+    """Raises MELoRAError for sites for which vLLM has no adaptable layer."""
     stacks = [site for site in adapter.configs if is_stack(adapter, site)]
     if stacks:
         _refuse(
             adapter,
-            f"it adapts stacks of experts ({_named(stacks)}), which vLLM takes of some models only, drops without a "
-            "word for others (Mixtral, whose layers it names differently), and which have not been tried there",
+            f"it adapts stacks of experts ({_named(stacks)}), which vLLM accepts only for some models and silently "
+            "drops for others (Mixtral, whose layers it names differently), and which have not been tested there",
             "fold it into the base",
         )
     lying = [site for site in adapter.configs if adapter.transposed.get(site)]
     if lying:
         _refuse(
             adapter,
-            f"the weights of {_named(lying)} lie (in, out), as Conv1D's do, and vLLM adapts its own linear layers only",
+            f"the weights of {_named(lying)} are (in, out), like Conv1D's, and vLLM adapts only its own linear layers",
             "fold it into the base",
         )
     poolers = [site for site in adapter.configs if site.endswith("pooler.dense")]
     if poolers:
         _refuse(
             adapter,
-            f"it adapts {_named(poolers)}, which vLLM drops without a word: its pooler takes no adapters",
+            f"it adapts {_named(poolers)}, which vLLM silently drops: its pooler accepts no adapters",
             "train without it, or fold the adapter into the base",
         )
 
 
 def _notes(adapter: Adapter) -> tuple[str, ...]:
-    """What vLLM may do, which depends on how it is started."""
+    """Returns notes on behaviour that depends on how vLLM is started."""
     name = str(adapter.model.get("class") or "")
     notes = []
     if name in _WITH_TRANSFORMERS_CODE:
         notes.append(
-            f"vLLM's own `{name}` takes no adapters, and `--enable-lora` does not start it. Given `--model-impl "
-            "transformers` too, it runs in transformers' code, which takes them, as far as vLLM supports that model."
+            f"vLLM's own `{name}` accepts no adapters and does not start with `--enable-lora`. Add `--model-impl "
+            "transformers` to run it in transformers' code, which accepts adapters if vLLM supports the model there."
         )
     if any(last_name(site) == "lm_head" for site in adapter.configs):
         notes.append(
-            "vLLM adapts `lm_head` of the models that name it in `embedding_modules` (such as Llama), and refuses the "
-            "adapter for others (such as Qwen2)."
+            "vLLM adapts `lm_head` only in models that name it in `embedding_modules` (such as Llama), and refuses the "
+            "adapter for other models (such as Qwen2)."
         )
     if name.endswith("Model") and not name.endswith("LMHeadModel"):
         notes.append(
             f"The adapter is of a `{name}`: vLLM applies it to an embedding model (`--runner pooling`). A model that "
-            "generates text has other names for these layers, and would load the adapter and leave it out."
+            "generates text has other names for these layers: it would load the adapter and ignore it."
         )
     return tuple(notes)
 

@@ -1,4 +1,4 @@
-"""Adapter folders for PEFT, and for all that reads PEFT's: vLLM, transformers, text-generation servers."""
+"""Writes adapter folders for PEFT and the programs that read PEFT's: vLLM, transformers, text-generation servers."""
 
 import json
 import os
@@ -29,11 +29,11 @@ _TASKS = (
     ("ForCausalLM|LMHeadModel", "CAUSAL_LM"),
     ("T5ForConditionalGeneration|BartForConditionalGeneration|PegasusForConditionalGeneration", "SEQ_2_SEQ_LM"),
 )
-"""What the name of a class of transformers ends in → PEFT's task type: a class of PEFT's that takes texts. Others have
-none, and are computed as they are."""
+"""Pattern for the end of a class name of transformers → PEFT's task type, which selects a PEFT class for texts. Other
+classes have no task type, and PEFT runs them unchanged."""
 _MAMBA = re.compile("Mamba|FalconMamba|FalconH1|NemotronH")
 _NOT_IN_MAMBA = {"dt_proj", "out_proj"}
-"""PEFT refuses `out_proj` (`tuners_utils.py`), and would compute with `dt_proj` as it is in the base."""
+"""PEFT refuses `out_proj` (`tuners_utils.py`), and would compute with the base's `dt_proj`, without the adapter."""
 
 
 def write_peft_adapter(
@@ -43,23 +43,25 @@ def write_peft_adapter(
     form: str = "lora",
     base_model: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes an adapter folder as PEFT's; what the model computes with it is the same.
+    """Writes an adapter folder in PEFT's format; the model computes the same with it.
 
-    "lora" is an ordinary LoRA: A and B written out with the zeros beside the blocks, the scaling in B, one rank for
-    all sites, padded with zeros. "bdlora" is PEFT's block-diagonal LoRA (PEFT 0.19 or later), which stores one of the
-    two factors in blocks: the B of linears that have more outputs than inputs, the A of others. What was trained
-    beside the sites becomes `modules_to_save`.
+    "lora" is an ordinary LoRA: A (R, I) and B (O, R) are written out with zeros outside the blocks, the scaling is in
+    B, and all sites have one rank R, padded with zeros. "bdlora" is PEFT's block-diagonal LoRA (PEFT 0.19 or later),
+    which stores one of the two factors in blocks: B if a linear has more outputs than inputs and no `split`, else A.
+    Sites that do not fit its one number of blocks are written out. Modules that were trained in addition to the sites
+    become `modules_to_save`.
 
     Args:
         adapter_dir: a folder written by `melora_fx.save_adapter`.
-        out_dir: the folder to write: a new one, or an empty one.
+        out_dir: the folder to write; it must be new or empty.
         form: "lora" or "bdlora".
         base_model: path or name of the base, which PEFT's `Auto` classes load.
 
     Raises:
-        MELoRAError: for an adapter folder that cannot be read, or that PEFT has no form for: a single parameter that
-            was kept trainable, a weight that is stored in three dimensions; for a place that is taken, or cannot be
-            written.
+        ValueError: if `form` is another string, or `out_dir` is "".
+        MELoRAError: if `adapter_dir` cannot be read; PEFT has no form for the adapter, such as for a single parameter
+            that was kept trainable or a weight that is stored in three dimensions; `out_dir` is not empty, is inside
+            `adapter_dir`, or cannot be written.
     """
     if form not in FORMS:
         raise ValueError(f"`form` (={form!r}) must be one of {', '.join(map(repr, FORMS))}")
@@ -78,10 +80,10 @@ def write_peft_adapter(
 def _content(
     adapter: Adapter, packing: Packing | None, base_model: str | None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
-    """What the two files hold: the configuration, and tensors by key with their metadata.
+    """Returns the contents of the two files: the configuration, the tensors by key, and the tensors' metadata.
 
     Raises:
-        MELoRAError: see `write_peft_adapter`.
+        MELoRAError: as for `write_peft_adapter`.
     """
     _refuse_unknown_forms(adapter)
     loras = all_loras(adapter)
@@ -127,15 +129,16 @@ def _content(
 
 
 def _target_modules(names: list[str]) -> list[str] | str:
-    """As PEFT takes them: it finds a name at the end of others too, and so one without a dot by an expression alone."""
+    """Returns PEFT's `target_modules`: a list, or an expression if a name has no dot and would match others' ends."""
     if all("." in name for name in names):
         return names
     return "|".join(map(re.escape, names))
 
 
 def _kept(adapter: Adapter) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """Modules that were kept trainable, with their tensors, and those that are tied to them in the model: PEFT trains
-    them apart.
+    """Returns the modules that were kept trainable and those tied to them in the model, and the tensors of both.
+
+    PEFT trains tied modules separately.
     """
     tensors = adapter.kept_tensors()
     tied = {other: tensors[name] for name, others in adapter.model.get("tied", {}).items() for other in others}
@@ -144,7 +147,7 @@ def _kept(adapter: Adapter) -> tuple[list[str], dict[str, torch.Tensor]]:
 
 
 def _refuse_unknown_forms(adapter: Adapter) -> None:
-    """Raises MELoRAError for what PEFT has no form for."""
+    """Raises MELoRAError if PEFT has no form for a part of the adapter."""
     if odd := sorted(adapter.row_dims):
         raise MELoRAError(
             f"`{adapter.directory}` adapts {', '.join(map(repr, odd))}, one matrix that is stored in three dimensions, "
@@ -153,15 +156,15 @@ def _refuse_unknown_forms(adapter: Adapter) -> None:
     if shared := adapter.model.get("shared"):
         name, names = next(iter(shared.items()))
         raise MELoRAError(
-            f"`{adapter.directory}` adapts `{name}`, one module of several names ({', '.join(names)}), of which PEFT "
-            "would adapt the first alone: fold it into the base"
+            f"`{adapter.directory}` adapts `{name}`, one module of several names ({', '.join(names)}), and PEFT would "
+            "adapt only the first: fold it into the base"
         )
     if _MAMBA.match(str(adapter.model.get("class"))):
         refused = [name for name in adapter.configs if last_name(name) in _NOT_IN_MAMBA]
         if refused:
             raise MELoRAError(
-                f"`{adapter.directory}` adapts {', '.join(map(repr, refused))}, whose weights Mamba's layers read past "
-                "PEFT's adapter: leave them out of `targets`, or fold the adapter into the base"
+                f"`{adapter.directory}` adapts {', '.join(map(repr, refused))}, whose weights Mamba's layers read "
+                "without PEFT's adapter: leave them out of `targets`, or fold the adapter into the base"
             )
     at_root = [
         name for name in adapter.configs if name == "weight" or ("." not in name and is_parameter(adapter, name))
@@ -169,13 +172,13 @@ def _refuse_unknown_forms(adapter: Adapter) -> None:
     if at_root:
         raise MELoRAError(
             f"`{adapter.directory}` adapts {', '.join(map(repr, at_root))} of the model itself, and PEFT adapts "
-            "modules in it alone: put it into another module, or fold the adapter into the base"
+            "only modules inside it: put the model into another module, or fold the adapter into the base"
         )
     single = [name for name in adapter.kept if name in adapter.tensors]
     if single:
         raise MELoRAError(
             f"`{adapter.directory}` keeps single parameters trainable ({', '.join(map(repr, single))}); PEFT's "
-            "`modules_to_save` takes modules: keep the module trainable, or fold the adapter into the base"
+            "`modules_to_save` accepts only modules: keep the module trainable, or fold the adapter into the base"
         )
 
 
@@ -189,7 +192,7 @@ def _nested(adapter: Adapter, module: str, parameters: list[str]) -> list[StackK
 
 
 def _described(adapter: Adapter) -> Mapping[str, Any]:
-    """How each site is cut, and its weight lies, for whoever reads the LoRA back."""
+    """Returns how each site is cut, and the orientation of its weight, for the program that reads the LoRA back."""
     entries: dict[str, dict[str, Any]] = {}
     for name, config in adapter.configs.items():
         fields = config.to_dict()
@@ -200,8 +203,8 @@ def _described(adapter: Adapter) -> Mapping[str, Any]:
 
 
 def _task_type(adapter: Adapter) -> str | None:
-    """PEFT's name of the task; none where its model would ask for a head that the adapter has not trained."""
-    import transformers  # heavy: only where it is used
+    """Returns PEFT's task type, or None if it has none or would need a head that the adapter has not trained."""
+    import transformers  # slow to import, so only here
 
     name = adapter.model.get("class") or ""
     task = next((task for ending, task in _TASKS if re.search(f"({ending})$", name)), None)

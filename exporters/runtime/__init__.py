@@ -1,12 +1,12 @@
-"""Runs a graph: on ONNX Runtime, on the provider that was asked for, and on torch behind the same interface.
+"""Runs graphs on ONNX Runtime, on the requested provider, and models on torch behind the same interface.
 
-providers      which of ONNX Runtime's providers, with which options: decisions only
-session        sessions that have these providers and fall back to none
-cache_inputs   one step of a decoder, and its empty cache
+providers      chooses ONNX Runtime's providers and their options: decisions only
+session        sessions with exactly these providers, without a fallback
+cache_inputs   the inputs of one step of a decoder, and its empty cache
 io_binding     inputs and outputs bound to a device's memory
-adapter_cache  the adapters that a runner keeps, read anew when they were saved anew
+adapter_cache  the adapters that a runner keeps, read again after they are saved again
 ort_runner     `OrtRunner`: an ONNX file on a session, with swappable adapters
 torch_runner   `Runner`, the interface, and `TorchRunner`
-input_check    whether inputs are what a graph takes
-graph_inputs   inputs made from what a graph says of itself
+input_check    checks inputs against what a graph accepts
+graph_inputs   makes inputs from the names, types and axes of a graph's inputs
 """

@@ -1,4 +1,4 @@
-"""The adapters that a runner has read, by path, and whether their files are still those that were read."""
+"""Keeps the adapters that a runner has read, by path, and notices if their files have changed."""
 
 import os
 import threading
@@ -14,12 +14,12 @@ from melora_fx.saving.adapter_file import TENSORS_FILE
 _Adapter = TypeVar("_Adapter")
 
 _Version = tuple[int, ...]
-"""(inode, bytes, last change of the content, of the file; in ns) of a file: another where it was written anew."""
+"""(inode, size in bytes, modification time and change time in ns) of a file: differs after it is written again."""
 
 
 @dataclass(frozen=True)
 class _Entry(Generic[_Adapter]):
-    """An adapter, the file that it was read from, and the version that this had before."""
+    """An adapter, the file that it was read from, and the version of the file just before."""
 
     adapter: _Adapter
     file: Path
@@ -30,8 +30,11 @@ class AdapterCache(Generic[_Adapter]):
     """Adapters by path; several threads may call `get` at once.
 
     Args:
-        max_adapters: how many are kept. One more takes the place of the one that was used least recently; a run that
-            has got that one keeps it to its end.
+        max_adapters: number of adapters to keep. One more replaces the least recently used one; a run that already has
+            the replaced one keeps it to its end.
+
+    Raises:
+        ValueError: if `max_adapters` is not a positive integer.
     """
 
     def __init__(self, max_adapters: int) -> None:
@@ -42,14 +45,15 @@ class AdapterCache(Generic[_Adapter]):
         self._lock = threading.Lock()
 
     def get(self, path: str | os.PathLike[str], read: Callable[[Path], _Adapter]) -> _Adapter:
-        """The adapter at `path` as its file is now; as it was read before, where the file is gone.
+        """Returns the adapter at `path` as its file is now, or as it was read before if the file is gone.
 
         Args:
-            path: a folder, or an .onnx_adapter file; of one that is kept the system is asked once for its state.
-            read: gives the adapter at a path, where it is not kept or was written anew.
+            path: a folder, or an .onnx_adapter file. A kept adapter costs one `stat` of its file.
+            read: reads the adapter at a path; called if the adapter is not kept or its file has changed.
 
         Raises:
-            MELoRAError: where there is nothing at `path`, and nothing was read from there before.
+            MELoRAError: if there is nothing at `path` and nothing was read from there before, or the system cannot
+                access it.
         """
         key = os.fspath(path)
         with self._lock:
@@ -59,10 +63,10 @@ class AdapterCache(Generic[_Adapter]):
         if entry and _version_of(entry.file) in (entry.version, None):
             return entry.adapter
         file = _file_of(Path(key))
-        version = _version_of(file)  # before it is read: what is written meanwhile counts as new
+        version = _version_of(file)  # taken before the read, so that a write meanwhile counts as a change
         if version is None and file == Path(key):
             raise MELoRAError(f"the adapter `{key}` does not exist")
-        adapter = read(Path(key))  # not under the lock: runs with other adapters go on
+        adapter = read(Path(key))  # not under the lock, so that runs with other adapters continue
         with self._lock:
             self._entries[key] = _Entry(adapter, file, version)
             self._entries.move_to_end(key)
@@ -72,7 +76,7 @@ class AdapterCache(Generic[_Adapter]):
 
 
 def _file_of(path: Path) -> Path:
-    """The file that an adapter at `path` is read from."""
+    """Returns the file that an adapter at `path` is read from."""
     try:
         return path / TENSORS_FILE if path.is_dir() else path
     except OSError:
@@ -80,14 +84,14 @@ def _file_of(path: Path) -> Path:
 
 
 def _version_of(file: Path) -> _Version | None:
-    """The version of `file`, or None where there is no such file."""
+    """Returns the version of `file`, or None if there is no such file."""
     try:
         facts = os.stat(file)
     except FileNotFoundError:
         return None
-    except NotADirectoryError:  # a file stands where its folder was
+    except NotADirectoryError:  # a file has replaced its folder
         return ()
-    except (OSError, ValueError) as error:  # a name that the system does not take, a folder that it does not open
+    except (OSError, ValueError) as error:  # a name that the system rejects, a folder that it does not open
         raise MELoRAError(
             f"the adapter `{file}` cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from error

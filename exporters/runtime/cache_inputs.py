@@ -1,4 +1,4 @@
-"""The inputs of one step of a decoder's graph: tokens, mask, positions, and the cache, empty before the first one."""
+"""Makes the inputs of one step of a decoder's graph: tokens, mask, positions, and the cache, initially empty."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ _PAST_AXIS = 2
 
 
 def empty_cache(inputs: Sequence[Any], batch: int) -> Arrays:
-    """A cache of no tokens for so many texts, by the inputs of a session."""
+    """Returns a cache without tokens for `batch` texts, in the shapes and types of a session's inputs."""
     return {
         value.name: np.zeros([batch, value.shape[1], 0, value.shape[3]], _FLOATS[value.type])
         for value in inputs
@@ -22,18 +22,18 @@ def empty_cache(inputs: Sequence[Any], batch: int) -> Arrays:
 
 
 def as_types(inputs: Sequence[Any], arrays: Arrays) -> Arrays:
-    """Arrays of floats in the types that a session takes: a graph in half precision has its cache in it too."""
+    """Casts float arrays to the types of a session's inputs: a graph in half precision also has its cache in it."""
     types = {value.name: _FLOATS.get(value.type) for value in inputs}
     return {name: value if (found := types[name]) is None else value.astype(found) for name, value in arrays.items()}
 
 
 def step_inputs(names: Sequence[str], tokens: np.ndarray, mask: np.ndarray) -> Arrays:
-    """What a step takes beside the cache.
+    """Returns the inputs of a step except the cache.
 
     Args:
-        names: the graph's inputs.
+        names: the names of the graph's inputs.
         tokens: the ids of the new tokens, (batch, new).
-        mask: of the past and the new tokens, (batch, past + new); 0 for padding.
+        mask: the mask of the past and the new tokens, (batch, past + new); 0 for padding.
     """
     positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -tokens.shape[1] :]
     inputs = {TOKENS: tokens, MASK: mask, POSITIONS: positions}
@@ -41,11 +41,12 @@ def step_inputs(names: Sequence[str], tokens: np.ndarray, mask: np.ndarray) -> A
 
 
 def with_empty_cache(inputs: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given, and for a decoder's first step what follows from its tokens: a mask of ones, positions in order,
-    and an empty cache. Where any of the cache was given, nothing is added to it.
+    """Completes `given` for a decoder's first step: a mask of ones, positions in order, and an empty cache.
+
+    If any part of the cache is given, nothing is added.
 
     Args:
-        inputs: those of the session.
+        inputs: the inputs of the session.
         given: arrays or tensors by name.
     """
     names = [value.name for value in inputs]

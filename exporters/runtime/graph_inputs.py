@@ -1,4 +1,4 @@
-"""Inputs made for a graph from what it says of itself: the names, types and axes of its inputs."""
+"""Makes inputs for a graph from the names, types and axes of its inputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +15,11 @@ from .ort_runner import OrtRunner
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 _TOKEN_IDS = (3, 32)
-"""From, below: ids that every vocabulary has, above those that usually mean padding."""
+"""(first, end): ids that every vocabulary has, above those that usually mean padding."""
 
 
 def axis_roles(runner: OrtRunner) -> frozenset[str]:
-    """Which of "batch" and "sequence" the graph's inputs leave free."""
+    """Returns which of "batch" and "sequence" the graph's inputs leave free."""
     roles = {_role(axis, index) for value in runner.session.get_inputs() for index, axis in enumerate(value.shape)}
     return frozenset(role for role in roles if role)
 
@@ -27,19 +27,19 @@ def axis_roles(runner: OrtRunner) -> frozenset[str]:
 def make_inputs(
     runner: OrtRunner, batch: int, sequence: int, axes: Mapping[str, int] | None = None, *, seed: int = 0
 ) -> Arrays:
-    """Arrays for every input of the graph: token ids, masks of ones, positions in order, normal floats.
+    """Returns arrays for every input of the graph: token ids, masks of ones, positions in order, normal floats.
 
     Args:
-        runner: the graph's.
-        batch, sequence: sizes of the axes whose names hold "batch" and "seq"; a free axis without a name counts as
-            batch where it is the first, as sequence where it is the second.
-        axes: sizes of further axes by name; they go before the rule above. A decoder's cache is empty, unless
-            `past_sequence` says how many tokens are in it.
-        seed: of the random values.
+        runner: the runner of the graph.
+        batch, sequence: sizes of the axes whose names contain "batch" and "seq"; a free axis without a name counts as
+            batch if it is the first, as sequence if it is the second.
+        axes: sizes of further axes by name, which override the rule above. A decoder's cache is empty, unless
+            `past_sequence` is its number of tokens.
+        seed: seed of the random values.
 
     Raises:
-        ValueError: for `axes` that no input has.
-        MELoRAError: for an axis whose size is not known from these, or an input of a type that none is made for.
+        ValueError: if no input has an axis of `axes`.
+        MELoRAError: if the size of an axis does not follow from these, or no values can be made for an input's type.
     """
     sizes = dict(axes or {})
     if has_cache(runner.input_names):
@@ -56,7 +56,7 @@ def make_inputs(
 def _input_shapes(
     runner: OrtRunner, size_by_role: Mapping[str, int], size_by_name: Mapping[str, int]
 ) -> dict[str, list[int]]:
-    """The shape of each input, its free axes sized by name or else by role."""
+    """Returns the shape of each input; its free axes are sized by name, or else by role."""
     inputs = runner.session.get_inputs()
     free = _free_axes(runner)
     if strangers := [f"`{name}`" for name in size_by_name if name not in free]:
@@ -73,7 +73,7 @@ def _input_shapes(
     if unknown:
         raise MELoRAError(
             f"`{runner.path}` has axes that are neither batch nor sequence: {', '.join(unknown)}: "
-            "give their sizes (`--axis NAME=SIZE`)"
+            "pass their sizes (`--axis NAME=SIZE`)"
         )
     return shapes
 
@@ -83,7 +83,7 @@ def _free_axes(runner: OrtRunner) -> set[str]:
 
 
 def _role(axis: str | int | None, index: int) -> str | None:
-    """ "batch" or "sequence", or None for an axis that is fixed or has another meaning."""
+    """Returns "batch" or "sequence", or None if the axis is fixed or has another meaning."""
     if isinstance(axis, int):
         return None
     if axis is None or is_nameless_axis(axis):
@@ -98,7 +98,7 @@ def _role(axis: str | int | None, index: int) -> str | None:
 def _values(
     runner: OrtRunner, value: Any, shape: list[int], generator: np.random.Generator, *, first: int
 ) -> np.ndarray:
-    """`first`: the position of the first new token."""
+    """Returns the values of one input; `first` is the position of the first new token."""
     name, kind = value.name, value.type
     if kind in _FLOATS:
         return generator.standard_normal(shape).astype(_FLOATS[kind])
@@ -106,7 +106,7 @@ def _values(
         return np.ones(shape, bool)
     if kind not in _INTEGERS:
         known = ", ".join([*_FLOATS, *_INTEGERS, "tensor(bool)"])
-        raise MELoRAError(f"`{name}` of `{runner.path}` is a {kind}: inputs are made of {known}")
+        raise MELoRAError(f"`{name}` of `{runner.path}` is a {kind}: inputs can only be made of {known}")
     dtype = _INTEGERS[kind]
     if "mask" in name:
         return np.ones(shape, dtype)

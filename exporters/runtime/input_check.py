@@ -1,4 +1,4 @@
-"""Whether inputs are what a graph takes: their names, and sizes within what it was exported and loaded for."""
+"""Checks the names of a graph's inputs, and that their sizes are within what it was exported and loaded for."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,14 @@ from .providers import Shapes
 
 
 class InputCheck(NamedTuple):
-    """What the inputs of a graph must be.
+    """The rules for the inputs of a graph.
 
     Attributes:
         path: the graph's file, for error texts.
-        axes: input → its axes, a size or the name of a dynamic one.
-        ranges: dynamic axis → (min, opt, max), as the session was asked for.
-        conditions: what the export assumed of sizes; beyond it ONNX Runtime computes, and not what the model does.
+        axes: input → its axes, each a size or the name of a dynamic axis.
+        ranges: dynamic axis → (min, opt, max), as requested for the session.
+        conditions: what the export assumed about sizes. With other sizes ONNX Runtime computes something else than the
+            model.
     """
 
     path: Path
@@ -27,11 +28,11 @@ class InputCheck(NamedTuple):
     conditions: Sequence[Condition]
 
     def refuse(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raises MELoRAError for the names or shapes of inputs that it is not for."""
+        """Raises MELoRAError if the names or shapes of the inputs break a rule."""
         missing = [name for name in self.axes if name not in shapes]
         unknown = [name for name in shapes if name not in self.axes]
         if missing or unknown:
-            raise MELoRAError(f"`{self.path}` takes the inputs {[*self.axes]}: missing {missing}, unknown {unknown}")
+            raise MELoRAError(f"`{self.path}` needs the inputs {[*self.axes]}: missing {missing}, unknown {unknown}")
         if lines := [*self._outside_of_ranges(shapes), *self._against_conditions(shapes), *self._wrong_masks(shapes)]:
             raise MELoRAError(f"`{self.path}`: " + "; ".join(lines))
 
@@ -45,7 +46,7 @@ class InputCheck(NamedTuple):
         return lines
 
     def _wrong_masks(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-        """A decoder's mask is of the tokens in its cache and of the new ones: another one gives wrong results."""
+        """Returns an error if a mask does not cover a decoder's cached and new tokens: results would be incorrect."""
         sizes: dict[int | str, int] = {}
         for name, axes in self.axes.items():
             sizes |= dict(zip(axes, shapes[name], strict=False))
@@ -56,7 +57,7 @@ class InputCheck(NamedTuple):
 
     def _against_conditions(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
         if any(len(shape) != len(self.axes[name]) for name, shape in shapes.items()):
-            return []  # ONNX Runtime says so
+            return []  # ONNX Runtime reports that
         inputs = {name: Shaped(tuple(shape)) for name, shape in shapes.items()}
         return [
             f"the export assumed that {condition.text}, and "

@@ -1,7 +1,7 @@
-"""Runs whose inputs and outputs are bound to a device's memory, so that ONNX Runtime copies nothing by itself.
+"""Runs with inputs and outputs that are bound to a device's memory, so that ONNX Runtime copies nothing by itself.
 
-ONNX Runtime ignores active adapters (`RunOptions.add_active_adapter`) in such runs, silently: whoever binds must bind
-the adapter's tensors too, as inputs.
+In such runs ONNX Runtime silently ignores active adapters (`RunOptions.add_active_adapter`): bind the adapter's tensors
+as inputs, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ Values = Mapping[str, Any]
 
 
 def to_device(arrays: Mapping[str, Any], device: str, device_id: int) -> dict[str, Any]:
-    """Arrays or tensors as `onnxruntime.OrtValue`s on the device; on the CPU they share the arrays' memory."""
+    """Returns arrays or tensors as `onnxruntime.OrtValue`s on the device; on the CPU they share the arrays' memory."""
     ort = import_onnxruntime()
     return {
         name: ort.OrtValue.ortvalue_from_numpy(np.asarray(as_array(value), order="C"), device, device_id)
@@ -26,7 +26,7 @@ def to_device(arrays: Mapping[str, Any], device: str, device_id: int) -> dict[st
 
 
 def run_bound(session: Any, values: Values, output_names: Sequence[str], device: str, device_id: int) -> dict[str, Any]:
-    """One run on inputs that lie on the device; the outputs stay there. Each call binds anew: threads share nothing."""
+    """Runs on inputs on the device; the outputs stay there. Each call has its own binding: threads share nothing."""
     binding = session.io_binding()
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
@@ -37,23 +37,23 @@ def run_bound(session: Any, values: Values, output_names: Sequence[str], device:
 
 
 class ReplayBuffers:
-    """Inputs and outputs that keep their places from run to run: a CUDA graph replays on the addresses that it saw.
+    """Inputs and outputs that keep their addresses from run to run, because a CUDA graph replays on the same addresses.
 
-    One run at a time: the caller holds a lock.
+    Only one run at a time: the caller must hold a lock.
 
     Args:
-        session: one whose outputs have fixed shapes.
-        device, device_id: where the buffers lie.
+        session: a session whose outputs have fixed shapes.
+        device, device_id: the device of the buffers.
 
     Raises:
-        MELoRAError: for an output of which ONNX Runtime does not know the shape.
+        MELoRAError: if ONNX Runtime does not know the shape of an output.
     """
 
     def __init__(self, session: Any, device: str, device_id: int) -> None:
         ort = import_onnxruntime()
         unknown = [value.name for value in session.get_outputs() if not all(isinstance(n, int) for n in value.shape)]
         if unknown:
-            raise MELoRAError(f"a CUDA graph needs outputs of fixed shapes, these are not: {', '.join(unknown)}")
+            raise MELoRAError(f"a CUDA graph needs outputs of fixed shapes, but these are not: {', '.join(unknown)}")
         self._session = session
         self._device = device
         self._device_id = device_id
@@ -67,9 +67,9 @@ class ReplayBuffers:
             self._binding.bind_ortvalue_output(name, value)
 
     def run(self, arrays: Mapping[str, Any]) -> Arrays:
-        """Copies of the outputs for `arrays` of the same shapes each time."""
+        """Returns copies of the outputs; `arrays` must have the same shapes each time."""
         if not self._inputs:
-            copies = {name: np.array(value, order="C") for name, value in arrays.items()}  # the CPU's are not copied
+            copies = {name: np.array(value, order="C") for name, value in arrays.items()}  # `to_device` may share them
             self._inputs = to_device(copies, self._device, self._device_id)
             for name, value in self._inputs.items():
                 self._binding.bind_ortvalue_input(name, value)
@@ -80,6 +80,6 @@ class ReplayBuffers:
 
 
 def _dtype(value: Any) -> np.dtype:
-    """The NumPy type of a session's output, "tensor(float)" and the like."""
+    """Returns the NumPy dtype of a session's output, whose type is "tensor(float)", for example."""
     name = value.type.removeprefix("tensor(").removesuffix(")")
     return np.dtype({"float": "float32", "double": "float64"}.get(name, name))

@@ -1,4 +1,4 @@
-"""`OrtRunner`: an ONNX file on ONNX Runtime, on the provider that was asked for or not at all."""
+"""`OrtRunner` runs an ONNX file on ONNX Runtime, on the requested provider or not at all."""
 
 import contextlib
 import copy
@@ -35,7 +35,7 @@ from .session import default_config, make_session
 
 @dataclass(frozen=True)
 class _Adapter:
-    """An adapter's tensors by input name; `values` the same on the device, `native` ONNX Runtime's own object."""
+    """An adapter's tensors by input name; `values`: the same on the device; `native`: ONNX Runtime's own object."""
 
     tensors: Arrays = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -45,30 +45,32 @@ class _Adapter:
 class OrtRunner:
     """Runs an ONNX file on ONNX Runtime; several threads may call `run` at once.
 
-    A GPU provider whose libraries are missing is an error; ONNX Runtime by itself would compute on the CPU, after a
-    line in the log, and again after a failed run. What the session does is in `describe()`.
+    A GPU provider with missing libraries raises an error. ONNX Runtime by itself would log a line and compute on the
+    CPU, and would do so after a failed run, too. `describe()` says what the session does.
 
     Args:
-        path: a .onnx file; its external data lies beside it.
+        path: a .onnx file, with its external data next to it.
         provider: "cpu", "cuda" or "tensorrt".
         threads: number of ONNX Runtime's intra-operator threads; None leaves its default.
-        provider_options: options of the provider as ONNX Runtime documents them; they go before ours (`describe()`
-            shows all), None in place of a value leaves ONNX Runtime's default. `enable_cuda_graph` (for "tensorrt":
+        provider_options: options of the provider as ONNX Runtime documents them. They override ours (`describe()` shows
+            all); None as a value restores ONNX Runtime's default. `enable_cuda_graph` (for "tensorrt":
             `trt_cuda_graph_enable`) replays each run, `trt_dump_ep_context_model` writes the built engine as a graph.
-        shapes: dynamic axis → (min, opt, max): TensorRT's profile, and on any provider the sizes that `run` takes; an
-            axis with one size is fixed in the session.
-        io_binding: bind inputs, outputs and adapters to the device's memory; None does so on GPUs.
-        session_config: further entries of the session's configuration, under ONNX Runtime's own keys; they go before
+        shapes: dynamic axis → (min, opt, max): TensorRT's profile, and on any provider the sizes that `run` accepts; an
+            axis with only one size is fixed in the session.
+        io_binding: bind inputs, outputs and adapters to the device's memory; None does so only on GPUs.
+        session_config: further entries of the session's configuration, under ONNX Runtime's own keys; they override
             `HALF_CONFIG`, which graphs in half precision get.
-        save_memory: load and run in as little memory as ONNX Runtime's CPU can, more slowly: for a single comparison.
-        max_adapters: how many adapters are kept in memory; the least recently used ones leave and are read again.
-        verify: read all weights first, and refuse any that are not those which `export_onnx` or `fold_onnx` wrote.
+        save_memory: load and run in as little memory as ONNX Runtime's CPU allows, but slower: for one comparison.
+        max_adapters: number of adapters to keep in memory; the least recently used are dropped, and read again when
+            needed.
+        verify: first read all weights, and refuse any that `export_onnx` or `fold_onnx` did not write.
 
     Raises:
-        ValueError: for an unknown provider, options that it lacks or that exclude each other, `shapes` that do not fit
-            the graph, or `max_adapters` below 1.
-        MELoRAError: where ONNX Runtime is not installed, lacks the provider or a library of it, or cannot load the
-            file; where the file is not whole, or holds swappable adapters, which TensorRT and CUDA graphs do not take.
+        ValueError: if the provider is unknown, options are unknown to it or exclude each other, `threads` is below 1,
+            `shapes` do not fit the graph, or `max_adapters` is below 1.
+        MELoRAError: if ONNX Runtime is not installed, lacks the provider or one of its libraries, or cannot load the
+            file; if the file is missing or incomplete; if it has swappable adapters, and the provider is TensorRT or a
+            CUDA graph is requested.
     """
 
     def __init__(
@@ -125,18 +127,18 @@ class OrtRunner:
             self._replay = ReplayBuffers(self.session, self.choice.device, self.choice.device_id)
 
     def run(self, inputs: Mapping[str, Any], adapter: str | os.PathLike[str] | None = None) -> Arrays:
-        """The outputs by name, for `inputs` of arrays or tensors by name; an input that the graph lacks is refused.
+        """Returns the outputs as NumPy arrays by name.
 
         Args:
-            inputs: every input of the graph; a decoder's first step needs its tokens only, and a mask where texts are
-                padded.
-            adapter: for a graph exported with "swap", an adapter folder or an .onnx_adapter file, read at its first
-                use and when it was written anew; None computes the base.
+            inputs: arrays or tensors by name, one for every input of the graph and no others. A decoder's first step
+                needs only its tokens, and a mask if texts are padded.
+            adapter: for a graph exported with "swap", an adapter folder or an .onnx_adapter file, which is read at its
+                first use, and again if it has changed; None computes the base.
 
         Raises:
-            ValueError: for more than one adapter.
-            MELoRAError: for a missing or unknown input, a size outside of `shapes` or of what the export assumed, an
-                adapter that does not fit, or what ONNX Runtime refuses.
+            ValueError: if several adapters are passed.
+            MELoRAError: if an input is missing or unknown, a size is outside `shapes` or what the export assumed, the
+                adapter does not fit, or ONNX Runtime refuses the run.
         """
         given = with_empty_cache(self.session.get_inputs(), inputs)
         arrays = {name: as_array(value) for name, value in given.items()}
@@ -153,37 +155,42 @@ class OrtRunner:
         return self._run_unbound(arrays, loaded)
 
     def to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arrays or tensors as `onnxruntime.OrtValue`s where the session computes, for `run_on_device`."""
+        """Copies arrays or tensors, by name, to the session's device: `onnxruntime.OrtValue`s for `run_on_device`."""
         return to_device(inputs, self.choice.device, self.choice.device_id)
 
     def run_on_device(self, values: Mapping[str, Any], adapter: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-        """`run` for inputs that lie on the device: `onnxruntime.OrtValue`s in and out, nothing is copied.
+        """Runs on `onnxruntime.OrtValue`s on the device, and returns such values by name; copies nothing.
+
+        Args:
+            values: every input of the graph by name, also at a decoder's first step.
+            adapter: as in `run`.
 
         Raises:
-            ValueError: for more than one adapter, or with a CUDA graph, whose inputs have places of their own.
+            ValueError: if several adapters are passed, or the session has a CUDA graph, which has its own inputs.
             MELoRAError: as `run`.
         """
         if self._replay is not None:
-            raise ValueError("a CUDA graph keeps its inputs in places of its own: use `run`")
+            raise ValueError("a CUDA graph keeps its inputs in its own buffers: use `run`")
         self._check.refuse({name: value.shape() for name, value in values.items()})
         return self._run_bound(values, self._load(adapter))
 
     def with_tensors(self, tensors: Arrays) -> "OrtRunner":
-        """A runner on the same session that gives these optional inputs with every run."""
+        """Returns a runner on the same session that passes these optional inputs in every run."""
         runner = copy.copy(self)
         runner._fixed = _Adapter(tensors, self.to_device(tensors))
         return runner
 
     def without_check(self) -> "OrtRunner":
-        """A runner on the same session that takes inputs whatever the export assumed of their sizes."""
+        """Returns a runner on the same session that does not check what the export assumed about sizes."""
         runner = copy.copy(self)
         runner._check = self._check._replace(conditions=())
         return runner
 
     def describe(self) -> dict[str, Any]:
-        """What the session is and does, ready for JSON: the provider asked for, and those that it has, in order, with
-        all options as ONNX Runtime reports them; the number of nodes that each provider has been given; threads,
-        device and versions.
+        """Returns what the session is and does, ready for JSON.
+
+        This includes the requested provider; the session's providers in order, with all options as ONNX Runtime reports
+        them; the number of nodes on each provider; threads, device and the version of ONNX Runtime.
         """
         choice = self.choice
         return {
@@ -223,12 +230,12 @@ class OrtRunner:
     def _check_takes_optional_inputs(self) -> None:
         if self.provider == "tensorrt" or self.choice.cuda_graph:
             raise MELoRAError(
-                f"`{self.path}` has optional inputs (swappable adapters), which TensorRT and CUDA graphs cannot take: "
+                f"`{self.path}` has optional inputs (swappable adapters), which TensorRT and CUDA graphs refuse: "
                 'export it with `adapter="fold"` or "keep", or use the provider "cuda" without a CUDA graph'
             )
 
     def _load(self, adapter: str | os.PathLike[str] | None) -> _Adapter:
-        """An adapter that fits the graph."""
+        """Returns the adapter, which is checked against the graph when it is read; an empty one for None."""
         if adapter is None:
             return _Adapter()
         if isinstance(adapter, list | tuple):

@@ -1,14 +1,14 @@
-"""Which ONNX Runtime providers a session gets, with which options: decisions only, nothing here needs a GPU.
+"""Chooses the ONNX Runtime providers of a session and their options: decisions only, nothing here needs a GPU.
 
 Options are those that ONNX Runtime documents (read in November 2026):
 https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html
 https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html
 
-ONNX Runtime may place single nodes of a CUDA session on the CPU by design: those that compute shapes. So the session
+By design, ONNX Runtime may place single nodes of a CUDA session on the CPU: those that compute shapes. So the session
 option `session.disable_cpu_ep_fallback`, which refuses any such node, is not set; `OrtRunner.describe` counts the nodes
-of each provider instead. What is refused is a session that lacks the provider altogether.
+of each provider instead. Only a session that lacks the provider altogether is refused.
 
-Truth values are written "True" and "False": the TensorrtExecutionProvider refuses "1" and "0".
+Booleans are written "True" and "False": the TensorrtExecutionProvider refuses "1" and "0".
 """
 
 import hashlib
@@ -30,7 +30,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 PROVIDERS = {"cpu": (CPU,), "cuda": (CUDA, CPU), "tensorrt": (TENSORRT, CUDA, CPU)}
-"""Ours → ONNX Runtime's, first choice first; each takes the nodes that those before it leave."""
+"""Our name → ONNX Runtime's providers in order of preference; each gets the nodes that those before it leave."""
 
 _TENSORRT_PRECISION = {"fp16": {"trt_fp16_enable": "True", "trt_layer_norm_fp32_fallback": "True"}}
 """Precision of a graph's weights → TensorRT's options; without the second, a layer norm's squares and sums overflow in
@@ -42,15 +42,16 @@ _CUDA_GRAPH = {"cuda": "enable_cuda_graph", "tensorrt": "trt_cuda_graph_enable"}
 
 @dataclass(frozen=True)
 class ProviderChoice:
-    """What a session is made with.
+    """The settings of a session.
 
     Attributes:
-        provider: "cpu", "cuda" or "tensorrt"; `providers` the same in ONNX Runtime's form: (name, options), in order.
-        device: where bound inputs and outputs lie, "cpu" or "cuda"; `device_id` which GPU.
+        provider: "cpu", "cuda" or "tensorrt".
+        providers: the same in ONNX Runtime's form: (name, options) in order of preference.
+        device: the device of bound inputs and outputs, "cpu" or "cuda"; `device_id`: the number of the GPU.
         threads: intra-operator threads; None for ONNX Runtime's default.
-        fixed_axes: dynamic axes that the session takes at one size only.
-        io_binding: inputs and outputs are bound to the device's memory.
-        cuda_graph: runs are captured once and replayed, in buffers that stay where they are.
+        fixed_axes: dynamic axis → the only size that the session accepts.
+        io_binding: whether inputs and outputs are bound to the device's memory.
+        cuda_graph: whether runs are captured once and replayed, in buffers that keep their addresses.
     """
 
     provider: str
@@ -64,13 +65,14 @@ class ProviderChoice:
 
 
 def profile_shapes(inputs: Axes, shapes: Shapes) -> dict[str, str]:
-    """TensorRT's optimisation profile as ONNX Runtime's options: "input_ids:1x16,attention_mask:1x16" for each of
-    `trt_profile_min_shapes`, `trt_profile_opt_shapes` and `trt_profile_max_shapes`.
+    """Returns TensorRT's optimisation profile as ONNX Runtime's options.
 
-    Inputs without a dynamic axis are left out, as TensorRT wants it; where no input has one, nothing is returned.
+    `trt_profile_min_shapes`, `trt_profile_opt_shapes` and `trt_profile_max_shapes` each have the form
+    "input_ids:1x16,attention_mask:1x16". Inputs without a dynamic axis are left out, as TensorRT requires. If no input
+    has a dynamic axis, the result is empty.
 
     Raises:
-        ValueError: for dynamic axes without a range, ranges of axes that no input has, or sizes out of order.
+        ValueError: if a dynamic axis has no range, no input has an axis of `shapes`, or sizes are out of order.
     """
     check_shapes(inputs, shapes, all_axes=True)
     dynamic = {name: axes for name, axes in inputs.items() if any(isinstance(axis, str) for axis in axes)}
@@ -86,10 +88,10 @@ def profile_shapes(inputs: Axes, shapes: Shapes) -> dict[str, str]:
 
 
 def check_shapes(inputs: Axes, shapes: Shapes, *, all_axes: bool) -> None:
-    """Refuses ranges that do not fit the graph's inputs; with `all_axes` every dynamic axis must have one.
+    """Refuses ranges that do not fit the graph's inputs; with `all_axes`, every dynamic axis must have a range.
 
     Raises:
-        ValueError: names every offender.
+        ValueError: if ranges do not fit; names every such axis.
     """
     users: dict[str, list[str]] = {}
     for name, axes in inputs.items():
@@ -110,7 +112,7 @@ def check_shapes(inputs: Axes, shapes: Shapes, *, all_axes: bool) -> None:
 
 
 def _least(axis: str) -> int:
-    """The smallest size that an axis may have: a cache may be empty."""
+    """Returns the smallest size that an axis may have: 0 for a cache, which may be empty, else 1."""
     return 0 if axis == PAST_AXIS else 1
 
 
@@ -132,30 +134,30 @@ def tensorrt_options(
     content: str = "",
     ep_context: bool = False,
 ) -> dict[str, str]:
-    """Options for the TensorrtExecutionProvider.
+    """Returns options for the TensorrtExecutionProvider.
 
-    Engines are cached in the folder NAME.tensorrt beside the graph. ONNX Runtime knows a cached engine by the graph's
-    name and structure alone (https://github.com/microsoft/onnxruntime/issues/6455): a graph with another adapter
-    merged into it would get the old one's engine, silently. So the cache's prefix is a hash of `content` and `shapes`.
+    Engines are cached in the folder NAME.tensorrt next to the graph. ONNX Runtime identifies a cached engine only by
+    the graph's name and structure (https://github.com/microsoft/onnxruntime/issues/6455): a graph with another adapter
+    merged into it would silently get the old engine. So the cache's prefix contains a hash of `content` and `shapes`.
 
     Args:
         graph: the .onnx file.
         inputs: the graph's inputs.
-        precision: that of the graph's weights, as `precision_of` says.
+        precision: precision of the graph's weights, as returned by `precision_of`.
         shapes: range of each dynamic axis; without them TensorRT builds an engine for the sizes that it sees, and again
-            whenever a size leaves the range seen.
+            whenever a size is outside the range seen before.
         content: hash of the graph and its weights.
-        ep_context: also write NAME_ctx.onnx, which holds the engine in place of the graph, and loads without building.
+        ep_context: also write NAME_ctx.onnx, which contains the engine instead of the graph and loads without building.
 
     Raises:
-        ValueError: for `shapes` that do not fit the inputs.
+        ValueError: if `shapes` do not fit the inputs.
     """
     folder = graph.absolute().with_name(f"{graph.stem}.tensorrt")
     identity = json.dumps([content, sorted((shapes or {}).items())])
     digest = hashlib.sha256(identity.encode()).hexdigest()
     options = {
         "trt_engine_cache_enable": "True",
-        # an EP context model notes the engine's path, which has to be relative to that model
+        # an EP context model stores the engine's path, which must be relative to that model
         "trt_engine_cache_path": folder.name if ep_context else str(folder),
         "trt_engine_cache_prefix": f"{graph.stem}_{digest[:16]}",
         "trt_timing_cache_enable": "True",
@@ -171,10 +173,11 @@ def tensorrt_options(
 
 
 def cuda_options(inputs: Axes) -> dict[str, str]:
-    """Options for the CUDAExecutionProvider.
+    """Returns options for the CUDAExecutionProvider.
 
-    float32 is computed in float32, as torch does by default: TF32, which ONNX Runtime turns on, keeps 10 bits. For
-    inputs of any size convolutions are chosen by heuristics: the default measures all of them again at each new size.
+    float32 is computed in float32, as torch does by default: TF32, which ONNX Runtime turns on, keeps only 10 bits.
+    If an input has a dynamic axis, convolution algorithms are chosen by heuristics: the default measures all of them
+    again at each new size.
     """
     options = {"use_tf32": "False"}
     if any(isinstance(axis, str) for axes in inputs.values() for axis in axes):
@@ -194,13 +197,14 @@ def choose_provider(
     shapes: Shapes | None = None,
     io_binding: bool | None = None,
 ) -> ProviderChoice:
-    """What to make a session for `graph` with; the arguments are those of `OrtRunner` and `tensorrt_options`.
+    """Chooses the settings of a session for `graph`; the arguments are those of `OrtRunner` and `tensorrt_options`.
 
-    `provider_options` go before ours, None in place of a value leaves ONNX Runtime's default. Axes whose smallest and
-    largest size are the same are fixed.
+    `provider_options` override ours; None as a value restores ONNX Runtime's default. Axes whose smallest and largest
+    size are equal are fixed.
 
     Raises:
-        ValueError: for an unknown provider, options that exclude each other, or `shapes` that do not fit the inputs.
+        ValueError: if the provider is unknown, `threads` is below 1, options are invalid or exclude each other, or
+            `shapes` do not fit the inputs.
     """
     _check_arguments(provider, threads, provider_options or {})
     if shapes is not None:
@@ -237,7 +241,7 @@ def choose_provider(
 
 
 def _merge_options(ours: Mapping[str, str], given: Mapping[str, str | None]) -> dict[str, str]:
-    """Our options with the given ones before them; None takes ours away."""
+    """Returns our options, overridden by the given ones; None removes ours."""
     kept = {name: value for name, value in ours.items() if name not in given}
     return kept | {name: value for name, value in given.items() if value is not None}
 
@@ -258,11 +262,11 @@ def _check_cuda_graph(option: str, inputs: Axes, fixed: Mapping[str, int], io_bi
     free = [axis for axis in axes if isinstance(axis, str)]
     if free:
         raise ValueError(
-            f"`{option}` replays a run at the sizes of the first: fix {', '.join(map(repr, free))} by `shapes`, "
-            f"for example {{{free[0]!r}: (8, 8, 8)}}"
+            f"`{option}` replays runs at the sizes of the first one: fix {', '.join(map(repr, free))} with "
+            f"`shapes`, for example {{{free[0]!r}: (8, 8, 8)}}"
         )
     if not io_binding:
-        raise ValueError(f"`{option}` needs inputs and outputs that stay in their place: leave `io_binding` on")
+        raise ValueError(f"`{option}` needs inputs and outputs that stay in place: leave `io_binding` on")
 
 
 def _with_fixed_axes(inputs: Axes, fixed: Mapping[str, int]) -> dict[str, tuple[int | str, ...]]:

@@ -1,4 +1,4 @@
-"""Sessions that compute on the provider that was asked for, or are not made."""
+"""Makes sessions that compute on the requested provider, or raises an error."""
 
 import contextlib
 import ctypes
@@ -17,50 +17,50 @@ from .providers import CUDA, TENSORRT, ProviderChoice
 _DISABLE = "optimization.disable_specified_optimizers"
 
 HALF_CONFIG = {_DISABLE: "NchwcTransformer"}
-"""Session configuration for graphs in half precision: this pass, for convolutions on x86, ends the process at some
-(Transpose → Cast → MatMul: https://github.com/microsoft/onnxruntime/issues/28392; seen with 1.32)."""
+"""Session configuration for graphs in half precision. The disabled pass, for convolutions on x86, ends the process at
+some graphs (Transpose → Cast → MatMul: https://github.com/microsoft/onnxruntime/issues/28392; seen with 1.32)."""
 
 _CONFIGS = {"fp16": HALF_CONFIG}
-"""Precision of a graph's weights → what its sessions are configured with."""
+"""Precision of a graph's weights → the configuration of its sessions."""
 
 SAVE_MEMORY_CONFIG = {
     "session.disable_prepacking": "1",  # prepared copies of the weights
     _DISABLE: f"{HALF_CONFIG[_DISABLE]};ConstantFolding;FuseFp16InitializerToFp32NodeTransformer",
 }
-"""Session configuration that makes no copies of the weights: a CPU computes half precision in float32."""
+"""Session configuration without copies of the weights: a CPU would widen half precision to float32 in advance."""
 
 _LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
 
 
 def default_config(precision: str, *, save_memory: bool) -> dict[str, str]:
-    """Session configuration for a graph whose weights have this precision."""
+    """Returns the session configuration for a graph whose weights have this precision."""
     return SAVE_MEMORY_CONFIG if save_memory else _CONFIGS.get(precision, {})
 
 
 def require_provider(ort: Any, name: str) -> None:
-    """Loads what a provider needs; without that ONNX Runtime would log a line and compute on the CPU.
+    """Loads the libraries of a provider; without them ONNX Runtime would log a line and compute on the CPU.
 
-    The libraries of NVIDIA's pip packages lie where the loader does not look: ONNX Runtime's `preload_dlls` loads those
-    of CUDA and cuDNN, and importing `tensorrt_libs` loads TensorRT's.
+    The loader does not look into NVIDIA's pip packages: ONNX Runtime's `preload_dlls` loads the libraries of CUDA and
+    cuDNN from there, and importing `tensorrt_libs` loads those of TensorRT.
 
     Args:
         ort: the `onnxruntime` module.
-        name: a provider as ONNX Runtime calls it.
+        name: the provider's name in ONNX Runtime.
 
     Raises:
-        MELoRAError: where the package has no such provider, or a library is missing; names it and where to get it.
+        MELoRAError: if the package has no such provider, or a library is missing; names it and where to get it.
     """
     available = ort.get_available_providers()
     if name not in available:
         raise MELoRAError(
-            f"{name} is not in the onnxruntime that is installed ({ort.__version__}: {', '.join(available)}): "
+            f"{name} is not in the installed onnxruntime ({ort.__version__}: {', '.join(available)}): "
             'pip uninstall onnxruntime, then pip install "melora_fx[gpu]"; of onnxruntime and onnxruntime-gpu only one '
-            "may be installed, they share a folder"
+            "may be installed, because they share a folder"
         )
     library = provider_library(ort, _LIBRARIES[name]) if name in _LIBRARIES else None
     if library is None or not library.is_file():
         return
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it lacks, needed or not
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every missing library, needed or not
         ort.preload_dlls()
     if name == TENSORRT:
         with contextlib.suppress(ImportError):
@@ -84,30 +84,32 @@ def _remedy(library: str) -> str:
 def make_session(
     ort: Any, path: Path, choice: ProviderChoice, config: Mapping[str, str] | None = None, *, save_memory: bool = False
 ) -> Any:
-    """A session for the file `path` that has every provider of the choice, and falls back to none.
+    """Returns a session for the file `path` with every provider of the choice, and without a fallback.
 
     `config`: further entries of the session's configuration. `save_memory`: values are freed after their last use, and
-    each weight in half precision is widened when it is used and not before.
+    each weight in half precision is widened only when it is used.
 
     Raises:
-        ValueError: for a provider option that ONNX Runtime does not know.
-        MELoRAError: where a provider, or a library of it, is missing, or ONNX Runtime cannot load the file.
+        ValueError: if ONNX Runtime does not know a provider option.
+        MELoRAError: if a provider or one of its libraries is missing, or ONNX Runtime cannot load the file.
     """
     for name, _ in choice.providers:
         require_provider(ort, name)
     options = _session_options(ort, choice, config or {}, save_memory)
     try:
-        # `enable_fallback`: else it prints what failed and tries again on the CPU, now and at every run
+        # with `enable_fallback` it would print the failure and try again on the CPU, now and at every run
         session = ort.InferenceSession(str(path), options, providers=[*choice.providers], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's own exception types are private
         if unknown := re.search(r'(?:Unknown provider option: |Invalid TensorRT EP option: )"?(\w+)', str(error)):
-            raise ValueError(f"`provider_options`: `{unknown[1]}` is no option of {choice.providers[0][0]}") from error
+            raise ValueError(
+                f"`provider_options`: `{unknown[1]}` is not an option of {choice.providers[0][0]}"
+            ) from error
         raise MELoRAError(f"ONNX Runtime cannot load `{path}` on {choice.provider}: {_reason(error)}") from error
     lacking = [name for name, _ in choice.providers if name not in session.get_providers()]
     if lacking:
         raise MELoRAError(
-            f"ONNX Runtime has loaded `{path}` without {', '.join(lacking)}, to compute on "
-            f"{', '.join(session.get_providers())}: a library of it is missing, or there is no GPU; its log names it"
+            f"ONNX Runtime has loaded `{path}` without {', '.join(lacking)}, and would compute on "
+            f"{', '.join(session.get_providers())}: a library is missing, or there is no GPU; its log names the cause"
         )
     return session
 
@@ -130,6 +132,6 @@ def _session_options(ort: Any, choice: ProviderChoice, config: Mapping[str, str]
 
 
 def _reason(error: Exception) -> str:
-    """What CUDA or TensorRT says, without the C++ signatures before it; else the whole text."""
+    """Returns the message of CUDA or TensorRT, without the C++ signatures before it; otherwise the whole text."""
     said = re.search(r"CUDA failure \d+: [^;]*\w|Failed to parse provider option.*|(?<=\[TensorRT\] ).*", str(error))
     return said[0] if said else str(error)

@@ -1,4 +1,4 @@
-"""One interface for everything that computes the model: `run(inputs) -> outputs`, both dicts of NumPy arrays."""
+"""The interface of everything that computes a model: `run(inputs) -> outputs`, both dicts of arrays by name."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from exporters.onnx_runtime import Arrays
 
 
 class Runner(Protocol):
-    """What `compare` and `measure_latency` need. `threads`: intra-operator threads, None for the default."""
+    """The interface that `compare` and `measure_latency` need. `threads`: intra-operator threads; None: the default."""
 
     threads: int | None
 
@@ -19,11 +19,12 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """Runs a torch module as it is, in its present mode, without gradients.
+    """Runs a torch module unchanged, in its current mode, without gradients.
 
     Args:
-        model: the module, or a function of it; called with the inputs as keyword arguments, on the module's device.
-        threads: number of torch's intra-operator threads during a run; None leaves torch's own.
+        model: the module, or a function that computes it; called with the inputs as keyword arguments, on the module's
+            device.
+        threads: number of torch's intra-operator threads, set during a run for the whole process; None keeps torch's.
     """
 
     def __init__(self, model: Callable[..., Any], *, threads: int | None = None) -> None:
@@ -31,7 +32,14 @@ class TorchRunner:
         self.threads = threads
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """The outputs by name, for `inputs` of arrays or tensors by name."""
+        """Returns the outputs as NumPy arrays by name.
+
+        Args:
+            inputs: arrays or tensors by name.
+
+        Raises:
+            MELoRAError: if the model returns no tensor.
+        """
         tensors = {name: torch.as_tensor(value, device=self._device()) for name, value in inputs.items()}
         before = torch.get_num_threads()
         if self.threads is not None and self.threads != before:
@@ -45,6 +53,6 @@ class TorchRunner:
         return {name: output.detach().cpu().numpy() for name, output in outputs.items()}
 
     def _device(self) -> torch.device | None:
-        """Where the module's parameters are; None, which leaves a tensor where it is, for a function."""
+        """Returns the device of the module's parameters; for a function None, which leaves tensors on their device."""
         parameters = self.model.parameters() if isinstance(self.model, nn.Module) else iter(())
         return next((parameter.device for parameter in parameters if not parameter.is_meta), None)

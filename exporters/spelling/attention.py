@@ -1,4 +1,4 @@
-"""Attentions as torch's and transformers' exporters write them, in fewer nodes."""
+"""Writes the attentions of torch's and transformers' exporters in fewer nodes."""
 
 from typing import Any
 
@@ -10,15 +10,16 @@ from .values import constant_of, dims_of, is_standard, num_axes, producer
 
 
 def shorten_attentions(model: onnx_ir.Model) -> None:
-    """Writes the keys' transposition as one node, and leaves out masks that mask nothing and copies of a bias."""
+    """Writes the transposition of the keys as one node, and removes masks that mask nothing and copies of a bias."""
     _SHORTER.apply_to_model(model)
     IdentityEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
 
 
 def drop_zeros(model: onnx_ir.Model) -> None:
-    """Leaves out the zeros that a token gets which may attend to nothing: it gets the mean of the values then, as from
-    transformers' eager attention.
+    """Removes the zeros for tokens that may attend to nothing.
+
+    Such a token then gets the mean of the values, as in transformers' eager attention.
     """
     RewriteRule(_zeroed, _states, remove_nodes=False).apply_to_model(model)
     IdentityEliminationPass()(model)
@@ -26,7 +27,7 @@ def drop_zeros(model: onnx_ir.Model) -> None:
 
 
 def drop_returns(model: onnx_ir.Model) -> None:
-    """Leaves out reshapes of reshapes, which transformers' fusions leave around the attentions that they write out."""
+    """Removes reshapes of reshapes, which transformers' fusions leave around the attentions that they write out."""
     for node in list(model.graph):
         before = producer(node.inputs[0], "Reshape") if is_standard(node, "Reshape") else None
         if before is None:
@@ -39,7 +40,7 @@ def drop_returns(model: onnx_ir.Model) -> None:
 
 
 def _leads_back(joined: onnx_ir.Node, parted: onnx_ir.Node) -> bool:
-    """Whether the heads (B, T, H, D) are joined and parted again."""
+    """Returns whether the heads (B, T, H, D) are joined and then split again."""
     into, out_of = constant_of(joined.inputs[1]), constant_of(parted.inputs[1])
     if into is None or out_of is None or into.tolist() != [0, 0, -1] or out_of.tolist()[:2] != [0, 0]:
         return False
@@ -82,7 +83,7 @@ def _states(op: Any, states: onnx_ir.Value, **_: Any) -> onnx_ir.Value:
 
 
 def _is_true(context: Any, allowed: onnx_ir.Value, **_: Any) -> bool:
-    """Whether a mask allows all: copies of a constant that does."""
+    """Returns whether a mask allows everything: it consists of copies of a constant that does."""
     copies = producer(allowed, "Expand")
     mask = copies.inputs[0] if copies is not None else None
     tensor = mask.const_value if mask is not None and not mask.is_graph_input() else None
@@ -94,7 +95,7 @@ def _with_copies(op: Any, scores: Any, bias: Any, shape: Any) -> Any:
 
 
 def _are_needless(context: Any, scores: onnx_ir.Value, copies: onnx_ir.Value, **_: Any) -> bool:
-    """Whether the sum itself makes the copies."""
+    """Returns whether the copies are needless, because the sum broadcasts the bias itself."""
     dims = dims_of(scores)
     return dims is not None and dims == dims_of(copies)
 

@@ -1,10 +1,10 @@
-"""Rows that nobody reads, left out: a classifier looks at one token of each text, so its last layer needs no other.
+"""Removes rows that are never read: a classifier reads one token of each text, so its last layer needs no other.
 
     rows (B·T, I) → Gemm → Gelu → Gemm → as (B, T, O) → Gather token 0 (B, O)           becomes
     rows (B·T, I) → as (B, T, I) → Gather token 0 (B, I) → Gemm → Gelu → Gemm
 
-back to where tokens are mixed, an attention. It saves three quarters of the last layer: the output's projection and the
-MLP. The graph is one that `rows.py` has been over: whatever works on rows alone does not ask how many there are.
+The choice moves back to where tokens are mixed, an attention. It saves three quarters of the last layer: the output
+projection and the MLP. Run `rows.py` on the graph first: operators over rows do not depend on the number of rows.
 """
 
 import onnx_ir
@@ -17,11 +17,11 @@ _TOKENS = 1
 """The axis of the tokens in (B, T, O)."""
 
 _OF_BLOCKS = (1, 0, 2)
-"""What brings (B·T, N, I) to (N, B·T, I), and back: the updates of adapters in blocks."""
+"""The permutation from (B·T, N, I) to (N, B·T, I), and back, in the updates of adapters in blocks."""
 
 
 def choose_rows(model: onnx_ir.Model, shapes: Shapes) -> None:
-    """Moves the choice of a token, a constant one, before what works on each token alone, in the main graph."""
+    """Moves choices of a token by a constant index before operators on single tokens, in the main graph."""
     for node in list(model.graph):
         if is_standard(node, "Gather") and node.attributes.get_int("axis", 0) == _TOKENS and _has_one_index(node):
             _choose(model.graph, node, shapes)
@@ -64,7 +64,7 @@ def _is_same_choice(node: onnx_ir.Node, gather: onnx_ir.Node) -> bool:
 
 
 def _needed_by_these_alone(graph: onnx_ir.Graph, users: set[onnx_ir.Node]) -> set[onnx_ir.Node]:
-    """The nodes over rows, and over their blocks, whose outputs lead to `users` and nowhere else."""
+    """Returns the nodes over rows or blocks of rows whose outputs lead only to `users`."""
     usable = {node for node in graph if _is_view(node) or _works_on_rows(node)}
     while True:
         found: set[onnx_ir.Node] = set()
@@ -80,13 +80,13 @@ def _needed_by_these_alone(graph: onnx_ir.Graph, users: set[onnx_ir.Node]) -> se
 
 
 def _is_made_by(node: onnx_ir.Node, nodes: set[onnx_ir.Node]) -> bool:
-    """Whether one of `nodes` makes what `node` takes."""
+    """Returns whether one of `nodes` produces the first input of `node`."""
     value = node.inputs[0]
     return value is not None and value.producer() in nodes
 
 
 def _needs(value: onnx_ir.Value | None, nodes: set[onnx_ir.Node]) -> bool:
-    """Whether a value is computed of what one of `nodes` gives."""
+    """Returns whether a value is computed from an output of `nodes`."""
     made_by = value.producer() if value is not None else None
     if made_by is None:
         return False
@@ -94,12 +94,12 @@ def _needs(value: onnx_ir.Value | None, nodes: set[onnx_ir.Node]) -> bool:
 
 
 def _is_view(node: onnx_ir.Node) -> bool:
-    """Whether it gives rows their axes back."""
+    """Returns whether a node restores the axes of rows."""
     return as_rows(node.outputs[0]) is not None
 
 
 def _works_on_rows(node: onnx_ir.Node) -> bool:
-    """Whether it takes rows, (B·T, I) or those of blocks, and would give the same ones of fewer."""
+    """Returns whether a node has rows (B·T, I), or rows of blocks, as its input and computes each row separately."""
     first = node.inputs[0] if node.inputs else None
     if not is_standard(node) or first is None or num_axes(first) not in (2, 3):
         return False
@@ -125,14 +125,14 @@ def _have_as_many_rows(value: onnx_ir.Value | None, other: onnx_ir.Value) -> boo
 
 
 def _places_of_rows(node: onnx_ir.Node) -> list[int]:
-    """Which inputs of a node over rows are rows themselves, or their blocks."""
+    """Returns the indices of the inputs of a node over rows that are rows, or blocks of rows."""
     if node.op_type in ELEMENTWISE:
         return [index for index, value in enumerate(node.inputs) if num_axes(value) == 2]
     return [0]
 
 
 def _is_reshape_of_rows(node: onnx_ir.Node) -> bool:
-    """Whether it parts each row into blocks, (B·T, I) → (B·T, N, I/N), or joins them again."""
+    """Returns whether a reshape splits each row into blocks, (B·T, I) → (B·T, N, I/N), or joins them again."""
     sizes = constant_of(node.inputs[1])
     if sizes is None or sizes[0] != -1:
         return False
@@ -144,7 +144,7 @@ def _is_reshape_of_rows(node: onnx_ir.Node) -> bool:
 
 
 def _width_of_rows(value: onnx_ir.Value | None) -> int | None:
-    """The width of rows (B·T, I); None for what has more axes."""
+    """Returns the width I of rows (B·T, I), or None for a value of other axes or a dynamic width."""
     width = value.shape[1] if value is not None and value.shape is not None and len(value.shape) == 2 else None
     return width if isinstance(width, int) else None
 
@@ -157,7 +157,7 @@ def _chosen_before(
     shapes: Shapes,
     chosen: dict[onnx_ir.Value, onnx_ir.Value],
 ) -> onnx_ir.Value:
-    """The token of rows that stay whole."""
+    """Inserts the choice of the token from rows that stay whole, and returns the chosen rows."""
     width = _width_of_rows(rows)
     assert width is not None
     with_axes = onnx_ir.node("Reshape", [rows, shapes.like(view, width)])

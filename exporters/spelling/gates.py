@@ -1,9 +1,9 @@
-"""Updates of swappable adapters, left out while there is no adapter: an empty product still costs copies of its input.
+"""Skips the updates of swappable adapters while there is no adapter: even an empty product copies its input.
 
     Gemm(x, W, b) + update(x, A, B)     becomes     Gemm(x, W, If(A has elements, update(x, A, B) + b, b))
 
-so that without an adapter the product is the base's own. Sites of one input, such as query, key and value, share an
-`If`: one that is taken costs some 30 µs.
+Without an adapter the product is then the base's own. Sites with the same input, such as query, key and value, share
+one `If`, because each `If` that is taken costs about 30 µs.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ _VIEWS = ("Reshape", "Transpose")
 
 
 class _Site(NamedTuple):
-    """The `product` x W + b, the `update` by `lora_a` and another factor, and their `total`."""
+    """The `product` x W + b, the `update` with `lora_a` and another factor, and their `total`."""
 
     lora_a: onnx_ir.Value
     update: onnx_ir.Value
@@ -40,7 +40,7 @@ class _Site(NamedTuple):
 
 
 def gate_updates(model: onnx_ir.Model, factors: Iterable[tuple[str, str]]) -> None:
-    """Rewrites the sums of a `Gemm` and an update by two of the graph's inputs, which are named in pairs."""
+    """Rewrites the sums of a `Gemm` and an update; `factors`: the pairs of graph inputs that updates multiply by."""
     inputs = {value.name: value for value in model.graph.inputs}
     pairs = [(inputs[name_a], inputs[name_b]) for name_a, name_b in factors]
     updates = _nodes_of_updates(model.graph, [value for pair in pairs for value in pair])
@@ -51,11 +51,11 @@ def gate_updates(model: onnx_ir.Model, factors: Iterable[tuple[str, str]]) -> No
     for sites in groups.values():
         _gate(model.graph, sites, updates)
     RemoveUnusedNodesPass()(model)
-    model.graph.sort()  # a branch may take shapes that are made later than the input of its sites
+    model.graph.sort()  # a branch may use shapes that are computed after the input of its sites
 
 
 def _nodes_of_updates(graph: onnx_ir.Graph, factors: list[onnx_ir.Value]) -> set[onnx_ir.Node]:
-    """The products by adapters, and the views that only these use or are made of."""
+    """Returns the products with adapters, the views of their outputs, and the views that only they use."""
     nodes = {user for factor in factors for user in factor.consumers()}
     for node in list(graph):
         if is_standard(node, *_VIEWS) and _is_made_in(node.inputs[0], nodes):
@@ -68,12 +68,12 @@ def _nodes_of_updates(graph: onnx_ir.Graph, factors: list[onnx_ir.Value]) -> set
 
 
 def _is_made_in(value: onnx_ir.Value | None, nodes: set[onnx_ir.Node]) -> bool:
-    """Whether one of `nodes` makes the value."""
+    """Returns whether one of `nodes` produces the value."""
     return value is not None and value.producer() in nodes
 
 
 def _find_site(lora_a: onnx_ir.Value, lora_b: onnx_ir.Value, updates: set[onnx_ir.Node]) -> _Site | None:
-    """The site of two factors, None where the graph computes it otherwise."""
+    """Returns the site of two factors, or None if the graph computes it in another form."""
     update = lora_b
     while users := [user for user in update.consumers() if user in updates]:
         update = users[0].outputs[0]
@@ -84,13 +84,13 @@ def _find_site(lora_a: onnx_ir.Value, lora_b: onnx_ir.Value, updates: set[onnx_i
     product = producer(base, "Gemm")
     if product is None or base is None or len(base.uses()) != 1 or len(product.inputs) != 3:
         return None
-    if not is_given(product.inputs[2]):  # the `If` stands before the product, and takes it
+    if not is_given(product.inputs[2]):  # the `If` comes before the product, and needs the bias
         return None
     return _Site(lora_a, update, product, totals[0])
 
 
 def _gate(graph: onnx_ir.Graph, sites: list[_Site], updates: set[onnx_ir.Node]) -> None:
-    """Puts one `If` before the products of sites that have the same input."""
+    """Inserts one `If` before the products of sites with the same input."""
     sizes = [onnx_ir.node("Size", [site.lora_a]) for site in sites]
     largest = onnx_ir.node("Max", [size.outputs[0] for size in sizes])
     is_given = onnx_ir.node("Cast", largest.outputs, {"to": onnx_ir.DataType.BOOL})
@@ -109,7 +109,7 @@ def _gate(graph: onnx_ir.Graph, sites: list[_Site], updates: set[onnx_ir.Node]) 
 
 
 def _updated(graph: onnx_ir.Graph, sites: list[_Site], updates: set[onnx_ir.Node], name: str) -> onnx_ir.Graph:
-    """The branch of the updates, each with its bias added."""
+    """Builds the branch that computes the updates, each with its bias added."""
     nodes: list[onnx_ir.Node] = []
     copies: dict[onnx_ir.Value, onnx_ir.Value] = {}
 
@@ -128,7 +128,7 @@ def _updated(graph: onnx_ir.Graph, sites: list[_Site], updates: set[onnx_ir.Node
 
 
 def _branch(graph: onnx_ir.Graph, nodes: list[onnx_ir.Node], num_outputs: int, name: str) -> onnx_ir.Graph:
-    """A graph without inputs, of the last nodes' outputs, whose values have names of their own."""
+    """Builds a graph without inputs that returns the outputs of the last nodes; its values get unique names."""
     for index, node in enumerate(nodes):
         node.outputs[0].name = f"{name}.{index}"
     outputs = [node.outputs[0] for node in nodes[-num_outputs:]]

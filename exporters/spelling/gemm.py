@@ -1,15 +1,15 @@
-"""A product and its bias in one operator: `MatMul` and `Add` read and write the product once more."""
+"""Joins a product and its bias into one operator: `MatMul` and `Add` read and write the product once more."""
 
 import onnx_ir
 
 from .values import dims_of, is_standard, num_axes, producer, replace
 
 _TYPES = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE)
-"""What ONNX Runtime's CPU has `Gemm` for; float16 is made of float32 later."""
+"""The types for which ONNX Runtime has a `Gemm` on a CPU; float32 is converted to float16 later."""
 
 
 def write_gemms(model: onnx_ir.Model) -> None:
-    """Joins products of two matrices, in the main graph, with biases that are added to them."""
+    """Joins products of two matrices, in the main graph, with the biases that are added to them."""
     for node in list(model.graph):
         for product, bias in ((0, 1), (1, 0)):
             if is_standard(node, "Add") and _is_biased(node.inputs[product], node.inputs[bias]):
@@ -22,7 +22,7 @@ def write_gemms(model: onnx_ir.Model) -> None:
 
 
 def _is_biased(product: onnx_ir.Value | None, bias: onnx_ir.Value | None) -> bool:
-    """Whether `product` is x W of two matrices, used here alone, and `bias` as long as its rows."""
+    """Returns whether `product` is x W of two matrices and used only here, and `bias` is as long as its rows."""
     node = producer(product, "MatMul")
     if node is None or product is None or len(product.uses()) != 1 or product.is_graph_output():
         return False

@@ -1,10 +1,11 @@
-"""Products with one matrix over all rows at once, and what stands between two of them too.
+"""Computes products with one matrix, and the operators between two products, over all rows at once.
 
     x (B, T, I) → MatMul W → Add b → Gelu → MatMul V                                  becomes
     x → Reshape (B·T, I) → MatMul W → Add b → Gelu → MatMul V → Reshape (B, T, O)
 
-so that `gemm.py` can write a product and its bias as one operator. Whatever works on each row alone (activations,
-normalisations, residual sums) takes rows too; only what needs the axes, such as an attention, gets them back.
+Then `gemm.py` can write a product and its bias as one operator. Operators that work on each row separately
+(activations, normalisations, residual sums) use rows too. The axes are restored only for operators that need them,
+such as an attention.
 """
 
 import math
@@ -31,11 +32,11 @@ ELEMENTWISE = {
 }  # fmt: skip
 
 DEFAULT_AXIS = {"LayerNormalization": -1, "RMSNormalization": -1, "LogSoftmax": -1, "Softmax": -1, "Split": 0}
-"""Operators that work along an attribute `axis`, and what that is by default."""
+"""Operator with an attribute `axis` → the default of `axis`."""
 
 
 def flatten_rows(model: onnx_ir.Model, shapes: Shapes) -> None:
-    """Rewrites the main graph, as far as the axes of its values are known."""
+    """Rewrites the nodes of the main graph whose axes are known."""
     _Flattening(model.graph, shapes).run()
     RemoveUnusedNodesPass()(model)
 
@@ -53,12 +54,12 @@ class _Flattening:
             if is_standard(node, "Reshape"):
                 self._join(node)
             elif any(output.is_graph_output() for output in node.outputs):
-                continue  # a reshape behind it would have to copy
+                continue  # a reshape after it would have to copy
             elif is_standard(node) and (_is_product(node) or _starts_rows(node) or _continues_rows(node)):
                 self._flatten(node)
 
     def _flatten(self, node: onnx_ir.Node) -> None:
-        """Puts the same operator over rows, and reshapes of its outputs, in the place of `node`."""
+        """Replaces `node` with the same operator over rows, and reshapes of its outputs."""
         dims = _leading(node.outputs[0])
         of_rows = [value for value in node.inputs if value is not None and _leading(value) == dims]
         inputs = [self._rows_of(value) if value in of_rows else value for value in node.inputs]
@@ -77,7 +78,7 @@ class _Flattening:
         replace(node, [over_rows, *views], [view.outputs[0] for view in views])
 
     def _rows_of(self, value: onnx_ir.Value) -> onnx_ir.Value:
-        """A value as rows, made where it is none yet."""
+        """Returns a value as rows; inserts a reshape if there are no rows yet."""
         rows = as_rows(value) or self._rows.get(value)
         if rows is None:
             width = _known_width(value)
@@ -89,7 +90,7 @@ class _Flattening:
         return rows
 
     def _join(self, node: onnx_ir.Node) -> None:
-        """Lets a reshape of a reshape take what the first one takes, or be left out where it leads back to that."""
+        """Connects a reshape of a reshape to the input of the first one, or removes it if it restores that input."""
         view, output = node.inputs[0], node.outputs[0]
         if view is None or _may_copy_axes(node):
             return
@@ -104,16 +105,17 @@ class _Flattening:
 
 
 def _is_product(node: onnx_ir.Node) -> bool:
-    """Whether it multiplies rows that have more axes by one matrix."""
+    """Returns whether a node multiplies rows along several axes by one matrix."""
     if node.op_type != "MatMul" or num_axes(node.inputs[1]) != 2 or _width(node.outputs[0]) is None:
         return False
     return _has_more_axes(node.inputs[0]) and _leading(node.inputs[0]) == _leading(node.outputs[0])
 
 
 def _starts_rows(node: onnx_ir.Node) -> bool:
-    """Whether it is a normalisation of rows that have more axes.
+    """Returns whether a node is a normalisation of rows along several axes.
 
-    A sum before one, with three known axes, ONNX Runtime replaces by its own operator for both, slower on a CPU.
+    ONNX Runtime fuses a sum with three known axes and the normalisation after it into an operator that is slower on a
+    CPU.
     """
     return node.op_type == "LayerNormalization" and _has_more_axes(node.inputs[0]) and _is_rowwise(node)
 
@@ -123,7 +125,7 @@ def _continues_rows(node: onnx_ir.Node) -> bool:
 
 
 def _is_rowwise(node: onnx_ir.Node) -> bool:
-    """Whether each row of the outputs needs the same row of the inputs alone."""
+    """Returns whether each row of the outputs depends only on the same row of the inputs."""
     dims = _leading(node.outputs[0])
     if dims is None or any(_leading(output) != dims or _width(output) is None for output in node.outputs):
         return False
@@ -143,26 +145,26 @@ def _axes_of_mean(node: onnx_ir.Node) -> list[int] | None:
 
 
 def _leading(value: onnx_ir.Value | None) -> Dims | None:
-    """The axes before the last, where there are any and all are known."""
+    """Returns the axes before the last, or None if there are none or not all axes are known."""
     dims = dims_of(value)
     return dims[:-1] if dims is not None and len(dims) > 1 else None
 
 
 def _num_rows(dims: Dims | None) -> int | str:
-    """The product of leading axes, in words where they are dynamic."""
+    """Returns the product of leading axes, as a string if one is dynamic."""
     assert dims is not None
     fixed = [axis for axis in dims if isinstance(axis, int)]
     return math.prod(fixed) if len(fixed) == len(dims) else "*".join(map(str, dims))
 
 
 def _has_more_axes(value: onnx_ir.Value | None) -> bool:
-    """Whether it is rows of a known width, along more than one axis."""
+    """Returns whether a value consists of rows of a known width along several axes."""
     dims = _leading(value)
     return dims is not None and len(dims) > 1 and _width(value) is not None
 
 
 def _width(value: onnx_ir.Value | None) -> int | None:
-    """The last axis of a value, None where it is dynamic or there is none."""
+    """Returns the size of the last axis of a value, or None if it is dynamic or there is none."""
     last = value.shape[-1] if value is not None and value.shape else None
     return last if isinstance(last, int) else None
 
@@ -174,13 +176,13 @@ def _known_width(value: onnx_ir.Value) -> int:
 
 
 def _is_one_row(value: onnx_ir.Value | None) -> bool:
-    """Whether it is a number, or the same for every row."""
+    """Returns whether a value is a number or one row, and so the same for every row."""
     axes = num_axes(value)
     return axes is not None and axes <= 1
 
 
 def as_rows(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
-    """The rows that a value of more axes is a view of, None where it is none."""
+    """Returns the rows of which a value with more axes is a view, or None if it is not a view of rows."""
     view = producer(value, "Reshape")
     if view is None or num_axes(view.inputs[0]) != 2 or not _has_more_axes(value):
         return None
@@ -188,5 +190,5 @@ def as_rows(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
 
 
 def _may_copy_axes(node: onnx_ir.Node) -> bool:
-    """Whether a reshape may take an axis over from its input, as a zero in its shape says."""
+    """Returns whether a reshape may copy the size of an axis from its input, which a zero in its shape requests."""
     return not node.attributes.get_int("allowzero", 0) and may_be_zero(node.inputs[1])

@@ -1,4 +1,4 @@
-"""What is known of a value: its axes, its constant, where it comes from; and shapes for reshapes."""
+"""Known facts about a value: its axes, its constant, its producer; and shapes for reshapes."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ import onnx_ir
 Dims = tuple[int | str, ...]
 _STANDARD = ("", "ai.onnx")
 _SMALL = 8
-"""Elements of a constant that is read."""
+"""The largest number of elements of a constant that is read."""
 
 
 def dims_of(value: onnx_ir.Value | None) -> Dims | None:
-    """The size of each axis, a number or the name of a dynamic one; None where one of them is not known."""
+    """Returns the size of each axis, a number or the name of a dynamic axis; None if the size of one is not known."""
     if value is None or value.shape is None:
         return None
     dims = [axis if isinstance(axis, int) else axis.value for axis in value.shape]
@@ -20,40 +20,40 @@ def dims_of(value: onnx_ir.Value | None) -> Dims | None:
 
 
 def num_axes(value: onnx_ir.Value | None) -> int | None:
-    """The number of axes, None where it is not known."""
+    """Returns the number of axes, or None if it is not known."""
     return len(value.shape) if value is not None and value.shape is not None else None
 
 
 def constant_of(value: onnx_ir.Value | None) -> np.ndarray | None:
-    """The few numbers that a value always holds; None where they are not known, or many."""
+    """Returns the constant that a value always has, or None if it is not known or has more than `_SMALL` elements."""
     tensor = value.const_value if value is not None and not value.is_graph_input() else None
     return tensor.numpy() if tensor is not None and tensor.size <= _SMALL else None
 
 
 def is_given(value: onnx_ir.Value | None) -> bool:
-    """Whether it is there before any node runs: a constant, or an input."""
+    """Returns whether a value exists before any node runs: a constant or an input."""
     return value is not None and (value.const_value is not None or value.is_graph_input())
 
 
 def is_standard(node: onnx_ir.Node, *op_types: str) -> bool:
-    """Whether it is a standard operator, of one of these types if any are given."""
+    """Returns whether a node is a standard operator, of one of these types if any are passed."""
     return node.domain in _STANDARD and (not op_types or node.op_type in op_types)
 
 
 def producer(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
-    """The standard operator of this type that makes a value, None where another one does."""
+    """Returns the node that produces a value, or None if it is not a standard operator of this type."""
     node = value.producer() if value is not None else None
     return node if node is not None and is_standard(node, op_type) else None
 
 
 def replace(node: onnx_ir.Node, new: Sequence[onnx_ir.Node], values: Sequence[onnx_ir.Value]) -> None:
-    """Puts the nodes `new` in the place of `node`, and `values` in that of its outputs, with their names and shapes."""
+    """Replaces `node` with the nodes `new`, and its outputs with `values`, which take over their names and shapes."""
     assert node.graph is not None
     onnx_ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, node.outputs, values)
 
 
 def insert_after(graph: onnx_ir.Graph, value: onnx_ir.Value, node: onnx_ir.Node) -> None:
-    """Inserts a node as soon as `value` is there."""
+    """Inserts a node directly after the one that produces `value`, or at the start if there is none."""
     before = value.producer()
     if before is not None:
         graph.insert_after(before, node)
@@ -62,7 +62,7 @@ def insert_after(graph: onnx_ir.Graph, value: onnx_ir.Value, node: onnx_ir.Node)
 
 
 def add_initializer(graph: onnx_ir.Graph, name: str, array: np.ndarray) -> onnx_ir.Value:
-    """A new initializer of the graph."""
+    """Adds an initializer to the graph, and returns it."""
     tensor = onnx_ir.tensor(array, name=name)
     value = onnx_ir.Value(
         name=name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
@@ -72,9 +72,9 @@ def add_initializer(graph: onnx_ir.Graph, name: str, array: np.ndarray) -> onnx_
 
 
 class Shapes:
-    """Shapes for reshapes in one graph, each made once.
+    """Shapes for reshapes in one graph, each built once.
 
-    Two axes of one name need not be of one length at each run: where a shape comes from is what counts.
+    Two axes with the same name may have different lengths in a run, so a shape is identified by its source.
     """
 
     def __init__(self, graph: onnx_ir.Graph) -> None:
@@ -84,7 +84,7 @@ class Shapes:
         self._whole: dict[tuple[onnx_ir.Value, int], onnx_ir.Value] = {}
 
     def constant(self, sizes: Sequence[int]) -> onnx_ir.Value:
-        """These sizes."""
+        """Returns a constant shape with these sizes."""
         key = tuple(sizes)
         if not self._is_there(self._constants.get(key)):
             name = f"shape.{'_'.join('any' if size == -1 else str(size) for size in key)}"
@@ -92,7 +92,7 @@ class Shapes:
         return self._constants[key]
 
     def like(self, value: onnx_ir.Value, width: int) -> onnx_ir.Value:
-        """The axes of `value`, which are known, with `width` in the place of the last."""
+        """Returns the shape of `value`, whose axes must be known, with `width` in place of the last axis."""
         dims = dims_of(value)
         assert dims is not None
         fixed = [axis for axis in dims[:-1] if isinstance(axis, int)]
@@ -108,14 +108,14 @@ class Shapes:
         return self._whole[leading, width]
 
     def _is_there(self, value: onnx_ir.Value | None) -> bool:
-        """Whether a value has been made, and no pass has removed it since as unused."""
+        """Returns whether a value has been built, and no pass has since removed it as unused."""
         if value is None:
             return False
         node = value.producer()
         return node.graph is not None if node is not None else value.name in self._graph.initializers
 
     def _leading_of(self, value: onnx_ir.Value, length: int) -> onnx_ir.Value:
-        """The sizes of the axes before the last: those that a view was made with, or else what `Shape` gives."""
+        """Returns the sizes of the axes before the last: those with which a view was built, else those of `Shape`."""
         view = producer(value, "Reshape")
         shape = view.inputs[1] if view is not None else None
         source = shape if shape is not None and not may_be_zero(shape) else value
@@ -130,7 +130,7 @@ class Shapes:
 
 
 def may_be_zero(shape: onnx_ir.Value | None) -> bool:
-    """Whether a size may be zero, by which `Reshape` means that of its input."""
+    """Returns whether a size may be zero; `Reshape` replaces a zero with the size of its input."""
     sizes = constant_of(shape)
     if sizes is not None:
         return 0 in sizes

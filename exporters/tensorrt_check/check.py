@@ -1,6 +1,6 @@
-"""`check_tensorrt`: what keeps a graph from becoming a TensorRT engine, and how to build it where nothing does.
+"""Reports what keeps TensorRT from building an engine of a graph, and how to build it if there are no obstacles.
 
-Nothing here needs TensorRT or a GPU; the graph is compared with what is known of TensorRT's parser.
+Nothing here needs TensorRT or a GPU; the graph is compared with known facts about TensorRT's parser.
 
 Sources, read in November 2026:
 `trtexec`: https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/command-line-programs.html
@@ -31,16 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorRTReport:
-    """Whether TensorRT builds a graph as a whole, and with what.
+    """Whether TensorRT builds the whole of a graph, and with which options.
 
     Attributes:
-        path: the .onnx file; `num_nodes` is how many nodes its main graph has.
+        path: the .onnx file.
+        num_nodes: the number of nodes in its main graph.
         obstacles: everything that would not build, node by node; `ok` is whether there is none.
-        notes: what holds in some versions only, or cannot be seen in the graph.
+        notes: facts that apply only to some versions, or cannot be seen in the graph.
         profile: the smallest, usual and largest shape of each input, as "input_ids:1x16,attention_mask:1x16" under
-            "min", "opt" and "max"; empty where all shapes are fixed.
-        trtexec: the command that builds an engine of it, one argument each.
-        provider_options: for ONNX Runtime's TensorrtExecutionProvider.
+            "min", "opt" and "max"; empty if all shapes are fixed.
+        trtexec: the command that builds an engine of the graph, as a list of arguments.
+        provider_options: the options for ONNX Runtime's TensorrtExecutionProvider.
     """
 
     path: str
@@ -58,8 +59,8 @@ class TensorRTReport:
     def __str__(self) -> str:
         from .obstacles import group_obstacles
 
-        verdict = "TensorRT builds the whole of it" if self.ok else "TensorRT would not build all of it"
-        lines = [f"{self.path}: {self.num_nodes} nodes", f"  {verdict}, by {TABLE}"]
+        verdict = "TensorRT builds all of it" if self.ok else "TensorRT would not build all of it"
+        lines = [f"{self.path}: {self.num_nodes} nodes", f"  {verdict}, per {TABLE}"]
         for label, texts in (("no", group_obstacles(self.obstacles)), ("note", self.notes)):
             for text in texts:
                 lines += textwrap.wrap(text, 100, initial_indent=f"  {label:6}", subsequent_indent=" " * 8)
@@ -70,16 +71,16 @@ class TensorRTReport:
 
 
 def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> TensorRTReport:
-    """Checks, without TensorRT, that it builds the whole of a graph, and says with which profile and options.
+    """Checks without TensorRT whether it builds the whole of a graph, and reports the profile and options for it.
 
     Args:
-        onnx_path: a .onnx file; its weights lie beside it.
-        shapes: smallest, usual and largest size of each dynamic axis, such as `{"batch": (1, 8, 32)}`.
+        onnx_path: an .onnx file, with its weights next to it.
+        shapes: the smallest, usual and largest size of each dynamic axis, such as `{"batch": (1, 8, 32)}`.
 
     Raises:
-        ValueError: for `shapes` that do not fit the inputs' axes.
-        MELoRAError: for a file that is missing or is no ONNX graph, missing or short weight files, and inputs that have
-            axes without a name.
+        ValueError: if `shapes` does not fit the inputs' axes.
+        MELoRAError: if the file is missing or not an ONNX graph, weight files are missing or too short, an input has a
+            dynamic axis without a name, or the types of the graph cannot be inferred.
     """
     from .obstacles import find_obstacles  # imports onnx
 
@@ -87,7 +88,9 @@ def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> Tens
     model = read_graph(path)
     inputs = axes_by_name(required_inputs(model))
     if unnamed := [name for name, axes in inputs.items() if "?" in axes]:
-        raise MELoRAError(f"`{path}`: {', '.join(unnamed)} has a dynamic axis without a name, so no range can be given")
+        raise MELoRAError(
+            f"`{path}`: {', '.join(unnamed)} has a dynamic axis without a name, so no range can be passed"
+        )
     profile = {key.split("_")[2]: value for key, value in profile_shapes(inputs, shapes).items()}
     return TensorRTReport(
         path=str(path),
@@ -103,7 +106,10 @@ def check_tensorrt(onnx_path: str | os.PathLike[str], *, shapes: Shapes) -> Tens
 
 
 def _trtexec(path: Path, profile: dict[str, str]) -> tuple[str, ...]:
-    """The types of the graph are kept: asked for with --stronglyTyped in TensorRT 10, always so in TensorRT 11."""
+    """Returns the command for trtexec.
+
+    It keeps the types of the graph: TensorRT 10 needs --stronglyTyped for this, TensorRT 11 always keeps them.
+    """
     return (
         "trtexec",
         f"--onnx={path}",
@@ -126,8 +132,8 @@ def _notes(model: onnx_ir.Model) -> Iterator[str]:
     if booleans := [value.name or "" for value in ends if value.dtype == DataType.BOOL]:
         yield f"BOOL ({', '.join(booleans)}): a type of TensorRT 10, for inputs and outputs too"
     if precision_of(model) == "fp16":
-        yield "float16: the graph's own types are kept; --fp16 is for float32 graphs and is gone in TensorRT 11"
+        yield "float16: the graph's own types are kept; --fp16 is for float32 graphs, and was removed in TensorRT 11"
     else:
-        yield "float32: TensorRT multiplies in TF32 where the GPU can; add --noTF32 to compare with other runtimes"
+        yield "float32: TensorRT multiplies in TF32 if the GPU can; add --noTF32 to compare with other runtimes"
     for op_type in sorted({node.op_type for node in model.graph} & UNCHECKED.keys()):
         yield f"{op_type}: {UNCHECKED[op_type]}; this cannot be checked here"

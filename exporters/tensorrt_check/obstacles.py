@@ -1,9 +1,9 @@
-"""Which nodes of an ONNX graph TensorRT would not build, and why.
+"""Finds the nodes of an ONNX graph that TensorRT would not build, and the reasons.
 
-A shape may be computed in the graph, from other shapes and from constants: exporters write chains of Shape, Gather,
-Concat, Reshape. What may not decide a shape is the *values* of an input: they are known on the GPU only, after the
-engine has been built for its range of shapes. So each tensor is followed from the inputs: its values depend on theirs,
-unless it is a Shape or a Size.
+A graph may compute a shape from other shapes and from constants: exporters write chains of Shape, Gather, Concat,
+Reshape. The *values* of an input must not decide a shape: they are known only on the GPU, after the engine has been
+built for its range of shapes. So the values of the inputs are traced through the graph: the outputs of a node depend on
+them if one of its inputs does, unless the node is a Shape or a Size.
 """
 
 import functools
@@ -29,7 +29,7 @@ _DOMAINS = ("", "ai.onnx")
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What TensorRT would not build: a node, or an input of the graph, and why."""
+    """A node, an input or output, or an opset of a graph that TensorRT would not build, and the reason."""
 
     node: str
     op_type: str
@@ -38,7 +38,13 @@ class Obstacle:
 
 @dataclass
 class _Known:
-    """What is known of a graph's values beside what they say of themselves."""
+    """Known facts about a graph's values that the values themselves do not store.
+
+    Attributes:
+        opset: the ONNX operator set of the graph.
+        constants: the values that are constant.
+        from_values: the values that depend on the values of the graph's inputs.
+    """
 
     opset: int
     constants: set[onnx_ir.Value] = field(default_factory=set)
@@ -46,27 +52,27 @@ class _Known:
 
 
 def find_obstacles(model: onnx_ir.Model) -> tuple[Obstacle, ...]:
-    """Everything in a graph that keeps TensorRT from building the whole of it; external data is not read.
+    """Returns everything that keeps TensorRT from building the whole of a graph; external data is not read.
 
     Raises:
-        MELoRAError: for a graph whose types cannot be inferred.
+        MELoRAError: if the types of the graph cannot be inferred.
     """
     try:
         proto = onnx_ir.to_proto(model)
         proto = onnx.inliner.inline_local_functions(proto) if proto.functions else proto
         graph = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(proto)).graph
-    except Exception as error:  # the C++ code raises its own kinds
+    except Exception as error:  # the C++ code raises its own kinds of errors
         raise MELoRAError(f"the types of the graph `{model.graph.name}` cannot be inferred: {error}") from error
     opset = next((model.opset_imports[domain] for domain in _DOMAINS if domain in model.opset_imports), OPSETS[0])
     found = []
     if not OPSETS[0] <= opset <= OPSETS[1]:
-        found.append(Obstacle("", "graph", f"opset {opset}: TensorRT takes {OPSETS[0]} to {OPSETS[1]}"))
+        found.append(Obstacle("", "graph", f"opset {opset}: TensorRT supports {OPSETS[0]} to {OPSETS[1]}"))
     known = _Known(opset, from_values={value for value in graph.inputs if not value.is_initializer()})
     return (*found, *_check_ends(graph), *_walk(graph, known, ""))
 
 
 def group_obstacles(obstacles: tuple[Obstacle, ...]) -> list[str]:
-    """One line for each operator and reason: how many nodes, and the first of them."""
+    """Returns one line per operator and reason, with the first two nodes and the number of further ones."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for obstacle in obstacles:
         grouped.setdefault((obstacle.op_type, obstacle.reason), []).append(obstacle.node)
@@ -80,10 +86,10 @@ def group_obstacles(obstacles: tuple[Obstacle, ...]) -> list[str]:
 
 
 def refuse_obstacles(model: onnx_ir.Model, name: str) -> None:
-    """Lets pass only graphs that TensorRT builds whole.
+    """Checks that TensorRT builds the whole of a graph.
 
     Raises:
-        MELoRAError: names everything that would not build; `name` is the graph's, for the text.
+        MELoRAError: if it does not; names everything that would not build. `name` is the graph's name in the text.
     """
     if lines := group_obstacles(find_obstacles(model)):
         raise MELoRAError(
@@ -98,11 +104,11 @@ def _check_ends(graph: onnx_ir.Graph) -> Iterator[Obstacle]:
         for value in values:
             name = value.name or ""
             if kind == "input" and value.is_initializer():
-                yield Obstacle(name, kind, "optional: TensorRT builds its default in, and nothing can be given")
+                yield Obstacle(name, kind, "optional: TensorRT builds its default in, and no value can be passed")
             elif not isinstance(value.type, onnx_ir.TensorType):
                 yield Obstacle(name, kind, "not a tensor")
             elif value.type.dtype.name not in IO_TYPES:
-                yield Obstacle(name, kind, f"{value.type.dtype.name}: TensorRT does not take it")
+                yield Obstacle(name, kind, f"{value.type.dtype.name}: TensorRT does not accept it")
 
 
 def _walk(graph: onnx_ir.Graph, known: _Known, path: str) -> Iterator[Obstacle]:
@@ -116,7 +122,7 @@ def _walk(graph: onnx_ir.Graph, known: _Known, path: str) -> Iterator[Obstacle]:
 
 
 def _subgraphs(node: onnx_ir.Node) -> list[tuple[str, onnx_ir.Graph]]:
-    """(attribute's name, graph) of each graph that a node holds."""
+    """Returns (name of the attribute, graph) for each subgraph of a node."""
     return [(name, each.as_graph()) for name, each in node.attributes.items() if each.type == AttributeType.GRAPH]
 
 
@@ -145,22 +151,22 @@ def _reasons(node: onnx_ir.Node, known: _Known) -> Iterator[str]:
 
 
 def _shape_inputs(node: onnx_ir.Node) -> list[onnx_ir.Value]:
-    """The inputs whose values decide the shape of the node's output."""
+    """Returns the inputs whose values decide the shape of the node's output."""
     places = SHAPE_INPUTS.get(node.op_type, ())
     if node.op_type == "Loop":
-        has_scan_outputs = len(node.outputs) > len(node.inputs) - 2  # beside trip count and condition: what it carries
+        has_scan_outputs = len(node.outputs) > len(node.inputs) - 2  # all but trip count and condition are carried
         places = (0, 1) if has_scan_outputs else ()
     return [value for place in places if (value := _at(node.inputs, place)) is not None]
 
 
 def _main_types(node: onnx_ir.Node, opset: int) -> set[str]:
-    """Element types of the tensors that the node computes with: those that share its main input's type."""
+    """Returns the element types of the tensors that the node computes with: those that share its main input's type."""
     schema = _schema(node.op_type, opset)
-    if schema is None or (len(node.inputs) and not schema.inputs):  # one with inputs that it does not take
+    if schema is None or (len(node.inputs) and not schema.inputs):  # it has inputs, and its operator has none
         return set()
     inputs = [(_formal(schema.inputs, place).type_str, value) for place, value in enumerate(node.inputs)]
     outputs = [(_formal(schema.outputs, place).type_str, value) for place, value in enumerate(node.outputs)]
-    main = None  # all of them
+    main = None  # all tensors
     if node.op_type in _MAIN_OUTPUT or not schema.inputs:
         main = schema.outputs[0].type_str
     elif node.op_type != "Cast":
@@ -176,7 +182,7 @@ def _main_types(node: onnx_ir.Node, opset: int) -> set[str]:
 def _schema(op_type: str, opset: int) -> Any:
     try:
         return onnx.defs.get_schema(op_type, opset, "")
-    except onnx.defs.SchemaError:  # not in this opset: the operator is a plain name in the table
+    except onnx.defs.SchemaError:  # not in this opset: the operator is only a name in the table
         return None
 
 
@@ -185,13 +191,13 @@ def _formal(parameters: Any, place: int) -> Any:
 
 
 def _at(values: Sequence[onnx_ir.Value | None], place: int) -> onnx_ir.Value | None:
-    """An input or output that is given; one that is left out has no name."""
+    """Returns an input or output, or None if it is left out; one that is left out has no name."""
     value = values[place] if place < len(values) else None
     return value if value is not None and value.name else None
 
 
 def _violation(node: onnx_ir.Node, restriction: Restriction, known: _Known) -> str | None:
-    """How a node breaks a restriction, in words, or None."""
+    """Describes how a node violates a restriction; returns None if it does not."""
     place = restriction.place
     if isinstance(place, str):
         return _attribute_violation(node, place, restriction.allowed)
@@ -238,7 +244,7 @@ def _values(attribute: onnx_ir.Attr) -> tuple[Any, ...]:
 
 
 def _numbers(value: onnx_ir.Value) -> np.ndarray | None:
-    """A constant's values, or None where it is empty, computed, or kept in another file."""
+    """Returns a constant's values, or None if the value is empty, computed, or stored in another file."""
     tensor = get_const_tensor(value)
     if tensor is None or isinstance(tensor, onnx_ir.ExternalTensor) or not tensor.size:
         return None
@@ -246,19 +252,19 @@ def _numbers(value: onnx_ir.Value) -> np.ndarray | None:
 
 
 def _follow(node: onnx_ir.Node, known: _Known) -> None:
-    """Notes of a node's outputs whether they are constants, or depend on the values of the graph's inputs."""
+    """Records whether a node's outputs are constants, or depend on the values of the graph's inputs."""
     used = _used(node)
     if node.op_type == "Constant" or (used and used <= known.constants):
         known.constants.update(node.outputs)
     elif node.op_type not in ("Shape", "Size") and used & known.from_values:
         known.from_values.update(node.outputs)
-        for _, subgraph in _subgraphs(node):  # what a loop carries and scans depends on what it was given
-            skipped = 2 if node.op_type == "Loop" else 0  # the iteration's number and the condition do not
+        for _, subgraph in _subgraphs(node):  # a loop's carried and scanned values depend on its inputs
+            skipped = 2 if node.op_type == "Loop" else 0  # except iteration number and condition
             known.from_values.update(subgraph.inputs[skipped:])
 
 
 def _used(node: onnx_ir.Node) -> set[onnx_ir.Value]:
-    """The values that a node uses, and those that its subgraphs do, of the graphs around them among them."""
+    """Returns the values that a node and its subgraphs use, including values of the graphs around them."""
     used = {value for value in node.inputs if value is not None}
     for _, subgraph in _subgraphs(node):
         used.update(*map(_used, subgraph), subgraph.outputs)

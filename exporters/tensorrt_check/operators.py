@@ -1,11 +1,11 @@
-"""What TensorRT builds of ONNX: operators, their types and their restrictions, as facts.
+"""Tables of the ONNX operators that TensorRT builds, with their types and restrictions.
 
 Source: the operator table of onnx-tensorrt, TensorRT's own parser, for TensorRT 10.15 (2 February 2026; read in
 November 2026): https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md
 
-Two rows say more than the table, which lists float types only, because transformers count masks in integers: CumSum
-becomes a layer that takes INT32 and INT64 too
-(https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/Cumulative.html), and the parser makes a Clip of
+Two rows list more types than that table, which has only float types for them, because transformers count masks in
+integers. CumSum becomes a layer that also accepts INT32 and INT64
+(https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/Cumulative.html). The parser builds a Clip of
 integers from Max and Min (`builtin_op_importers.cpp` of onnx-tensorrt).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 TABLE = "onnx-tensorrt's operator table for TensorRT 10.15 (2026-02-02)"
 OPSETS = (9, 24)
-"""First and last ONNX operator set."""
+"""The first and the last ONNX operator set that TensorRT supports."""
 
 _FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
 _HALVES = ("FLOAT", "FLOAT16")
@@ -21,7 +21,7 @@ _NUMBERS = (*_FLOATS, "INT32", "INT64")
 _ALL = (*_NUMBERS, "BOOL")
 
 IO_TYPES = frozenset((*_ALL, "INT8", "UINT8"))
-"""Element types of a graph's inputs and outputs."""
+"""The element types that a graph's inputs and outputs may have."""
 
 _ROWS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
@@ -61,17 +61,17 @@ _ROWS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*_FLOATS, "INT32"), "TensorScatter"),
 )
 TYPES = {operator: frozenset(types) for types, operators in _ROWS for operator in operators.split()}
-"""Operator → element types of the tensors that it computes with; indices and shapes are not meant."""
+"""Operator → element types of the tensors that it computes with, without indices and shapes."""
 
 
 @dataclass(frozen=True)
 class Restriction:
-    """One thing that a supported operator may not have.
+    """A restriction of a supported operator.
 
     Attributes:
-        kind: "constant", "zero", "below", "rank" or "no_input" for an input, "no_output", or "attribute".
-        place: index of the input or output, or the attribute's name.
-        allowed: ranks, the attribute's values (none: it may not be there), or the bound.
+        kind: "constant", "zero", "below", "rank" or "no_input" for an input, "no_output" for an output, or "attribute".
+        place: the index of the input or output, or the attribute's name.
+        allowed: the allowed ranks or values of the attribute (none: it must be missing), or the bound.
     """
 
     kind: str
@@ -133,19 +133,19 @@ RESTRICTIONS: dict[str, tuple[Restriction, ...]] = {
     "TopK": (_attribute("sorted", 1), Restriction("below", 1, (3840,))),
     "Unsqueeze": _constant(1),
 }
-"""Operator → what the table restricts and a graph shows."""
+"""Operator → the restrictions of the table that can be seen in a graph."""
 
 UNCHECKED = {
     "DeformConv": "each spatial axis must be padded alike at both ends",
     "EyeLike": "its input must have a fixed shape",
     "GRU": "both directions must have the same activations",
     "Hardmax": "the size along `axis` must be known when the engine is built",
-    "If": "both branches must give tensors of the same rank",
+    "If": "both branches must return tensors of the same rank",
     "LSTM": "both directions must have the same activations",
     "Loop": "carried tensors must keep their shape from one iteration to the next",
     "RNN": "both directions must have the same activations",
 }
-"""Operator → what the table restricts and a graph does not always show."""
+"""Operator → the restriction of the table that cannot always be seen in a graph."""
 
 SHAPE_INPUTS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("ConstantOfShape", "BlackmanWindow", "HammingWindow", "HannWindow", "Loop"), (0,)),
@@ -155,11 +155,12 @@ SHAPE_INPUTS: dict[str, tuple[int, ...]] = {
     "Resize": (2, 3),
     "Slice": (1, 2, 3, 4),
 }
-"""Operator → the inputs whose values decide the shape of its output."""
+"""Operator → the indices of the inputs whose values decide the shape of its output."""
 
 VALUE_SHAPED = frozenset(("Compress", "NonMaxSuppression", "NonZero", "Unique"))
-"""Operators whose outputs are as long as the values of their inputs make them.
+"""Operators whose outputs have a length that depends on the values of their inputs.
 
-TensorRT can build two of them, but the size of what follows is then unknown until it has run: no profile holds for it,
-and ONNX Runtime advises to keep them out (https://github.com/microsoft/onnxruntime/pull/23705).
+TensorRT can build two of them, but the sizes of all later tensors are then unknown until the operator has run: no
+profile applies to them, and ONNX Runtime advises to keep such operators out
+(https://github.com/microsoft/onnxruntime/pull/23705).
 """

@@ -1,4 +1,4 @@
-"""Tokenised batches of labelled texts, and what a runner computes on them."""
+"""Tokenises labelled texts in batches, and computes a runner's logits and accuracy on them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .texts import Texts
 
 _EXAMPLES = 8
 _SORTED_TOGETHER = 50
-"""Number of batches whose texts are sorted by length, so that little is padded; the order of the batches is random."""
+"""Number of batches whose texts are sorted by length together, to reduce padding; the batches are then shuffled."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Batches:
 
     Attributes:
         texts: the training and the held-out part.
-        lengths: number of tokens of each text, first those of the training part.
-        batch_size: number of texts of a batch.
-        max_tokens: where texts are cut.
+        lengths: number of tokens of each text, the training part first.
+        batch_size: number of texts per batch.
+        max_tokens: number of tokens at which texts are cut.
     """
 
     tokenizer: Any
@@ -39,16 +39,16 @@ class Batches:
         return -(-len(self.texts.train) // self.batch_size)
 
     def encode(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Model inputs (batch, sequence) of int64, padded to the longest text."""
+        """Returns the model inputs, (batch, sequence) in int64, padded to the longest text."""
         cut = {"truncation": True, "max_length": self.max_tokens}
         return dict(self.tokenizer(list(texts), padding=True, return_tensors="pt", **cut))
 
     def example(self) -> dict[str, torch.Tensor]:
-        """Model inputs of the first held-out texts: what graphs are exported with and timed on."""
+        """Returns the model inputs of the first held-out texts, which graphs are exported with and timed on."""
         return self.encode([text for text, _ in self.texts.held_out[:_EXAMPLES]])
 
     def held_out(self) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
-        """(model inputs, indices of the texts) over the held-out part, from short to long."""
+        """Yields (model inputs, indices of the texts) over the held-out part, from short to long texts."""
         offset = len(self.texts.train)
         order = sorted(range(len(self.texts.held_out)), key=lambda index: self.lengths[offset + index])
         for start in range(0, len(order), self.batch_size):
@@ -56,11 +56,11 @@ class Batches:
             yield self.encode([self.texts.held_out[index][0] for index in chosen]), chosen
 
     def shuffled(self, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """(inputs, labels (batch,)) over the training part once, in the random order of this epoch.
+        """Yields (model inputs, labels (batch,)) over the training part once, in the random order of this epoch.
 
         Args:
-            seed, epoch: the order depends on these alone.
-            first: number of batches to leave out, which were trained on before.
+            seed, epoch: determine the order, together with the texts' lengths and the batch size.
+            first: number of batches to skip, because they were already trained on.
         """
         for chosen in self._shuffled_indices(seed, epoch)[first:]:
             rows = [self.texts.train[index] for index in chosen]
@@ -78,7 +78,7 @@ class Batches:
 
 
 def compute_logits(runner: Runner, batches: Batches) -> np.ndarray:
-    """Logits (held-out texts, labels)."""
+    """Returns the logits of a runner, (held-out texts, labels)."""
     found: dict[int, np.ndarray] = {}
     for inputs, indices in batches.held_out():
         found |= dict(zip(indices, runner.run(inputs)["logits"], strict=True))
@@ -86,11 +86,11 @@ def compute_logits(runner: Runner, batches: Batches) -> np.ndarray:
 
 
 def compute_accuracy(runner: Runner, batches: Batches) -> float:
-    """Share of the held-out texts whose largest logit is that of their label."""
+    """Returns the share of the held-out texts whose largest logit is that of their label."""
     return accuracy_of(compute_logits(runner, batches), batches)
 
 
 def accuracy_of(logits: np.ndarray, batches: Batches) -> float:
-    """The same for logits (held-out texts, labels)."""
+    """Returns the accuracy of logits (held-out texts, labels)."""
     labels = np.array([label for _, label in batches.texts.held_out])
     return float((logits.argmax(-1) == labels).mean())

@@ -1,8 +1,8 @@
-"""Checkpoints of a training: what is trained, and all that the next step depends on; no base weights.
+"""Checkpoints of a training: the trained tensors and everything that the next step depends on, without base weights.
 
-`checkpoints/step-N/` is an adapter folder with `state.pt` beside it: optimizer, schedule, torch's random state and the
-history. It appears under its name when it is complete, so that a run can be killed at any time. `run.json` says what
-was asked for: a run with other arguments does not go on from there.
+`checkpoints/step-N/` is an adapter folder that also contains `state.pt`: optimizer, schedule, torch's random state and
+the history. It gets this name once it is complete, so that a run can be killed at any time. `run.json` contains the
+arguments of the run: a run with other arguments does not resume from its checkpoints.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ _STATE_FILE = "state.pt"
 
 @dataclass
 class History:
-    """What a training has shown so far.
+    """The losses and evaluations of a training so far.
 
     Attributes:
-        losses: of each step, the mean over its batch.
-        evaluations: (step, held-out accuracy), the first before any step.
+        losses: the loss of each step, a mean over its batch.
+        evaluations: (steps done, held-out accuracy between 0 and 1); the first is before any step.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -45,12 +45,12 @@ class History:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints in a folder, of a run that was asked for with these arguments.
+    """The checkpoints of a run with these arguments, in a folder.
 
     Attributes:
-        folder: where they are; made by the first one.
+        folder: the folder of the checkpoints; created by `open`.
         arguments: everything that the result depends on, as JSON-ready values.
-        every_s: seconds after which `are_due`.
+        every_s: seconds after which the next checkpoint is due.
     """
 
     folder: Path
@@ -62,11 +62,11 @@ class Checkpoints:
 
     @property
     def are_due(self) -> bool:
-        """Whether the last one was long ago."""
+        """Whether `every_s` seconds have passed since the last checkpoint, or since the start."""
         return time.monotonic() - self._last >= self.every_s
 
     def refuse_others(self) -> None:
-        """Raises MELoRAError where the folder has checkpoints of a run with other arguments; names the difference."""
+        """Raises MELoRAError if the folder belongs to a run with other arguments; names the differences."""
         before = self._arguments_before()
         if before is None:
             return
@@ -75,12 +75,15 @@ class Checkpoints:
         if names:
             changes = ", ".join(f"{name} (={now.get(name)!r}, there {before.get(name)!r})" for name in names)
             raise MELoRAError(
-                f"`{self.folder.parent}` has the checkpoints of another training: {changes}. Give another `--out`, the "
-                "same arguments to go on with it, or `--restart` to begin anew"
+                f"`{self.folder.parent}` has the checkpoints of another training: {changes}. Pass another `--out`, the "
+                "same arguments to resume it, or `--restart` to start over"
             )
 
     def open(self, *, restart: bool) -> None:
-        """Makes the folder ready: nothing of a killed run is half there; with `restart`, nothing at all."""
+        """Creates the folder with its run.json, and removes what a killed run left incomplete.
+
+        Removes everything in it if `restart` is set, or if it has no run.json.
+        """
         with writing(self.folder):
             if restart or self._arguments_before() is None:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -91,7 +94,7 @@ class Checkpoints:
             write_atomically(self.folder / _RUN_FILE, lambda path: path.write_text(text + "\n"))
 
     def save(self, model: nn.Module, optimizer: Any, scheduler: Any, history: History) -> None:
-        """Writes the present state, and removes all but the last ones."""
+        """Writes a checkpoint of the current state, and removes all but the last two."""
         state = {
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
@@ -109,10 +112,12 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def load(self, model: nn.Module, optimizer: Any, scheduler: Any) -> History:
-        """Brings everything into the state of the last checkpoint; an empty history where there is none.
+        """Restores model, optimizer, scheduler and random state from the last checkpoint, and returns its history.
+
+        Without a checkpoint it changes nothing and returns an empty history.
 
         Raises:
-            MELoRAError: for one that cannot be read, or is of another base.
+            MELoRAError: if the checkpoint cannot be read, or is of another base.
         """
         paths = self._paths()
         if not paths:
@@ -127,12 +132,12 @@ class Checkpoints:
             losses, evaluations = (list(state["history"][name]) for name in ("losses", "evaluations"))
         except Exception as error:  # pickle and torch raise many kinds
             raise MELoRAError(
-                f"`{paths[-1]}` cannot be read ({type(error).__name__}): remove it to go on from the one before"
+                f"`{paths[-1]}` cannot be read ({type(error).__name__}): remove it to resume from the one before it"
             ) from error
         return History(losses, [(int(step), float(accuracy)) for step, accuracy in evaluations])
 
     def _paths(self) -> list[Path]:
-        """The checkpoints by their steps."""
+        """Returns the folders of the checkpoints in the order of their steps."""
         return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
     def _arguments_before(self) -> dict[str, Any] | None:
@@ -140,12 +145,12 @@ class Checkpoints:
         try:
             found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         except (OSError, ValueError) as error:
-            raise MELoRAError(f"`{file}` cannot be read: {error}; `--restart` begins anew") from error
+            raise MELoRAError(f"`{file}` cannot be read: {error}; use `--restart` to start over") from error
         return found if found is None or isinstance(found, dict) else {}
 
 
 def hash_base(model: nn.Module, new: Collection[str]) -> str:
-    """The start of the SHA-256 over the fingerprints of a plain model's weights, but for what is new in it."""
+    """Returns the start of the SHA-256 over the fingerprints of a plain model's weights, except its `new` parts."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         own = without_wrappers(name)
@@ -155,5 +160,5 @@ def hash_base(model: nn.Module, new: Collection[str]) -> str:
 
 
 def hash_texts(*parts: tuple[tuple[str, int], ...]) -> str:
-    """The start of the SHA-256 over labelled texts in their order."""
+    """Returns the start of the SHA-256 over labelled texts in their order."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Which linears are adapted where the user names none: the query and value projections, by their usual names."""
+"""Chooses the default targets: the query and value projections, by their usual names."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -22,29 +22,29 @@ USUAL_TARGETS: tuple[tuple[str, ...], ...] = (
     ("qkv_proj",),  # Phi-3
     ("in_proj",),  # DeBERTa
 )
-"""The first row all of whose names a model has is taken; the last ones are packed projections, of the key too."""
+"""The first row whose names all occur in the model is used. The last rows are packed projections, key included."""
 
 _NAMED = 12
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:
-    """The usual names that the model has.
+    """Returns the first row of `USUAL_TARGETS` whose names all occur in the model.
 
     Raises:
-        ValueError: where it has none of them; lists what it has.
+        ValueError: if there is no such row; lists the names of the model's linears.
     """
     names = linear_names(model)
     for usual in USUAL_TARGETS:
         if all(_is_there(target, names) for target in usual):
             return usual
-    raise ValueError(f"`targets`: this model has no usual names of query and value projections; {describe(names)}")
+    raise ValueError(f"`targets`: the query and value projections of this model have no usual names; {describe(names)}")
 
 
 def match_targets(model: nn.Module, targets: Sequence[str], config: MELoRAConfig) -> melora_fx.MatchReport:
-    """As `match`; an error about a name says what the model's linears are called.
+    """Calls `match`, and adds the names of the model's linears to an error about a name.
 
     Raises:
-        ValueError: for a target that matches nothing, or a configuration that does not fit.
+        ValueError: if a target matches nothing, or the configuration does not fit.
     """
     try:
         return melora_fx.match(model, list(targets), config)
@@ -56,18 +56,18 @@ def match_targets(model: nn.Module, targets: Sequence[str], config: MELoRAConfig
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The linears that can be adapted, whatever the number of blocks."""
+    """Returns the names of the linears that can be adapted, regardless of the number of blocks."""
     report = melora_fx.match(model, ALL_LINEAR, MELoRAConfig(rank=1, num_blocks=1))
     return [site.name for site in (*report.sites, *report.untargeted)]
 
 
 def describe(names: Collection[str]) -> str:
-    """What the linears are called, and an example of an option that fits."""
+    """Returns a sentence with the names of the linears and an example of a fitting `--targets`."""
     counts = Counter(name.rpartition(".")[2] for name in names)
     listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common(_NAMED))
     usual = next((usual for usual in USUAL_TARGETS if all(_is_there(target, names) for target in usual)), None)
     example = ",".join(usual or [name for name, _ in counts.most_common(2)])
-    return f"its linears are called {listed}, so for example `--targets {example}`"
+    return f"its linears are called {listed}; pass for example `--targets {example}`"
 
 
 def _is_there(target: str, names: Collection[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What a training runs on."""
+"""Finds the device of a training."""
 
 import torch
 from torch import nn
@@ -9,11 +9,11 @@ AUTO = "auto"
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name; CUDA for "auto", where there is any, else the CPU.
+    """Returns the device of this name; for "auto", CUDA if available, else the CPU.
 
     Raises:
-        ValueError: for a name that torch does not know.
-        MELoRAError: for CUDA where torch finds none.
+        ValueError: if torch does not know the name.
+        MELoRAError: if torch does not find this CUDA device.
     """
     if name == AUTO:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,11 +24,11 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MELoRAError(
             f"`device` (={name!r}): torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices, and "
-            "may be a build for the CPU alone"
+            "may be a build for the CPU only"
         )
     return device
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter is."""
+    """Returns the device of a model's first parameter."""
     return next(model.parameters()).device

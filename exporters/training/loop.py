@@ -1,7 +1,7 @@
-"""The training loop: adapters and what is new, AdamW, a linear decay; it goes on where it was killed.
+"""The training loop: trains adapters and new parts with AdamW and a linear decay, and resumes after a kill.
 
-A loop of its own and not `transformers.Trainer`: that writes its checkpoints in place, so that one killed while it
-writes leaves a folder that it cannot resume from, and needs a package more.
+It does not use `transformers.Trainer`, which needs one more package and writes its checkpoints in place: if it is
+killed while it writes, it leaves a folder that it cannot resume from.
 """
 
 import math
@@ -21,12 +21,12 @@ from .device import device_of
 from .report import console
 
 _LAST_FACTOR = 0.05
-"""What the linear decay leaves of the learning rate at the last step."""
+"""The share of the learning rate that is left at the end of the linear decay."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; `seed` is that of the order of the texts and of dropout."""
+    """The length and the learning rate of a training; `seed` is the seed of the order of the texts and of dropout."""
 
     epochs: int = 5
     learning_rate: float = 2e-3
@@ -42,12 +42,12 @@ class Schedule:
 
 
 def train(model: nn.Module, batches: Batches, schedule: Schedule, checkpoints: Checkpoints) -> History:
-    """Trains what requires a gradient, from the last checkpoint on; the model is left in evaluation mode.
+    """Trains the parameters that require a gradient, from the last checkpoint on.
 
-    An interrupted run that goes on ends with the same bits as one that was not.
+    Leaves the model in evaluation mode. A resumed run ends with the same bits as an uninterrupted one.
 
     Raises:
-        MELoRAError: for a loss that is not finite, or a checkpoint that cannot be read or written.
+        MELoRAError: if a loss is not finite, or a checkpoint cannot be read or written.
     """
     num_steps = schedule.epochs * batches.num_steps
     torch.manual_seed(schedule.seed)
@@ -57,7 +57,7 @@ def train(model: nn.Module, batches: Batches, schedule: Schedule, checkpoints: C
     )
     history = checkpoints.load(model, optimizer, scheduler)
     if history.losses:
-        console.print(f"going on from step {len(history.losses)} of {num_steps}")
+        console.print(f"resuming after step {len(history.losses)} of {num_steps}")
     else:
         _evaluate(model, batches, history)
     with show_progress("train", num_steps, console=console) as show:
@@ -80,7 +80,7 @@ def train(model: nn.Module, batches: Batches, schedule: Schedule, checkpoints: C
 
 
 def _step(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, optimizer: Any) -> float:
-    """One update; the loss before it."""
+    """Makes one update, and returns the loss before it."""
     device = device_of(model)
     logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
     loss = nn.functional.cross_entropy(logits, labels.to(device))
@@ -95,10 +95,10 @@ def _evaluate(model: nn.Module, batches: Batches, history: History) -> None:
 
 
 def _refuse_diverged(loss: float, history: History) -> float:
-    """Raises MELoRAError for a loss that no later step can mend."""
+    """Returns the loss; raises MELoRAError if it is not finite, which no later step can repair."""
     if not math.isfinite(loss):
         raise MELoRAError(
-            f"the training diverged: the loss of step {len(history.losses) + 1} is {loss}; a smaller `learning_rate` "
-            "helps, or a smaller `alpha`"
+            f"the training diverged: the loss of step {len(history.losses) + 1} is {loss}; use a smaller "
+            "`learning_rate` or a smaller `alpha`"
         )
     return loss

@@ -1,4 +1,4 @@
-"""What a training prints."""
+"""The output of a training on the terminal."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ def print_texts(texts: Texts) -> None:
 
 
 def _named(labels: Sequence[str]) -> str:
-    """The labels, long and many ones cut, and without what a terminal would act on."""
+    """Lists the labels: long labels and long lists are cut, characters that a terminal would act on are escaped."""
     shown = [label if label.isprintable() else repr(label) for label in labels]
     shown = [label if len(label) <= _SHOWN_CHARACTERS else f"{label[:_SHOWN_CHARACTERS]}…" for label in shown]
     return first_of(shown, _SHOWN_LABELS)

@@ -1,4 +1,4 @@
-"""Which texts are held out of the training: the same share of every label, and never a text that is trained on."""
+"""Chooses the held-out texts: the same share of every label, and never a text that is trained on."""
 
 import random
 import unicodedata
@@ -17,19 +17,22 @@ _MAX_LENGTH = 60
 
 
 def text_key(text: str) -> str:
-    """The same for texts that count as identical: equal but for white space and case, which many tokenizers ignore."""
+    """Returns a key that is the same for texts that count as identical.
+
+    They may differ in white space and case, which many tokenizers ignore, and in Unicode composition.
+    """
     return " ".join(unicodedata.normalize("NFC", text).split()).casefold()
 
 
 def name_some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Lists the first names, and says how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     short = (name if len(name) <= _MAX_LENGTH else name[:_MAX_LENGTH] + "…" for name in names[:_NAMED])
     return ", ".join(f"“{name}”" for name in short) + more
 
 
 def ambiguous_keys(rows: Iterable[Row]) -> set[str]:
-    """The keys of texts that stand under more than one label."""
+    """Returns the keys of texts that have more than one label."""
     labels: dict[str, set[str]] = defaultdict(set)
     for text, label in rows:
         labels[text_key(text)].add(label)
@@ -37,7 +40,7 @@ def ambiguous_keys(rows: Iterable[Row]) -> set[str]:
 
 
 def drop_single_texts(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """(the rows of labels that have two different texts or more, notes): one text cannot stand on both sides."""
+    """Returns (the rows of labels with at least two different texts, notes): one text cannot be in both parts."""
     keys: dict[str, set[str]] = defaultdict(set)
     for text, label in rows:
         keys[label].add(text_key(text))
@@ -46,32 +49,31 @@ def drop_single_texts(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     if not single:
         return kept, []
     return kept, [
-        f"left out: {counted(len(rows) - len(kept), 'row')} of labels with a single text, which cannot stand on both "
-        f"sides: {name_some(single)}"
+        f"left out: {counted(len(rows) - len(kept), 'row')} of labels with a single text, which cannot be in both "
+        f"parts: {name_some(single)}"
     ]
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows), in an order that the order of `rows` does not change.
+    """Returns (training rows, held-out rows), in an order that does not depend on the order of `rows`.
 
-    Identical texts stay together, as often as they stand in `rows`. About `share` of each label's rows is held out, and
-    one text at least. A text that stands under several labels is trained on, and never held out: whatever a model
-    answers is wrong for one of them.
+    Copies of a text are all kept, in the same part. About `share` of each label's rows is held out, and at least one
+    text. A text with several labels is trained on and never held out, because any answer is wrong for one of them.
 
     Args:
-        rows: two different texts or more of each label.
-        share: between 0 and 1.
-        seed: of the choice.
+        rows: (text, label), with at least two different texts per label.
+        share: share of each label's rows to hold out, between 0 and 1.
+        seed: seed of the choice and the order.
 
     Raises:
-        MELoRAError: for a label whose texts all stand under others too.
+        MELoRAError: if all texts of a label have other labels too.
     """
     ambiguous = ambiguous_keys(rows)
     groups: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for text, label in sorted(rows):
         groups[label][text_key(text)].append((text, label))
     if whole := [label for label, by_key in groups.items() if by_key.keys() <= ambiguous]:
-        raise MELoRAError(f"no text can be held out for {name_some(sorted(whole))}: all stand under other labels too")
+        raise MELoRAError(f"no text can be held out for {name_some(sorted(whole))}: all have other labels too")
     train: list[Row] = []
     held_out: list[Row] = []
     for label in sorted(groups):
@@ -84,7 +86,7 @@ def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list
 
 
 def _choose(sizes: dict[str, int], ambiguous: set[str], share: float, seed: str) -> set[str]:
-    """The keys of one label that are held out: as many rows as fit into the share, or else the smallest text."""
+    """Returns the held-out keys of one label: as many rows as fit into the share, or else the text with fewest rows."""
     num_rows = sum(sizes.values())
     quota = min(max(1, round(share * num_rows)), num_rows - 1)
     keys = sorted(sizes.keys() - ambiguous)

@@ -1,4 +1,4 @@
-"""The text and label columns of a delimited file: delimiters, quotes, column names."""
+"""Reads the text and label columns of a delimited file: delimiters, quotes, column names."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ _MAX_NAMES = 20
 
 @dataclass(frozen=True)
 class TextRows:
-    """(text, label) of each row as they stand in the file, how many rows were read, and notes for the user."""
+    """The (text, label) of each row as written in the file, the number of rows read, and notes for the user."""
 
     rows: tuple[tuple[str, str], ...]
     num_read: int
@@ -29,7 +29,7 @@ class TextRows:
 
 
 class _Record(NamedTuple):
-    """The cells of one row, and the line that it begins in."""
+    """The cells of one row, and the number of its first line, from 1."""
 
     first_line: int
     cells: list[str]
@@ -37,7 +37,7 @@ class _Record(NamedTuple):
 
 @dataclass(frozen=True)
 class _Lines:
-    """A file's lines with their ends, those of the header and rows from `start` on."""
+    """The lines of a file with their line ends; the header and the rows begin at index `start`."""
 
     path: Path
     lines: list[str]
@@ -49,21 +49,21 @@ class _QuoteError(MELoRAError):
 
 
 def read_text_rows(path: Path, text_column: str, label_column: str) -> TextRows:
-    """The two columns of a file with a header, delimited by `,`, `;`, `|` or tabs: whichever gives both columns.
+    """Reads two columns of a file with a header, delimited by `,`, `;`, `|` or tabs: whichever yields both columns.
 
-    A name matches a column exactly, or else without regard to case and surrounding white space. Cells are quoted as in
-    CSV, over several lines where needed; in a file with tabs, quotes are plain characters if it cannot be read so and
-    every line has as many cells as the header. Rows with too few cells are left out, and a note counts them.
+    A name matches a column exactly or, if none does, ignoring case and surrounding white space. Cells are quoted as in
+    CSV and may span several lines. In a file with tabs, quotes are plain characters if the file cannot be read as
+    quoted and every line has as many cells as the header. Rows with too few cells are left out, and a note counts them.
 
     Raises:
-        MELoRAError: for a file that cannot be read or is empty, a missing or ambiguous column, a quote that is not
-            closed, or a row with too many cells; names the line.
+        MELoRAError: if the file cannot be read or is empty, a column is missing or ambiguous, a quote is not closed, or
+            a row has too many cells; names the line.
     """
     text, notes = read_text_file(path)
     if not text.strip():
         raise MELoRAError(f"`{path}` is empty")
     lines = list(io.StringIO(text, newline=""))
-    said = re.fullmatch(r'"?sep=(.)"?', lines[0].strip("\r\n"))  # Excel's own line, above the header
+    said = re.fullmatch(r'"?sep=(.)"?', lines[0].strip("\r\n"))  # Excel names the delimiter in a line above the header
     file = _Lines(path, lines, 1 if said else 0)
     names = (text_column, label_column)
     with _any_cell_size():
@@ -106,7 +106,7 @@ def _any_cell_size() -> Iterator[None]:
 
 
 def _records(file: _Lines, delimiter: str, is_quoted: bool) -> Iterator[_Record]:
-    """The rows that are not empty lines, the header first."""
+    """Yields the rows that are not empty lines, the header first."""
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
     reader = csv.reader(file.lines[file.start :], delimiter=delimiter, strict=True, quoting=quoting)
     while True:
@@ -122,18 +122,21 @@ def _records(file: _Lines, delimiter: str, is_quoted: bool) -> Iterator[_Record]
 
 
 def _refuse_uneven_lines(file: _Lines, error: _QuoteError) -> None:
-    """Raises the error, and says which line of a file with tabs keeps its quotes from being plain characters."""
+    """Raises MELoRAError if the lines of a file with tabs do not all have as many cells as the header.
+
+    Quotes cannot be plain characters then. The message extends that of `error` and names the first such line.
+    """
     header, *rows = _records(file, "\t", False)
     odd = [record.first_line for record in rows if len(record.cells) != len(header.cells)]
     if odd:
         raise MELoRAError(
-            f"{error}; in a file with tabs quotes would be plain characters if each line had as many cells as the "
-            f"header, and line {odd[0]} has not"
+            f"{error}; in a file with tabs, quotes would be plain characters if each line had as many cells as the "
+            f"header, but line {odd[0]} has not"
         ) from error
 
 
 def _quote_error(file: _Lines, first: int, delimiter: str) -> str:
-    """What is wrong with the quotes of the record that begins at a line (from 0)."""
+    """Returns what is wrong with the quotes of the record that begins at line `first` (from 0)."""
     opened = None
     at_start = True
     for number, line in enumerate(file.lines[first:], first + 1):
@@ -151,7 +154,7 @@ def _quote_error(file: _Lines, first: int, delimiter: str) -> str:
                 elif following and following not in (delimiter, "\r", "\n"):
                     return (
                         f"`{file.path}`: the quote that opens in line {opened} is not closed before a delimiter: in "
-                        f"line {number} text follows a quote (a quote inside of a quoted cell is written twice)"
+                        f"line {number} text follows a quote (a quote inside a quoted cell must be written twice)"
                     )
                 else:
                     opened = None
@@ -160,7 +163,7 @@ def _quote_error(file: _Lines, first: int, delimiter: str) -> str:
 
 
 def _choose_delimiter(file: _Lines, names: Sequence[str], delimiters: Sequence[str]) -> str:
-    """The delimiter that splits the header into most columns, among those that find all the named ones."""
+    """Returns the delimiter that splits the header into the most columns, of those that yield all the named ones."""
     headers: dict[str, list[str]] = {}
     for delimiter in delimiters:
         try:
@@ -181,13 +184,13 @@ def _choose_delimiter(file: _Lines, names: Sequence[str], delimiters: Sequence[s
 
 
 def _show(header: Sequence[str]) -> str:
-    """The columns' names, as much of them as a line of text can bear: a file without a header has whole texts here."""
+    """Lists the column names, long and many ones cut: a file without a header has whole texts there."""
     names = [repr(name if len(name) <= _SHOWN else name[:_SHOWN] + "…") for name in header[:_MAX_NAMES]]
     return ", ".join(names) + (f" and {len(header) - _MAX_NAMES} more" if len(header) > _MAX_NAMES else "")
 
 
 def _matches(header: Sequence[str], name: str) -> list[int]:
-    """The columns of that very name, or else of that name without regard to case and surrounding white space."""
+    """Returns the columns with exactly this name or, if there are none, ignoring case and surrounding white space."""
     exact = [index for index, column in enumerate(header) if column == name]
     folded = name.strip().casefold()
     return exact or [index for index, column in enumerate(header) if column.strip().casefold() == folded]
@@ -204,18 +207,18 @@ def _find_columns(path: Path, header: Sequence[str], names: Sequence[str]) -> li
 
 
 def _refuse_long(path: Path, rows: Sequence[_Record], num_cells: int, delimiter: str) -> None:
-    """Cells beyond the header's that are empty are a spreadsheet's, and do no harm."""
+    """Raises MELoRAError for rows longer than the header. Empty extra cells, which spreadsheets write, are allowed."""
     long = [record for record in rows if any(record.cells[num_cells:])]
     if long:
         raise MELoRAError(
             f"`{path}`: line {long[0].first_line} has {len(long[0].cells)} cells and the header {num_cells} "
-            f"({counted(len(long), 'such row')}); a text with {delimiter!r} in it must stand in quotes, and every "
+            f"({counted(len(long), 'such row')}); a text with {delimiter!r} in it must be in quotes, and every "
             "column needs a name"
         )
 
 
 def _refuse_swallowed_rows(path: Path, rows: Sequence[_Record], columns: Sequence[int], delimiter: str) -> None:
-    """A cell over several lines is no text if one of the lines is a whole row, with a label that the file has."""
+    """Raises MELoRAError if a line of a multi-line cell is a whole row, with a label that occurs in the file."""
     labels = {record.cells[columns[1]] for record in rows}
     for record in rows:
         for cell in (cell for cell in record.cells if "\n" in cell or "\r" in cell):
@@ -223,6 +226,7 @@ def _refuse_swallowed_rows(path: Path, rows: Sequence[_Record], columns: Sequenc
                 cells = line.split(delimiter)
                 if len(cells) == len(record.cells) and cells[columns[1]] in labels - {""}:
                     raise _QuoteError(
-                        f"`{path}`: the quote that opens in line {record.first_line} is not closed in its row: the "
-                        f"cell goes on over other rows, such as {line[:_SHOWN]!r} in line {record.first_line + number}"
+                        f"`{path}`: the quote that opens in line {record.first_line} is not closed in its row: "
+                        f"the cell continues over other rows, such as {line[:_SHOWN]!r} in line "
+                        f"{record.first_line + number}"
                     )

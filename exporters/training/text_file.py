@@ -1,4 +1,4 @@
-"""A text file in any usual encoding."""
+"""Reads text files in the usual encodings."""
 
 import codecs
 import re
@@ -9,7 +9,7 @@ from melora_fx import MELoRAError
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's mark does, so it comes first
+    (codecs.BOM_UTF32_LE, "utf-32"),  # starts with UTF-16's mark, so it comes first
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -17,24 +17,25 @@ _MARKS = (
 _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive or an Excel workbook",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook",
-    b"\x1f\x8b": "compressed by gzip",
+    b"\x1f\x8b": "compressed with gzip",
     b"PAR1": "a Parquet file",
 }
 _MAX_WESTERN_SHARE = 0.4
-"""Of the letters of a text in a Western European language, far fewer stand outside ASCII; in another alphabet, far more
-do."""
+"""Largest share of letters outside ASCII: texts in Western European languages have far fewer, texts in other alphabets
+far more."""
 _FEW_LETTERS = 8
-"""So many may be any share: a share of few letters says little."""
+"""Number of letters outside ASCII that is always accepted: a share of few letters says little."""
 
 
 def read_text_file(path: Path) -> tuple[str, list[str]]:
-    """(text, notes for the user).
+    """Returns (text, notes for the user).
 
-    UTF-8, UTF-16 and UTF-32 with a byte order mark, UTF-8 without one, and else Windows-1252, which has all that is
-    printable of Latin-1: a file of a Western European language that is no UTF-8 is most probably in one of these.
+    Reads UTF-8, UTF-16 and UTF-32 with a byte order mark, and UTF-8 without one. Anything else is read as Windows-1252,
+    which has every printable character of Latin-1, or as Latin-1 if a byte is undefined there: a file in a Western
+    European language that is not UTF-8 is most probably in one of these.
 
     Raises:
-        MELoRAError: for what cannot be read, or is no text of these encodings; names the line and the byte offset.
+        MELoRAError: if the file cannot be read, or is not text in these encodings; names the line and the byte offset.
     """
     try:
         data = path.read_bytes()
@@ -56,8 +57,8 @@ def read_text_file(path: Path) -> tuple[str, list[str]]:
         if encoding is None:
             return _decode_western(path, data, error.start)
         raise MELoRAError(
-            f"`{path}` cannot be read: it begins as {error.encoding.upper()}, and the bytes from offset {error.start} "
-            f"are none ({error.reason})"
+            f"`{path}` cannot be read: it begins as {error.encoding.upper()}, but the bytes from offset "
+            f"{error.start} on are not ({error.reason})"
         ) from error
     if "\0" in text:
         raise MELoRAError(f"`{path}` cannot be read: line {_line(text, text.index(chr(0)))} has a NUL character")
@@ -65,12 +66,12 @@ def read_text_file(path: Path) -> tuple[str, list[str]]:
 
 
 def counted(number: int, noun: str) -> str:
-    """Such as "1 row" and "2 rows"."""
+    """Returns a number with its noun, such as "1 row" or "2 rows"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _refuse_nul_bytes(path: Path, data: bytes) -> None:
-    """NUL bytes at every second place are UTF-16 without its mark; others are no text."""
+    """Raises MELoRAError for NUL bytes: UTF-16 without its mark if they are at every second place, else no text."""
     count = data.count(0)
     if not count:
         return
@@ -82,25 +83,24 @@ def _refuse_nul_bytes(path: Path, data: bytes) -> None:
             )
     offset = data.index(0)
     raise MELoRAError(
-        f"`{path}` cannot be read: line {_line(data, offset)} has a NUL byte (offset {offset}), so it is no text file"
+        f"`{path}` cannot be read: line {_line(data, offset)} has a NUL byte (offset {offset}), so it is not "
+        "a text file"
     )
 
 
 def _decode_western(path: Path, data: bytes, offset: int) -> tuple[str, list[str]]:
-    """Decodes bytes that are no UTF-8 from `offset` on, unless they are broken UTF-8 or another alphabet's."""
+    """Decodes bytes that are not UTF-8 at `offset`; raises MELoRAError for broken UTF-8 and other alphabets."""
     where = f"line {_line(data, offset)} (byte {data[offset]:#04x} at offset {offset}) is not UTF-8"
     as_utf8 = data.decode("utf-8", errors="replace")
     num_broken = as_utf8.count("\N{REPLACEMENT CHARACTER}")
     if len(as_utf8) - len(as_utf8.encode("ascii", errors="ignore")) > 2 * num_broken:
-        raise MELoRAError(
-            f"`{path}` cannot be read: {where}, and most of the file is: repair or remove what stands there"
-        )
+        raise MELoRAError(f"`{path}` cannot be read: {where}, but most of the file is: repair or remove the text there")
     num_others = len(data) - len(data.translate(None, bytes(range(128, 256))))
     num_letters = len(data) - len(data.translate(None, string.ascii_letters.encode())) + num_others
     if num_others > max(_FEW_LETTERS, _MAX_WESTERN_SHARE * num_letters):
         raise MELoRAError(
-            f"`{path}` cannot be read: {where}, nor a Western European encoding; convert it from its own, such as "
-            "iconv -f cp1251 -t utf-8"
+            f"`{path}` cannot be read: {where}, nor in a Western European encoding; convert it from its own, for "
+            "example: iconv -f cp1251 -t utf-8"
         )
     try:
         text, name = data.decode("cp1252"), "Windows-1252"

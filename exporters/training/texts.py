@@ -1,4 +1,4 @@
-"""A user's labelled texts, split into a training and a held-out part."""
+"""Reads a user's labelled texts, and splits them into a training and a held-out part."""
 
 import os
 import re
@@ -16,12 +16,12 @@ from .text_file import counted
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts with the index of their label in `labels`, in a training and a held-out part.
+    """Labelled texts in a training and a held-out part.
 
     Attributes:
-        labels: sorted, or in the order of a model's head.
-        train, held_out: (text, index of its label); no text stands in both.
-        notes: what the user should know of how they came out of the file.
+        labels: the labels, sorted or in the order of a model's head.
+        train, held_out: (text, index of its label in `labels`); no text is in both parts.
+        notes: what the user should know about the reading of the file.
     """
 
     labels: tuple[str, ...]
@@ -31,12 +31,12 @@ class Texts:
 
     @property
     def majority_baseline(self) -> float:
-        """Held-out accuracy of always answering the most frequent training label."""
+        """The held-out accuracy of always answering the most frequent training label."""
         most_frequent = Counter(label for _, label in self.train).most_common(1)[0][0]
         return sum(label == most_frequent for _, label in self.held_out) / len(self.held_out)
 
     def with_labels(self, labels: Sequence[str]) -> "Texts":
-        """The same texts with the same labels in another order."""
+        """Returns the same texts with their labels in the order of `labels`."""
         number = [labels.index(label) for label in self.labels]
         train, held_out = (tuple((text, number[label]) for text, label in part) for part in (self.train, self.held_out))
         return Texts(tuple(labels), train, held_out, self.notes)
@@ -45,22 +45,23 @@ class Texts:
 def read_texts(
     path: Path, text_column: str, label_column: str, *, held_out: float | Path = 0.2, seed: int = 0
 ) -> Texts:
-    """The labelled texts of a delimited file with a header, as `read_text_rows` reads it.
+    """Reads the labelled texts of a delimited file with a header, as `read_text_rows` does.
 
-    Labels lose surrounding white space. What is left out is counted in the notes: rows without a text or a label, and
-    labels of a single text. The same rows and seed give the same texts in the same order, whatever the rows' order.
+    Labels are stripped of surrounding white space. Rows without a text or a label are left out and counted in the
+    notes. If a share is held out, labels with a single text are left out and counted too, and the same rows and seed
+    return the same texts in the same order, regardless of the order of the rows.
 
     Args:
         path: the file.
-        text_column, label_column: its columns.
-        held_out: the share of each label's rows that is held out, between 0 and 1, as `split` does it; or a file of the
-            same columns whose texts are, and are left out of the training.
-        seed: of the choice of the held-out texts.
+        text_column, label_column: the names of its columns.
+        held_out: the share of each label's rows to hold out, between 0 and 1, as in `split`; or a file with the same
+            columns whose texts are held out, and removed from the training part.
+        seed: seed of the choice and the order of the texts.
 
     Raises:
-        ValueError: for a share that is not between 0 and 1, or the same column twice.
-        MELoRAError: for a file that cannot be used; see `read_text_rows`. For fewer than two labels, a label that only
-            the held-out file has, or one that the held-out file leaves without training text.
+        ValueError: if the share is not between 0 and 1, or both columns are the same.
+        MELoRAError: if a file cannot be used (see `read_text_rows`); if there are fewer than two labels; if a label
+            occurs only in the held-out file, or the held-out file contains all training texts of a label.
     """
     if text_column == label_column:
         raise ValueError(f"`text_column` and `label_column` (={label_column!r}) must be different columns")
@@ -77,43 +78,42 @@ def read_texts(
 
 
 def split_texts(rows: Sequence[Row], held_out: float = 0.2, seed: int = 0) -> Texts:
-    """(text, label) rows as `Texts`; arguments as for `read_texts`.
+    """Splits (text, label) rows into `Texts`; the arguments are those of `read_texts`.
 
     Raises:
-        MELoRAError: for fewer than two labels of two different texts each, or a label whose texts all stand under
-            others too.
+        MELoRAError: if fewer than two labels have two different texts, or all texts of a label have other labels too.
     """
     kept, notes = drop_single_texts(rows)
     labels = tuple(sorted({label for _, label in kept}))
     if len(labels) < 2:
-        raise MELoRAError(f"needs two labels with two different texts each, it has {len(labels)}")
+        raise MELoRAError(f"needs two labels with two different texts each, but has {len(labels)}")
     if ambiguous := ambiguous_keys(kept):
         example = next(text for text, _ in kept if text_key(text) in ambiguous)
         number = counted(len(ambiguous), "text")
-        notes.append(f"never held out: {number} under more than one label, such as {name_some([example])}")
+        notes.append(f"never held out: {number} with more than one label, such as {name_some([example])}")
     train, rest = split(kept, held_out, seed)
     return Texts(labels, _indexed(train, labels), _indexed(rest, labels), tuple(notes))
 
 
 def _read_two_files(path: Path, held_out_path: Path, text_column: str, label_column: str) -> Texts:
     if path.absolute() == held_out_path.absolute():
-        raise MELoRAError(f"`{path}` is both the training and the validation file: give two, or a share")
+        raise MELoRAError(f"`{path}` is both the training and the validation file: pass two files, or a share")
     train, notes = _read_rows(path, text_column, label_column)
     held_out, held_out_notes = _read_rows(held_out_path, text_column, label_column)
     labels = tuple(sorted({label for _, label in train}))
     if unknown := sorted({label for _, label in held_out} - {*labels}):
-        raise MELoRAError(f"`{held_out_path}` has labels that `{path}` has not: {name_some(unknown)}")
+        raise MELoRAError(f"`{held_out_path}` has labels that `{path}` lacks: {name_some(unknown)}")
     keys = {text_key(text) for text, _ in held_out}
     kept = [row for row in train if text_key(row[0]) not in keys]
     if len(kept) < len(train):
         notes.append(
-            f"`{path.name}`: left out: {counted(len(train) - len(kept), 'row')} whose text stands in "
+            f"`{path.name}`: left out: {counted(len(train) - len(kept), 'row')} whose text is in "
             f"`{held_out_path.name}` too"
         )
     if bare := sorted({*labels} - {label for _, label in kept}):
         raise MELoRAError(f"`{held_out_path}` has all texts that `{path}` has for {name_some(bare)}")
     if len(labels) < 2:
-        raise MELoRAError(f"`{path}`: needs two labels, it has {len(labels)}")
+        raise MELoRAError(f"`{path}`: needs two labels, but has {len(labels)}")
     if untested := sorted({*labels} - {label for _, label in held_out}):
         notes.append(f"`{held_out_path.name}` has no texts of {name_some(untested)}")
     return Texts(labels, _indexed(sorted(kept), labels), _indexed(held_out, labels), (*notes, *held_out_notes))
@@ -125,7 +125,7 @@ def _indexed(rows: Sequence[Row], labels: Sequence[str]) -> tuple[tuple[str, int
 
 
 def _read_rows(path: Path, text_column: str, label_column: str) -> tuple[list[Row], list[str]]:
-    """(rows that have a text and a label, notes that name the file)."""
+    """Returns (the rows that have a text and a label, notes that name the file)."""
     table = read_text_rows(path, text_column, label_column)
     notes = list(table.notes)
     rows = [(text, label.strip()) for text, label in table.rows if text.strip() and label.strip()]
@@ -139,16 +139,16 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> tuple[list[Ro
 
 
 def _label_notes(labels: set[str]) -> list[str]:
-    """What looks like a mistake in the labels, and is not changed."""
+    """Returns notes on labels that look like mistakes; the labels are not changed."""
     by_case: dict[str, list[str]] = defaultdict(list)
     for label in sorted(labels):
         by_case[label.casefold()].append(label)
     same = [found for found in by_case.values() if len(found) > 1]
-    notes = [f"labels that differ only in case are kept apart: {name_some(found)}" for found in same]
+    notes = [f"labels that differ only in case are different labels: {name_some(found)}" for found in same]
     if all(re.fullmatch(r"[-+]?\d*[.,]?\d+", label) for label in labels) and any(
         re.search("[.,]", label) for label in labels
     ):
         notes.append(
-            f"the labels are numbers with fractions ({name_some(sorted(labels)[:2])}): each is a class of its own"
+            f"the labels are numbers with fractions ({name_some(sorted(labels)[:2])}): each is a separate class"
         )
     return notes

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer, and what it makes of the texts: lengths in tokens, and how many are cut."""
+"""Loads the tokenizer of a model folder, and measures texts in tokens: lengths, and how many are cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from melora_fx import MELoRAError
 
 _NO_VOCABULARY = ("preprocessor_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer_config.json")
 _NO_LIMIT = 10**9
-"""Tokenizers without a limit of their own give a number above this one."""
+"""Tokenizers without a limit report a number above this one."""
 
 
 @dataclass(frozen=True)
 class TokenLengths:
-    """How the texts are tokenised, with the special tokens around them.
+    """The lengths of the texts in tokens, special tokens included.
 
     Attributes:
-        lengths: number of tokens of each text, uncut.
-        max_tokens: where longer ones are cut.
-        share_unknown: share of the tokens that the tokenizer does not know.
+        lengths: number of tokens of each text before it is cut.
+        max_tokens: number of tokens at which longer texts are cut.
+        share_unknown: share of the tokens, special ones excluded, that the tokenizer does not know.
     """
 
     lengths: tuple[int, ...]
@@ -46,10 +46,10 @@ class TokenLengths:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a model folder; it pads on the right, where positions that are counted from the left stay.
+    """Loads the tokenizer of a model folder. It pads on the right, which keeps positions that count from the left.
 
     Raises:
-        MELoRAError: where the folder has none, or it cannot be read.
+        MELoRAError: if the folder has no tokenizer, or it cannot be read.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES if name not in _NO_VOCABULARY):
         raise MELoRAError(
@@ -67,11 +67,11 @@ def load_tokenizer(folder: Path) -> Any:
 def measure_texts(
     tokenizer: Any, texts: Sequence[str], model: nn.Module, folder: Path, max_tokens: int | None
 ) -> TokenLengths:
-    """The lengths of the texts, and where they are cut: at `max_tokens`, or not before the model's own limit.
+    """Measures the texts in tokens. They are cut at `max_tokens`, or only at the model's limit if it is None.
 
     Raises:
-        ValueError: where `max_tokens` is above the model's limit, or leaves no token of a text.
-        MELoRAError: for a tokenizer that knows none of the texts, or gives tokens that the model has not.
+        ValueError: if `max_tokens` is above the model's limit, or leaves no token of a text.
+        MELoRAError: if the tokenizer knows none of the texts, or returns tokens that the model lacks.
     """
     tokens = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
     limit = token_limit(tokenizer, model)
@@ -85,15 +85,16 @@ def measure_texts(
     highest = max((token for each in tokens for token in each), default=0)
     if highest >= vocabulary:
         raise MELoRAError(
-            f"`{folder}`: its tokenizer gives token {highest}, the model has {vocabulary}: it is another model's"
+            f"`{folder}`: its tokenizer returns token {highest}, but the model has {vocabulary}: it is another model's"
         )
     return TokenLengths(tuple(map(len, tokens)), max_tokens or max(min(longest, limit or longest), least), unknown)
 
 
 def token_limit(tokenizer: Any, model: nn.Module) -> int | None:
-    """How many tokens the model takes at most; None where nothing says so.
+    """Returns the largest number of tokens that the model accepts, or None if nothing states a limit.
 
-    Where positions are counted from beyond the padding token's number, as RoBERTa's are, these are fewer than it has.
+    If positions start after the padding token's id, as in RoBERTa, the model accepts fewer tokens than it has
+    positions.
     """
     config: Any = model.config
     limits = [tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None)]
@@ -104,13 +105,13 @@ def token_limit(tokenizer: Any, model: nn.Module) -> int | None:
 
 
 def set_padding(tokenizer: Any, config: Any, folder: Path) -> None:
-    """Gives tokenizer and configuration the same padding token: the model's, the tokenizer's, or that of an end.
+    """Sets the same padding token in tokenizer and configuration: the model's, the tokenizer's, or the end token.
 
-    A decoder classifies the last token that is no padding: there the tokenizer's goes before the model's, as whoever
-    uses the trained model pads with that.
+    For a decoder the tokenizer's comes before the model's: a decoder classifies the last token that is not padding, and
+    users of the trained model pad with the tokenizer's.
 
     Raises:
-        MELoRAError: where there is none of them.
+        MELoRAError: if there is none of the three.
     """
     text_config = config.get_text_config()
     own = getattr(text_config, "pad_token_id", None)
@@ -120,12 +121,12 @@ def set_padding(tokenizer: Any, config: Any, folder: Path) -> None:
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= getattr(text_config, "vocab_size", _NO_LIMIT):
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise MELoRAError(f"`{folder}`: its tokenizer has neither a padding nor an end token: give it a `pad_token`")
+        raise MELoRAError(f"`{folder}`: its tokenizer has neither a padding nor an end token: set its `pad_token`")
     text_config.pad_token_id = tokenizer.pad_token_id
 
 
 def _is_decoder(config: Any) -> bool:
-    """Whether models of this configuration are decoders alone."""
+    """Returns whether models of this configuration are decoders only."""
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
@@ -134,7 +135,7 @@ def _num_tokens(model: Any) -> int:
 
 
 def _refuse_unknown(tokenizer: Any, tokens: Sequence[Sequence[int]], folder: Path) -> float:
-    """Share of the texts' tokens that the tokenizer does not know; an error where it knows none."""
+    """Returns the share of the texts' tokens that the tokenizer does not know; raises MELoRAError if it knows none."""
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     own = [token for each in tokens for token in each if token not in special]
     unknown = sum(token == tokenizer.unk_token_id for token in own) / len(own) if own else 1.0

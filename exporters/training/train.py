@@ -1,4 +1,4 @@
-"""`melora-fx train`: adapters for a model folder, trained on labelled texts."""
+"""`run_train` runs `melora-fx train`: it trains adapters for a model folder on labelled texts."""
 
 import json
 import os
@@ -32,18 +32,18 @@ _PACKAGES = ("melora_fx", "torch", "transformers", "tokenizers", "numpy")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What is asked for, as the command line has it.
+    """The options of a training, as on the command line.
 
     Attributes:
         model: a Hugging Face folder.
         out: the folder for the results.
-        data: a delimited file with a header, whose columns are `text` and `label`; None for texts from elsewhere.
-        validation: the share of the texts that is held out, or a file of its own.
-        targets: the linears to adapt; none: the query and value projections.
-        max_tokens: where texts are cut; None: only at the model's limit.
-        device: what trains, as torch names it; "auto" is CUDA where there is any.
-        restart: forgets the checkpoints of another run in `out`.
-        checkpoint_every_s: seconds; one is written after each epoch, too.
+        data: a delimited file with a header and the columns `text` and `label`; None if the texts come from elsewhere.
+        validation: the share of the texts to hold out, or a separate file with the held-out texts.
+        targets: the linears to adapt; if empty, the query and value projections.
+        max_tokens: number of tokens at which texts are cut; None: the model's limit.
+        device: a device of torch by name; "auto" is CUDA if available, else the CPU.
+        restart: deletes the checkpoints in `out` and starts over.
+        checkpoint_every_s: seconds between checkpoints within an epoch; each epoch also ends with one.
     """
 
     model: Path
@@ -70,7 +70,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is ready to run, all its inputs checked: the plain model, the plan, and where the results go."""
+    """A training that is ready to run: checked inputs, the plain model, the plan, and the place of the results."""
 
     options: TrainOptions
     base: Base
@@ -85,13 +85,15 @@ class Training:
 
 
 def run_train(options: TrainOptions) -> dict[str, Any]:
-    """Trains, prints what it does, and writes adapter, picture and report.json into `options.out`.
+    """Trains, prints its progress, and writes the adapter, a plot and report.json into `options.out`.
 
     Returns:
-        what it has also written as report.json.
+        the content of report.json.
 
     Raises:
-        MELoRAError, ValueError: for data, a model, options or a folder that cannot be used, before anything is written.
+        MELoRAError, ValueError: if the data, the model, an option or the folder cannot be used. Nothing is written
+            then.
+        MELoRAError: later, if a loss is not finite, or a checkpoint or result cannot be read or written.
     """
     if options.data is None:
         raise ValueError("`data` is needed: a file with the texts and their labels")
@@ -106,25 +108,25 @@ def run_train(options: TrainOptions) -> dict[str, Any]:
 
 
 def read_texts_of(options: TrainOptions) -> Texts:
-    """The texts in the file that the options name."""
+    """Returns the texts in the file `options.data`."""
     assert options.data is not None
     return read_texts(options.data, options.text, options.label, held_out=options.validation, seed=options.seed)
 
 
 def prepare(options: TrainOptions, texts: Texts, *, checkpoints: str = "checkpoints") -> Training:
-    """All that is decided before the training; nothing is written yet.
+    """Loads the model, checks all inputs, and decides everything that precedes the training; writes nothing.
 
     Args:
-        options: what is asked for.
-        texts: what is trained on and held out.
-        checkpoints: the folder in `options.out` for the checkpoints.
+        options: the options of the training.
+        texts: the texts to train on and to hold out.
+        checkpoints: name of the folder in `options.out` for the checkpoints.
 
     Raises:
         MELoRAError, ValueError: as `run_train`.
     """
     if options.batch_size < 1:
         raise ValueError(f"`batch_size` (={options.batch_size}) must be at least 1")
-    _ = options.schedule, find_device(options.device)  # refuse what is out of range
+    _ = options.schedule, find_device(options.device)  # raise if a value is out of range
     refuse_model_folder(options)
     texts = texts.with_labels(label_order(options.model, texts.labels))
     print_texts(texts)
@@ -136,7 +138,7 @@ def prepare(options: TrainOptions, texts: Texts, *, checkpoints: str = "checkpoi
     if base.new:
         console.print(f"[bold]new in this model[/], trained and saved with the adapter: {', '.join(base.new)}")
     if base.heads:
-        console.print(f"[bold]the model's own head[/], trained on: {', '.join(base.heads)}")
+        console.print(f"[bold]the model's own head[/], trained further: {', '.join(base.heads)}")
     targets = options.targets or default_targets(base.model)
     if not options.targets:
         console.print(f"[bold]targets[/]: {', '.join(targets)}")
@@ -151,25 +153,27 @@ def prepare(options: TrainOptions, texts: Texts, *, checkpoints: str = "checkpoi
 
 
 def refuse_model_folder(options: TrainOptions) -> None:
-    """Raises MELoRAError where the results would go into the folder of the model."""
+    """Raises MELoRAError if the results would go into the model's folder."""
     if lies_in(options.out, options.model):
-        raise MELoRAError(f"`{options.out}` is the model's own folder, or in it: give another `--out`")
+        raise MELoRAError(f"`{options.out}` is the model's own folder, or in it: pass another `--out`")
 
 
 def _try_model(base: Base, batches: Batches) -> None:
-    """Raises MELoRAError where the model cannot compute what its tokenizer makes of the texts."""
+    """Raises MELoRAError if the model cannot run on the texts as its tokenizer encodes them."""
     try:
         with torch.no_grad():
             base.model(**batches.example())
-    except Exception as error:  # a model raises what it likes, such as T5 without an end token in each text
+    except Exception as error:  # of any type, depending on the model; T5 needs an end token in each text
         raise MELoRAError(
-            f"`{base.folder}`: {type(base.model).__name__} cannot take the texts as its tokenizer writes them: {error}"
+            f"`{base.folder}`: {type(base.model).__name__} cannot process the texts as its tokenizer encodes them: "
+            f"{error}"
         ) from error
 
 
 def fit(training: Training) -> dict[str, Any]:
-    """Rewrites the model, trains it, and writes adapter and picture; what report.json says of it. The model is on the
-    CPU before and after.
+    """Rewrites the model, trains it, writes the adapter and the plot, and returns the content of report.json.
+
+    The model is on the CPU before and after.
     """
     options, model, out = training.options, training.base.model, training.options.out
     start = time.perf_counter()
@@ -200,19 +204,19 @@ def print_summary(results: dict[str, Any]) -> None:
 
 
 def check_requirements(out: Path) -> None:
-    """Raises MELoRAError for a package that is missing, and a folder that cannot be made or written; makes nothing."""
+    """Raises MELoRAError if a package is missing or `out` cannot be created or written; creates nothing."""
     import_pyplot()
     there = next((path for path in (out, *out.absolute().parents) if path.exists()), out)
     if not there.is_dir():
-        raise MELoRAError(f"`{out}` cannot be written: `{there}` is no folder")
+        raise MELoRAError(f"`{out}` cannot be written: `{there}` is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise MELoRAError(f"`{out}` cannot be written: `{there}` may not be written to")
+        raise MELoRAError(f"`{out}` cannot be written: `{there}` is not writable")
 
 
 def _arguments(
     options: TrainOptions, texts: Texts, base: Base, targets: tuple[str, ...], max_tokens: int
 ) -> dict[str, Any]:
-    """Everything that the trained adapter depends on but the versions of packages, as JSON-ready values."""
+    """Returns everything that the trained adapter depends on, except package versions, as JSON-ready values."""
     return {
         "model_sha256": hash_base(base.model, base.new),
         "texts_sha256": hash_texts(texts.train, texts.held_out),

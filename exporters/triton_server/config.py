@@ -1,4 +1,4 @@
-"""config.pbtxt, the description of a model for the Triton Inference Server, in protobuf's text format."""
+"""Writes config.pbtxt, the description of a model for the Triton Inference Server, in protobuf's text format."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ _TENSORRT_KEYS = frozenset(
         "trt_ep_context_embed_mode",
     )
 )
-"""What the backend takes for TensorRT; it refuses to load a model with any other parameter."""
+"""The parameters that the backend accepts for TensorRT; it refuses to load a model with any other parameter."""
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is served; the fields are the arguments of `write_triton_repository`."""
+    """How a model is served, by the names of `write_triton_repository`'s arguments; `parameters`: the backend's."""
 
     name: str
     provider: str
@@ -83,7 +83,7 @@ class Serving:
 
 
 def write_config(model: onnx_ir.Model, serving: Serving) -> str:
-    """The text of config.pbtxt; the graph's types must be among `TYPES`."""
+    """Returns the text of config.pbtxt; the types of the graph's inputs and outputs must be in `TYPES`."""
     size = serving.max_batch_size
     lines = [f"name: {json.dumps(serving.name)}", 'backend: "onnxruntime"', f"max_batch_size: {size}"]
     for kind, values in (("input", required_inputs(model)), ("output", model.graph.outputs)):
@@ -104,12 +104,15 @@ def write_config(model: onnx_ir.Model, serving: Serving) -> str:
 
 
 def type_name(value: onnx_ir.Value) -> str:
-    """The element type of an input or output."""
+    """Returns the element type of an input or output."""
     return value.dtype.name if value.dtype else "UNDEFINED"
 
 
 def _tensor(kind: str, value: onnx_ir.Value, *, batched: bool) -> list[str]:
-    """One input or output; -1 for a dynamic axis. Triton knows no empty shape: it is one element, reshaped to none."""
+    """Returns the lines of an input or output, with -1 for a dynamic axis.
+
+    Triton has no empty shape: it is written as one element, reshaped to no axes.
+    """
     (axes,) = axes_by_name([value]).values()
     dims = [-1 if isinstance(axis, str) else axis for axis in axes[batched:]]
     reshape = [] if dims else ["  reshape { shape: [] }"]
@@ -124,10 +127,10 @@ def _tensor(kind: str, value: onnx_ir.Value, *, batched: bool) -> list[str]:
 
 
 def tensorrt_parameters(options: Mapping[str, str]) -> dict[str, str]:
-    """ONNX Runtime's options for TensorRT under the names that Triton's backend has for them.
+    """Returns ONNX Runtime's options for TensorRT under the names that Triton's backend has for them.
 
     Raises:
-        ValueError: for options that the backend does not know.
+        ValueError: if the backend does not know an option.
     """
     parameters = dict(options)
     if parameters.pop("trt_fp16_enable", "False") in ("True", "true", "1"):

@@ -1,7 +1,7 @@
-"""`write_triton_repository`: a graph as a model of the Triton Inference Server, run by its ONNX Runtime backend.
+"""Writes a graph as a model of the Triton Inference Server, which its ONNX Runtime backend runs.
 
     DIRECTORY/NAME/config.pbtxt
-    DIRECTORY/NAME/VERSION/model.onnx, and its weights beside it
+    DIRECTORY/NAME/VERSION/model.onnx, and its weights next to it
 
 Sources, read in November 2026:
 https://github.com/triton-inference-server/onnxruntime_backend (README, src/onnxruntime.cc: the parameters it knows)
@@ -39,13 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TritonModel:
-    """A model as written.
+    """A model in a Triton model repository, as it was written.
 
     Attributes:
-        path: its folder, DIRECTORY/NAME; `version` the folder in it that holds the graph.
+        path: its folder, DIRECTORY/NAME.
+        version: the number of the folder in it that contains the graph.
         files: every file written, relative to `path`.
-        max_batch_size: largest batch that the server makes of requests; 0 where it makes none.
-        notes: what the user should know, such as why there is no batching.
+        max_batch_size: the largest batch that the server builds from requests; 0 if it builds none.
+        notes: facts that the user should know, such as why there is no batching.
     """
 
     path: str
@@ -77,32 +78,34 @@ def write_triton_repository(
 ) -> TritonModel:
     """Adds a graph to a Triton model repository; the graph and its weights are copied.
 
-    Requests are batched where axis 0 of every input and output is one dynamic axis, and only those that are alike in
-    all other axes: clients should pad sequences to a few lengths.
+    The server batches requests if axis 0 of every input and output is the same dynamic axis, which occurs in no other
+    axis. It batches only requests that are equal in all other axes, so clients should pad sequences to a few lengths.
 
-    A model of the same name is not overwritten. A new `version` is added to it where its config.pbtxt is the one that
-    would be written; with "tensorrt" it never is, because engines are cached by model, not by version. All is
-    written to a temporary folder and then moved.
+    A model of the same name is not overwritten. A new `version` is added to it if its config.pbtxt is equal to the new
+    one. With "tensorrt" this needs the same graph and weights, because engines are cached by model, not by version. All
+    files are written to a temporary folder, which is then moved.
 
     Args:
         onnx_path: the .onnx file.
-        directory: the repository: what the server gets as `--model-repository`.
-        shapes: smallest, usual and largest size of each dynamic axis; with "tensorrt" every axis must have a range.
-        max_batch_size: None for the largest batch in `shapes`; 0 for no batching.
-        name: None for the file's name, or its folder's where it is called model.onnx.
-        version: number of the folder.
+        directory: the repository, which the server gets as `--model-repository`.
+        shapes: the smallest, usual and largest size of each dynamic axis; with "tensorrt" every dynamic axis must have
+            a range.
+        max_batch_size: the largest batch; None for the largest one in `shapes`, 0 for no batching.
+        name: the name of the model; None for the file's name, or its folder's name if the file is called model.onnx.
+        version: the number of the version and its folder.
         provider: "tensorrt", "cuda" or "cpu".
-        instances: copies of the model, on each GPU or on the CPU.
+        instances: the number of copies of the model, on each GPU or on the CPU.
         max_queue_delay_us: how long a request may wait for others, in microseconds.
-        preferred_batch_sizes: Triton advises to leave them out where all sizes are served alike.
-        engine_cache: folder on the server's machine for TensorRT's engines; without one that stays, each start of the
-            server builds them again.
-        provider_options: further parameters of the backend for "tensorrt" or "cuda"; they go before ours.
+        preferred_batch_sizes: the batch sizes to prefer; Triton advises to leave them out if no size is served better.
+        engine_cache: the folder for TensorRT's engines on the server's machine. If it is not kept, each start of the
+            server builds the engines again.
+        provider_options: further parameters of the backend for "tensorrt" or "cuda"; they override ours.
 
     Raises:
-        ValueError: for arguments of no accepted form, or that do not fit the graph.
-        MELoRAError: for a file that is no ONNX graph, weights that are missing, a graph with optional inputs, or
-            with types that Triton lacks, a model that is there already, and a folder that cannot be written.
+        ValueError: if an argument is invalid or does not fit the graph.
+        MELoRAError: if the file is not an ONNX graph, or its weights are missing; the graph has optional inputs, types
+            that Triton lacks, or an unknown number of axes; the model exists already with this version or another
+            config.pbtxt; a folder cannot be written.
     """
     path = Path(onnx_path)
     model = read_graph(path)
@@ -113,7 +116,7 @@ def write_triton_repository(
     weights = data_files(path, model)
     size, notes = _batch_size(model, inputs, shapes, max_batch_size, provider)
     if any(not 1 <= preferred <= size for preferred in preferred_batch_sizes):
-        raise ValueError(f"`preferred_batch_sizes` (={list(preferred_batch_sizes)}) must be 1 to {size}")
+        raise ValueError(f"`preferred_batch_sizes` (={list(preferred_batch_sizes)}) must be from 1 to {size}")
     serving = Serving(
         name=name,
         provider=provider,
@@ -135,7 +138,7 @@ def _default_name(path: Path) -> str:
 
 def _check_arguments(name: str, version: int, provider: str, instances: int, max_queue_delay_us: int) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"`name` (={name!r}) must be letters, digits, `_`, `-` and `.`")
+        raise ValueError(f"`name` (={name!r}) must be letters, digits, `_`, `-` and `.`, and not start with `-` or `.`")
     if provider not in PROVIDERS:
         raise ValueError(f"`provider` (={provider!r}) must be one of {', '.join(map(repr, PROVIDERS))}")
     for label, value, least in (
@@ -148,7 +151,7 @@ def _check_arguments(name: str, version: int, provider: str, instances: int, max
 
 
 def _described(path: Path, model: onnx_ir.Model) -> Axes:
-    """The axes of the graph's inputs, all of which Triton can name."""
+    """Returns the axes of the graph's inputs; raises MELoRAError if Triton cannot describe an input or output."""
     required = required_inputs(model)
     if len(required) < len(model.graph.inputs):
         raise MELoRAError(
@@ -156,7 +159,7 @@ def _described(path: Path, model: onnx_ir.Model) -> Axes:
         )
     for value in (*required, *model.graph.outputs):
         if type_name(value) not in TYPES:
-            raise MELoRAError(f"`{path}`: `{value.name}` is {type_name(value)}, which Triton does not take")
+            raise MELoRAError(f"`{path}`: `{value.name}` is {type_name(value)}, which Triton does not accept")
         if value.shape is None:
             raise MELoRAError(f"`{path}`: the number of axes of `{value.name}` is not known")
     return axes_by_name(required)
@@ -171,7 +174,7 @@ def _parameters(
     engine_cache: str,
     given: Mapping[str, str],
 ) -> dict[str, str]:
-    """What the backend gives to ONNX Runtime's provider."""
+    """Returns the parameters that the backend passes to ONNX Runtime's provider."""
     if provider == "cpu" and given:
         raise ValueError(f"`provider_options` (={dict(given)}): the CPU provider has none")
     if provider != "tensorrt":
@@ -186,7 +189,7 @@ def _parameters(
 def _batch_size(
     model: onnx_ir.Model, inputs: Axes, shapes: Shapes, asked: int | None, provider: str
 ) -> tuple[int, tuple[str, ...]]:
-    """(largest batch, notes): 0 where rows cannot be batched."""
+    """Returns (largest batch, notes); the largest batch is 0 if rows cannot be batched."""
     values = {**inputs, **axes_by_name(model.graph.outputs)}
     axis, reason = _batch_axis(values)
     if reason:
@@ -194,31 +197,31 @@ def _batch_size(
             raise ValueError(f"`max_batch_size` (={asked}): {reason}")
         return 0, (f"no batching: {reason}",)
     if asked is None and axis not in shapes:
-        raise ValueError(f"`max_batch_size` or a range of `{axis}` in `shapes` is needed")
+        raise ValueError(f"pass `max_batch_size`, or a range of `{axis}` in `shapes`")
     size = shapes[axis][2] if asked is None else asked
     if size < 0 or (axis in shapes and size > shapes[axis][2]):
-        raise ValueError(f"`max_batch_size` (={size}) must be 0 to the largest `{axis}` in `shapes`")
+        raise ValueError(f"`max_batch_size` (={size}) must be from 0 to the largest `{axis}` in `shapes`")
     if size and provider == "tensorrt" and shapes[axis][0] > 1:
         raise ValueError(f"`{axis}` (={shapes[axis]}) must start at 1: the server also runs requests one by one")
     return size, ()
 
 
 def _batch_axis(values: Axes) -> tuple[str, str]:
-    """(name of the axis that requests are joined along, why there is none)."""
+    """Returns (name of the axis along which requests are joined, reason why there is none)."""
     first = {axes[0] if axes else "" for axes in values.values()}
     axis = first.pop() if len(first) == 1 else ""
     if not isinstance(axis, str) or axis in ("", "?"):
-        return "", "axis 0 of the inputs and outputs is not one dynamic axis"
+        return "", "axis 0 of the inputs and outputs is not the same dynamic axis"
     elsewhere = [
         name for name, axes in values.items() if any(re.search(rf"\b{axis}\b", str(other)) for other in axes[1:])
     ]
     if elsewhere:  # one request's rows would be compared with those of another
-        return "", f"`{axis}` is more than axis 0 of {', '.join(elsewhere)}"
+        return "", f"`{axis}` also occurs in other axes of {', '.join(elsewhere)}"
     return axis, ""
 
 
 def _write(target: Path, version: int, config: str, files: Mapping[str, Path]) -> tuple[str, ...]:
-    """Writes the model's folder, or one more version of it, in one rename; the files written, relative to it."""
+    """Writes the model's folder, or another version in it, with one rename; returns the files, relative to it."""
     names = tuple(f"{version}/{name}" for name in files)
     if os.path.exists(target):
         _check_addable(target, version, config)
@@ -238,12 +241,12 @@ def _copy(files: Mapping[str, Path], folder: Path) -> None:
 
 
 def _check_addable(target: Path, version: int, config: str) -> None:
-    """Refuses a version that is there, and one that another config.pbtxt describes."""
+    """Raises MELoRAError if the version exists already, or the model has another config.pbtxt."""
     if (target / str(version)).exists():
-        raise MELoRAError(f"`{target}` has a version {version} already: give another `version` or `name`")
+        raise MELoRAError(f"`{target}` already has a version {version}: pass another `version` or `name`")
     present = target / "config.pbtxt"
     if not present.is_file() or present.read_text() != config:
         raise MELoRAError(
-            f"`{target}` is there with another config.pbtxt (TensorRT's is of one graph and its weights): give "
-            "another `name`"
+            f"`{target}` already exists with another config.pbtxt (TensorRT's is for one graph and its weights): "
+            "pass another `name`"
         )

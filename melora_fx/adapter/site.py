@@ -1,6 +1,6 @@
-"""What a site is, as graphs and modules record it.
+"""Defines the record of a site, as graphs and modules store it.
 
-The inserted nodes of a graph carry the tag of their site; the module that runs the graph keeps one record for each.
+The inserted nodes of a graph carry the tag of their site. The module that runs the graph keeps one record per site.
 """
 
 from dataclasses import dataclass
@@ -16,17 +16,20 @@ SITE_TAG = "melora_site"
 """Key in `node.meta` of every inserted node: the path of the site's parameter below the rewritten module."""
 
 MODULE_MARK = "melora_mark"
-"""Attribute of every rewritten module: what it is, among it the records of its sites."""
+"""Attribute of every rewritten module: its mark, which contains the records of its sites."""
 
 
 @dataclass
 class SiteRecord:
-    """Recorded in the rewritten module: one site of its graph.
+    """One site of the graph of a rewritten module, as that module records it.
 
-    `parameter`: path of the weight below that module. `is_aten`: whether the adapter's nodes are ATen alone, which
-    forward-mode derivatives and ONNX need. `row_dims`: as in `as_matrices`. `is_absent`: whether the adapter that was
-    loaded last lacks the site, whose A and B are zero then. `saved_config`: its own configuration, where that names a
-    lowering or a dropout that the graph does not compute with.
+    Attributes:
+        parameter: path of the weight below the rewritten module.
+        is_aten: whether all nodes of the adapter are ATen, which forward-mode derivatives and ONNX need.
+        row_dims: as in `as_matrices`.
+        is_absent: whether the adapter that was loaded last lacks the site. A and B are zero then.
+        saved_config: the site's configuration in the adapter that was loaded last, if it names a lowering or dropout
+            that the graph does not use; else None.
     """
 
     parameter: str
@@ -40,17 +43,17 @@ class SiteRecord:
     saved_config: MELoRAConfig | None = None
 
     def matrices_of(self, weight: Tensor) -> Tensor:
-        """The weight as it is multiplied by, a matrix or a stack of such, which lie transposed or not: a view."""
+        """Returns a view of the weight as the model multiplies by it: a matrix or a stack, transposed or not."""
         return as_matrices(weight, self.row_dims)
 
     @property
     def file_config(self) -> MELoRAConfig:
-        """The configuration as the adapter's file has it."""
+        """The configuration as the adapter's file stores it."""
         return self.saved_config or self.config
 
     @property
     def owner_path(self) -> str:
-        """Path of the module that holds the weight, below the rewritten module."""
+        """Path of the module that owns the weight, below the rewritten module."""
         return self.parameter.rpartition(".")[0]
 
     @property
@@ -59,37 +62,37 @@ class SiteRecord:
         return self.parameter.rpartition(".")[2]
 
     def attribute(self, kind: str) -> str:
-        """Name, on the weight's owner, of one of `tensors.TENSORS`."""
+        """Returns the name that one of `tensors.TENSORS` has on the weight's owner."""
         return self.attribute_of(self.parameter, kind)
 
     @staticmethod
     def attribute_of(parameter: str, kind: str) -> str:
-        """The same for a parameter that is no site yet."""
+        """Returns the name that `attribute` returns, for a parameter that is not a site yet."""
         name = parameter.rpartition(".")[2]
         return kind if name == "weight" else f"{name}_{kind}"
 
     def path(self, kind: str) -> str:
-        """The same as a path below the rewritten module."""
+        """Returns the path of one of `tensors.TENSORS` below the rewritten module."""
         return join_path(self.owner_path, self.attribute(kind))
 
     def site_name(self, module_path: str) -> str:
-        """Name of the site in a model that has the rewritten module at `module_path`."""
+        """Returns the name of the site in a model that has the rewritten module at `module_path`."""
         return site_name(join_path(module_path, self.owner_path), self.parameter_name)
 
 
 def owner_of(module: nn.Module, record: SiteRecord) -> nn.Module:
-    """The module that holds the weight of `record`."""
+    """Returns the module that owns the weight of `record`."""
     return get_attribute(module, record.owner_path)
 
 
 def own_names(record: SiteRecord) -> tuple[str, ...]:
-    """The parameters of a site that the rewritten module holds itself: none where a module below it does."""
+    """Returns the names of a site's parameters on the rewritten module; none if a module below it owns them."""
     if record.owner_path:
         return ()
     return record.parameter, *(record.attribute(kind) for kind in FACTORS)
 
 
 def tensors_of(module: nn.Module, record: SiteRecord) -> AdapterTensors:
-    """The adapter of `record`: the parameters themselves, not copies."""
+    """Returns the adapter of `record`: the parameters themselves, not copies."""
     owner = owner_of(module, record)
     return AdapterTensors(record.config, *(getattr(owner, record.attribute(kind)) for kind in FACTORS))

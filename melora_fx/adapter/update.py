@@ -1,11 +1,11 @@
-"""The update of one weight, and how it is added: the one place where either is computed.
+"""Computes the update of one weight and adds it to the weight; no other place does either.
 
     W' = W + Δ      Δ = blockdiag(s_1 B_1 A_1, …, s_N B_N A_N)
 
 Δ and the sum are computed in float32 or wider and rounded once to the weight's dtype. Folds in memory, on disk and in
-ONNX files, and what reports on them, all take their sums from here, so they give the same bits. (A fold in memory on a
-CUDA device may have another last bit of Δ than one on the CPU.) It goes tile by tile, a few rows of every block at a
-time: a tile stays in the processor's cache, and a weight is never copied whole.
+ONNX files, and the reports on them, all take their sums from here, so they agree bit for bit. (A fold in memory on a
+CUDA device may differ from one on the CPU in the last bit of Δ.) The computation goes tile by tile, a few rows of every
+block at a time: a tile stays in the processor's cache, and a weight is never copied whole.
 
 N num_blocks, I in_features, O out_features, t rows of a tile.
 """
@@ -19,18 +19,18 @@ import torch
 from .tensors import AdapterTensors, diagonal_blocks, matrices
 
 _TILE_ELEMENTS = {"cpu": 1 << 19}
-"""Elements of Δ in a tile by device type: 2 MiB of float32 on the CPU, measured (benchmarks/results/NOTES.md)."""
+"""Elements of Δ in a tile, by device type: 2 MiB of float32 on the CPU, as measured (benchmarks/results/NOTES.md)."""
 _TILE_ELEMENTS_ELSEWHERE = 1 << 24
 
 
 class Scratch:
-    """Memory for the tiles of many updates; fresh memory for each would cost more in page faults than the sums do."""
+    """Memory that the tiles of many updates reuse. Page faults of fresh memory would cost more time than the sums."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
     def take(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Uninitialised memory, which the next call with the same name hands out again."""
+        """Returns uninitialised memory. The next call with the same name, dtype and device returns it again."""
         key = (name, dtype, device)
         size = shape.numel()
         buffer = self._buffers.get(key)
@@ -44,13 +44,13 @@ def _tile_elements(device: torch.device) -> int:
 
 
 class Tile:
-    """Some rows of every block of a weight, and their sum with the update; all are (N, t, I/N).
+    """A few rows of every block of a weight, and their sum with the update; all tensors are (N, t, I/N).
 
-    What is computed lives in `scratch`: the next tile overwrites it.
+    The results are stored in `scratch`, and the next tile overwrites them.
     """
 
     def __init__(self, block: torch.Tensor, delta: torch.Tensor, scratch: Scratch) -> None:
-        """`block`: a view of the weight. `delta`: its update, in float32 or wider, which is used up."""
+        """`block`: a view of the weight. `delta`: its update, in float32 or wider; the tile may overwrite it."""
         self.block = block
         self.delta = delta
         self.scratch = scratch
@@ -60,13 +60,13 @@ class Tile:
     @cached_property
     def before(self) -> torch.Tensor:
         """A copy of W, in the dtype of `exact`."""
-        # Copied before it is converted: a conversion that reads short rows from memory takes twice the time of both.
+        # Copies before it converts: a conversion that reads short rows from memory takes twice as long as both steps.
         copied = self.take("rounded", self.block.dtype).copy_(self.block)
         return self.take("before", self.wide).copy_(copied)
 
     @cached_property
     def exact(self) -> torch.Tensor:
-        """W + Δ before it is rounded: of Δ's dtype where that is wider than W's, else float64."""
+        """W + Δ before rounding: in the dtype of Δ if it is wider than that of W, else in float64."""
         update = self.delta if self.is_narrow else self.take("exact", self.wide).copy_(self.delta)
         return update.add_(self.before)
 
@@ -76,14 +76,14 @@ class Tile:
         return self.take("rounded", self.block.dtype).copy_(self.exact)
 
     def write(self) -> None:
-        """Puts the rounded sum in the place of W."""
+        """Overwrites W with the rounded sum."""
         if self.is_narrow:
             self.block.copy_(self.exact)
-        else:  # the bits of `rounded`, sooner: float64's 53 digits are 2·24 + 2 or more, so its rounding adds nothing
+        else:  # faster, with the bits of `rounded`: float64 has 53 ≥ 2·24 + 2 digits, so rounding twice changes nothing
             self.block.add_(self.delta)
 
     def take(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the tile's shape, uninitialised."""
+        """Returns uninitialised memory of the tile's shape."""
         return self.scratch.take(name, self.block.shape, dtype, self.block.device)
 
 
@@ -93,13 +93,13 @@ def add_update(
     scratch: Scratch | None = None,
     observe: Callable[[Tile], object] | None = None,
 ) -> None:
-    """Adds the update to `weight` in place; only its N diagonal blocks, 1/N of it, are read and written.
+    """Adds the update to `weight` in place; reads and writes only its N diagonal blocks, 1/N of the weight.
 
     Args:
-        adapter: whose update it is.
-        weight: (O, I), of any strides and floating dtype, or a stack of such (E, O, I).
-        scratch: memory to work in, best one for many updates.
-        observe: is shown each tile before it is written.
+        adapter: the adapter with the update.
+        weight: (O, I) or a stack (E, O, I), of any strides and floating dtype.
+        scratch: memory to work in; pass the same one for many updates.
+        observe: called with each tile before it is written.
     """
     for tile in update_tiles(adapter, weight, scratch or Scratch()):
         if observe is not None:
@@ -108,16 +108,16 @@ def add_update(
 
 
 def update_tiles(adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch) -> Iterator[Tile]:
-    """The tiles of `weight` (O, I) or (E, O, I), which together are its diagonal blocks; nothing is changed.
+    """Yields the tiles of `weight` (O, I) or (E, O, I), which together cover its diagonal blocks; changes nothing.
 
-    A matrix whose update is zero has none: the sum would make another value of -0 alone.
+    A matrix whose B is zero has no tiles: the sum would only turn -0 into 0.
     """
     for matrix, own in zip(matrices(weight), adapter.by_matrix(), strict=True):
         yield from _tiles_of_matrix(own, matrix, scratch)
 
 
 def _tiles_of_matrix(adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch) -> Iterator[Tile]:
-    """`update_tiles` of one matrix (O, I)."""
+    """Yields the tiles of one matrix (O, I), as `update_tiles` does."""
     if not adapter.lora_b.any():
         return
     wide = torch.promote_types(torch.promote_types(adapter.lora_b.dtype, torch.float32), weight.dtype)
@@ -130,9 +130,9 @@ def _tiles_of_matrix(adapter: AdapterTensors, weight: torch.Tensor, scratch: Scr
 
 
 def _product(tile_b: torch.Tensor, part_a: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """s B (N, t, R) times A (N, R, I/N), in `out`.
+    """Multiplies s B (N, t, R) by A (N, R, I/N) into `out` (N, t, I/N), and returns it.
 
-    Computed in float64 on CUDA: in float32 it would keep 11 of 24 bits there once a training script has allowed TF32.
+    Computes in float64 on CUDA: in float32 only 11 of 24 bits would remain once a training script has allowed TF32.
     """
     if not out.is_cuda:
         return torch.bmm(tile_b, part_a, out=out)
@@ -141,10 +141,10 @@ def _product(tile_b: torch.Tensor, part_a: torch.Tensor, out: torch.Tensor, scra
 
 
 def non_finite(adapter: AdapterTensors, dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> str | None:
-    """Why the update of a weight is not finite, or takes it out of the range of its `dtype`; or None.
+    """Returns why the update of a weight is not finite, or takes the weight out of the range of its `dtype`; or None.
 
-    The weight, (O, I) or (E, O, I), is `read` only if the norms of A and B leave a doubt (no value of Δ is above
-    s ‖A‖ ‖B‖), or in float16.
+    Calls `read` for the weight, (O, I) or (E, O, I), only in float16, or if the norms of A and B leave a doubt: no
+    value of Δ is above s ‖A‖ ‖B‖.
     """
     factors = (adapter.lora_a.detach(), adapter.lora_b.detach())
     norms = [float(torch.linalg.vector_norm(tensor)) for tensor in factors]
@@ -160,5 +160,5 @@ def non_finite(adapter: AdapterTensors, dtype: torch.dtype, read: Callable[[], t
 
 
 def beyond_range(dtype: torch.dtype) -> str:
-    """The error text for a sum that is not finite in `dtype`."""
+    """Returns the error text for a sum that is not finite in `dtype`."""
     return f"the sum of weight and update is beyond the range of {str(dtype).removeprefix('torch.')}"

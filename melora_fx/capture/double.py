@@ -1,4 +1,4 @@
-"""A double of a module: what a trace may do to it, it does not do to the module."""
+"""Makes a double of a module, so that a trace changes the double and not the module."""
 
 import copy
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from melora_fx.torch_private import registered
 
 
 def double_of(module: nn.Module, training: bool) -> nn.Module:
-    """A module of the same class with the same parameters and copies of all else, below it too, in the mode `training`.
+    """Returns a module of the same class in the mode `training`. It shares the parameters of `module`, and has copies
+    of all other attributes and of the modules below.
 
-    What cannot be copied is shared.
+    Values that cannot be copied are shared, too.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     children = list(_of_python(module))
@@ -27,20 +28,23 @@ def double_of(module: nn.Module, training: bool) -> nn.Module:
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy as far as there is one; `memo` as in `copy.deepcopy`."""
+    """Returns a deep copy. If that fails, copies dicts and lists item by item, and returns other values themselves.
+
+    `memo` is as in `copy.deepcopy`.
+    """
     try:
         return copy.deepcopy(value, memo)
-    except Exception:  # a lock, a file, a tensor that someone computed: whatever refuses to be copied
+    except Exception:  # anything that refuses to be copied, such as a lock, a file, a computed tensor
         if type(value) is dict:
             return {key: copied(item, memo) for key, item in value.items()}
         return [copied(item, memo) for item in value] if type(value) is list else value
 
 
 def holders(module: nn.Module) -> list[dict[str, Any]]:
-    """The dicts that hold all that stands on `module` and below it."""
+    """Returns the dicts with all attributes of `module` and of the modules below it."""
     return [holder for child in _of_python(module) for holder in (vars(child), *registered(child))]
 
 
 def _of_python(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and those below it, but for those of TorchScript, which hold nothing in Python."""
+    """Yields the module and those below it, except TorchScript modules, which store nothing in Python."""
     return (child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule))

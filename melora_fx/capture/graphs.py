@@ -1,4 +1,4 @@
-"""What every capture gives: a graph, and the module it stands for."""
+"""Defines the result of every capture: a graph, and the module that it stands for."""
 
 import copy
 from collections.abc import Callable
@@ -15,11 +15,11 @@ class Capture:
     """A graph and the module that it stands for.
 
     Attributes:
-        path: the module's dotted name in the model; the root's is "".
-        graph: what the module computes; of a module that runs its own forward, what a trace has shown of that.
-        other_graphs: what other traces of that have shown.
-        runs_own_forward: whether the module goes on to run its own forward, and not the graph.
-        failure: why what was traced is not all; None where it is.
+        path: the module's dotted name in the model; "" for the root.
+        graph: the computation of the module. If the module runs its own forward: the part that one trace has shown.
+        other_graphs: the parts that other traces of the forward have shown.
+        runs_own_forward: whether the module continues to run its own forward, and not the graph.
+        failure: why the traces do not show the whole forward; None if they do.
     """
 
     path: str
@@ -35,7 +35,7 @@ class Capture:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A graph of its own with the same nodes, names, node metadata and code generation."""
+    """Returns an independent graph with the same nodes, names, node metadata and code generation."""
     copied = empty_graph_like(graph)
     output = copied.graph_copy(graph, {}, return_output_node=True)
     assert isinstance(output, tuple), "a captured graph has an output node"
@@ -45,7 +45,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def function_of(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """The function that runs `graph` on `module`, which it does not keep alive."""
+    """Returns the function that runs `graph` on a module, its first argument. It does not keep `module` alive."""
     made = fx.GraphModule(module, graph)
     graph.owning_module = None
     return type(made).forward

@@ -1,4 +1,4 @@
-"""A tracer that gets through Python that asks what its tensors are: it answers something, and goes on."""
+"""Traces Python that depends on the values of its tensors: the tracer gives some answer and continues."""
 
 import functools
 import inspect
@@ -12,16 +12,16 @@ from .double import copied
 
 _MOST_BRANCHES = 100
 _LENGTH = 2
-"""How many items there are of what a forward counts or goes through."""
+"""The number of items in every proxy that a forward counts or iterates over."""
 
 
 class LenientTracer(fx.Tracer):
     """Traces one module's own forward and leaves every child as a call.
 
     Attributes:
-        branch: what a tensor is where it is asked for a truth.
-        num_branches: how often it has been.
-        proxies: all that it has made.
+        branch: the truth value of every tensor.
+        num_branches: how often the forward has asked for a truth value.
+        proxies: weak references to all proxies of the trace.
     """
 
     def __init__(self, branch: bool) -> None:
@@ -32,8 +32,8 @@ class LenientTracer(fx.Tracer):
         self.graph = fx.Graph()
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """A proxy for each argument that `concrete_args` does not give; `**kwargs` are none. FX's own way is only kept
-        for `*args`: it calls a decorated forward wrongly.
+        """Passes a proxy for each argument that is not in `concrete_args`, and nothing to `**kwargs`. Uses FX's own
+        method only for a forward with `*args`: that method calls a decorated forward incorrectly.
         """
         _, *parameters = inspect.signature(root_fn).parameters.values()
         if any(each.kind is each.VAR_POSITIONAL for each in parameters):
@@ -58,24 +58,24 @@ class LenientTracer(fx.Tracer):
     def path_of_module(self, mod: nn.Module) -> str:
         try:
             return super().path_of_module(mod)
-        except NameError:  # it is no module's child
+        except NameError:  # the module is not a child of the root
             return type(mod).__name__
 
     def to_bool(self, obj: Any) -> bool:
         self.num_branches += 1
         if self.num_branches > _MOST_BRANCHES:
-            raise fx.proxy.TraceError("a loop that tensors decide")
+            raise fx.proxy.TraceError("a loop whose end depends on tensors")
         return self.branch
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         try:
-            return super().iter(obj)  # knows how many there are where they are unpacked
+            return super().iter(obj)  # knows the number of items if they are unpacked
         except fx.proxy.TraceError:
             items: Any = obj
             return iter([items[index] for index in range(_LENGTH)])
 
     def keys(self, obj: fx.Proxy) -> Any:
-        return []  # of `**kwargs`
+        return []  # asked for `**kwargs`
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -90,7 +90,7 @@ class LenientTracer(fx.Tracer):
 
 
 class LenientProxy(fx.Proxy):
-    """Has an answer, but does not say to be a tensor: C functions would take it for one, and crash."""
+    """Answers every question, but does not claim to be a tensor: C functions would treat it as one, and crash."""
 
     def __len__(self) -> int:
         return _LENGTH
@@ -108,4 +108,4 @@ class LenientProxy(fx.Proxy):
         return bool(self.tracer.to_bool(self))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Nothing of it is in the graph."""
+        """Accepts the assignment without recording it in the graph."""

@@ -1,4 +1,4 @@
-"""Graphs of the linear modules of torch and transformers, whose forwards are known: no other code is run for them."""
+"""Builds the graphs of the linear modules of torch and transformers. Their forwards are known, so none is run."""
 
 import inspect
 import operator
@@ -12,14 +12,15 @@ from .packed import is_packed_linear, packed_graph
 
 
 def linear_graph(module: nn.Module) -> fx.Graph | None:
-    """The graph of an `nn.Linear`, a subclass that keeps its forward, transformers' `Conv1D` or a packed linear; None
-    for modules with other forwards.
+    """Returns the graph of an `nn.Linear`, a subclass with its forward, transformers' `Conv1D` or a packed linear.
+
+    Returns None for a module with another forward, and for a linear with a custom `__call__` or `__setattr__`.
     """
     if is_packed_linear(module):
         return packed_graph(module)
     if any(inspect.getattr_static(type(module), name) is not getattr(nn.Module, name) for name in _PLAIN):
-        return None  # `torch.compile` does not see a call of its own on a GraphModule, whose attributes are set
-    forward: Any = inspect.getattr_static(type(module), "forward")  # a scripted module's is no function
+        return None  # `torch.compile` ignores a custom `__call__` of a GraphModule, and attributes of it are set
+    forward: Any = inspect.getattr_static(type(module), "forward")  # not a function if the module is scripted
     if forward is nn.Linear.forward:
         return _graph_of_linear(module)
     names = (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", ""))
@@ -42,7 +43,7 @@ def _graph_of_linear(module: nn.Module) -> fx.Graph:
 
 
 def _graph_of_conv1d(module: Any) -> fx.Graph:
-    """y = x W + b, by the product of a matrix: x as (tokens, features)."""
+    """y = x W + b, as a product of two matrices: x is viewed as (tokens, features)."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     size = graph.call_method("size", (x,))

@@ -1,5 +1,5 @@
-"""Settings of a model inside a block, train or eval mode, float32 and no key-value cache; and what is kept over one:
-its attributes, and the random numbers to come.
+"""Changes settings of a model inside a block (train or eval mode, float32, no key-value cache), and restores its
+attributes and the random state after one.
 """
 
 import random
@@ -18,7 +18,7 @@ from melora_fx.torch_private import tree_leaves
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in train or eval mode; afterwards every module is in the mode it was in."""
+    """Puts the model in train or eval mode; afterwards restores the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -30,10 +30,10 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """The model with float32 in the place of half precision, tensor by tensor: it is never there twice. Afterwards the
-    tensors are in the dtypes that they were in, with the same bits unless they were changed inside.
+    """Converts the model from half precision to float32, tensor by tensor: it is never in memory twice. Afterwards
+    restores the dtypes of the tensors, with the same bits unless the block has changed them.
 
-    Two parameters of half precision that share memory have memory of their own afterwards.
+    Two half-precision parameters that share memory no longer share it afterwards.
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in HALF}
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
@@ -51,7 +51,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """`config.use_cache` off: the graph returns no key-value cache."""
+    """Turns `config.use_cache` off inside the block, so that the graph returns no key-value cache."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
     for config in caching:
@@ -65,10 +65,10 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def own_attributes(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module has the attributes that it had, the same objects with the same contents.
+    """Restores the attributes of every module after the block: the same objects with the same contents.
 
-    `torch.export` puts equal copies into the place of lists, dicts and tuples, and leaves what a forward has put into
-    the modules' own.
+    `torch.export` replaces lists, dicts and tuples by equal copies, and does not undo what a forward has put into the
+    originals.
     """
     before = [(module, dict(vars(module))) for module in model.modules()]
     contents = [(each, list(_items(each))) for _, attributes in before for each in _containers(attributes.values())]
@@ -88,9 +88,10 @@ def own_attributes(model: nn.Module) -> Iterator[None]:
 
 
 def changed_attributes(model: nn.Module, run: Callable[[], Any]) -> list[str]:
-    """The attributes, as in `layers.0.calls`, that `run` changes again when it is done once more; buffers are none.
+    """Returns the attributes, such as `layers.0.calls`, that `run` changes every time; buffers are left out.
 
-    What is as before after a second run is a cache, and no state.
+    Calls `run` a second time if the first call has changed any: an attribute that the second call leaves unchanged is a
+    cache, not state.
     """
     before = _values(model)
     run()
@@ -102,7 +103,7 @@ def changed_attributes(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 
 def _values(model: nn.Module) -> dict[str, list[Any]]:
-    """Name → the leaves of each attribute that is no module, parameter or buffer; tensors are copied."""
+    """Returns name → leaves of each attribute that is not a module, parameter or buffer; tensors are copied."""
     found = {}
     for path, module in model.named_modules():
         for name in vars(module).keys() - _OF_ANY_MODULE:
@@ -115,7 +116,7 @@ _OF_ANY_MODULE = vars(nn.Module()).keys()
 
 
 def _same(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> set[str]:
-    """The names of what is as it was; of objects that are neither tensors nor plain values, the same one."""
+    """Returns the names of unchanged attributes. Leaves other than tensors and plain values must be the same object."""
     return {name for name in before.keys() & after.keys() if _are_same(before[name], after[name])}
 
 
@@ -131,7 +132,7 @@ def _are_same(before: list[Any], after: list[Any]) -> bool:
 
 
 def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    """The lists, dicts and sets among `values`, and those within them."""
+    """Yields the lists, deques, dicts and sets among `values`, and those within them."""
     pending = list(values)
     seen = set[int]()
     while pending:
@@ -150,8 +151,8 @@ def _items(container: Any) -> Iterable[Any]:
 
 @contextmanager
 def same_random_state(module: nn.Module) -> Iterator[None]:
-    """The block leaves the random numbers to come as they were, on the CPU and on the GPUs that `module` is on: to ask
-    others would wake them.
+    """Restores the random state after the block, on the CPU and on the GPUs that `module` is on. Reading the state of
+    another GPU would initialise it.
     """
     tensors = (*module.parameters(), *module.buffers())
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}

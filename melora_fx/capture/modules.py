@@ -1,7 +1,7 @@
-"""Graphs of a model's modules: of each that owns a matrix, its linear's or what traces of it show; children are calls.
+"""Captures each module of a model that owns a matrix: the graph of a linear, or what traces show; children are calls.
 
-A GraphModule is taken as it is, and below it only the modules that its graph calls. `whole_model.py` makes one graph of
-a whole model; the matcher and the rewriter take both alike.
+A GraphModule is captured unchanged, and below it only the modules that its graph calls. `whole_model.py` builds one
+graph of a whole model; the matcher and the rewriter accept both.
 """
 
 import inspect
@@ -24,12 +24,12 @@ from .trace import KEEPS, Proxies, UntraceableError, keeping, refuse_replaced_fo
 
 
 def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
-    """One graph for each module of `model` that owns a matrix, and for each GraphModule.
+    """Captures each module of `model` that owns a matrix or may multiply by a matrix of another, and each GraphModule.
 
-    Changes nothing. A module used in several places is captured once, under its first name.
+    Changes nothing. A module that is used in several places is captured once, under its first name.
 
     Returns:
-        the captures in the order of `named_modules`, and for each matrix that could not be captured, its name and why.
+        The captures in the order of `named_modules`, and name → reason for each matrix that could not be captured.
     """
     captures: list[Capture] = []
     refused: dict[str, str] = {}
@@ -55,21 +55,21 @@ def capture_modules(model: nn.Module) -> tuple[list[Capture], dict[str, str]]:
     return captures, refused
 
 
-_SCRIPTED = "TorchScript has compiled it: `rewrite` before `torch.jit.script` or `torch.jit.trace`"
+_SCRIPTED = "TorchScript has compiled it: call `rewrite` before `torch.jit.script` or `torch.jit.trace`"
 _WHOLE = "pass `example_inputs=`"
-_RECURRENT = "`nn.{}` gives its weights to one function of torch, past any adapter: leave it out of `targets`"
-_IN_ONE_CALL = f"`nn.MultiheadAttention` gives its weights to one function of torch, past any adapter: {_WHOLE}"
+_RECURRENT = "`nn.{}` passes its weights to one function of torch, past any adapter: leave it out of `targets`"
+_IN_ONE_CALL = f"`nn.MultiheadAttention` passes its weights to one function of torch, past any adapter: {_WHOLE}"
 
 
 def _capture(path: str, module: nn.Module, proxies: list[tuple[Capture, Proxies]]) -> Capture:
-    """`proxies`: those of its traces are added, with the capture."""
+    """Returns the capture of one module. If it is traced, adds the capture and its traces' proxies to `proxies`."""
     graph = linear_graph(module)
     if graph is not None:
-        if tensor_parallel_forward(module) is None:  # which is put around ours again
+        if tensor_parallel_forward(module) is None:  # a tensor-parallel forward is put around ours again
             refuse_replaced_forward(module)
         return Capture(path, module, graph)
     if inspect.getattr_static(type(module), "forward") is nn.Module.forward:
-        raise UntraceableError(f"a `{type(module).__name__}` has no forward, others compute with it: {_WHOLE}")
+        raise UntraceableError(f"`{type(module).__name__}` has no forward, other modules compute with it: {_WHOLE}")
     traces = trace_module(module)
     first, *others = traces.graphs
     failure = traces.failure
@@ -83,18 +83,18 @@ def _capture(path: str, module: nn.Module, proxies: list[tuple[Capture, Proxies]
 
 
 def _refusals(path: str, module: nn.Module, reason: str) -> dict[str, str]:
-    """`reason` for each matrix of the module at `path`."""
+    """Returns `reason` for each matrix of the module at `path`."""
     return {site_name(path, matrix): reason for matrix in matrix_names(module)}
 
 
 def matrix_names(module: nn.Module) -> list[str]:
-    """Names of the module's own parameters that a linear could multiply by: 2-D, or 3-D for a stack of experts."""
+    """Returns the names of the module's own parameters that a linear could multiply by: 2-D, or 3-D for a stack."""
     if is_packed_linear(module):
         return ["weight"]
     if isinstance(module, nn.Embedding | parametrize.ParametrizationList) or is_convolution(module):
         return []
     parameters = dict(module.named_parameters(recurse=False))
-    if is_experts_layer(module):  # whose biases have two dimensions
+    if is_experts_layer(module):  # its biases have two dimensions
         return [name for name, value in parameters.items() if value.dim() == 3]
     return [name for name, value in parameters.items() if _is_matrix_or_stack(value)]
 
@@ -104,14 +104,14 @@ def _is_matrix_or_stack(parameter: nn.Parameter) -> bool:
 
 
 def _has_other_parameters(module: nn.Module) -> bool:
-    """Whether it owns what is no matrix and no stack and may still be multiplied by, as a kernel is."""
+    """Returns whether a module without matrices owns another parameter that a product may use, such as a kernel."""
     if isinstance(module, nn.Embedding | parametrize.ParametrizationList) or is_convolution(module):
         return False
     return any(sum(size > 1 for size in value.shape) > 1 for value in module.parameters(recurse=False))
 
 
 def _called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules by name; below a GraphModule only what its graph calls, since the rest merely holds."""
+    """Yields the model's modules by name; below a GraphModule only those that its graph calls: the rest never runs."""
     seen: set[int] = set()
     pending = [("", model)]
     while pending:

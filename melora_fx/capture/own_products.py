@@ -1,4 +1,4 @@
-"""Modules of which a trace is worth its time although they own no matrix: what they multiply by, others own."""
+"""Finds modules that are worth a trace although they own no matrix: they may multiply by matrices that others own."""
 
 import inspect
 import types
@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 _TABLE = "weight"
-"""What an embedding calls its table."""
+"""The name of an embedding's table."""
 
 
 def reads_others(module: nn.Module) -> bool:
-    """Whether the forward of `module` may multiply by a matrix that no module of its own multiplies by: an item of a
-    list of parameters, or the table of an embedding.
+    """Returns whether the forward of `module` may multiply by a matrix whose owner does not: an item of a list or dict
+    of parameters, or the table of an embedding.
     """
     children = list(module.children())
     if any(isinstance(child, nn.ParameterList | nn.ParameterDict) for child in children):
@@ -25,7 +25,9 @@ def reads_others(module: nn.Module) -> bool:
 
 
 def _names_in_forward(module: nn.Module) -> Iterator[tuple[str, ...]]:
-    """The names of attributes and globals in the forward of `module`, and in the functions of its own that it calls."""
+    """Yields the names of attributes and globals in the forward of `module`, and in each method, property and function
+    of the same file that it uses.
+    """
     seen = set[types.CodeType]()
     pending: list[Any] = [inspect.getattr_static(module, "forward")]
     while pending:
@@ -49,14 +51,14 @@ def _function_of(value: Any) -> Any:
 
 
 def _own_function(function: Any, name: str) -> Any:
-    """The function of that name in the file of `function`."""
+    """Returns the function of that name in the file of `function`, or None."""
     found = function.__globals__.get(name)
     is_own = isinstance(found, types.FunctionType) and found.__module__ == function.__module__
     return found if is_own else None
 
 
 def _codes(code: Any) -> Iterator[types.CodeType]:
-    """`code` and that of the functions within it."""
+    """Yields `code` and the code of the functions inside it."""
     if not isinstance(code, types.CodeType):
         return
     yield code

@@ -1,8 +1,8 @@
-"""What the forward of one module computes, by traces of it: which products with its weights there are.
+"""Traces the forward of one module to find the products with its weights.
 
-The module goes on to run its own forward. A trace runs the user's Python on proxies, which go one way at each branch
-and answer each question about them with something; so it shows products, and no more, as far as it comes. It runs a
-double of the module, and what it may have changed elsewhere is put back.
+The module continues to run its own forward. A trace runs the user's Python on proxies, which take one way at each
+branch and give some answer to each question about them. So it only shows products, up to the point that it reaches. It
+runs a double of the module, and anything that it may have changed elsewhere is restored.
 """
 
 import gc
@@ -23,7 +23,7 @@ from .model_settings import own_attributes, same_random_state
 
 
 class UntraceableError(Exception):
-    """Why a module cannot be traced on its own."""
+    """A module cannot be traced on its own; the text says why."""
 
 
 Proxies = list["weakref.ref[fx.Proxy]"]
@@ -31,8 +31,8 @@ Proxies = list["weakref.ref[fx.Proxy]"]
 
 @dataclass(frozen=True)
 class Traces:
-    """`graphs`: what traces of a module have shown, none twice. `failure`: what ended one before its end, or None.
-    `proxies`: those of all.
+    """The traces of a module. `graphs`: the different graphs that they have shown. `failure`: the first error that
+    ended a trace early, or None. `proxies`: weak references to the proxies of all traces.
     """
 
     graphs: list[fx.Graph]
@@ -41,11 +41,11 @@ class Traces:
 
 
 def trace_module(module: nn.Module) -> Traces:
-    """Traces of the module's own forward in either mode, with its optional arguments and without, one way at branches
-    and the other; its children are calls. Nothing is changed.
+    """Traces the module's own forward in train and eval mode, with its optional arguments and without, and both ways at
+    branches. Children are calls. Changes nothing.
 
     Raises:
-        UntraceableError: where a trace would leave something behind.
+        UntraceableError: if the forward was replaced on the instance, or if a trace changes attributes of the module.
     """
     refuse_replaced_forward(module)
     graphs: dict[str, fx.Graph] = {}
@@ -68,16 +68,16 @@ def _of_both_branches(module: nn.Module, training: bool, defaults: dict[str, Any
 
 
 def refuse_replaced_forward(module: nn.Module) -> None:
-    """Raises UntraceableError where the module's forward is not that of its class."""
+    """Raises UntraceableError if the module's forward is not that of its class."""
     if "forward" in vars(module):
         raise UntraceableError(
             "its `forward` was replaced on the instance, as dispatch and offload hooks do, which would bypass the "
-            "adapter: put the class's own back first"
+            "adapter: restore the forward of the class first"
         )
 
 
 def _choices_of_defaults(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """The arguments that are not given, with their defaults: all that have one, and none."""
+    """Yields arguments to leave at their defaults in a trace: first all that have a default, then none."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]  # without `self`
     defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
     if defaults:
@@ -87,7 +87,7 @@ def _choices_of_defaults(module: nn.Module) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Trace:
-    """`has_branched`: whether it has asked what a tensor is."""
+    """One trace. `has_branched`: whether the forward has asked for the truth value of a tensor."""
 
     graph: fx.Graph
     failure: str | None
@@ -96,7 +96,7 @@ class _Trace:
 
 
 def _trace(module: nn.Module, training: bool, defaults: dict[str, Any], tracer: LenientTracer) -> _Trace:
-    """One trace of a double of the module."""
+    """Traces a double of the module once."""
     before = [dict(holder) for holder in holders(module)]
     with warnings.catch_warnings(), own_attributes(module), same_random_state(module):
         warnings.simplefilter("ignore")
@@ -115,7 +115,7 @@ def _traced(tracer: LenientTracer, double: nn.Module, defaults: dict[str, Any]) 
     failure: str | None = None
     try:
         tracer.trace(double, concrete_args=defaults or None)
-    except Exception as error:  # a forward can raise anything when it is given proxies
+    except Exception as error:  # a forward may raise anything for proxies
         failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     trace = _Trace(tracer.graph, failure, tracer.num_branches > 0, tracer.proxies)
     vars(tracer).clear()  # it refers to itself, and would keep the double alive
@@ -123,7 +123,7 @@ def _traced(tracer: LenientTracer, double: nn.Module, defaults: dict[str, Any]) 
 
 
 def _changed(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
-    """Names of what is new or another object in `now`."""
+    """Returns the names in `now` that are new or refer to another object."""
     return [
         name
         for holder, old in zip(now, before, strict=True)
@@ -133,10 +133,10 @@ def _changed(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[st
 
 
 def keeping(traced: list[tuple[Capture, Proxies]]) -> list[Capture]:
-    """Those of the captures of which some proxy is still there, in a list or a dict of the user's; it is taken out of
-    there.
+    """Returns the captures with a proxy that is still alive, in a list, set or dict of the user's, and removes the
+    proxy from there.
     """
-    for generation in range(3):  # an exception's frames hold some, or what refers to itself
+    for generation in range(3):  # frames of an exception, or reference cycles, may keep some alive
         if not any(_alive(proxies) for _, proxies in traced):
             return []
         gc.collect(generation)
@@ -148,7 +148,7 @@ def keeping(traced: list[tuple[Capture, Proxies]]) -> list[Capture]:
 
 
 def _alive(proxies: Proxies) -> list[fx.Proxy]:
-    """Those that are still there, but for those of weights, which FX keeps for a while."""
+    """Returns the proxies that are still alive, except those of weights, which FX keeps temporarily."""
     found = [proxy for reference in proxies if (proxy := reference()) is not None]
     return [proxy for proxy in found if proxy.node.op != "get_attr"]
 

@@ -1,6 +1,6 @@
-"""What the processes of a sharded model do together: one of them writes, and where one fails all fail.
+"""What the processes of a sharded model do together: one of them writes, and if one fails, all fail.
 
-A model of which each process holds all, as under DDP, needs none of this: whoever calls does it alone.
+A model that every process holds completely, as under DDP, does not need this: each caller acts for itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,18 +15,18 @@ from .wrappers import reshard
 
 
 def mesh_of(model: nn.Module) -> Any:
-    """The mesh of most processes that a parameter of `model` is sharded over; None where none is."""
-    reshard(model)  # or a root of FSDP had whole ones after its forward
+    """Returns the largest mesh that a parameter of `model` is sharded over, or None if no parameter is sharded."""
+    reshard(model)  # otherwise a root of FSDP would have full parameters after its forward
     meshes = [parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter)]
     return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
 
 def on_one_process(mesh: Any, write: Callable[[], None]) -> None:
-    """Calls `write` on the first process of `mesh`; all return when it has, or raise as it does. Without a mesh each
-    process that comes here calls it.
+    """Calls `write` on the first process of `mesh`; all processes return when `write` has, or raise if it raises.
+    Without a mesh, every process that calls this function calls `write`.
 
     Raises:
-        MELoRAError: on the others, with the text of its error.
+        MELoRAError: on the other processes if `write` raises, with the text of its error.
     """
     if mesh is None:
         write()
@@ -48,10 +48,17 @@ def on_one_process(mesh: Any, write: Callable[[], None]) -> None:
 
 
 def agree_on(mesh: Any, make: Callable[[], tuple[Any, str]], what: str) -> Any:
-    """What `make` gives, with a text that must be that of all processes of `mesh`; without a mesh what it gives.
+    """Calls `make` on every process of `mesh`, and returns its value if its text is the same on all of them.
+
+    Without a mesh, the text is not compared.
+
+    Args:
+        mesh: the mesh, or None.
+        make: returns a value and a text that identifies it.
+        what: names the value in the error.
 
     Raises:
-        MELoRAError: on all, where it raises on one, or the texts differ: `what` names what they are of.
+        MELoRAError: on all processes, if the texts differ; on the other processes, if `make` raises on one.
     """
     if mesh is None:
         return make()[0]
@@ -67,12 +74,12 @@ def agree_on(mesh: Any, make: Callable[[], tuple[Any, str]], what: str) -> Any:
     if failures := [each for each, _ in told if each is not None]:
         raise MELoRAError(f"another process has failed: {failures[0]}")
     if any(other != text for _, other in told):
-        raise MELoRAError(f"{what} is another one on another process: give all the same")
+        raise MELoRAError(f"{what} differs between the processes: pass the same one on each")
     return value
 
 
 def _gathered(mesh: Any, value: Any) -> list[Any]:
-    """The values of all processes of `mesh`."""
+    """Returns the values of all processes of `mesh`."""
     import torch.distributed as dist
 
     values = [value]
@@ -84,6 +91,6 @@ def _gathered(mesh: Any, value: Any) -> list[Any]:
 
 
 def _groups(mesh: Any) -> Iterator[Any]:
-    """The process groups of this process, one for each dimension of `mesh`: by these in turn all are reached."""
+    """Yields the groups of this process, one per dimension of `mesh`; used in turn, they reach all processes."""
     for dimension in range(mesh.ndim):
         yield mesh.get_group(dimension)

@@ -1,7 +1,8 @@
 """The part of one adapted linear that one process computes under tensor parallelism.
 
-By columns it has all of x and some features of y, by rows some features of x and a sum for all of y, which the base's
-own collective adds up. The adapter's blocks are those of the features that it has: they begin at `starts` in x and y.
+By columns, a process has all of x and some features of y. By rows, it has some features of x and a summand of all of y;
+the base's own collective adds these up. The process has the adapter's blocks of its features, which begin at `starts`
+in x and y.
 
 N num_blocks, R the largest rank of a block, I in_features, O out_features, D processes.
 """
@@ -16,27 +17,27 @@ from .placement import is_by_columns
 from .tensors import is_sharded
 
 NOT_LAID = (
-    "a weight was sharded after `rewrite`, and its adapter was not: shard all parameters of the module that owns it, "
+    "a weight was sharded after `rewrite`, but its adapter was not: shard all parameters of the module that owns it, "
     "as the styles of `parallelize_module` do"
 )
-"""What is said of a DTensor beside an adapter that lies otherwise."""
+"""The error for a DTensor whose adapter is not sharded to match."""
 
 
 PLAIN_INPUT = (
-    "a linear whose weight is sharded was given an input that is no DTensor, of which nobody knows what the processes "
-    "have: give `distribute_module` an `input_fn`, as the styles of `parallelize_module` do"
+    "a linear whose weight is sharded got an input that is not a DTensor, so it is unknown which part each process "
+    "has: pass `distribute_module` an `input_fn`, as the styles of `parallelize_module` do"
 )
-"""What is said of a plain x."""
+"""The error for an x that is not a DTensor."""
 
 
 class Share(NamedTuple):
-    """What one process takes of an adapter.
+    """The part of an adapter that one process computes with.
 
     Attributes:
-        lora_a: (n, R, w) of its n blocks, w features of x each.
-        lora_b: (n, h, R), h features of y each.
+        lora_a: (n, R, w) of its n blocks, with w features of x each.
+        lora_b: (n, h, R), with h features of y each.
         scaling: (n, 1, 1).
-        starts: where the n·w features begin in what it has of x, and the n·h in what it has of y.
+        starts: where the n·w features begin in its part of x, and the n·h features in its part of y.
     """
 
     lora_a: Tensor
@@ -46,10 +47,10 @@ class Share(NamedTuple):
 
 
 def share_of(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Any, *, by_columns: bool) -> Share:
-    """The share of this process; `weight` is what it has of that, (O / D, I) by columns or (O, I / D) by rows.
+    """Returns the share of this process; `weight` is its part of the weight, (O / D, I) by columns, (O, I / D) by rows.
 
     Raises:
-        MELoRAError: where A and B have stayed whole beside a weight that was cut.
+        MELoRAError: if the weight was sharded but A and B were not.
     """
     mesh = scaling.device_mesh
     degree = mesh.size()
@@ -80,7 +81,7 @@ def _local(factor: Any) -> Any:
 
 
 def _summed(factor: Any) -> Any:
-    """All of a factor, of whose gradient each process has one part of a sum."""
+    """Returns the full factor; each process computes one summand of its gradient."""
     if not is_sharded(factor):
         return factor
     from torch.distributed.tensor import Partial
@@ -89,7 +90,10 @@ def _summed(factor: Any) -> Any:
 
 
 def local_input(x: Any, *, by_columns: bool) -> Any:
-    """What this process multiplies by of x, (…, I) or (…, I / D); each gives a part of the gradient of all of x."""
+    """Returns the part of x that this process multiplies by, (…, I) by columns or (…, I / D) by rows.
+
+    By columns, each process computes one summand of the gradient of x.
+    """
     if not is_sharded(x):
         return x
     from torch.distributed.tensor import Partial, Replicate, Shard
@@ -101,16 +105,16 @@ def local_input(x: Any, *, by_columns: bool) -> Any:
 
 
 def local_bias(bias: Any, *, by_columns: bool) -> Any:
-    """What this process adds of the bias; by rows, where a sum over all follows, as torch divides it."""
+    """Returns the bias that this process adds. By rows it is divided, as in torch, since a sum over all follows."""
     if not is_sharded(bias) or by_columns:
         return _local(bias)
-    own = bias.to_local()  # all of it on each process, where its gradient is whole too
+    own = bias.to_local()  # replicated: each process has the full bias and the full gradient
     divided = own.detach() / bias.device_mesh.size()
     return divided + (own - own.detach()) if own.requires_grad else divided
 
 
 def as_output(y: Tensor, weight: Any) -> Any:
-    """y of all processes from what each has of it, as the linear by the DTensor `weight` gives it."""
+    """Returns y as a DTensor from this process's part, placed as a linear with the DTensor `weight` returns it."""
     from torch.distributed.tensor import DTensor, Partial, Shard
 
     placement = Shard(y.dim() - 1) if is_by_columns(weight) else Partial()

@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a part: whole ones from them, and parts of whole ones."""
+"""Tensors of which each process holds a part: gathers full tensors from them, and takes parts of full tensors."""
 
 import sys
 from typing import Any, TypeGuard
@@ -10,15 +10,15 @@ from .private import shard_size_and_offset
 
 
 def is_sharded(tensor: Any) -> TypeGuard[Any]:
-    """Whether `tensor` is a DTensor, also one of which each process holds all."""
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has made one has imported it
+    """Returns whether `tensor` is a DTensor, including a DTensor that is replicated on every process."""
+    module = sys.modules.get("torch.distributed.tensor")  # no DTensor can exist before this module is imported
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The values of all processes together, without gradients, on each of them: a collective for a DTensor.
+    """Returns the full values of a DTensor on every process, without gradients; this is a collective.
 
-    A tensor that is none comes back as it is.
+    Any other tensor is returned unchanged.
     """
     if not is_sharded(tensor):
         return tensor
@@ -27,12 +27,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of `tensor`, without gradients; it shares memory with it."""
+    """Returns the part of `tensor` that this process holds, without gradients; it shares memory with `tensor`."""
     return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
 
 
 def part_of(values: Tensor, like: Tensor) -> Tensor:
-    """The part of `values`, which are whole, that this process holds of `like`: a view; no collective."""
+    """Returns the part of the full `values` that this process holds of `like`, as a view; not a collective."""
     if not is_sharded(like):
         return values
     size, offset = shard_size_and_offset(like)
@@ -40,15 +40,16 @@ def part_of(values: Tensor, like: Tensor) -> Tensor:
 
 
 def put(tensor: Tensor, values: Tensor) -> None:
-    """Writes `values`, which are whole and the same on every process, into `tensor`, of which this one has a part."""
+    """Writes this process's part of `values`, which are full and equal on every process, into `tensor`."""
     with torch.no_grad():
         own_part(tensor).copy_(part_of(values, tensor))
 
 
 def values_at(tensor: Tensor, coordinates: tuple[Tensor, ...]) -> Tensor:
-    """The values at some coordinates as float32, on each process; a collective for a DTensor, of these values alone.
+    """Returns the values at some coordinates as float32 on every process. A collective for a DTensor; only these values
+    are gathered.
 
-    `coordinates`: of each dimension, a vector of integers; those of a DTensor's processes are the same.
+    `coordinates`: a vector of integers for each dimension, equal on all processes of a DTensor.
     """
     if not is_sharded(tensor):
         return tensor.detach()[coordinates].float()
@@ -63,12 +64,12 @@ def values_at(tensor: Tensor, coordinates: tuple[Tensor, ...]) -> Tensor:
     values = torch.zeros(len(held), dtype=torch.float32, device=local.device)
     values[held] = local[tuple(index[held] for index in inner)].float()
     kinds = [Replicate() if each.is_replicate() else Partial() for each in tensor.placements]
-    bits = values.view(torch.int32)  # whose sum with zeros keeps the sign of a zero
+    bits = values.view(torch.int32)  # summed as integers, since floats lose the sign of -0 when zeros are added
     return DTensor.from_local(bits, tensor.device_mesh, kinds, run_check=False).full_tensor().view(torch.float32)
 
 
 def broadcast_replicas(tensor: Tensor) -> None:
-    """Makes what several processes hold of the same part of `tensor` equal: a collective where there are any."""
+    """Makes the copies that several processes hold of one part of `tensor` equal; a collective if there are copies."""
     if not is_sharded(tensor) or tensor.is_meta:
         return
     import torch.distributed as dist
@@ -82,5 +83,5 @@ def broadcast_replicas(tensor: Tensor) -> None:
 
 
 def as_parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:
-    """A parameter of `tensor` that is trained if `like` is."""
+    """Returns `tensor` as a parameter with the `requires_grad` of `like`."""
     return nn.Parameter(tensor, requires_grad=like.requires_grad)

@@ -1,4 +1,4 @@
-"""Wrappers around a model for several processes: DDP, FSDP2, DeepSpeed, and those that no adapter goes through."""
+"""Wrappers around a model for several processes: DDP, FSDP2, DeepSpeed, and wrappers that adapters do not support."""
 
 import gc
 import sys
@@ -14,21 +14,21 @@ from .tensors import is_sharded
 
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _OPAQUE = {"DataParallel", "FullyShardedDataParallel", "DistributedDataParallel"}
-"""Those below which no verb finds a model's own parameters, for they are flattened or copied, or its own names: DDP,
-where it is not around the whole model.
+"""Wrappers that no function of melora_fx can look into. They flatten or copy the model's parameters, or change its
+names, as DDP does unless it is around the whole model.
 """
 
 
 def wrapper_name(value: object, names: set[str] = _WRAPPERS) -> str | None:
-    """What its package calls the wrapper that `value` is, one of `names`; None for what is none."""
+    """Returns the name of the wrapper class, one of `names`, that `value` is an instance of, or None."""
     kinds = (cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith(("torch.", "deepspeed.")))
     return next((name for name in kinds if name in names), None)
 
 
 def wrapped_modules(model: nn.Module, *, is_opaque: bool = False) -> Iterator[tuple[str, str]]:
-    """(path, name) of each wrapper in `model`, itself included; `is_opaque`: only those that no verb looks into."""
+    """Yields (path, name) for each wrapper in `model`, itself included; with `is_opaque` only those of `_OPAQUE`."""
     names = _OPAQUE if is_opaque else _WRAPPERS
-    plain = set[type]()  # each class is looked at once: `disabled` comes here in every step of some trainings
+    plain = set[type]()  # check each class once, since some trainings call `disabled` in every step
     for path, module in model.named_modules():
         if type(module) in plain:
             continue
@@ -40,17 +40,17 @@ def wrapped_modules(model: nn.Module, *, is_opaque: bool = False) -> Iterator[tu
 
 
 def wrapper_around(model: nn.Module) -> str | None:
-    """The name of a wrapper that `model` or a part of it is in, although it is none itself; None where there is none.
+    """Returns the name of a wrapper outside of `model` that contains `model` or a part of it, or None.
 
-    A model does not know who wraps it, and DDP has prepared its reductions by then: so all objects are looked at, in a
-    process that has a process group.
+    A model does not know its wrapper, and DDP has already prepared its reductions. So all Python objects are searched,
+    if the process has a process group.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
     if _wrapper_around(model) is None:
         return None
-    gc.collect()  # one that has been given up holds itself
+    gc.collect()  # an abandoned wrapper is part of a reference cycle
     return _wrapper_around(model)
 
 
@@ -60,29 +60,29 @@ def _wrapper_around(model: nn.Module) -> str | None:
         kinds = type(value).__mro__
         if nn.Module not in kinds or (name := wrapper_name(value, _WRAPPERS - {"DataParallel"})) is None:
             continue
-        is_made = "_modules" in vars(value)  # else its `__init__` has not come so far
+        is_made = "_modules" in vars(value)  # otherwise its `__init__` has not got that far
         if is_made and id(value) not in own and any(id(module) in own for module in value.modules()):
             return name
     return None
 
 
 def is_fsdp(module: Any) -> bool:
-    """Whether `fully_shard` was called with `module`."""
+    """Returns whether `fully_shard` was called with `module`."""
     return wrapper_name(module, {"FSDPModule"}) is not None
 
 
 def is_held_from_above(owner: nn.Module, parameters: Iterable[Tensor]) -> bool:
-    """Whether FSDP has put whole parameters on `owner`, although all modules that are known have been resharded: they
-    are those of a module above. `parameters`: some of its own.
+    """Returns whether FSDP has put full parameters on `owner`. After all known modules have been resharded, they belong
+    to a module above. `parameters`: some parameters of `owner`.
     """
     return is_managed_by_fsdp(owner) and not any(is_sharded(parameter) for parameter in parameters)
 
 
 def reshard(model: nn.Module) -> None:
-    """Every module's parameters are again those that FSDP shards: a root has whole ones after its forward, and what is
-    written into these is lost.
+    """Restores FSDP's sharded parameters on every module. After a forward its root has full parameters, and writes to
+    them are lost.
     """
-    if "torch.distributed.fsdp" not in sys.modules:  # nobody has sharded anything
+    if "torch.distributed.fsdp" not in sys.modules:  # nothing is sharded
         return
     for module in model.modules():
         if is_fsdp(module):
@@ -90,18 +90,18 @@ def reshard(model: nn.Module) -> None:
 
 
 def class_inside(module: nn.Module) -> type:
-    """The class of `module` without FSDP's on top of it."""
+    """Returns the class of `module` without the class that FSDP has derived from it."""
     return class_below_fsdp(type(module)) or type(module)
 
 
 def put_class(module: nn.Module, cls: type) -> None:
-    """Exchanges the class of `module`, whatever its own `__setattr__` does; below FSDP's, where that is on top."""
+    """Exchanges the class of `module`, bypassing a custom `__setattr__`. FSDP's class stays on top if it is there."""
     object.__setattr__(module, "__class__", fsdp_class(cls) if class_below_fsdp(type(module)) else cls)
 
 
 @contextmanager
 def without_fsdp_class(module: nn.Module) -> Iterator[None]:
-    """Inside the block `module` has its class without FSDP's, which is behind it on top of the one that it has then."""
+    """Takes FSDP's class off `module` inside the block, and puts it on top of the module's new class afterwards."""
     is_on_top = class_below_fsdp(type(module)) is not None
     object.__setattr__(module, "__class__", class_inside(module))
     yield
@@ -110,14 +110,14 @@ def without_fsdp_class(module: nn.Module) -> Iterator[None]:
 
 
 def forget_removed(model: nn.Module) -> None:
-    """FSDP no longer gathers what has been removed from the modules of `model`."""
+    """Stops FSDP from gathering parameters that have been removed from the modules of `model`."""
     for module in model.modules():
         if is_fsdp(module):
             forget_parameters(module)
 
 
 def is_called_by_fsdp() -> bool:
-    """Whether FSDP has called the function that calls this one."""
+    """Returns whether FSDP is among the callers of the function that calls this one."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if str(frame.f_globals.get("__name__", "")).startswith("torch.distributed.fsdp"):

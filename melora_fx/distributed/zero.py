@@ -1,7 +1,7 @@
-"""Parameters that DeepSpeed's ZeRO manages, told by the attributes that it puts on them; DeepSpeed is not imported.
+"""Recognises parameters that DeepSpeed's ZeRO manages by the attributes that it sets; DeepSpeed is not imported.
 
-deepspeed 0.19: `ds_id` and `ds_status` on those that stage 3 partitions, `_hp_mapping` on those that stages 1 and 2
-train.
+deepspeed 0.19 sets `ds_id` and `ds_status` on parameters that stage 3 partitions, and `_hp_mapping` on parameters that
+stages 1 and 2 train.
 """
 
 from collections.abc import Iterable
@@ -11,17 +11,17 @@ from torch import nn
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 partitions parameters of `model`: it puts other memory into them in every forward."""
+    """Returns whether ZeRO-3 partitions parameters of `model`; it then gives them other memory in every forward."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def absent_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters of `model` that ZeRO-3 has left no values of here: their shape is (0,) now."""
+    """Returns the names of parameters of `model` whose values ZeRO-3 has removed here: their shape is now (0,)."""
     return [name for name, parameter in model.named_parameters() if _is_absent(parameter)]
 
 
 def have_copies_in_optimizer(trained: Iterable[nn.Parameter]) -> bool:
-    """Whether ZeRO's optimizer holds copies of any of these, which it writes over them in every step."""
+    """Returns whether ZeRO's optimizer holds a copy of any parameter in `trained`, and overwrites it in every step."""
     return any(hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping") for parameter in trained)
 
 

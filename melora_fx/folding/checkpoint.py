@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints on disk: which safetensors file holds which tensor, and where.
+"""Hugging Face checkpoints on disk: finds the safetensors file and the byte range of each tensor.
 
-Only headers are read; `saving/tensor_file.py` says how a file is laid out.
+Only headers are read; `saving/tensor_file.py` describes the layout of a file.
 """
 
 import json
@@ -21,14 +21,14 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 FOLDED_KEY = "melora"
-"""Key in the metadata of a folded safetensors file: JSON that says which adapter it holds."""
+"""The key in the metadata of a folded safetensors file: JSON that says which adapter it contains."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that weights can be folded in, by their names in safetensors headers."""
+"""The dtypes of weights that can be folded, by their names in safetensors headers."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: bytes `start` to `stop` of `file`; `dtype` by its safetensors name."""
+    """A tensor in a file: bytes `start` to `stop` of `file`; `dtype` is the name in safetensors."""
 
     key: str
     file: Path
@@ -38,7 +38,7 @@ class StoredTensor:
     stop: int
 
     def fingerprint(self) -> dict[str, Any]:
-        """As of `saving.fingerprint.fingerprint`; of the tensor only the sampled values are read."""
+        """Returns the fingerprint as `saving.fingerprint.fingerprint` does; reads only the sampled values."""
         dtype = DTYPES[self.dtype]
         data = bytearray()
         with self.file.open("rb", buffering=0) as file:
@@ -49,7 +49,7 @@ class StoredTensor:
         return {"shape": list(self.shape), "dtype": str(dtype).removeprefix("torch."), "values": values}
 
     def view(self, data: memoryview) -> torch.Tensor:
-        """The tensor in `data`, which are its bytes."""
+        """Returns the tensor whose bytes are `data`; it shares memory with `data`."""
         return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
 
 
@@ -59,10 +59,10 @@ class Checkpoint:
 
     Attributes:
         directory: the folder.
-        files: the weight files: name → metadata of its header.
+        files: the weight files: name → metadata in the file's header.
         tensors: all tensors by key, file by file in the order of their bytes.
-        index: the index of a sharded checkpoint, or None.
-        config: config.json, or None.
+        index: the index of a sharded checkpoint; None if there is a single file.
+        config: the content of config.json; None if it is missing.
     """
 
     directory: Path
@@ -73,13 +73,13 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint in a folder.
+    """Reads the headers of the checkpoint in a folder.
 
     Raises:
-        MELoRAError: where it has no safetensors weights, or a file is missing, truncated or corrupt.
+        MELoRAError: if the folder has no safetensors weights, or a file is missing, truncated or corrupt.
     """
     if not os.path.isdir(directory):
-        raise MELoRAError(f"`{directory}` is no folder: name that of a model")
+        raise MELoRAError(f"`{directory}` is not a folder: name that of a model")
     index = None
     if os.path.isfile(directory / SINGLE_FILE):
         names = [SINGLE_FILE]
@@ -105,13 +105,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _file_names(path: Path, index: dict[str, Any]) -> list[str]:
-    """The files that an index names, all of them in its own folder."""
+    """Returns the files that an index names, all of them in its own folder."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata", {}), dict):
-        raise MELoRAError(f"`{path}` is no index of safetensors files: it needs a `weight_map` from tensors to files")
+        raise MELoRAError(f"`{path}` is not an index of safetensors files: it needs a `weight_map` (tensor → file)")
     wrong = [name for name in weight_map.values() if not isinstance(name, str) or not name or Path(name).name != name]
     if wrong:
-        raise MELoRAError(f"`{path}` names {wrong[0]!r}, which is no file of its own folder")
+        raise MELoRAError(f"`{path}` names {wrong[0]!r}, which is not a file in its own folder")
     return sorted(set(weight_map.values()))
 
 
@@ -121,14 +121,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise MELoRAError(f"`{path}` cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise MELoRAError(f"`{path}` cannot be read: it holds no JSON object")
+        raise MELoRAError(f"`{path}` cannot be read: it does not contain a JSON object")
     return content
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """A file's metadata, and its tensors in the order of their bytes."""
+    """Returns a file's metadata, and its tensors in the order of their bytes."""
     try:
-        with path.open("rb") as file, safe_open(path, framework="pt"):  # which checks header and length
+        with path.open("rb") as file, safe_open(path, framework="pt"):  # `safe_open` checks the header and the length
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""From the names of a model's parameters to the keys of a checkpoint, by transformers' own rules."""
+"""Maps the names of a model's parameters to the keys of a checkpoint, by transformers' own rules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,14 +14,15 @@ from .private import checkpoint_names, is_needed, tied_weights
 
 @dataclass(frozen=True)
 class KeyMap:
-    """How a model's parameters are called in a checkpoint.
+    """The keys of a model's parameters in a checkpoint.
 
     Attributes:
         keys: parameter → key.
-        converted: parameters that are stored in another form, several keys in one or one in several.
+        converted: parameters that are stored in another form, several under one key or one under several keys.
         tied: parameters that share their memory with others in the model: name → the others.
-        tensors: the model's own, by name, on the meta device; None where transformers does not know its class.
-        lacking: what the model needs and the checkpoint has not, or in another size; the text says which.
+        tensors: the model's own tensors by name, on the meta device; None if transformers does not know the class.
+        lacking: tensors that the model needs, but the checkpoint lacks or has in another size: name → "", or a text
+            with both sizes.
     """
 
     keys: dict[str, str]
@@ -32,14 +33,15 @@ class KeyMap:
 
 
 def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | None) -> KeyMap:
-    """How the parameters of a model class are called in a checkpoint, by transformers' own rules.
+    """Returns the keys of a model class's parameters in a checkpoint, by transformers' own rules.
 
-    The class is built on the meta device, without weights. Where transformers does not know it, names are keys.
+    The class is built on the meta device, without weights. If transformers does not know it, or the checkpoint has no
+    configuration, the names are the keys.
 
     Raises:
-        MELoRAError: where the checkpoint is of a model that this class is not for.
+        MELoRAError: if the class is not for the checkpoint's model.
     """
-    import transformers  # heavy: only where it is used
+    import transformers  # slow to import, so only here
 
     if checkpoint.config is None or not hasattr(transformers, class_name or ""):
         return names_as_keys(checkpoint)
@@ -61,12 +63,12 @@ def map_keys(checkpoint: Checkpoint, class_name: str | None, num_labels: int | N
 
 
 def names_as_keys(checkpoint: Checkpoint) -> KeyMap:
-    """The map of a checkpoint whose keys are the names of the parameters."""
+    """Returns the map of a checkpoint whose keys are the names of the parameters."""
     return KeyMap({key: key for key in checkpoint.tensors}, frozenset(), {})
 
 
 def _lacking(checkpoint: Checkpoint, model: Any, tensors: Mapping[str, torch.Tensor], found: KeyMap) -> dict[str, str]:
-    """As `from_pretrained` would report it: a tied parameter is there if one of those that it is tied to is."""
+    """Returns what `from_pretrained` would report. A tied parameter is not missing if one of its group is stored."""
     lacking: dict[str, str] = {}
     there = {*found.keys, *found.converted}
     for name, tensor in tensors.items():

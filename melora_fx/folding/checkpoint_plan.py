@@ -1,4 +1,4 @@
-"""What a fold on disk changes in a checkpoint, decided and checked before anything is written."""
+"""Decides and checks what a fold on disk changes in a checkpoint, before anything is written."""
 
 import re
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from .checkpoint_keys import KeyMap, map_keys, names_as_keys
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What becomes of the tensors of a checkpoint; those that are not named here stay.
+    """The changes to the tensors of a checkpoint; tensors that are not named here stay.
 
     Attributes:
         weights: site → where its weight is stored.
-        heads: key → tensor that takes the place of the checkpoint's, or is added.
+        heads: key → the tensor that replaces the checkpoint's, or is added.
     """
 
     weights: dict[str, StoredTensor]
@@ -32,12 +32,11 @@ class FoldPlan:
 
 
 def plan_fold(checkpoint: Checkpoint, adapter: Adapter) -> FoldPlan:
-    """Where an adapter belongs in a checkpoint. Only headers and a few values of each weight are read.
+    """Returns where an adapter belongs in a checkpoint. Only headers and a few values of each weight are read.
 
     Raises:
-        MELoRAError: where the checkpoint holds an adapter already, is not the adapter's base, stores a weight in a
-            form that cannot be folded into, or lacks a weight that the adapter does not bring; for an adapter that is
-            not finite.
+        MELoRAError: if the checkpoint already contains an adapter, is not the adapter's base, stores a weight in a form
+            that cannot be folded into, or lacks a weight that the adapter does not bring.
     """
     _refuse_folded(checkpoint)
     names = _names(checkpoint, adapter)
@@ -50,8 +49,8 @@ def plan_fold(checkpoint: Checkpoint, adapter: Adapter) -> FoldPlan:
 
 
 def _names(checkpoint: Checkpoint, adapter: Adapter) -> KeyMap:
-    """How the parameters of the adapter's model are called in the checkpoint. One that has just the tensors of that
-    model says so itself: to build the model's class would take most of the time of the fold.
+    """Returns the keys of the parameters of the adapter's model in the checkpoint. If the checkpoint has the layout in
+    the adapter's header, the names are the keys: building the model's class would take most of the fold's time.
     """
     shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
     if adapter.model.get("layout_sha256") == layout_sha256(shapes, checkpoint.config or {}):
@@ -60,7 +59,7 @@ def _names(checkpoint: Checkpoint, adapter: Adapter) -> KeyMap:
 
 
 def _refuse_folded(checkpoint: Checkpoint) -> None:
-    """Raises MELoRAError for a checkpoint that `fold_checkpoint` has written."""
+    """Raises MELoRAError if `fold_checkpoint` has written the checkpoint."""
     for name, metadata in checkpoint.files.items():
         if FOLDED_KEY in metadata:
             sha256 = re.search(r"[0-9a-f]{12}", metadata[FOLDED_KEY])
@@ -72,7 +71,7 @@ def _refuse_folded(checkpoint: Checkpoint) -> None:
 
 
 def _find_weights(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict[str, StoredTensor]:
-    """Where each site's weight is stored."""
+    """Returns where each site's weight is stored."""
     stored: dict[str, StoredTensor] = {}
     lines: list[str] = []
     quantised = (checkpoint.config or {}).get("quantization_config")
@@ -82,7 +81,7 @@ def _find_weights(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> di
         others = names.tied.get(parameter, ())
         if others:
             lines.append(
-                f"`{site}` shares its weight with {', '.join(map(repr, others))}: fold in memory, "
+                f"`{site}` shares its weight with {', '.join(map(repr, others))}: fold in memory with "
                 "`fold(model, untie=True)`, and save"
             )
         elif key is None and parameter in names.converted:
@@ -102,7 +101,7 @@ def _find_weights(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> di
 
 
 def _find_heads(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict[str, torch.Tensor]:
-    """The tensors that were kept trainable, by key: a tied one under all keys that it has, a new one by its name."""
+    """Returns the tensors that were kept trainable, by key: a tied one under all its keys, a new one under its name."""
     heads: dict[str, torch.Tensor] = {}
     lines: list[str] = []
     for name, tensor in adapter.kept_tensors().items():
@@ -118,7 +117,7 @@ def _find_heads(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> dict
 
 
 def _check_values(checkpoint: Checkpoint, adapter: Adapter, stored: Mapping[str, StoredTensor], names: KeyMap) -> None:
-    """Refuses an adapter of another base; reads a few values of each weight."""
+    """Raises MELoRAError if the adapter is of another base; reads a few values of each weight."""
     flat = [
         f"`{site}`: its weight has shape {tensor.shape}"
         for site, tensor in stored.items()
@@ -135,8 +134,8 @@ def _check_values(checkpoint: Checkpoint, adapter: Adapter, stored: Mapping[str,
 
 
 def _tensors(checkpoint: Checkpoint, adapter: Adapter, names: KeyMap) -> Mapping[str, torch.Tensor]:
-    """The base's tensors by name, on the meta device. Of a class that transformers does not know, a kept module of
-    which the checkpoint has nothing is taken for new.
+    """Returns the base's tensors by name, on the meta device. If transformers does not know the class, a kept module
+    without any tensor in the checkpoint counts as new.
     """
     if names.tensors is not None:
         return names.tensors

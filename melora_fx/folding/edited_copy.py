@@ -1,7 +1,8 @@
-"""Copies of large files in which some stretches change on the way: about as fast as a copy, in the memory of a few of
-those stretches.
+"""Copies large files and changes some byte ranges on the way, about as fast as a plain copy, and in the memory of a few
+of those ranges.
 
-The system copies what stays, file to file. What changes is read and changed by one thread and written by another.
+The operating system copies unchanged ranges from file to file. One thread reads and changes the others, and another
+thread writes them.
 """
 
 import errno
@@ -16,15 +17,15 @@ from typing import Any
 
 _COPY_BYTES = 1 << 24
 _NO_SENDFILE = (errno.ENOTSOCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What `sendfile` says where it does not take files: on macOS, and on some file systems."""
+"""Errors of `sendfile` if it does not accept files, as on macOS and on some file systems."""
 _BUFFERS = 3
 _WRITE_BYTES = 1 << 20
-"""Of one write: with megabytes at once the system looks for memory in one piece, which can take seconds."""
+"""Bytes of one write: for megabytes at once the system looks for contiguous memory, which can take seconds."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Bytes `start` to `stop` of a file; `change`, where given, edits them in place on the way."""
+    """The byte range `start` to `stop` of a file; `change`, if given, edits the bytes in place on the way."""
 
     source: Path
     start: int
@@ -33,14 +34,14 @@ class Stretch:
 
 
 def write_edited(targets: Mapping[Path, Sequence[Stretch | bytes]], advance: Callable[[int], object]) -> None:
-    """Writes new files of stretches of others and of given bytes, one after the other.
+    """Writes new files that consist of byte ranges of other files and of given bytes.
 
     Args:
-        targets: the files, ones that are there are replaced, and what they consist of.
-        advance: called with the number of bytes written, as they are.
+        targets: each file to write, and its pieces in order. Existing files are replaced.
+        advance: called with the number of bytes after each write.
 
     Raises:
-        OSError: where something cannot be read or written.
+        OSError: if something cannot be read or written.
     """
     everything = [piece for pieces in targets.values() for piece in pieces if isinstance(piece, Stretch)]
     largest = max((piece.stop - piece.start for piece in everything if piece.change), default=0)
@@ -65,18 +66,18 @@ def write_edited(targets: Mapping[Path, Sequence[Stretch | bytes]], advance: Cal
 
 
 class _WriteBehind:
-    """Does things in their order in another thread."""
+    """Runs tasks in order in another thread."""
 
     def __init__(self, thread: ThreadPoolExecutor):
         self._thread = thread
         self._tasks = deque[tuple[Future[None], memoryview | None]]()
 
     def do(self, function: Callable[..., None], *args: Any, buffer: memoryview | None = None) -> None:
-        """Does `function(*args)` after all that was asked for before; it reads from `buffer`."""
+        """Schedules `function(*args)`, which reads from `buffer`, after all earlier tasks."""
         self._tasks.append((self._thread.submit(function, *args), buffer))
 
     def wait_for(self, buffer: memoryview) -> None:
-        """Returns when nothing reads from `buffer` any more; raises what has gone wrong until then."""
+        """Waits until no task reads from `buffer`; raises the error of a task that has failed by then."""
         while any(used is buffer for _, used in self._tasks) or (self._tasks and self._tasks[0][0].done()):
             self._tasks.popleft()[0].result()
 
@@ -105,7 +106,7 @@ def _write(out: Any, data: memoryview, advance: Callable[[int], object]) -> None
 
 
 def _copy(source: Any, stretch: Stretch, out: Any, advance: Callable[[int], object]) -> None:
-    """Copies in the system where it can, without a detour through this process."""
+    """Copies inside the operating system if it can, without a detour through this process."""
     position = stretch.start
     if hasattr(os, "sendfile"):
         try:
@@ -118,7 +119,7 @@ def _copy(source: Any, stretch: Stretch, out: Any, advance: Callable[[int], obje
         except OSError as error:
             if error.errno not in _NO_SENDFILE:
                 raise
-    with open(stretch.source, "rb", buffering=0) as own:  # the other thread reads from `source`
+    with open(stretch.source, "rb", buffering=0) as own:  # not `source`, since the other thread reads from it
         buffer = memoryview(bytearray(min(_COPY_BYTES, stretch.stop - position)))
         while position < stretch.stop:
             part = Stretch(stretch.source, position, min(position + len(buffer), stretch.stop))

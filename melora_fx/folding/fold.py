@@ -1,6 +1,6 @@
-"""Merges adapters into the weights of a model in memory, for good or for a while.
+"""Merges adapters into the weights of a model in memory, permanently or temporarily.
 
-`adapter/update.py` says what a merge is; here is how everything else of the model comes back.
+`adapter/update.py` defines the merge; this file restores everything else of the model.
 """
 
 from collections.abc import Iterator
@@ -38,19 +38,20 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def fold(model: _Model, *, untie: bool = False) -> _Model:
-    """The model with its adapters merged into the weights and no trace of them left; changed in place.
+    """Merges the adapters into the weights of `model`, removes every trace of them, and returns the same model.
 
-    Module types, hooks and `requires_grad` are again as before `rewrite`. A `torch.compile` wrapper is folded inside.
-    Of a sharded model it is called on every process: weight after weight is gathered, and each keeps its part.
+    Module types, hooks and `requires_grad` are as before `rewrite`. A `torch.compile` wrapper is folded inside. Call it
+    on every process if the model is sharded: weights are gathered one at a time, and each process keeps its shard.
 
     Args:
-        model: a rewritten model.
-        untie: gives a site whose weight other modules also use a copy of its own, and sets `tie_word_embeddings` to
-            False, instead of refusing.
+        model: a rewritten model, changed in place.
+        untie: if True, does not refuse a site whose weight other modules also use: gives the site its own copy of the
+            weight, and sets `tie_word_embeddings` to False.
 
     Raises:
-        MELoRAError: for a plain model, a shared weight, a weight that cannot be changed, and under DeepSpeed's ZeRO-3;
-            nothing is changed then.
+        MELoRAError: if the model is plain or inside `folded`, a weight is shared or cannot be changed, a sum would not
+            be finite, or someone has replaced a forward since `rewrite`, and under DeepSpeed's ZeRO-3. Nothing is
+            changed then.
     """
     refuse_change_under_zero3(model, "fold")
     found = require_sites(model, "fold")
@@ -67,7 +68,7 @@ def fold(model: _Model, *, untie: bool = False) -> _Model:
     for name in shared:
         _untie(inner, found[name])
     if shared:
-        found = whole_sites(require_sites(model, "fold"))  # with the weights of their own
+        found = whole_sites(require_sites(model, "fold"))  # now with their own weights
     scratch = Scratch()
     with torch.no_grad():
         for site in found.values():
@@ -77,12 +78,19 @@ def fold(model: _Model, *, untie: bool = False) -> _Model:
 
 
 def check_fold(model: nn.Module) -> FoldReport:
-    """What folding will round away, measured on the present values; the model is not changed.
+    """Measures what folding would lose to rounding, on the present values; the model is not changed.
 
-    Warns, naming the worst site and the remedy, where a site loses more than a quarter of its adapter.
+    Warns if a site loses more than a quarter of its adapter; the warning names the worst site and the remedy. Call it
+    on every process if the model is sharded.
+
+    Args:
+        model: a rewritten model.
+
+    Returns:
+        what folding would do to the weight of each site.
 
     Raises:
-        MELoRAError: for a plain model, inside `folded`, and for weights that cannot be changed.
+        MELoRAError: if the model is plain or inside `folded`, a weight cannot be changed, or a sum would not be finite.
     """
     found = require_sites(model, "check_fold")
     refuse_folded(model, "check_fold")
@@ -99,15 +107,19 @@ def check_fold(model: nn.Module) -> FoldReport:
 
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
-    """Inside the block the adapters are merged and the graphs are the base's; afterwards the weights are as before,
-    bit for bit, also after an exception, or as the base's would be if they have been moved or cast meanwhile. Inside
-    another `folded` it does nothing.
+    """Merges the adapters inside the block, and runs the base's graphs.
 
-    Graphs recorded before the block can be backpropagated after it. Autograd refuses their backward inside the block,
-    and after the block the backward of graphs recorded inside.
+    After the block, and after an exception, the weights are as before, bit for bit. If the model was moved or cast
+    inside the block, so are the restored weights. Inside another `folded` block it does nothing.
+
+    Graphs recorded before the block can be backpropagated after it. Autograd refuses their backward inside the block.
+    After the block, it refuses the backward of graphs recorded inside.
+
+    Args:
+        model: a rewritten model, whose weights are changed in place and restored.
 
     Raises:
-        MELoRAError: as `fold`, for weights that cannot be changed. Shared weights are refused too.
+        MELoRAError: as in `fold`, if a weight cannot be changed or is shared.
     """
     refuse_change_under_zero3(model, "folded")
     found = require_sites(model, "folded")
@@ -121,7 +133,7 @@ def folded(model: nn.Module) -> Iterator[None]:
     tracked = [weight for weight in weights if not weight.is_inference()]
     saved: list[tuple[AdapterSite, list[torch.Tensor]]] = []
     scratch = Scratch()
-    with preserve_versions(tracked):  # the bits come back: graphs recorded before may be backpropagated afterwards
+    with preserve_versions(tracked):  # the bits are restored, so earlier graphs can be backpropagated afterwards
         try:
             with torch.no_grad():
                 for site in found.values():
@@ -136,12 +148,12 @@ def folded(model: nn.Module) -> Iterator[None]:
                 site.module.melora_mark.is_folded = False
             reshard(model)
             with torch.no_grad():
-                for site, originals in saved:  # into the weight that is there now: it may have been moved
+                for site, originals in saved:  # into the present weight, since it may have been moved
                     restore(replace(site, weight=getattr(site.owner, site.record.parameter_name)), originals)
 
 
 def _untie(model: nn.Module, site: AdapterSite) -> None:
-    """Gives the site a weight of its own."""
+    """Gives the site its own copy of the weight."""
     own = nn.Parameter(site.weight.detach().clone(), requires_grad=site.weight.requires_grad)
     setattr(site.owner, site.record.parameter_name, own)
     config: Any = getattr(model, "config", None)

@@ -1,4 +1,4 @@
-"""`fold_checkpoint`: an adapter merged into a checkpoint on disk, at about the speed of copying it.
+"""`fold_checkpoint`: merges an adapter into a checkpoint on disk, at about the speed of copying it.
 
 No model is loaded. Each weight file is copied, and the weights that the adapter changes are changed on the way.
 """
@@ -33,27 +33,29 @@ from .report import FoldReport, SiteFold, make_report
 def fold_checkpoint(
     base_dir: str | os.PathLike[str], adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]
 ) -> FoldReport:
-    """Merges an adapter into a Hugging Face checkpoint on disk; the base is not changed.
+    """Merges an adapter into a Hugging Face checkpoint on disk, and writes a new folder; the base is not changed.
 
-    The base is one safetensors file or several with an index. All other files are copied, but those that hold the
-    base's weights in other forms. A trained head goes into the weights and config.json. A process that is killed
-    leaves no `out_dir`, only a hidden folder beside it that the next fold to this place removes. There is no way back
-    from a folded checkpoint: keep the base.
+    The base is one safetensors file, or several with an index. All other files are copied, except files with the base's
+    weights in other forms, hidden files, and links to folders above them; the report names those. A trained head is
+    written into the weights and config.json. A process that is killed leaves no `out_dir`, only a hidden folder next to
+    it, which the next fold to this place removes. A folded checkpoint cannot be unfolded: keep the base.
 
     Peak memory is that of a few of the largest weights that the adapter changes.
 
     Args:
-        base_dir: the checkpoint that the adapter was trained on, in any floating dtype.
+        base_dir: the checkpoint that the adapter was trained on, in any floating-point dtype.
         adapter_dir: a folder written by `save_adapter`.
-        out_dir: the folder to write; it must be empty, or not there.
+        out_dir: the folder to write; it must be empty or missing.
 
     Returns:
-        what the rounding to the checkpoint's dtype has taken, site by site. Warns where it is much.
+        What was lost to rounding to the checkpoint's dtype, site by site. Warns if a site loses more than a quarter of
+        its adapter.
 
     Raises:
-        MELoRAError: where the checkpoint or the adapter cannot be read, belong to different models, the checkpoint
-            holds an adapter already, or a weight is tied, quantised or stored in another form; where the adapter is not
-            finite, or `out_dir` cannot be written. Nothing is written then.
+        MELoRAError: if the checkpoint or the adapter cannot be read, they belong to different models, the checkpoint
+            already contains an adapter, a weight is tied, quantised or stored in another form, the adapter or a sum is
+            not finite, or `out_dir` cannot be written. Nothing is written then.
+        ValueError: if `out_dir` is "".
     """
     base = Path(base_dir)
     out = output_path(out_dir)
@@ -83,7 +85,7 @@ def fold_checkpoint(
 def _fold_bytes(
     site: str, adapter: Adapter, tensor: StoredTensor, scratch: Scratch, measured: list[SiteFold], data: memoryview
 ) -> None:
-    """Folds the weight in `data`, and notes what that did."""
+    """Folds the weight in `data` in place, and appends what that did to `measured`."""
     measured.append(fold_and_measure(site, adapter, tensor.view(data), scratch))
 
 
@@ -95,7 +97,7 @@ def _write_weights(
     adapter_sha256: str,
     advance: Callable[[int], object],
 ) -> dict[str, dict[str, Entry]]:
-    """Writes the weight files; returns what each holds. New tensors go into the last file."""
+    """Writes the weight files, and returns the entries of each. New tensors go into the last file."""
     written: dict[str, dict[str, Entry]] = {}
     files: dict[Path, list[Stretch | bytes]] = {}
     new_keys = [key for key in heads if key not in checkpoint.tensors]
@@ -117,8 +119,8 @@ def _write_weights(
 
 @contextmanager
 def _a_core_for_the_writer() -> Iterator[None]:
-    """Leaves one core to the thread that writes: torch's threads wait for each other at every tile, so one that shares
-    its core with the writer holds up all of them.
+    """Leaves one core to the thread that writes. Torch's threads wait for each other at every tile, so a thread that
+    shares its core with the writer delays all of them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))
@@ -133,7 +135,7 @@ def _lay_out(
     changes: Mapping[str, Callable[[memoryview], None]],
     heads: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, Entry], list[Stretch | bytes]]:
-    """What one file consists of: tensors of the base, changed or as they are, and heads after them."""
+    """Returns the entries and pieces of one file: tensors of the base, changed or unchanged, and heads after them."""
     entries: dict[str, Entry] = {}
     pieces: list[Stretch | bytes] = []
     for tensor in stored:
@@ -146,7 +148,7 @@ def _lay_out(
 
 
 def _append(pieces: list[Stretch | bytes], stretch: Stretch) -> None:
-    """Adds a stretch; one that only continues the last one makes it longer."""
+    """Adds a byte range; one that continues the last one is merged with it if neither changes."""
     last = pieces[-1] if pieces else None
     if isinstance(last, Stretch) and not last.change and not stretch.change and last.stop == stretch.start:
         pieces[-1] = Stretch(last.source, last.start, stretch.stop)
@@ -157,7 +159,7 @@ def _append(pieces: list[Stretch | bytes], stretch: Stretch) -> None:
 def _write_index(
     checkpoint: Checkpoint, made: Path, written: Mapping[str, Mapping[str, Entry]], adapter_sha256: str
 ) -> None:
-    """Writes the index of a sharded checkpoint; another has none."""
+    """Writes the index if the checkpoint has one."""
     if checkpoint.index is None:
         return
     entries = [entry for held in written.values() for entry in held.values()]
@@ -171,7 +173,7 @@ def _write_index(
 
 
 def _write_config(checkpoint: Checkpoint, made: Path, adapter: Adapter) -> None:
-    """Copies config.json; what the adapter says of its model, with a trained head also its class, stands there then."""
+    """Copies config.json with the labels, the padding token and, for a trained head, the model class of the adapter."""
     if checkpoint.config is None:
         return
     class_name = adapter.model.get("class")
@@ -181,7 +183,7 @@ def _write_config(checkpoint: Checkpoint, made: Path, adapter: Adapter) -> None:
     labels = adapter.model.get("labels") or []
     if adapter.kept and class_name:
         config["architectures"] = [class_name]
-        if num_labels and num_labels != len(config.get("id2label") or ("", "")):  # two labels where nothing is said
+        if num_labels and num_labels != len(config.get("id2label") or ("", "")):  # by default there are two labels
             labels = labels or default_labels(num_labels)
     names = {str(index): label for index, label in enumerate(labels)}
     if labels and names != config.get("id2label"):

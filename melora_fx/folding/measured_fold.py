@@ -1,4 +1,4 @@
-"""What folds round away: looks at the tiles of a fold, and writes nothing.
+"""Measures what folds lose to rounding, from the tiles of a fold.
 
 R the largest rank of a block, E matrices of a stack.
 """
@@ -16,10 +16,10 @@ from .report import SiteFold
 
 
 def measure_fold(name: str, adapter: AdapterTensors, weight: torch.Tensor, scratch: Scratch) -> SiteFold:
-    """What `add_update` would do to a weight (O, I) or (E, O, I), bit for bit; nothing is changed.
+    """Returns what `add_update` would do to a weight (O, I) or (E, O, I), bit for bit; changes nothing.
 
     Raises:
-        MELoRAError: where the sum is not finite.
+        MELoRAError: if the sum is not finite.
     """
     losses = _Losses(name)
     for tile in update_tiles(adapter, weight, scratch):
@@ -28,11 +28,11 @@ def measure_fold(name: str, adapter: AdapterTensors, weight: torch.Tensor, scrat
 
 
 def fold_and_measure(site: str, adapter: Adapter, weight: torch.Tensor, scratch: Scratch) -> SiteFold:
-    """Merges an adapter's site into its base weight in place; the weight is given as it is stored: (O, I), (I, O), or
-    a stack of such.
+    """Merges a site of an adapter into its base weight in place, and returns what that did. The weight is passed in its
+    stored orientation: (O, I), (I, O), or a stack of such matrices.
 
     Raises:
-        MELoRAError: where the sum is not finite, part of it has been written then; and as `Adapter.oriented`.
+        MELoRAError: if the sum is not finite (a part of it has been written then), and as in `Adapter.oriented`.
     """
     losses = _Losses(site)
     own = adapter.tensors_of(site)
@@ -41,7 +41,7 @@ def fold_and_measure(site: str, adapter: Adapter, weight: torch.Tensor, scratch:
 
 
 class _Losses:
-    """Adds up what the tiles of one weight lose."""
+    """Sums what the tiles of one weight lose."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -49,10 +49,10 @@ class _Losses:
         self.max_abs_change = 0.0
 
     def observe(self, tile: Tile) -> None:
-        """Takes in one tile. Values that were not finite before count as unchanged."""
+        """Adds the losses of one tile. Values that were not finite before the fold count as unchanged."""
         exact = tile.exact
         after = tile.take("after", exact.dtype).copy_(tile.rounded)
-        change = tile.before.sub_(after).abs_()  # the tile's copy of W, which it needs no more
+        change = tile.before.sub_(after).abs_()  # in place: the tile no longer needs its copy of W
         error = after.sub_(exact)
         largest = float(change.amax())
         if not math.isfinite(largest):
@@ -66,7 +66,7 @@ class _Losses:
         self.rounding = math.hypot(self.rounding, float(torch.linalg.vector_norm(error)))
 
     def report(self, adapter: AdapterTensors, dtype: torch.dtype) -> SiteFold:
-        """What all tiles of a weight of `dtype` have lost together."""
+        """Returns what all tiles of a weight of `dtype` have lost together."""
         norm, ranks = norm_and_ranks(adapter)
         return SiteFold(
             name=self.name,
@@ -79,7 +79,7 @@ class _Losses:
 
 
 def norm_and_ranks(adapter: AdapterTensors) -> tuple[float, list[int]]:
-    """‖Δ‖ over all matrices of a stack, or of the one, and the numerical rank of each of their s_i B_i A_i."""
+    """Returns ‖Δ‖ over all matrices of a stack, or over the one, and the numerical rank of each s_i B_i A_i."""
     norm = 0.0
     ranks: list[int] = []
     for own in adapter.by_matrix():
@@ -90,10 +90,10 @@ def norm_and_ranks(adapter: AdapterTensors) -> tuple[float, list[int]]:
 
 
 def _of_matrix(adapter: AdapterTensors) -> tuple[float, list[int]]:
-    """‖Δ‖, and the numerical rank of each s_i B_i A_i, from the R × R matrices BᵀB and AAᵀ alone.
+    """Returns ‖Δ‖, and the numerical rank of each s_i B_i A_i, computed only from the R × R matrices BᵀB and AAᵀ.
 
-    ‖Δ‖² is the trace of their product, and its eigenvalues are the squares of the singular values: of those float64
-    holds enough digits to tell float32's rank.
+    ‖Δ‖² is the trace of their product, whose eigenvalues are the squares of the singular values. float64 has enough
+    digits for these squares to determine the rank in float32.
     """
     square = 0.0
     ranks: list[int] = []

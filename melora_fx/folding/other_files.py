@@ -1,4 +1,4 @@
-"""The files beside a checkpoint's weights: which of them belong to a folded one too."""
+"""Finds and copies the files next to a checkpoint's weights that belong to a folded checkpoint too."""
 
 import shutil
 from pathlib import Path
@@ -21,11 +21,11 @@ _WEIGHT_SUFFIXES = (
     ".ot",
 )
 _WEIGHT_FOLDERS = ("onnx", "openvino", "original", "coreml")
-"""Suffixes in the checkpoint's own folder, and folders in it, that hold the base's weights in other forms."""
+"""Suffixes of files, and folders, in the checkpoint's own folder that contain the base's weights in other forms."""
 
 
 def find_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """The files to copy as they are, by their paths in the folder, and notes that name the others."""
+    """Returns the files to copy unchanged, by their paths in the folder, and notes that name the others."""
     copied: list[Path] = []
     weights: list[str] = []
     hidden: list[str] = []
@@ -43,26 +43,26 @@ def find_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
             files = _files_below(path, (own, *own.parents), cycles) if path.is_dir() else [path]
             copied += [file.relative_to(checkpoint.directory) for file in files]
     reasons = {
-        "they hold the base's weights": weights,
+        "they contain the base's weights": weights,
         "they are hidden": hidden,
-        "they are links to folders that they lie in": [str(path.relative_to(checkpoint.directory)) for path in cycles],
+        "they link to folders above them": [str(path.relative_to(checkpoint.directory)) for path in cycles],
     }
-    return copied, [f"not copied, as {reason}: {', '.join(names)}" for reason, names in reasons.items() if names]
+    return copied, [f"not copied, because {reason}: {', '.join(names)}" for reason, names in reasons.items() if names]
 
 
 def _holds_weights(path: Path) -> bool:
-    """Whether this is a file or folder of the base's weights in another form; files in other folders are not."""
+    """Returns whether a file or folder contains the base's weights in another form; files in other folders never do."""
     if path.is_dir():
         return path.name in _WEIGHT_FOLDERS
     return path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
 
 
 def _files_below(folder: Path, above: tuple[Path, ...], cycles: list[Path]) -> list[Path]:
-    """The files in a folder and in those below it, through links too; `cycles` gets the links to a folder of `above`,
-    which are those that this one lies in, resolved.
+    """Returns the files in a folder and below it, also through links. Links to a folder in `above`, the resolved paths
+    of the folders that contain this one, are appended to `cycles` instead.
 
     Raises:
-        MELoRAError: for a folder that cannot be read.
+        MELoRAError: if a folder cannot be read.
     """
     real = folder.resolve()
     if real in above:
@@ -77,10 +77,10 @@ def _files_below(folder: Path, above: tuple[Path, ...], cycles: list[Path]) -> l
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies a file's content; folders on the way are made.
+    """Copies the content of a file, and creates missing folders.
 
     Raises:
-        MELoRAError: where the source cannot be read.
+        MELoRAError: if the source cannot be read.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,6 +1,6 @@
-"""What the folds borrow of transformers that it does not document: how a checkpoint becomes a model.
+"""Undocumented functions of transformers that folds need: how a checkpoint becomes a model.
 
-An upgrade that takes a name away breaks this file, and `tests/test_private.py`, which calls every one.
+An upgrade that removes one breaks this file and `tests/test_private.py`, which calls all of them.
 """
 
 import re
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def checkpoint_names(model: Any, keys: Iterable[str]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """What `from_pretrained` would do with the keys of a checkpoint: (key, parameter, further parameters) of each.
+    """Returns what `from_pretrained` would do with each key of a checkpoint: (key, parameter, converted parameters).
 
-    The third is empty where the key's tensor becomes the parameter as it is; else it lists all parameters that it is
-    converted into, together with other keys. transformers has no function that says this without loading.
-    transformers 5.23.
+    The third is empty if the key's tensor becomes the parameter unchanged. Otherwise it lists all parameters that the
+    tensor is converted into, together with the tensors of other keys. transformers has no function that says this
+    without loading. transformers 5.23.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping  # heavy: only where it is used
+    from transformers.conversion_mapping import get_model_conversion_mapping  # slow to import, so only here
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     own = model.state_dict()
@@ -24,9 +24,9 @@ def checkpoint_names(model: Any, keys: Iterable[str]) -> list[tuple[str, str, tu
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     found = []
-    for key in sorted(keys, key=dot_natural_key):  # some rules count on the order
+    for key in sorted(keys, key=dot_natural_key):  # some rules depend on the order
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-        if name not in own and key in own:  # a rule for older checkpoints, which have other keys
+        if name not in own and key in own:  # the rule is for older checkpoints with other keys
             name = key
             pattern = None
         converted: tuple[str, ...] = ()
@@ -38,13 +38,11 @@ def checkpoint_names(model: Any, keys: Iterable[str]) -> list[tuple[str, str, tu
 
 
 def is_needed(model: Any, name: str) -> bool:
-    """Whether `from_pretrained` calls a tensor missing that a checkpoint has not. transformers 5.23."""
+    """Returns whether `from_pretrained` reports a tensor that a checkpoint lacks as missing. transformers 5.23."""
     patterns = model._keys_to_ignore_on_load_missing or ()
     return not any(re.search(pattern, name) for pattern in patterns)
 
 
 def tied_weights(model: Any) -> dict[str, str]:
-    """Name of each parameter that a model ties → the one that it is tied to; known before any weight is. transformers
-    5.23.
-    """
+    """Maps each parameter that a model ties to the one that it is tied to; needs no weights. transformers 5.23."""
     return getattr(model, "all_tied_weights_keys", {})

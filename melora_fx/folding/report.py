@@ -1,6 +1,6 @@
-"""The report of what a fold rounds away, site by site.
+"""The report of what a fold loses to rounding, site by site.
 
-The share of an update that the weight's dtype rounds away is ‖round(W+Δ) − (W+Δ)‖ / ‖Δ‖, over the blocks it changes.
+The share of an update that is lost to the weight's dtype is ‖round(W+Δ) − (W+Δ)‖ / ‖Δ‖, over the blocks it changes.
 """
 
 import warnings
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from melora_fx.tables import table
 
 LARGE_SHARE = 0.25
-"""Above this share a report warns."""
+"""The share above which a report warns."""
 _NUM_SHOWN = 20
-"""How many sites a table shows."""
+"""The number of sites that a table shows."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class SiteFold:
     """What a fold does to one weight.
 
     Attributes:
-        dtype: the weight's, which the sum is rounded to.
-        rounding_share: share of the update that rounding takes, 0 for an update of zeros.
-        max_abs_change: largest change of a value of the weight.
-        ranks: numerical rank of each block's update, block by block, each part of `split`, each matrix of a stack.
-        total_rank: the largest that their sum can be.
+        name: the site's name.
+        dtype: the weight's dtype, to which the sum is rounded.
+        rounding_share: the share of the update that is lost to rounding, as a fraction; 0 for an update of zeros.
+        max_abs_change: the largest absolute change of a value of the weight.
+        ranks: the numerical rank of each block's update, for each part of `split` and each matrix of a stack.
+        total_rank: the largest possible sum of `ranks`.
     """
 
     name: str
@@ -37,12 +38,12 @@ class SiteFold:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """The sites of a fold, the one that loses most first. `str()` is a table with a remedy where much is lost.
+    """The sites of a fold, the one that loses most first. `str()` is a table, with a remedy if much is lost.
 
     Attributes:
-        sites: what happens at each.
-        adapter_sha256: identity of the adapter that was merged.
-        notes: what else the user should know.
+        sites: what the fold does to each weight.
+        adapter_sha256: the SHA-256 that identifies the merged adapter.
+        notes: further facts for the user.
     """
 
     sites: tuple[SiteFold, ...]
@@ -59,7 +60,7 @@ class FoldReport:
         return "\n".join([*lines, *([remedy] if remedy else []), *(f"note: {note}" for note in self.notes)])
 
     def remedy(self) -> str:
-        """What to do about the sites that lose much; empty where none does."""
+        """Returns what to do about the sites that lose much; empty if there are none."""
         losing = [site for site in self.sites if site.rounding_share > LARGE_SHARE]
         if not losing:
             return ""
@@ -67,12 +68,12 @@ class FoldReport:
         return (
             f"{len(losing)} of {len(self.sites)} sites lose more than {LARGE_SHARE:.0%} of their adapter to the "
             f"rounding to {dtypes}, worst `{losing[0].name}` ({losing[0].rounding_share:.0%}): keep the adapter "
-            "unmerged, or fold into float32: `fold(copy.deepcopy(model).float())` in memory, a float32 base on disk"
+            "unmerged, or fold into float32: `fold(copy.deepcopy(model).float())` in memory, or a float32 base on disk"
         )
 
 
 def make_report(measured: Iterable[SiteFold], adapter_sha256: str, notes: Iterable[str] = ()) -> FoldReport:
-    """The report of these sites, which warns where a remedy is needed."""
+    """Returns the report of these sites, and warns if a remedy is needed."""
     sites = tuple(sorted(measured, key=lambda site: -site.rounding_share))
     report = FoldReport(sites, adapter_sha256, tuple(notes))
     if remedy := report.remedy():
@@ -81,7 +82,7 @@ def make_report(measured: Iterable[SiteFold], adapter_sha256: str, notes: Iterab
 
 
 def _cells(site: SiteFold) -> tuple[str, ...]:
-    """The row of a site in the table."""
+    """Returns the row of a site in the table."""
     return (
         site.name,
         site.dtype,

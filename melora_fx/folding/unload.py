@@ -1,4 +1,4 @@
-"""Takes adapters out of a model in memory; `fold` does so when it has merged them."""
+"""Removes the adapters of a model in memory; `fold` does so after it has merged them."""
 
 from typing import TypeVar
 
@@ -22,17 +22,21 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def unload(model: _Model) -> _Model:
-    """The model without its adapters, nothing merged; changed in place.
+    """Removes the adapters of `model` in place, without merging them, and returns the same model.
 
     Weights of sites, module types, hooks, `requires_grad` and the keys of the `state_dict` are as before `rewrite`, bit
-    for bit. What was kept trainable and the statistics of norms stay as they are now: their old values are nowhere. A
-    whole capture stays a GraphModule, the plain one. A `torch.compile` wrapper is unloaded inside, and compiles anew.
+    for bit. What was kept trainable and the statistics of norms keep their present values: the old ones are not stored.
+    A whole capture stays a GraphModule, without adapters. A `torch.compile` wrapper is unloaded inside, and compiles
+    again.
 
-    Call `save_adapter` before, to keep the adapters; `disabled` leaves them out for a while only.
+    Call `save_adapter` before `unload` to keep the adapters; `disabled` leaves them out only temporarily.
+
+    Args:
+        model: a rewritten model, changed in place.
 
     Raises:
-        MELoRAError: for a plain model, inside `folded`, and where another has replaced a forward or a class of the
-            model since `rewrite`; nothing is changed then.
+        MELoRAError: if the model is plain or inside `folded`, or someone has replaced a forward or a class of the model
+            since `rewrite`, and under DeepSpeed's ZeRO-3. Nothing is changed then.
     """
     refuse_change_under_zero3(model, "unload")
     found = require_sites(model, "unload")
@@ -45,7 +49,7 @@ def unload(model: _Model) -> _Model:
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Takes away all that `rewrite` has put on modules, and puts `requires_grad` back."""
+    """Removes everything that `rewrite` has put on modules, and restores `requires_grad`."""
     for _, module in list(rewritten_modules(model)):
         for record in module.melora_mark.records:
             owner = owner_of(module, record)

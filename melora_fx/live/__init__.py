@@ -1,12 +1,12 @@
-"""Adapted weights in forwards that are Python of the user's own, which run as they are.
+"""Adapts weights inside forwards of the user's own Python, which run unchanged.
 
-stand_in         what such a forward gets for a weight: views of it are followed, products with it have the adapter
+stand_in         what such a forward gets for a weight: it follows views, and products with it have the adapter
 offsets          where a view begins in memory
-arguments        the functions that it is given to
-shown            what it shows
+arguments        the functions that a stand-in is passed to, and their arguments
+shown            the weight or view that a stand-in shows
 products         one product with a weight: matched, adapted and lowered as a graph
-foreseen         products that are made before they are met
-reader           who reads a weight: a forward, or someone who only looks
-refusals         what is said of a use that no adapter can follow
-weight_property  what stands in the place of a weight on its module's class
+foreseen         products that are built before they are needed
+reader           who reads a weight: a forward, or code that only looks at it
+refusals         the errors for uses that no adapter can follow
+weight_property  the property that replaces a weight on its module's class
 """

@@ -1,4 +1,4 @@
-"""The functions that stand-ins are given to, by name, and their arguments."""
+"""Names the functions that stand-ins are passed to, and finds the stand-ins among their arguments."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,14 @@ import torch
 from .shown import Standing
 
 _OPERATORS = {"__matmul__": "matmul", "imatmul": "matmul", "__rmatmul__": "rmatmul", "__getitem__": "getitem"}
-"""Methods of Python's syntax that have the meaning of another."""
+"""Methods behind Python's operators → the name of the function with the same meaning."""
 
 
 def name_of(function: Any) -> str:
-    """The name of a function, a method or an operator without what is around it: "getitem", "matmul", "T".
+    """Returns the bare name of a function, a method, an operator or a property: "getitem", "matmul", "T".
 
-    Of a property Dynamo does not tell it: "get". That shows no values, as stand-ins have those that do of their own.
+    Dynamo hides the name of a property, so the result is "get" under Dynamo. Such a property shows no values, since
+    stand-ins define the properties that do themselves.
     """
     name = str(function.__name__)
     if name in _OPERATORS:
@@ -25,18 +26,18 @@ def name_of(function: Any) -> str:
 
 
 def stand_ins(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """The stand-ins among the arguments, in lists too."""
+    """Returns the stand-ins among the arguments, also those in lists and tuples."""
     found = [value for value in args if isinstance(value, Standing)]
     if kwargs:
         found += stand_ins(list(kwargs.values()), {})
     for value in args:
-        if isinstance(value, list | tuple):  # Dynamo would take the `type` of a stand-in for the weight's from then on
+        if isinstance(value, list | tuple):  # `type(value)` would make Dynamo treat a stand-in as a weight from then on
             found += stand_ins(value, {})
     return found
 
 
 def values(args: tuple[Any, ...]) -> list[Any]:
-    """The arguments with weights in the place of stand-ins."""
+    """Returns the arguments with every stand-in replaced by the tensor that it shows."""
     return [value_of(value) for value in args]
 
 

@@ -1,5 +1,5 @@
-"""Products that are made before they are met, since Dynamo cannot make them: those that a trace has shown, and the
-usual ways to multiply by the weight of a linear from outside of it.
+"""Builds products before they are needed, since Dynamo cannot build them: those that a trace has shown, and the usual
+ways to multiply by the weight of a linear from outside the linear.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ from .stand_in import StandIn
 
 
 def foresee_linears(owner: nn.Module, linears: Iterable[LinearNode], weight: Tensor) -> None:
-    """Makes the products that traces of `owner` have shown: `linears`, all by `weight`."""
+    """Builds the products `linears` that traces of `owner` have shown, all with `weight`."""
     for linear in linears:
         values = _Values(owner, linear, weight)
         node = linear.node
@@ -37,13 +37,13 @@ def foresee_linears(owner: nn.Module, linears: Iterable[LinearNode], weight: Ten
 
 
 def _is_grouped(linear: LinearNode) -> bool:
-    """Whether transformers calls an operator of its own in the place of this one when Dynamo compiles."""
+    """Returns whether transformers replaces this operator by one of its own when Dynamo compiles."""
     return linear.matched_by is not None and not linear.matched_by.is_aten and "offs" in linear.node.kwargs
 
 
 def foresee_calls(owner: nn.Module, record: SiteRecord, weight: Tensor) -> None:
-    """Makes the usual products with `weight`, of a module that runs a graph."""
-    like = torch.empty(weight.shape, device="meta")  # a quantised one can be read by its own operators alone
+    """Builds the usual products with `weight`, for a module that runs a graph."""
+    like = torch.empty(weight.shape, device="meta")  # only its own operators can read a quantised weight
     stand_in = StandIn(Shown(owner, record.parameter, like, like, record.parameter, False))
     matrix, vector = torch.empty(2, 2, device="meta"), torch.empty(2, device="meta")
     rows = stand_in.t() if record.weight_is_transposed else stand_in
@@ -53,8 +53,8 @@ def foresee_calls(owner: nn.Module, record: SiteRecord, weight: Tensor) -> None:
 
 
 class _Values:
-    """What nodes of a trace give: for the weight a stand-in, for other parameters themselves, and for what was computed
-    a tensor of as many dimensions as matter.
+    """Example values for the nodes of a trace: a stand-in for the weight, other parameters themselves, and for each
+    computed value a tensor with the number of dimensions that matters.
     """
 
     def __init__(self, owner: nn.Module, linear: LinearNode, weight: Tensor) -> None:
@@ -82,7 +82,7 @@ class _Values:
         return torch.empty(2, 2, device="meta")
 
     def _shown_by(self, node: fx.Node, viewed: Any) -> Any:
-        """What a view, a cast or a gather makes of a stand-in."""
+        """Returns the result of a view, a cast or a gather for a stand-in."""
         if operator_name(node) in CASTS:
             return viewed.to(viewed.dtype)
         if choice_of(node) is not None:
@@ -94,7 +94,7 @@ class _Values:
 
 
 def _function(node: fx.Node) -> Any:
-    """What a node calls."""
+    """Returns the function that a node calls."""
     if node.op == "call_method":
         return getattr(Tensor, str(node.target))
     return node.target
@@ -104,5 +104,5 @@ def _prepare(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     shown = stand_ins(args, kwargs)[0].shown
     try:
         prepare_product(shown, name_of(function), function, args, kwargs)
-    except MELoRAError:  # met again when it is computed, and refused there
+    except MELoRAError:  # raised again when the product is computed
         return

@@ -1,4 +1,4 @@
-"""Where a view begins in the memory of what it is a view of: Dynamo does not follow `Tensor.storage_offset`."""
+"""Computes where a view begins in the memory of the viewed tensor: Dynamo does not follow `Tensor.storage_offset`."""
 
 from typing import Any
 
@@ -6,11 +6,17 @@ from torch import Tensor
 
 
 def first_elements(name: str, viewed: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], parts: Any) -> list[int]:
-    """How many elements of memory after `viewed` each view begins that the operator `name` makes of it: the first
-    argument is left out of `args`; `parts` are the views.
+    """Returns for each view how many elements of memory after the start of `viewed` it begins.
+
+    Args:
+        name: the operator that creates the views.
+        viewed: its first argument.
+        args: its other positional arguments.
+        kwargs: its keyword arguments.
+        parts: the views.
 
     Raises:
-        NotImplementedError: for numbers that are not known.
+        NotImplementedError: if an index is not a known number.
     """
     if name in ("split", "split_with_sizes", "chunk", "unbind"):
         position = 0 if name == "unbind" else 1
@@ -33,7 +39,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name
 
 
 def _of_index(viewed: Tensor, index: Any) -> int:
-    """The first element of `viewed[index]`, an index of numbers, slices, None and `…`."""
+    """Returns the first element of `viewed[index]`; the index consists of numbers, slices, None and `…`."""
     items = list(index) if isinstance(index, tuple) else [index]
     cut = [item for item in items if item is not None]
     if any(item is Ellipsis for item in cut):
@@ -48,7 +54,7 @@ def _of_index(viewed: Tensor, index: Any) -> int:
 
 
 def _first(start: Any, size: int) -> int:
-    """The number of the first element of a dimension that is left."""
+    """Returns the index of the first element that remains of a dimension."""
     if start is None:
         return 0
     if not isinstance(start, int):

@@ -1,10 +1,10 @@
-"""Products with an adapted weight that modules compute in Python of their own: each becomes one function.
+"""Adapts the products with a weight that modules compute in their own Python: each product becomes one function.
 
     F.linear(x, weight, bias)  ⟶  product.plain(owner, x, weight, bias)
 
-The product alone is made into a graph, matched by PATTERNS, given its adapter's nodes and lowered, as the graph of a
-whole module is. The function takes the tensors of the call in order, the weight as the view of it that was multiplied
-by.
+The product becomes a graph of its own, which is matched by PATTERNS, gets its adapter's nodes and is lowered, like the
+graph of a whole module. The function takes the tensors of the call in order. Its weight argument is the view by which
+the call multiplies.
 """
 
 import operator
@@ -32,7 +32,8 @@ from .refusals import record_of, refuse_in_function, refuse_use
 from .shown import PLAIN, Shown, Standing, view_text, weight_shown
 
 _MOST_PRODUCTS = 512
-"""Of one class of modules. A product of which there are more changes from call to call, as rows chosen by the input."""
+"""Largest number of products of one class of modules. A class with more has a product that changes from call to call,
+as with rows that the input chooses."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Product:
     """One product with an adapted weight.
 
     Attributes:
-        plain, lowered: (owner, *tensors) -> the product with its adapter, by plain nodes and in the site's lowering.
+        plain, lowered: (owner, *tensors) -> the product with its adapter, with plain nodes and in the site's lowering.
         code: the Python code of the plain nodes.
-        is_aten: whether these are ATen alone.
+        is_aten: whether all plain nodes are ATen.
     """
 
     plain: Callable[..., Any]
@@ -52,8 +53,8 @@ class Product:
 
 
 class NoPatternError(Exception):
-    """The product has no pattern, or takes the weight the other way round than the adapter was made for: the text says
-    so.
+    """The product has no pattern, or uses the weight in another orientation or as another matrix than the adapter. The
+    text says which.
     """
 
 
@@ -65,13 +66,13 @@ def make_product(
     kwargs: dict[str, Any],
     view: WeightView | Stack,
 ) -> Product:
-    """The product `function(*args, **kwargs)`, in which VIEWED stands for what `view` shows.
+    """Returns the product `function(*args, **kwargs)`, in which VIEWED marks the argument that `view` describes.
 
-    Of a stack whose matrices were gathered, GATHERED stands in its place, and the function takes the numbers of the
-    matrices as one more tensor, the last.
+    If the matrices of a stack were gathered, GATHERED marks that argument, and the functions of the product take the
+    indices of the matrices as one more tensor, the last.
 
     Raises:
-        NoPatternError: where it is no linear of the kind that the site was recorded as.
+        NoPatternError: if the call is not a linear of the kind in `record`.
     """
     graph = _graph_of_call(function, args, kwargs, view)
     linear = next(find_linear_nodes(graph, owner), None)
@@ -80,7 +81,7 @@ def make_product(
     if linear.weight_is_transposed != record.weight_is_transposed:
         raise NoPatternError(" of its transpose")
     if linear.row_dims != record.row_dims:
-        raise NoPatternError(" of another matrix of its values")
+        raise NoPatternError(" of another matrix with its values")
     assert linear.matched_by, "it was found by the walk"
     linear.matched_by.insert(graph, linear, record, weight_of(owner, record.parameter))
     if linear.gather:
@@ -92,18 +93,18 @@ def make_product(
 
 
 class _Argument:
-    """What stands for the weight in the arguments of a call."""
+    """A marker for the weight in the arguments of a call."""
 
 
 VIEWED = _Argument()
-"""The weight, or the view of it that is multiplied by."""
+"""Marks the weight, or the view of it by which the call multiplies."""
 
 GATHERED = _Argument()
-"""One matrix of a stack for each row."""
+"""Marks one gathered matrix of a stack for each row."""
 
 
 def _graph_of_call(function: Any, args: Any, kwargs: Any, view: WeightView | Stack) -> fx.Graph:
-    """A graph of the call alone, whose inputs are its tensors."""
+    """Returns a graph of only the call, with the tensors of the call as its inputs."""
     graph = fx.Graph()
     gathered: list[fx.Node] = []
 
@@ -122,17 +123,17 @@ def _graph_of_call(function: Any, args: Any, kwargs: Any, view: WeightView | Sta
 
     args = map_aggregate(args, input_for)
     kwargs = map_aggregate(kwargs, input_for)
-    for node in gathered:  # the matchers ask it for the numbers
+    for node in gathered:  # the matchers read the indices from it
         choice = graph.placeholder("choice")
         gather = graph.call_function(operator.getitem, (node, choice))
-        assert isinstance(view, Stack), "of a matrix nothing is gathered"
+        assert isinstance(view, Stack), "only the matrices of a stack are gathered"
         node.meta[KNOWN_VIEW] = replace(view, gather=gather)
     graph.output(_call(graph, function, args, kwargs))
     return graph
 
 
 def _call(graph: fx.Graph, function: Any, args: Any, kwargs: Any) -> fx.Node:
-    """A node of the call; methods of tensors by their names."""
+    """Adds a node of the call and returns it; methods of tensors are called by name."""
     name = function.__name__
     if name == "__rmatmul__":
         return graph.call_function(torch.matmul, (args[1], args[0]))
@@ -144,14 +145,15 @@ def _call(graph: fx.Graph, function: Any, args: Any, kwargs: Any) -> fx.Node:
 
 
 def call_product(shown: Shown, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`function(*args, **kwargs)`, of which one argument stands for what `shown` shows, with the adapter.
+    """Computes `function(*args, **kwargs)` with the adapter; one argument is a stand-in that shows `shown`.
 
     Raises:
-        MELoRAError: where it is no product that has a pattern.
+        MELoRAError: if the call is not a product with a pattern, has an `out`, or would give the adapter no gradient or
+            no forward-mode derivative.
     """
     product, tensors = prepare_product(shown, name, function, args, kwargs)
     _refuse_in_function(shown, tensors)
-    if not torch.compiler.is_dynamo_compiling() and not kwargs and name != "bmm":  # whose matchers ask for sizes
+    if not torch.compiler.is_dynamo_compiling() and not kwargs and name != "bmm":  # the matchers of bmm depend on sizes
         usual = _usual_call(function, args)
         if usual:
             type(shown.owner).melora_usual[usual[0]] = product
@@ -166,7 +168,7 @@ def _run(product: Product, owner: nn.Module, tensors: list[Any]) -> Any:
 
 
 def call_again(function: Any, args: tuple[Any, ...]) -> Any:
-    """The usual products by a shorter way; NotImplemented for others, and for what is met for the first time."""
+    """Computes a usual product in a shorter way; returns NotImplemented for others, and for the first call of one."""
     usual = _usual_call(function, args)
     if usual is None:
         return NotImplemented
@@ -180,8 +182,8 @@ def call_again(function: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _refuse_in_function(shown: Shown, tensors: list[Any]) -> None:
-    """Raises MELoRAError in the forward of an `autograd.Function`, where an adapter would get no gradient, but for
-    reentrant checkpointing, which runs the forward again.
+    """Raises MELoRAError in the forward of an `autograd.Function`, in which an adapter would get no gradient. Reentrant
+    checkpointing, which runs the forward again, is allowed.
     """
     if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or not in_autograd_function():
         return
@@ -190,8 +192,9 @@ def _refuse_in_function(shown: Shown, tensors: list[Any]) -> None:
 
 
 def _usual_call(function: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Shown, list[Any]] | None:
-    """(key, what is shown, tensors) of a call whose product depends on the function and on how many dimensions the
-    tensors have: with a weight or its transpose, and tensors of no kind of their own.
+    """Returns (key, what the stand-in shows, tensors) of a usual call, whose arguments are a weight or its transpose,
+    plain tensors and None: its product depends only on the function and the tensors' numbers of dimensions. Returns
+    None for other calls.
     """
     key = [function]
     tensors = []
@@ -214,27 +217,31 @@ def _usual_call(function: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], 
 def prepare_product(
     shown: Shown, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Product, list[Any]]:
-    """The product of such a call, and the tensors that its functions take. Errors as in `call_product`."""
+    """Returns the product of a call, built on first use, and the tensors that its functions take.
+
+    Raises:
+        MELoRAError: if the call is not a product with a pattern, or has an `out`.
+    """
     tensors: list[Any] = []
     key = f"{shown.parameter} {name}"
     for value in args:
         key += _described(value, shown, name, tensors)
     for keyword, value in kwargs.items():
         key += f" {keyword}={_described(value, shown, name, tensors)}"
-        if keyword == "out" and value is not None:  # whoever reads that would have the base's
+        if keyword == "out" and value is not None:  # it would contain the product without the adapter
             refuse_use(shown.owner, shown.parameter, f"{name}(…, out=…)")
     if shown.choice is not None:
         tensors.append(shown.choice)
     products = type(shown.owner).melora_products
     if key not in products:
         is_compiling = torch.compiler.is_dynamo_compiling() or compiles_around()
-        add = _add_uncompiled if is_compiling else _add_product  # the first imports Dynamo
+        add = _add_uncompiled if is_compiling else _add_product  # `_add_uncompiled` imports Dynamo
         add(products, key, shown, name, function, args, kwargs)
     return products[key], tensors
 
 
 def _described(value: Any, shown: Shown, name: str, tensors: list[Any]) -> str:
-    """What a product depends on of one argument; tensors are added to `tensors`."""
+    """Returns everything about one argument that a product depends on, as text, and adds its tensors to `tensors`."""
     if isinstance(value, Standing):
         tensors.append(shown.value)
         return view_text(shown)
@@ -258,7 +265,7 @@ def _described(value: Any, shown: Shown, name: str, tensors: list[Any]) -> str:
 def _add_product(
     products: dict[str, Product], key: str, shown: Shown, name: str, function: Any, args: Any, kwargs: Any
 ) -> None:
-    """Makes the product of a call that is met for the first time."""
+    """Builds the product of a new call and adds it to `products`."""
     record = record_of(shown.owner, shown.parameter)
     view = weight_shown(shown)
     argument = VIEWED if shown.choice is None else GATHERED

@@ -1,4 +1,4 @@
-"""Who reads an adapted weight: a forward, for which a stand-in is right, or someone who only looks at the base."""
+"""Decides who reads an adapted weight: a forward, which gets a stand-in, or code that only looks at the base."""
 
 import functools
 import inspect
@@ -20,20 +20,20 @@ _OF_CALLS = ("forward", "_call_impl")
 """Names of the functions that run while a module is called, hooks included."""
 
 _IN_A_FORWARD = ".forward.<locals>."
-"""In the names of functions that a forward makes, which may be called from elsewhere: another thread, autograd."""
+"""Part of the name of a function that is defined in a forward. Another thread or autograd may call it later."""
 
 _MANAGING = ("torch.distributed", "torch.fx", "accelerate")
-"""The packages that hold weights for others, in the middle of a forward too."""
+"""Packages that manage weights for others, even in the middle of a forward."""
 
 _RECOMPUTING = ("torch.utils.checkpoint", ".checkpointing")
-"""How the names of modules end that compute a part of a forward once more during the backward."""
+"""Endings of the names of Python modules that recompute a part of a forward during the backward pass."""
 
 
 def is_read_in_forward() -> bool:
-    """Whether whoever reads an attribute, two frames up from here, does so to compute with it.
+    """Returns whether the code that reads an attribute, two frames up from here, computes with it.
 
-    That is, from within the forward of a module, or from a method of a rewritten model that takes arguments,
-    as `get_text_features(self, ids)`. What Dynamo compiles is always computed with.
+    It does inside the forward of a module, and in a method of a rewritten model that takes arguments, such as
+    `get_text_features(self, ids)`. Code that Dynamo compiles always does.
     """
     if torch.compiler.is_dynamo_compiling():
         return True
@@ -53,7 +53,7 @@ def is_read_in_forward() -> bool:
 
 
 class _Kind(Enum):
-    """What a module of Python has to do with weights."""
+    """The role of a Python module in handling weights."""
 
     OURS = auto()
     MANAGING = auto()
@@ -63,7 +63,7 @@ class _Kind(Enum):
 
 @functools.cache
 def _kind_of(module: Any) -> _Kind:
-    """The kind of the module of that name."""
+    """Returns the kind of the Python module of that name."""
     name = str(module)
     if name.partition(".")[0] in OURS:
         return _Kind.OURS
@@ -73,33 +73,33 @@ def _kind_of(module: Any) -> _Kind:
 
 
 _methods: WeakValueDictionary[int, CodeType] = WeakValueDictionary()
-"""Of the methods of rewritten models' modules those that compute, by `id`, as codes compare by value. The code tells
-who runs: to look at a frame's local names would keep alive what they hold.
+"""The code of the methods of rewritten models that compute, by `id`, since code objects compare by value. The code
+shows which method a frame runs: reading the frame's local variables would keep their values alive.
 """
 
 _NOT_COMPUTING = ("torch", "melora_fx", "transformers.modeling_utils", "transformers.generation")
-"""The packages whose classes' methods hold, load and save weights."""
+"""Packages whose methods store, load and save weights, but do not compute with them."""
 
 
 _OF_ANY_MODULE = {*dir(nn.Module), "_init_weights"} - {"forward", "__call__"}
-"""Names of methods that manage a module, as `train` and `to`, whoever has overridden them."""
+"""Names of methods that manage a module, such as `train` and `to`, even if a class overrides them."""
 
 
 def is_recomputed() -> bool:
-    """Whether torch's or accelerate's checkpointing runs the function that is two frames up from here."""
+    """Returns whether the checkpointing of torch or accelerate runs the function that is two frames up from here."""
     callers = frames_from(sys._getframe(2))
     return any(_kind_of(frame.f_globals.get("__name__")) is _Kind.RECOMPUTING for frame in callers)
 
 
 def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame, the one that called it, and so on."""
+    """Yields a frame and all its callers, the innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
 def know_methods(model: nn.Module) -> None:
-    """From here on the methods of the modules of `model` that are given something compute with what they read."""
+    """Registers the methods of the modules of `model` that take arguments, as methods that compute with weights."""
     classes = {base for module in model.modules() for base in type(module).__mro__[:-1]}
     for cls in classes:
         if _is_within(str(cls.__module__), _NOT_COMPUTING):
@@ -111,27 +111,27 @@ def know_methods(model: nn.Module) -> None:
 
 
 def _takes_something(code: CodeType) -> bool:
-    """Whether a method has an argument beside `self`."""
+    """Returns whether a method has an argument in addition to `self`."""
     is_variadic = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
     return code.co_argcount > 1 or code.co_kwonlyargcount > 0 or is_variadic != 0
 
 
 def _is_within(module: str, packages: tuple[str, ...]) -> bool:
-    """Whether a module of that name is one of `packages`, or in one."""
+    """Returns whether the module of that name is one of `packages`, or inside one."""
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def is_managing(frame: FrameType) -> bool:
-    """Whether the code of `frame` holds weights for others: torch's for several processes, say."""
+    """Returns whether the code of `frame` manages weights for others, such as torch's code for several processes."""
     return _kind_of(frame.f_globals.get("__name__")) is _Kind.MANAGING
 
 
 def is_of(frame: FrameType, *packages: str) -> bool:
-    """Whether the code of `frame` is a package's."""
+    """Returns whether the code of `frame` belongs to one of `packages`."""
     return str(frame.f_globals.get("__name__", "")).partition(".")[0] in packages
 
 
 def is_adapted(owner: nn.Module) -> bool:
-    """Whether the module runs its adapters now: not folded, and no base for a while."""
+    """Returns whether the module runs its adapters now: it is not folded, and does not temporarily run its base."""
     mark = vars(owner).get(MODULE_MARK)
     return mark is not None and not mark.runs_base

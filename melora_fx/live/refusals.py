@@ -1,4 +1,4 @@
-"""What is said of a use of an adapted weight that no adapter can follow: the site, who reads, and the remedy."""
+"""Raises the errors for uses of an adapted weight that no adapter can follow: the site, who reads, and the remedy."""
 
 import sys
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def refuse_use(owner: Any, parameter: str, operation: str) -> NoReturn:
     """Raises MELoRAError for an operation that would see a weight that a fold changes."""
     remedy = IN_PLACE_REMEDY if is_experts_layer(owner) else LEAVE_OUT
     raise MELoRAError(
-        f"`{_site(owner, parameter)}`: {reader()} uses its weight by `{operation}`, which an adapter cannot follow and "
+        f"`{_site(owner, parameter)}`: {reader()} uses its weight in `{operation}`, which an adapter cannot follow and "
         f"a fold would change: {remedy}"
     )
 
@@ -31,8 +31,8 @@ def refuse_use(owner: Any, parameter: str, operation: str) -> NoReturn:
 def refuse_in_function(owner: Any, parameter: str) -> NoReturn:
     """Raises MELoRAError for a product in the forward of an `autograd.Function`."""
     raise MELoRAError(
-        f"`{_site(owner, parameter)}`: {reader()} multiplies by its weight inside of an `autograd.Function`, or of "
-        f"reentrant checkpointing, that is given it: its adapter would get no gradient: {LEAVE_OUT}"
+        f"`{_site(owner, parameter)}`: {reader()} multiplies by its weight inside an `autograd.Function`, or inside "
+        f"reentrant checkpointing to which it passes the weight, so its adapter would get no gradient: {LEAVE_OUT}"
     )
 
 
@@ -41,7 +41,9 @@ _texts: ContextVar[list[str] | None] = ContextVar("texts", default=None)
 
 @contextmanager
 def hidden_refusals() -> Iterator[list[str]]:
-    """The texts of what `refuse_unasked` raises in the block: TorchScript puts an error without a text in its place."""
+    """Yields a list of the texts that `refuse_unasked` raises in the block: TorchScript replaces the errors and drops
+    their texts.
+    """
     texts: list[str] = []
     token = _texts.set(texts)
     try:
@@ -51,7 +53,9 @@ def hidden_refusals() -> Iterator[list[str]]:
 
 
 def refuse_unasked(owner: Any, parameter: str, operation: str) -> NoReturn:
-    """Raises MELoRAError for an operation of what does not ask for `__torch_function__`."""
+    """Raises MELoRAError for an operation of code that does not call `__torch_function__`; keeps its text for
+    `hidden_refusals`.
+    """
     try:
         refuse_use(owner, parameter, operation)
     except MELoRAError as refusal:
@@ -65,24 +69,24 @@ def refuse_keeping(owner: Any, parameter: str) -> NoReturn:
     """Raises MELoRAError for a forward that stores the weight on a module, which registers it as a parameter."""
     raise MELoRAError(
         f"`{_site(owner, parameter)}`: {reader()} keeps its weight as a parameter of a module (`self.… = weight`), "
-        f"which would be the base's: {LEAVE_OUT}"
+        f"which would have no adapter: {LEAVE_OUT}"
     )
 
 
 def _site(owner: Any, parameter: str) -> str:
-    """The name of the site in the model that `rewrite` was given."""
+    """Returns the name of the site in the model that was passed to `rewrite`."""
     return record_of(owner, parameter).site_name(owner.melora_mark.path)
 
 
 def record_of(owner: Any, parameter: str) -> SiteRecord:
-    """What `owner` keeps of the site whose weight it has under that name."""
+    """Returns the record of the site whose weight has this name on `owner`."""
     return next(record for record in owner.melora_mark.records if record.parameter == parameter)
 
 
 def reader() -> str:
-    """The function of the user's that runs now, and where."""
+    """Returns the function of the user's that runs now, with file and line, for an error text."""
     if torch.compiler.is_dynamo_compiling():
-        return "what is compiled"
+        return "compiled code"
     frame = next((each for each in frames_from(sys._getframe(1)) if not is_of(each, *OURS, "torch")), None)
     if frame is None:
         return "something"

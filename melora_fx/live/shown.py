@@ -1,4 +1,4 @@
-"""What a stand-in shows: an adapted weight, or which view of it."""
+"""Describes what a stand-in shows: an adapted weight, or a view of it."""
 
 from typing import Any, NamedTuple
 
@@ -9,24 +9,24 @@ from melora_fx.patterns.stacks import Stack, stack_shown
 from melora_fx.patterns.views import WeightView, block_shown, view_shown
 
 PLAIN = (torch.Tensor, nn.Parameter)
-"""Types of tensors that are of no kind of their own."""
+"""The types of plain tensors; all others are tensor subclasses."""
 
 
 class Shown(NamedTuple):
-    """What a stand-in shows.
+    """The weight, or the view of it, that a stand-in shows.
 
     Attributes:
-        owner: the module that holds the weight.
-        parameter: the weight's name on it.
+        owner: the module that owns the weight.
+        parameter: the weight's name on `owner`.
         weight: the weight.
         value: the weight, or the view of it.
-        plain: a key for the weight as it is stored, another for its transpose; None for other views.
-        is_recorded: whether the weight was read where gradients are recorded.
-        twin: the same view of a contiguous meta tensor; None for the weight itself.
-        offset: how many elements after the start of that the view begins.
-        is_flipped: without a twin, whether it is the weight's transpose.
-        choice: of a stack, the numbers by which a matrix was gathered for each row; else None.
-        is_cast, is_copy: whether it has had another dtype, or memory of its own, on the way.
+        plain: one key for the weight as stored, another for its transpose; None for other views.
+        is_recorded: whether gradients were recorded when the weight was read.
+        twin: the same view of a contiguous meta tensor; None for the weight itself and for its transpose.
+        offset: how many elements after the start of that meta tensor the view begins.
+        is_flipped: if there is no twin: whether the value is the weight's transpose.
+        choice: for a stack, the indices by which a matrix was gathered for each row; else None.
+        is_cast, is_copy: whether a cast, or a copy, is among the steps from the weight to the value.
     """
 
     owner: Any
@@ -44,13 +44,13 @@ class Shown(NamedTuple):
 
 
 class Standing:
-    """What stands for a weight. `shown`: what it shows."""
+    """The base class of stand-ins for a weight. `shown`: the weight or view that the stand-in shows."""
 
     shown: Shown
 
 
 def view_text(shown: Shown) -> str:
-    """What products depend on of a view."""
+    """Returns everything about a view that products depend on, as text."""
     if shown.plain:
         return " flipped" if shown.is_flipped else " whole"
     kind = f"{shown.is_cast} {shown.is_copy} {shown.choice is not None}"
@@ -63,7 +63,7 @@ def view_text(shown: Shown) -> str:
 
 
 def twin_of(shown: Shown) -> Any:
-    """The twin, made where there is none yet."""
+    """Returns the twin; creates one if there is none yet."""
     if shown.twin is not None:
         return shown.twin
     whole = torch.empty(tuple(shown.weight.shape), device="meta")
@@ -71,7 +71,7 @@ def twin_of(shown: Shown) -> Any:
 
 
 def weight_shown(shown: Shown) -> WeightView | Stack | None:
-    """What `shown` shows of the weight; None for what is no matrix of it."""
+    """Returns the part of the weight that `shown` shows; None if it is not a matrix or a stack of the weight."""
     shape = tuple(shown.weight.shape)
     twin = twin_of(shown)
     if len(shape) == 3:

@@ -1,16 +1,16 @@
-"""What stands for an adapted weight in a forward that is Python of the user's own.
+"""Defines the stand-ins for an adapted weight in a forward of the user's own Python.
 
-A module whose weight is adapted has a property in the place of it (`weight_property.py`). Read from within a forward it
-gives a stand-in, which knows the weight and the views of it: a product with it becomes the site's, with the adapter; a
-view of it is a stand-in again; its dtype, device and shape are the weight's. Whatever else uses it would see a weight
-that a fold changes, and raises.
+On a module whose weight is adapted, a property replaces the weight (`weight_property.py`). Inside a forward the
+property returns a stand-in, which knows the weight and the views of it. A product with the stand-in becomes the site's,
+with the adapter. A view of it is a stand-in again. Its dtype, device and shape are the weight's. Any other use would
+see a weight that a fold changes, and raises.
 
-There are three kinds, of which each runs where the others do not:
+There are three kinds, and each works in places that the others do not:
 
-    TensorStandIn  a tensor; in eager mode also one that refuses the operators of what does not ask for it: TorchScript,
-                   C extensions
-    StandIn        not a tensor, which `torch.export` needs, and weights that are tensors of a kind of their own
-    TracedStandIn  a proxy, for `fx.Tracer`, whose own proxies would otherwise be asked first
+    TensorStandIn  a tensor; in eager mode it also refuses the operators of code that does not call
+                   `__torch_function__`: TorchScript, C extensions
+    StandIn        not a tensor: for `torch.export`, `torch.func`, and weights that are tensor subclasses
+    TracedStandIn  a proxy: for `fx.Tracer`, whose own proxies would otherwise be asked first
 """
 
 import copy
@@ -30,16 +30,16 @@ from .refusals import refuse_keeping, refuse_unasked, refuse_use
 from .shown import PLAIN, Shown, Standing, twin_of
 
 _SHOWING = {"T", "mT", "H", "mH", "data", "real", "imag"}
-"""Properties that give a tensor's values; all others tell nothing of them."""
+"""Properties that return a tensor's values; all other properties reveal nothing about the values."""
 
 _VIEWS = VIEWS | COPIES | CASTS
 _FLIPS = {"t", "T", "mT", "numpy_T"}
 _RESHAPES = ("reshape", "flatten")
-"""Of views: the transposition of a matrix; what makes a copy where a view is impossible."""
+"""Names of views: `_FLIPS` transpose a matrix, `_RESHAPES` make a copy if a view is impossible."""
 
 
 def stand_in(owner: nn.Module, parameter: str, weight: Tensor) -> Any:
-    """What stands for `weight`, the parameter of that name of `owner`, here and now."""
+    """Returns a stand-in for `weight`, the parameter of that name of `owner`, of the kind that works in the caller."""
     return _showing(Shown(owner, parameter, weight, weight, parameter, torch.is_grad_enabled()))
 
 
@@ -49,7 +49,7 @@ def _showing(shown: Shown) -> Any:
     is_compiled = torch.compiler.is_dynamo_compiling()
     if not is_compiled and (type(shown.value) not in PLAIN or in_functorch()):
         return StandIn(shown)
-    # Dynamo would load the weight itself after a graph break if the stand-in were that under another type
+    # if the stand-in were the weight under another type, Dynamo would load the weight itself after a graph break
     held: Any = shown.value.detach() if is_compiled else shown.value
     tensor: Any = held.as_subclass(_KINDS[is_compiled, shown.value is shown.weight])
     tensor.shown = shown
@@ -57,15 +57,15 @@ def _showing(shown: Shown) -> Any:
 
 
 def _use(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `function` of torch gives for arguments that hold a stand-in."""
+    """Returns the result of a function of torch for arguments that contain a stand-in."""
     name = name_of(function)
     found = stand_ins(args, kwargs)
     shown: Shown = found[0].shown
-    if name == "grad_fn" and is_adapted(shown.owner):  # which only `nn.Module.register_parameter` asks for
+    if name == "grad_fn" and is_adapted(shown.owner):  # only `nn.Module.register_parameter` reads it
         return refuse_keeping(shown.owner, shown.parameter)
     is_property = str(function.__name__) == "__get__" and name not in _SHOWING
     tells_nothing = is_property or is_harmless(name, is_first=bool(args) and isinstance(args[0], Standing))
-    if tells_nothing or not is_adapted(shown.owner):  # a forward may have kept a stand-in till after a fold
+    if tells_nothing or not is_adapted(shown.owner):  # a forward may have kept a stand-in until after a fold
         return function(*values(args), **{key: value_of(value) for key, value in kwargs.items()})
     if len(found) > 1:
         return refuse_use(shown.owner, shown.parameter, name)
@@ -75,7 +75,7 @@ def _use(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _view(shown: Shown, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The stand-in for a view, a copy or a cast of what `shown` shows; several for what gives several."""
+    """Returns the stand-in for a view, a copy or a cast of the value of `shown`; a tuple of them for several views."""
     rest = args[1:]
     value = function(shown.value, *rest, **kwargs)
     if name in _FLIPS and shown.twin is None and shown.weight.dim() == 2:
@@ -111,7 +111,7 @@ def _flipped(shown: Shown, value: Any) -> Shown:
 
 
 def _choice(name: str, rest: tuple[Any, ...]) -> Any:
-    """The numbers by which rows are gathered, or None."""
+    """Returns the indices by which rows are gathered, or None."""
     index = rest[0] if name in ("getitem", "index") and rest else None
     if isinstance(index, list | tuple) and len(index) == 1:
         index = index[0]
@@ -119,14 +119,14 @@ def _choice(name: str, rest: tuple[Any, ...]) -> Any:
 
 
 def _gathered(shown: Shown, name: str, value: Any, choice: Any) -> Any:
-    """One matrix of a stack for each row."""
+    """Returns the stand-in for one matrix of a stack for each row."""
     if shown.value.dim() != 3 or shown.choice is not None:
         return refuse_use(shown.owner, shown.parameter, name)
     return _showing(shown._replace(value=value, choice=choice, twin=twin_of(shown), plain=None))
 
 
 def _twin_view(shown: Shown, name: str, function: Any, value: Any, rest: Any, kwargs: Any) -> Any:
-    """The same view of the twin, or None where it would be no view."""
+    """Returns the same view of the twin, or None if it would not be a view."""
     twin = twin_of(shown)
     if torch.compiler.is_dynamo_compiling():
         return twin.view(value.shape) if name in _RESHAPES else function(twin, *rest, **kwargs)
@@ -137,18 +137,18 @@ def _twin_view(shown: Shown, name: str, function: Any, value: Any, rest: Any, kw
 
 
 _FORWARDED = [name for name in dir(Tensor) if callable(getattr(Tensor, name)) and name not in dir(object)]
-"""Methods of tensors, which a stand-in that is none has too."""
+"""Methods of tensors, which a stand-in that is not a tensor has too."""
 
 
 class StandIn(Standing):
-    """Passes for what it shows where it is asked what it is; to C functions that do not ask for `__torch_function__` it
-    must not be given.
+    """Passes `isinstance` checks as the tensor that it shows. It must not be passed to C functions that do not call
+    `__torch_function__`.
     """
 
     def __init__(self, shown: Shown) -> None:
         self.shown = shown
 
-    @property  # type: ignore[misc]  # what `isinstance` goes by
+    @property  # type: ignore[misc]  # `isinstance` reads it
     def __class__(self) -> type:
         return nn.Parameter if isinstance(self.shown.value, nn.Parameter) else Tensor
 
@@ -160,7 +160,7 @@ class StandIn(Standing):
         if name == "shown":  # not set yet
             raise AttributeError(name)
         own = getattr(Tensor, name, None)
-        if own is None:  # what someone has put on the parameter
+        if own is None:  # an attribute that someone has put on the parameter
             return getattr(self.shown.value, name)
         return _use(own.__get__, (self,), {})
 
@@ -175,7 +175,7 @@ class StandIn(Standing):
 
 
 class TracedStandIn(StandIn, fx.Proxy):
-    """Is asked before other proxies, as its class is a subclass of theirs."""
+    """A proxy that torch asks before other proxies, since its class is a subclass of theirs."""
 
 
 class TensorStandIn(Tensor, Standing):
@@ -201,9 +201,9 @@ class TensorStandIn(Tensor, Standing):
         return _view(self.shown, "transpose", Tensor.transpose, (None, -2, -1), {})
 
     def _refuse_values(self) -> Any:
-        return refuse_use(self.shown.owner, self.shown.parameter, "a property of it")
+        return refuse_use(self.shown.owner, self.shown.parameter, "data, real or imag")
 
-    def split(self, split_size: Any, dim: int = 0) -> Any:  # in Python, of which Dynamo asks otherwise
+    def split(self, split_size: Any, dim: int = 0) -> Any:  # torch's is Python code, for which Dynamo asks otherwise
         return _use(Tensor.split, (self, split_size, dim), {})
 
 
@@ -217,11 +217,11 @@ for _names, _read in (
 
 
 class ParameterStandIn(TensorStandIn, nn.Parameter):
-    """For the weight itself."""
+    """A stand-in for the weight itself."""
 
 
 class EagerTensorStandIn(TensorStandIn):
-    """For eager mode: a shorter way for products that have been met."""
+    """A stand-in for eager mode, with a shorter way for products that were computed before."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -230,13 +230,13 @@ class EagerTensorStandIn(TensorStandIn):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Whatever comes here has asked nobody: a function of TorchScript, a C extension."""
+        """Refuses the operator: only code that skips `__torch_function__` gets here, of TorchScript or C extensions."""
         shown: Shown = stand_ins(args, kwargs or {})[0].shown
         return refuse_unasked(shown.owner, shown.parameter, str(func))
 
 
 class EagerParameterStandIn(EagerTensorStandIn, ParameterStandIn):
-    """For the weight itself, in eager mode."""
+    """A stand-in for the weight itself, in eager mode."""
 
 
 _KINDS = {
@@ -245,7 +245,7 @@ _KINDS = {
     (True, False): TensorStandIn,
     (True, True): ParameterStandIn,
 }
-"""By whether Dynamo compiles, and whether it stands for the weight itself."""
+"""(whether Dynamo compiles, whether the stand-in is for the weight itself) → class."""
 
 
 def _method(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""What stands on a module's class in the place of an adapted weight, which stays a plain parameter of the module.
+"""Defines the properties that replace an adapted weight on its module's class; the weight stays a plain parameter.
 
-module.weight           a stand-in for a forward that computes with it; the parameter for everyone else
+module.weight           a stand-in for a forward that computes with it; the parameter for all other code
 module.weight_of_base   the parameter, for the graphs of `rewrite` itself
 """
 
@@ -18,7 +18,7 @@ _OF_BASE = "_of_base"
 
 
 def name_of_base(parameter: str) -> str:
-    """The attribute that gives the parameter to everyone."""
+    """Returns the name of the attribute that is the parameter for every reader."""
     return f"{parameter}{_OF_BASE}"
 
 
@@ -30,7 +30,7 @@ def add_weight_properties(cls: type, parameter: str) -> None:
 
 @functools.cache
 def weight_property(parameter: str, name: str = "") -> Any:
-    """The property that stands in the place of the weight of that name; or of another name of it, `name`."""
+    """Returns the property that replaces the weight `parameter`, or a further name of that weight, `name`."""
     name = name or parameter
 
     def read(self: Any) -> Any:
@@ -39,12 +39,12 @@ def weight_property(parameter: str, name: str = "") -> Any:
             weight = _held(self, name)
         if weight is None or self.melora_mark.runs_base or not is_read_in_forward():
             return weight
-        if name != parameter and weight is not _held(self, parameter):  # they have been parted since
+        if name != parameter and weight is not _held(self, parameter):  # the names no longer share a weight
             return weight
         return stand_in(self, parameter, weight)
 
     def write(self: nn.Module, value: Any) -> None:
-        vars(self)[name] = value  # a tensor that is no parameter: pruned, or of FSDP
+        vars(self)[name] = value  # a tensor that is not a parameter: of pruning or FSDP
 
     def delete(self: nn.Module) -> None:
         _held(self, name)
@@ -59,13 +59,13 @@ def _base_property(parameter: str) -> Any:
         own = registered(self)[0]
         if parameter in own:
             return own[parameter]
-        return getattr(self, parameter)  # parametrized since
+        return getattr(self, parameter)  # it was parametrized after the rewrite
 
     return property(read)
 
 
 def _held(module: nn.Module, parameter: str) -> Any:
-    """The weight: a parameter, or a tensor that has been put in its place."""
+    """Returns the weight: the parameter, or a tensor that has replaced it."""
     own = registered(module)[0]
     if parameter in own:
         return own[parameter]

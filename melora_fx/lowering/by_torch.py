@@ -1,5 +1,6 @@
-"""What `adapted_linear` does by slices, by torch's products: its formulas, and their letters, stand at the top of that
-file.
+"""Computes the updates of slices and their gradients for `adapted_linear`, with torch's products.
+
+The formulas and their letters are at the top of `adapted_linear.py`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from .slices import Part, few_rows_times
 
 
 def add_update(slices: Tensor, parts: Sequence[Part]) -> None:
-    """Adds h_i (s_i B_i)ᵀ to the columns of each of `parts`, in place; `slices` of x, (N, T, I/N)."""
+    """Adds h_i (s_i B_i)ᵀ to the columns of each part in place; `slices` are those of x, (N, T, I/N)."""
     for columns, lora_a, scaled in parts:
         columns.baddbmm_(few_rows_times(lora_a, slices).mT, scaled.mT)
 
@@ -21,13 +22,13 @@ def add_update(slices: Tensor, parts: Sequence[Part]) -> None:
 def add_gradients(
     slices: Tensor, parts: Sequence[Part], of_x: Tensor | None, mask: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """A' (N, R, I/N), and B' (N, O_p/N, R) without its factor s, of each part, by factors.
+    """Returns A' (N, R, I/N) and B' (N, O_p/N, R), without its factor s, of each part, computed by factors.
 
     Args:
-        slices: of the adapter's input, (N, T, I/N).
-        parts: of y'.
-        of_x: (T, I), to the slices of which g_i A_i is added in place, or None.
-        mask: of the dropout, T·I values of any strides; what is added is multiplied by it.
+        slices: the slices of the adapter's input, (N, T, I/N).
+        parts: the parts of y'.
+        of_x: (T, I); g_i A_i is added to its slices in place. None: nothing is added.
+        mask: the dropout mask, T·I values of any strides, which multiplies g_i A_i; or None.
     """
     of_hidden = [few_rows_times(scaled.mT, columns) for columns, _, scaled in parts]
     pairs = [
@@ -45,7 +46,7 @@ def add_gradients(
 
 
 def gradients_by_blocks(slices: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """What `add_gradients` returns for one part, from G (N, O_p/N, I/N)."""
+    """Returns A' and B' of one part, as `add_gradients` does, but computed by blocks from G (N, O_p/N, I/N)."""
     columns, lora_a, scaled = part
     of_blocks = torch.bmm(columns.mT, slices)
     return torch.bmm(scaled.mT, of_blocks), torch.bmm(of_blocks, lora_a.mT)

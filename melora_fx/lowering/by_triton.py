@@ -1,6 +1,6 @@
-"""What `adapted_linear` does by slices, by Triton kernels: the same functions as in `by_torch`.
+"""Computes the updates of slices and their gradients for `adapted_linear`, with Triton kernels.
 
-One kernel computes h_i and adds the update, one g_i and adds g_i A_i, where torch's products take two for each. Sums
+One kernel computes h_i and adds the update; one computes g_i and adds g_i A_i. Torch needs two products for each. Sums
 and the gradients of A and B are in float32. The kernels have no derivatives.
 """
 
@@ -22,11 +22,11 @@ MISSING = "`lowering` (='triton') needs the package triton on CUDA: `pip install
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 MIN_CAPABILITY = (8, 0)
-"""Of the GPUs that the kernels are compiled for: older ones have less shared memory than large ranks take."""
+"""The lowest compute capability for the kernels: older GPUs have less shared memory than large ranks need."""
 
 
 def kernels() -> ModuleType:
-    """The module `triton_kernels`: only what calls this imports triton.
+    """Returns the module `triton_kernels`; only this call imports triton.
 
     Raises:
         MELoRAError: if triton is not installed.
@@ -40,7 +40,7 @@ def kernels() -> ModuleType:
 
 @functools.cache
 def is_installed() -> bool:
-    """Whether there are `kernels`."""
+    """Returns whether the kernels can be imported."""
     try:
         kernels()
     except MELoRAError:
@@ -49,17 +49,17 @@ def is_installed() -> bool:
 
 
 def fits(slices: Tensor, parts: Sequence[Part]) -> bool:
-    """Whether the kernels take these operands; where not, torch's products do.
+    """Returns whether the kernels accept these operands; if not, use `by_torch`.
 
-    On a CPU only Triton's interpreter takes any, and that has no products of bfloat16.
+    On a CPU the kernels need Triton's interpreter, which has no products of bfloat16.
 
     Raises:
-        MELoRAError: on CUDA, if triton is not installed.
+        MELoRAError: if the operands are on CUDA and triton is not installed.
     """
     operands = [slices, *(operand for part in parts for operand in part)]
     if slices.dtype not in DTYPES or not all(_is_plain(operand) for operand in operands):
         return False
-    if any(operand.device != slices.device for operand in operands):  # torch says so; a kernel reads what is there
+    if any(operand.device != slices.device for operand in operands):  # torch raises; a kernel would read any memory
         return False
     if not (slices.is_cuda or (slices.device.type == "cpu" and is_installed())):
         return False
@@ -69,12 +69,12 @@ def fits(slices: Tensor, parts: Sequence[Part]) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` are those in its memory."""
+    """Returns whether the memory of `tensor` contains exactly its values."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg() and not is_wrapped(tensor)
 
 
 def add_update(slices: Tensor, parts: Sequence[Part]) -> None:
-    """As `by_torch.add_update`."""
+    """Does what `by_torch.add_update` does."""
     for columns, lora_a, scaled in parts:
         kernels().accumulate(slices, lora_a, scaled, columns)
 
@@ -82,7 +82,7 @@ def add_update(slices: Tensor, parts: Sequence[Part]) -> None:
 def add_gradients(
     slices: Tensor, parts: Sequence[Part], of_x: Tensor | None, mask: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """As `by_torch.add_gradients`, the gradients in float32."""
+    """Does what `by_torch.add_gradients` does, but returns the gradients in float32."""
     num_blocks = len(slices)
     of_slices = None if of_x is None else slices_of(of_x, num_blocks)
     of_mask = None if mask is None else slices_of(mask, num_blocks)

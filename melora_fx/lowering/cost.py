@@ -1,4 +1,4 @@
-"""Which of two ways to compute the same takes less time, and rounds nothing away.
+"""Chooses the faster of two equivalent computations, if that rounds nothing away.
 
 I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens.
 """
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 WIDE = (torch.float32, torch.float64)
-"""The dtypes in which W + Δ and G of `adapted_linear` keep what training adds."""
+"""The dtypes with enough precision for W + Δ and G of `adapted_linear` to keep what training adds."""
 
 
 def is_merged(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, rate: float) -> bool:
-    """Whether making W + Δ takes less time than adding to the slices of T rows, and rounds nothing away.
+    """Returns whether computing W + Δ is faster than adding to the slices of T rows, and rounds nothing away.
 
-    By the measurements in benchmarks/results/NOTES.md: a value of the slices takes 8 + R units of time, mostly to be
-    read and written, and an element of W + Δ 20 + R / N.
+    Measured (benchmarks/results/NOTES.md): a value of the slices takes 8 + R units of time, mostly to read and write
+    it, and an element of W + Δ takes 20 + R / N.
     """
     if rate or weight.dtype not in WIDE or x.dtype != weight.dtype:
         return False
@@ -27,7 +27,7 @@ def is_merged(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, rate: f
 
 
 def is_by_blocks(x: Tensor, of_y: Tensor, lora_a: Tensor) -> bool:
-    """Whether the gradients of A and B take fewer operations by blocks than by factors, and G rounds nothing away."""
+    """Returns whether A' and B' take fewer operations by blocks than by factors, and G rounds nothing away."""
     num_blocks, rank, _ = lora_a.shape
     in_features = x.size(-1)
     out_features = of_y.size(-1)

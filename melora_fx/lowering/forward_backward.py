@@ -1,6 +1,6 @@
-"""Output and gradients of one linear with its adapter, as functions of tensors, which eager code and operators call.
+"""Computes output and gradients of one linear with its adapter, for eager mode and for the custom operators.
 
-The formulas, and their letters, stand at the top of `adapted_linear`.
+The formulas and their letters are at the top of `adapted_linear.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from .slices import by_part, cast, factors_by_part, join_parts, own_inputs, own_
 
 
 class InputGradients(NamedTuple):
-    """What autograd wants of a backward: one gradient for each input of `compute_output`, in its order."""
+    """The result of a backward for autograd: one gradient for each input of `compute_output`, in that order."""
 
     x: Tensor | None = None
     base: Tensor | None = None
@@ -37,7 +37,7 @@ class InputGradients(NamedTuple):
 
 
 def save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps what `needed_gradients` reads; the weight only if the gradient of x is needed."""
+    """Saves what `needed_gradients` reads; the weight only if x needs a gradient."""
     x, _base, weight, _bias, lora_a, lora_b, scaling, seed, rate, parts, form, _dtype, starts = inputs
     needs_x = ctx.needs_input_grad[0]
     ctx.save_for_backward(x, weight if needs_x else None, lora_a, lora_b, scaling, seed)
@@ -48,7 +48,7 @@ def save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def needed_gradients(ctx: Any, gradient: Tensor, backward: Callable[..., InputGradients], form: str) -> InputGradients:
-    """The gradients that are needed; `backward` is `compute_gradients`, or an operator's."""
+    """Returns the gradients that autograd needs; `backward` is `compute_gradients`, or calls its operator."""
     needs_x, needs_base, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     asked = [needs_x, needs_weight, needs_bias, needs_a, needs_b]
     x, weight, lora_a, lora_b, scaling, seed = ctx.saved_tensors
@@ -71,7 +71,7 @@ def compute_output(
     dtype: torch.dtype | None,
     starts: Sequence[int],
 ) -> Tensor:
-    """The output. Arguments as of `adapted_linear`; `seed` and `rate` are the dropout's, `dtype` is autocast's."""
+    """Returns the output. Arguments as in `adapted_linear`; `dtype` is autocast's, `seed` and `rate` the dropout's."""
     if dtype is not None:
         x = cast(x, dtype)
         weight = cast(weight, dtype)
@@ -106,9 +106,9 @@ def compute_gradients(
     asked: Sequence[bool],
     starts: Sequence[int],
 ) -> InputGradients:
-    """The gradients of x, weight, bias, lora_a and lora_b that are `asked` for; `gradient` is that of the output."""
+    """Returns the gradients that `asked` selects of x, weight, bias, lora_a and lora_b; `gradient` is the output's."""
     if gradient.device.type != "meta" and torch.is_autocast_enabled(gradient.device.type):
-        with torch.autocast(gradient.device.type, enabled=False):  # the dtypes are the forward's
+        with torch.autocast(gradient.device.type, enabled=False):  # the forward has fixed the dtypes
             return compute_gradients(
                 gradient, x, weight, lora_a, lora_b, scaling, seed, rate, parts, form, asked, starts
             )
@@ -122,7 +122,7 @@ def compute_gradients(
     scaled = lora_b * scaling
     own_y = own_outputs(of_y, lora_b, starts)
     of_parts = by_part(own_y, lora_a, scaled, parts)
-    of_x = of_slices = None  # the second: to which the adapter's part is still to be added
+    of_x = of_slices = None  # of_slices: the part of of_x that still lacks the adapter
     if needs_x and form == "weight" and weight is not None and is_merged(used, weight, lora_a, lora_b, rate):
         of_x = of_y @ _merged(weight, lora_a, scaled, parts, starts)
     elif needs_x:
@@ -142,14 +142,14 @@ def compute_gradients(
 
 
 def _of_base(of_y: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
-    """y' W (T, I), or zeros where the base's part of x' is not ours to give; `like` is x."""
+    """Returns y' W (T, I); zeros without a weight, when the base passes its own gradient to x. `like` is x."""
     if weight is None:
         return of_y.new_zeros(len(of_y), like.size(-1))
     return of_y @ cast(weight, of_y.dtype)
 
 
 def _merged(weight: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int], starts: Sequence[int]) -> Tensor:
-    """W + Δ (O, I), in memory of its own."""
+    """Returns W + Δ (O, I) as a new tensor."""
     merged = weight.clone()
     own = own_outputs(own_inputs(merged, lora_a, starts).mT, scaled, starts).mT
     blocks = diagonal_blocks(own, len(lora_a), parts)

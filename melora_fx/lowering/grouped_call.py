@@ -1,7 +1,7 @@
-"""The lowering of experts in transformers' grouped form: the base's product by `grouped_blocks` too, to the same bits.
+"""The lowering of experts in transformers' grouped form: computes the base's product with `grouped_blocks` too.
 
-The backward of transformers' operator always computes the gradient of the stack, which takes a third of the step, even
-if the stack is frozen.
+The bits are those of transformers' operator. The backward of that operator computes the gradient of the stack even if
+the stack is frozen, which takes a third of the step.
 """
 
 import torch
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 def _misfit(site: PlannedSite) -> str | None:
     if all(operator_key(linear.node) == "transformers.grouped_mm_fallback.default" for linear in site.nodes):
         return None
-    return "only products by transformers' own operator for grouped experts have this form"
+    return "this lowering needs transformers' own operator for grouped experts"
 
 
 def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a lowering is."""
+"""Lowering: one way to compute adapted linears in training."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,12 +14,12 @@ class Lowering(NamedTuple):
     """One way to compute adapted linears in training.
 
     Attributes:
-        name: what a site's record calls it.
-        shown_as: what `MELoRAConfig.lowering` and reports call it.
-        misfit: why a site cannot have it, or None.
-        replace: puts one call in the place of one linear and its adapter's nodes, given the module that holds the
-            graph's parameters. None: the nodes run as they are.
-        is_automatic: whether "auto" may choose it; else by name only.
+        name: its name in a site's record.
+        shown_as: its name in `MELoRAConfig.lowering` and in reports.
+        misfit: returns why a site cannot have it, or None.
+        replace: replaces one linear with one call, most often together with its adapter's nodes; the module is the one
+            that holds the graph's parameters. None: the plain nodes run.
+        is_automatic: whether "auto" may choose it; if not, the configuration must name it.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""LOWERINGS: how adapted linears are computed in training; which one a site gets, and the pass that applies them.
+"""LOWERINGS: the ways to compute adapted linears in training, the choice for a site, and the pass that applies them.
 
-The pass makes a graph of its own, from which the module's code is generated. The plain graph stays what is printed,
-copied, saved and exported, and what runs wherever a call of a lowering would not be understood.
+The pass builds a separate graph for training. The plain graph is still the one that is printed, copied, saved and
+exported. It also runs whenever the call of a lowering is not supported (`needs_plain_nodes`).
 """
 
 from collections.abc import Iterable
@@ -26,8 +26,8 @@ def _misfit_of_plain(site: PlannedSite) -> str | None:
     if passes_gradient(site.weight):
         return None
     kind = type(site.weight).__name__
-    remedy = ": use 'auto'" if site.config.lowering == "plain" else ", and the others need the whole of it"
-    return f"`lowering` (='plain') gives no gradient to what is below this {kind}{remedy}"
+    remedy = ": use 'auto'" if site.config.lowering == "plain" else ", and the other lowerings need the whole weight"
+    return f"`lowering` (='plain') passes no gradient through this {kind}{remedy}"
 
 
 PLAIN = Lowering("plain", "plain", _misfit_of_plain, None)
@@ -35,16 +35,16 @@ PLAIN = Lowering("plain", "plain", _misfit_of_plain, None)
 aten = torch.ops.aten
 
 LOWERINGS = (WEIGHT, ACTIVATION, TRITON, GROUPED, PLAIN)
-"""In order of preference: "auto" is the first without a misfit that it may choose."""
+"""In order of preference: "auto" chooses the first automatic lowering without a misfit."""
 
 
 def choose_lowering(site: PlannedSite) -> Lowering | None:
-    """The first lowering that the site's configuration allows and that fits; None where none does."""
+    """Returns the first lowering that the site's configuration allows and that fits, or None."""
     return next((lowering for lowering in _allowed(site) if lowering.misfit(site) is None), None)
 
 
 def lowering_misfit(site: PlannedSite) -> str | None:
-    """Why the site cannot have the lowering that its configuration names, or None."""
+    """Returns why no lowering that the site's configuration allows fits, or None if one fits."""
     if choose_lowering(site):
         return None
     reasons = [lowering.misfit(site) for lowering in _allowed(site)]
@@ -52,15 +52,15 @@ def lowering_misfit(site: PlannedSite) -> str | None:
 
 
 def lowering_named(name: str) -> Lowering:
-    """The lowering that a site's record names."""
+    """Returns the lowering with this name, as a site's record stores it."""
     return next(lowering for lowering in LOWERINGS if lowering.name == name)
 
 
 def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> fx.Graph:
-    """A copy of `graph` in which the sites of `records` are lowered; `owner` holds its parameters."""
+    """Returns a copy of `graph` in which the sites of `records` are lowered; `owner` holds the graph's parameters."""
     lowered = copy_graph(graph)
     by_parameter = {record.parameter: record for record in records}
-    for linear in reversed(list(find_linear_nodes(lowered, owner))):  # an earlier one may erase its input
+    for linear in reversed(list(find_linear_nodes(lowered, owner))):  # an earlier one may erase a later one's input
         record = by_parameter.get(linear.parameter)
         replace = lowering_named(record.lowering).replace if record else None
         if record and replace:
@@ -71,7 +71,7 @@ def lower(graph: fx.Graph, owner: nn.Module, records: Iterable[SiteRecord]) -> f
 
 
 def _scale_in_dtype_of_b(graph: fx.Graph, record: SiteRecord) -> None:
-    """Where an adapter's nodes stay: s B is of the dtype that B has when it runs, which FSDP's policy may change."""
+    """Casts s B to the dtype of B at run time, which FSDP's policy may change, if the adapter's nodes stay."""
     for scaling in graph.find_nodes(op="get_attr", target=record.path(SCALING)):
         for product in [user for user in scaling.users if user.target is aten.mul.Tensor]:
             with graph.inserting_after(product):
@@ -80,12 +80,12 @@ def _scale_in_dtype_of_b(graph: fx.Graph, record: SiteRecord) -> None:
 
 
 def _in_dtype_of(scaled: Tensor, lora_b: Tensor) -> Tensor:
-    """`type_as`, whose call takes longer than this where nothing is to be cast."""
+    """Returns `scaled.type_as(lora_b)`; faster than that call if the dtypes are equal."""
     return scaled if scaled.dtype == lora_b.dtype else scaled.type_as(lora_b)
 
 
 def needs_plain_nodes() -> bool:
-    """Whether nodes are what is asked for, as by exporters, or have a rule that the one call lacks, as `vmap` needs."""
+    """Returns whether the plain nodes must run: exporters and traces need them, `vmap` has no rule for the call."""
     if in_functorch() or in_forward_mode():
         return True
     if torch.compiler.is_compiling():

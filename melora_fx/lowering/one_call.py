@@ -1,4 +1,4 @@
-"""The lowerings "weight", "activation" and "triton": a linear and its adapter as one call of `adapted_linear`."""
+"""The lowerings "weight", "activation" and "triton": one call of `adapted_linear` for a linear and its adapter."""
 
 import functools
 
@@ -20,11 +20,11 @@ aten = torch.ops.aten
 
 
 def _misfit_of_weight(site: PlannedSite) -> str | None:
-    """Needs W + Δ to be computed without rounding it to fewer than 32 bits."""
+    """Returns why W + Δ cannot be computed without rounding it to fewer than 32 bits, or None."""
     if reason := _no_linear(site, "weight"):
         return reason
     if site.config.dropout:
-        return "`lowering` (='weight') cannot drop inputs of the adapter alone: use 'auto' or 'activation'"
+        return "`lowering` (='weight') cannot apply dropout to the adapter's input only: use 'auto' or 'activation'"
     if (type(site.weight) is nn.Parameter or is_sharded(site.weight)) and site.weight.dtype in WIDE:
         return None
     kind = f"{type(site.weight).__name__} of {str(site.weight.dtype).removeprefix('torch.')}"
@@ -48,19 +48,19 @@ def _no_linear(site: PlannedSite, name: str) -> str | None:
 
 
 def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.Module, *, form: str) -> None:
-    """One call for the linear and its adapter. A packed linear stays, as the base of that.
+    """Replaces the linear and its adapter's nodes with one call of `adapted_linear` in this `form`.
 
-    `form`: that of `adapted_linear`.
+    A packed linear stays: the call gets its output as the base.
     """
     operands = linear.operands
-    if operands is None:  # it has changed since `rewrite`
+    if operands is None:  # the linear has changed since `rewrite`
         return
     matrix = record.matrices_of(weight_of(owner, record.parameter))
     _, out_features = features_of(matrix, is_transposed=record.weight_is_transposed)
     parts = record.config.parts(out_features)
     totals = (user for user in linear.node.users if user.target is aten.add.Tensor and SITE_TAG in user.meta)
     total = next(totals, None)
-    if total is None:  # nobody uses its output: it went with what was behind another product with the weight
+    if total is None:  # its output is unused: its nodes were erased with those of another product with the weight
         return
     with graph.inserting_before(total):
         tensors = [graph.get_attr(record.path(kind)) for kind in (*FACTORS, SCALING)]
@@ -79,7 +79,7 @@ def _replace(graph: fx.Graph, linear: LinearNode, record: SiteRecord, owner: nn.
 
 
 def _behind(graph: fx.Graph, record: SiteRecord) -> list[fx.Node]:
-    """The nodes that `rewrite` inserted for the site, last first."""
+    """Returns the nodes that `rewrite` inserted for the site, last first."""
     return [node for node in reversed(graph.nodes) if node.meta.get(SITE_TAG) == record.parameter]
 
 
@@ -87,5 +87,5 @@ WEIGHT = Lowering("weight", "weight", _misfit_of_weight, functools.partial(_repl
 
 ACTIVATION = Lowering("activation", "activation", _misfit_of_activation, functools.partial(_replace, form="activation"))
 
-# Has run in Triton's interpreter alone: whether it is the faster one on a GPU is still to be measured.
+# Has run only in Triton's interpreter; whether it is faster on a GPU has not been measured yet.
 TRITON = Lowering("triton", "triton", _misfit_of_triton, functools.partial(_replace, form="triton"), is_automatic=False)

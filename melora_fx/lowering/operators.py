@@ -1,4 +1,4 @@
-"""What `torch.compile` gets for one linear with its adapter: operators, which it does not look into."""
+"""Custom operators for one linear with its adapter, which are opaque to `torch.compile`."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .forward_backward import InputGradients, compute_gradients, compute_output, needed_gradients, save_for_gradients
 
-# `torch.compile` keeps what it has compiled on disk, by the operators' names: another schema needs another name.
+# `torch.compile` caches compiled code on disk under the operators' names: a changed schema needs a new name.
 _operator = torch.library.custom_op("melora::adapted_linear_v3", compute_output, mutates_args=())
-# Those with dropout are operators of their own: a CUDA graph would replay one mask for ever.
+# Separate operators for dropout, which no CUDA graph may contain: it would replay the same mask forever.
 _UNSAFE = (torch.Tag.cudagraph_unsafe,)
 _dropout_operator = torch.library.custom_op(
     "melora::adapted_linear_dropout_v2", compute_output, mutates_args=(), tags=_UNSAFE
@@ -26,7 +26,7 @@ def _(x: Tensor, base: Any, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tens
 
 
 def _gradient_list(*arguments: Any) -> list[Tensor]:
-    """Those of the gradients of x, weight, bias, lora_a and lora_b that are asked for, in this order."""
+    """Returns the requested gradients of x, weight, bias, lora_a and lora_b, in this order."""
     return [found for found in compute_gradients(*arguments) if found is not None]
 
 
@@ -53,7 +53,7 @@ def _(gradient: Tensor, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, 
 
 
 def _gradients_by_operator(*arguments: Any) -> InputGradients:
-    """`compute_gradients` of the same arguments, by its operator."""
+    """Returns `compute_gradients(*arguments)`, computed by its operator."""
     _gradient, _x, _weight, _a, _b, _scaling, seed, *_, asked, _starts = arguments
     found = iter((_backward_operator if seed is None else _dropout_backward_operator)(*arguments))
     names = ("x", "weight", "bias", "lora_a", "lora_b")
@@ -68,6 +68,6 @@ for _each in (_operator, _dropout_operator):
 
 
 def operator_for(seed: Tensor | None) -> Any:
-    """The operator with the arguments of `compute_output`; `seed`: that of the dropout."""
+    """Returns the operator with the arguments of `compute_output`; `seed` is the dropout's, or None without dropout."""
     own = torch.ops.melora
     return own.adapted_linear_v3.default if seed is None else own.adapted_linear_dropout_v2.default

@@ -1,4 +1,4 @@
-"""Gradients for the input of quantised linears, whose kernels have none."""
+"""Computes gradients for the inputs of quantised linears whose kernels have none."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ from melora_fx.distributed.tensors import is_sharded
 
 
 def passes_gradient(weight: Tensor) -> bool:
-    """Whether `F.linear` by `weight`, (O, I), has a gradient for its input; asked of quantised tensors."""
+    """Returns whether `F.linear` with `weight` (O, I) passes a gradient to its input; runs it if W is quantised."""
     if type(weight) in (Tensor, nn.Parameter) or weight.is_meta or is_sharded(weight):
         return True
     x = torch.zeros(1, weight.size(1), dtype=weight.dtype, device=weight.device, requires_grad=True)
@@ -26,7 +26,7 @@ def passes_gradient(weight: Tensor) -> bool:
 
 
 def call_base(module: nn.Module, forward: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
-    """`forward(module, x, *others)`, with a gradient for x where the kernel has none."""
+    """Returns `forward(module, x, *others)`, with a gradient for x even if the kernel has none."""
     if not _wants_gradient(x):
         return forward(module, x, *others)
     weight: Any = getattr(module, "weight", None)
@@ -42,7 +42,7 @@ def call_base(module: nn.Module, forward: Callable[..., Tensor], x: Tensor, *oth
 
 
 def _hangs_on(output: Tensor, x: Tensor) -> bool:
-    """Whether a gradient of `output` would reach `x`; under `torch.compile`, which cannot look, this is assumed."""
+    """Returns whether a gradient of `output` would reach `x`; always True under `torch.compile`, which cannot check."""
     if torch.compiler.is_compiling():
         return True
     seen = set[Any]()
@@ -59,7 +59,7 @@ def _hangs_on(output: Tensor, x: Tensor) -> bool:
 
 
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b, (…, O), for a weight (O, I) that is no plain tensor, with a gradient for x whatever the kernel has."""
+    """Returns x Wᵀ + b (…, O) for a weight (O, I) that is no plain tensor, with a gradient for x for every kernel."""
     if not _wants_gradient(x):
         return F.linear(x, weight, bias)
     with torch.no_grad():
@@ -72,23 +72,23 @@ def _wants_gradient(x: Tensor) -> bool:
 
 
 def _dequantized(weight: Tensor, like: Tensor) -> Tensor:
-    """The weight (O, I) as floats, by its own `dequantize` or by products; x as `like`."""
+    """Returns the weight (O, I) as floats, from its own `dequantize` or from products; `like` is x."""
     own = type(weight).dequantize is not Tensor.dequantize
     return weight.dequantize() if own else _by_unit_vectors(lambda x: F.linear(x, weight), like)
 
 
 def _by_unit_vectors(linear: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The matrix (O, I) of a linear that only its products show, from those of unit vectors; x as `like`, (…, I)."""
+    """Returns the matrix (O, I) of a linear, computed from its outputs for unit vectors; `like` is x (…, I)."""
     unit = torch.eye(like.size(-1), dtype=like.dtype, device=like.device)
     with torch.no_grad():
         return (linear(unit) - linear(torch.zeros_like(unit[:1]))).t()
 
 
 class _WithGradient(torch.autograd.Function):
-    """Returns x Wᵀ + b of a quantised W as it was computed, and gives x the gradient y' W and b the sum of y'.
+    """Returns a copy of x Wᵀ + b of a quantised W; its backward returns y' W for x and the sum of y' for b.
 
-    The output passes y' on to its own graph too. If the kernel rounds x to 8 bits, the gradient ignores the rounding:
-    the straight-through estimator (https://arxiv.org/abs/1308.3432).
+    It also passes y' on to the graph that computed the output. If the kernel rounds x to 8 bits, the gradient ignores
+    the rounding: the straight-through estimator (https://arxiv.org/abs/1308.3432).
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The N slices of a row and the parts of `split`: tensors as `bmm` takes them.
+"""Cuts rows into N slices and outputs into the parts of `split`, in the shapes that `bmm` needs.
 
 I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts of O_p columns each.
 """
@@ -14,21 +14,21 @@ from melora_fx.adapter.tensors import slices_of
 from .cost import WIDE
 
 Part: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""Of one part: its columns of the output, or of y', as slices (N, T, O_p/N); A (N, R, I/N); s B (N, O_p/N, R)."""
+"""One part of `split`: its columns of the output or y' as slices (N, T, O_p/N); A (N, R, I/N); s B (N, O_p/N, R)."""
 
 
 def own_inputs(x: Tensor, lora_a: Tensor, starts: Sequence[int]) -> Tensor:
-    """The features of x (…, I) of which an adapter makes its update, a view; x itself without `starts`."""
+    """Returns the features of x (…, I) that an adapter reads, as a view; x itself if `starts` is empty."""
     return x.narrow(-1, starts[0], lora_a.size(0) * lora_a.size(2)) if starts else x
 
 
 def own_outputs(y: Tensor, lora_b: Tensor, starts: Sequence[int]) -> Tensor:
-    """The features of y (…, O) to which an adapter adds its update, a view; y itself without `starts`."""
+    """Returns the features of y (…, O) that an adapter adds to, as a view; y itself if `starts` is empty."""
     return y.narrow(-1, starts[1], lora_b.size(0) * lora_b.size(1)) if starts else y
 
 
 def by_part(output: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> list[Part]:
-    """The parts of `output` (…, O), and in its dtype those of A (N, P·R, I/N) and of s B (N, O/N, R)."""
+    """Returns the parts of `output` (…, O), A (N, P·R, I/N) and s B (N, O/N, R), with the factors cast to its dtype."""
     num_blocks = len(lora_a)
     lora_a = cast(lora_a, output.dtype)
     scaled = cast(scaled, output.dtype)
@@ -40,7 +40,7 @@ def by_part(output: Tensor, lora_a: Tensor, scaled: Tensor, parts: Sequence[int]
 
 
 def factors_by_part(lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> Sequence[tuple[Tensor, Tensor]]:
-    """A (N, R, I/N) and s B (N, O_p/N, R) of each part p."""
+    """Returns A (N, R, I/N) and s B (N, O_p/N, R) of each part p."""
     if len(parts) == 1:
         return [(lora_a, scaled)]
     sizes = [size // len(lora_a) for size in parts]
@@ -48,15 +48,15 @@ def factors_by_part(lora_a: Tensor, scaled: Tensor, parts: Sequence[int]) -> Seq
 
 
 def join_parts(parts: list[Tensor]) -> Tensor:
-    """The tensor (N, …, …) of which `parts` are pieces along the second axis, contiguous."""
+    """Joins `parts` along the second axis into one contiguous tensor (N, …, …)."""
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def few_rows_times(rows: Tensor, slices: Tensor) -> Tensor:
-    """A few rows (N, R, K) times the transpose of slices (N, T, K): (N, R, T).
+    """Multiplies a few rows (N, R, K) by the transpose of slices (N, T, K); returns (N, R, T).
 
-    Each library has its faster order: MKL takes half the time in 32 bits if the few rows come first, and oneDNN four
-    times the time in 16 bits (measured).
+    The faster order depends on the library. With the few rows first, MKL takes half the time in 32 bits, and oneDNN
+    takes four times the time in 16 bits (measured).
     """
     if slices.dtype in WIDE:
         return torch.bmm(rows, slices.mT)
@@ -64,5 +64,5 @@ def few_rows_times(rows: Tensor, slices: Tensor) -> Tensor:
 
 
 def cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """`tensor.to(dtype)`, or None for None; a call of `to` that changes nothing takes longer than this comparison."""
+    """Returns `tensor.to(dtype)`, or None for None; this comparison is faster than a `to` that changes nothing."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

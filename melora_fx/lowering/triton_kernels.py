@@ -1,13 +1,13 @@
-"""Triton kernels for what `adapted_linear` does by slices; whoever imports this file imports triton.
+"""Triton kernels for the updates of slices and their gradients; importing this file imports triton.
 
     accumulate    out[n, t, :] += second[n] (first[n] in[n, t, :])        hidden[n, t, :] = first[n] in[n, t, :]
     reduce        sums[n] = Σ_t hidden[n, t, :] slices[n, t, :]ᵀ
 
-Each program takes a tile of one block's tokens, or of its columns, and loops over the rest. Sums are in float32, in a
-fixed order: the same bits each time. Operands may have any strides, 0 too; offsets have 64 bits. No kernel is compiled
-anew for another number of tokens.
+Each program computes one tile of a block's tokens (`accumulate`) or columns (`reduce`) and loops over the other axis.
+Sums are in float32 and in a fixed order, so every run returns the same bits. Operands may have any strides, 0 included;
+offsets have 64 bits. Another number of tokens does not recompile a kernel.
 
-N num_blocks, T tokens, R rank, K columns of the operand that is read, M those of the one that is added to.
+N num_blocks, T tokens, R rank, K columns of the operand that is read, M columns of the operand that is added to.
 """
 
 import contextlib
@@ -19,15 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_RANK = 256
-"""What fits into a program's registers, as (tokens, rank) and (columns, rank); larger ranks take several launches."""
+"""The largest rank for which (tokens, rank) and (columns, rank) fit into registers; larger ranks need more launches."""
 
 PROGRAMS = 1024
-"""How many programs `reduce` splits its tokens for: some eight for each processor of a large GPU."""
+"""The number of programs for which `reduce` splits its tokens: about eight per multiprocessor of a large GPU."""
 
 
 class Tiles(NamedTuple):
-    """How many tokens, columns and ranks a program holds at once, each a power of two and at least 16, as `tl.dot`
-    needs; by how many warps, in how many stages of loads ahead.
+    """A program's tile in tokens, columns and ranks, its number of warps, and its stages of prefetched loads.
+
+    The three sizes are powers of two and at least 16, as `tl.dot` needs.
     """
 
     tokens: int
@@ -38,9 +39,10 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(rank: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for a rank of at most `MAX_RANK`.
+    """Returns the tiles for a rank of at most `MAX_RANK`.
 
-    Compiled for sm_80, sm_86 and sm_90 they take at most 84 KiB of shared memory and spill at most 32 bytes a thread.
+    Compiled for sm_80, sm_86 and sm_90, kernels with these tiles use at most 84 KiB of shared memory and spill at most
+    32 bytes per thread.
     """
     rank = max(16, triton.next_power_of_2(rank))
     if dtype == torch.float32:  # without tensor cores a thread holds whole rows of both operands of a product
@@ -71,7 +73,7 @@ def _accumulate(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program for each tile of tokens and block; blocks that lie side by side in a row run side by side."""
+    """Runs one program for each tile of tokens and block; neighbouring blocks of a row run in neighbouring programs."""
     program = tl.program_id(0)
     block = (program % num_blocks).to(tl.int64)
     tokens = (program // num_blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -90,7 +92,7 @@ def _accumulate(
         a = tl.load(at_first + column[:, None] * first_strides[2], is_column[:, None] & is_rank[None, :], 0.0)
         sums = tl.dot(x, a, sums, input_precision=PRECISION)
 
-    h = tl.where(is_rank[None, :], sums, 0.0).to(inputs.dtype.element_ty)  # an infinite x times nothing is no number
+    h = tl.where(is_rank[None, :], sums, 0.0).to(inputs.dtype.element_ty)  # inf times 0 is NaN beyond the rank
     if hidden is not None:
         at_hidden = hidden + (block * num_tokens + tokens[:, None]) * rank + ranks[None, :]
         tl.store(at_hidden, h, is_token & is_rank[None, :])
@@ -126,7 +128,7 @@ def _reduce(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program for each tile of columns, block and split of the tokens, a split being a multiple of TOKENS."""
+    """Runs one program for each tile of columns, block and split of the tokens; splits are multiples of TOKENS."""
     program = tl.program_id(0)
     num_tiles = tl.cdiv(num_columns, COLUMNS)
     part = program // num_tiles  # split · N + block
@@ -152,7 +154,7 @@ def _reduce(
 
 
 IS_INTERPRETED = not isinstance(_accumulate, triton.JITFunction)
-"""Whether Triton runs the kernels as Python, on any device; else it compiles them for GPUs."""
+"""Whether Triton runs the kernels as Python, on any device, instead of compiling them for GPUs."""
 
 
 def accumulate(
@@ -164,14 +166,14 @@ def accumulate(
     *,
     keep_hidden: bool = False,
 ) -> Tensor | None:
-    """The hidden values (N, T, R), contiguous, if they are to be kept; adds to `out` in place, if there is one.
+    """Adds to `out` in place, if it is passed, and returns the hidden values (N, T, R), contiguous, if `keep_hidden`.
 
     Args:
         slices: (N, T, K).
         first: (N, R, K).
         second: (N, M, R), of the same dtype as the others.
-        out: (N, T, M); no two elements in one place.
-        mask: (N, T, M), by which what is added is multiplied.
+        out: (N, T, M); no two elements share memory.
+        mask: (N, T, M), multiplied with the values that are added.
     """
     (num_blocks, num_tokens, num_inputs), rank = slices.shape, first.size(1)
     hidden = slices.new_empty(num_blocks, num_tokens, rank) if keep_hidden else None
@@ -195,7 +197,7 @@ def accumulate(
             0 if out is None else out.size(2),
             **_options(tiles),
         )
-    if out is not None:  # else who keeps `out`, as selective checkpointing does, takes it for unchanged
+    if out is not None:  # selective checkpointing, which keeps `out`, must see the change
         torch.autograd.graph.increment_version(out)
     return hidden
 
@@ -203,7 +205,7 @@ def accumulate(
 def _accumulate_in_pieces(
     slices: Tensor, first: Tensor, second: Tensor | None, out: Tensor | None, mask: Tensor | None, hidden: Tensor | None
 ) -> Tensor | None:
-    """`accumulate` by `MAX_RANK` ranks at a time."""
+    """Runs `accumulate` with at most `MAX_RANK` ranks at a time."""
     for start in range(0, first.size(1), MAX_RANK):
         ranks = slice(start, start + MAX_RANK)
         piece = accumulate(
@@ -220,7 +222,7 @@ def _accumulate_in_pieces(
 
 
 def reduce(hidden: Tensor, slices: Tensor) -> Tensor:
-    """The sums (N, R, K) in float32, of hidden (N, T, R) and slices (N, T, K) of one dtype."""
+    """Returns the sums (N, R, K) in float32 from hidden (N, T, R) and slices (N, T, K) of the same dtype."""
     (num_blocks, num_tokens, num_columns), rank = slices.shape, hidden.size(2)
     if rank > MAX_RANK:
         return torch.cat([reduce(piece, slices) for piece in hidden.split(MAX_RANK, dim=2)], dim=1)
@@ -251,7 +253,7 @@ def _with_strides(tensor: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
 
 
 def _options(tiles: Tiles) -> dict[str, Any]:
-    """What a launch says beside its operands; products of float32 are rounded as torch's own are."""
+    """Returns a launch's options in addition to its operands; products of float32 are rounded as torch's are."""
     return {
         "TOKENS": tiles.tokens,
         "COLUMNS": tiles.columns,
@@ -259,10 +261,10 @@ def _options(tiles: Tiles) -> dict[str, Any]:
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
-        "enable_fp_fusion": True,  # Triton 3.9 warns where this is left to its default, which is to change
+        "enable_fp_fusion": True,  # Triton 3.9 warns if this is unset: its default will change
     }
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels run on the current GPU, which need not be that of the tensors."""
+    """Returns a context in which the GPU of `tensor` is the current one, on which kernels run."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()

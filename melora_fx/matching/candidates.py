@@ -1,4 +1,4 @@
-"""Candidates: what was found in a model that products are made with."""
+"""Candidates: the linears of a model, and the other matrices that take part in products."""
 
 from typing import NamedTuple
 
@@ -15,15 +15,15 @@ from .unmatched import Unmatched, find_unmatched
 
 
 class Candidates(NamedTuple):
-    """What was found in a model.
+    """The linears of a model, and the other matrices that take part in products.
 
     Attributes:
-        model: as it was given.
-        captured: the module whose graphs are read: `model` itself, or the whole capture of it.
-        captures: the graphs.
-        uncaptured: the matrices of modules that could not be captured, and why.
-        linears: what the graphs multiply by; a weight of two graphs is there twice.
-        unmatched: the other matrices that take part in products, by name.
+        model: the model as passed.
+        captured: the module whose graphs are read: `model` itself, or its whole capture.
+        captures: the graphs of its modules.
+        uncaptured: name → reason of the matrices of modules that could not be captured.
+        linears: the weights that the graphs multiply by; a weight in two captures is listed twice.
+        unmatched: name → the other matrices that take part in products.
     """
 
     model: nn.Module | ExportedProgram
@@ -39,7 +39,7 @@ class Candidates(NamedTuple):
 
     @property
     def names_read(self) -> set[str]:
-        """The names of what graphs read and use."""
+        """The names of the attributes that graphs read and use."""
         return {
             name_in_model(capture, str(node.target))
             for capture in self.captures
@@ -49,7 +49,7 @@ class Candidates(NamedTuple):
 
 
 def find_candidates(model: nn.Module | ExportedProgram, captured: nn.Module, config: MELoRAConfig) -> Candidates:
-    """Captures the modules of `captured` and finds their linears."""
+    """Captures the modules of `captured`, and finds their linears and the other matrices in products."""
     captures, uncaptured = capture_modules(captured)
     linears = list(group_by_weight(captures, config))
     return Candidates(model, captured, captures, uncaptured, linears, find_unmatched(model, captures, linears))

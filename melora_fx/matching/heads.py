@@ -1,14 +1,16 @@
-"""Which linears are heads. "all-linear" leaves them out: a head is often new, and an adapter would train beside a
-frozen head of random numbers without a word.
+"""Finds the linears that are heads. "all-linear" leaves them out: a head is often new, and an adapter would silently
+train alongside a frozen head of random numbers.
 
-A linear is a head if it shares its weight with an embedding, or with a parameter of which one of these says so:
+A linear is a head if its name says so, which is all that an exported graph and a model written by hand have. It is a
+head too if it shares its weight with one of these:
 
-1. the name, which is all that an exported graph and a model written by hand have;
-2. the model's output embeddings;
-3. the model's class: what a class of transformers adds to a base model (`BertForSequenceClassification` to `BertModel`)
-   is a head, if the class has no output embeddings. Where it has some, it may add pretrained layers too
-   (`cls.predictions.transform.dense` of a `BertForMaskedLM`, projections between encoders), which are none;
-4. the sizes that the configuration names: rows as many as labels, in what a class with a task has beside others.
+1. an embedding, or the model's output embeddings;
+2. a matrix that a class adds to a base model of transformers (`BertForSequenceClassification` to `BertModel`), if the
+   class has no output embeddings, and is user-defined or has a task in its name. A class with output embeddings may
+   also add pretrained layers, which are no heads (`cls.predictions.transform.dense` of a `BertForMaskedLM`, projections
+   between encoders);
+3. a matrix of another class with a task in its name, with as many rows as the configuration has labels (or one more, as
+   in detectors), or as another head size in it (`_OUTPUT_SIZES`).
 """
 
 import re
@@ -21,23 +23,23 @@ from melora_fx.names import get_attribute, join_path, site_of, without_wrappers
 from melora_fx.shared_memory import span_of
 
 _FIRST = {"classifier", "score", "qa_outputs", "classification_head", "logits_proj", "bbox_attention"}
-"""Names of a model's own modules that are heads, with all below them."""
+"""Names of top-level modules that are heads, with everything below them."""
 
 _OF_DETECTORS = re.compile("(class|bbox|score)_(embed|head)$")
-"""How the names of modules end that are a detector's heads wherever they are, with all below them."""
+"""The endings of the names of detector heads, at any depth and with everything below them."""
 
 _LAST = {"lm_head", "output_projection", "seq_relationship", "final_layer"}
-"""Names of linears that are heads wherever they are."""
+"""Names of linears that are heads at any depth."""
 
 _TASK = re.compile("For[A-Z]|Heads?Model")
-"""What is in the names of transformers' classes with a head."""
+"""The pattern in the names of transformers' classes with a head."""
 
 _OUTPUT_SIZES = ("vocab_size", "classifier_proj_size")
-"""What configurations call the sizes of heads, besides the number of labels."""
+"""Names of the sizes of heads in configurations, in addition to the number of labels."""
 
 
 def find_heads(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
-    """Those of the linears `names` of `model` that are heads."""
+    """Returns those of the linears `names` of `model` that are heads."""
     spans = {span_of(weight) for weight in _head_weights(model)}
     return frozenset(name for name in names if _is_named_so(name) or _is_at(spans, get_attribute(model, name)))
 
@@ -55,7 +57,7 @@ def _is_at(spans: set[tuple[int, int, int]], linear: Any) -> bool:
 def _head_weights(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         vocabulary = module if isinstance(module, nn.Embedding) else _output_embeddings(module)
-        if vocabulary is not None:  # several linears, in models of several streams
+        if vocabulary is not None:  # several linears in models with several streams
             yield from vocabulary.parameters()
     pretrained = _pretrained_models(model)
     for name, parameter in model.named_parameters(remove_duplicate=False) if pretrained else ():
@@ -70,7 +72,7 @@ def _output_embeddings(module: nn.Module) -> nn.Module | None:
 
 
 def _pretrained_models(model: nn.Module) -> dict[str, Any]:
-    """Path → model of a class of transformers; None for a base model that is of none."""
+    """Returns path → model of a class of transformers, or → None for a base model of another class."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         if hasattr(type(module), "base_model_prefix"):
@@ -85,7 +87,7 @@ def _base_model(module: Any) -> nn.Module:
 
 
 def _is_added(name: str, out_features: int, pretrained: Mapping[str, Any]) -> bool:
-    """Whether a class of transformers adds the linear as a head."""
+    """Returns whether a model of transformers adds the linear as a head."""
     around = [path for path in pretrained if not path or name.startswith(f"{path}.")]
     models = [pretrained[path] for path in sorted(around, key=len)]
     if not models or models[-1] is None:
@@ -101,7 +103,7 @@ def _has_task(model: Any) -> bool:
 
 
 def _output_sizes(config: Any) -> set[int]:
-    """The number of labels, also with "no object" as detectors have it, and the other sizes of heads."""
+    """Returns the number of labels, that number plus 1 for the "no object" of detectors, and the other head sizes."""
     num_labels = getattr(config, "num_labels", None)
     sizes = (getattr(config, name, None) for name in _OUTPUT_SIZES)
     return ({num_labels, num_labels + 1} if num_labels else set()) | {size for size in sizes if size}

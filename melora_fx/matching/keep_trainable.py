@@ -1,4 +1,4 @@
-"""Which modules and parameters `keep_trainable` names, and why one cannot be trained."""
+"""Resolves the modules and parameters that `keep_trainable` names, and refuses those that cannot be trained."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -13,12 +13,11 @@ from .targets import name_matches, nearest
 
 
 def resolve_kept(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of the modules and parameters that `patterns` name, without those below another of them.
+    """Returns the names of the modules and parameters that `patterns` match, without those below another of them.
 
     Raises:
-        TypeError: where `patterns` is neither a name nor a list of names.
-        ValueError: for a name that matches no parameter and no module that has any or buffers, and for what is
-            quantised.
+        TypeError: if `patterns` is neither a name nor a list of names.
+        ValueError: if a name matches no parameter and no module with parameters or buffers, or matches a quantised one.
     """
     if not isinstance(patterns, str | Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`keep_trainable` must be a name or a list of names, got {patterns!r}")
@@ -30,7 +29,7 @@ def resolve_kept(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
     for pattern in patterns:
         hits = [name for name in names if name_matches(pattern, name)]
         if not hits:
-            raise ValueError(f"`keep_trainable`: {pattern!r} matches no module; nearest: {nearest(pattern, names)}")
+            raise ValueError(f"`keep_trainable`: {pattern!r} matches nothing; nearest: {nearest(pattern, names)}")
         kept.update(dict.fromkeys(hits))
     for name in kept:
         if not all(_can_be_trained(parameter) for parameter in parameters[name]):
@@ -42,27 +41,27 @@ def resolve_kept(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
 
 
 def free(model: nn.Module, kept: Collection[str]) -> None:
-    """Lets the modules and parameters `kept` be trained."""
+    """Makes the modules and parameters `kept` trainable."""
     for _, parameter in _kept_parameters(model, kept):
         parameter.requires_grad_(True)
 
 
 def is_within(name: str, module: str) -> bool:
-    """Whether `name` is the module's, or the parameter's, or below it."""
+    """Returns whether `name` is the module or parameter `module`, or below it."""
     return name == module or name.startswith(f"{module}.")
 
 
 def keeps_weight(kept: str, site: str) -> bool:
-    """Whether the weight of `site` is what is called `kept`, or below it."""
+    """Returns whether the weight of `site` is the parameter `kept`, or in the module `kept`."""
     return is_within(site, kept) or site == site_of(kept)
 
 
 def trained_bases(model: nn.Module, kept: Collection[str], weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """A line for each parameter kept trainable in whose memory the base weight of a site lies.
+    """Returns a line for each kept parameter that shares memory with the base weight of a site.
 
     Args:
         model: the model.
-        kept: names of what is kept trainable.
+        kept: names of the modules and parameters that are kept trainable.
         weights: site → its base weight.
     """
     if not kept:
@@ -77,7 +76,7 @@ def trained_bases(model: nn.Module, kept: Collection[str], weights: Mapping[str,
 
 
 def _kept_parameters(model: nn.Module, kept: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """What is kept, parameter by parameter."""
+    """Yields the kept parameters, with their names."""
     modules = dict(_modules(model))
     parameters = dict(_parameters(model))
     for name in kept:
@@ -93,17 +92,17 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter under each name that its modules have for it."""
+    """Yields each parameter under every name that its modules have for it."""
     for path, module in _modules(model):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield join_path(path, name), parameter
 
 
 def _has_tensors(module: nn.Module) -> bool:
-    """Whether there is anything to save of it: a norm without weights still has statistics."""
+    """Returns whether the module has anything to save: a norm without weights still has statistics."""
     return any(True for _ in module.parameters()) or bool(module.state_dict(keep_vars=True))
 
 
 def _can_be_trained(parameter: nn.Parameter) -> bool:
-    """Whether it is a plain tensor of floats: a quantised one is a subclass, or of integers."""
+    """Returns whether `parameter` is a plain floating-point tensor; a quantised one is a subclass or of integers."""
     return type(own_part(parameter)) is torch.Tensor and parameter.is_floating_point()

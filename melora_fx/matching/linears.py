@@ -1,4 +1,4 @@
-"""The linears of captured graphs, one entry a weight."""
+"""The linears of captured graphs, one entry per weight."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -19,7 +19,7 @@ from .report import LinearSite
 
 
 def group_by_weight(captures: Iterable[Capture], config: MELoRAConfig) -> Iterator[PlannedSite]:
-    """Every linear of the captured graphs; what several nodes of one graph multiply by is one."""
+    """Yields every linear of the captured graphs; all nodes of a capture with the same weight are one linear."""
     for capture in captures:
         groups: dict[str, list[LinearNode]] = {}
         for graph in capture.graphs:
@@ -32,24 +32,24 @@ def group_by_weight(captures: Iterable[Capture], config: MELoRAConfig) -> Iterat
 
 
 def is_own(parameter: str) -> bool:
-    """Whether a parameter of a captured module is held by that module itself, not by one below it."""
+    """Returns whether a captured module holds the parameter itself, instead of a module below it."""
     return "." not in parameter
 
 
 def name_in_model(capture: Capture, parameter: str) -> str:
-    """Name of the site whose weight is at the path `parameter` below the captured module."""
+    """Returns the name of the site whose weight is at the path `parameter` below the captured module."""
     owner, _, attribute = parameter.rpartition(".")
     return site_name(join_path(capture.path, owner), attribute)
 
 
 def reads_of(graphs: Iterable[fx.Graph]) -> Iterator[fx.Node]:
-    """The `get_attr` nodes."""
+    """Yields the `get_attr` nodes."""
     for graph in graphs:
         yield from graph.find_nodes(op="get_attr")
 
 
 def misfit(planned: PlannedSite, config: MELoRAConfig, *, is_head: bool) -> str | None:
-    """Why this configuration cannot adapt this linear, or None."""
+    """Returns why this configuration cannot adapt this linear, or None."""
     configured = replace(planned, config=config)
     reason = config.misfit(*planned.shape, is_head=is_head) or lowering_misfit(configured)
     if reason or not is_sharded(planned.weight):
@@ -60,12 +60,12 @@ def misfit(planned: PlannedSite, config: MELoRAConfig, *, is_head: bool) -> str 
 
 
 def names_unused(planned: Iterable[PlannedSite]) -> set[str]:
-    """Those of which nothing that their graph gives is made: an adapter would change nothing, and get no gradient."""
+    """Returns the names of linears that no output depends on: an adapter would change nothing and get no gradient."""
     used: dict[fx.Graph, set[fx.Node]] = {}
     names = set()
     for site in planned:
         graph = site.capture.graph
-        if site.capture.runs_own_forward:  # a trace shows products, and not all that is made of them
+        if site.capture.runs_own_forward:  # a trace shows products, but not everything computed from them
             continue
         if graph not in used:
             used[graph] = _nodes_used(graph)
@@ -75,7 +75,7 @@ def names_unused(planned: Iterable[PlannedSite]) -> set[str]:
 
 
 def _nodes_used(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that an output, or a change in place, is made of."""
+    """Returns the nodes on which an output or a change in place depends."""
     used = set[fx.Node]()
     for node in reversed(graph.nodes):
         if node.op == "output" or node in used or (node.op in CALLS and node.is_impure()):
@@ -84,7 +84,7 @@ def _nodes_used(graph: fx.Graph) -> set[fx.Node]:
 
 
 def describe(planned: PlannedSite, *, is_used: bool = True) -> LinearSite:
-    """The public view."""
+    """Returns the public LinearSite of a planned site."""
     in_features, out_features = planned.shape
     lowering = choose_lowering(planned)
     return LinearSite(

@@ -1,4 +1,4 @@
-"""`match`, the dry run: which linears of a model `rewrite` would adapt, and why not the others. Changes nothing."""
+"""`match`, the dry run: reports which linears `rewrite` would adapt, and why it would skip others. Changes nothing."""
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -21,14 +21,23 @@ def match(
     example_inputs: ExampleInputs | None = None,
     dynamic_axes: DynamicAxes = "auto",
 ) -> MatchReport:
-    """What `rewrite` with the same arguments would do, without doing it.
+    """Returns what `rewrite` would do with the same arguments, without changing the model.
 
     Args:
-        model, targets, config, example_inputs, dynamic_axes: as in `rewrite`.
+        model: the module, graph or ExportedProgram that `rewrite` would receive.
+        targets: as in `rewrite`.
+        config: as in `rewrite`.
+        example_inputs: as in `rewrite`: one example, to capture the whole model with `torch.export`.
+        dynamic_axes: as in `rewrite`.
+
+    Returns:
+        the report, which shares no memory with the model.
 
     Raises:
-        ValueError, TypeError: for `targets` that match nothing or have no accepted form.
-        MELoRAError: where the model cannot be captured.
+        ValueError, TypeError: if an argument has no accepted form, if a target matches nothing, or if `dynamic_axes`
+            does not fit the inputs.
+        MELoRAError: if the model cannot be captured, or is already rewritten, compiled or wrapped for
+            distributed training.
     """
     plan = make_plan(model, targets, config, example_inputs, dynamic_axes)
     unused = names_unused([*plan.sites, *plan.untargeted])

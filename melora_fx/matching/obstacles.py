@@ -1,4 +1,4 @@
-"""OBSTACLES: why linears cannot be adapted. Each is a function from what was found to site name → reason."""
+"""OBSTACLES: why linears cannot be adapted. Each is a function from the candidates to site name → reason."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -27,16 +27,14 @@ _LEAVE_OUT = "leave it out of `targets`"
 
 
 def uncaptured(candidates: Candidates) -> dict[str, str]:
-    """The matrices of modules without a graph, but for those that others multiply by in a form without a pattern."""
+    """Finds matrices of modules without a graph, unless other modules multiply by them in a form without a pattern."""
     unmatched = candidates.unmatched
     reasons = candidates.uncaptured.items()
     return {name: reason for name, reason in reasons if name not in unmatched or not unmatched[name].products}
 
 
 def beyond_the_trace(candidates: Candidates) -> dict[str, str]:
-    """The matrices with which traces have shown no product: those that did not come to their end, and those that have
-    not met the matrix at all.
-    """
+    """Finds the matrices without a traced product because a trace stopped before its end or never read them."""
     seen = candidates.names
     read = candidates.names_read
     reasons: dict[str, str] = {}
@@ -49,18 +47,18 @@ def beyond_the_trace(candidates: Candidates) -> dict[str, str]:
     return reasons
 
 
-_NOT_MET = "no trace of its module's forward has met it: pass `example_inputs=`, or leave it out of `targets`"
+_NOT_MET = "no trace of its module's forward uses it: pass `example_inputs=`, or leave it out of `targets`"
 
 
 def in_two_forwards(candidates: Candidates) -> dict[str, str]:
-    """The linears that stand in the graphs of two modules."""
+    """Finds the linears that are in the graphs of two modules."""
     reason = "two modules' forwards multiply by its weight: pass `example_inputs=`"
     uses = Counter(linear.name for linear in candidates.linears)
     return {name: reason for name, number in uses.items() if number > 1}
 
 
 def otherwise_used(candidates: Candidates) -> dict[str, str]:
-    """The linears whose weight has another use too: folding an adapter would change that use."""
+    """Finds the linears whose weight has another use too, which folding an adapter would change."""
     reads = _reads_of_parameters(graph for linear in candidates.linears for graph in linear.capture.graphs)
     reasons = {}
     for linear in candidates.linears:
@@ -78,7 +76,7 @@ def otherwise_used(candidates: Candidates) -> dict[str, str]:
 
 
 def _reads_of_parameters(graphs: Iterable[fx.Graph]) -> dict[tuple[fx.Graph, str], list[fx.Node]]:
-    """The `get_attr` nodes by graph and target."""
+    """Groups the `get_attr` nodes by graph and target."""
     reads: dict[tuple[fx.Graph, str], list[fx.Node]] = {}
     for node in reads_of(dict.fromkeys(graphs)):
         reads.setdefault((node.graph, str(node.target)), []).append(node)
@@ -86,8 +84,8 @@ def _reads_of_parameters(graphs: Iterable[fx.Graph]) -> dict[tuple[fx.Graph, str
 
 
 def without_pattern(candidates: Candidates) -> dict[str, str]:
-    """The matrices, and stacks of matrices, that graphs multiply by in a form without a pattern, or that a forward
-    multiplies by and another module holds.
+    """Finds the matrices and stacks of matrices that graphs multiply by in a form without a pattern, and those that the
+    forward of another module multiplies by.
     """
     reasons = {}
     derived = derived_weight(candidates)
@@ -100,14 +98,14 @@ def without_pattern(candidates: Candidates) -> dict[str, str]:
             is_matrix = used.parameter.dim() == 2 and not operators & RECURRENT
             remedy = _PLAIN_FORM if is_matrix else _LEAVE_OUT
             if operators & REGIONS:
-                remedy = "it is adapted in place, without `example_inputs=`"
+                remedy = "adapt it in place, without `example_inputs=`"
             if operators == {"multi_head_attention_forward"}:
                 remedy = "pass `example_inputs=`"
             reasons[name] = f"{_kind(used)} in a form that has no pattern, `{products}`: {remedy}"
             if is_experts_layer(used.capture.module):
                 reasons[name] = IN_PLACE_REMEDY
         elif used.has_pattern:
-            reasons[name] = f"`{used.reader}` multiplies by it, and not its own module: pass `example_inputs=`"
+            reasons[name] = f"`{used.reader}` multiplies by it, not its own module: pass `example_inputs=`"
     return reasons
 
 
@@ -125,14 +123,14 @@ def _kind(used: Unmatched) -> str:
 
 
 def rows_by_input(candidates: Candidates) -> dict[str, str]:
-    """The matrices of which a graph multiplies by rows that what it computes decides."""
+    """Finds the matrices of which a graph multiplies by rows that a computed value decides."""
     reasons = {}
     for capture in candidates.captures:
         products = Products(capture.module)
         for node in reads_of(capture.graphs):
             if parameter_of(node, capture.module, dim=2) is not None and _is_cut_by_input(node, products):
                 name = name_in_model(capture, str(node.target))
-                reasons[name] = f"the input decides by which rows of it the graph multiplies: {_LEAVE_OUT}"
+                reasons[name] = f"the input decides by which of its rows the graph multiplies: {_LEAVE_OUT}"
     return reasons
 
 
@@ -146,13 +144,13 @@ def _is_cut_by_input(node: fx.Node, products: Products) -> bool:
 
 
 def complex_weight(candidates: Candidates) -> dict[str, str]:
-    """The linears of complex numbers."""
+    """Finds the linears with complex weights."""
     reason = f"its weight is complex, and adapters are real: {_LEAVE_OUT}"
     return {linear.name: reason for linear in candidates.linears if linear.weight.dtype.is_complex}
 
 
 def derived_weight(candidates: Candidates) -> dict[str, str]:
-    """The weights that a module makes from other parameters in each forward."""
+    """Finds the weights that a module computes from other parameters in each forward."""
     if not isinstance(candidates.model, nn.Module):
         return {}
     reason = (
@@ -169,7 +167,7 @@ def derived_weight(candidates: Candidates) -> dict[str, str]:
 
 
 def _derived_names(module: nn.Module) -> list[str]:
-    """Names of the module's tensors that it makes from its parameters."""
+    """Returns the names of the module's tensors that it computes from its parameters."""
     own, _, _ = registered(module)
     parametrized: Any = module.parametrizations if parametrize.is_parametrized(module) else ()
     made_by_hooks = [
@@ -181,7 +179,7 @@ def _derived_names(module: nn.Module) -> list[str]:
 
 
 def never_called(candidates: Candidates) -> dict[str, str]:
-    """The linears that the model has and that the whole capture does not use."""
+    """Finds the linears of the model that the whole capture does not use."""
     model = candidates.model
     if not isinstance(model, nn.Module) or candidates.captured is model:
         return {}
@@ -193,7 +191,7 @@ def never_called(candidates: Candidates) -> dict[str, str]:
         if name in candidates.names:
             continue
         if is_packed_linear(in_place.get(name, model)):
-            reasons[name] = "its weight is packed: it is adapted in place, without `example_inputs=`"
+            reasons[name] = "its weight is packed: adapt it in place, without `example_inputs=`"
         elif name not in read:
             reasons[name] = _NOT_CALLED
         elif name not in candidates.unmatched:
@@ -203,15 +201,15 @@ def never_called(candidates: Candidates) -> dict[str, str]:
 
 _NOT_CALLED = (
     "not in the graph: never called with these `example_inputs`, or its output is not used, or it is called in a part "
-    "that is exported apart"
+    "that is exported separately"
 )
 
 
 def used_both_ways(candidates: Candidates) -> dict[str, str]:
-    """The linears whose weight some nodes take as it is and others transposed, or cut otherwise into matrices."""
+    """Finds the linears whose weight is used both as stored and transposed, or as matrices of different shapes."""
     reason = (
-        "the graph multiplies by this weight and by its transpose, or cuts it into matrices of other sides, which no "
-        f"adapter can serve: {_LEAVE_OUT}"
+        "the graph multiplies by this weight and by its transpose, or views it as matrices of different shapes, which "
+        f"one adapter cannot serve: {_LEAVE_OUT}"
     )
     return {
         linear.name: reason
@@ -221,7 +219,7 @@ def used_both_ways(candidates: Candidates) -> dict[str, str]:
 
 
 def taken_names(candidates: Candidates) -> dict[str, str]:
-    """The linears whose module already has what an adapter would be called."""
+    """Finds the linears whose module already has an attribute with a name that the adapter needs."""
     reasons = {}
     for linear in candidates.linears:
         names = [SiteRecord.attribute_of(linear.parameter, kind) for kind in TENSORS]
@@ -247,7 +245,7 @@ OBSTACLES = (
 
 
 def find_obstacles(candidates: Candidates) -> dict[str, str]:
-    """Name of each linear that cannot be adapted → all reasons why."""
+    """Returns name → all reasons, for each linear that cannot be adapted."""
     reasons: dict[str, list[str]] = {}
     for obstacle in OBSTACLES:
         for name, reason in obstacle(candidates).items():

@@ -1,6 +1,7 @@
-"""What takes part in products and is no linear: a report says it, `targets` never asks for it.
+"""Parameters that take part in products and are no linears: reports list them, `targets` never selects them.
 
-Kernels of convolutions, tables of embeddings that a forward multiplies by, inputs of linears, factors of attention.
+They are kernels of convolutions, tables of embeddings that a forward multiplies by, inputs of linears, and factors of
+attention.
 """
 
 from torch import nn
@@ -17,7 +18,7 @@ from .unmatched import Unmatched
 
 
 def find_other_products(candidates: Candidates) -> dict[str, str]:
-    """Name → what the parameter is multiplied in, and what would help; obstacles may be among them."""
+    """Returns name → the parameter's products and the remedy, also for some parameters that have obstacles."""
     reasons = _convolutions(candidates)
     for name, used in candidates.unmatched.items():
         reasons.setdefault(name, _reason(used))
@@ -35,8 +36,8 @@ def _convolutions(candidates: Candidates) -> dict[str, str]:
 
 
 def _of_kernel(shape: tuple[int, ...]) -> str:
-    remedy = ": as an `nn.Linear` over the channels it would be adapted" if set(shape[2:]) == {1} else ""
-    return f"the kernel {shape} of a convolution, which no adapter serves{remedy}"
+    remedy = ": use an `nn.Linear` over the channels, which can be adapted" if set(shape[2:]) == {1} else ""
+    return f"the kernel {shape} of a convolution, which cannot be adapted{remedy}"
 
 
 def _reason(used: Unmatched) -> str:
@@ -45,10 +46,10 @@ def _reason(used: Unmatched) -> str:
         return _of_table(used)
     if used.linears and not used.others:
         names = _listed([name_in_model(used.capture, path) for path in used.inputs_of])
-        return f"a parameter {shape} that is an input of {names}, and not the weight that an adapter goes beside"
+        return f"a parameter {shape} that is an input of {names}, not a weight that can be adapted"
     if used.others and used.others[0].node.op == "call_module":
         names = _listed([str(each.node.target) for each in used.others if each.node.op == "call_module"])
-        return f"its module gives it to {names}, which may multiply by it: `example_inputs=` shows that"
+        return f"its module passes it to {names}, which may multiply by it: pass `example_inputs=` to find out"
     products = [*used.others, *used.products]
     if any(operator_name(product.node) in CONVOLUTIONS for product in products):
         return _of_kernel(shape)
@@ -56,11 +57,11 @@ def _reason(used: Unmatched) -> str:
 
 
 def _of_table(used: Unmatched) -> str:
-    """Of an embedding that a forward multiplies by."""
+    """Returns the reason for the table of an embedding that a forward multiplies by."""
     if _is_called(used.capture, used.owner):
         return (
             f"`{used.reader}` multiplies by the table of an embedding and looks it up too, which a fold would change: "
-            "a matrix of its own for the product would be adapted"
+            "use a separate matrix for the product, which can be adapted"
         )
     return f"`{used.reader}` multiplies by the table of an embedding: pass `example_inputs=`"
 

@@ -1,4 +1,4 @@
-"""From a model to a plan: capture it, find its linears and their obstacles, choose by `targets`. Changes nothing."""
+"""Plans a rewrite: captures the model, finds linears and their obstacles, selects by `targets`. Changes nothing."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,13 +27,19 @@ from .targets import TargetSpec, asks_for_all, names_one_by_one, resolve_targets
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `match` reports and `rewrite` applies.
+    """Everything that `match` reports and `rewrite` applies. The dicts map names to reasons.
 
-    `model`: the model that the sites belong to: the one given, or the whole-graph capture of it.
-    Name → why: `refused` are linears that cannot be adapted although `targets` names them, `unsuitable` the others that
-    cannot, `misfits` those that only this configuration cannot adapt, `others` the parameters in products that are no
-    linears. `missed`: the unsuitable ones that `targets` asks for among others, as "all-linear" does. `heads`: those
-    that "all-linear" leaves out as heads. `kept`: names of what stays trainable.
+    Attributes:
+        model: the model that the sites belong to: the one passed, or its whole capture.
+        sites: the linears to adapt, with their configurations.
+        untargeted: the linears that could be adapted and that `targets` does not select.
+        refused: linears that cannot be adapted although `targets` names them.
+        unsuitable: the other linears that cannot be adapted.
+        misfits: selected linears that could be adapted with other arguments.
+        others: parameters that take part in products and are no linears.
+        missed: unsuitable linears that `targets` selects among others, as "all-linear" does.
+        heads: linears that "all-linear" leaves out as heads.
+        kept: modules and parameters that stay trainable.
     """
 
     model: nn.Module
@@ -56,13 +62,13 @@ def make_plan(
     dynamic_axes: DynamicAxes = "auto",
     keep_trainable: str | Sequence[str] = (),
 ) -> Plan:
-    """Captures, matches and chooses; nothing of `model` is changed. Errors as in `match`."""
+    """Captures, matches and selects, without changing `model`. Raises the errors of `match` and `resolve_kept`."""
     _refuse(model, config)
     refuse_malformed_axes(dynamic_axes)
     is_graph = isinstance(model, ExportedProgram | fx.GraphModule)
     if dynamic_axes != "auto" and (example_inputs is None or is_graph):
         raise ValueError(
-            "`dynamic_axes` is for whole captures of models that are no graphs yet: give `example_inputs` too"
+            "`dynamic_axes` is for whole captures of models that are not graphs yet: pass `example_inputs` too"
         )
     captured = _captured(model, example_inputs, dynamic_axes)
     candidates = find_candidates(model, captured, config)
@@ -102,7 +108,7 @@ def make_plan(
 
 
 def _refuse(model: nn.Module | ExportedProgram, config: MELoRAConfig) -> None:
-    """Raises for arguments of other types, and for models that are refused whole."""
+    """Raises TypeError for arguments of other types, and MELoRAError for models that are refused as a whole."""
     if not isinstance(config, MELoRAConfig):
         raise TypeError(f"`config` must be a MELoRAConfig, got {config!r}")
     if isinstance(model, ExportedProgram):
@@ -121,7 +127,7 @@ def _refuse(model: nn.Module | ExportedProgram, config: MELoRAConfig) -> None:
 def _captured(
     model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None, dynamic_axes: DynamicAxes
 ) -> nn.Module:
-    """The model whose graphs are read: `model` itself, or the whole capture of it."""
+    """Returns the model whose graphs are read: `model` itself, or its whole capture."""
     if isinstance(model, ExportedProgram):
         return from_program(model)
     if example_inputs is None or isinstance(model, fx.GraphModule):
@@ -130,7 +136,7 @@ def _captured(
 
 
 def _with_shared_names(found: dict[str, PlannedSite], model: nn.Module) -> dict[str, PlannedSite]:
-    """The linears with the other names that `model` has for their weights."""
+    """Returns the linears with the other names that `model` has for their weights."""
     sharing = sharing_parameters(model)
     named = {}
     for name, planned in found.items():
@@ -140,7 +146,7 @@ def _with_shared_names(found: dict[str, PlannedSite], model: nn.Module) -> dict[
 
 
 def _half_adapted(found: Mapping[str, PlannedSite], chosen: Collection[str]) -> dict[str, str]:
-    """The chosen linears whose weight a forward multiplies by under another name, which is not chosen."""
+    """Finds the chosen linears whose weight a forward multiplies by under another name that is not chosen."""
     reasons = {}
     for name in chosen:
         for other in found[name].shared_with if name in found else ():
@@ -151,11 +157,11 @@ def _half_adapted(found: Mapping[str, PlannedSite], chosen: Collection[str]) -> 
 
 
 def _is_alias(other: PlannedSite, linear: PlannedSite) -> bool:
-    """Whether a forward of the user's multiplies by the very weight under the name of `other`."""
+    """Returns whether a module's own forward multiplies by the weight of `linear` under the name of `other`."""
     return other.capture.runs_own_forward and other.weight is linear.weight
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
-    """The module that owns the weight of the site `name`: the site itself, or what stands before the parameter."""
+    """Returns the module that owns the weight of the site `name`: the site itself, or the parent of the parameter."""
     owner = get_attribute(model, name)
     return owner if isinstance(owner, nn.Module) else model.get_submodule(name.rpartition(".")[0])

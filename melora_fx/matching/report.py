@@ -1,4 +1,4 @@
-"""What `match` found, and its table."""
+"""MatchReport: the result of `match`, and its table."""
 
 import textwrap
 from dataclasses import dataclass
@@ -10,15 +10,19 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class LinearSite:
-    """Public, in a MatchReport: a linear of the model, or a stack of them.
+    """A linear of the model, or a stack of linears, in a MatchReport.
 
     Attributes:
-        in_features, out_features: of one linear.
-        num_parameters: trainable values that its adapter has, or would have.
-        shared_with: names of other parameters of the model that share memory with the weight, as tied ones do.
-        num_experts: how many linears a stack holds; each has an adapter of its own.
-        is_used: False where a whole capture makes nothing that it gives of the linear's output, as of a pooler behind
-            another head: an adapter would change nothing, and get no gradient.
+        name: name of the linear in the model.
+        in_features: number of inputs of one linear.
+        out_features: number of its outputs.
+        pattern: the class of a linear module, else the operator that multiplies by the weight.
+        lowering: how the adapter is computed in training, as in `MELoRAConfig.lowering`; "-" if no lowering fits.
+        num_parameters: number of trainable values that its adapter has, or would have.
+        shared_with: names of other parameters of the model that share memory with the weight, as tied weights do.
+        num_experts: number of linears in a stack, each with its own adapter; 1 for a single linear.
+        is_used: False if no output of a whole capture depends on the linear's output, as with a pooler behind another
+            head: an adapter would change nothing and get no gradient.
     """
 
     name: str
@@ -34,13 +38,13 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class MatchReport:
-    """What `match` found. `str()` is a table.
+    """The result of `match`. `str()` is a table.
 
     Attributes:
         sites: the linears that `rewrite` would adapt.
-        untargeted: the linears that `targets` does not ask for.
-        skipped: (name, reason) of each linear that cannot be adapted, and of each other parameter, of two dimensions or
-            more, that takes part in a product.
+        untargeted: the linears that `targets` does not select.
+        skipped: (name, reason) of each linear that cannot be adapted, and of each other parameter with two or more
+            dimensions that takes part in a product.
         heads: names of the linears that "all-linear" leaves out as heads.
     """
 
@@ -56,17 +60,17 @@ class MatchReport:
         total = sum(site.num_parameters for site in self.sites)
         summary = f"{len(self.sites)} sites, {total:,} parameters; {len(self.untargeted)} untargeted (-)"
         notes = [
-            f"shared {site.name}: in one memory with {', '.join(site.shared_with)}"
+            f"shared {site.name}: same memory as {', '.join(site.shared_with)}"
             for site in self.sites + self.untargeted
             if site.shared_with
         ]
         if self.heads:
             notes.append(
-                f'heads, which "all-linear" leaves out: {", ".join(self.heads)}; train a new one by `keep_trainable`, '
-                "adapt another by its name"
+                f'heads, which "all-linear" leaves out: {", ".join(self.heads)}; train a new one with '
+                "`keep_trainable`, or name a pretrained one to adapt it"
             )
         notes += [
-            f"unused {site.name}: no output is made of it, an adapter would change nothing"
+            f"unused {site.name}: no output depends on it, so an adapter would change nothing"
             for site in self.sites + self.untargeted
             if not site.is_used
         ]

@@ -1,4 +1,4 @@
-"""Which linears the user asked for: turns `targets` into one configuration per site name."""
+"""Resolves `targets`, the linears that the user names, to one configuration per site name."""
 
 import difflib
 import fnmatch
@@ -17,7 +17,7 @@ ALL_LINEAR = "all-linear"
 
 
 def name_matches(pattern: str, name: str) -> bool:
-    """Whether a target pattern names `name`: equal, a dotted suffix, a glob (`* ? [`) or `re:` on the whole name."""
+    """Returns whether a pattern matches `name`: equal, a dotted suffix, or a glob (`* ? [`) or `re:` for all of it."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     if any(wildcard in pattern for wildcard in "*?["):
@@ -33,21 +33,20 @@ def resolve_targets(
     model: nn.Module,
     others: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, MELoRAConfig]:
-    """The configuration of each name in `owners` that `targets` asks for, in the order of `owners`.
-
-    A target that asks for nothing, alone or together, is an error.
+    """Returns the configuration of each name in `owners` that `targets` selects, in the order of `owners`.
 
     Args:
-        targets: as in `rewrite`; what is mapped to None is left alone with all below it.
-        config: used wherever `targets` gives no configuration of its own.
-        owners: every linear of the model: its name and the module that owns its weight.
-        left_out: names that "all-linear" leaves out: heads, and what is kept trainable.
-        model: asked for what a target names that is no linear, for the text of an error.
-        others: name → reason of what takes part in products and is no linear, for that text too.
+        targets: as in `rewrite`; a name that is mapped to None is left out, with everything below it.
+        config: used unless `targets` maps names to configurations.
+        owners: name of every linear of the model → the module that owns its weight.
+        left_out: names that "all-linear" leaves out: heads, and linears that are kept trainable.
+        model: searched for modules and parameters that a target names although they are no linears, for the error text.
+        others: name → reason of parameters that take part in products and are no linears, for the error text.
 
     Raises:
-        ValueError: where a name matches nothing; the nearest names are listed.
-        TypeError: where `targets` is none of the accepted forms.
+        ValueError: if a target matches nothing (the nearest names are listed) or is no regular expression, or if
+            `targets` is empty or selects no linear.
+        TypeError: if `targets` has none of the accepted forms.
     """
     if callable(targets):
         chosen = {name: config for name, owner in owners.items() if targets(name, owner)}
@@ -73,7 +72,7 @@ def resolve_targets(
 
 
 def names_one_by_one(targets: TargetSpec, name: str, left_out: Collection[str]) -> bool:
-    """Whether `targets` asks for `name` by a name, a glob or an expression of its own, not as one of all linears."""
+    """Returns whether `targets` selects `name` with a name, a glob or an expression, not with "all-linear"."""
     if callable(targets):
         return False
     patterns = [targets] if isinstance(targets, str) else targets
@@ -82,12 +81,12 @@ def names_one_by_one(targets: TargetSpec, name: str, left_out: Collection[str]) 
 
 
 def asks_for_all(targets: TargetSpec) -> bool:
-    """Whether "all-linear" is one of the `targets`."""
+    """Returns whether "all-linear" is one of the `targets`."""
     return not callable(targets) and ALL_LINEAR in ([targets] if isinstance(targets, str) else targets)
 
 
 def nearest(pattern: str, names: Sequence[str]) -> str:
-    """The names most like `pattern`, for an error text."""
+    """Returns the names most similar to `pattern`, for an error text."""
     suffixes = {".".join(name.split(".")[start:]): None for name in names for start in range(name.count(".") + 1)}
     return first_of(difflib.get_close_matches(pattern, suffixes, n=5, cutoff=0.5) or list(names))
 
@@ -122,7 +121,7 @@ def _check_expression(pattern: str) -> None:
 
 
 def _matches(pattern: str, name: str, left_out: Collection[str], *, or_below: bool = False) -> bool:
-    """Whether a pattern names the linear `name`; or a module that it is below."""
+    """Returns whether a pattern matches the linear `name` or, with `or_below`, a module above it."""
     if pattern == ALL_LINEAR:
         return name not in left_out
     return any(name_matches(pattern, each) for each in (with_parents(name) if or_below else [name]))

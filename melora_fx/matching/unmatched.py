@@ -1,4 +1,4 @@
-"""Parameters that take part in products and are no linear's weight: where, and in which products."""
+"""Finds parameters that take part in products and are no linear's weight, and the products."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -19,13 +19,14 @@ from .linears import is_own, reads_of
 
 @dataclass
 class Unmatched:
-    """A parameter that is no site's weight, of two dimensions or more, and the products of one capture with it.
+    """A parameter with two or more dimensions that is no site's weight, and the products with it.
 
     Attributes:
-        path: of the parameter below the captured module.
-        products: those that multiply by it in forms without a pattern.
-        linears: linears of other modules' weights, or of this one as another module's.
-        others: products of other kinds, and calls of modules that are given it.
+        capture: the first capture with such a product.
+        path: path of the parameter below the captured module.
+        products: products that multiply by it in forms without a pattern.
+        linears: linears that it is an input of, and linears in which another module multiplies by it.
+        others: products of other kinds, and calls of modules that receive it.
     """
 
     capture: Capture
@@ -37,39 +38,39 @@ class Unmatched:
 
     @property
     def owner(self) -> nn.Module:
-        """The module that holds it."""
+        """The module that holds the parameter."""
         return get_attribute(self.capture.module, self.path.rpartition(".")[0])
 
     @property
     def is_foreign(self) -> bool:
-        """Whether a module that runs its own forward reads it of another one."""
+        """Whether a module that runs its own forward reads the parameter from another module."""
         return self.capture.runs_own_forward and not is_own(self.path)
 
     @property
     def reader(self) -> str:
-        """The captured module."""
+        """The path of the captured module, or its class if it is the root."""
         return self.capture.path or type(self.capture.module).__name__
 
     @property
     def has_pattern(self) -> bool:
-        """Whether a linear multiplies by it."""
+        """Whether a linear multiplies by the parameter."""
         return any(linear.parameter == self.path for linear in self.linears)
 
     @property
     def inputs_of(self) -> list[str]:
-        """The weights of the linears that it is an input of."""
+        """The weights of the linears that the parameter is an input of."""
         return list(dict.fromkeys(linear.parameter for linear in self.linears if linear.parameter != self.path))
 
 
 def find_unmatched(
     model: nn.Module | ExportedProgram, captures: Iterable[Capture], linears: Collection[PlannedSite]
 ) -> dict[str, Unmatched]:
-    """By name, those that take part in a product; what several graphs show of one is one."""
+    """Returns name → a parameter and its products; all graphs together have one entry for each name."""
     matched = {linear.name for linear in linears}
     nodes = {node.node: node for linear in linears for node in linear.nodes}
     found: dict[str, Unmatched] = {}
     for capture in captures:
-        if capture.runs_own_forward:  # with the linears of other modules' weights
+        if capture.runs_own_forward:  # including the linears of other modules' weights
             own = [linear for graph in capture.graphs for linear in find_linear_nodes(graph, capture.module)]
             nodes |= {linear.node: linear for linear in own}
         products = Products(capture.module)
@@ -89,13 +90,13 @@ def find_unmatched(
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Whether it is of two dimensions, or of more of which two are not 1, and not of integers."""
+    """Returns whether `parameter` is real or complex and has two dimensions, or more of which two are above 1."""
     is_number = parameter.is_floating_point() or parameter.is_complex()
     return is_number and (parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1)
 
 
 def name_of_weight(model: nn.Module | ExportedProgram, path: str) -> str:
-    """The site name of a parameter; of one that its module makes its weight from, that of the weight."""
+    """Returns the site name of a parameter, or of the weight that its module computes from it."""
     owner, _, name = path.rpartition(".")
     before, marked, after = f".{path}".partition(".parametrizations.")
     if marked:

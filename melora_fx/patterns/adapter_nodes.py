@@ -1,13 +1,13 @@
-"""The nodes that are inserted behind a linear node: plain ATen, differentiable, for any exporter.
+"""Inserts an adapter's nodes behind a linear node: plain ATen, differentiable, readable by any exporter.
 
     y = x Wᵀ + b  ⟶  y = x Wᵀ + b + concat_i( x_i A_iᵀ (s_i B_i)ᵀ )
 
-x_i is the i-th of N equal slices of the input, A_i (R, I/N), B_i (O/N, R). All blocks are one batched product: x as
-(N, T, I/N), A as (N, R, I/N), B as (N, O/N, R). With `split` into P parts, A is (N, P·R, I/N), part p uses its own R
-rows of it, and B's rows of one block are the rows of the parts in turn.
+x_i is the i-th of N equal slices of the input, A_i is (R, I/N), and B_i is (O/N, R). One batched product computes all
+blocks: x as (N, T, I/N), A as (N, R, I/N), B as (N, O/N, R). With `split` into P parts, A is (N, P·R, I/N), and each
+part uses its own R rows of each block. In each block of B, the rows of the parts follow one another.
 
-Where the linear multiplies by a part of the weight, x is padded with zeros and rows of the sum are taken; where an
-`einsum` has its features elsewhere than last, input and output are ordered so. Both cost a copy.
+If the linear multiplies by a part of the weight, x is padded with zeros, and only that part's rows of the update are
+used. If the features of an `einsum` are not last, input and output are reordered. Both cost a copy.
 
 I in_features, O out_features, N num_blocks, R the largest rank of a block, T tokens, P parts.
 """
@@ -32,7 +32,7 @@ def insert_adapter(graph: fx.Graph, linear: LinearNode, record: SiteRecord, weig
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:
-    """float32, or float64 beside a float64 weight."""
+    """Returns float32, or float64 for a float64 weight."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -54,7 +54,7 @@ class AdapterNodes:
     def insert(self) -> None:
         base = self.linear.node
         with self.graph.inserting_after(base):
-            anchor = self._call("anchor", aten.alias.default, base)  # what the base's users use until the sum is there
+            anchor = self._call("anchor", aten.alias.default, base)  # used by the base's users until the sum exists
         base.replace_all_uses_with(anchor, delete_user_cb=lambda user: user is not anchor)
         with self.graph.inserting_before(anchor):
             total = self._call("adapted", aten.add.Tensor, base, self._delta(base))
@@ -63,7 +63,7 @@ class AdapterNodes:
         total.meta = {**base.meta, **total.meta}
 
     def _delta(self, base: fx.Node) -> fx.Node:
-        """The adapter's output, of the base output's shape and dtype."""
+        """Returns the adapter's output, in the shape and dtype of the base's output."""
         lora_a, lora_b, scaling = [self._get(kind) for kind in (*FACTORS, SCALING)]
         scaled_b = self._call("scaled_b", aten.mul.Tensor, lora_b, scaling)
         if self.linear.input_is_transposed:
@@ -75,7 +75,7 @@ class AdapterNodes:
         return self._call("delta", aten.type_as.default, delta, base) if self.casts else delta
 
     def _blockwise(self, lora_a: fx.Node, scaled_b: fx.Node, base: fx.Node) -> fx.Node:
-        """x Δᵀ by blocks, without Δ."""
+        """Returns x Δᵀ, computed by blocks and without building Δ."""
         orders = self.linear.orders or Orders(None, None, None)
         value = self._whole_rows(self._ordered(self._input(lora_a), orders.of_input))
         shape = [-1, self.config.num_blocks, self.in_features // self.config.num_blocks]
@@ -96,7 +96,7 @@ class AdapterNodes:
         return self._ordered(delta, orders.from_output)
 
     def _whole_rows(self, value: fx.Node) -> fx.Node:
-        """Rows of all in_features: where the node multiplies by some columns of the weight, zeros beside its inputs."""
+        """Returns rows of all in_features: pads the inputs with zeros if the node multiplies by some columns only."""
         if self.linear.columns is None:
             return value
         start, stop = self.linear.columns
@@ -106,14 +106,14 @@ class AdapterNodes:
         return self._call(f"{value.name}_ordered", aten.einsum.default, equation, [value]) if equation else value
 
     def _joined(self, outputs: list[fx.Node]) -> fx.Node:
-        """The parts of `split` (T, N, O_p/N, …) side by side in each row."""
+        """Joins the parts of `split` (T, N, O_p/N, …) side by side in each row."""
         if len(outputs) == 1:
             return outputs[0]
         flat = [self._call("part", aten.flatten.using_ints, output, 1) for output in outputs]
         return self._call("parts", aten.cat.default, flat, 1)
 
     def _left(self, lora_a: fx.Node, scaled_b: fx.Node) -> fx.Node:
-        """Δ x, for W x: the rare form, in which x may have any number of dimensions, so Δ is made whole."""
+        """Returns Δ x, for W x. In this rare form x may have any number of dimensions, so Δ is built as a whole."""
         rows = []
         a_parts = self._parts(lora_a, 1, self.rank_sizes)
         b_parts = self._parts(scaled_b, 1, self.row_sizes)
@@ -131,14 +131,14 @@ class AdapterNodes:
         return self._call("delta", aten.matmul.default, matrix, self._input(lora_a))
 
     def _input(self, lora_a: fx.Node) -> fx.Node:
-        """The linear's input after dropout, in the adapter's dtype."""
+        """Returns the linear's input after dropout, in the adapter's dtype."""
         value = self.linear.input
         if self.config.dropout:
             value = self._tagged(self.graph.call_module(self.record.path(DROPOUT), (value,)))
         return self._call("wide_input", aten.type_as.default, value, lora_a) if self.casts else value
 
     def _parts(self, value: fx.Node, dim: int, sizes: list[int]) -> list[fx.Node]:
-        """The slices along `dim` that belong to the parts of `split`; the value itself without `split`."""
+        """Returns the slices along `dim` that belong to the parts of `split`; the value itself without `split`."""
         if len(sizes) == 1:
             return [value]
         name = f"{value.name}_part"

@@ -1,7 +1,7 @@
-"""The letters of an `einsum` of two factors, and which of them are those of a linear.
+"""Parses the letters of an `einsum` of two factors, and finds those of a linear.
 
-`bsd,de->bes` contracts d and brings e; b and s stay. Once x is ordered as `bsd`, the linear gives `bse`, which is
-ordered as `bes`. Dots are one letter, ".".
+`bsd,de->bes` contracts d and adds e; b and s stay. With x ordered as `bsd`, the linear returns `bse`, which is then
+reordered to `bes`. Dots are one letter, ".".
 """
 
 import string
@@ -11,10 +11,12 @@ _DOTS = "."
 
 
 class Orders(NamedTuple):
-    """How an `einsum` orders dimensions around a linear: equations of one operand, None where the order is the same.
+    """How an `einsum` orders dimensions around a linear: equations of one operand, None if the order is unchanged.
 
-    `of_input`: from its input to the linear's, whose features come last. `from_output`: from the linear's output to its
-    own. `to_output`: the inverse of that.
+    Attributes:
+        of_input: from the input of the `einsum` to the linear's, whose features are last.
+        from_output: from the linear's output to that of the `einsum`.
+        to_output: the inverse of `from_output`.
     """
 
     of_input: str | None
@@ -23,7 +25,13 @@ class Orders(NamedTuple):
 
 
 class Einsum(NamedTuple):
-    """`terms`: the letters of each operand. `output`: those of what comes out."""
+    """The arguments of an `einsum`.
+
+    Attributes:
+        terms: the letters of each operand.
+        output: the letters of the result.
+        operands: the factors.
+    """
 
     terms: tuple[str, ...]
     output: str
@@ -31,7 +39,7 @@ class Einsum(NamedTuple):
 
 
 def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
-    """What the arguments of an `einsum` say, in either of its forms; None for what is none of constants."""
+    """Parses the arguments of an `einsum` in either of its forms; returns None if its letters are not constants."""
     if args and isinstance(args[0], str):
         inputs, arrow, output = args[0].replace(" ", "").replace("...", _DOTS).partition("->")
         operands: Any = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
@@ -50,20 +58,21 @@ def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
 
 
 def _letter(number: Any) -> str:
-    """What torch calls a dimension that is given by its number."""
+    """Returns torch's letter for a dimension that is passed as a number."""
     return _DOTS if number is Ellipsis else (string.ascii_uppercase + string.ascii_lowercase)[number]
 
 
 def _implicit_output(terms: tuple[str, ...]) -> str:
-    """Dots, then in their order the letters that stand once."""
+    """Returns the output's letters if there is no `->`: dots, then the letters that occur once, sorted."""
     letters = "".join(terms)
     once = sorted(letter for letter in set(letters) - {_DOTS} if letters.count(letter) == 1)
     return (_DOTS if _DOTS in letters else "") + "".join(once)
 
 
 def orders_of_linear(x_term: str, contracted: str, new: str, output: str) -> Orders | None:
-    """The orders around a linear that contracts some letters of x and brings new ones in their place; None where the
-    letters are those of another product.
+    """Returns the orders around a linear that replaces the letters `contracted` of x with the letters `new`.
+
+    None if the letters are those of another product.
     """
     kept = "".join(letter for letter in x_term if letter not in contracted)
     letters = x_term + new

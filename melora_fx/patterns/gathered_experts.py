@@ -1,9 +1,9 @@
-"""Experts whose matrices are gathered for each row, "batched_mm": their products, and the adapters behind them.
+"""Experts in the form "batched_mm", with a gathered matrix for each row: their products and adapters.
 
     bmm(stack[ids], x.unsqueeze(-1))        ids (S,): the expert of each row
     y_s = W_e x_s  ⟶  y_s = W_e x_s + concat_i( s_i B_ei A_ei x_si )        e: the expert of row s
 
-A and s B are gathered by the same numbers as W: R/O of the base's memory.
+A and s B are gathered with the same indices as W. They add P·R/O + R/I of the memory of the gathered W.
 
 E experts, I in_features, O out_features, N num_blocks, R the largest rank of a block, S rows, P parts of `split`.
 """
@@ -20,7 +20,7 @@ from .stacks import choice_of, stack_of
 
 
 def match_gathered(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    """`bmm(stack[ids], x (S, I, 1))`, or `bmm(x (S, 1, I), stack[ids])`; the stack may be transposed."""
+    """Matches `bmm(stack[ids], x (S, I, 1))` or `bmm(x (S, 1, I), stack[ids])`; the stack may be transposed."""
     left = argument(node, 0, "self", "input")
     right = argument(node, 1, "mat2")
     for stack_side, x, dims, is_left in ((left, right, (-1, 2), True), (right, left, (1, -2), False)):
@@ -41,13 +41,13 @@ def match_gathered(node: fx.Node, owner: nn.Module) -> LinearNode | None:
 
 
 def insert_gathered(graph: fx.Graph, linear: LinearNode, record: SiteRecord, weight: Tensor) -> None:
-    """Inserts the adapters of a stack (E, O, I), or (E, I, O), behind one such product with it."""
+    """Inserts the adapters of a stack (E, O, I) or (E, I, O) behind one product with gathered matrices."""
     _GatheredNodes(graph, linear, record, weight).insert()
 
 
 def _is_row(x: Any, dims: tuple[int, int]) -> bool:
-    """Whether `x` is made of one row for each matrix: by an `unsqueeze` of one of the dimensions `dims`, or by its
-    shape, where that is known.
+    """Returns whether `x` has one row for each matrix: it is an `unsqueeze` at one of the dimensions `dims`, or its
+    known shape says so.
     """
     if not isinstance(x, fx.Node):
         return False
@@ -58,7 +58,7 @@ def _is_row(x: Any, dims: tuple[int, int]) -> bool:
 
 class _GatheredNodes(AdapterNodes):
     def _blockwise(self, lora_a: fx.Node, scaled_b: fx.Node, base: fx.Node) -> fx.Node:
-        """The update of each row (S, O) from the blocks of its own expert."""
+        """Returns the update of each row from the blocks of its expert, in the shape of `base`."""
         a = self._by_expert("a", lora_a)  # (E, N, P·R, I/N)
         b = self._by_expert("b", scaled_b)  # (E, N, O/N, R)
         row_a = self._call("row_a", aten.index.Tensor, a, [self.linear.choice])
@@ -75,5 +75,5 @@ class _GatheredNodes(AdapterNodes):
         return self._call("delta", aten.reshape_as.default, self._joined(outputs), base)
 
     def _by_expert(self, name: str, tensor: fx.Node) -> fx.Node:
-        """(E·N, …, …) as (E, N, …, …)."""
+        """Reshapes (E·N, …, …) to (E, N, …, …)."""
         return self._call(f"{name}_by_expert", aten.unflatten.int, tensor, 0, [-1, self.config.num_blocks])

@@ -3,8 +3,8 @@
     y_s = concat_i( M_ei x_si )        e: the expert of row s
 
 x_si is the i-th of N equal slices of row s. The operator computes one batched product of N matrices for each expert
-that has rows. `aten._grouped_mm` could only go block by block, which takes twice the time, and it needs rows of 16
-bytes, a copy of x in another order and, under a compiler, bfloat16.
+that has rows. `aten._grouped_mm` could only compute block by block, which takes twice the time. It also needs rows
+of a multiple of 16 bytes, a copy of x in another order and, under a compiler, bfloat16.
 
 E experts, N blocks, K and L widths of a block's input and output, S rows.
 """
@@ -19,10 +19,10 @@ from melora_fx.adapter.tensors import slices_of
 
 
 def _multiply(x: Tensor, blocks: Tensor, offs: Tensor) -> Tensor:
-    """The products (S, N·L), of the dtype of `x`; zero for rows behind the last group.
+    """Returns the products (S, N·L) in the dtype of `x`, zero for rows behind the last group.
 
     Args:
-        x: (S, N·K), the rows of one expert after those of another.
+        x: (S, N·K), rows sorted by expert.
         blocks: (E·N, L, K), of the dtype of `x`.
         offs: (E,), integers: where the rows of each expert end.
     """
@@ -30,7 +30,7 @@ def _multiply(x: Tensor, blocks: Tensor, offs: Tensor) -> Tensor:
     output = x.new_zeros(len(x), number * blocks.size(1))
     for expert, rows in _groups(offs):
         if number == 1:
-            torch.mm(x[rows], blocks[expert].t(), out=output[rows])  # the bits of transformers' operator
+            torch.mm(x[rows], blocks[expert].t(), out=output[rows])  # same bits as transformers' operator
             continue
         matrices = blocks[expert * number : (expert + 1) * number]
         # The small matrices first, as in `few_rows_times`.
@@ -39,7 +39,7 @@ def _multiply(x: Tensor, blocks: Tensor, offs: Tensor) -> Tensor:
 
 
 def _matrix_gradient(gradient: Tensor, x: Tensor, offs: Tensor, number: int) -> Tensor:
-    """Gradient of `blocks` (E·N, L, K) from those of the products (S, N·L)."""
+    """Returns the gradient of `blocks` (E·N, L, K) from that of the products (S, N·L); `number` is N."""
     shape = (len(offs) * number, gradient.size(1) // number, x.size(1) // number)
     output = x.new_zeros(shape)
     for expert, rows in _groups(offs):
@@ -49,7 +49,7 @@ def _matrix_gradient(gradient: Tensor, x: Tensor, offs: Tensor, number: int) -> 
 
 
 def _groups(offs: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and where they are."""
+    """Yields each expert that has rows, and the slice of its rows."""
     start = 0
     for expert, end in enumerate(offs.tolist()):
         if end > start:
@@ -58,7 +58,7 @@ def _groups(offs: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
-"""A CUDA graph can hold neither: where the rows end is read from the device."""
+"""A CUDA graph can contain neither operator: both read the ends of the groups from the device."""
 _operator = torch.library.custom_op("melora::grouped_blocks", _multiply, mutates_args=(), tags=_TAGS)
 _gradient_operator = torch.library.custom_op(
     "melora::grouped_blocks_gradient", _matrix_gradient, mutates_args=(), tags=_TAGS

@@ -1,9 +1,9 @@
-"""Experts that multiply rows sorted by expert, "grouped_mm": their products, and the adapters behind them.
+"""Experts in the form "grouped_mm", with rows sorted by expert: their products, and the adapters behind them.
 
     grouped_mm(x, stackᵀ, offs)        offs (E,): where the rows of each expert end
     y_s = W_e x_s  ⟶  y_s = W_e x_s + concat_i( s_i B_ei A_ei x_si )        e: the expert of row s
 
-Two calls of `grouped_blocks` multiply by A and by s B.
+Calls of `grouped_blocks` multiply by A, and by the s B of each part.
 
 E experts, I in_features, O out_features, N num_blocks, R the largest rank of a block, S rows, P parts of `split`.
 """
@@ -19,7 +19,7 @@ from .stacks import stack_of
 
 
 def match_grouped(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    """`grouped_mm(x (S, I), stack (E, I, O), offs (E,))`; the stack may be transposed."""
+    """Matches `grouped_mm(x (S, I), stack (E, I, O), offs (E,))`; the stack may be transposed."""
     x = argument(node, 0, "self", "mat_a", "input")
     stack = stack_of(argument(node, 1, "mat2", "mat_b", "weight"), owner)
     group_ends = argument(node, 2, "offs")
@@ -41,13 +41,13 @@ def match_grouped(node: fx.Node, owner: nn.Module) -> LinearNode | None:
 
 
 def insert_grouped(graph: fx.Graph, linear: LinearNode, record: SiteRecord, weight: Tensor) -> None:
-    """Inserts the adapters of a stack (E, O, I), or (E, I, O), behind one such product with it."""
+    """Inserts the adapters of a stack (E, O, I) or (E, I, O) behind one grouped product."""
     _GroupedNodes(graph, linear, record, weight).insert()
 
 
 class _GroupedNodes(AdapterNodes):
     def _blockwise(self, lora_a: fx.Node, scaled_b: fx.Node, base: fx.Node) -> fx.Node:
-        """The update of each row (S, O), of rows sorted by expert."""
+        """Returns the update of each row (S, O); the rows are sorted by expert."""
         hidden = self._call("hidden", grouped_blocks, self._input(lora_a), lora_a, self.linear.choice)  # (S, N·P·R)
         hiddens = [hidden]
         if len(self.row_sizes) > 1:

@@ -1,4 +1,4 @@
-"""What the matchers give: one call of a linear in a graph; and how nodes are read."""
+"""LinearNode, the result of the matchers: one call of a linear in a graph; and helpers that read nodes."""
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from melora_fx.torch_private import is_operator, is_packet
 from .einsum_terms import Orders
 
 CALLS = ("call_function", "call_method")
-"""What `node.op` is of nodes that call an operator."""
+"""The values of `node.op` for nodes that call an operator."""
 
 
 KNOWN_SHAPE = "melora_shape"
-"""Key in `node.meta` of an input whose shape is known: of a product that a module computes by itself."""
+"""Key in `node.meta` of an input whose shape is known, in the graph of a product that a module's forward computes."""
 
 
 class Pattern(NamedTuple):
-    """One way in which graphs multiply by a parameter, and how an adapter goes beside it.
+    """One way in which graphs multiply by a parameter, and how an adapter is inserted behind it.
 
     Attributes:
-        operators: what `operator_key` gives for the nodes that may be one.
-        match: what is multiplied by which parameter, or None for a node that only looks like a linear; the module is
-            the one whose parameters the graph's `get_attr` nodes name.
-        insert: adds an adapter's nodes behind such a node, given the weight.
-        is_aten: whether these nodes are ATen alone, which forward-mode derivatives and ONNX need.
+        operators: the results of `operator_key` for nodes that may match.
+        match: returns the linear that a node computes, or None if the node only looks like one; the module is the one
+            whose parameters the graph's `get_attr` nodes name.
+        insert: inserts an adapter's nodes behind a matched node, given the weight.
+        is_aten: whether the inserted nodes are ATen only, as forward-mode derivatives and ONNX need.
     """
 
     operators: Set[Any]
@@ -40,10 +40,12 @@ class Pattern(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What `F.linear` would take for the same bits.
+    """The operands with which `F.linear` computes the same bits.
 
-    `weight`: None for a packed linear, whose own forward alone can read it. `is_flipped`: the weight is stored as
-    (in_features, out_features).
+    Attributes:
+        weight: None for a packed linear, because only its own forward can read the weight.
+        bias: None if there is none.
+        is_flipped: whether `weight` is (in_features, out_features), so that `F.linear` needs its transpose.
     """
 
     weight: fx.Node | None
@@ -56,19 +58,22 @@ class LinearNode:
     """One call of a linear in a graph: a product with a matrix, or with a stack of matrices, the experts of a mixture.
 
     Attributes:
-        pattern: what a report calls it.
-        weight_is_transposed: the parameter is stored (in_features, out_features), as in `Conv1D`.
-        rows: (start, stop) of the outputs where the node multiplies by a part of the parameter; None for all.
-        columns: the same of the inputs.
-        input_is_transposed: the product is W @ x, so input and output are (…, features, tokens).
-        orders: where other dimensions than the last are the features; None where the last ones are.
-        scale: what the product is multiplied by, the `alpha` of `addmm`.
-        weight_is_cast: the parameter is cast on the way, so input and parameter may have different dtypes.
-        operands: what `F.linear` would take; None where it cannot give the same bits from the whole weight.
-        choice: of a stack, the experts of the rows (S,), or the ends of their groups (E,).
-        gather: of a stack, the node that gathers each row's matrix; None where none does.
-        row_dims: of one matrix that is stored in three dimensions, how many of these are its rows; else None.
-        matched_by: the entry of PATTERNS that found it.
+        node: the node that computes the product.
+        input: the node that the weight is multiplied with.
+        parameter: path of the weight below the module that owns the graph's parameters.
+        pattern: its name in reports.
+        weight_is_transposed: whether the parameter is stored as (in_features, out_features), as in `Conv1D`.
+        rows: (start, stop) of the outputs, if the node multiplies by a part of the parameter; None for all.
+        columns: (start, stop) of the inputs, likewise.
+        input_is_transposed: whether the product is W @ x, so that input and output are (…, features, tokens).
+        orders: how to reorder the dimensions if the features are not the last ones; None if they are.
+        scale: a factor of the product: the `alpha` of `addmm`.
+        weight_is_cast: whether the parameter is cast first, so that its dtype may differ from the input's.
+        operands: those of an `F.linear` with the same bits; None if it cannot compute these from the whole weight.
+        choice: for a stack, the experts of the rows (S,), or the ends of the experts' groups of rows (E,).
+        gather: for a stack, the node that gathers a matrix for each row; None if there is none.
+        row_dims: for one matrix stored in three dimensions, how many of them are its rows; else None.
+        matched_by: the entry of PATTERNS that matched it.
     """
 
     node: fx.Node
@@ -90,13 +95,13 @@ class LinearNode:
 
 
 def weight_of(module: nn.Module, path: str) -> Tensor:
-    """The parameter at `path` below `module`; of a packed linear what stands for it."""
+    """Returns the parameter at `path` below `module`; for a packed linear, its stand-in without values."""
     owner = get_attribute(module, path.rpartition(".")[0])
     return packed_weight(owner) if is_packed_linear(owner) else get_attribute(module, path)
 
 
 def parameter_of(value: Any, owner: nn.Module, *, dim: int) -> nn.Parameter | None:
-    """The parameter of `dim` dimensions that a `get_attr` node gives, or None."""
+    """Returns the parameter with `dim` dimensions that a `get_attr` node reads, or None."""
     if not isinstance(value, fx.Node) or value.op != "get_attr":
         return None
     parameter = get_attribute(owner, str(value.target))
@@ -104,22 +109,23 @@ def parameter_of(value: Any, owner: nn.Module, *, dim: int) -> nn.Parameter | No
 
 
 def argument(node: fx.Node, index: int, *names: str) -> Any:
-    """The argument at a position or under one of its names; None where it is not given."""
+    """Returns the argument at a position or under one of its names; None if it is not passed."""
     if index < len(node.args):
         return node.args[index]
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
 
 
 def pattern_name(node: fx.Node) -> str:
-    """What a report calls the node's operator: "F.linear", "aten.bmm", …"""
+    """Returns the name of the node's operator in reports: "F.linear", "aten.bmm", …"""
     if is_operator(node.target):
         return f"{node.target.namespace}.{operator_name(node)}"
     return "F.linear" if node.target is F.linear else operator_name(node)
 
 
 def operator_key(node: fx.Node) -> Any:
-    """What `Pattern.operators` calls a node's operator: a function, or the name of a method; a registered operator goes
-    by its full name, "aten.bmm.default", which it has before its library is loaded.
+    """Returns the key of a node's operator in `Pattern.operators`: a function, or the name of a method.
+
+    The key of a registered operator is its full name, "aten.bmm.default", which is known before its library is loaded.
     """
     if is_operator(node.target):
         return str(node.target)
@@ -127,9 +133,9 @@ def operator_key(node: fx.Node) -> Any:
 
 
 def operator_name(node: fx.Node) -> str:
-    """A node's operator without its namespace and overload: "transpose", for each way to call it.
+    """Returns the name of a node's operator without namespace and overload: "transpose", however it is called.
 
-    What calls none has no operator's name: an input, or a child `norm`, which is "norm()".
+    Other nodes get no operator's name: the call of a child `norm` is "norm()", an input is "placeholder".
     """
     if node.op not in CALLS:
         return f"{node.target}()" if node.op == "call_module" else node.op

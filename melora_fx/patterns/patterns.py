@@ -1,10 +1,10 @@
-"""PATTERNS: all that is taken for a linear in an FX graph, whatever wrote it; and the one walk that finds them.
+"""PATTERNS: every form of a linear in an FX graph of any origin; and the one walk that finds linears.
 
-A linear node computes  y = x Wᵀ (+ b)  from a parameter W of the model, which is a matrix or, flattened, lies in three
-dimensions; or the same for each row from a stack of matrices. W may stand on either side of the product, be reached
-through views (transposed, expanded over a batch, cut into rows for q, k and v), and what the node is called
-(`F.linear`, `addmm`, `@`, `einsum`, `aten.bmm`, …) is all that differs between a traced module and an exported program.
-A node whose weight is not a parameter is not a linear node.
+A linear node computes  y = x Wᵀ (+ b)  from a parameter W of the model: a matrix, a matrix stored in three dimensions,
+or for each row one matrix of a stack. W may be on either side of the product, and may be reached through views
+(transposed, expanded over a batch, cut into rows for q, k and v). A traced module and an exported program differ only
+in the name of the node (`F.linear`, `addmm`, `@`, `einsum`, `aten.bmm`, …). A node whose weight is not a parameter is
+not a linear node.
 """
 
 import operator
@@ -30,7 +30,7 @@ from .views import CASTS, WeightView, known_view, view_of_parameter
 
 
 def find_linear_nodes(graph: fx.Graph, owner: nn.Module) -> Iterator[LinearNode]:
-    """The linear nodes of `graph` in order; `owner` holds the parameters that its `get_attr` nodes name."""
+    """Yields the linear nodes of `graph` in order; `owner` holds the parameters that its `get_attr` nodes name."""
     for node in graph.nodes:
         if node.op not in CALLS:
             continue
@@ -77,15 +77,16 @@ def _match_inner(node: fx.Node, owner: nn.Module) -> LinearNode | None:
 
 def _match_product(node: fx.Node, owner: nn.Module, left: Any, right: Any) -> LinearNode | None:
     weight = view_of_parameter(right, owner)
-    if weight is not None:  # x @ M: what linear would take is Mᵀ
+    if weight is not None:  # x @ M: the weight of `F.linear` would be Mᵀ
         return _linear_node(node, left, replace(weight, is_transposed=not weight.is_transposed))
     linear = _linear_node(node, right, view_of_parameter(left, owner))
     return linear and replace(linear, input_is_transposed=True)
 
 
 def _match_einsum(node: fx.Node, owner: nn.Module) -> LinearNode | None:
-    """`…i,oi->…o` in any letters, dots and order of operands and dimensions. A weight of three dimensions has two
-    letters on one side, as `…i,ihd->…hd` and `…hd,ohd->…o` have.
+    """Matches `…i,oi->…o` with any letters, with or without dots, and with operands and dimensions in any order.
+
+    The rows or columns of a weight with three dimensions have two letters, as in `…i,ihd->…hd` and `…hd,ohd->…o`.
     """
     einsum = read_einsum(node.args)
     if einsum is None or not len(einsum.operands) == len(einsum.terms) == 2:
@@ -102,12 +103,12 @@ def _match_einsum(node: fx.Node, owner: nn.Module) -> LinearNode | None:
 def _einsum_weight(
     value: Any, x_term: str, w_term: str, output: str, owner: nn.Module
 ) -> tuple[WeightView, Orders] | None:
-    """The weight that `value` shows, as `F.linear` would take it; None where the letters are of another product."""
+    """Returns the weight that `value` shows, laid out as for `F.linear`; None if this is no linear."""
     for row_dims in range(1, len(w_term)):
         rows, columns = w_term[:row_dims], w_term[row_dims:]
         orders = orders_of_linear(x_term, rows, columns, output)
         contracts_rows = orders is not None
-        if orders is None and row_dims == 1:  # `…i,eoi->…eo` is each matrix of a stack, not one
+        if orders is None and row_dims == 1:  # `…i,eoi->…eo` multiplies by every matrix of a stack
             orders = orders_of_linear(x_term, columns, rows, output)
         if orders is None:
             continue
@@ -127,10 +128,10 @@ def _match_packed(node: fx.Node, owner: nn.Module) -> LinearNode | None:
 
 
 def _linear_node(node: fx.Node, input: Any, weight: WeightView | None) -> LinearNode | None:
-    """The node, where `weight` is the matrix that `F.linear` would take."""
+    """Returns the linear node, given its weight as `F.linear` would need it; None if it is no linear."""
     if weight is None or not isinstance(input, fx.Node):
         return None
-    if node.kwargs.get("out") is not None:  # whoever reads that would have the base's
+    if node.kwargs.get("out") is not None:  # readers of `out` would see the base's output
         return None
     return LinearNode(
         node=node,
@@ -146,7 +147,7 @@ def _linear_node(node: fx.Node, input: Any, weight: WeightView | None) -> Linear
 
 
 def _with_operands(linear: LinearNode | None, operands: Operands, owner: nn.Module) -> LinearNode | None:
-    """The linear with its operands, if `F.linear` gives the same bits from them."""
+    """Returns the linear, with its operands if `F.linear` computes the same bits from them."""
     is_part = linear is not None and (linear.rows or linear.columns)
     if linear is None or is_part or linear.input_is_transposed or not _is_vector(operands.bias, owner):
         return linear
@@ -154,7 +155,7 @@ def _with_operands(linear: LinearNode | None, operands: Operands, owner: nn.Modu
 
 
 def _is_vector(bias: Any, owner: nn.Module) -> bool:
-    """Whether a bias is absent, or a parameter of one dimension, cast or not."""
+    """Returns whether a bias is absent or a parameter with one dimension, cast or not."""
     while isinstance(bias, fx.Node) and operator_name(bias) in CASTS and bias.args:
         bias = bias.args[0]
     if isinstance(bias, fx.Node) and KNOWN_SHAPE in bias.meta:
@@ -165,7 +166,7 @@ def _is_vector(bias: Any, owner: nn.Module) -> bool:
 
 
 def _is_matrix_or_transpose(value: Any) -> bool:
-    """Whether a factor is a tensor of the module as it is, or with its last two dimensions exchanged."""
+    """Returns whether a factor is an unchanged tensor of the module, or one with its last two dimensions swapped."""
     known = known_view(value)
     if isinstance(known, WeightView):
         return known.is_plain
@@ -193,7 +194,7 @@ PATTERNS = (
     Pattern(_BMM, match_gathered, insert_gathered),
     Pattern(_GROUPED_MM, match_grouped, insert_grouped, is_aten=False),
 )
-"""All that is a linear. Where two have an operator, the first that matches counts."""
+"""Every form of a linear. If two share an operator, the first that matches counts."""
 
 _BY_OPERATOR: dict[Any, list[Pattern]] = {}
 for _pattern in PATTERNS:

@@ -15,10 +15,12 @@ from .node import LinearNode
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """Planned by `match`: one weight of a captured graph and every node that multiplies by it.
+    """One weight of a captured graph and every node that multiplies by it, as `match` plans to adapt it.
 
-    `parameter`: path of the weight below the captured module. `shared_with`: names of other parameters of the model
-    in the same memory.
+    Attributes:
+        name: name of the site in the model.
+        parameter: path of the weight below the captured module.
+        shared_with: names of other parameters of the model in the same memory.
     """
 
     name: str
@@ -31,7 +33,7 @@ class PlannedSite:
 
     @property
     def matrices(self) -> torch.Tensor:
-        """The weight as the graphs multiply by it, a matrix or a stack of such: a view."""
+        """The weight as the graphs multiply by it: a view as a matrix or a stack of matrices."""
         return as_matrices(self.weight, self.nodes[0].row_dims)
 
     @property
@@ -41,7 +43,7 @@ class PlannedSite:
 
     @property
     def num_experts(self) -> int:
-        """How many matrices the weight is a stack of; 1 for a matrix."""
+        """The number of matrices in a stack; 1 for a matrix."""
         return num_matrices(self.matrices)
 
     @property
@@ -51,12 +53,12 @@ class PlannedSite:
 
     @property
     def pattern(self) -> str:
-        """What a report calls it: the class of a linear module, else the operator."""
+        """The site's pattern in reports: the class of a linear module, else the operator."""
         kind = type(self.owner).__name__
         is_module = kind in ("Linear", "Conv1D") and self.capture.module is self.owner
         return kind if is_module else self.nodes[0].pattern
 
     @property
     def is_aten(self) -> bool:
-        """Whether the adapter's nodes will be ATen alone."""
+        """Whether all of the adapter's nodes will be ATen."""
         return all(node.matched_by.is_aten for node in self.nodes if node.matched_by)

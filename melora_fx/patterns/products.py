@@ -1,4 +1,4 @@
-"""Products that a parameter takes part in, whatever their form, in the graph of a module or of a whole model."""
+"""Finds the products that a parameter takes part in, in any form, in the graph of a module or of a whole model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ RECURRENT = {
 }
 
 REGIONS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
-"""Regions of a forward that an exported graph keeps as graphs of their own."""
+"""Regions of a forward that an exported graph keeps as separate graphs."""
 
 CONVOLUTIONS = {
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc"),
@@ -46,12 +46,12 @@ _ADDED_FIRST = {"addmm", "addmv", "addbmm", "baddbmm"}
 
 
 class Product(NamedTuple):
-    """A product in which a parameter, or what is made of it and of other parameters alone, takes part.
+    """A product with a parameter, or with a value that is computed only from it and other tensors of the module.
 
     Attributes:
-        node: the operator, or the call of a child that has matrices of its own.
-        text: the operators from the parameter to there: "mul, linear".
-        is_with_weight: whether the operator multiplies by weights, as linears do.
+        node: the operator, the region that contains it, or the call of a child that may multiply.
+        text: the operators from the parameter to the product: "mul, linear".
+        is_with_weight: whether the operator multiplies by weights, as linears do, or is custom and may do so.
     """
 
     node: fx.Node
@@ -61,14 +61,14 @@ class Product(NamedTuple):
 
 @dataclass
 class Products:
-    """The products of a graph, of which `owner` holds the parameters."""
+    """The products of a graph whose parameters are in `owner`."""
 
     owner: nn.Module
     _of_parameters: dict[fx.Node, bool] = field(default_factory=dict)
 
     def with_(self, read: fx.Node) -> Iterator[Product]:
-        """Those in which what the `get_attr` node `read` gives takes part: a part of it, a view, a masked or a
-        normalised weight.
+        """Yields the products with the parameter of the `get_attr` node `read`: whole, in part, viewed, masked or
+        normalised.
         """
         seen: set[fx.Node] = set()
         pending = [(read, "")]
@@ -91,7 +91,7 @@ class Products:
                     pending.append((user, before if is_view(user) else f"{before}{name}, "))
 
     def _regions(self, user: fx.Node, node: fx.Node) -> Iterator[tuple["Products", fx.Node]]:
-        """The graphs of a region (autocast, no gradients, a branch) that are given `node`, and what it is in them."""
+        """Yields each graph of a region (autocast, no gradients, a branch) that gets `node`, and its placeholder."""
         if not is_region(user.target):
             return
         for graph_node in user.all_input_nodes:
@@ -105,19 +105,19 @@ class Products:
                     yield Products(region), placeholder
 
     def _may_multiply(self, node: fx.Node) -> bool:
-        """Whether `node` calls a module that has matrices, or is given something else too, to multiply by."""
+        """Returns whether `node` calls a module that has matrices, or that receives inputs which it may multiply."""
         is_call = node.op == "call_module"
         return is_call and (self._has_matrices(node) or not self._is_of_parameters(node))
 
     def _has_matrices(self, node: fx.Node) -> bool:
-        """Whether `node` calls a module with matrices of its own."""
+        """Returns whether `node` calls a module with matrices among its parameters."""
         if node.op != "call_module":
             return False
         called = get_attribute(self.owner, str(node.target))
         return not isinstance(called, nn.Module) or any(value.dim() > 1 for value in called.parameters())
 
     def _is_of_parameters(self, node: fx.Node) -> bool:
-        """Whether `node` is computed from what the module holds, and from nothing that it is given."""
+        """Returns whether `node` is computed only from tensors of the module, not from its inputs."""
         if node not in self._of_parameters:
             for each in node.graph.nodes:
                 is_made = each.op in CALLS or (each.op == "call_module" and not self._has_matrices(each))
@@ -127,13 +127,13 @@ class Products:
 
 
 def _is_custom(node: fx.Node) -> bool:
-    """Whether it calls an operator that someone has registered, which may multiply."""
+    """Returns whether `node` calls a custom operator, which may multiply."""
     target = node.target
     return (is_operator(target) or is_packet(target)) and not str(target).startswith(("aten.", "prims."))
 
 
 def _is_added(user: fx.Node, node: fx.Node) -> bool:
-    """Whether `user` adds what `node` gives to a product of others."""
+    """Returns whether `user` adds the value of `node` to a product of other values."""
     name = operator_name(user)
     if name in _ADDED_FIRST:
         added = argument(user, 0, "input", "self")

@@ -1,8 +1,7 @@
-"""Products with a stack of matrices, the experts of a mixture: (E, O, I), or (E, I, O).
+"""Recognises stacks of matrices in graphs, (E, O, I) or (E, I, O): the experts of a mixture.
 
-Row s of an input belongs to one expert e:  y_s = W_e x_s.  `gathered_experts.py` and `grouped_experts.py` have the two
-forms, as transformers writes them. The eager form, a loop over the experts that were chosen, depends on data: there is
-no graph of it.
+Row s of an input belongs to one expert e:  y_s = W_e x_s.  `gathered_experts.py` and `grouped_experts.py` match the two
+forms that transformers writes. The eager form, a loop over the chosen experts, depends on data, so it has no graph.
 
 E experts, I in_features, O out_features.
 """
@@ -19,8 +18,13 @@ from .views import CASTS, WeightView, apply_views, behind_views, known_view
 
 @dataclass(frozen=True)
 class Stack:
-    """A parameter of three dimensions in a graph, most often a stack, perhaps with one matrix gathered for each row.
-    `is_transposed`: it shows the transposes.
+    """A parameter with three dimensions in a graph, usually a stack.
+
+    Attributes:
+        parameter: path of the parameter below its module.
+        is_transposed: whether the graph reads the transposed matrices.
+        is_cast: whether the parameter is cast first.
+        gather: the node that gathers a matrix for each row, or None.
     """
 
     parameter: str
@@ -30,7 +34,7 @@ class Stack:
 
 
 def stack_of(value: Any, owner: nn.Module) -> Stack | None:
-    """The stack that `value` shows whole, or matrices of it, with no other view than a transposition; or None."""
+    """Returns the stack that `value` shows whole or gathers from, without views other than a transposition; or None."""
     known = known_view(value)
     if known is not None:
         return known if isinstance(known, Stack) else None
@@ -53,8 +57,9 @@ def stack_of(value: Any, owner: nn.Module) -> Stack | None:
 
 
 def matrix_in_three(value: Any, owner: nn.Module, row_dims: int) -> WeightView | None:
-    """The parameter of three dimensions that `value` shows whole, as the matrix whose rows are `row_dims` of them; None
-    for other values, and for one whose other dimensions do not lie side by side.
+    """Returns the 3-D parameter that `value` shows whole, as a matrix whose rows are its first `row_dims` dimensions.
+
+    Returns None for other values, and if the parameter is not contiguous.
     """
     found = stack_of(value, owner)
     if found is None or found.is_transposed or found.gather is not None:
@@ -68,7 +73,7 @@ def matrix_in_three(value: Any, owner: nn.Module, row_dims: int) -> WeightView |
 def stack_shown(
     parameter: str, shown: Any, whole: torch.Tensor, *, is_cast: bool, gather: fx.Node | None = None
 ) -> Stack | None:
-    """What `shown`, made by views of `whole` (E, O, I), shows of a stack of that shape; None for other views."""
+    """Returns the stack if `shown`, a view of `whole` (E, O, I), shows all of it, transposed or not; else None."""
     for is_transposed, expected in ((False, whole), (True, whole.mT)):
         if (shown.shape, shown.stride()) == (expected.shape, expected.stride()):
             return Stack(parameter, is_transposed, is_cast, gather)
@@ -76,7 +81,7 @@ def stack_shown(
 
 
 def choice_of(node: fx.Node) -> fx.Node | None:
-    """The numbers by which `node` gathers along the first dimension, or None where it does something else."""
+    """Returns the indices with which `node` gathers along the first dimension, or None if it does not gather."""
     if operator_name(node) not in ("index", "getitem") or len(node.args) < 2:
         return None
     index = node.args[1]

@@ -1,4 +1,4 @@
-"""Views of a parameter in a graph: which rows of it a matrix shows, and whether as columns."""
+"""Views of a parameter in a graph: which of its rows and columns a matrix shows, and whether transposed."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from melora_fx.torch_private import in_one_storage
 from .node import operator_name, parameter_of
 
 KNOWN_VIEW = "melora_view"
-"""Key in `node.meta` of an input that is a view of a weight: which one, a WeightView or a Stack."""
+"""Key in `node.meta` of an input that is a view of a weight; the value is a WeightView or a Stack."""
 
 _TRANSPOSITIONS = {"t", "T", "mT", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim"}
 _RESHAPES = {"unsqueeze", "squeeze", "expand", "view", "reshape", "_unsafe_view", "flatten", "unflatten"}
@@ -38,18 +38,19 @@ HARMLESS = {
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "result_type"),
 }
-"""Functions and methods that tell nothing of a tensor's values."""
+"""Functions and methods that reveal nothing about a tensor's values."""
 
 HARMLESS_AS_SECOND = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
-"""Methods that take only the shape, the dtype or the device of their argument."""
+"""Methods that read only the shape, the dtype or the device of their argument."""
 
 _SAME_VALUES = VIEWS | COPIES | CASTS
-"""Names of the operators behind which a weight is still the weight, or rows of it."""
+"""Names of the operators whose output still shows the weight, or a part of it."""
 
 
 def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
-    """Names of the operators that use what the `get_attr` nodes `reads` give, beside the linear `nodes` and, by these,
-    beside the one argument that is the weight.
+    """Returns the names of the operators that use the parameters that the `get_attr` nodes `reads` read.
+
+    The linear `nodes` do not count, unless they use the parameter in more than their weight argument.
     """
     linear_nodes = dict.fromkeys(nodes, 0)
     found: dict[str, None] = {}
@@ -72,19 +73,19 @@ def other_uses(reads: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> list[str]:
 
 
 def is_harmless_use(user: fx.Node, node: fx.Node) -> bool:
-    """Whether `user` asks only what kind of tensor `node` is."""
+    """Returns whether `user` reads only what kind of tensor `node` is, not its values."""
     name = operator_name(user)
     is_first = bool(user.args) and user.args[0] is node
     return name in HARMLESS_PROPERTIES or is_harmless(name, is_first=is_first)
 
 
 def is_harmless(name: str, *, is_first: bool) -> bool:
-    """Whether a function of that name tells nothing of a tensor's values that is its first argument, or another."""
+    """Returns whether the function `name` reads no values of its first argument (`is_first`), or of another one."""
     return name in HARMLESS or (name in HARMLESS_AS_SECOND and not is_first)
 
 
 def num_arguments(user: fx.Node, node: fx.Node) -> int:
-    """How many arguments of `user` are `node`."""
+    """Returns how many arguments of `user` are `node`."""
     count = 0
 
     def look(argument: fx.Node) -> fx.Node:
@@ -98,11 +99,15 @@ def num_arguments(user: fx.Node, node: fx.Node) -> int:
 
 @dataclass(frozen=True)
 class WeightView:
-    """A matrix in a graph that is a view of a parameter (R, C): a part of it, or its transpose.
+    """A matrix in a graph that is a view of a parameter (R, C): the whole, a part, or a transpose of either.
 
-    `rows`, `columns`: (start, stop) of the parameter's rows and columns that the view shows; None for all.
-    `is_transposed`: it shows rows as columns. `is_plain`: it is known to be the parameter itself or its transpose, with
-    nothing in between. `row_dims`: the parameter has three dimensions, of which so many are R.
+    Attributes:
+        parameter: path of the parameter below its module.
+        is_transposed: whether the view shows rows as columns.
+        is_cast: whether the parameter is cast on the way.
+        rows, columns: (start, stop) of the parameter's rows and columns that the view shows; None for all.
+        is_plain: whether the view is known to be the parameter itself or its transpose, neither cast nor copied.
+        row_dims: for a parameter with three dimensions, how many of them form R; else None.
     """
 
     parameter: str
@@ -119,9 +124,9 @@ class WeightView:
 
 
 def view_of_parameter(value: Any, owner: nn.Module) -> WeightView | None:
-    """The view of a 2-D parameter that `value` is, or one of three dimensions flattened to a matrix; or None.
+    """Returns `value` as a view of a 2-D parameter, or of a 3-D parameter flattened to a matrix; or None.
 
-    The views on the way are carried out on a tensor without memory; sizes and strides then tell which rows it shows.
+    Applies the views in between to a tensor without memory, whose sizes and strides then show the rows and columns.
     """
     known = known_view(value)
     if known is not None:
@@ -151,9 +156,10 @@ def view_of_parameter(value: Any, owner: nn.Module) -> WeightView | None:
 def view_shown(
     parameter: str, matrix: torch.Tensor, offset: int, shape: Sequence[int], *, is_cast: bool, is_copy: bool = False
 ) -> WeightView | None:
-    """What `matrix`, a view of a contiguous tensor of that shape that begins after `offset` elements, shows of a
-    parameter; None where it is no block of rows and columns, nor the transpose of one. Of three dimensions it must show
-    all.
+    """Returns which part of a parameter `matrix` shows.
+
+    `matrix` is a view of a contiguous tensor of `shape` and begins after `offset` elements. Returns None if it is
+    neither a block of rows and columns nor the transpose of one, or if it shows only a part of a 3-D parameter.
     """
     if len(shape) == 3:
         for row_dims in (1, 2):
@@ -179,39 +185,39 @@ def view_shown(
 
 
 def known_view(value: Any) -> Any:
-    """What KNOWN_VIEW says of a node, or None."""
+    """Returns the KNOWN_VIEW of a node, or None."""
     return value.meta.get(KNOWN_VIEW) if isinstance(value, fx.Node) else None
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether `node` is a view, a copy or a cast of its first argument."""
+    """Returns whether `node` is a view, a copy or a cast of its first argument."""
     return operator_name(node) in _SAME_VALUES and bool(node.args)
 
 
 def is_chosen_by_input(view: fx.Node) -> bool:
-    """Whether a view shows rows or columns that what was computed decides."""
+    """Returns whether a computed value decides which rows or columns a view shows."""
     found: list[fx.Node] = []
     fx.map_arg((view.args[1:], view.kwargs), found.append)
     return operator_name(view) in CUTS and bool(found)
 
 
 def behind_views(value: Any, views: list[fx.Node]) -> Any:
-    """What the views, copies and casts that end in `value` begin with; they are added to `views`, last first."""
+    """Returns the source of the views, copies and casts that end in `value`; appends them to `views`, last first."""
     while isinstance(value, fx.Node) and is_view(value):
         if operator_name(value) == "getitem" and isinstance(value.args[1], fx.Node):
-            break  # a choice of rows by their numbers is no view
+            break  # a choice of rows by index is no view
         views.append(value)
         value = value.args[0]
     return value
 
 
 def apply_views(views: Sequence[fx.Node], tensor: torch.Tensor) -> Any:
-    """What `views`, last first, make of `tensor`; what they raise for a tensor that they do not fit."""
+    """Returns `tensor` after `views`, which are last first; raises what they raise if they do not fit it."""
     return functools.reduce(_apply_view, reversed(views), tensor)
 
 
 def _apply_view(tensor: Any, node: fx.Node) -> Any:
-    """What `node` makes of `tensor`; a symbolic size counts as 1."""
+    """Returns `tensor` after the view `node`; a symbolic size counts as 1."""
     if operator_name(node) not in VIEWS:
         return tensor
     args, kwargs = fx.map_arg((node.args[1:], node.kwargs), lambda _: 1)
@@ -224,13 +230,13 @@ def _apply_view(tensor: Any, node: fx.Node) -> Any:
 def block_shown(
     matrix: torch.Tensor, offset: int, num_columns: int
 ) -> tuple[tuple[int, int], tuple[int, int], bool] | None:
-    """Which rows and columns of a contiguous tensor (R, C) its view `matrix` (…, a, b) shows, which begins after
-    `offset` elements, and whether transposed.
+    """Returns which rows and columns of a contiguous tensor (R, C) its view `matrix` (…, a, b) shows, and whether it
+    shows them transposed; None for other views. The view begins after `offset` elements; `num_columns` is C.
     """
     if matrix.dim() < 2:
         return None
     batch = zip(matrix.shape[:-2], matrix.stride()[:-2], strict=True)
-    if any(size != 1 and stride != 0 for size, stride in batch):  # not one matrix, expanded
+    if any(size != 1 and stride != 0 for size, stride in batch):  # not one expanded matrix
         return None
     sizes = matrix.shape[-2:]
     strides = matrix.stride()[-2:]

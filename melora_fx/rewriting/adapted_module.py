@@ -1,5 +1,5 @@
-"""What modules whose class is exchanged have in common: the root, and those with adapters, which run a graph of ours or
-their own forward.
+"""The common part of modules whose class is exchanged: the root, and modules with adapters, which run either a graph of
+`rewrite` or their own forward.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,24 +22,25 @@ from .meta_device import on_meta_device, renew_adapters
 
 
 class ExchangedModule(nn.Module):
-    """A module whose class has been exchanged for a subclass of it that is made here.
+    """A module whose class has been exchanged for a subclass that is created here.
 
     Attributes:
-        melora_replaced: the class before; of the exchanged class itself, and not of those that a user makes below it.
+        melora_replaced: the class before the exchange. It is in `vars` of the exchanged class itself, but not of
+            classes that a user derives from it.
     """
 
     melora_replaced: ClassVar[type]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Whoever calls an exchanged class makes a plain module; of a class below it one of that."""
+        """Creates a plain module if `cls` is an exchanged class, and an instance of `cls` if a user has derived it."""
         replaced = vars(cls).get("melora_replaced")
         return super().__new__(cls) if replaced is None else replaced(*args, **kwargs)
 
     def __init_subclass__(cls) -> None:
-        """Keeps what a user's class does for each of its subclasses from those that are made here."""
+        """Keeps a user's `__init_subclass__` from running for the subclasses that are created here."""
 
     def _replicate_for_data_parallel(self) -> Any:
-        """What `nn.DataParallel` runs on another device: torch's own way would call the class."""
+        """Returns the replica that `nn.DataParallel` runs on another device. Torch's method would call the class."""
         replica: Any = object.__new__(type(self))
         _, buffers, modules = registered(self)
         own = {"_parameters": {}, "_buffers": dict(buffers), "_modules": dict(modules), "_is_replica": True}
@@ -48,13 +49,13 @@ class ExchangedModule(nn.Module):
 
 
 class AdaptedModule(ExchangedModule):
-    """The part of a rewritten module's class that is ours.
+    """The part of a rewritten module's class that melora_fx adds.
 
     Attributes:
-        melora_mark: its sites, and what it does for a while instead.
-        melora_class: the class that the module has without adapters.
-        melora_products: the products with its weights that Python of the user's computes.
-        melora_usual: those of them that are calls as `live.products.call_again` takes, by their keys.
+        melora_mark: the module's sites and its temporary state.
+        melora_class: the class of the module without adapters.
+        melora_products: the products with its weights that the user's Python code computes, by key.
+        melora_usual: the products among them that `live.products.call_again` accepts, by the key of the call.
     """
 
     melora_mark: ModuleMark
@@ -69,14 +70,18 @@ class AdaptedModule(ExchangedModule):
         return self
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """Whoever shards a linear puts DTensors into the place of its parameters: the adapter follows the weight."""
-        mark: ModuleMark | None = vars(self).get(MODULE_MARK)  # none on a module of a class below this one
+        """Registers `param`, and shards the adapter too if sharding replaces the linear's parameters with DTensors.
+
+        Raises:
+            MELoRAError: if the adapter cannot follow the sharded weight.
+        """
+        mark: ModuleMark | None = vars(self).get(MODULE_MARK)  # None if a user derived the module's class
         record = next((each for each in mark.records if name in own_names(each)), None) if mark else None
-        was_sharded = is_sharded(registered(self)[0].get(name))  # then others put a loaded one into its place
+        was_sharded = is_sharded(registered(self)[0].get(name))  # then a loaded DTensor replaces the old one
         if mark is None or record is None or not is_sharded(param) or was_sharded or is_called_by_fsdp():
             super().register_parameter(name, param)
             return
-        if name != record.parameter:  # cut as the style cuts the weight, or whole
+        if name != record.parameter:  # A or B: sharded as its blocks allow, otherwise replicated
             super().register_parameter(name, as_parameter(lay(param.detach(), param), param))
             return
         is_linear = param.dim() == 2 and not record.weight_is_transposed and record.row_dims is None
@@ -89,7 +94,7 @@ class AdaptedModule(ExchangedModule):
         super().train(mode)
         mark: ModuleMark | None = vars(self).get(MODULE_MARK)
         for record in mark.records if mark else ():
-            dropout = vars(self).get(record.attribute(DROPOUT))  # of a sharded linear, which holds it as no child
+            dropout = vars(self).get(record.attribute(DROPOUT))  # a sharded linear does not hold it as a child
             if dropout is not None:
                 dropout.train(mode)
         return self
@@ -105,40 +110,43 @@ class AdaptedModule(ExchangedModule):
 
 
 def attributes_of_class(original: type) -> dict[str, Any]:
-    """What the class of rewritten modules has that were of the class `original`."""
+    """Returns the attributes for the class of rewritten modules that were of the class `original`."""
     return {"melora_replaced": original, "melora_class": original, "melora_products": {}, "melora_usual": {}}
 
 
 def subclass_of(half: type, original: type, own: dict[str, Any]) -> type:
-    """A new class with the name of `original`, of `half`, an ExchangedModule, and `original`; `own`: its attributes."""
+    """Returns a new class named like `original`, derived from `half`, an ExchangedModule, and from `original`.
+
+    `own`: further attributes of the class.
+    """
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     bases = (original,) if issubclass(original, half) else (half, original)
     return type(original.__name__, bases, names | {"melora_replaced": original} | own)
 
 
 def with_blank(reduced: Any, module: nn.Module, blank: Callable[[type], Any], cls: type) -> tuple[Any, ...]:
-    """What `__reduce_ex__` has given for `module`, with `blank(cls)` in the place of its class, which no file can name;
-    what a user's own `__reduce__` has given stays.
+    """Returns the result `reduced` of `__reduce_ex__` for `module`, with its class, which no pickle can name, replaced
+    by `blank(cls)`. The result of a user-defined `__reduce__` is returned unchanged.
     """
     made, arguments, *state = reduced
     return (blank, (cls,), *state) if arguments[:1] == (type(module),) else (made, arguments, *state)
 
 
 def refuse_copy_inside_folded(module: AdaptedModule) -> None:
-    """Raises MELoRAError while the weights of `module` are folded for a while."""
+    """Raises MELoRAError while the weights of `module` are temporarily folded."""
     if module.melora_mark.is_folded:
-        raise MELoRAError("a copy made inside `folded` would hold the adapter twice: copy the model outside of it")
+        raise MELoRAError("a copy made inside `folded` would contain the adapter twice: copy the model outside of it")
 
 
 def code_of(module: AdaptedModule) -> str:
-    """The Python code that computes its sites: of its graph, or of the products with its weights that are known."""
+    """Returns the Python code that computes the sites of `module`: its graph's, or that of the known products."""
     if isinstance(module, fx.GraphModule):
         return module.code
     return "\n".join(product.code for product in module.melora_products.values())
 
 
 def rewritten_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
-    """Every rewritten module of `model` with its path."""
+    """Yields (path, module) for every rewritten module of `model`."""
     for path, module in unwrap(model).named_modules():
         if isinstance(module, AdaptedModule) and MODULE_MARK in vars(module):
             yield without_wrappers(path), module

@@ -1,7 +1,7 @@
-"""What has changed since `rewrite` of what it froze: the statistics of a BatchNorm, a bias that was trained meanwhile.
+"""Finds frozen tensors that have changed since `rewrite`, such as a BatchNorm's statistics, or a bias trained since.
 
-No adapter folder holds it. A tensor is known by two sums over its values, of the larger ones over a sample: they stay
-as they are when it is moved, copied or loaded again, and nearly so when it is cast.
+No adapter folder contains them. A tensor is recognised by two sums over its values, or over a sample of them if it is
+large. The sums stay the same if the tensor is moved, copied or loaded again, and nearly the same if it is cast.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -12,27 +12,29 @@ from torch import nn
 from melora_fx.names import site_of, without_wrappers
 
 Sums = tuple[float, float, float]
-"""(sum of the values, sum of their sizes, relative precision of the dtype) of a tensor."""
+"""(sum of the values, sum of their absolute values, relative precision of the dtype) of a tensor."""
 
 _MOST_VALUES = 4096
-"""Of a tensor; training changes nearly all of a parameter's."""
+"""The most values of a tensor that are summed; training changes nearly all values of a parameter."""
 
 _LARGEST = torch.finfo(torch.float16).max
-"""Values count up to this size: a mask of -inf is the same in every dtype."""
+"""Values are clamped to this magnitude, so a mask of -inf is the same in every dtype."""
 
 _ROUNDING = 1e-9
-"""Of sums in float64 that other devices form in another order."""
+"""The relative rounding error of sums in float64, which devices compute in different orders."""
 
 
 def record_values(model: nn.Module, sites: Collection[str] = ()) -> dict[str, Sums]:
-    """By name, what the parameters and the buffers of floats are recognised by that a `state_dict` holds; nothing of
-    the weights of `sites`, which have fingerprints of their own, and of what is on meta.
+    """Returns the sums of each floating-point parameter and buffer in the `state_dict`, by name.
+
+    Weights of `sites` are left out, since they have their own fingerprints, and so are tensors on the meta device and
+    tensors of a subclass.
     """
     return {name: _sums(tensor) for name, tensor in _readable(model) if site_of(name) not in sites}
 
 
 def changed_values(model: nn.Module, recorded: Mapping[str, Sums]) -> list[str]:
-    """Names of the tensors whose values are other ones than when they were `recorded`."""
+    """Returns the names of the tensors whose values differ from those that were `recorded`."""
     present = dict(_readable(model))
     return [name for name, sums in recorded.items() if name in present and _differ(sums, _sums(present[name]))]
 

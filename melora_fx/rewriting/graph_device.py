@@ -1,7 +1,7 @@
-"""Graphs of `torch.export` name the devices that they were made on; here they go where their module goes.
+"""Moves the devices that a graph of `torch.export` names along with its module.
 
-A model whose forward says `torch.arange(n, device=x.device)` has `device=cpu` in its graph if x was there. The graph
-does not say which of these the model wrote itself: all follow.
+A graph names the devices of the export: if a forward contains `torch.arange(n, device=x.device)` and x was on the CPU,
+the graph contains `device=cpu`. It does not record which devices the model itself wrote out, so all of them move.
 """
 
 from collections.abc import Collection, Iterator
@@ -15,14 +15,14 @@ from melora_fx.names import get_attribute
 
 
 def devices_of(module: nn.Module) -> set[torch.device]:
-    """Where the parameters and buffers of `module` are."""
+    """Returns the devices of the parameters and buffers of `module`."""
     return {tensor.device for tensor in [*module.parameters(), *module.buffers()]}
 
 
 def put_module_on_device(
     module: nn.Module, graph: fx.Graph, before: Collection[torch.device], after: Collection[torch.device]
 ) -> bool:
-    """`put_on_device` of the `graph` of `module`; the graphs that it calls follow too."""
+    """Applies `put_on_device` to the `graph` of `module`, and to its inner graphs; returns whether `graph` changed."""
     for inner in inner_modules(module, graph):
         if put_on_device(inner.graph, before, after):
             inner.recompile()
@@ -30,7 +30,7 @@ def put_module_on_device(
 
 
 def inner_modules(owner: nn.Module, graph: fx.Graph) -> Iterator[fx.GraphModule]:
-    """The graphs that `graph` of `owner` calls, at any depth: what stood in `torch.no_grad()`, or in a branch."""
+    """Yields the graphs that `graph` of `owner` calls, at any depth: bodies of `torch.no_grad()` and of branches."""
     for node in graph.find_nodes(op="get_attr"):
         inner = get_attribute(owner, str(node.target))
         if isinstance(inner, fx.GraphModule):
@@ -39,9 +39,10 @@ def inner_modules(owner: nn.Module, graph: fx.Graph) -> Iterator[fx.GraphModule]
 
 
 def put_on_device(graph: fx.Graph, before: Collection[torch.device], after: Collection[torch.device]) -> bool:
-    """Whether `graph` named a device of `before`, which is now that of `after`; if these are several it stays.
+    """Replaces the devices of `before` in `graph` with the device in `after`, and returns whether any was replaced.
 
-    A device without a number, as in `device="cuda"`, stands for all of its type.
+    If `after` contains several devices, the graph stays unchanged. A device without an index, as in `device="cuda"`,
+    stands for every device of its type.
     """
     targets = {*after}
     left = {*before} - targets

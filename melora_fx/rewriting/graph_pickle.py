@@ -1,4 +1,4 @@
-"""Graphs as bytes, for the pickles of rewritten modules."""
+"""Converts graphs to bytes and back, for the pickles of rewritten modules."""
 
 import io
 import pickle
@@ -14,7 +14,7 @@ from melora_fx.torch_private import is_operator, operator_key
 
 
 class _GraphPickler(pickle.Pickler):
-    """Pickles ATen operators, which have no pickling of their own, by name."""
+    """Pickles registered operators by name, since torch does not pickle them."""
 
     def reducer_override(self, obj: Any) -> Any:
         if is_operator(obj):
@@ -28,7 +28,7 @@ def _resolve_operator(name: str, overload: str) -> Any:
 
 
 def dump_graph(graph: fx.Graph) -> bytes:
-    """The graph without the metadata of its nodes but for the tags of sites."""
+    """Returns the pickled graph. The metadata of its nodes is dropped, except the tags of sites."""
     graph = copy_graph(graph)
     for node in graph.nodes:  # example values and stack traces of the export cannot all be pickled
         node.meta = {SITE_TAG: node.meta[SITE_TAG]} if SITE_TAG in node.meta else {}
@@ -39,6 +39,6 @@ def dump_graph(graph: fx.Graph) -> bytes:
 
 def load_graph(dumped: bytes) -> fx.Graph:
     """The inverse of `dump_graph`."""
-    with warnings.catch_warnings():  # torch warns of its own deprecated class when a tree specification is restored
+    with warnings.catch_warnings():  # restoring a tree specification makes torch warn of its own deprecated class
         warnings.simplefilter("ignore", FutureWarning)
         return pickle.loads(dumped)

@@ -1,6 +1,6 @@
-"""What `rewrite` leaves on modules beside the adapters: one mark on each rewritten module, one on the model's root.
+"""What `rewrite` stores on modules in addition to adapters: a mark on each rewritten module, one on the model's root.
 
-`fold` takes both away. `adapter/site.py` has the name of the first, since `matching` looks for it.
+`fold` removes both. The name of the first is in `adapter/site.py`, since `matching` looks for it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,19 +16,19 @@ from melora_fx.names import unwrap, without_wrappers
 from .changes import Sums
 
 ROOT_MARK = "melora_root"
-"""Attribute of the module that `rewrite` was called with: its RootMark."""
+"""The attribute with the RootMark, on the module that `rewrite` was called with."""
 
 
 @dataclass
 class ModuleMark:
-    """On each rewritten module.
+    """The mark on each rewritten module.
 
     Attributes:
-        records: its sites.
-        path: the module's dotted name in the model that `rewrite` was given.
-        runs_base: whether the base runs for a while.
-        adapted_graph: the graph with adapters, which waits here meanwhile; else None.
-        is_folded: whether the weights are folded for a while.
+        records: the module's sites.
+        path: the module's dotted name in the model that `rewrite` was called with.
+        runs_base: whether the module temporarily runs its base.
+        adapted_graph: the graph with adapters while the module runs its base; otherwise None.
+        is_folded: whether the weights are temporarily folded.
     """
 
     records: list[SiteRecord]
@@ -40,7 +40,7 @@ class ModuleMark:
 
 @dataclass
 class Patches:
-    """Attributes of an instance that are ours for a while, and what stood there before.
+    """Temporary attributes of an instance, and the values that they replace.
 
     An attribute counts as ours while it is the very object that was put there; a copy of the model copies both alike.
     """
@@ -49,14 +49,14 @@ class Patches:
     before: dict[str, Any] = field(default_factory=dict)
 
     def put(self, model: nn.Module, name: str, value: Any) -> None:
-        """Puts `value` in the place of an attribute, or of what was put there last."""
+        """Replaces an attribute with `value`, and remembers the old value unless it was ours."""
         own = vars(model)
         if name in own and not self._is_ours(own, name):
             self.before[name] = own[name]
         own[name] = self.ours[name] = value
 
     def take_off(self, model: nn.Module, *names: str) -> None:
-        """Puts back what stood before under these names; what another has put there since stays."""
+        """Restores the previous attributes of these names; an attribute that someone else has set since stays."""
         own = vars(model)
         for name in names:
             before = {name: self.before.pop(name)} if name in self.before else {}
@@ -66,7 +66,7 @@ class Patches:
             self.ours.pop(name, None)
 
     def take_all_off(self, model: nn.Module) -> None:
-        """The same for all names."""
+        """Calls `take_off` for all names."""
         self.take_off(model, *tuple(self.ours))
 
     def _is_ours(self, own: Mapping[str, Any], name: str) -> bool:
@@ -74,7 +74,7 @@ class Patches:
 
     @contextmanager
     def lifted(self, model: nn.Module) -> Iterator[None]:
-        """Inside the block the model's attributes are its own."""
+        """Takes all our attributes off inside the block."""
         own = vars(model)
         ours = {name: value for name, value in self.ours.items() if self._is_ours(own, name)}
         self.take_off(model, *ours)
@@ -87,15 +87,15 @@ class Patches:
 
 @dataclass
 class RootMark:
-    """On a rewritten model's root, and on a model around it that a Trainer trains.
+    """The mark on a rewritten model's root, and on a model around it that a Trainer trains.
 
     Attributes:
-        requires_grad: of every base parameter before `rewrite`.
+        requires_grad: name of every base parameter → its `requires_grad` before `rewrite`.
         kept: names of the modules and parameters kept trainable.
-        values: what the tensors that were frozen are recognised by, as they were then.
-        sites: names of what was adapted.
-        patches: what a Hugging Face model says of itself meanwhile.
-        watched: in which modes, `training` or not, a forward has been watched.
+        values: the sums that tensors are recognised by, as `record_values` returned them in `rewrite`.
+        sites: names of the adapted sites.
+        patches: the temporary attributes of a Hugging Face model.
+        watched: the modes, `training` or not, in which a forward has been watched.
     """
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
@@ -107,12 +107,12 @@ class RootMark:
 
 
 def root_mark(model: nn.Module) -> RootMark:
-    """The mark of `model`, which is given an empty one where it has none."""
+    """Returns the mark of `model`; adds an empty one if it has none."""
     return vars(model).setdefault(ROOT_MARK, RootMark())
 
 
 def root_marks(model: nn.Module) -> Iterator[tuple[str, nn.Module, RootMark]]:
-    """(path, module, mark) of each root in `model`."""
+    """Yields (path, module, mark) for each root in `model`."""
     for path, module in unwrap(model).named_modules():
         mark = vars(module).get(ROOT_MARK)
         if mark is not None:

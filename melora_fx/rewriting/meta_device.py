@@ -1,6 +1,6 @@
-"""Adapters of modules that were rewritten on the meta device: their values come when their weights do.
+"""Initialises adapters of modules that were rewritten on the meta device, when their weights leave it.
 
-A move from the meta device gives memory without values, and a loaded base state has no adapters in it.
+A move from the meta device allocates memory without values, and a loaded base state contains no adapters.
 """
 
 from collections.abc import Iterable
@@ -17,14 +17,15 @@ from melora_fx.torch_private import registered
 
 
 def on_meta_device(module: nn.Module, records: Iterable[SiteRecord]) -> list[SiteRecord]:
-    """The sites of `module` whose adapter is on the meta device."""
+    """Returns the sites of `module` whose adapter is on the meta device."""
     return [record for record in records if tensors_of(module, record).lora_a.is_meta]
 
 
 def renew_adapters(module: nn.Module, records: Iterable[SiteRecord], moved: Iterable[SiteRecord] = ()) -> None:
-    """Initialises the adapters of `module` that are mere memory, and fills its scalings, which no state holds.
+    """Initialises the adapters of `module` that have no values yet, and fills its scalings, which are in no state dict.
 
-    Mere memory are those of `moved` that have left the meta device, and those still there whose weight is loaded.
+    Adapters without values are those of `moved` that have left the meta device, and those that are still on it although
+    their weight is loaded.
     """
     for record in records:
         lora_a = tensors_of(module, record).lora_a
@@ -38,7 +39,7 @@ def renew_adapters(module: nn.Module, records: Iterable[SiteRecord], moved: Iter
 
 
 def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: torch.device) -> None:
-    """Gives the site fresh values on `device`; a sharded one its part of those."""
+    """Gives the site fresh values on `device`; a sharded site gets its part of them."""
     owner = owner_of(module, record)
     old = tensors_of(module, record)
     matrices = record.matrices_of(weight)
@@ -51,7 +52,7 @@ def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: 
     )
     for kind, tensor in fresh.factors.items():
         present = old.factors[kind]
-        if is_sharded(present) and not present.is_meta:  # whoever shards it holds it too
+        if is_sharded(present) and not present.is_meta:  # written in place: the code that shards it holds it too
             put(present, tensor)
             broadcast_replicas(present)
             continue
@@ -64,7 +65,7 @@ def _renew(module: nn.Module, record: SiteRecord, weight: torch.Tensor, device: 
 
 def _refill_scaling(module: nn.Module, record: SiteRecord) -> None:
     adapter = tensors_of(module, record)
-    if not adapter.lora_b.numel():  # ZeRO-3 has its values elsewhere, and leaves buffers alone
+    if not adapter.lora_b.numel():  # ZeRO-3 keeps the values elsewhere and does not touch buffers
         return
     _, buffers, _ = registered(owner_of(module, record))
     name = record.attribute(SCALING)

@@ -1,9 +1,9 @@
-"""A module that runs a rewritten graph, and remembers what its sites are.
+"""The class of modules that run a rewritten graph and record its sites.
 
-The module keeps its identity: its class is exchanged for a subclass that is also a `torch.fx.GraphModule`, as
-`torch.nn.utils.parametrize` and FSDP2 do, so parameters, hooks, attributes, `isinstance` and whoever else holds the
-module go on as before, and `uninstall` gives the class back. GraphModule's own copying and pickling drop attributes,
-metadata and hooks (they rebuild the module from its code); here both keep everything.
+A module keeps its identity: its class is exchanged for a subclass that is also a `torch.fx.GraphModule`.
+`torch.nn.utils.parametrize` and FSDP2 exchange classes too. So parameters, hooks, attributes, `isinstance` and other
+references to the module keep working, and `uninstall` restores the class. GraphModule's own copying and pickling drop
+attributes, metadata and hooks, because they rebuild the module from its code; the methods here keep everything.
 """
 
 import copy
@@ -34,21 +34,21 @@ from .module_class import class_key, class_of
 from .running import adapted_graph, run_adapted, run_base, weights_behind_properties, without_adapters
 
 _PICKLED_GRAPH = "melora_graph"
-"""Key of the pickled graph in a pickled module's state."""
+"""The key of the pickled graph in a pickled module's state."""
 
 _PICKLED_DEVICES = "melora_devices"
-"""Key of the devices that its tensors were on; `torch.load` may bring them to others."""
+"""The key of the devices that the module's tensors were on; `torch.load` may put them on others."""
 
 
 class RewrittenModule(AdaptedModule, fx.GraphModule):
     """The GraphModule half of a module that `install` has changed.
 
-    Its forward, on the class, is made by `running.choosing_forward`; `module_class.py` says which modules share one.
+    `running.choosing_forward` builds the forward of the class; `module_class.py` says which modules share a class.
 
     Attributes:
-        melora_class: the class that the module has without adapters; GraphModule for all of the per-instance classes.
-        base_code, base_function, base_graph: the base of this class, made by the first `run_base`, and the adapted code
-            that it was made from.
+        melora_class: the class of the module without adapters; GraphModule instead of its per-instance classes.
+        base_code, base_function, base_graph: the adapted code from which the first `run_base` has built the base, and
+            the base's function and graph.
     """
 
     base_code: ClassVar[str] = ""
@@ -56,19 +56,19 @@ class RewrittenModule(AdaptedModule, fx.GraphModule):
     base_graph: ClassVar[fx.Graph]
 
     def recompile(self) -> fx.graph.PythonCode:
-        """Makes the code from the graph, and puts the module into the class of all modules that run that code."""
-        if "forward" in vars(type(self)):  # others may have this class too, and GraphModule writes the forward on it
+        """Generates the code from the graph, and puts the module into the class of all modules that run that code."""
+        if "forward" in vars(type(self)):  # GraphModule sets the class's forward, but others may share this class
             self.__class__ = _rewritten_class(self.melora_class)
         for parameter in weights_behind_properties(self):
             add_weight_properties(type(self), parameter)
         code = super().recompile()
-        self.graph.owning_module = None  # else the two keep each other alive
+        self.graph.owning_module = None  # otherwise the graph and the module keep each other alive
         key = class_key(self, self.melora_class, self.melora_mark.records, code)
         self.__class__ = class_of(key, self, self.melora_mark.records)
         return code
 
     def base_forward(self, *inputs: Any) -> torch.Tensor:
-        """The forward that the module had before, for a graph that calls it as its base."""
+        """Runs the forward that the module had before `rewrite`, for a graph that calls it as its base."""
         original: Any = self.melora_class
         return call_base(self, original.forward, *inputs)
 
@@ -101,7 +101,9 @@ class RewrittenModule(AdaptedModule, fx.GraphModule):
         self.graph = graph
 
     def _own_state(self) -> dict[str, Any]:
-        """What a copy takes over: all but the graph, what is made from it, and a base that runs for a while."""
+        """Returns the attributes that a copy takes over. They exclude the graph, everything generated from it, and
+        the temporary switch to the base.
+        """
         refuse_copy_inside_folded(self)
         if parametrize.is_parametrized(self):
             raise MELoRAError(
@@ -122,8 +124,8 @@ class RewrittenModule(AdaptedModule, fx.GraphModule):
 
     @contextmanager
     def _followed_by_graph(self) -> Iterator[None]:
-        """If the block moves the tensors, the graph of a whole model follows; one traced in place names no devices
-        but those that the user's code does.
+        """Updates the devices in the graph of a whole model if the block moves the tensors. A graph traced in place
+        names no devices except those in the user's code, so it stays.
         """
         before = devices_of(self) if self.melora_class is fx.GraphModule else set[torch.device]()
         yield
@@ -137,7 +139,7 @@ class RewrittenModule(AdaptedModule, fx.GraphModule):
 
 
 def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord], path: str) -> RewrittenModule:
-    """Makes `module`, at `path` of its model, run `graph` from now on; the same object comes back."""
+    """Makes `module`, at `path` of its model, run `graph` from now on, and returns the same object."""
     defaults = vars(fx.GraphModule(nn.Module(), fx.Graph()))
     vars(module).update({key: value for key, value in defaults.items() if key not in vars(module)})
     module.__class__ = _rewritten_class(_restored_class(module))
@@ -150,7 +152,7 @@ def install(module: nn.Module, graph: fx.Graph, records: list[SiteRecord], path:
 
 @contextmanager
 def _put_around_again(module: nn.Module) -> Iterator[None]:
-    """What tensor parallelism of transformers has around the forward of `module` is put there again after the block."""
+    """Removes the forward that transformers' tensor parallelism has put on `module`, and puts it back afterwards."""
     around = tensor_parallel_forward(module)
     if around:
         del vars(module)["forward"]
@@ -161,7 +163,7 @@ def _put_around_again(module: nn.Module) -> Iterator[None]:
 
 
 def uninstall(module: AdaptedModule) -> None:
-    """Gives `module` its class back. A module that was a GraphModule keeps its graph without the adapters."""
+    """Restores the class of `module`. A module that was a GraphModule keeps its graph without the adapters."""
     with _put_around_again(module):
         _uninstall(module)
 
@@ -178,7 +180,7 @@ def _uninstall(module: AdaptedModule) -> None:
         own.pop("forward", None)
     del own[MODULE_MARK]
     if original is fx.GraphModule:
-        plain = type(fx.GraphModule(nn.Module(), fx.Graph()))  # a class of its own, which gets the graph's forward
+        plain = type(fx.GraphModule(nn.Module(), fx.Graph()))  # a fresh class, which gets the graph's forward
         with without_fsdp_class(module):
             put_class(module, plain)
             module.graph = without_adapters(graph)
@@ -190,37 +192,40 @@ def _uninstall(module: AdaptedModule) -> None:
 
 @functools.cache
 def _graph_module_attributes() -> tuple[str, ...]:
-    """What a GraphModule has and a plain module has not."""
+    """Returns the names of the attributes that a GraphModule has and a plain module lacks."""
     plain = fx.GraphModule(nn.Module(), fx.Graph())
     return *(vars(plain).keys() - vars(nn.Module()).keys()), *GRAPH_SPECS
 
 
 def replaced_forward(module: AdaptedModule) -> bool:
-    """Whether someone has put another `forward` on the instance, around the one that ours has on the class."""
+    """Returns whether someone has put another `forward` on the instance, around the one that we put on the class.
+
+    The `forward` of transformers' tensor parallelism does not count.
+    """
     if not isinstance(module, RewrittenModule) or tensor_parallel_forward(module):
         return False
     return "forward" in vars(module) and getattr(module.forward, "__func__", None) is not type(module).forward
 
 
 def class_name(model: nn.Module) -> str:
-    """Name of the class that `model` has when it is not rewritten."""
+    """Returns the name of the class that `model` has when it is not rewritten."""
     inner = unwrap(model)
     return vars(inner).get("model_class", _restored_class(inner).__name__)
 
 
 def _restored_class(module: nn.Module) -> type:
-    """The class that `module` had, or has, when it is not rewritten; GraphModule for all its per-instance classes."""
+    """Returns the class of `module` without adapters; GraphModule instead of its per-instance classes."""
     if isinstance(module, AdaptedModule):
         return module.melora_class
     return fx.GraphModule if isinstance(module, fx.GraphModule) else class_inside(module)
 
 
 def _rewritten_class(original: type) -> type:
-    """A new class for modules of the class `original`, without a forward yet."""
+    """Returns a new class for rewritten modules of the class `original`, still without a forward."""
     bases = (RewrittenModule,) if original is fx.GraphModule else (RewrittenModule, original)
     return type(f"MELoRA{original.__name__}", bases, attributes_of_class(original))
 
 
 def _blank(original: type) -> Any:
-    """An object without attributes that will be a rewritten module."""
+    """Returns an object without attributes, which becomes a rewritten module."""
     return object.__new__(_rewritten_class(original))

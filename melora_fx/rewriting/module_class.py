@@ -1,14 +1,14 @@
-"""The class of a rewritten module: all modules that run the same code share one.
+"""The class of a rewritten module, which all modules that run the same code share.
 
-What Dynamo does decides this:
+Two properties of Dynamo require this:
 
-* It keeps compiled code by the forward's code object and guards on the class of the module. Layers of equal code are
-  of one class, so that regional compilation, which compiles layer by layer, compiles once for all of them.
-* It compiles one code object at most 8 times (`torch._dynamo.config.recompile_limit`) and then runs it uncompiled. The
-  forwards of all classes are made by one function and would count together: each class has a code object of its own.
+* It caches compiled code by the forward's code object, and guards on the class of the module. Layers with equal code
+  share a class, so that regional compilation, which compiles layer by layer, compiles once for all of them.
+* It compiles a code object at most 8 times (`torch._dynamo.config.recompile_limit`) and then runs it uncompiled. One
+  function creates the forwards of all classes, so they would count together: each class gets its own code object.
 
-accelerate and others look for the function below a wrapper in `__wrapped__` and put it in the wrapper's place. A
-class's forward has none: what it would lead to is the plain graph's function, which knows no base and no lowering.
+accelerate and others take the function in a wrapper's `__wrapped__` and put it in the wrapper's place. The forward of a
+class has no `__wrapped__`: it would be the plain graph's function, which knows neither the base nor a lowering.
 """
 
 import functools
@@ -28,10 +28,10 @@ from .running import choosing_forward, weights_behind_properties
 
 
 class ClassKey(NamedTuple):
-    """All that the forward of a rewritten module depends on beside the module's tensors.
+    """Everything except the module's tensors that the forward of a rewritten module depends on.
 
-    `operators`: the names that the code uses and the `id` of what each stands for. `sites`: the lowering and the
-    weight's shape of each.
+    `operators`: the names that the code uses, each with the `id` of the object that it names. `sites`: the lowering and
+    the shape of the weight of each site.
     """
 
     melora_class: type
@@ -41,13 +41,13 @@ class ClassKey(NamedTuple):
 
 
 _classes: WeakValueDictionary[ClassKey, type] = WeakValueDictionary()
-"""The classes in use. A class keeps its operators alive, so no `id` in a key is another object's meanwhile."""
+"""The classes in use. A class keeps its operators alive, so no other object can get an `id` that is in its key."""
 
 
 def class_key(
     module: fx.GraphModule, melora_class: type, records: list[SiteRecord], code: fx.graph.PythonCode
 ) -> ClassKey:
-    """The key of `module`, whose graph is `code`."""
+    """Returns the key of `module`, whose graph has generated `code`."""
     return ClassKey(
         melora_class,
         code.src,
@@ -57,10 +57,10 @@ def class_key(
 
 
 def class_of(key: ClassKey, module: fx.GraphModule, records: list[SiteRecord]) -> type:
-    """The one class of all modules with this key.
+    """Returns the class that all modules with this key share.
 
-    Where there is none yet, it is the class that `module` has, its own, to which `fx.GraphModule.recompile` has given
-    the forward of the plain graph.
+    If none exists yet, the present class of `module`, which no other module has, becomes that class.
+    `fx.GraphModule.recompile` has given it the forward of the plain graph.
     """
     cls: Any = _classes.get(key)
     if cls is None:
@@ -74,7 +74,7 @@ def class_of(key: ClassKey, module: fx.GraphModule, records: list[SiteRecord]) -
 
 
 def _presented_as(plain: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with the name and the signature of `plain` and a code object of its own."""
+    """Returns `forward` with the name and the signature of `plain` and its own code object."""
     presented: Any = functools.update_wrapper(forward, plain)
     presented.__code__ = presented.__code__.replace()
     presented.__signature__ = inspect.signature(plain)

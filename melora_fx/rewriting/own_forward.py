@@ -1,7 +1,7 @@
-"""A module that runs its own forward, in which the products with its adapted weights have their adapters.
+"""The class of modules that run their own forward, in which the products with adapted weights have their adapters.
 
-Its class is exchanged for a subclass with the properties of `live/weight_property.py` in the place of these weights;
-all else, the forward too, is the user's. Modules that compute alike share a class, as those that run a graph do.
+The class is exchanged for a subclass with the properties of `live/weight_property.py` in place of the adapted weights.
+Everything else, the forward included, is the user's. Modules that compute alike share a class, as those with graphs do.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from .watch import watch
 
 
 class OwnForwardModule(AdaptedModule):
-    """The half of such a module's class that is ours."""
+    """The part of the module's class that melora_fx adds."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         refuse_copy_inside_folded(self)
@@ -51,13 +51,13 @@ class OwnForwardModule(AdaptedModule):
         if any(record.parameter == name for record in self.melora_mark.records):
             raise MELoRAError(
                 f"`{name}` of this {self.melora_class.__name__} is adapted, and cannot be parametrized or removed: "
-                "`fold` first"
+                "call `fold` first"
             )
         super().__delattr__(name)
 
 
 class _ClassKey(NamedTuple):
-    """All that the products of a module depend on: of each site its record, the weight's shape and dtype."""
+    """Everything that the products of a module depend on: the record and the weight's shape and dtype of each site."""
 
     melora_class: type
     sites: tuple[Any, ...]
@@ -67,7 +67,7 @@ _classes: WeakValueDictionary[_ClassKey, type] = WeakValueDictionary()
 
 
 def install_own_forward(module: nn.Module, records: list[SiteRecord], path: str) -> OwnForwardModule:
-    """Gives `module`, at `path` of its model, the properties for the sites of `records`; the same object comes back."""
+    """Gives `module`, at `path` of its model, the properties for the sites of `records`; returns the same object."""
     vars(module)[MODULE_MARK] = ModuleMark(records, path)
     _enter_class(module, type(module))
     assert isinstance(module, OwnForwardModule)
@@ -75,7 +75,7 @@ def install_own_forward(module: nn.Module, records: list[SiteRecord], path: str)
 
 
 def _enter_class(module: nn.Module, original: type) -> bool:
-    """Whether the class is a new one, whose products are not known."""
+    """Puts `module` into the class for its sites; returns whether the class is new: its products are unknown then."""
     records = vars(module)[MODULE_MARK].records
     key = _ClassKey(original, tuple(_of_site(module, record) for record in records))
     cls = _classes.get(key)
@@ -90,7 +90,7 @@ def _enter_class(module: nn.Module, original: type) -> bool:
 
 
 def _foresee(module: OwnForwardModule) -> None:
-    """Makes the products that `rewrite` has made in another process, by a trace of the module as it is without ours."""
+    """Builds the products that `rewrite` has built in another process, by tracing the module in its original class."""
     cls = type(module)
     put_class(module, module.melora_class)
     try:
@@ -106,7 +106,7 @@ def _foresee(module: OwnForwardModule) -> None:
 
 
 def _names_of_weight(module: nn.Module, record: SiteRecord) -> tuple[str, ...]:
-    """The names under which `module` itself holds the weight of a site."""
+    """Returns the names under which `module` itself holds the weight of a site."""
     own, _, _ = registered(module)
     return tuple(name for name, parameter in own.items() if parameter is own[record.parameter])
 
@@ -130,5 +130,5 @@ def _new_class(original: type) -> type:
 
 
 def _blank(original: type) -> Any:
-    """An object without attributes that `__setstate__` makes a module of."""
+    """Returns an object without attributes, which `__setstate__` turns into a module."""
     return object.__new__(_new_class(original))

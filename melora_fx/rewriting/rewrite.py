@@ -1,7 +1,7 @@
 """Rewrites the linear nodes of a model into frozen base + MELoRA subgraphs.
 
-`melora_fx/patterns` says what is inserted behind each node; here is everything around it: what is frozen, which tensors
-the modules get, and what is refused.
+`melora_fx/patterns` decides what is inserted after each node. This file does the rest: it freezes the base, adds the
+adapters' tensors to the modules, and refuses what cannot be adapted.
 """
 
 import warnings
@@ -72,29 +72,31 @@ def rewrite(
     dynamic_axes: DynamicAxes = "auto",
     keep_trainable: str | Sequence[str] = (),
 ) -> nn.Module:
-    """The model with an adapter beside each linear that `targets` names, and everything else frozen.
+    """Adds an adapter to each linear that `targets` names, freezes everything else, and returns the adapted model.
 
-    The output is at first that of the base, bit for bit. Errors come before anything is changed.
+    Initially the outputs are those of the base, bit for bit. Errors are raised before anything is changed. Warns about
+    linears that "all-linear" or a callable chooses but that cannot be adapted.
 
     Args:
-        model: an nn.Module is changed in place and returned; an ExportedProgram gives a GraphModule.
-        targets: a name or list of names; an ordered mapping of name to MELoRAConfig, or to None to leave a linear
-            or all below a module alone (first match wins); or a callable (name, module) -> bool. A name matches a site
-            when equal to it or to its dotted suffix; with `* ? [` it is a glob on the whole name; after `re:` a regular
-            expression for the whole name; "all-linear" is every linear but heads and what is kept trainable.
-        config: the adapter's configuration, where `targets` gives none of its own.
-        example_inputs: captures the whole model by `torch.export` and returns a GraphModule that shares the model's
-            parameters: a dict of keyword arguments or a tuple of positional ones.
-        dynamic_axes: of that graph's inputs: "auto" frees batch and sequence; or input name → {axis: name}, every other
-            axis fixed.
-        keep_trainable: names, as in `targets`, of modules and parameters that stay trainable and are saved with the
-            adapter, a module with its buffers.
+        model: an nn.Module, which is changed in place and returned, or an ExportedProgram, which becomes a GraphModule.
+        targets: a name or list of names; an ordered mapping from name to MELoRAConfig, or to None to leave out a
+            linear or everything below a module (the first match wins); or a callable (name, module) -> bool. A name
+            matches a site if it equals the site's name or a dotted suffix of it. With `* ? [` a name is a glob, after
+            `re:` a regular expression; both match whole names. "all-linear" is every linear except heads and modules
+            kept trainable.
+        config: the adapter's configuration, if `targets` has none for the linear.
+        example_inputs: a dict of keyword arguments or a tuple of positional ones. If passed, the whole model is
+            captured with `torch.export`, and a GraphModule is returned that shares the model's parameters.
+        dynamic_axes: the axes of that graph's inputs that may vary: "auto" for batch and sequence; or
+            input name → {axis: name}, with every other axis fixed.
+        keep_trainable: names, matched as in `targets`, of modules and parameters that stay trainable and are saved with
+            the adapter. A module is saved with its buffers.
 
     Raises:
-        ValueError, TypeError: for a name that matches nothing, features that the blocks do not divide, or a weight that
-            would be both adapted and trained.
-        MELoRAError: for a model already rewritten or compiled, one that cannot be captured, or a named linear that
-            cannot be adapted.
+        ValueError, TypeError: if a name matches nothing, the blocks do not divide a linear's features, a weight would
+            be both adapted and trained, or an argument is malformed.
+        MELoRAError: if the model is already rewritten, compiled or wrapped for several processes, or cannot be
+            captured, or if a linear that `targets` names one by one cannot be adapted.
     """
     plan = make_plan(model, targets, config, example_inputs, dynamic_axes, keep_trainable)
     rewritten, kept = plan.model, plan.kept
@@ -102,7 +104,7 @@ def rewrite(
     if plan.missed:
         missed = ", ".join(f"`{name}` ({plan.unsuitable[name]})" for name in plan.missed)
         warnings.warn(f"`rewrite` leaves {len(plan.missed)} linears alone: {missed}", stacklevel=2)
-    if is_exported(rewritten):  # the user's own, planned as it is so that errors come before any change
+    if is_exported(rewritten):  # a user's exported module is planned unchanged first, so that errors precede changes
         assert isinstance(rewritten, fx.GraphModule)
         plan = make_plan(make_trainable(rewritten), targets, config, keep_trainable=keep_trainable)
     names = tuple(site.name for site in plan.sites)
@@ -116,9 +118,9 @@ def rewrite(
                 foresee_linears(site.owner, site.nodes, site.weight)
         else:
             install(capture.module, capture.graph, _insert_sites(capture.graph, sites), capture.path)
-    root_mark(rewritten).patches.take_all_off(rewritten)  # a Trainer's, which a fold of a part has left
+    root_mark(rewritten).patches.take_all_off(rewritten)  # a Trainer's patches, left after a part was folded
     vars(rewritten)[ROOT_MARK] = mark
-    if not isinstance(rewritten, fx.GraphModule):  # one graph has no other readers
+    if not isinstance(rewritten, fx.GraphModule):  # only the graph itself reads a whole graph's weights
         watch(rewritten)
     attach(rewritten)
     watch_optimizers(rewritten)
@@ -126,7 +128,7 @@ def rewrite(
 
 
 def _refuse(plan: Plan) -> None:
-    """Raises for what was asked for and cannot be done; all offenders at once."""
+    """Raises an error that lists all offenders of one kind if `plan` has requests that cannot be met."""
     if plan.misfits:
         raise ValueError("\n".join(f"`{name}`: {reason}" for name, reason in plan.misfits.items()))
     if plan.refused:
@@ -136,23 +138,24 @@ def _refuse(plan: Plan) -> None:
     both = [site.name for site in plan.sites if any(keeps_weight(name, site.name) for name in plan.kept)]
     if both:
         raise ValueError(
-            f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: train or adapt it; "
-            f"a mapping leaves it out, `targets={{{both[0]!r}: None, …}}`"
+            f"`keep_trainable` and `targets` both name {', '.join(map(repr, both))}: either train it or adapt it; "
+            f"leave it out with a mapping, `targets={{{both[0]!r}: None, …}}`"
         )
     if lines := trained_bases(plan.model, plan.kept, {site.name: site.weight for site in plan.sites}):
         raise ValueError(
-            "\n".join(lines) + "\ntrain it or adapt it, or give one of the two a copy of the weight before `rewrite`"
+            "\n".join(lines)
+            + "\neither train it or adapt it, or give one of the two a copy of the weight before `rewrite`"
         )
 
 
 def _requires_grad(model: nn.Module) -> dict[str, bool]:
-    """Of each parameter under each of its names."""
+    """Maps every name of every parameter to its `requires_grad`."""
     parameters = model.named_parameters(remove_duplicate=False)
     return {without_wrappers(name): parameter.requires_grad for name, parameter in parameters}
 
 
 def _by_capture(sites: list[PlannedSite]) -> list[tuple[Capture, list[PlannedSite]]]:
-    """Each capture that has sites, with these."""
+    """Groups the sites by capture: (capture, its sites) for each capture that has any."""
     groups: dict[int, tuple[Capture, list[PlannedSite]]] = {}
     for site in sites:
         groups.setdefault(id(site.capture), (site.capture, []))[1].append(site)
@@ -160,10 +163,10 @@ def _by_capture(sites: list[PlannedSite]) -> list[tuple[Capture, list[PlannedSit
 
 
 def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]:
-    """Adds the adapters' tensors to the weights' owners and their nodes to the graph.
+    """Adds the adapters' tensors to the weights' owners and the adapters' nodes to the graph; returns the records.
 
-    Last node first: where one linear feeds another, the later adapter's input is still the plain output then, and
-    becomes the adapted one with all its other users.
+    The last node comes first: if one linear feeds another, the later adapter still reads the plain output when it is
+    inserted, and gets the adapted output together with all other users.
     """
     records = []
     insertions: dict[fx.Node, tuple[LinearNode, SiteRecord, PlannedSite]] = {}
@@ -180,7 +183,7 @@ def _insert_sites(graph: fx.Graph, sites: list[PlannedSite]) -> list[SiteRecord]
 
 
 def _add_site(site: PlannedSite) -> SiteRecord:
-    """The record of a site whose tensors have been added to the weight's owner."""
+    """Adds the tensors of a site to the weight's owner, and returns the site's record."""
     record = _record_of(site)
     _add_tensors(site, record)
     return record

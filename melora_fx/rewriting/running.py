@@ -1,7 +1,7 @@
-"""Which graph a rewritten module runs: the plain one, the lowered one, or its base's.
+"""Decides which graph a rewritten module runs: the plain one, the lowered one, or its base's.
 
-The plain graph has the adapters as nodes; it is what is printed, copied, saved and exported. The lowered one has one
-call for each adapter and trains faster. The base's graph has no adapters and runs inside `disabled` and `folded`.
+The plain graph has the adapters as nodes; it is printed, copied, saved and exported. The lowered graph has one call for
+each adapter and trains faster. The base's graph has no adapters; it runs inside `disabled` and `folded`.
 """
 
 from collections.abc import Callable
@@ -23,27 +23,27 @@ from .marks import ModuleMark
 
 
 def without_adapters(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` in which every adapter's output is its base output again, and no adapter node is left."""
+    """Returns a copy of `graph` without adapter nodes; every adapter's output is replaced by its base output."""
     graph = copy_graph(graph)
     for node in reversed(list(graph.nodes)):
         if SITE_TAG not in node.meta:
             continue
-        if node.users:  # the sum of base and adapter is the one inserted node that other nodes use
+        if node.users:  # only the sum of base and adapter has users that were not inserted
             node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
     return graph
 
 
 def adapted_graph(module: fx.GraphModule) -> fx.Graph:
-    """The graph of a rewritten module with its adapters, also while the base runs in its place."""
+    """Returns the graph of a rewritten module with its adapters, even while the module runs its base."""
     return _mark(module).adapted_graph or module.graph
 
 
 def run_base(module: AdaptedModule) -> None:
-    """The rewritten `module` runs its base until `run_adapted`: its forward, and its graph, which `torch.export`
-    interprets.
+    """Makes the rewritten `module` run its base until `run_adapted`: switches its forward, and its graph, which
+    `torch.export` interprets.
 
-    Function and graph belong to the class and are the same each time, so that compiled code stays valid.
+    The function and the graph belong to the class and are the same each time, so compiled code stays valid.
     """
     mark = module.melora_mark
     if isinstance(module, fx.GraphModule):
@@ -60,7 +60,7 @@ def run_base(module: AdaptedModule) -> None:
 def run_adapted(module: AdaptedModule) -> None:
     """Undoes `run_base`."""
     mark: ModuleMark | None = vars(module).get(MODULE_MARK)
-    if mark is None:  # it has been folded meanwhile
+    if mark is None:  # folded since
         return
     if isinstance(module, fx.GraphModule) and mark.adapted_graph:
         put_graph(module, mark.adapted_graph)
@@ -69,9 +69,9 @@ def run_adapted(module: AdaptedModule) -> None:
 
 
 def choosing_forward(module: fx.GraphModule, records: list[SiteRecord]) -> Callable[..., Any]:
-    """A forward for `module` and all of its class, which chooses among the three graphs in each call.
+    """Returns a forward for `module` and all modules of its class, which chooses among the three graphs in each call.
 
-    `records`: the sites of the module, which say how it is lowered.
+    `records`: the sites of the module, which name their lowerings.
     """
     plain = _function_on_base(module, module.graph)
     lowered = _function_on_base(module, lower(module.graph, module, records))
@@ -88,8 +88,10 @@ def choosing_forward(module: fx.GraphModule, records: list[SiteRecord]) -> Calla
 
 
 def weights_behind_properties(module: nn.Module) -> list[str]:
-    """The adapted weights of `module` in whose place its class has `live.weight_property`: none in the graph of a whole
-    model, which alone reads them, and none that are packed, which no one else can read.
+    """Returns the names of the adapted weights of `module` that its class replaces with a `live.weight_property`.
+
+    There are none if the module is the graph of a whole model, which is the only reader of its weights, or if the
+    weight is packed, so that nobody else can read it.
     """
     if isinstance(module, AdaptedModule) and module.melora_class is fx.GraphModule:
         return []
@@ -97,7 +99,7 @@ def weights_behind_properties(module: nn.Module) -> list[str]:
 
 
 def _function_on_base(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """The function that runs `graph` on `module`, and reads the adapted weights themselves."""
+    """Returns the function that runs `graph` on `module`, and reads the adapted weights past their properties."""
     parameters = weights_behind_properties(module)
     if parameters:
         graph = copy_graph(graph)

@@ -1,4 +1,4 @@
-"""Reading and switching the adapters of a rewritten model."""
+"""Reads and switches the adapters of a rewritten model."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,22 +29,28 @@ from .running import run_adapted, run_base
 
 @dataclass(frozen=True)
 class AdapterSite:
-    """Public: one site of a rewritten model. Its tensors are the model's own, not copies.
+    """One site of a rewritten model. Its tensors are the model's own, not copies.
 
-    N num_blocks, R the largest rank of a block, I in_features, O out_features, P parts of `split` (1 without).
-    In a stack of E matrices, the experts of a mixture, block i of expert e is number e·N + i of E·N.
+    N: num_blocks, R: the largest rank of a block, I: in_features, O: out_features, P: parts of `split` (1 without it).
+    A stack has E matrices, such as the experts of a mixture; block i of expert e has index e·N + i among the E·N.
 
     Attributes:
-        in_features, out_features: of one matrix.
-        weight: the base parameter, (O, I), or (I, O) where `weight_is_transposed`; a stack is (E, O, I) or (E, I, O);
-            of a packed linear a tensor (O, I) on the meta device. One matrix may have three dimensions, as
-            (I, heads, O / heads): `record.matrices_of(weight)` is the matrix.
-        lora_a: (N, P·R, I/N), or (E·N, P·R, I/N).
-        lora_b: (N, O/N, R), or (E·N, O/N, R).
-        scaling: s_i, (N, 1, 1) or (E·N, 1, 1).
+        name: the site's dotted name in the model.
+        config: the adapter's configuration.
+        pattern: the kind of linear that was recognised.
+        lowering: how the site is computed in training.
+        in_features: I, the number of inputs of one matrix.
+        out_features: O, the number of its outputs.
+        weight_is_transposed: whether the weight is stored as (I, O).
+        weight: the base parameter: (O, I), or (I, O) if `weight_is_transposed`; (E, O, I) or (E, I, O) for a stack; for
+            a packed linear a tensor (O, I) on the meta device. One matrix may have three dimensions, such as
+            (I, heads, O / heads): `record.matrices_of(weight)` returns it as a matrix.
+        lora_a: (N, P·R, I/N), or (E·N, P·R, I/N) for a stack.
+        lora_b: (N, O/N, R), or (E·N, O/N, R) for a stack.
+        scaling: the scaling s_i of each block, (N, 1, 1), or (E·N, 1, 1) for a stack.
         owner: the module that holds these tensors.
-        record: what the rewritten module keeps about the site.
-        module: the rewritten module whose graph computes the site, often the owner itself.
+        record: what the rewritten module stores about the site.
+        module: the rewritten module that computes the site, often the owner itself.
     """
 
     name: str
@@ -69,41 +75,44 @@ class AdapterSite:
 
     @property
     def tensors(self) -> AdapterTensors:
-        """A and B with the configuration, as folds and files take them."""
+        """A and B with the configuration, in the form that folds and files need."""
         return AdapterTensors(self.config, self.lora_a, self.lora_b)
 
     @property
     def is_absent(self) -> bool:
-        """Whether the adapter that was loaded last lacks the site: A and B are zero, in training too, and not saved."""
+        """Whether the adapter loaded last lacks the site: A and B are then zero, in training too, and not saved."""
         return self.record.is_absent
 
     @property
     def num_experts(self) -> int:
-        """How many matrices the weight is a stack of; 1 for a matrix."""
+        """The number of matrices in the weight; 1 if it is not a stack."""
         return num_matrices(self.record.matrices_of(self.weight))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that this process holds of the adapter beside the base: A, B and the scaling."""
+        """Bytes that this process holds for the adapter in addition to the base: A, B and the scaling."""
         held = [own_part(tensor) for tensor in (self.lora_a, self.lora_b, self.scaling)]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
     def num_reduced_bytes(self) -> int:
-        """Bytes of gradients that each step adds up over the processes of a tensor-parallel linear for its adapter
-        alone: 0 where `num_blocks` is a multiple of their number, so that each has blocks of its own.
+        """Bytes of gradients that each step sums over the processes of a tensor-parallel linear for its adapter: 0 if
+        `num_blocks` is a multiple of the number of processes, so that each process has its own blocks.
         """
         return added_bytes(self.lora_a, self.lora_b, self.scaling)
 
 
 def sites(model: nn.Module) -> dict[str, AdapterSite]:
-    """The rewritten sites of `model` by name, in the model's order; empty for a plain model.
+    """Returns the rewritten sites of `model` by name, in the model's order; empty for a plain model.
 
-    Of a model that is sharded over processes, the tensors are what each process trains: DTensors. FSDP frees the whole
-    parameters that its root may hold for that; so it is called between forwards.
+    If the model is sharded over processes, the tensors are what each process trains: DTensors. FSDP's root may still
+    hold full parameters after a forward; they are freed, so call `sites` between forwards.
+
+    Args:
+        model: a plain or rewritten model, or a wrapper around one.
 
     Raises:
-        MELoRAError: for a rewritten model whose weights ZeRO-3 has partitioned.
+        MELoRAError: if the model is rewritten and ZeRO-3 has partitioned its weights.
     """
     reshard(model)
     if _is_rewritten(model):
@@ -116,7 +125,7 @@ def sites(model: nn.Module) -> dict[str, AdapterSite]:
 
 
 def make_site(path: str, module: AdaptedModule, record: SiteRecord) -> AdapterSite:
-    """The public view of one record of the rewritten module at `path`."""
+    """Returns the public view of one record of the rewritten module at `path`."""
     owner = owner_of(module, record)
     weight = weight_of(owner, record.parameter_name)
     in_features, out_features = features_of(record.matrices_of(weight), is_transposed=record.weight_is_transposed)
@@ -140,7 +149,7 @@ def make_site(path: str, module: AdaptedModule, record: SiteRecord) -> AdapterSi
 
 
 def whole_sites(found: Mapping[str, AdapterSite]) -> dict[str, AdapterSite]:
-    """The sites with all of A, B and scaling on each process: those that are sharded are gathered, by all together."""
+    """Returns the sites with all of A, B and scaling on each process. Gathers sharded ones, which is a collective."""
     return {name: _whole_site(site) for name, site in found.items()}
 
 
@@ -155,21 +164,21 @@ def _whole_site(site: AdapterSite) -> AdapterSite:
 
 
 def require_sites(model: nn.Module, action: str) -> dict[str, AdapterSite]:
-    """`sites(model)`, or MELoRAError where there are none or a wrapper hides them."""
+    """Returns `sites(model)`; raises MELoRAError if there are none or a wrapper, ZeRO-3 or FSDP hides their tensors."""
     require_rewritten(model, action)
     refuse_partitioned(model, action)
     found = sites(model)
     held = [name for name, site in found.items() if is_held_from_above(site.owner, (site.weight, site.lora_a))]
     if held:
         raise MELoRAError(
-            f"`{action}`: `{held[0]}` has FSDP's whole parameters now, which belong to a module above this "
+            f"`{action}`: `{held[0]}` currently has FSDP's full parameters, which belong to a module above this "
             f"{type(model).__name__}: call it with the model that `fully_shard` was called with last"
         )
     return found
 
 
 def require_rewritten(model: nn.Module, action: str) -> None:
-    """Raises MELoRAError for a model without sites, or where a wrapper hides them."""
+    """Raises MELoRAError if `model` has no sites or a wrapper hides them."""
     refuse_opaque(model, action)
     if not _is_rewritten(model):
         raise MELoRAError(f"`{action}` needs a rewritten model, but this {type(model).__name__} has no adapter sites")
@@ -180,7 +189,7 @@ def _is_rewritten(model: nn.Module) -> bool:
 
 
 def resized(site: AdapterSite) -> str | None:
-    """Why the adapter of `site` no longer fits its weight, or None."""
+    """Returns why the adapter of `site` no longer fits its weight, or None if it fits."""
     in_features = site.config.num_blocks * site.lora_a.size(2)
     out_features = site.config.num_blocks * site.lora_b.size(1)
     if (site.in_features, site.out_features) == (in_features, out_features):
@@ -190,7 +199,7 @@ def resized(site: AdapterSite) -> str | None:
 
 
 def warn_of_lost_sites(model: nn.Module, found: Mapping[str, AdapterSite]) -> None:
-    """Warns where modules that `rewrite` had adapted are no longer in `model`, whose sites are `found`."""
+    """Warns if modules that `rewrite` has adapted are no longer in `model`, whose present sites are `found`."""
     lost: list[str] = []
     for path, _, mark in root_marks(model):
         names = [join_path(path, name) for name in mark.sites]
@@ -200,23 +209,29 @@ def warn_of_lost_sites(model: nn.Module, found: Mapping[str, AdapterSite]) -> No
 
 
 def is_folded(model: nn.Module) -> bool:
-    """Whether `model` is inside a `folded` block."""
+    """Returns whether `model` is inside a `folded` block."""
     return any(module.melora_mark.is_folded for _, module in rewritten_modules(model))
 
 
 def is_disabled(model: nn.Module) -> bool:
-    """Whether `model` is inside a `disabled` block."""
+    """Returns whether `model` is inside a `disabled` block."""
     return not is_folded(model) and any(_runs_base(module) for _, module in rewritten_modules(model))
 
 
 def refuse_folded(model: nn.Module, action: str) -> None:
-    """Raises MELoRAError inside a `folded` block."""
+    """Raises MELoRAError if `model` is inside a `folded` block."""
     if is_folded(model):
-        raise MELoRAError(f"`{action}` inside `folded` would take the merged weights for the base: call it outside")
+        raise MELoRAError(f"`{action}` inside `folded` would mistake the merged weights for the base: call it outside")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters, `<site>.lora_a` and `<site>.lora_b`: what an optimizer should be given."""
+    """Returns the adapters' parameters by name, `<site>.lora_a` and `<site>.lora_b`; pass them to the optimizer.
+
+    They are the model's own, not copies, with the shapes of `AdapterSite`; empty for a plain model.
+
+    Args:
+        model: a plain or rewritten model, or a wrapper around one.
+    """
     reshard(model)
     parameters: dict[str, nn.Parameter] = {}
     for path, module in rewritten_modules(model):
@@ -228,13 +243,17 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block `model` computes the base's outputs, bit for bit, whatever the adapters hold.
+    """Makes `model` compute the base's outputs inside the block, bit for bit, for any values of the adapters.
 
-    Modules kept trainable stay as they are. Compiled code stays valid: a first use compiles the base once, later uses
-    reuse it.
+    Modules kept trainable are not affected. Compiled code stays valid: the first use compiles the base once, and later
+    uses reuse it.
+
+    Args:
+        model: a rewritten model, or a wrapper around one.
 
     Raises:
-        MELoRAError: for a model without sites, and inside `folded`, where the weights are not the base's.
+        MELoRAError: if the model has no sites or a wrapper hides them, and inside `folded`, because the weights are
+            not the base's there.
     """
     require_rewritten(model, "disabled")
     refuse_folded(model, "disabled")
@@ -244,7 +263,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def running_base(model: nn.Module) -> Iterator[None]:
-    """Inside the block every rewritten module runs its base."""
+    """Makes every rewritten module run its base inside the block."""
     switched = [module for _, module in rewritten_modules(model) if not _runs_base(module)]
     try:
         for module in switched:

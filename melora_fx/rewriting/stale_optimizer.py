@@ -1,7 +1,7 @@
-"""Optimizers that were made before `rewrite` hold what is frozen now and nothing of the adapter: they train nothing.
+"""Warns about optimizers created before `rewrite`: they hold frozen weights and no adapters, so they train nothing.
 
-Only the optimizer knows what it holds, so the first step of each is looked at, by PyTorch's hook for that. The hook is
-there as long as there is a rewritten model.
+Only the optimizer knows its parameters, so the first step of each optimizer is checked, with PyTorch's hook for steps.
+The hook exists as long as a rewritten model exists.
 """
 
 import warnings
@@ -26,7 +26,7 @@ from .sites import adapter_parameters
 
 
 class _Watch:
-    """The rewritten models that there are, by `id`, the optimizers that have been looked at, and the hook."""
+    """The rewritten models that exist, by `id`, the optimizers that have been checked, and the hook."""
 
     def __init__(self) -> None:
         self.models: dict[int, weakref.ref[nn.Module]] = {}
@@ -35,7 +35,7 @@ class _Watch:
 
     def add(self, model: nn.Module) -> None:
         self.models[id(model)] = weakref.ref(model)
-        self.checked.clear()  # one that has stepped before may hold this model
+        self.checked.clear()  # an optimizer that has stepped before may hold this model's parameters
         self.hook = self.hook or register_optimizer_step_pre_hook(self.check)
         weakref.finalize(model, self.forget, id(model)).atexit = False
 
@@ -49,8 +49,11 @@ class _Watch:
             self.hook = None
 
     def forget(self, key: int) -> None:
-        """A model has been collected, at any time. PyTorch may be going through its hooks: it notices if one of several
-        is gone. Dynamo may be compiling with `fullgraph=True`, and raises at any generator, such as those of a WeakSet.
+        """Drops a model that has been garbage-collected, which can happen at any time.
+
+        PyTorch may be iterating over its hooks, and fails if one of several disappears: ours is removed only if it is
+        the only one. Dynamo may be compiling with `fullgraph=True`, and raises at any generator, such as those of a
+        WeakSet: this method runs none.
         """
         self.models.pop(key, None)
         if self.hook and list(self.hook.hooks_dict_ref() or ()) == [self.hook.id]:
@@ -64,14 +67,14 @@ class _Watch:
         for names in filter(None, [_unfrozen_norms(model, held) for model in self._alive()]):
             warnings.warn(
                 f"this {type(optimizer).__name__} trains {first_of(names)}, which `rewrite` has frozen and no adapter "
-                "folder will hold (`SequenceParallel` makes the norms that it takes trainable): name them in "
+                "folder will contain (`SequenceParallel` makes its norms trainable): name them in "
                 "`keep_trainable`, or call `requires_grad_(False)` on them after `parallelize_module`",
                 stacklevel=3,  # where `step` is called
             )
         for stale in filter(None, [_stale_linears(model, held) for model in self._alive()]):
             warnings.warn(
                 f"this {type(optimizer).__name__} holds the weights of {stale} linears, which `rewrite` has frozen, "
-                "and not their adapters: make the optimizer after `rewrite`",
+                "but not their adapters: make the optimizer after `rewrite`",
                 stacklevel=3,  # where `step` is called
             )
 
@@ -83,7 +86,7 @@ _watch = _Watch()
 
 
 def watch_optimizers(model: nn.Module) -> None:
-    """From here on an optimizer that holds parameters of `model` from before it was rewritten says so."""
+    """Makes the first step of an optimizer warn if it holds parameters of `model` from before `rewrite`."""
     _watch.add(model)
 
 
@@ -93,8 +96,8 @@ def stop_watching(model: nn.Module) -> None:
 
 
 def _unfrozen_norms(model: nn.Module, held: set[int]) -> list[str]:
-    """Names of the parameters among those with the ids `held` that are replicated by tensor parallelism and frozen by
-    right.
+    """Returns the names of parameters that tensor parallelism replicates and that should be frozen, but whose id is in
+    `held`.
     """
     mark: RootMark | None = vars(model).get(ROOT_MARK)
     if mark is None:
@@ -112,7 +115,7 @@ def _unfrozen_norms(model: nn.Module, held: set[int]) -> list[str]:
 
 
 def _stale_linears(model: nn.Module, held: set[int]) -> int:
-    """How many linears have their weight among the parameters with the ids `held`, and not their adapter."""
+    """Returns how many linears have the id of their weight in `held`, but not that of their adapter."""
     stale = 0
     for _, module in rewritten_modules(model):
         for record in module.melora_mark.records:

@@ -1,11 +1,11 @@
-"""The first forwards of a rewritten model are watched for whoever reads an adapted weight past its module's attribute.
+"""Watches the first forwards of a rewritten model for reads of an adapted weight past its module's attribute.
 
-`module.weight` gives forwards what they must have (`live/weight_property.py`). A parameter that is taken from
-`named_parameters()`, or that someone has kept in a list, is the base's, and a product with it has no adapter. Under a
-`TorchFunctionMode` such a product is seen and raises. The mode slows a forward down, so it is on in the first one in
-training and the first one in evaluation. Where Dynamo compiles a forward, the graph that it has made is looked at.
+`module.weight` returns what a forward must compute with (`live/weight_property.py`). A parameter taken from
+`named_parameters()` or kept in a list is the base's, and a product with it has no adapter. A `TorchFunctionMode` sees
+the product and raises. The mode slows a forward down, so it is active only in the first forward in training and the
+first one in evaluation. If Dynamo compiles a forward, the compiled graph is checked instead.
 
-The root's class is exchanged for a subclass with another forward, around the model's own.
+The root's class is exchanged for a subclass whose forward wraps the model's own.
 """
 
 import bisect
@@ -52,14 +52,14 @@ from .adapted_module import ExchangedModule, rewritten_modules, subclass_of, wit
 from .marks import ROOT_MARK, RootMark
 
 _MADE_OF_GRAPH = "<eval_with_key>"
-"""How the file names begin that FX gives to functions."""
+"""The prefix of the file names that FX gives to generated functions."""
 
 _HARMLESS = {*HARMLESS_PROPERTIES, "alias", "requires_grad_"}
-"""What tells nothing of a parameter's values, beside what `is_harmless` says."""
+"""Operations that reveal nothing of a parameter's values, in addition to those of `is_harmless`."""
 
 
 class WatchedRoot(ExchangedModule):
-    """The half of a root's class that is ours."""
+    """The part of a root's class that melora_fx adds."""
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
@@ -70,12 +70,12 @@ class WatchedRoot(ExchangedModule):
 
 
 def _blank(cls: type) -> Any:
-    """An object without attributes, of the class for watched roots of the class `cls`."""
+    """Returns an object without attributes, of the class for watched roots of the class `cls`."""
     return object.__new__(_watched_class(cls))
 
 
 def watch(model: nn.Module) -> None:
-    """From here on the forwards of the rewritten `model` are watched."""
+    """Starts watching the forwards of the rewritten `model`."""
     know_methods(model)
     put_class(model, _watched_class(type(model)))
 
@@ -84,7 +84,7 @@ def stop_watching_reads(model: nn.Module) -> None:
     """Undoes `watch`."""
     if isinstance(model, WatchedRoot) and "melora_replaced" in vars(
         class_inside(model)
-    ):  # not of a user's class below it
+    ):  # absent if a user derived the class
         put_class(model, model.melora_replaced)
 
 
@@ -99,10 +99,10 @@ def _watched_class(cls: type) -> type:
 
 
 def _watching_forward(cls: Any) -> Callable[..., Any]:
-    """A forward around that of `cls`, with a code object of its own, since Dynamo counts compilations by these.
+    """Returns a forward around that of `cls`, with its own code object, by which Dynamo counts compilations.
 
-    It names the other as its `__wrapped__`: FX takes the arguments of a trace from there, and whoever leads around this
-    forward, as accelerate does, leaves out the watch alone.
+    Its `__wrapped__` is the forward of `cls`: FX reads the arguments of a trace there, and code that calls
+    `__wrapped__` instead of this forward, as accelerate does, bypasses only the watch.
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def _watching_forward(cls: Any) -> Callable[..., Any]:
             while_compiling()(_check_graph)
             return output
         training = self.training
-        mark: RootMark | None = vars(self).get(ROOT_MARK)  # none on a module of a class below this one
+        mark: RootMark | None = vars(self).get(ROOT_MARK)  # None if a user derived the root's class
         if mark is None or training in mark.watched or compiles_around() or not _can_watch(self):
             return cls.forward(self, *args, **kwargs)
         with _Watch(self), _refusals_shown():
@@ -125,7 +125,7 @@ def _watching_forward(cls: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _refusals_shown() -> Iterator[None]:
-    """A refusal whose text TorchScript has hidden is raised itself."""
+    """Raises a refusal itself if TorchScript has hidden its text in another error."""
     with hidden_refusals() as texts:
         try:
             yield
@@ -136,9 +136,9 @@ def _refusals_shown() -> Iterator[None]:
 
 
 def _can_watch(model: nn.Module) -> bool:
-    """Whether the adapters run, and a mode would be in nobody's way: a tracer's, or what Dynamo compiles and guards.
+    """Returns whether the adapters run, and a mode would not disturb a tracer or what Dynamo compiles and guards.
 
-    A model that cannot be watched is asked in each forward: the first module that forbids it ends the search.
+    Every forward of a model that cannot be watched asks this, so the first module that forbids it ends the search.
     """
     if needs_plain_nodes():
         return False
@@ -147,12 +147,15 @@ def _can_watch(model: nn.Module) -> bool:
         if is_compiled(module) or (MODULE_MARK in vars(module) and not is_adapted(module)):
             return False
         if has_fast_path and isinstance(module, nn.MultiheadAttention):
-            return False  # the mode would turn it off, and the outputs of others are rounded otherwise
-    return not is_partitioned(model)  # whose weights are not told by their memory
+            return False  # the mode would turn the fast path off, and the slow path rounds differently
+    return not is_partitioned(model)  # ZeRO-3's weights cannot be recognised by their memory
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(module, parameter, site) of the sites in place; a weight with several names has other readers by right."""
+    """Yields (module, parameter, site) of the sites whose weight is a plain parameter with a single name.
+
+    A weight with several names may be read elsewhere legitimately.
+    """
     shared = sharing_parameters(model)
     for path, module in rewritten_modules(model):
         for record in () if is_packed_linear(module) else module.melora_mark.records:
@@ -161,18 +164,18 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 class _Weights:
-    """The weights that are watched, to be found by the memory of a tensor: a view of one is one too."""
+    """The watched weights, found by the memory of a tensor, so that a view counts as its weight."""
 
     def __init__(self, model: nn.Module) -> None:
         try:
             places = [place for place in _places(model) if is_adapted(place[0])]
-        except RuntimeError:  # tensors without memory of their own are in the place of parameters, by `functional_call`
+        except RuntimeError:  # `functional_call` has replaced parameters with tensors that have no memory of their own
             places = []
         held = [(registered(module)[0][parameter], name) for module, parameter, name in places]
         self.spans = sorted((*span, name) for weight, name in held if (span := _span(weight)))
 
     def name_of(self, value: Any) -> str | None:
-        """The site whose weight `value` lies in, or None."""
+        """Returns the site whose weight contains the memory of `value`, or None."""
         span = _span(value)
         index = bisect.bisect_right(self.spans, (*span[:2], math.inf, "")) if span else 0
         if not span or not index:
@@ -182,8 +185,8 @@ class _Weights:
 
 
 def _span(value: Any) -> tuple[int, int, int] | None:
-    """The memory of a tensor, None for all else: also for a stand-in, and for a tensor of `torch.func` or of
-    forward-mode derivatives, which has none.
+    """Returns the memory of a tensor. None for anything else, for a stand-in, and for a tensor of `torch.func` or of
+    forward-mode derivatives, which has no memory.
     """
     if not issubclass(type(value), torch.Tensor) or issubclass(type(value), Standing):
         return None
@@ -194,7 +197,7 @@ def _span(value: Any) -> tuple[int, int, int] | None:
 
 
 class _Watch(TorchFunctionMode):
-    """Raises where a function of torch is given the parameter itself, or a view of it, and not by us."""
+    """Raises MELoRAError if code that is not ours passes a watched parameter, or a view of it, to a torch function."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -212,8 +215,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_ours(caller: FrameType) -> bool:
-    """Whether it is a function of ours that calls torch in the frame `caller`, those made of graphs included, or that
-    has made torch call what does: a hook of autograd's that packs what is saved; or what manages weights for others.
+    """Returns whether the call in the frame `caller` is legitimate.
+
+    It is if `caller` manages weights for others, or if a function of ours, or one generated from a graph, is among its
+    callers up to the user's innermost forward. Torch may be in between, such as in an autograd hook that packs saved
+    tensors.
     """
     if is_managing(caller):
         return True
@@ -226,9 +232,9 @@ def _is_ours(caller: FrameType) -> bool:
 
 
 def _check_graph(compilation: Any) -> None:
-    """Raises where a node of what Dynamo has compiled, and of none of our graphs, is given an adapted weight."""
+    """Raises MELoRAError if a node that Dynamo has compiled, outside our own graphs, uses an adapted weight."""
     model, graph = compiled_so_far(compilation)
-    if model is None:  # behind a graph break, where this is not what the forward was compiled to
+    if model is None:  # after a graph break this is not the graph of the forward
         return
     weights = _Weights(model)
     for value, node, users in inputs_of_compiled(graph):
@@ -238,11 +244,11 @@ def _check_graph(compilation: Any) -> None:
             stack = user.stack_trace or ""
             is_by_right = operation in _HARMLESS or is_harmless_use(user, read)
             if not is_by_right and not any(file in stack for file in _OUR_FILES):
-                raise _CompiledReadError(_refusal(str(site), "what is compiled", operation))
+                raise _CompiledReadError(_refusal(str(site), "compiled code", operation))
 
 
 def _uses(node: fx.Node, users: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(what is used, the node that uses it): `node`, or a view, a copy or a cast of it."""
+    """Yields (value, user) pairs: the value is `node`, or a view, a copy or a cast of it, and the user a node."""
     for user in users:
         is_of_it = user.args[:1] == (node,)
         if is_of_it and (is_view(user) or operator_name(user) == "detach"):
@@ -252,15 +258,15 @@ def _uses(node: fx.Node, users: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx
 
 
 _OUR_FILES = (_MADE_OF_GRAPH, str(Path(live.__file__).parent))
-"""Of the functions that use adapted weights by right."""
+"""Files of the functions that may use adapted weights."""
 
 
 class _CompiledReadError(MELoRAError, AssertionError):
-    """Dynamo passes an AssertionError on as it is."""
+    """An AssertionError too, because Dynamo passes AssertionErrors on unchanged."""
 
 
 def _refusal(name: str, who: str, operation: str) -> str:
     return (
-        f"`{name}`: {who} uses its weight by `{operation}`, and has it from elsewhere than the module's attribute "
-        f"(`named_parameters()`, a list, a default argument), so that its adapter does not run: {REMEDY}"
+        f"`{name}`: {who} uses its weight in `{operation}`, but did not read it from the module's attribute "
+        f"(rather from `named_parameters()`, a list, a default argument), so its adapter does not run: {REMEDY}"
     )

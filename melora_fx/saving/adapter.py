@@ -1,4 +1,4 @@
-"""An adapter apart from models: what a folder holds, and what identifies it."""
+"""An adapter without a model: the contents of a folder, and the hash that identifies them."""
 
 import functools
 import hashlib
@@ -18,19 +18,19 @@ from melora_fx.matching.keep_trainable import is_within
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder as read: everything that any consumer of it needs, without a model.
+    """The adapter folder as read from disk: everything that its consumers need, without a model.
 
     Attributes:
-        directory: where it came from, for error texts.
-        configs: configuration of each site.
-        fingerprints: of each site's base weight; a site without one is not checked.
-        transposed: whether each site's base weight is (I, O); a site without an entry was saved before this was.
+        directory: the folder that it was read from, for error texts.
+        configs: the configuration of each site.
+        fingerprints: the fingerprint of each site's base weight; a site without one is not checked.
+        transposed: whether each site's base weight is stored as (I, O). Files of early versions have no entry.
         kept: names of the modules and parameters that were kept trainable.
-        model: class of the model that it was trained in and its number of labels, as far as known, and which of its
-            tensors are tied to the kept ones.
-        tensors: `<site>.lora_a`, `<site>.lora_b` and the kept tensors.
-        row_dims: as in `as_matrices`, of the sites that have any.
-        parameters: a weight's name in its module, of the sites where it is not `weight`.
+        model: known facts about the model that it was trained in, such as its class, number of labels, and the tensors
+            that are tied to kept ones.
+        tensors: `<site>.lora_a` (N, P·R, I/N), `<site>.lora_b` (N, O/N, R), and the kept tensors.
+        row_dims: as in `as_matrices`, for the sites that have it.
+        parameters: the weight's name in its module, for the sites whose weight is not called `weight`.
         header: the whole header of its file.
     """
 
@@ -47,7 +47,7 @@ class Adapter:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether another program has trained it, and it has not been saved from a model since."""
+        """Whether another program has trained the adapter, and it has not been saved from a model since."""
         return any(base.get("without_values") == "imported" for base in self.fingerprints.values())
 
     @functools.cached_property
@@ -56,52 +56,55 @@ class Adapter:
         return hash_adapter(self.configs, self.tensors)
 
     def tensors_of(self, site: str) -> AdapterTensors:
-        """A and B of a site, with its configuration."""
+        """Returns A and B of a site, with its configuration."""
         return AdapterTensors.of(site, self.configs[site], self.tensors)
 
     def matrices_of(self, site: str, weight: torch.Tensor) -> torch.Tensor:
-        """The base weight of a site as a matrix or a stack of such, which lie transposed or not: a view."""
+        """Returns the base weight of a site as a matrix or a stack of matrices in its stored orientation: a view."""
         return as_matrices(weight, self.row_dims.get(site))
 
     def oriented(self, site: str, weight: torch.Tensor) -> torch.Tensor:
-        """The base weight of a site as (O, I), or (E, O, I) for a stack, a view of the one given as it is stored.
+        """Returns the base weight of a site as (O, I), or (E, O, I) for a stack: a view of `weight`, which is passed as
+        it is stored.
 
         Raises:
-            MELoRAError: for a square weight in an adapter that does not say which way it lies, and where what it says
-                cannot be.
+            MELoRAError: if the weight is square and the adapter does not say its orientation, or if the orientation
+                contradicts the shapes of the adapter's tensors.
         """
         matrices = self.matrices_of(site, weight)
         is_transposed = self.transposed.get(site)
         is_square = matrices.size(-2) == matrices.size(-1)
         if is_transposed is None and is_square:
             raise MELoRAError(
-                f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), which an adapter of "
-                "another program, or saved by an early version, does not say: load it into the model and save it again"
+                f"`{site}` of `{self.directory}`: its square weight may be (out, in) or (in, out), and adapters of "
+                "other programs or early versions do not say which: load it into the model and save it again"
             )
         blocks, _, width = self.tensors_of(site).lora_a.shape
         is_wide = blocks // num_matrices(matrices) * width != matrices.size(-1)
         if is_transposed not in (None, is_wide) and not is_square:
-            raise MELoRAError(f"`{site}` of `{self.directory}`: what its header says of its weight belies its tensors")
+            raise MELoRAError(
+                f"`{site}` of `{self.directory}`: the orientation in its header contradicts the shapes of its tensors"
+            )
         lies_transposed = is_transposed if is_square else is_wide
         return matrices.mT if lies_transposed else matrices
 
     def tensors_kept_by(self, kept: str) -> list[str]:
-        """Names of the tensors that belong to one of the names in `kept`."""
+        """Returns the names of the tensors that belong to the module or parameter `kept`."""
         return [name for name in self.kept_tensors() if is_within(name, kept)]
 
     def kept_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are not an adapter's: trained heads."""
+        """Returns the tensors that belong to no site, such as those of a trained head."""
         own = {name for site in self.configs for name in factor_names(site)}
         return {name: tensor for name, tensor in self.tensors.items() if name not in own}
 
 
 def hash_adapter(configs: Mapping[str, MELoRAConfig], tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the sites' configurations and all tensors: the same for a model and for its adapter folder."""
+    """Returns the SHA-256 of the sites' configurations and all tensors, the same for a model and its adapter folder."""
     return _hash(json.dumps({name: configs[name].to_dict() for name in sorted(configs)}), tensors)
 
 
 def hash_file(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over all tensors and the rest of a header: what its entry `sha256` has to be."""
+    """Returns the SHA-256 of all tensors and of the header without its entry `sha256`, which must be this hash."""
     rest = {name: value for name, value in header.items() if name != "sha256"}
     return _hash(json.dumps(rest, sort_keys=True), tensors)
 

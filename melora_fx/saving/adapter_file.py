@@ -1,8 +1,9 @@
-"""Adapter folders: `adapter.safetensors`, whose header holds the configuration that is read, and a readable copy.
+"""Adapter folders: `adapter.safetensors`, whose header contains the configuration in use, and a readable copy of it.
 
-`<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), small ranks padded with zeros, and what was kept
-trainable, the tensors of modules and single parameters, under their own names. A stack of E matrices has E·N blocks,
-expert by expert. The header's `melora` entry is JSON, see `header`. One rename decides; nothing is ever unpickled.
+The tensors are `<site>.lora_a` (N, P·R, I/N) and `<site>.lora_b` (N, O/N, R), with small ranks padded with zeros, and
+the tensors of modules and single parameters kept trainable, under their own names. A stack of E matrices has E·N
+blocks, expert by expert. The header's `melora` entry is JSON, see `header`. A single rename replaces the old adapter.
+Nothing is ever unpickled.
 """
 
 import json
@@ -28,13 +29,13 @@ _COPY = {"about": f"a copy to read, of the header of {TENSORS_FILE}: changes her
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
-    """An adapter folder, checked: every consumer of adapters reads them here.
+    """Reads an adapter folder and checks it. Every consumer of adapters reads them here.
 
-    Its tensors are copies: what becomes of the file later changes nothing.
+    The tensors are copies, so later changes of the file do not affect them.
 
     Raises:
-        MELoRAError: where the folder or its file is missing, truncated, corrupt, changed since it was written, of
-            another format, or not what `save_adapter` writes; where a value is NaN or infinite.
+        MELoRAError: if the folder or its file is missing, truncated, corrupt, changed since it was written, of another
+            format, or not what `save_adapter` writes, or if a value is NaN or infinite.
     """
     path = Path(directory) / TENSORS_FILE
     tensors, metadata = read_tensors(path, "an adapter folder")
@@ -44,7 +45,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
 
 
 def _checked(path: Path, text: str, tensors: dict[str, torch.Tensor]) -> Adapter:
-    """The adapter of a header and tensors; `path` names it in error texts."""
+    """Returns the adapter of a header and tensors after all checks; `path` names it in error texts."""
     try:
         header = parse_header(text)
     except (ValueError, TypeError) as error:
@@ -64,8 +65,8 @@ def _checked(path: Path, text: str, tensors: dict[str, torch.Tensor]) -> Adapter
     refuse_malformed(adapter)
     if header.sha256 is not None and header.sha256 != hash_file(header.content, tensors):
         raise MELoRAError(
-            f"`{path}` has changed since it was written: its SHA-256 is not the one that it says; copy or download the "
-            "adapter again"
+            f"`{path}` has changed since it was written: its SHA-256 is not the one in its header; copy or download "
+            "the adapter again"
         )
     return adapter
 
@@ -73,18 +74,18 @@ def _checked(path: Path, text: str, tensors: dict[str, torch.Tensor]) -> Adapter
 def write_adapter(
     directory: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any], *, is_foreign: bool = False
 ) -> None:
-    """Writes an adapter folder; made where there is none. A crash leaves the old adapter or the new one.
+    """Writes an adapter folder, and creates it if it is missing.
 
-    One adapter gives the same bytes each time.
+    After a crash the folder holds either the old adapter or the new one. An adapter has the same bytes each time.
 
     Args:
         directory: the folder.
         tensors: as in `Adapter.tensors`.
-        header: "sites", "kept" and "model"; format and versions are added.
-        is_foreign: what another program has made is checked first, as `read_adapter` does.
+        header: "sites", "kept" and "model"; the format, versions and SHA-256 are added.
+        is_foreign: whether another program has made the adapter, which is then checked first, as in `read_adapter`.
 
     Raises:
-        MELoRAError: for a folder that cannot be written, and for what is foreign and no adapter.
+        MELoRAError: if the folder cannot be written, or the adapter is foreign and malformed.
     """
     versions = {"torch": torch.__version__, "melora_fx": package_version("melora_fx")}
     on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Refuses adapters that do not belong to a model, a checkpoint or a graph: by names, shapes and fingerprints."""
+"""Refuses adapters that do not belong to a model, a checkpoint or a graph; compares names, shapes and fingerprints."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ from .fingerprint import fingerprint_misfit
 
 
 def check_sites(adapter: Adapter, known: Collection[str]) -> None:
-    """Raises MELoRAError where the adapter has a site that is not among the `known` names of the model."""
+    """Raises MELoRAError if the adapter has a site that is not among the `known` names of the model."""
     lines = [f"`{name}`; nearest: {nearest(name, list(known))}" for name in adapter.configs if name not in known]
     if lines:
         raise MELoRAError(
@@ -32,7 +32,7 @@ def check_base(
     kept: Mapping[str, torch.Tensor],
     base: str = "the model",
 ) -> None:
-    """Raises MELoRAError where the adapter was not trained on this base, of which its sites have been found.
+    """Raises MELoRAError if the adapter was not trained on this base, in which its sites have been found.
 
     Args:
         adapter: the adapter.
@@ -46,7 +46,7 @@ def check_base(
 
 
 def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raises MELoRAError where a base weight, by its site's name, has not the shape that the adapter is for."""
+    """Raises MELoRAError if a base weight, given by site, does not have the shape that the adapter is for."""
     lines = []
     for name, config in adapter.configs.items():
         own = adapter.tensors_of(name)
@@ -65,11 +65,11 @@ def check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_fingerprints(adapter: Adapter, actual: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises MELoRAError where a base weight is not the one that the adapter was trained on.
+    """Raises MELoRAError if a base weight is not the one that the adapter was trained on.
 
     Args:
         adapter: the adapter.
-        actual: site → fingerprint of the weight that is there.
+        actual: site → fingerprint of the present weight.
     """
     lines = []
     for name, expected in adapter.fingerprints.items():
@@ -80,12 +80,12 @@ def check_fingerprints(adapter: Adapter, actual: Mapping[str, Mapping[str, Any]]
 
 
 def check_kept(adapter: Adapter, own: Mapping[str, torch.Tensor], base: str = "the model") -> None:
-    """Raises MELoRAError where the tensors that were kept trainable are not just those of the `base`.
+    """Raises MELoRAError if the tensors that were kept trainable are not exactly those of the base.
 
     Args:
         adapter: the adapter.
-        own: what the base holds under the names that the adapter keeps (`kept_of`), on the meta device or with values.
-        base: what error texts call it.
+        own: the base's tensors under the names that the adapter keeps (`kept_of`), on the meta device or with values.
+        base: the name of the base in error texts.
     """
     lines = []
     saved = adapter.kept_tensors()
@@ -96,15 +96,15 @@ def check_kept(adapter: Adapter, own: Mapping[str, torch.Tensor], base: str = "t
             lines.append(f"`{name}`: saved as {tuple(tensor.shape)}, {base}'s is {tuple(own[name].shape)}")
         elif _kind(own[name]) != _kind(tensor):
             lines.append(f"`{name}`: saved as {tensor.dtype}, {base}'s is {own[name].dtype}")
-    lines += [f"`{name}`: {base} has it, the adapter does not" for name in own if name not in saved]
+    lines += [f"`{name}`: {base} has it, but the adapter does not" for name in own if name not in saved]
     if lines:
         raise MELoRAError(f"the trained modules of `{adapter.directory}` do not fit {base}:\n" + "\n".join(lines))
 
 
 def trained_apart(adapter: Adapter, name: str, other: str) -> str | None:
-    """Why two tensors that a base ties cannot be what the adapter has trained, or None: other programs untie them.
+    """Returns why the adapter does not fit a base that ties two tensors, or None. Other programs train them separately.
 
-    `name`: one that was kept trainable. `other`: what it is tied to.
+    `name`: a tensor that was kept trainable. `other`: the tensor that the base ties it to.
     """
     kept = adapter.kept_tensors()
     is_apart = not torch.equal(kept[name], kept[other]) if other in kept else adapter.is_foreign
@@ -116,16 +116,16 @@ def trained_apart(adapter: Adapter, name: str, other: str) -> str | None:
 
 
 def kept_of(adapter: Adapter, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those of a base's tensors, by name, that belong to what the adapter keeps trainable."""
+    """Returns those of a base's tensors, by name, that belong to what the adapter keeps trainable."""
     return {name: tensor for name, tensor in tensors.items() if any(is_within(name, kept) for kept in adapter.kept)}
 
 
 def check_trained_bases(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raises MELoRAError where what the adapter keeps trainable is the base of a site, whose `weights` are given."""
+    """Raises MELoRAError if the adapter keeps the base weight of a site trainable; `weights`: site → base weight."""
     if lines := trained_bases(unwrap(model), adapter.kept, weights):
         raise MELoRAError(f"the trained modules of `{adapter.directory}` do not fit the model:\n" + "\n".join(lines))
 
 
 def _kind(tensor: torch.Tensor) -> object:
-    """What a tensor's values are: floating point numbers of any width convert to each other, nothing else does."""
+    """Returns the kind of a tensor's values: only floating-point numbers, of any width, convert to each other."""
     return "floating" if tensor.is_floating_point() else tensor.dtype

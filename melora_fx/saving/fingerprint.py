@@ -1,4 +1,4 @@
-"""Fingerprints of base weights: shape, dtype and a few values, which another base would not have."""
+"""Fingerprints of base weights: the shape, the dtype, and a few values that another base would not have."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ from melora_fx.distributed.tensors import is_sharded, values_at
 
 NUM_VALUES = 64
 WITHOUT_VALUES = ("quantised", "meta", "imported")
-"""Why a fingerprint has no values: what `without_values` says in its place."""
+"""The reasons why a fingerprint has no values; `without_values` names one of them instead."""
 
 
 def fingerprint(weight: torch.Tensor) -> dict[str, Any]:
-    """What a base weight is recognised by: its shape, dtype, and 64 of its values in float32; of a sharded one these
-    values alone are gathered.
+    """Returns what a base weight is recognised by: its shape, its dtype, and 64 of its values in float32.
 
-    The values are left out where they cannot be read, and it says why: of a quantised weight, or one on meta.
+    Only these values are gathered from a sharded weight. If they cannot be read, because the weight is quantised or on
+    the meta device, the reason takes their place.
     """
     facts: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
     if weight.is_meta:
@@ -29,10 +29,10 @@ def fingerprint(weight: torch.Tensor) -> dict[str, Any]:
 
 
 def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """Why two fingerprints are not of one weight, or None; values may differ by the coarser dtype's rounding."""
+    """Returns why two fingerprints are of different weights, or None. Values may differ by the coarser rounding."""
     shape = list(expected["shape"])
     shapes = [shape]
-    if expected.get("without_values") == "imported":  # which way it lies is not known of another program's adapter
+    if expected.get("without_values") == "imported":  # adapters of other programs do not say the orientation
         shapes.append([*shape[:-2], shape[-1], shape[-2]])
     if list(actual["shape"]) not in shapes:
         return f"its shape is {actual['shape']}, the adapter's base had {expected['shape']}"
@@ -51,27 +51,30 @@ def fingerprint_misfit(actual: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 
 CONFIG_FACTS = ("model_type", "tie_word_embeddings")
-"""What a checkpoint's configuration must state as the model's does: which model it is, and whether its head is tied."""
+"""Configuration entries in which checkpoint and model must agree: the model type, and whether its head is tied."""
 
 
 def layout_sha256(shapes: Mapping[str, Sequence[int]], facts: Mapping[str, Any]) -> str:
-    """What a checkpoint's layout is recognised by: the names and shapes of all its tensors, in whatever order, and
-    what its configuration says of `CONFIG_FACTS`, which may be nothing.
+    """Returns the SHA-256 that a checkpoint's layout is recognised by.
+
+    Args:
+        shapes: the names and shapes of all its tensors, in any order.
+        facts: its configuration, of which the values of `CONFIG_FACTS` count; they may be missing.
     """
     layout = [[facts.get(name) for name in CONFIG_FACTS], sorted((name, list(size)) for name, size in shapes.items())]
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
 
 def sampled_positions(numel: int) -> torch.Tensor:
-    """Where a fingerprint's values stand in a flattened weight: at even distances."""
+    """Returns the positions of a fingerprint's values in a flattened weight, at even distances."""
     return torch.linspace(0, numel - 1, NUM_VALUES, dtype=torch.float64).long()
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """The values of a fingerprint, in float32."""
+    """Returns the values of a fingerprint, in float32."""
     index = sampled_positions(weight.numel()).to(weight.device)
     coordinates: list[torch.Tensor] = []
-    for size in reversed(weight.shape):  # as `torch.unravel_index`, in a tenth of its time
+    for size in reversed(weight.shape):  # like `torch.unravel_index`, in a tenth of the time
         coordinates.insert(0, index % size)
         index = index // size
     return values_at(weight, tuple(coordinates)).cpu()

@@ -1,10 +1,10 @@
-"""An adapter's header: JSON of which every value is checked before it is used, whoever has written it.
+"""An adapter's header: JSON in which every value is checked before it is used, no matter who has written it.
 
     {"format_version": 2, "sha256": …, "versions": {…}, "kept": […], "model": {…},
      "sites": {NAME: {"config": {…}, "base": {…}, "is_transposed": …, "row_dims": …, "parameter": …}}}
 
-`base` is the fingerprint of the base weight. One without `values` says in `without_values` why. The description that an
-exported graph has of its sites is the same, and is read here too.
+`base` is the fingerprint of the base weight. If it has no `values`, `without_values` says why. An exported graph
+describes its sites in the same form, which is read here too.
 """
 
 import json
@@ -20,7 +20,7 @@ from melora_fx.config import MELoRAConfig
 from .fingerprint import NUM_VALUES, WITHOUT_VALUES
 
 FORMAT_VERSION = 2
-"""What is written. In version 1 there is no `sha256`, a configuration may leave out what is as by default, and a
+"""The version that is written. In version 1 there is no `sha256`, a configuration may omit default values, and a
 fingerprint without values does not say why.
 """
 _KEYS = {
@@ -37,14 +37,14 @@ _LARGEST_FLOAT = torch.finfo(torch.float64).max
 
 @dataclass(frozen=True)
 class SiteHeader:
-    """What a header says of one site.
+    """What a header says about one site.
 
     Attributes:
         config: its configuration.
-        base: the fingerprint of its base weight; empty where a file of format 1 has none.
-        is_transposed: whether the base weight is (I, O); None in files from before this was recorded.
+        base: the fingerprint of its base weight; empty if a file of format 1 has none.
+        is_transposed: whether the base weight is stored as (I, O); None in files of early versions.
         row_dims: as in `adapter.tensors.as_matrices`.
-        parameter: the weight's name in its module; None where it is `weight`, or a file does not say.
+        parameter: the weight's name in its module; None if it is `weight`, or the file does not say.
     """
 
     config: MELoRAConfig
@@ -65,14 +65,14 @@ class Header:
     versions: dict[str, Any]
     sha256: str | None
     content: dict[str, Any]
-    """The whole header as it stands in the file."""
+    """The whole header as it is in the file."""
 
 
 def parse_header(text: str) -> Header:
-    """The header of an adapter file.
+    """Parses the header of an adapter file.
 
     Raises:
-        ValueError, TypeError: names the value that is wrong, and its rule.
+        ValueError, TypeError: if a value is wrong; the text names it and its rule.
     """
     content = _dict("the header", parse_json(text))
     version = content.get("format_version")
@@ -98,10 +98,10 @@ def parse_header(text: str) -> Header:
 
 
 def parse_json(text: str) -> Any:
-    """JSON without its extensions (NaN, Infinity), keys that occur twice, and nesting that Python cannot follow.
+    """Parses JSON without extensions (NaN, Infinity), duplicate keys, or nesting that is too deep for Python.
 
     Raises:
-        ValueError: for text that is none.
+        ValueError: if `text` is not such JSON.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
@@ -110,10 +110,10 @@ def parse_json(text: str) -> Any:
 
 
 def parse_sites(entries: Any) -> dict[str, SiteHeader]:
-    """Site → what a header, or a graph's description, says of it.
+    """Parses what a header, or a graph's description, says about each site, by site.
 
     Raises:
-        ValueError, TypeError: names the site, the value and its rule.
+        ValueError, TypeError: if a value is wrong; the text names the site, the value and its rule.
     """
     return {_text("a site's name", name, 4096): _site(name, entry) for name, entry in _dict("`sites`", entries).items()}
 
@@ -128,7 +128,7 @@ def _site(name: str, entry: Any) -> SiteHeader:
         if not isinstance(is_transposed, bool | None):
             raise TypeError(f"`is_transposed` must be true or false, got {_shown(is_transposed)}")
         if row_dims is not None and _integer("`row_dims`", row_dims, 1, 2) and len(entry["base"]["shape"]) != 3:
-            raise ValueError("`row_dims` is for weights of three dimensions")
+            raise ValueError("`row_dims` needs a weight of three dimensions")
         parameter = entry.get("parameter")
         if parameter is not None and not f".{name}".endswith(f".{_text('`parameter`', parameter, 4096)}"):
             raise ValueError(f"`parameter` (={_shown(parameter)}) is not the end of the site's name")
@@ -154,12 +154,12 @@ def _fingerprint(base: Any) -> dict[str, Any]:
         if len(values) != NUM_VALUES or not _are_finite(values):
             raise ValueError(f"`base.values` must be {NUM_VALUES} finite numbers")
         if not getattr(torch, base["dtype"]).is_floating_point:
-            raise ValueError(f"`base.values` are of a floating weight, `base.dtype` is {base['dtype']}")
+            raise ValueError(f"`base.values` need a floating-point weight, but `base.dtype` is {base['dtype']}")
     return base
 
 
 def _check_reason(site: str, base: Mapping[str, Any]) -> None:
-    """Raises ValueError for a fingerprint without values that does not say why it has none, or has both."""
+    """Raises ValueError if a fingerprint has neither values nor a reason for their absence, or has both."""
     if ("values" in base) == (base.get("without_values") in WITHOUT_VALUES):
         raise ValueError(
             f"site `{site}`: `base` must have either `values` or, in `without_values`, the reason why not: "
@@ -194,7 +194,9 @@ def _model(facts: Any) -> dict[str, Any]:
         for label in _list("`model.labels`", labels):
             _text("a label in `model.labels`", label, 1 << 16, at_least=0)
         if len(labels) != facts.get("num_labels"):
-            raise ValueError(f"`model.labels` names {len(labels)} labels, `num_labels` is {facts.get('num_labels')}")
+            raise ValueError(
+                f"`model.labels` names {len(labels)} labels, but `num_labels` is {facts.get('num_labels')}"
+            )
     return facts
 
 
@@ -220,7 +222,7 @@ def _list(where: str, value: Any) -> list[Any]:
 
 def _text(where: str, value: Any, at_most: int, *, at_least: int = 1) -> str:
     if not isinstance(value, str) or not at_least <= len(value) <= at_most:
-        raise TypeError(f"{where} must be a text of {at_least} to {at_most} characters, got {_shown(value)}")
+        raise TypeError(f"{where} must be a string of {at_least} to {at_most} characters, got {_shown(value)}")
     return value
 
 
@@ -231,12 +233,12 @@ def _integer(where: str, value: Any, low: int, high: int) -> int:
 
 
 def _are_finite(values: list[Any]) -> bool:
-    """Whether they are numbers that float64 can hold."""
+    """Returns whether all values are numbers that float64 can represent."""
     return all(type(value) in (float, int) for value in values) and max(map(abs, values)) <= _LARGEST_FLOAT
 
 
 def _shown(value: Any) -> str:
-    """A value of an error text; of a long one its beginning."""
+    """Returns the representation of a value for an error text; a long one is cut."""
     return _cut(repr(value))
 
 
@@ -245,7 +247,7 @@ def _cut(text: str) -> str:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`load_adapter`: a plain model is rewritten; in a rewritten one values are exchanged. All is checked before."""
+"""`load_adapter`: rewrites a plain model, or exchanges the values of a rewritten one, after all checks."""
 
 import dataclasses
 import os
@@ -36,32 +36,37 @@ def load_adapter(
     example_inputs: ExampleInputs | None = None,
     dynamic_axes: DynamicAxes = "auto",
 ) -> nn.Module:
-    """The model with the adapter of a folder.
+    """Loads the adapter of a folder into `model`, and returns the adapted model.
 
-    A plain model is rewritten as the adapter says. In a rewritten one values and scaling are exchanged in place,
-    without a recompile. What the adapter has less of, ranks or whole sites, becomes zero in A and in B, so that it has
-    no gradient: the model computes, trains and saves the adapter that it was given, and has the sites for a later one
-    that has them. An optimizer remembers the adapter from before: make a new one. A `state_dict` holds A and B without
-    their scaling: one from before belongs to the adapter from before.
+    A plain model is rewritten as the adapter says. In a rewritten model, values and scaling are exchanged in place,
+    without a recompile. Ranks or whole sites that the adapter lacks become zero in A and in B, and get no gradient. So
+    the model computes, trains and saves the adapter that it was given, but keeps the sites for a later adapter. An
+    optimizer remembers the previous adapter: make a new one. A `state_dict` contains A and B without their scaling, so
+    an older one belongs to the previous adapter.
 
-    Lowering and dropout are the graph's: the adapter's `dropout` is taken over where the model was rewritten with one
-    above 0, and compiles a model that is compiled in training mode once more; a model without trains without. Saved
-    again, the adapter has its own.
+    Lowering and dropout belong to the graph. The adapter's `dropout` replaces that of the model if the model was
+    rewritten with a `dropout` above 0; a model compiled in training mode then compiles again. A model without dropout
+    trains without it. If the adapter is saved again, it keeps its own lowering and dropout.
 
-    Of a sharded model it is called on every process: each reads the folder, and takes its part.
+    Call it on every process if the model is sharded: each reads the folder and takes its part.
 
     Args:
-        model: a plain or a rewritten model.
+        model: a plain or a rewritten model, changed in place.
         directory: a folder written by `save_adapter`.
-        example_inputs, dynamic_axes: as in `rewrite`, for a plain model.
+        example_inputs: as in `rewrite`, for a plain model.
+        dynamic_axes: as in `rewrite`, for a plain model.
+
+    Returns:
+        `model`, or for a plain model what `rewrite` returns.
 
     Raises:
-        MELoRAError: for a folder that cannot be read, an adapter of another model (each key is named) or with another
-            base weight, or one whose blocks, ranks or trained modules do not fit a rewritten model; and after
+        TypeError: if `model` is not an nn.Module.
+        MELoRAError: if the folder cannot be read, the adapter is for another model (each key is named) or another base
+            weight, or its blocks, ranks or trained modules do not fit a rewritten model; inside `folded`, and after
             `deepspeed.initialize`. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}: `rewrite` gives one")
+        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}: `rewrite` returns one")
     refuse_opaque(model, "load_adapter")
     refuse_copies_in_optimizer(adapter_parameters(model).values(), "load_adapter")
     adapter = agree_on(mesh_of(model), lambda: _read(directory), f"the adapter in `{directory}`")
@@ -95,7 +100,7 @@ def _load_into_plain(
 
 
 def _for_any_base(config: MELoRAConfig) -> MELoRAConfig:
-    """The configuration for a base of any dtype: "auto" chooses the lowering "weight" where it can be."""
+    """Returns the configuration for a base of any dtype: "auto" chooses the lowering "weight" if that is possible."""
     return dataclasses.replace(config, lowering="auto") if config.lowering == "weight" else config
 
 
@@ -110,7 +115,7 @@ def _load_into_rewritten(model: nn.Module, found: Mapping[str, AdapterSite], ada
 
 
 def _check_model(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raises MELoRAError for a model with another base than the adapter's; `weights` are those of its sites."""
+    """Raises MELoRAError if the model has another base than the adapter; `weights`: site → base weight."""
     kept = kept_of(adapter, tensors_by_name(model)) if adapter.kept else {}
     check_base(adapter, weights, {name: fingerprint(weight) for name, weight in weights.items()}, kept)
     check_trained_bases(adapter, model, weights)
@@ -121,7 +126,7 @@ def _check_model(adapter: Adapter, model: nn.Module, weights: Mapping[str, torch
 
 
 def _refuse_ties(adapter: Adapter, model: nn.Module) -> None:
-    """Raises MELoRAError where the adapter has trained apart what is tied in the model, as other programs do."""
+    """Raises MELoRAError if the adapter has trained tied tensors of the model separately, as other programs do."""
     tied = sharing_parameters(unwrap(model))
     pairs = [(name, other) for name in adapter.kept_tensors() for other in tied.get(name, ())]
     if lines := [reason for name, other in pairs if (reason := trained_apart(adapter, name, other))]:
@@ -129,17 +134,17 @@ def _refuse_ties(adapter: Adapter, model: nn.Module) -> None:
 
 
 def _refuse_shared_modules(adapter: Adapter, model: nn.Module) -> None:
-    """Raises MELoRAError where another program's adapter is on a module that has several names in the model."""
+    """Raises MELoRAError if another program's adapter is on a module that has several names in the model."""
     if shared := shared_modules(model, [*adapter.configs, *adapter.kept]):
         raise MELoRAError(
             f"`{adapter.directory}` does not fit the model: "
             + "; ".join(f"`{name}` is one module of several names ({', '.join(own)})" for name, own in shared.items())
-            + ": other programs adapt it under one of them alone; merge the adapter where it was trained"
+            + ": other programs adapt it under only one of them; merge the adapter where it was trained"
         )
 
 
 def _refuse_other_blocks(name: str, site: AdapterSite, saved: MELoRAConfig) -> None:
-    """Raises MELoRAError where the saved blocks do not fit into the site's tensors."""
+    """Raises MELoRAError if the saved blocks do not fit into the site's tensors."""
     for key in ("num_blocks", "split"):
         if getattr(site.config, key) != getattr(saved, key):
             raise MELoRAError(
@@ -154,7 +159,7 @@ def _refuse_other_blocks(name: str, site: AdapterSite, saved: MELoRAConfig) -> N
 
 
 def _refuse_other_heads(model: nn.Module, adapter: Adapter) -> None:
-    """Raises MELoRAError where the adapter has not the trained modules that the model has."""
+    """Raises MELoRAError if the adapter does not have the same trained modules as the model."""
     kept = set(kept_tensor_names(model))
     saved = set(adapter.kept_tensors())
     if kept != saved:
@@ -177,7 +182,7 @@ def _copy_values(model: nn.Module, found: Mapping[str, AdapterSite], adapter: Ad
 
 
 def _copy_site(site: AdapterSite, saved: AdapterTensors) -> None:
-    """Puts values and configuration in the place of the site's own; what the saved ranks leave over becomes zero."""
+    """Replaces the values and the configuration of a site; values beyond the saved ranks become zero."""
     padded = saved.with_rank(site.lora_b.size(2))
     put(site.lora_a, padded.lora_a)
     put(site.lora_b, padded.lora_b)
@@ -185,7 +190,7 @@ def _copy_site(site: AdapterSite, saved: AdapterTensors) -> None:
     dropout = getattr(site.owner, site.record.attribute(DROPOUT), None)
     if dropout is not None:
         dropout.p = saved.config.dropout
-    rate = 0.0 if dropout is None else saved.config.dropout  # values are exchanged without touching the graph
+    rate = 0.0 if dropout is None else saved.config.dropout  # the graph stays, so it gets no dropout
     config = dataclasses.replace(saved.config, dropout=rate, lowering=site.config.lowering)
     site.record.config = config
     site.record.saved_config = saved.config if saved.config != config else None
@@ -193,14 +198,14 @@ def _copy_site(site: AdapterSite, saved: AdapterTensors) -> None:
 
 
 def _empty_site(site: AdapterSite) -> None:
-    """Puts zeros into the place of the site's values; each factor's gradient is zero with the other."""
+    """Sets the values of a site to zero; the gradient of each factor is zero if the other factor is."""
     site.lora_a.zero_()
     site.lora_b.zero_()
     site.record.is_absent = True
 
 
 def _plain_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every matrix, and stack of matrices, of the model by the name that a site on it would have."""
+    """Returns every matrix, and stack of matrices, of the model by the name that a site on it would have."""
     matrices = {
         site_of(without_wrappers(name)): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""What of a rewritten model belongs to its adapter: the tensors of sites and what was kept trainable, by name."""
+"""The parts of a rewritten model that belong to its adapter, by name: tensors of sites, and what was kept trainable."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,13 +20,13 @@ from .adapter import Adapter
 from .fingerprint import CONFIG_FACTS, fingerprint, layout_sha256
 
 _STALE = (
-    "it was written after `load_adapter`, by an optimizer that remembers the larger adapter from before, or by "
-    "`load_state_dict`; make a new optimizer after loading, and load adapters by `load_adapter`"
+    "they were written after `load_adapter`, by an optimizer that remembers the larger adapter from before, or by "
+    "`load_state_dict`; make a new optimizer after loading, and load adapters with `load_adapter`"
 )
 
 
 def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter of a rewritten model as if it had been saved and read; base weights are not checked."""
+    """Returns the adapter of a rewritten model as if it had been saved and read. It has no fingerprints."""
     found = present_sites(whole_sites(sites(model)))
     return Adapter(
         directory=Path(),
@@ -40,23 +40,29 @@ def adapter_of(model: nn.Module) -> Adapter:
 
 
 def present_sites(found: Mapping[str, AdapterSite]) -> dict[str, AdapterSite]:
-    """Those of a model's sites that its adapter has: not those that the one loaded last lacks.
+    """Returns the sites of a model that its adapter has, without those that the adapter loaded last lacks.
 
     Raises:
-        MELoRAError: where such a site holds values all the same.
+        MELoRAError: if a site that the adapter lacks holds values nevertheless.
     """
     for name, site in found.items():
         if site.is_absent and (site.lora_a.detach().any() or site.lora_b.detach().any()):
-            raise MELoRAError(f"`{name}` holds values, and the adapter that was loaded lacks it: {_STALE}")
+            raise MELoRAError(f"`{name}` holds values, but the adapter that was loaded lacks it: {_STALE}")
     return {name: site for name, site in found.items() if not site.is_absent}
 
 
 def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite]) -> dict[str, torch.Tensor]:
-    """What an adapter folder of `model` holds: `<site>.lora_a`, `<site>.lora_b`, and what was kept trainable.
+    """Returns the tensors of `model`'s adapter folder: `<site>.lora_a`, `<site>.lora_b`, and what was kept trainable.
 
-    Of a sharded model all of them, on each process. Cut to the largest rank of each site's configuration: an adapter
-    that was loaded into a larger one is as it was.
-    `found`: its `present_sites`, whole.
+    If the model is sharded, each process gets all of them. A and B are cut to the largest rank of the site's
+    configuration, so an adapter that was loaded into a model with larger ranks is saved unchanged.
+
+    Args:
+        model: the rewritten model.
+        found: its `present_sites`, gathered.
+
+    Raises:
+        MELoRAError: if a site holds values beyond that rank.
     """
     tensors = {name: whole(tensor) for name, tensor in _kept_tensors(model).items()}
     for name, site in found.items():
@@ -68,8 +74,8 @@ def adapter_tensors(model: nn.Module, found: Mapping[str, AdapterSite]) -> dict[
 
 
 def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
-    """What files say of each site, as JSON-ready values: its configuration, and its base weight's fingerprint and how
-    that lies.
+    """Returns what files say about each site, as JSON-ready values: its configuration, and the fingerprint and the
+    layout of its base weight.
     """
     return {
         name: {
@@ -84,7 +90,7 @@ def site_entries(found: Mapping[str, AdapterSite]) -> dict[str, Any]:
 
 
 def kept_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules and parameters that were kept trainable."""
+    """Returns the names of the modules and parameters that were kept trainable."""
     names: list[str] = []
     for path, _, mark in root_marks(model):
         names += [join_path(path, name) for name in mark.kept]
@@ -92,19 +98,19 @@ def kept_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def kept_tensor_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the tensors that were kept trainable, and of the buffers of modules that were."""
+    """Returns the names of the tensors that were kept trainable, including the buffers of kept modules."""
     return tuple(_kept_tensors(model))
 
 
 def tied_to_kept(model: nn.Module) -> dict[str, list[str]]:
-    """Name of each tensor that was kept trainable → the names of others that it is tied to."""
+    """Maps each tensor that was kept trainable to the names of tied tensors that were not, if there are any."""
     kept = _kept_tensors(model)
     tied = sharing_parameters(unwrap(model)) if kept else {}
     return {name: others for name in kept if (others := [other for other in tied.get(name, ()) if other not in kept])}
 
 
 def shared_modules(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """Site or module → all the names that its module has in the model, of those that have several."""
+    """Maps each site or module in `names` whose module has several names in the model to all of those names."""
     paths: dict[int, list[str]] = {}
     for path, module in unwrap(model).named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(without_wrappers(path))
@@ -114,10 +120,11 @@ def shared_modules(model: nn.Module, names: Iterable[str]) -> dict[str, list[str
 
 
 def checkpoint_layout(model: nn.Module, found: Mapping[str, AdapterSite]) -> str | None:
-    """`layout_sha256` of a checkpoint that has a transformers model's tensors under its names, of tied ones the first.
+    """Returns the `layout_sha256` of a checkpoint that has a transformers model's tensors under the model's names; tied
+    tensors occur only under their first name.
 
-    A fold into such a checkpoint need not know the model's class. None where a weight of `found`, its sites, or what
-    was kept trainable has several names, since a fold must know them all, and where a module has a state of its own.
+    A fold into such a checkpoint need not know the model's class. Returns None if a weight of `found`, the model's
+    sites, or a kept tensor has several names, since a fold must know all of them, or if a module has an extra state.
     """
     adapters = {span_of(parameter) for parameter in adapter_parameters(model).values()}
     weights = [site.weight for site in found.values()]
@@ -125,7 +132,7 @@ def checkpoint_layout(model: nn.Module, found: Mapping[str, AdapterSite]) -> str
     seen = set(adapters)
     shapes: dict[str, torch.Size] = {}
     for name, tensor in tensors_by_name(model).items():
-        if not isinstance(tensor, torch.Tensor):  # of `get_extra_state`
+        if not isinstance(tensor, torch.Tensor):  # returned by `get_extra_state`
             return None
         span = span_of(tensor)
         if span in seen and span in changed:
@@ -138,7 +145,9 @@ def checkpoint_layout(model: nn.Module, found: Mapping[str, AdapterSite]) -> str
 
 
 def left_out(model: nn.Module) -> list[str]:
-    """Names of what is trained or has changed since `rewrite`, and is not saved: it was not kept trainable."""
+    """Returns the names of tensors that can be trained or have changed since `rewrite`, but are not saved because they
+    were not kept trainable.
+    """
     saved = {id(parameter) for parameter in adapter_parameters(model).values()}
     saved |= {id(tensor) for tensor in _kept_tensors(model).values()}
     names = [
@@ -149,7 +158,7 @@ def left_out(model: nn.Module) -> list[str]:
     kept, own = kept_names(model), tensors_by_name(model)
     for path, root, mark in root_marks(model):
         changed = [join_path(path, name) for name in changed_values(root, mark.values)]
-        changed = [name for name in changed if id(own.get(name)) not in saved]  # tied to what is
+        changed = [name for name in changed if id(own.get(name)) not in saved]  # a tied tensor may be saved
         named = {*names, *kept}
         names += [name for name in changed if not any(is_within(name, each) for each in named)]
     return names
@@ -165,5 +174,5 @@ def _kept_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def tensors_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's own tensors under the names of its `state_dict`, without those of wrappers."""
+    """Returns the model's own tensors under the names of its `state_dict`, without the names of wrappers."""
     return {without_wrappers(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}

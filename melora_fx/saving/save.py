@@ -1,4 +1,4 @@
-"""`save_adapter`: what can be saved, and what is worth a warning."""
+"""`save_adapter`: checks what can be saved, warns about what is left out, and writes the adapter."""
 
 import os
 import warnings
@@ -38,20 +38,25 @@ from .well_formed import non_finite_names, padding_is_used
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Writes the adapters of `model`, and what was kept trainable, to a folder; made where there is none.
+    """Writes the adapters of `model`, and what was kept trainable, to a folder, which is created if it is missing.
 
-    A crash leaves the old files or the new ones. The files of one adapter are the same each time, also after
-    `load_adapter` into a model of more sites or larger ranks. Warns of what is not saved although it can be trained,
-    such as a bias that was unfrozen, or has changed since `rewrite`, such as the statistics of a BatchNorm:
-    `rewrite(…, keep_trainable=[…])` names what travels with the adapter.
+    After a crash the folder holds either the old adapter or the new one. An adapter is always saved as the same files,
+    even after `load_adapter` into a model with more sites or larger ranks. Warns about tensors that are not saved
+    although they can be trained, such as an unfrozen bias, or have changed since `rewrite`, such as the statistics of a
+    BatchNorm. Name them in `rewrite(…, keep_trainable=[…])` to save them with the adapter.
 
-    Of a sharded model it is called on every process: the adapters are gathered, nothing of the base but the values of
-    fingerprints, and the first process writes; all return when the files are there. Under DDP each process that calls
-    it writes. Under DeepSpeed's ZeRO-3 it is called inside `deepspeed.zero.GatheredParameters`.
+    Call it on every process if the model is sharded: it gathers the adapters, and only those values of the base that
+    the fingerprints need. The first process writes, and all return when the files are there. Under DDP each process
+    that calls it writes. Under DeepSpeed's ZeRO-3, call it inside `deepspeed.zero.GatheredParameters`.
+
+    Args:
+        model: a rewritten model, which is not changed.
+        directory: the folder to write adapter.safetensors and adapter_config.json to.
 
     Raises:
-        MELoRAError: for a plain model, an adapter or base weights that are not finite, values where the adapter that
-            was loaded has none, or a folder that cannot be written.
+        MELoRAError: if the model is plain or inside `folded`, a weight was resized, the adapter or the base weights are
+            not finite, A or B has values where the adapter loaded last has none, or the folder cannot be written.
+        ValueError: if `directory` is "".
     """
     found = require_sites(model, "save_adapter")
     warn_of_lost_sites(model, found)
@@ -66,12 +71,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if unread:
         warnings.warn(
             f"the base weights of {len(unread)} sites are quantised or on meta ({', '.join(unread[:3])}, …): the "
-            "adapter records their shapes alone, and will load onto any base of these",
+            "adapter records only their shapes, and will load onto any base with these shapes",
             stacklevel=2,
         )
     if spoilt := [name for name, site in found.items() if padding_is_used(site.tensors)]:
         raise MELoRAError(
-            f"{_listed(spoilt)}: a block holds values beyond its own rank, which no training puts there: fill only the "
+            f"{_listed(spoilt)}: a block holds values beyond its own rank, which training never writes: fill only the "
             "first `rank[i]` rows of A and columns of B of block i"
         )
     tensors = adapter_tensors(model, found)
@@ -79,7 +84,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if lost := left_out(model):
         warnings.warn(
             f"`save_adapter` does not save {_listed(lost)}, which can be trained or have changed since `rewrite`: name "
-            "them in its `keep_trainable`, buffers by their module",
+            "them in its `keep_trainable`, and buffers by their module",
             stacklevel=2,
         )
     header = {"sites": entries, "kept": list(kept_names(model)), "model": _model_facts(unwrap(model), found)}
@@ -88,20 +93,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def _refuse_non_finite(entries: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises MELoRAError for what no one could load: an adapter, or a base weight, that is not finite."""
+    """Raises MELoRAError if the adapter or a base weight is not finite, because nobody could load the adapter."""
     if names := non_finite_names(tensors):
         raise MELoRAError(
-            f"the adapter holds NaN or infinity in {_listed(names)}, as training has diverged: nothing is saved, an "
-            "adapter that was saved there before stays"
+            f"the adapter holds NaN or infinity in {_listed(names)}, because training has diverged: nothing is saved, "
+            "and an adapter that was saved there before stays"
         )
     if names := [name for name, entry in entries.items() if not all(map(isfinite, entry["base"].get("values", ())))]:
         raise MELoRAError(f"the base weights of {_listed(names)} hold NaN or infinity: load the model again")
 
 
 def _model_facts(model: nn.Module, found: Mapping[str, AdapterSite]) -> dict[str, Any]:
-    """What a plain model must be loaded with so that the adapter fits and its users find what they need.
+    """Returns the facts with which a plain model must be loaded so that the adapter fits, and which its users need.
 
-    `found`: its sites. Names of labels are left out where they say nothing, as LABEL_0 does.
+    `found`: its sites. Names of labels are left out if they say nothing, as LABEL_0 does.
     """
     config = getattr(model, "config", None)
     num_labels = getattr(config, "num_labels", None)

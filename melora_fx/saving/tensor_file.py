@@ -1,7 +1,7 @@
-"""Safetensors files written by ourselves, so that the same content always gives the same bytes.
+"""Writes safetensors files without safetensors' `save_file`, so that equal content always has equal bytes.
 
-A file is 8 bytes of the header's length, the header in JSON, padded with spaces to a multiple of 8, and the tensors'
-bytes one after the other. safetensors' own `save_file` writes metadata in the order of a hash map, which is random.
+A file consists of the header's length in 8 bytes, the header in JSON, padded with spaces to a multiple of 8, and the
+tensors' bytes one after another. `save_file` writes metadata in the order of a hash map, which is random.
 """
 
 import json
@@ -17,12 +17,12 @@ from melora_fx.errors import MELoRAError
 from melora_fx.files import read_bytes
 
 METADATA = "__metadata__"
-"""Key in a header of the metadata: strings by name."""
+"""The key of the metadata in a header: strings by name."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of a tensor, but for its place: `size` in bytes."""
+    """What a header says about a tensor, except its position; `size` is in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -30,10 +30,11 @@ class Entry:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file: metadata by name; tensors widest dtype first, which aligns all, and then by name.
+    """Writes a safetensors file. Metadata is sorted by name, tensors by dtype, widest first, which aligns all of them,
+    and then by name.
 
     Raises:
-        OSError: where the file cannot be written.
+        OSError: if the file cannot be written.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     serialised = {name: serialise(tensors[name]) for name in names}
@@ -45,18 +46,18 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file, copies in the order of their names, and its metadata.
+    """Returns copies of the tensors of a file, in the order of their names, and the file's metadata.
 
     Args:
         path: the file.
         kind: as in `read_bytes`.
 
     Raises:
-        MELoRAError: where it is missing, truncated or corrupt, or cannot be read.
+        MELoRAError: if the file is missing, truncated or corrupt, or cannot be read.
     """
     data = read_bytes(path, kind)
     try:
-        tensors = load(data)  # which checks where they lie in the file, and copies them in a random order
+        tensors = load(data)  # checks their positions in the file, and copies them in a random order
         length = int.from_bytes(data[:8], "little")
         return dict(sorted(tensors.items())), dict(json.loads(data[8 : 8 + length]).get(METADATA) or {})
     except Exception as error:  # safetensors and torch raise many kinds
@@ -64,7 +65,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[s
 
 
 def serialise(tensor: torch.Tensor) -> tuple[Entry, bytes]:
-    """A tensor's entry in a header, and its bytes."""
+    """Returns the entry of a tensor in a header, and the tensor's bytes."""
     file = save({"tensor": tensor.contiguous()})
     length = int.from_bytes(file[:8], "little")
     entry = json.loads(file[8 : 8 + length])["tensor"]
@@ -73,7 +74,7 @@ def serialise(tensor: torch.Tensor) -> tuple[Entry, bytes]:
 
 
 def make_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file whose tensors lie one after the other."""
+    """Returns the length and the header of a safetensors file whose tensors are stored one after another."""
     header: dict[str, Any] = {METADATA: dict(metadata)}
     offset = 0
     for key, entry in entries.items():

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` writes checkpoints of what is trained, and not of the base beside it."""
+"""Makes `transformers.Trainer` write checkpoints that contain what is trained, but not the base."""
 
 import functools
 import os
@@ -41,28 +41,29 @@ _RESUMED = (
     "optimizer.pt",
     "scheduler.pt",
 )
-"""What a Trainer resumes from, in the order in which it is removed; the main process writes all of it after us."""
+"""The files that a Trainer resumes from, in the order of their removal. The main process writes them after us."""
 
 
 class AdapterCheckpointCallback(TrainerCallback):
-    """Lets a `Trainer` write only what it trains into its checkpoints: `Trainer(…, callbacks=[this])`.
+    """Makes a `Trainer` write only what it trains into its checkpoints: pass an instance to `Trainer(callbacks=[…])`.
 
-    `checkpoint-N/` is an adapter folder, which `load_adapter` takes. It has the same tensors a second time, in
-    `model.safetensors` under the model's own names: from those `resume_from_checkpoint` and `load_best_model_at_end` go
-    on. Optimizer, schedule and random states are written as ever, and so is what `save_model` writes elsewhere.
+    `checkpoint-N/` is an adapter folder, which `load_adapter` accepts. It contains the same tensors a second time, in
+    `model.safetensors` under the model's own names: `resume_from_checkpoint` and `load_best_model_at_end` read those.
+    Optimizer, schedule and random states are written as usual, and so is what `save_model` writes elsewhere.
     """
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """From here on the model saves its trained tensors alone, in folders called checkpoint-N.
+        """Makes the model save only its trained tensors if the folder is called checkpoint-N.
 
         Raises:
-            MELoRAError: for a model that is not rewritten, and under DeepSpeed's ZeRO-3.
+            MELoRAError: if the model is not rewritten, and under DeepSpeed's ZeRO-3.
         """
         model: nn.Module = kwargs["model"]
         if getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0) == 3:
             raise MELoRAError(
-                "`AdapterCheckpointCallback`: ZeRO-3 leaves no process the whole adapter to write: leave the callback "
-                "out, and call `save_adapter` inside `with deepspeed.zero.GatheredParameters(…):` after the training"
+                "`AdapterCheckpointCallback`: ZeRO-3 leaves no process with the whole adapter to write: leave the "
+                "callback out, and call `save_adapter` inside `with deepspeed.zero.GatheredParameters(…):` after the "
+                "training"
             )
         require_sites(model, "AdapterCheckpointCallback")
         inner = unwrap(model)
@@ -71,11 +72,11 @@ class AdapterCheckpointCallback(TrainerCallback):
         trained = _trained_tensors(inner, prefix)
         leave_out(inner, [name for name in model.state_dict() if name not in trained])
 
-    on_train_begin = on_init_end  # a second training, or a model that the Trainer has made itself
+    on_train_begin = on_init_end  # for a second training, or a model that the Trainer itself has created
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Replaces what the Trainer has written of a model that has no `save_pretrained`; writes what is trained of one
-        that is sharded, which the Trainer's main process could not do alone.
+        """Replaces what the Trainer has written with what is trained if the model has no `save_pretrained`. Also writes
+        it if the model is sharded, because the Trainer's main process cannot write it by itself.
         """
         model = kwargs["model"]
         directory = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
@@ -87,14 +88,14 @@ class AdapterCheckpointCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The model saves as before."""
+        """Makes the model save as before the training."""
         inner = unwrap(kwargs["model"])
         leave_in(inner)
         attach(inner)
 
 
 def _prefix(model: nn.Module) -> str:
-    """What stands before the names in the state that `model` is loaded from: a compiled one's have one."""
+    """Returns the prefix of the names in the state dict that `model` is loaded from: a compiled model has one."""
     return "" if unwrap(model) is model else "_orig_mod."
 
 
@@ -106,21 +107,22 @@ def _save_checkpoint(
     is_main_process: bool = True,
     **options: Any,
 ) -> None:
-    """`save_pretrained` of a Trainer's model; without a config.json, so that no one takes the folder for a model."""
-    if not sites(model):  # folded since, as a part of this model
+    """Stands in for `save_pretrained` of a Trainer's model. Writes no config.json, so that nobody mistakes the folder
+    for a model.
+    """
+    if not sites(model):  # the rewritten part of this model has been folded since
         save_whole(model, save_directory, is_main_process=is_main_process, **options)
     elif not _CHECKPOINT.fullmatch(Path(save_directory).name):
         save_and_warn(model, save_directory, is_main_process=is_main_process, **options)
     elif is_main_process:
         _remove_old(Path(save_directory))
-        if not _is_sharded(model):  # else `on_save` does
+        if not _is_sharded(model):  # otherwise `on_save` writes
             _write_trained(model, Path(save_directory), prefix=prefix)
 
 
 def _remove_old(directory: Path) -> None:
-    """Removes what an earlier run has left here to be resumed from: a kill leaves no weights beside another adapter.
-
-    The weights go first, without which a Trainer refuses to resume.
+    """Removes the files that an earlier run has left to resume from, so that a kill leaves no weights next to another
+    adapter. The weights are removed first, because a Trainer refuses to resume without them.
     """
     with writing(directory):
         for name in _RESUMED:
@@ -144,8 +146,8 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def _trained_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-    """What `model.state_dict()` has of the adapters and of the modules kept trainable, `prefix` before each name;
-    copies.
+    """Returns copies of the tensors in `model.state_dict()` that belong to adapters or were kept trainable, each name
+    with `prefix`.
     """
     named = tensors_by_name(model)
     trained = [*adapter_parameters(model).values(), *(named[name] for name in kept_tensor_names(model))]

@@ -1,6 +1,6 @@
-"""Whether an adapter is whole: its tensors are those that its header describes, no more and no less, and finite.
+"""Checks that an adapter is well formed: its tensors are exactly those that its header describes, and are finite.
 
-This is what can be said without a model; `checks` says whether it belongs to one.
+These checks need no model; `checks` checks that an adapter belongs to a model.
 """
 
 import math
@@ -17,36 +17,36 @@ from .adapter import Adapter
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-"""Of buffers beside what is trained, such as the counter of a BatchNorm."""
+"""Dtypes of buffers that are saved with trained modules, such as the counter of a BatchNorm."""
 
 
 def refuse_malformed(adapter: Adapter) -> None:
-    """Raises MELoRAError for an adapter that is not whole; names every tensor at fault."""
+    """Raises MELoRAError if the adapter is malformed, and names every tensor at fault."""
     lines = [*_wrong_names(adapter)]
     lines = lines or [*_wrong_sites(adapter), *_wrong_kept(adapter)]
     if lines:
-        raise MELoRAError(f"`{adapter.directory}` is no adapter that `save_adapter` writes:\n" + "\n".join(lines))
+        raise MELoRAError(f"`{adapter.directory}` is not an adapter as `save_adapter` writes it:\n" + "\n".join(lines))
     refuse_non_finite(adapter)
 
 
 def refuse_non_finite(adapter: Adapter) -> None:
-    """Raises MELoRAError for an adapter that holds NaN or infinity, and names the tensors."""
+    """Raises MELoRAError if the adapter contains NaN or infinity, and names the tensors."""
     if wrong := non_finite_names(adapter.tensors):
         raise MELoRAError(f"`{adapter.directory}` holds NaN or infinity in {', '.join(map(repr, wrong))}")
 
 
 def non_finite_names(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity."""
+    """Returns the names of the tensors that contain NaN or infinity."""
     return [name for name, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """By its extremes, which are NaN where any value is: a pass that writes nothing."""
+    """Uses the extremes, which are NaN if any value is NaN, so the pass allocates nothing."""
     return not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor.detach()))
 
 
 def _wrong_names(adapter: Adapter) -> Iterator[str]:
-    """Lines on tensors that are missing, and on those that nothing in the header accounts for."""
+    """Yields a line for each kind of fault: missing tensors, and tensors that the header does not account for."""
     if not adapter.configs:
         yield "it has no sites"
     own = {name for site in adapter.configs for name in factor_names(site)}
@@ -54,9 +54,9 @@ def _wrong_names(adapter: Adapter) -> Iterator[str]:
         yield f"it lacks the tensors {_listed(missing)}"
     others = sorted(adapter.tensors.keys() - own)
     if unknown := [name for name in others if not any(is_within(name, kept) for kept in adapter.kept)]:
-        yield f"it has tensors of no site, and of nothing that it keeps trainable: {_listed(unknown)}"
+        yield f"it has tensors of no site and of no module or parameter kept trainable: {_listed(unknown)}"
     if empty := [kept for kept in adapter.kept if not any(is_within(name, kept) for name in others)]:
-        yield f"it lacks all tensors of what it keeps trainable: {_listed(empty)}"
+        yield f"it lacks all tensors of modules or parameters kept trainable: {_listed(empty)}"
 
 
 def _wrong_sites(adapter: Adapter) -> Iterator[str]:
@@ -66,12 +66,12 @@ def _wrong_sites(adapter: Adapter) -> Iterator[str]:
 
 
 def _fault(own: AdapterTensors) -> str | None:
-    """What is wrong with the tensors of a site by themselves, or None."""
+    """Returns the fault of a site's tensors, checked without a model, or None."""
     for name, tensor in own.factors.items():
         if tensor.dtype not in FLOATS:
             return f"{name} holds {tensor.dtype}, not floating point numbers"
         if tensor.dim() != 3 or not tensor.numel():
-            return f"{name} is {tuple(tensor.shape)}, not of three dimensions"
+            return f"{name} is {tuple(tensor.shape)}, but must have three dimensions and at least one value"
     config = own.config
     shapes = tuple(own.lora_a.shape), tuple(own.lora_b.shape)
     blocks, _, width = shapes[0]
@@ -87,7 +87,7 @@ def _fault(own: AdapterTensors) -> str | None:
 
 
 def padding_is_used(own: AdapterTensors) -> bool:
-    """Whether a block has values beyond its own rank, where it is below the largest one."""
+    """Returns whether a block has values beyond its rank, if that is below the largest rank."""
     ranks = own.config.ranks
     if min(ranks) == max(ranks):
         return False

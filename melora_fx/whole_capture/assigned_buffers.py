@@ -1,4 +1,4 @@
-"""Buffers that a forward assigns to: `self.count = self.count + 1`."""
+"""Lets whole captures write to buffers that a forward assigns to, as in `self.count = self.count + 1`."""
 
 import functools
 from typing import Any
@@ -16,10 +16,10 @@ aten = torch.ops.aten
 
 
 def write_assigned_buffers(model: nn.Module) -> None:
-    """Gives the model an own `forward` that at its end writes what was assigned to a buffer into the buffer itself.
+    """Replaces `model.forward` by one that finally copies the values assigned to buffers into the buffers themselves.
 
     `torch.export` does so for the buffers of the model itself, and forgets those of its children (torch 2.13). The
-    forward raises a MELoRAError where the values would not be the same in the buffer.
+    forward raises a MELoRAError if the buffer and the value assigned to it differ in shape or dtype, or if one is None.
     """
     forward = model.forward
 
@@ -40,7 +40,7 @@ def write_assigned_buffers(model: nn.Module) -> None:
 
 
 def _buffers(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    """Each module's path and the dict of its buffers."""
+    """Returns each module's path and the dict of its buffers."""
     return [(path, registered(module)[1]) for path, module in model.named_modules()]
 
 
@@ -57,8 +57,8 @@ def _kind(value: torch.Tensor | None) -> str:
 
 
 def keep_values_read(graph_module: fx.GraphModule) -> None:
-    """Lets a graph that writes to a buffer last of all read a copy of it before, as its backward may need what was
-    read: an assignment leaves the tensor as it was that the buffer had before.
+    """Makes a graph read a copy of each buffer that it overwrites at the end, since its backward may need the values
+    that it read. In the model, an assignment leaves the buffer's old tensor unchanged.
     """
     graph = graph_module.graph
     order = {node: number for number, node in enumerate(graph.nodes)}

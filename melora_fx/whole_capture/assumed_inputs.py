@@ -1,4 +1,4 @@
-"""What a capture holds for: the arguments, values and sizes that its export assumed, checked in every call."""
+"""Checks in every call of a capture that the arguments, values and sizes are as its export assumed."""
 
 import inspect
 import reprlib
@@ -18,12 +18,12 @@ from .private import input_structure
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 VARIES = ...
-"""In the place of a number that may vary."""
+"""Stand-in for a number that may vary."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """In the place of a tensor: its sizes, None for each that may vary, and what its entries are."""
+    """Stand-in for a tensor: its sizes (None for each that may vary) and the kind of its entries."""
 
     sizes: tuple[int | None, ...]
     kind: str
@@ -33,18 +33,18 @@ class Sizes:
 
 
 class AssumedInputs:
-    """The call that a capture was made with, and what its export assumed.
+    """The call that a capture was made with, and the assumptions of its export.
 
     Args:
-        graph_module: the module of the export, which says what it is called with.
-        signature: of the forward that was captured; calls are understood as that understands them.
-        conditions: on the sizes of tensors.
+        graph_module: the exported module, which stores the structure and the examples of its inputs.
+        signature: the signature of the captured forward, which names the arguments of a call.
+        conditions: the conditions on the sizes of tensors.
 
     Attributes:
-        arguments: name → argument, with `Sizes` in the place of each tensor; what goes to `*args` is one argument, a
+        arguments: name → argument, with `Sizes` in place of each tensor. The arguments for `*args` are one argument, a
             tuple.
-        free_axes: the sizes that may vary, each as it is written first (`x.shape[0]`) → the places that have it: the
-            number of the input, a leaf of the arguments, and the axis.
+        free_axes: each size that may vary, written as its first place (`x.shape[0]`) → all its places: the number of
+            the input, which is a leaf of the arguments, and the axis.
     """
 
     def __init__(
@@ -67,21 +67,21 @@ class AssumedInputs:
         self.free_axes = _free_axes(examples, names)
 
     def tensors(self) -> Iterator[tuple[str, Sizes]]:
-        """Those of the arguments that are tensors."""
+        """Yields the arguments that are tensors, by name."""
         yield from ((name, each) for name, each in self.arguments.items() if isinstance(each, Sizes))
 
     def in_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call as the graph takes them: those by position that were so in the example.
+        """Returns the arguments of a call as the graph takes them: by position if the example had them by position.
 
         Raises:
-            TypeError: for an argument that the forward does not take, and for a missing one.
-            MELoRAError: for one that is not as the export assumed.
+            TypeError: if an argument is missing, is passed twice, or is not an argument of the forward.
+            MELoRAError: if an argument is not as the export assumed.
         """
         values = self.by_name(args, kwargs)
         for name, value in values.items():
             if name not in self.arguments and not _is_same(value, self._defaults.get(name)):
                 raise MELoRAError(
-                    f"the capture was made without `{name}`, so its graph has none: capture again with `{name}` in "
+                    f"the capture was made without `{name}`, so its graph ignores it: capture again with `{name}` in "
                     "`example_inputs`"
                 )
         for name, argument in self.arguments.items():
@@ -92,21 +92,21 @@ class AssumedInputs:
             if not condition.holds(values):
                 raise MELoRAError(
                     f"the capture assumed that {condition.text}; here {_shapes(condition, values)}: capture again with "
-                    "`example_inputs` of such sizes"
+                    "`example_inputs` of these sizes"
                 )
         return self._as_in_example(values)
 
     def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of a call by the names of the signature, without defaults."""
+        """Returns the arguments of a call by their names in the signature, without defaults."""
         values: dict[str, Any] = dict(zip(self._positional, args, strict=False))
         rest = args[len(self._positional) :]
         if rest and not self._rest:
-            raise TypeError(f"the forward takes {len(self._positional)} positional arguments, {len(args)} were given")
+            raise TypeError(f"the forward takes {len(self._positional)} positional arguments, but got {len(args)}")
         if rest:
             values[self._rest] = tuple(rest)
         for name, value in kwargs.items():
             if name in values:
-                raise TypeError(f"the argument `{name}` is given by position and by name")
+                raise TypeError(f"the argument `{name}` is passed both by position and by name")
             if name not in self._defaults and not self._others:
                 raise TypeError(f"the forward takes no argument `{name}`")
             values[name] = value
@@ -126,12 +126,12 @@ class AssumedInputs:
 
 
 def _name_of(signature: inspect.Signature, kind: Any) -> str:
-    """The name of the parameter of this kind, "" where there is none."""
+    """Returns the name of the parameter of this kind, or "" if there is none."""
     return next((name for name, each in signature.parameters.items() if each.kind is kind), "")
 
 
 def _leaf(value: Any) -> Any:
-    """What stands for the example's value of an input."""
+    """Returns the stand-in for the example value of an input, or the value itself."""
     if isinstance(value, torch.Tensor):
         sizes = (size if isinstance(size, int) else size.node.maybe_as_int() for size in value.shape)
         return Sizes(tuple(sizes), _kind(value.dtype))
@@ -139,14 +139,16 @@ def _leaf(value: Any) -> Any:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    """What a forward may ask for: of one kind all are taken, since a model and its inputs may be cast."""
+    """Returns the kind of a dtype, which a forward may ask for. All dtypes of one kind are accepted, since a model and
+    its inputs may be cast.
+    """
     if dtype is torch.bool:
         return "bool"
     return "floating point" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
 def _free_axes(examples: Iterable[Any], names: Mapping[int, str]) -> dict[str, list[tuple[int, int]]]:
-    """As `AssumedInputs.free_axes`, of the export's own examples, whose sizes are symbols."""
+    """Returns `AssumedInputs.free_axes`, taken from the export's own examples, whose sizes are symbols."""
     places: dict[Any, list[tuple[int, int]]] = {}
     for number, example in enumerate(examples):
         for axis, size in enumerate(example.shape if isinstance(example, torch.Tensor) else ()):
@@ -156,7 +158,7 @@ def _free_axes(examples: Iterable[Any], names: Mapping[int, str]) -> dict[str, l
 
 
 def _check(name: str, value: Any, assumed: Any) -> None:
-    """Raises MELoRAError for a value that is not as the export assumed."""
+    """Raises MELoRAError if a value is not as the export assumed."""
     if isinstance(assumed, Sizes):
         _check_leaf(name, value, assumed)
         return
@@ -164,8 +166,8 @@ def _check(name: str, value: Any, assumed: Any) -> None:
     assumed_leaves, assumed_structure = tree_flatten(assumed)
     if structure != assumed_structure:
         raise MELoRAError(
-            f"`{name}` is built otherwise than in the example, where it is {reprlib.repr(assumed)}: capture again with "
-            "`example_inputs` like that"
+            f"`{name}` has another structure than in the example, which has {reprlib.repr(assumed)}: capture again "
+            "with `example_inputs` of this structure"
         )
     for leaf, assumed_leaf in zip(leaves, assumed_leaves, strict=True):
         _check_leaf(name, leaf, assumed_leaf)
@@ -174,7 +176,10 @@ def _check(name: str, value: Any, assumed: Any) -> None:
 def _check_leaf(name: str, value: Any, assumed: Any) -> None:
     if isinstance(assumed, Sizes):
         if not isinstance(value, torch.Tensor):
-            raise MELoRAError(f"the capture is for a tensor `{name}`, here it is {reprlib.repr(value)}: capture again")
+            raise MELoRAError(
+                f"the capture is for a tensor `{name}`, here it is {reprlib.repr(value)}: capture again with this "
+                "value in `example_inputs`"
+            )
         if not _fits(value, assumed.sizes):
             raise MELoRAError(
                 f"input `{name}` has {_shape(value)}, but the capture is for {assumed}: capture again with "
@@ -187,8 +192,8 @@ def _check_leaf(name: str, value: Any, assumed: Any) -> None:
             )
     elif assumed is not VARIES and not _is_same(value, assumed):
         raise MELoRAError(
-            f"the capture is for `{name}={assumed!r}`, here it is {reprlib.repr(value)}: capture again with that in "
-            "`example_inputs`"
+            f"the capture is for `{name}={assumed!r}`, here it is {reprlib.repr(value)}: capture again with this value "
+            "in `example_inputs`"
         )
 
 
@@ -209,17 +214,17 @@ def _is_same(value: Any, assumed: Any) -> bool:
 
 
 def _shapes(condition: Condition, values: Mapping[str, Any]) -> str:
-    """The shapes that a condition asks about, of arguments that are tensors."""
-    if torch.compiler.is_compiling():  # which has no texts of sizes that vary
-        return "it is not so"
+    """Returns the shapes that a condition depends on, for the arguments that are tensors, as text."""
+    if torch.compiler.is_compiling():  # sizes that vary have no text there
+        return "it is false"
     tensors = [name for name in condition.names if isinstance(values[name], torch.Tensor)]
-    return ", ".join(f"`{name}` has shape {tuple(values[name].shape)}" for name in tensors) or "it is not so"
+    return ", ".join(f"`{name}` has shape {tuple(values[name].shape)}" for name in tensors) or "it is false"
 
 
 def check_inputs(
     graph_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`AssumedInputs.in_call` of a captured module, as a hook before its forward."""
+    """Calls `AssumedInputs.in_call` of a captured module, as a forward pre-hook."""
     if in_fx_trace():
         return args, kwargs
     assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]

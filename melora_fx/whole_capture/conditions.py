@@ -1,4 +1,4 @@
-"""Conditions on the sizes of inputs that an export assumed: text that can be read, checked and stored.
+"""Extracts, simplifies and checks the conditions on input sizes that an export assumed; they are stored as text.
 
 A condition is a Python comparison of numbers, such as `x.shape[1] <= 64` or `batch * sequence % 4 == 0`. Its names are
 arguments of a forward, or axes of a graph.
@@ -22,7 +22,8 @@ _PARTS = (
     ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator, ast.Compare, ast.cmpop,
     ast.expr_context, ast.Subscript,
 )  # fmt: skip
-"""What a condition may be made of beside names, numbers, calls and attributes: the text may come from a file."""
+"""Syntax that a condition may use in addition to names, numbers, calls and attributes. All other syntax is refused, as
+the text may come from a file."""
 _MATH = ("ceil", "floor", "isqrt", "log", "log2", "sqrt", "trunc")
 _MOST_CHARACTERS = 10_000
 _MOST_POWERS = 4
@@ -30,36 +31,36 @@ _LARGEST_NUMBER = 1 << 63
 
 
 class Shaped(NamedTuple):
-    """Stands for an array in a condition."""
+    """Stand-in for an array in a condition."""
 
     shape: tuple[int, ...]
 
 
 class Condition:
-    """One condition.
+    """One condition on sizes.
 
     Args:
         text: the comparison.
-        is_doubtful: an export also asks whether sizes are equal to know how a tensor lies in memory, and what it
-            computes may not depend on that.
+        is_doubtful: whether the graph may not need the condition. An export also compares sizes to find the memory
+            layout of a tensor, and the outputs may not depend on the layout.
 
     Attributes:
-        names: what it asks about.
+        names: the names in the text.
 
     Raises:
-        MELoRAError: for a text that is no comparison of numbers.
+        MELoRAError: if the text is not a comparison of numbers.
     """
 
     def __init__(self, text: str, *, is_doubtful: bool = False) -> None:
         if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
-            raise MELoRAError(f"{str(text)[:200]!r} is no condition on sizes")
+            raise MELoRAError(f"{str(text)[:200]!r} is not a condition on sizes")
         try:
             tree = ast.parse(text, mode="eval")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise MELoRAError(f"`{text[:200]}` is no condition on sizes: {error}") from error
+            raise MELoRAError(f"`{text[:200]}` is not a condition on sizes: {error}") from error
         nodes = [*ast.walk(tree)]
         if not all(map(_is_allowed, nodes)) or sum(isinstance(node, ast.Pow) for node in nodes) > _MOST_POWERS:
-            raise MELoRAError(f"`{text[:200]}` is no condition on sizes")
+            raise MELoRAError(f"`{text[:200]}` is not a condition on sizes")
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         self.text = text
         self.is_doubtful = is_doubtful
@@ -67,10 +68,10 @@ class Condition:
         self._test = eval(f"lambda {', '.join(self.names)}: {text}", {"__builtins__": {}, "math": math, **_FUNCTIONS})
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it is true for `values` of its names; a remainder by a size of 0 is not.
+        """Returns whether the condition is true for `values` of its names; False if it divides by a size of 0.
 
         Raises:
-            MELoRAError: for values that it cannot be about, such as shapes with fewer axes.
+            MELoRAError: if the condition cannot be evaluated for the values, such as shapes with fewer axes.
         """
         try:
             return bool(self._test(*[values[name] for name in self.names]))
@@ -93,7 +94,7 @@ class Condition:
 
 
 def _is_small(node: ast.expr) -> bool:
-    """Whether it is a number that a condition may be raised to."""
+    """Returns whether `node` is a number that is allowed as an exponent."""
     number = node.operand if isinstance(node, ast.UnaryOp) else node
     return isinstance(number, ast.Constant) and isinstance(number.value, int | float) and number.value <= 8
 
@@ -117,11 +118,11 @@ def _is_allowed(node: ast.AST) -> bool:
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """For calls of `torch.export`: it notes where it takes an axis to be larger than 1, and an axis that would keep it
-    busy for minutes is named.
+    """Makes `torch.export` record each assumption that an axis is larger than 1, and stop at an axis that would keep it
+    busy for minutes.
 
     Raises:
-        MELoRAError: for such an axis.
+        MELoRAError: if there is such an axis; the text names it.
     """
     try:
         with conditions_up_to(_MOST_OPERATIONS), without_assuming_two():
@@ -129,18 +130,19 @@ def exporting() -> Iterator[None]:
     except LargeConditionError as error:
         raise MELoRAError(
             f"the axis {_by_names(error.source)} cannot vary: the model computes sizes from it in conditions of more "
-            f"than {_MOST_OPERATIONS} operations. Leave it out of `dynamic_axes`, or name those that may vary there"
+            f"than {_MOST_OPERATIONS} operations. Leave it out of `dynamic_axes`, or list the axes that may vary there"
         ) from error
 
 
 _MOST_OPERATIONS = 150
-"""Of one condition on sizes. Models of text have up to 20, of images and sound with every axis free up to 100; where
-they grow past this, as in Swin's shifted windows of any height and width, `torch.export` takes minutes.
+"""Largest number of operations in one condition on sizes. Text models have up to 20; image and sound models with every
+axis free, up to 100. If conditions grow past this limit, as in Swin's shifted windows of any height and width,
+`torch.export` takes minutes.
 """
 
 
 def conditions_of(program: ExportedProgram) -> list[Condition]:
-    """What an export assumed of the sizes of its inputs, but for single sizes that it froze."""
+    """Returns the conditions that an export assumed for the sizes of its inputs, without single sizes that it froze."""
     guards: dict[str, list[str]] = {}
     for guard in export_guards(program):
         guards.setdefault(readable(guard), []).append(guard)
@@ -152,7 +154,7 @@ def conditions_of(program: ExportedProgram) -> list[Condition]:
 
 
 def within(size: str, allowed: Any) -> tuple[Condition, ...]:
-    """That a size is in a range of `torch.export`, whose `lower` and `upper` may be infinite."""
+    """Returns the conditions that put a size in a range of `torch.export`, whose bounds may be infinite."""
     conditions = []
     if allowed.lower > 1:
         conditions.append(Condition(f"{size} >= {allowed.lower}"))
@@ -162,8 +164,9 @@ def within(size: str, allowed: Any) -> tuple[Condition, ...]:
 
 
 def readable(guard: str) -> str:
-    """A guard of `torch.export`, such as `(-1)*L['x'].size()[1] > -16`, as one reads it: `x.shape[1] < 16`; "" for one
-    that always holds.
+    """Returns a guard of `torch.export`, such as `(-1)*L['x'].size()[1] > -16`, in readable form: `x.shape[1] <= 15`.
+
+    Returns "" for a guard that is always true.
     """
     text = _by_names(guard)
     sizes = list(dict.fromkeys(_SIZE.findall(text)))
@@ -182,11 +185,11 @@ def _by_names(text: str) -> str:
 
 
 def _canonical(text: str, num_sizes: int) -> str | None:
-    """A comparison of sums and products of `n0`, `n1`, … in sympy's order; None for another."""
+    """Returns a comparison of sums and products of `n0`, `n1`, … in sympy's canonical form; None for other text."""
     match = re.fullmatch(r"([^<>=!a-z]+) (<|<=|>|>=) ([^<>=!a-z]+)", text.replace("n", "N"))
     if match is None:
         return None
-    import sympy  # heavy: only where it is used
+    import sympy  # slow to import, so only here
 
     known = {"__builtins__": {}} | {
         f"N{number}": sympy.Symbol(f"n{number}", integer=True) for number in range(num_sizes)
@@ -197,15 +200,15 @@ def _canonical(text: str, num_sizes: int) -> str | None:
 
 
 def _as_range(text: str) -> str | None:
-    """A comparison of sums, products, minima and maxima of the size `n0`, as the smallest and the largest for which it
-    is true; None where these are no range.
+    """Returns a comparison of sums, products, minima and maxima of the size `n0` as bounds: the smallest and the
+    largest size for which it is true. None if these sizes are not a range.
     """
     condition = Condition(text)
     end = 2 * sum(map(int, re.findall(r"\b\d+", text))) + 4
     if end > _MOST_SIZES:
         return None
     fits = [condition.holds({"n0": size}) for size in range(end)]
-    last = fits[-1]  # one as large changes nothing any more, or it is not for us
+    last = fits[-1]  # must also be the answer for all larger sizes
     if True not in fits or any(condition.holds({"n0": end << power}) != last for power in range(24)):
         return None
     smallest, number = fits.index(True), sum(fits)
@@ -217,12 +220,12 @@ def _as_range(text: str) -> str | None:
 
 
 _MOST_SIZES = 2**19
-"""Beyond this many a comparison is left as it is."""
+"""A comparison that would need more trials than this is left unchanged."""
 
 _SIZE = re.compile(r"\w+(?:\[[^][]+\])*\.shape\[\d+\]")
 """The size of an axis of an argument, or of a tensor within one."""
 
 UPPER_BOUND = re.compile(rf"({_SIZE.pattern}) <= (\d+)")
-"""A condition that is the largest size of an axis."""
+"""A condition that bounds the size of an axis from above."""
 
 _FROZEN = re.compile(rf"{_SIZE.pattern} == \d+")

@@ -1,4 +1,4 @@
-"""Which axes of the inputs may vary after a capture."""
+"""Decides and checks which axes of the inputs may vary after a capture."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,23 +10,23 @@ from melora_fx.errors import MELoRAError
 from melora_fx.torch_private import tree_leaves, tree_map
 
 DynamicAxes = Literal["auto"] | Mapping[str, Mapping[int, str]]
-"""Axes that may vary, if the model lets them: "auto" for batch and sequence, or input name → {axis: name}.
+"""Axes that may vary, if the model allows it: "auto" for batch and sequence, or input name → {axis: name}.
 
-"auto" frees the axes 0 and 1 of each tensor, and further ones that are as long as such an axis 1: those of a mask for
-pairs of tokens; but no axis of one entry, which a model may repeat. The height and width of images, and frames of
-sound, are freed by name only.
+"auto" frees axes 0 and 1 of each tensor, and further axes with the size of some tensor's axis 1, such as those of a
+mask for pairs of tokens. It never frees an axis of size 1, which a model may repeat. The height and width of images,
+and the frames of sound, are freed only by name.
 """
 
 
 def refuse_malformed_axes(dynamic_axes: Any) -> None:
-    """Raises a ValueError for what is neither "auto" nor a mapping of mappings."""
+    """Raises a ValueError if `dynamic_axes` is neither "auto" nor a mapping of mappings."""
     is_mapping = isinstance(dynamic_axes, Mapping)
     if dynamic_axes != "auto" and not (is_mapping and all(isinstance(axes, Mapping) for axes in dynamic_axes.values())):
         raise ValueError(f'`dynamic_axes` (={dynamic_axes!r}) must be "auto" or input name → {{axis: name}}')
 
 
 def refuse_wrong_axes(inputs: Mapping[str, Any], dynamic_axes: DynamicAxes) -> None:
-    """Raises a ValueError for axes of inputs that are not there, and for names that cannot be theirs."""
+    """Raises a ValueError for inputs and axes that do not exist, and for names that the axes cannot have."""
     if isinstance(dynamic_axes, str):
         return
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -43,16 +43,16 @@ def refuse_wrong_axes(inputs: Mapping[str, Any], dynamic_axes: DynamicAxes) -> N
             if sizes.setdefault(label, shape[axis]) != shape[axis]:
                 raise ValueError(
                     f"`dynamic_axes` of `{name}`, axis {axis}: `{label}` is {shape[axis]} here and {sizes[label]} "
-                    "before: axes of one name have one size"
+                    "before: axes with the same name must have the same size"
                 )
 
 
 def refuse_fixed_axes(inputs: Mapping[str, Sequence[Any]], dynamic_axes: DynamicAxes) -> None:
-    """Raises a MELoRAError for axes that were to be dynamic and that the export has fixed.
+    """Raises a MELoRAError for axes that were requested to be dynamic and that the export has fixed.
 
     Args:
-        inputs: name → its axes, an int for one that is fixed.
-        dynamic_axes: what was asked for.
+        inputs: name → axes; a fixed axis is an int.
+        dynamic_axes: the requested axes.
     """
     if isinstance(dynamic_axes, str):
         return
@@ -67,12 +67,12 @@ def refuse_fixed_axes(inputs: Mapping[str, Sequence[Any]], dynamic_axes: Dynamic
 
 
 def has_dynamic_batch(dynamic_axes: DynamicAxes) -> bool:
-    """Whether the first axis of an input may vary."""
+    """Returns whether the first axis of any input may vary."""
     return isinstance(dynamic_axes, str) or any(0 in axes for axes in dynamic_axes.values())
 
 
 def dynamic_shapes(arguments: Mapping[str, Any], dynamic_axes: DynamicAxes) -> dict[str, Any]:
-    """`dynamic_shapes` as `torch.export` takes them, for arguments by name."""
+    """Returns `dynamic_shapes` in the form that `torch.export` accepts, for arguments by name."""
     if not isinstance(dynamic_axes, str):
         fixed = tree_map(lambda leaf: None, arguments)
         return fixed | {name: dict.fromkeys(axes, Dim.AUTO) for name, axes in dynamic_axes.items()}
@@ -81,7 +81,7 @@ def dynamic_shapes(arguments: Mapping[str, Any], dynamic_axes: DynamicAxes) -> d
 
 
 def _automatic(leaf: Any, lengths: set[int]) -> dict[int, Any] | None:
-    """The entry of one tensor for "auto"; None for what is no tensor."""
+    """Returns the entry of one leaf for "auto"; None if the leaf is not a tensor."""
     if not isinstance(leaf, torch.Tensor):
         return None
     return {axis: Dim.AUTO for axis, size in enumerate(leaf.shape) if size != 1 and (axis < 2 or size in lengths)}

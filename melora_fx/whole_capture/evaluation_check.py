@@ -1,4 +1,4 @@
-"""Whether a capture computes what its model does in evaluation."""
+"""Checks that a capture computes what its model does in evaluation."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,18 +24,21 @@ from .tried_sizes import try_sizes
 
 
 def has_values(model: nn.Module) -> bool:
-    """Whether no tensor of `model` is on the meta device."""
+    """Returns whether no tensor of `model` is on the meta device."""
     return not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
 def check_evaluation(
     model: nn.Module, graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Refuses a capture whose outputs in evaluation are not the model's, and notes which axes must be larger than 1;
-    without values there is nothing to compare. Warns where the forward changes its inputs, or keeps something from call
-    to call.
+    """Compares the outputs of a capture in evaluation with the model's, and finds out which axes must be larger than 1.
 
-    `graph_module` is in evaluation afterwards. Both run on copies of what a forward may write to.
+    Does nothing for a model without values. Warns if the forward changes its inputs, or keeps attributes from call to
+    call. Leaves `graph_module` in evaluation mode. Both run on copies of everything that a forward may write to.
+
+    Raises:
+        MELoRAError: if the outputs differ, if only the graph raises, or if the outputs depend on attributes that the
+            forward keeps from call to call.
     """
     if not has_values(model):
         return
@@ -54,9 +57,9 @@ def check_evaluation(
             ) from error
         if not _are_near(tree_leaves(actual), tree_leaves(expected)):
             raise MELoRAError(
-                f"`{name}` cannot be captured whole, its graph computes something else: its forward differs between "
-                "train and eval mode by more than dropout, or asks for what no graph knows, as whether gradients are "
-                "recorded: rewrite it without `example_inputs=`"
+                f"`{name}` cannot be captured whole: its graph computes something else, as its forward differs between "
+                "train and eval mode by more than dropout, or asks for something that no graph knows, such as whether "
+                "gradients are recorded: rewrite it without `example_inputs=`"
             )
         assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
         if kept and not _are_near(tree_leaves(runs[1]), tree_leaves(expected)):
@@ -81,7 +84,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _is_right(model: nn.Module, graph_module: fx.GraphModule, args: Any, kwargs: Any) -> bool | None:
-    """Whether the graph computes what the model does; None where the model takes no such inputs."""
+    """Returns whether the graph computes what the model does; None if the model does not accept the inputs."""
     try:
         expected = _run(model, args, kwargs)
     except Exception:  # the model's own forward can raise anything
@@ -95,8 +98,9 @@ def _is_right(model: nn.Module, graph_module: fx.GraphModule, args: Any, kwargs:
 def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """What comes out, with copies of the inputs and the buffers; and these inputs afterwards. Draws the same random
-    numbers each time.
+    """Runs the model on copies of its inputs and buffers. Returns the outputs, and the copied inputs after the call.
+
+    Draws the same random numbers in every call.
     """
     args, kwargs = tree_map(copied, (args, kwargs))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -106,7 +110,7 @@ def _run(
 
 
 def _are_near(actual: list[Any], expected: list[Any]) -> bool:
-    """Whether as many values come out, and each tensor is near."""
+    """Returns whether the number of values is the same, and each tensor is near the expected one."""
     if len(actual) != len(expected):
         return False
     pairs = zip(actual, expected, strict=True)
@@ -114,7 +118,7 @@ def _are_near(actual: list[Any], expected: list[Any]) -> bool:
 
 
 def _is_near(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal up to the rounding of a whole model, relative to the largest value."""
+    """Returns whether two tensors are equal up to the rounding of a whole model, relative to the largest value."""
     if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
         return False
     if not expected.is_floating_point():

@@ -1,4 +1,4 @@
-"""The inputs that a capture is made with."""
+"""Prepares the inputs that a capture is made with."""
 
 import functools
 import inspect
@@ -15,9 +15,12 @@ ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
 
 def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`example_inputs` as positional and keyword arguments, each tensor a copy: an export would read one that is given
-    twice, or that the model has too, as the same input. With `double` a batch of one, which would be frozen, is
-    doubled.
+    """Returns `example_inputs` as positional and keyword arguments, with a copy of each tensor: an export would treat a
+    tensor that is passed twice, or that the model owns too, as one input. With `double`, doubles a batch of one, which
+    an export would freeze.
+
+    Raises:
+        TypeError: if `example_inputs` is neither a mapping nor a tuple or list.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -42,7 +45,7 @@ def as_arguments(example_inputs: Any, *, double: bool = True) -> tuple[tuple[Any
 
 
 def with_named_keywords(signature: inspect.Signature, names: Iterable[str]) -> inspect.Signature:
-    """The signature with a keyword argument for each of `names` that would go to its `**kwargs`, and without that."""
+    """Returns the signature with a keyword argument for each of `names` that would go to `**kwargs`, in place of it."""
     own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     if len(own) == len(signature.parameters):
         return signature
@@ -52,8 +55,8 @@ def with_named_keywords(signature: inspect.Signature, names: Iterable[str]) -> i
 
 
 def name_keywords(model: nn.Module, names: Iterable[str]) -> inspect.Signature:
-    """Gives the model an own `forward` with the signature `with_named_keywords`, and returns that: `torch.export` does
-    not find the dynamic shapes of what goes to `**kwargs` (torch 2.13).
+    """Replaces `model.forward` by one with the signature of `with_named_keywords`, and returns this signature:
+    `torch.export` does not find the dynamic shapes of arguments that go to `**kwargs` (torch 2.13).
     """
     forward = model.forward
 
@@ -68,12 +71,12 @@ def name_keywords(model: nn.Module, names: Iterable[str]) -> inspect.Signature:
 
 
 def copied(leaf: Any) -> Any:
-    """A tensor's copy, what is no tensor itself: a forward may change its inputs."""
+    """Returns a copy of a tensor, and any other value itself: a forward may change its inputs."""
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def changed_names(after: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, ...]:
-    """The arguments with tensors that are not as they were."""
+    """Returns the names of the arguments with tensors that have changed."""
     return tuple(name for name in before if not all(map(_is_same, tree_leaves(after[name]), tree_leaves(before[name]))))
 
 

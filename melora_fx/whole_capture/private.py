@@ -1,4 +1,4 @@
-"""What whole captures borrow of `torch.export` and its sizes: as in `torch_private.py`."""
+"""Wraps the undocumented parts of `torch.export` and its sizes that whole captures use, as `torch_private.py` does."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ from melora_fx.torch_private import is_operator
 
 
 def input_structure(module: fx.GraphModule) -> Any:
-    """The structure of (args, kwargs) that an exported module takes. torch 2.13."""
+    """Returns the structure of (args, kwargs) that an exported module takes. torch 2.13."""
     return module._in_spec
 
 
 def export_guards(program: ExportedProgram) -> list[str]:
-    """What an export assumed of the sizes of its inputs beside single ranges, such as `L['x'].size()[1] % 4 == 0`.
+    """Returns the conditions on input sizes that an export assumed, besides single ranges: `L['x'].size()[1] % 4 == 0`.
 
-    The module of the program checks them under `torch._assert`, with hooks that cannot be pickled. torch 2.13.
+    The module of the program checks them with `torch._assert`, in hooks that cannot be pickled. torch 2.13.
     """
     return list(program._guards_code)
 
 
 def without_assuming_two() -> AbstractContextManager[None]:
-    """In the block `torch.export` notes where it takes an axis to be larger than 1, and does not do so unasked.
+    """Makes `torch.export` record each assumption that an axis is larger than 1, instead of making it silently.
     torch 2.13.
     """
     config: Any = symbolic_shapes_config
@@ -36,7 +36,7 @@ def without_assuming_two() -> AbstractContextManager[None]:
 
 
 class LargeConditionError(Exception):
-    """A condition on the size `source`, such as `L['x'].size()[2]`, that has grown past a limit."""
+    """A condition on the size `source`, such as `L['x'].size()[2]`, has grown past a limit."""
 
     def __init__(self, source: str) -> None:
         super().__init__(source)
@@ -45,10 +45,10 @@ class LargeConditionError(Exception):
 
 @contextmanager
 def conditions_up_to(operations: int) -> Iterator[None]:
-    """In the block `torch.export` raises LargeConditionError before it looks at a condition of more operations: with
-    those it is busy for minutes, and has no limit of its own. torch 2.13.
+    """Makes `torch.export` raise LargeConditionError instead of evaluating a condition with more operations. Such
+    conditions keep it busy for minutes, and it has no limit of its own. torch 2.13.
     """
-    import sympy  # heavy: only where it is used
+    import sympy  # slow to import, so only here
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     evaluate = ShapeEnv.evaluate_expr
@@ -68,9 +68,9 @@ def conditions_up_to(operations: int) -> Iterator[None]:
 
 @contextmanager
 def inference_mode_as_no_grad() -> Iterator[None]:
-    """In the block regions of `torch.inference_mode` are regions of `torch.no_grad`, which stand in the graph of an
-    export; those that it drops would be differentiated. Torch itself enters `torch.inference_mode(False)` outside of
-    them. torch 2.13.
+    """Turns regions of `torch.inference_mode` in the block into regions of `torch.no_grad`. An export keeps the latter
+    in its graph and drops the former, whose contents would be differentiated. Leaves `torch.inference_mode(False)`
+    outside such regions unchanged, as torch itself enters it. torch 2.13.
     """
     region: Any = torch.inference_mode
     enter, leave = region.__enter__, region.__exit__
@@ -98,8 +98,8 @@ def inference_mode_as_no_grad() -> Iterator[None]:
 
 
 def may_alias(node: fx.Node) -> bool:
-    """Whether what `node` gives may be the memory of an input, or it writes to one; no public name gives an operator's
-    schema. torch 2.13.
+    """Returns whether the result of `node` may share memory with an input, or `node` may write to one. The schema of an
+    operator has no public name. torch 2.13.
     """
     if not is_operator(node.target):
         return True
@@ -108,8 +108,8 @@ def may_alias(node: fx.Node) -> bool:
 
 
 def clear_export_hooks(module: nn.Module) -> None:
-    """Removes every forward hook: those of `ExportedProgram.module()` cannot be pickled, and it gives no handles to
-    them. torch 2.13.
+    """Removes every forward hook: those of `ExportedProgram.module()` cannot be pickled, and there are no handles to
+    remove them. torch 2.13.
     """
     for hooks in (
         module._forward_pre_hooks,

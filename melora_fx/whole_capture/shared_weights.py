@@ -1,8 +1,8 @@
-"""Names of weights that a model has in several places: an export keeps one name for all of them, or none.
+"""Restores the names of weights that a model has in several places: an export keeps one name for all of them, or none.
 
-An exported graph reads a tied pair under the name of one, and a module that is used twice under its first path. Here
+An exported graph reads a tied pair under one of its names, and a module that is used twice under its first path. Here
 each user reads the weight under the name that its own module has for it, so that a site is named after its module. A
-weight that the model keeps in a plain list, too, is a constant of the export: here it is the parameter again.
+weight that the model also keeps in a plain list is a constant in the export: here it becomes the parameter again.
 """
 
 import copy
@@ -19,7 +19,7 @@ from melora_fx.torch_private import in_one_storage
 
 
 def repeated_modules(model: nn.Module) -> dict[str, str]:
-    """For a module that `model` holds in several places: each further path → the first."""
+    """Returns further path → first path for each module that `model` contains in several places."""
     first: dict[int, str] = {}
     return {
         path: first[id(module)]
@@ -29,10 +29,12 @@ def repeated_modules(model: nn.Module) -> dict[str, str]:
 
 
 def name_by_user(graph_module: fx.GraphModule, repeated: Mapping[str, str]) -> None:
-    """Gives each user of a shared parameter its own name for it, in place; `repeated` as of `repeated_modules`.
+    """Makes each user of a shared parameter read it under the user's own name for it, in place.
+
+    `repeated` is the result of `repeated_modules`.
 
     Raises:
-        MELoRAError: where the model reads part of a parameter through a tensor that is none.
+        MELoRAError: if the model reads a parameter through a view of it that is not a parameter.
     """
     _read_parameters_for_constants(graph_module)
     _share_repeated_modules(graph_module, repeated)
@@ -47,7 +49,11 @@ def name_by_user(graph_module: fx.GraphModule, repeated: Mapping[str, str]) -> N
 
 
 def _read_parameters_for_constants(graph_module: fx.GraphModule) -> None:
-    """Lets the graph read a parameter where the export took another tensor over the same memory for a constant."""
+    """Makes the graph read the parameter instead of a constant, if both show the same entries of one storage.
+
+    Raises:
+        MELoRAError: if a constant and a parameter overlap otherwise.
+    """
     parameters = dict(graph_module.named_parameters())
     for node in graph_module.graph.find_nodes(op="get_attr"):
         constant = get_attribute(graph_module, str(node.target))
@@ -59,14 +65,14 @@ def _read_parameters_for_constants(graph_module: fx.GraphModule) -> None:
             if _memory(constant) != _memory(parameter):
                 raise MELoRAError(
                     f"`{name}` is also read through a view of it that the model keeps, of shape "
-                    f"{tuple(constant.shape)}, which the capture would take for a constant: make the view in `forward`"
+                    f"{tuple(constant.shape)}, which would be a constant in the capture: create the view in `forward`"
                 )
             node.target = name
             break
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where a tensor's entries lie in its storage."""
+    """Returns which entries of its storage a tensor shows, and their dtype."""
     return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
@@ -82,14 +88,14 @@ def _is_strided(tensor: torch.Tensor) -> bool:
 
 
 def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte and end within the storage; addresses do not tell on the meta device."""
+    """Returns first byte and end within the storage; addresses mean nothing on the meta device."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset())
     return start * tensor.element_size(), (start + int(last) + 1) * tensor.element_size()
 
 
 def _share_repeated_modules(graph_module: fx.GraphModule, repeated: Mapping[str, str]) -> None:
-    """Puts the first module at all of its paths, and lets the graph read from the first."""
+    """Puts the first module at all of its paths, and makes the graph read from the first path."""
     for path, first in repeated.items():
         if isinstance(get_attribute(graph_module, path), nn.Module):
             graph_module.set_submodule(path, graph_module.get_submodule(first))
@@ -104,7 +110,7 @@ def _are_one(model: nn.Module, name: str, other: str) -> bool:
 
 
 def _read_by_own_names(graph: fx.Graph, read: fx.Node, names: dict[str, str], repeated: Mapping[str, str]) -> None:
-    """Lets each user of the `get_attr` node `read` read by the name that its module, a key of `names`, has for it."""
+    """Makes each user of the `get_attr` node `read` use its own module's name for the weight: `names`, by module."""
     for user in list(read.users):
         path = _owner_path(user)
         name = names.get(repeated.get(path, path), read.target)
@@ -119,6 +125,6 @@ def _read_by_own_names(graph: fx.Graph, read: fx.Node, names: dict[str, str], re
 
 
 def _owner_path(node: fx.Node) -> str:
-    """Path of the module in whose forward an exported node stood."""
+    """Returns the path of the module whose forward an exported node comes from."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     return str(list(stack.values())[-1][0])

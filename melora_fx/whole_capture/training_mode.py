@@ -1,4 +1,4 @@
-"""Exported graphs that follow `.train()` and `.eval()` again."""
+"""Makes exported graphs follow `.train()` and `.eval()` again."""
 
 import copy
 from typing import Any
@@ -12,18 +12,18 @@ aten = torch.ops.aten
 
 
 def follow_training_mode(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Makes an exported module trainable: what the export froze about the mode follows `.train()` and `.eval()` again,
-    and its checks of dtypes, which `.to(dtype)` would break, go.
+    """Makes an exported module trainable in place and returns it: operators whose mode the export froze follow
+    `.train()` and `.eval()` again, and checks of dtypes, which would fail after `.to(dtype)`, are removed.
     """
     for module in [each for each in graph_module.modules() if isinstance(each, fx.GraphModule)]:
         module.graph = _following_graph(module)
-    for name in ("train", "eval"):  # an exported module carries its own, which raise
+    for name in ("train", "eval"):  # an exported module has its own, which raise
         graph_module.__dict__.pop(name, None)
     return graph_module
 
 
 def _following_graph(graph_module: fx.GraphModule) -> fx.Graph:
-    """The graph with dropout, attention dropout and batch norm as calls of modules, which are added."""
+    """Returns the graph with dropout, attention dropout and batch norm as calls of modules, and adds these modules."""
     graph = copy_graph(graph_module.graph)
     followers = {node: _follower(node) for node in graph.nodes}
     for node, follower in followers.items():
@@ -41,7 +41,7 @@ def _following_graph(graph_module: fx.GraphModule) -> fx.Graph:
 
 
 def _follower(node: fx.Node) -> "FollowsMode | None":
-    """The module that takes the node's place, or None where the node does the same in both modes."""
+    """Returns the module that replaces the node, or None if the node does the same in both modes."""
     argument = _mode_argument(node)
     if argument is None:
         return None
@@ -53,15 +53,15 @@ def _follower(node: fx.Node) -> "FollowsMode | None":
 
 
 def _mode_argument(node: fx.Node) -> tuple[int, float] | None:
-    """Position of the argument that the mode decides, and its value in evaluation."""
+    """Returns the position of the argument that depends on the mode, and its value in evaluation."""
     if _counts_batches(node):
         return 1, 0
     return _MODE_ARGUMENTS.get(node.target)
 
 
 def _counts_batches(node: fx.Node) -> bool:
-    """Whether a batch norm counts its batches here, which it does in training only: one that is used twice goes on with
-    the count that it has just raised.
+    """Returns whether a batch norm counts its batches here, which it does only in training. A batch norm that is used
+    twice adds to the sum of its first use.
     """
     count = node
     while count.target is aten.add_.Tensor and isinstance(count.args[0], fx.Node):
@@ -70,7 +70,7 @@ def _counts_batches(node: fx.Node) -> bool:
 
 
 class FollowsMode(nn.Module):
-    """Calls an ATen operator with its argument `index` set by the training flag: `train_value` or `eval_value`."""
+    """A call of an ATen operator whose argument `index` follows the training flag: `train_value` or `eval_value`."""
 
     def __init__(self, operator: str, index: int, train_value: float, eval_value: float) -> None:
         super().__init__()
@@ -98,4 +98,4 @@ _MODE_ARGUMENTS: dict[Any, tuple[int, float]] = {
     aten.scaled_dot_product_attention.default: (4, 0.0),
     aten.batch_norm.default: (5, False),
 }
-"""Operator → position of the argument that the mode decides, and its value in evaluation."""
+"""Operator → position of the argument that depends on the mode, and its value in evaluation."""

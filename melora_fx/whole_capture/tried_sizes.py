@@ -1,7 +1,7 @@
-"""What must hold of sizes, by trials: an export says more than its graph needs, and a little less.
+"""Finds by trials which conditions on sizes a graph needs: an export states more of them, and misses a few.
 
-It takes axes to have two entries and more, and bounds that only tell how a tensor lies in memory to be those of what is
-computed.
+An export assumes that axes have at least two entries. It also states bounds that only affect the memory layout of a
+tensor as if the computation needed them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,18 +15,19 @@ from .assumed_inputs import AssumedInputs
 from .conditions import UPPER_BOUND, Condition
 
 _Trials = dict[tuple[str, ...], Mapping[str, Any]]
-"""Axes that have one entry together → the arguments, by name."""
+"""Axes that have one entry in the same trial → the arguments of the trial, by name."""
 
 IsRight = Callable[[Any, Any], bool | None]
-"""Of positional and keyword arguments: whether the graph computes what the model does; None where the model takes no
-such inputs."""
+"""Takes positional and keyword arguments, and returns whether the graph computes what the model does; None if the model
+does not accept the arguments."""
 
 
 def try_sizes(assumed: AssumedInputs, args: tuple[Any, ...], kwargs: dict[str, Any], is_right: IsRight) -> None:
-    """Tries the graph with one entry along each free axis, along axes that belong together, and along all; and beyond
-    doubtful bounds. Afterwards the conditions of `assumed` allow what is right.
+    """Tries the graph with one entry along each free axis, along axes that belong together, and along all that passed a
+    trial. Also tries sizes beyond doubtful bounds. Afterwards the conditions of `assumed` allow the sizes that are
+    correct.
     """
-    conditions, assumed.conditions = assumed.conditions, ()  # the trials are not to be refused
+    conditions, assumed.conditions = assumed.conditions, ()  # so that the trials are not refused
     right, wrong = _Trials(), _Trials()
 
     def try_together(sizes: Sequence[str]) -> None:
@@ -56,7 +57,7 @@ def try_sizes(assumed: AssumedInputs, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _without(sizes: tuple[str, ...], right: Iterable[tuple[str, ...]]) -> Condition:
-    """That not all these axes have one entry, unless further axes have, together with which it is right."""
+    """Returns the condition that not all `sizes` are 1, unless further axes are 1 with which the graph is correct."""
     further = [{*others} - {*sizes} for others in right if {*others} > {*sizes}]
     fewest = [others for others in further if not any(fewer < others for fewer in further)]
     ones = [" and ".join(f"{size} == 1" for size in sorted(others)) for others in fewest]
@@ -64,8 +65,8 @@ def _without(sizes: tuple[str, ...], right: Iterable[tuple[str, ...]]) -> Condit
 
 
 def _axes_together(assumed: AssumedInputs, leaves: list[Any]) -> list[list[str]]:
-    """The same axis of several inputs where it is as long in the example, such as the batches of tokens and of their
-    mask: many models take one entry of both, and not of one.
+    """Returns groups of the same axis of several inputs with the same size in the example, such as the batch of tokens
+    and of their mask: many models accept one entry only in both.
     """
     groups: dict[tuple[int, int], list[str]] = {}
     for size, ((number, axis), *_) in assumed.free_axes.items():
@@ -74,7 +75,7 @@ def _axes_together(assumed: AssumedInputs, leaves: list[Any]) -> list[list[str]]
 
 
 def _resized(args: Any, kwargs: Any, places: Iterable[tuple[int, int]], size: int) -> tuple[Any, Any]:
-    """The arguments cut or repeated to `size` entries along these axes: (number of the input, axis)."""
+    """Returns the arguments, cut or repeated to `size` entries along `places`: (number of the input, axis)."""
     leaves, structure = tree_flatten((args, kwargs))
     resized = list(leaves)
     for number, axis in places:
@@ -87,13 +88,13 @@ def _resized(args: Any, kwargs: Any, places: Iterable[tuple[int, int]], size: in
 def with_single_entries(
     conditions: Iterable[Condition], sizes: Sequence[str], values: Mapping[str, Any]
 ) -> list[Condition]:
-    """The conditions where one entry along axes is known to be right: an export takes more of them to have two than
-    need it.
+    """Returns the conditions, relaxed to allow one entry along `sizes`: an export requires two entries for more axes
+    than need it.
 
     Args:
-        conditions: what the export assumed.
+        conditions: the conditions that the export assumed.
         sizes: the axes, such as `x.shape[1]`, that have one entry together.
-        values: inputs of which the graph is right, with one entry along these, by the names in the conditions.
+        values: inputs with one entry along these axes for which the graph is correct, by the names in the conditions.
     """
     relaxed = []
     for condition in conditions:
@@ -105,7 +106,9 @@ def with_single_entries(
 
 
 def beyond(condition: Condition) -> tuple[str, tuple[int, int]] | None:
-    """The axis that a doubtful condition bounds, and the sizes at which to try it: one more, and twice as many."""
+    """Returns the axis that a doubtful condition bounds, and the sizes to try: one more than the bound, and twice the
+    bound. None for other conditions and for bounds above `_MOST_TRIED`.
+    """
     bound = UPPER_BOUND.fullmatch(condition.text) if condition.is_doubtful else None
     if bound is None or int(bound[2]) > _MOST_TRIED:
         return None
@@ -113,4 +116,4 @@ def beyond(condition: Condition) -> tuple[str, tuple[int, int]] | None:
 
 
 _MOST_TRIED = 2**11
-"""Bounds above this are believed: attention takes memory with the square of the tokens."""
+"""Larger bounds are not tried: the memory of attention grows with the square of the number of tokens."""

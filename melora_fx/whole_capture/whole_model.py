@@ -1,4 +1,4 @@
-"""One graph of a whole model, through `torch.export`, that can be trained, copied and pickled."""
+"""Captures a whole model with `torch.export` as one graph that can be trained, copied and pickled."""
 
 import copy
 import inspect
@@ -29,10 +29,10 @@ from .training_mode import follow_training_mode
 def capture_whole(
     model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], dynamic_axes: DynamicAxes = "auto"
 ) -> fx.GraphModule:
-    """The whole model as one graph of ATen nodes that shares the model's parameters and buffers.
+    """Returns the whole model as one graph of ATen nodes that shares the model's parameters and buffers.
 
-    Dropout follows `.train()` and `.eval()`; the mode of the result is the model's. A call that is not as the export
-    assumed raises. Changes nothing of the model, nor of the example.
+    Dropout follows `.train()` and `.eval()`; the result has the mode of the model. A call raises if it is not as the
+    export assumed. Changes neither the model nor the example.
 
     Args:
         model: the model to capture.
@@ -40,9 +40,11 @@ def capture_whole(
         dynamic_axes: which axes may vary: see `dynamic_axes.py`.
 
     Raises:
-        TypeError: where `example_inputs` is neither.
-        MELoRAError: where `torch.export` fails, its own message is given; or where the model does in evaluation what
-            the capture, made in training mode, does not.
+        TypeError: if `example_inputs` is neither a dict nor a tuple.
+        ValueError: if `dynamic_axes` names inputs or axes that do not exist, or names that axes cannot have.
+        MELoRAError: if `torch.export` fails, with its message; if the capture, made in training mode, computes
+            something else in evaluation than the model; if `example_inputs` do not fit the forward; if modules are in
+            different modes; or if the model fixes an axis that `dynamic_axes` names.
     """
     signature = inspect.signature(model.forward)
     args, kwargs = as_arguments(example_inputs, double=has_dynamic_batch(dynamic_axes))
@@ -67,16 +69,17 @@ def capture_whole(
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name, also of those that go to `**kwargs`."""
+    """Returns the arguments by name, including those that go to `**kwargs`."""
     try:
         return with_named_keywords(signature, kwargs).bind(*args, **kwargs).arguments
     except TypeError as error:
-        raise MELoRAError(f"`example_inputs` are no call of the model's forward{signature}: {error}") from error
+        raise MELoRAError(f"`example_inputs` do not fit the model's forward{signature}: {error}") from error
 
 
 def from_program(program: ExportedProgram) -> fx.GraphModule:
-    """An exported program as a GraphModule that can be trained, copied and pickled: see `make_trainable`. Its calls are
-    for the ranges of its axes, which begin at 2 where the export took them to.
+    """Returns an exported program as a GraphModule that can be trained, copied and pickled: see `make_trainable`.
+
+    A call raises if a size is outside the range of its axis, which begins at 2 if the export assumed so.
     """
     graph_module = make_trainable(program.module(check_guards=False), conditions=conditions_of(program))
     assumed: AssumedInputs = vars(graph_module)["assumed_inputs"]
@@ -88,7 +91,9 @@ def from_program(program: ExportedProgram) -> fx.GraphModule:
 
 
 def is_exported(model: nn.Module) -> bool:
-    """Whether `model` is an exported program's module as `torch.export` makes it: `.train()` and `.eval()` raise."""
+    """Returns whether `model` is the module of an exported program as built by `torch.export`, whose `.train()` and
+    `.eval()` raise.
+    """
     return isinstance(model, fx.GraphModule) and "train" in vars(model)
 
 
@@ -99,15 +104,16 @@ def make_trainable(
     signature: inspect.Signature | None = None,
     conditions: Iterable[Condition] = (),
 ) -> fx.GraphModule:
-    """Changes an exported module in place: `.train()` and `.eval()` work and reach dropout, and a call that is not as
-    the export assumed raises. The export's own hooks for that cannot be pickled: one of ours takes their place.
+    """Changes an exported module in place and returns it: `.train()` and `.eval()` work and reach dropout, and a call
+    raises if it is not as the export assumed. The export's own hooks for such checks cannot be pickled, so a hook of
+    ours replaces them.
 
     Args:
         graph_module: the module.
-        repeated: weights go by the names that the model has them under; this maps the further names of a module that it
-            uses in several places to the first.
-        signature: of the forward that was exported; None takes the module's.
-        conditions: what the export assumed of sizes.
+        repeated: further name → first name of each module that the model uses in several places. Weights get the names
+            that they have in the model.
+        signature: the signature of the exported forward; None uses the module's.
+        conditions: the conditions on sizes that the export assumed.
     """
     name_by_user(graph_module, repeated or {})
     keep_values_read(graph_module)
@@ -119,7 +125,7 @@ def make_trainable(
 
 
 def _refuse_mixed_modes(model: nn.Module) -> None:
-    """Raises MELoRAError where a dropout or batch norm is in another mode than the model."""
+    """Raises MELoRAError if a dropout or batch norm is in another mode than the model."""
     others = [name for name, each in model.named_modules() if follows_mode(each) and each.training != model.training]
     if others:
         raise MELoRAError(
@@ -129,7 +135,7 @@ def _refuse_mixed_modes(model: nn.Module) -> None:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any]) -> ExportedProgram:
-    """The program of `model` in training mode, so that dropout is in it, or else in evaluation, with a warning."""
+    """Exports `model` in training mode, so that the program has dropout; else in evaluation, with a warning."""
     with without_cache(model):
         program, error = _export_in_mode(model, True, args, kwargs, shapes)
         if program is not None:
@@ -138,7 +144,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     name = type(model).__name__
     if program is None:
         remedy = f"{REMEDY}: " if loops_over_experts(model) else ""
-        in_place = "in place, without `example_inputs=`, a forward runs as it is"
+        in_place = "in place, without `example_inputs=`, the forward runs unchanged"
         raise MELoRAError(f"torch.export cannot capture `{name}`: {remedy}{error}\n({in_place})") from error
     warnings.warn(
         f"`{name}` can be captured in eval mode only: the graph has no dropout, and does in training what the model "
@@ -151,7 +157,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
 def _export_in_mode(
     model: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any]
 ) -> tuple[ExportedProgram | None, Exception | None]:
-    """The program, or why there is none."""
+    """Returns the program, or the error because of which there is none."""
     with (
         own_attributes(model),
         same_random_state(model),

@@ -19,7 +19,7 @@ CONFIGS = {
 
 
 def filled(config: MELoRAConfig, num_experts: int = 1) -> AdapterTensors:
-    """Random ones, zero where a rank is padded."""
+    """Returns random A and B, with zeros in the padding of ranks."""
     shapes = config.adapter_shapes(IN, OUT, num_experts)
     adapter = AdapterTensors(config, randn(*shapes[0], seed=1), randn(*shapes[1], seed=2))
     for block, rank in enumerate(config.ranks * num_experts):

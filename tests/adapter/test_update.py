@@ -1,4 +1,4 @@
-"""The update of a weight, tile by tile: against the dense oracle, on every layout, and the same bits in each."""
+"""The update of a weight, tile by tile: against the dense oracle, with the same bits in every layout."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def test_any_shape_and_any_tile(num_blocks: int, rank: int, height: int, width: 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_tile_writes_its_exact_sum_rounded(dtype: torch.dtype) -> None:
-    """Also where the sum lies halfway between two values, and where one of the terms is far below the other."""
+    """Also if the sum is halfway between two values, and if one of the terms is far smaller than the other."""
     wide = torch.promote_types(dtype, torch.float32)
     powers = torch.arange(-60, 60, dtype=torch.float64)
     weight = (1 + randn(4, 120, seed=1).double().round(decimals=1)).to(dtype)
@@ -152,7 +152,7 @@ def test_a_base_that_is_not_finite_is_the_bases_own_matter() -> None:
 
 
 def test_an_update_of_zeros_leaves_every_bit() -> None:
-    """Of a stack, too, the matrices whose update is zero: -0 stays what it is."""
+    """Also in the matrices of a stack whose update is zero: -0 stays -0."""
     stacked = AdapterTensors.new(CONFIG, IN, OUT, num_experts=2)
     stacked.lora_b[: len(CONFIG.ranks)] = filled(CONFIG).lora_b
     weight = torch.full((2, OUT, IN), -0.0)
@@ -175,7 +175,7 @@ config = MELoRAConfig(rank=4, num_blocks=1)
 weight = torch.randn(4096, 4096).to(getattr(torch, sys.argv[1]))
 lora_a, lora_b = torch.randn(1, 4, 4096), torch.randn(1, 4096, 4)
 add_update(AdapterTensors(config, lora_a, lora_b[:, :64]), weight[:64])
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before = resident("VmRSS")
 add_update(AdapterTensors(config, lora_a, lora_b), weight)
 print(resident("VmHWM") - before)
@@ -183,9 +183,9 @@ print(resident("VmHWM") - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell resident memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not report resident memory")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_block_that_is_the_whole_weight_takes_no_second_copy(dtype: str) -> None:
     command = [sys.executable, "-c", IN_PLACE, dtype]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 16, "MiB, beside a weight of 64 or 32"
+    assert int(result.stdout) < 16, "MiB, compared with a weight of 64 or 32"

@@ -1,4 +1,4 @@
-"""Sums, means and multiples of adapters: against dense sums in float64, and bit-equal where nothing is rounded."""
+"""Sums, means and multiples of adapters: against dense sums in float64, and bit-equal if nothing is rounded."""
 
 import math
 from pathlib import Path
@@ -54,7 +54,7 @@ def pair(folder: Path, case: str = "equal") -> tuple[Path, Path]:
 
 
 def weighted_sum(adapters: dict[Path, float]) -> dict[str, torch.Tensor]:
-    """Σ w_k Δ_k of each site, in float64."""
+    """Returns Σ w_k Δ_k of each site, in float64."""
     total: dict[str, torch.Tensor] = {}
     for folder, weight in adapters.items():
         for name, update in updates_of(folder).items():
@@ -63,7 +63,7 @@ def weighted_sum(adapters: dict[Path, float]) -> dict[str, torch.Tensor]:
 
 
 def assert_updates(folder: Path, expected: dict[str, torch.Tensor], rtol: float = 2e-7) -> None:
-    """Up to float32's rounding of B, relative to the largest value."""
+    """Checks the updates up to float32's rounding of B, relative to the largest value."""
     actual = updates_of(folder)
     assert [*actual] == [*expected]
     for name, update in expected.items():
@@ -86,7 +86,7 @@ def test_a_sum_is_the_sum_of_the_updates(case: str, weights: tuple[float, float]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight", [1.0, 0.3], ids=str)
 def test_equal_scalings_keep_bits_and_dtype(dtype: torch.dtype, weight: float, tmp_path: Path) -> None:
-    """Also where they are equal by different ranks, alphas and signs."""
+    """Also if different ranks, alphas and signs make them equal."""
     other = MELoRAConfig(rank=4, num_blocks=3, alpha=10.0)
     a = made_adapter(tmp_path / "a", {"up": PLAIN}, seed=1, dtype=dtype)
     b = made_adapter(tmp_path / "b", {"up": other}, seed=2, dtype=dtype)
@@ -244,7 +244,7 @@ def test_means_of_heads(tmp_path: Path) -> None:
     torch.testing.assert_close(mean["head.weight"], expected.float(), rtol=0, atol=0)
     assert mean["head.steps"] == 7
     with pytest.raises(
-        MELoRAError, match=r"trained `head.weight`, `head.steps` whole.*`average_adapters` takes a mean"
+        MELoRAError, match=r"trained `head.weight`, `head.steps` in full.*`average_adapters` takes their mean"
     ):
         add_adapters({a: 1, b: 1}, tmp_path / "sum")
 
@@ -252,10 +252,10 @@ def test_means_of_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kept", "model", "text"),
     [
-        (None, LABELS, "they have trained others whole, nothing and `head.weight`, `head.steps`"),
-        (OTHER | {"head.steps": torch.tensor(8)}, LABELS, "`head.steps` holds integers, and others"),
+        (None, LABELS, "they have trained different modules in full, nothing and `head.weight`, `head.steps`"),
+        (OTHER | {"head.steps": torch.tensor(8)}, LABELS, "`head.steps` holds integers that differ"),
         (OTHER | {"head.weight": randn(2, OUT)}, LABELS, r"`head.weight` has the shapes \(2, 36\) and \(3, 36\)"),
-        (OTHER, LABELS | {"labels": ["y", "x", "z"]}, "stand in another order"),
+        (OTHER, LABELS | {"labels": ["y", "x", "z"]}, "are in a different order"),
     ],
     ids=["none", "integers", "shapes", "labels"],
 )
@@ -299,13 +299,13 @@ OTHERS = {
     ),
     "split": ({}, MELoRAConfig(num_blocks=3, split=2), r"num_blocks 3, split \(18, 18\), not 24 → 36 features"),
     "stack": ({"num_experts": 2}, PLAIN, r"its shape is \[2, 36, 24\]"),
-    "direction": ({"entry": {"is_transposed": True}}, PLAIN, "lies the other way"),
+    "direction": ({"entry": {"is_transposed": True}}, PLAIN, "has the other orientation"),
 }
 
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_adapters_that_do_not_fit_each_other_are_refused(case: str, tmp_path: Path) -> None:
-    """Also where the first one says nothing of its base: the others are compared with each other."""
+    """Also if the first one does not describe its base: the others are compared with each other."""
     options, config, text = OTHERS[case]
     a = made_adapter(tmp_path / "a", {"up": PLAIN})
     b = made_adapter(tmp_path / "b", {"up": config}, **options)

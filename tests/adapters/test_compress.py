@@ -29,7 +29,7 @@ RANK = 2
 
 
 def dense_blocks(config: MELoRAConfig, update: torch.Tensor) -> list[torch.Tensor]:
-    """The blocks (O_p/N, I/N) of an update (E·O, I), part for part."""
+    """Returns the blocks (O_p/N, I/N) of an update (E·O, I), part by part."""
     blocks = []
     for matrix in update.split(OUT):
         for part in matrix.split(config.parts(OUT)):
@@ -76,7 +76,7 @@ def test_new_blocks_are_balanced_and_others_keep_their_values(tmp_path: Path) ->
 
 
 def test_nothing_is_lost_above_the_true_rank(tmp_path: Path) -> None:
-    """An adapter added to itself has twice the ranks, and no more update; and so has one with ranks above its sizes."""
+    """The mean of an adapter and itself has twice the ranks but the same update; other ranks are above their sizes."""
     config = MELoRAConfig(rank=(1, 3, 2), num_blocks=3, alpha=3.0)
     folder = made_adapter(tmp_path / "a", {"up": config})
     average_adapters([folder, folder], tmp_path / "mean")

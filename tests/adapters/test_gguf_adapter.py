@@ -1,4 +1,4 @@
-"""GGUF adapters: what the file holds, what llama.cpp computes with it, and what is refused."""
+"""GGUF adapters: what the file contains, what llama.cpp computes with it, and what is refused."""
 
 import copy
 import importlib.util
@@ -53,7 +53,7 @@ def tensors_of(path: Path) -> dict[str, np.ndarray]:
 
 
 def updates_of(path: Path) -> dict[str, np.ndarray]:
-    """B A of each weight that the file names, in float64."""
+    """Returns B A of each weight that the file names, in float64."""
     tensors = tensors_of(path)
     names = {name.rpartition(".")[0] for name in tensors}
     assert len(tensors) == 2 * len(names)
@@ -64,7 +64,7 @@ def updates_of(path: Path) -> dict[str, np.ndarray]:
 
 
 def expected_of(model: Any) -> dict[str, torch.Tensor]:
-    """The dense update (O, I) of each site."""
+    """Returns the dense update (O, I) of each site."""
     sites = melora_fx.sites(model).items()
     return {name: dense_update(site.config, site.lora_a.detach(), site.lora_b.detach()) for name, site in sites}
 
@@ -74,7 +74,7 @@ def assert_update(found: np.ndarray, expected: torch.Tensor) -> None:
 
 
 def rotated(update: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of each head so that those stand together that rotary embeddings pair."""
+    """Reorders the rows of each head so that rows that rotary embeddings pair are adjacent."""
     size = update.size(0) // heads
     order = [head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
     return update[order]
@@ -219,7 +219,7 @@ def test_an_older_adapter_is_replaced(folders: Folders) -> None:
 
 
 def test_a_quantised_base(folders: Folders) -> None:
-    """Its weights have other shapes and dtypes; those that are left as they are must be the adapter's."""
+    """Quantised weights have other shapes and dtypes; all others must be those that the adapter belongs to."""
     model = folders.prepare(gguf_models.llama(), ["q_proj", "v_proj"], TWO)
     quantised = "model.layers.0.self_attn.q_proj.weight"
     packed = {quantised: torch.zeros(48 * 48 // 2, 1, dtype=torch.uint8)}
@@ -239,7 +239,7 @@ def test_a_quantised_base(folders: Folders) -> None:
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_every_linear_has_a_name_of_its_own(name: str) -> None:
     model_class = getattr(transformers, name)
-    sizes = {"num_key_value_heads": 8} if name == "NemotronForCausalLM" else {}  # its default is none
+    sizes = {"num_key_value_heads": 8} if name == "NemotronForCausalLM" else {}  # its default is None
     with torch.device("meta"):
         model = model_class(model_class.config_class(num_hidden_layers=2, pad_token_id=None, **sizes))
     head = model.get_output_embeddings()  # tied in some architectures, and then without a name

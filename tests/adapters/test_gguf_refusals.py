@@ -1,4 +1,4 @@
-"""What `write_gguf_adapter` refuses: one error that names it, and nothing is written."""
+"""Refusals of `write_gguf_adapter`: one error that names the cause, and nothing is written."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ def refused(folders: Folders, text: str) -> None:
 
 def test_a_trained_head_is_refused(folders: Folders) -> None:
     folders.prepare(gguf_models.llama(), ["q_proj"], TWO, keep="lm_head")
-    refused(folders, "has trained 'lm_head.weight' beside its sites.*melora-fx fold")
+    refused(folders, "has trained 'lm_head.weight' in addition to its sites.*melora-fx fold")
 
 
 def test_a_tied_head_is_refused(folders: Folders) -> None:
@@ -59,7 +59,7 @@ def test_a_base_of_another_architecture_is_refused(folders: Folders) -> None:
 @pytest.mark.parametrize(
     ("architectures", "text"),
     [
-        (["BertModel"], "holds a BertModel, of which it is not known what llama.cpp makes of its weights: fold"),
+        (["BertModel"], "holds a BertModel, and how llama.cpp converts its weights is not known: fold"),
         (["DeepseekV2ForCausalLM"], "conversion of DeepseekV2ForCausalLM rearranges kv_b_proj, .*: fold"),
         ([], "names no class in `architectures`"),
         (None, "names no class in `architectures`"),
@@ -104,17 +104,17 @@ def test_other_files_are_kept(folders: Folders) -> None:
     gguf_models.write_gguf(gguf_models.llama(), folders.parent / "model.gguf")
     (folders.parent / "notes").write_text("mine")
     for place in ("model.gguf", "notes"):
-        with folders.refused("is there already, and no GGUF adapter"):
+        with folders.refused("already exists and is not a GGUF adapter"):
             write_gguf_adapter(folders.adapter, folders.base, folders.parent / place)
     os.mkfifo(folders.parent / "pipe")
-    with folders.refused("is a folder or a device, and no file"):
+    with folders.refused("is a folder or a device, not a file"):
         write_gguf_adapter(folders.adapter, folders.base, folders.parent / "pipe")
 
 
 def test_a_configuration_of_fewer_layers(folders: Folders) -> None:
     folders.prepare(gguf_models.llama(), ["q_proj"], TWO)
     edit_json(folders.base / "config.json", lambda config: config.update(num_hidden_layers=1))
-    refused(folders, "layers.1.self_attn.q_proj`: its config.json describes a model without it")
+    refused(folders, "layers.1.self_attn.q_proj`: the base's config.json describes a model without it")
 
 
 def test_a_full_disk(folders: Folders) -> None:

@@ -1,5 +1,5 @@
-"""Adapter files that are damaged, forged or of another model: everything that reads one refuses it by one clear error,
-before anything is written.
+"""Adapter files that are damaged, forged or of another model: every function that reads one refuses it with one clear
+error, before anything is written.
 """
 
 import json
@@ -92,7 +92,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "transposed by text": (_set("sites", "up", "is_transposed", value="no"), "must be true or false"),
     "kept twice": (_set("kept", value=["norm", "norm"]), "has a name twice"),
     "kept without tensors": (_set("kept", value=["norm", "head"]), "lacks all tensors of .*'head'"),
-    "tensors not kept": (_set("kept", value=[]), "of nothing that it keeps trainable: 'norm.bias', 'norm.weight'"),
+    "tensors not kept": (_set("kept", value=[]), "or parameter kept trainable: 'norm.bias', 'norm.weight'"),
     "a billion labels": (_set("model", "num_labels", value=10**9), "`model.num_labels` must be an integer"),
     "labels of another number": (_set("model", "labels", value=["a"]), "names 1 labels"),
     "a hash of other content": (_set("model", "class", value="Another"), "has changed since"),
@@ -112,7 +112,7 @@ Tensors = dict[str, torch.Tensor]
 TENSOR_CASES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "a weight of the base": (
         lambda t: t.update({"head.weight": torch.zeros(6, 24)}),
-        "of nothing that .*'head.weight'",
+        "kept trainable: .*'head.weight'",
     ),
     "half of a head": (lambda t: t.pop("norm.bias"), "norm.bias"),
     "another tensor of a head": (lambda t: t.update({"norm.more": torch.zeros(36)}), "norm.more"),
@@ -142,7 +142,7 @@ def test_tensors(consumer: Consumer, case: str, bases: Bases, adapter: Path, tmp
 
 
 def test_every_flipped_bit_is_noticed(adapter: Path) -> None:
-    """But for those that nothing is read from, as in safetensors' own `format`, and other spellings of a number."""
+    """Except bits that nothing reads, as in safetensors' own `format`, and other spellings of a number."""
     whole = read_adapter(adapter)
     data = (adapter / TENSORS).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -203,7 +203,7 @@ def test_nesting_is_bounded(adapter: Path) -> None:
 
 
 def run(names: Iterable[str], bases: Bases, adapter: Path, out: Path) -> None:
-    """Each either takes the adapter or raises MELoRAError, and then it has written nothing."""
+    """Checks that each consumer accepts the adapter, or raises MELoRAError and has written nothing."""
     for name in names:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()

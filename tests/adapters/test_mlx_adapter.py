@@ -1,4 +1,4 @@
-"""Adapters for MLX: mlx_lm computes on the CPU what torch computes; what it writes is read."""
+"""Adapters for MLX: mlx_lm computes on the CPU what torch computes; adapters that it writes are read."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ TARGETS: dict[str, Any] = {
 
 
 def save_adapted(model: Any, folder: Path, targets: Any, config: MELoRAConfig = RSLORA, **options: Any) -> Any:
-    """An adapter folder of a filled adapter on `model`, which comes back."""
+    """Saves a filled adapter of `model` in a folder and returns the rewritten model."""
     rewritten = fill(melora_fx.rewrite(model, targets, config, **options))
     melora_fx.save_adapter(rewritten, folder)
     return rewritten
@@ -53,7 +53,7 @@ def llama_adapter(folder: Path, targets: Any = ("q_proj", "down_proj"), **option
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A folder for MLX."""
+    """An adapter folder for MLX."""
     write_mlx_adapter(llama_adapter(tmp_path), tmp_path / "mlx")
     return tmp_path / "mlx"
 
@@ -114,7 +114,7 @@ def test_every_architecture(class_name: str, tmp_path: Path) -> None:
 
 
 def targets_of(model: Any) -> dict[str, Any]:
-    """Every linear, the head too where it has a weight of its own, with two configurations beside the usual one."""
+    """Returns every linear, and the head if it has its own weight, with three different configurations."""
     names = [name for name, _ in model.named_modules()]
     targets = {name: RSLORA for name in ("q_proj", "query_key_value") if any(each.endswith(name) for each in names)}
     targets |= {"*shared_expert_gate": None} if any("shared_expert_gate" in each for each in names) else {}
@@ -182,7 +182,7 @@ def test_experts_are_read_as_stacks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_mlx_writes_is_read(tmp_path: Path) -> None:
-    """With its own names below a layer, its own scale, on the last layer only: as `mlx_lm.lora` does."""
+    """As `mlx_lm.lora` does: with MLX's own names below a layer, its own scale, and only on the last layer."""
     skip_without_mlx()
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -222,22 +222,22 @@ def assert_not_written(adapter: Path, out: Path, text: str) -> None:
 
 def test_a_trained_head_is_refused(tmp_path: Path) -> None:
     adapter = llama_adapter(tmp_path, ["q_proj"], keep_trainable="lm_head")
-    assert_not_written(adapter, tmp_path / "mlx", r"has trained `lm_head` beside .*`melora-fx fold`")
+    assert_not_written(adapter, tmp_path / "mlx", r"has trained `lm_head` in addition .*`melora-fx fold`")
 
 
 def test_models_that_mlx_lm_does_not_have_are_refused(tmp_path: Path) -> None:
     save_adapted(bert(num_layers=1), tmp_path / "adapter", ["query"], MELoRAConfig(rank=1, num_blocks=2))
-    assert_not_written(tmp_path / "adapter", tmp_path / "mlx", r"was trained in `BertModel`, whose modules.*LlamaFor")
+    assert_not_written(tmp_path / "adapter", tmp_path / "mlx", r"was trained in `BertModel`, whose names.*LlamaFor")
 
 
 def test_a_head_that_is_always_the_embedding_is_refused(tmp_path: Path) -> None:
     save_adapted(model_of("GPT2LMHeadModel"), tmp_path / "adapter", "lm_head", MELoRAConfig(rank=1, num_blocks=2))
-    assert_not_written(tmp_path / "adapter", tmp_path / "mlx", "adapters on `lm_head`, which are no modules")
+    assert_not_written(tmp_path / "adapter", tmp_path / "mlx", "adapters on `lm_head`, which are not modules")
 
 
 @pytest.mark.parametrize(
     ("dtype", "text"),
-    [(torch.float32, "q_proj.*more than its dtype holds"), (torch.float64, r"q_proj.lora_b.*are no numbers")],
+    [(torch.float32, "q_proj.*exceed the range of its dtype"), (torch.float64, r"q_proj.lora_b.*are not finite")],
 )
 def test_values_beyond_float32_are_refused(dtype: torch.dtype, text: str, tmp_path: Path) -> None:
     config = MELoRAConfig(rank=1, num_blocks=1, alpha=1e30)

@@ -1,4 +1,4 @@
-"""Folders of MLX adapters that are damaged, or hold something else than LoRA: one clear error each."""
+"""MLX adapter folders that are damaged, or contain something other than LoRA: one clear error each."""
 
 import json
 from collections.abc import Callable
@@ -45,25 +45,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (lambda folder: (folder / TENSORS_FILE).unlink(), f"it has no {TENSORS_FILE}"),
     "configuration cut": (_cut(CONFIG_FILE), f"{CONFIG_FILE}` is not JSON"),
     "tensors cut": (_cut(TENSORS_FILE), f"{TENSORS_FILE}` cannot be read, it is truncated or corrupt"),
-    "a list": (lambda folder: (folder / CONFIG_FILE).write_text("[]"), "no configuration of a LoRA"),
+    "a list": (lambda folder: (folder / CONFIG_FILE).write_text("[]"), "not mlx_lm's configuration of a LoRA"),
     "brackets": (lambda folder: (folder / CONFIG_FILE).write_text("[" * 10**5), "is not JSON"),
     "DoRA": (_config(lambda content: content.update(fine_tune_type="dora")), "is DoRA.*`mlx_lm.fuse`"),
     "full": (_config(lambda content: content.update(fine_tune_type="full")), "is full fine-tuning.*`mlx_lm.fuse`"),
     "another kind": (_config(lambda content: content.update(fine_tune_type=["x"])), "must have `fine_tune_type`"),
     "no parameters": (_config(lambda content: content.pop("lora_parameters")), "must have .*`lora_parameters`"),
     "alpha": (_config(lambda content: content["lora_parameters"].pop("scale")), "a finite `scale`"),
-    "scale NaN": (_parameters(scale=float("nan")), "NaN is no number of JSON"),
+    "scale NaN": (_parameters(scale=float("nan")), "NaN is not a JSON number"),
     "scale of 400 digits": (_parameters(scale=10**400), "a finite `scale`"),
     "scale true": (_parameters(scale=True), "a finite `scale`"),
-    "rank zero": (_parameters(rank=0), "a `rank` from 1"),
-    "rank of text": (_parameters(rank="4"), "a `rank` from 1"),
+    "rank zero": (_parameters(rank=0), "a `rank` of at least 1"),
+    "rank of text": (_parameters(rank="4"), "a `rank` of at least 1"),
     "another rank": (_parameters(rank=5), f"`{DOWN}`: lora_a is .*does not fit the rank 5"),
     "nothing": (_tensors(lambda tensors: tensors.clear()), "it is empty"),
     "one is missing": (_tensors(lambda tensors: tensors.pop(f"{DOWN}.lora_b")), f"`{DOWN}.lora_b` is missing"),
     "magnitudes": (_tensors(lambda tensors: tensors.update({f"{DOWN}.m": torch.ones(32)})), f"`{DOWN}` is DoRA"),
     "a weight": (
         _tensors(lambda tensors: tensors.update({f"{DOWN}.weight": torch.ones(2)})),
-        f"`{DOWN}.weight` is no part of a LoRA",
+        f"`{DOWN}.weight` is not part of a LoRA",
     ),
     "an embedding": (
         _tensors(lambda tensors: [tensors.update({f"model.embed_tokens.lora_{x}": torch.ones(4, 4)}) for x in "ab"]),

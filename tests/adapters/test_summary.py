@@ -1,4 +1,4 @@
-"""`melora-fx adapter inspect`: what an adapter holds, and whether it is whole and its base's."""
+"""`melora-fx adapter inspect`: what an adapter contains, and whether it is intact and belongs to its base."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_the_command_shows_it_and_checks_the_base(folder: Path, tmp_path: Path) 
     result = run("adapter", "inspect", folder, "--base", tmp_path)
     assert result.returncode == 0
     assert "checked" in result.stdout
-    assert f"it belongs to the base in {tmp_path}" in result.stdout
+    assert f"the adapter belongs to the base in {tmp_path}" in result.stdout
     as_json = json.loads(run("adapter", "inspect", folder, "--json").stdout)
     assert as_json["sites"][0]["name"] == "up"
     save_file(tower(seed=5).state_dict(), tmp_path / "model.safetensors")

@@ -39,7 +39,7 @@ def swappable(exports: Exports) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, swappable: str) -> Path:
-    """As folders and files, adapters of ranks 1 to 9 that were never in the exported model."""
+    """Adapters of ranks 1 to 9, as folders and most as files too, that were never in the exported model."""
     folder = tmp_path_factory.mktemp("swap")
     for seed, rank in enumerate((1, 2, 9), start=1):
         melora_fx.save_adapter(adapted(seed, rank), folder / f"adapter{seed}")
@@ -248,7 +248,7 @@ def test_swap_needs_sites(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_holds_a_smaller_adapter_is_exported(tmp_path: Path) -> None:
-    """With fewer sites than it was rewritten for, and smaller ranks: all of them are inputs."""
+    """With fewer sites and smaller ranks than it was rewritten for: all sites are inputs."""
     x = {"x": randn(3, 24)}
     large = rewritten_tower()
     small = fill(melora_fx.rewrite(tower(), ["up", "conv"], MELoRAConfig(1, 3, alpha=2.0)), seed=7)

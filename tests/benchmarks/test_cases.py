@@ -1,4 +1,4 @@
-"""What all benchmarks share: which cases are measured, their CSV file, and what a run that was stopped leaves."""
+"""Shared by all benchmarks: which cases are measured, their CSV file, and what a stopped run leaves."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -30,7 +30,7 @@ def options(out: Path, **changes: object) -> Namespace:
 
 
 class Measured:
-    """Cases named a, b, c that note when they are measured; `fault` is raised by one of them."""
+    """Cases named a, b, c that record that they are measured; one of them raises `fault`."""
 
     def __init__(self, fault: tuple[str, BaseException] | None = None, **missing: str) -> None:
         self.log: list[str] = []
@@ -59,7 +59,7 @@ def test_rows_have_the_common_columns_and_their_own(tmp_path: Path) -> None:
 
 def test_a_text_that_is_in_no_name_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cases(options(tmp_path, only="zzz"), Measured().cases, settings="") == MISUSED
-    assert "`--only zzz` is in the name of no case: a, b, c" in capsys.readouterr().out
+    assert "`--only zzz` matches no case: a, b, c" in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +71,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     second = Measured()
     assert run_cases(options(tmp_path), second.cases, settings="") == DONE
     assert second.log == ["b", "c"]
-    assert "skipped: has rows of" in capsys.readouterr().out
+    assert "skipped: its rows of" in capsys.readouterr().out
     again = Measured()
     run_cases(options(tmp_path, again=True, only="b"), again.cases, settings="")
     assert again.log == ["b"]
@@ -93,9 +93,9 @@ def test_rows_of_another_origin_are_measured_again(
     settings = "other" if column == "settings" else "rounds 1"
     run_cases(options(tmp_path, only="b"), second.cases, settings=settings)
     assert second.log == ["b"]
-    assert f"have other {column}\n" in capsys.readouterr().out
+    assert f"differ in {column}\n" in capsys.readouterr().out
     found = {row["case"]: row[column] == "other" for row in read_csv(tmp_path / "example.csv")}
-    assert found == {"a": False, "b": True, "c": False}, "each row says its own"
+    assert found == {"a": False, "b": True, "c": False}, "each row has its own"
 
 
 def test_what_fails_or_is_missing_does_not_cost_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""benchmarks/decoding.py: its rows and its report, and runs that were stopped; `test_benchmarks` runs all of it."""
+"""benchmarks/decoding.py: its rows, its report, and stopped runs; `test_benchmarks` runs all of it."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def options_of(folder: Path, **others: Any) -> Namespace:
 
 
 def printed(job: dict[str, Any]) -> dict[str, Any]:
-    """What a process might print: process k is k + 1 times as slow, the ratios are the same in each."""
+    """Returns what a process might print: process k is k + 1 times as slow, with the same ratios in each."""
     sides = [side for side in SIDES if side.name in job["sides"]]
     times = {side.name: [10.0 * (job["index"] + 1) * (1 + place / 100)] * 3 for place, side in enumerate(sides)}
     differences = {side.name: 1e-6 for side in sides}
@@ -49,7 +49,7 @@ def printed(job: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The indices of the processes that ran; nothing is exported, and no process is started."""
+    """Collects the indices of the processes that ran; nothing is exported, and no process is started."""
     indices: list[int] = []
 
     def run_apart(module: str, job: str, **_: Any) -> Any:
@@ -76,7 +76,7 @@ def test_what_is_measured() -> None:
 
 
 def test_a_ratio_is_the_median_of_the_processes_ratios() -> None:
-    """One process that is slow for all sides, and one in which one side is badly placed, change nothing."""
+    """A process that is slow for all sides, and one in which one side is slow, change nothing."""
     times = [
         {REFERENCE: [10, 10, 30], "merged": [11, 11, 90]},
         {REFERENCE: [20, 20, 20], "merged": [22, 22, 22]},
@@ -105,7 +105,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, ran: list[int], monkeypa
     monkeypatch.setattr(kept, "run_apart", whole)
     ran.clear()
     assert decoding.run(options) == DONE
-    assert ran == [1, 2], "the first is on disk; both cases of the setting are of the same processes"
+    assert ran == [1, 2], "the first is on disk; both cases of the setting come from the same processes"
     ran.clear()
     assert decoding.run(options) == DONE
     assert ran == []
@@ -155,7 +155,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| q,v, 8 | a token after 64 | 30.0 | 1.00 (0.99–1.02) | **1.06** (1.05–1.08) | 1.02 (1.01–1.04) |" in text
     assert "| 1.90 (1.89–1.92) | **1.9 ×** |" in text
     assert "| goal: q,v |  |  | ≤ 1.00 | ≤ 1.04 | ≤ 1.02 |  |" in text
-    assert "; commit abc-dirty; beside graphs of " in text
+    assert "; commit abc-dirty; compared with graphs of " in text
     assert "left out" not in text
 
 
@@ -164,7 +164,7 @@ def test_a_side_that_computes_something_else_is_refused() -> None:
     logits = np.arange(6, dtype=np.float32).reshape(1, 1, 6)
     reference = {"base/a token after 64": logits, "adapted/a token after 64": logits + 1}
     _refuse_wrong(step, {"merged": 1e-5}, reference)
-    with pytest.raises(MELoRAError, match=r"a token after 64: not what torch computes.*'merged': 0.1"):
+    with pytest.raises(MELoRAError, match=r"a token after 64: logits differ from torch's.*'merged': 0.1"):
         _refuse_wrong(step, {"merged": 0.1, "unmerged": 1e-6}, reference)
     with pytest.raises(MELoRAError, match="'merged': nan"):
         _refuse_wrong(step, {"merged": float("nan")}, reference)

@@ -1,4 +1,4 @@
-"""end_to_end: its rows are ratios of a round, its graphs are given what each takes, and its table holds all of it."""
+"""end_to_end: its rows are ratios within a round, its graphs get the inputs that they need, its table is complete."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def found(training: float, quality: float = 0.5) -> dict[str, float]:
 
 
 def test_a_ratio_is_of_the_same_round() -> None:
-    """The second round runs on a machine three times slower: each side's times triple, their ratio does not."""
+    """The second round runs on a machine three times slower: each side's times triple, their ratio stays the same."""
     rounds = [{side.name: found(10.0 if side.name == PEFT_SIDE else 5.0) for side in SIDES} for _ in range(3)]
     rounds[1] = {name: {**each, "training_s": 3 * each["training_s"]} for name, each in rounds[0].items()}
     loads = {side.name: [4.0, 8.0, 4.0] if side.name == PEFT_SIDE else [3.0, 4.0, 4.4] for side in SIDES}
@@ -93,11 +93,11 @@ def test_the_report_names_where_each_story_was_measured(tmp_path: Path) -> None:
     end_to_end.write_report(changed, tmp_path)
     text = (tmp_path / "end_to_end.md").read_text()
     assert "MRPC on 2026-11-28: a processor" in text
-    assert "stories on 2026-11-28: another; torch 2; beside optimum-onnx 0.1; commit c; 1 rounds." in text
+    assert "stories on 2026-11-28: another; torch 2; PEFT's graphs by optimum-onnx 0.1; commit c; 1 rounds." in text
 
 
 def test_a_round_is_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ratio is of one round: sides that were measured on another day are measured again."""
+    """A ratio is from one round: sides that were measured on another day are measured again."""
     measured: list[str] = []
 
     def side(options, story, side, index, base, work) -> dict[str, float]:
@@ -121,19 +121,19 @@ def test_the_readme_has_a_line_for_each_side_but_the_first() -> None:
     lines = [line for line in quality.end_to_end(rows()) if line.startswith(("| MRPC", "| stories"))]
     assert len(lines) == len(STORIES) * (len(SIDES) - 1)
     assert lines[1].startswith(
-        "| MRPC | ours, 8 blocks of rank 8 | 1.40 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | accuracy 0.700 → 0.720"
+        "| MRPC, accuracy | ours, 8 blocks of rank 8 | 0.700 → 0.720 | 1.40 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |"
     )
 
 
 def test_four_sides_train_equally_many_parameters() -> None:
-    """n blocks of rank r have the parameters of a LoRA of rank r."""
+    """n blocks of rank r have as many parameters as a LoRA of rank r."""
     assert [side.arm.rank for side in end_to_end_cells.SIDES[:4]] == [8, 8, 8, 8]
     assert [side.compiled for side in end_to_end_cells.SIDES] == [False, True, False, True, False]
     assert [side.name for side in end_to_end_cells.QUICK_SIDES] == [PEFT_SIDE, f"{OURS}, compiled"]
 
 
 def write_graph(path: Path, extra: dict[str, tuple]) -> None:
-    """logits (B, T, 1): the tokens as numbers; `extra`: further inputs, which it takes and does not use."""
+    """Writes a graph whose logits (B, T, 1) are the tokens as numbers; `extra`: further inputs that it does not use."""
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])]
     inputs += [helper.make_tensor_value_info(name, *form) for name, form in extra.items()]
     nodes = [
@@ -166,14 +166,14 @@ def test_latencies_are_of_every_side(tmp_path: Path) -> None:
 
 
 def test_each_side_is_loaded_at_every_place() -> None:
-    """The first that is loaded is slower than those behind it."""
+    """The first side that is loaded is slower than the later ones."""
     orders = [rotated(SIDES, index) for index in range(LOADS)]
     assert LOADS % len(SIDES) == 0
     assert all({order[place] for order in orders} == set(SIDES) for place in range(len(SIDES)))
 
 
 def test_a_graph_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
-    """As PEFT's merged Llama did, which transformers 4 reads with another rotary embedding."""
+    """As PEFT's merged Llama does, which transformers 4 reads with another rotary embedding."""
     (tmp_path / "graph").mkdir()
     write_graph(tmp_path / "graph" / "model.onnx", {})
     answer = np.array(PROBE, np.float32)[..., None]
@@ -188,7 +188,7 @@ def test_the_rotary_base_stands_where_transformers_4_looks(tmp_path: Path) -> No
     llama_config(64, 128, 2, 4, vocab_size=256).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     before = json.loads(path.read_text())
-    assert "rope_theta" not in before, "else this is no longer needed"
+    assert "rope_theta" not in before, "otherwise this is no longer needed"
     _name_rope_theta(path)
     assert json.loads(path.read_text()) == before | {"rope_theta": before["rope_parameters"]["rope_theta"]}
 

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import experts
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: its parts, what is done and what is tried again, processes that are lost, the report."""
+"""`python -m benchmarks gpu`: its parts, finished and repeated cases, lost processes, the report."""
 
 import argparse
 import json
@@ -23,8 +23,8 @@ from benchmarks.gpu.worker import NOT_BEGUN
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks for it
-    pytest.mark.filterwarnings("ignore:.*nmerged:UserWarning"),  # PEFT, of what it has not merged yet
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
+    pytest.mark.filterwarnings("ignore:.*nmerged:UserWarning"),  # PEFT's, about unmerged adapters
 ]
 MEASURING = {"sessions": sessions, "train": train, "latency": latency, "fold": fold}
 
@@ -47,10 +47,10 @@ def test_every_part_has_its_module_and_its_cells() -> None:
     assert all((ROOT / path).exists() for path in correct.TESTS)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_device_it_says_so(tmp_path: Path, capsys) -> None:
     assert main(["gpu", "--out", str(tmp_path)]) == LEFT_OUT
-    assert "no CUDA device: --dry-run builds every case on the CPU" in capsys.readouterr().err
+    assert "no CUDA device: pass --dry-run to build every case on the CPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -61,7 +61,7 @@ def test_arguments_that_are_none(arguments: list[str], capsys) -> None:
     assert "error: argument" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_what_graphs_lack_here_is_named() -> None:
     cells = [cell for module in (sessions, latency) for cell in module.cells()]
     lacking = [cell for cell in cells if cell.lacks_to_run]
@@ -114,7 +114,9 @@ def test_lines_that_were_cut_off(tmp_path: Path) -> None:
     assert [line["case"] for line in read(path)] == ["a", "é"]
     path.write_bytes(path.read_bytes() + b'[1]\nnull\n{"other": 1}\n\xff\n')
     append(path, {"case": "of\u2028two lines"})
-    assert [line["case"] for line in read(path)] == ["a", "é", "of\u2028two lines"], "what is not ours is left out"
+    assert [line["case"] for line in read(path)] == ["a", "é", "of\u2028two lines"], (
+        "lines that are not ours are left out"
+    )
 
 
 def test_what_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -125,7 +127,7 @@ def test_what_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(schedule, "_work", Processes((["a"], 0), ([], 0), ([], 0)))
     assert main([*arguments, "a"]) == main([*arguments, "a"]) == DONE
     assert main([*arguments, "b"]) == MISUSED
-    assert "`--only b` is in the name of no case" in capsys.readouterr().err
+    assert "`--only b` matches no case" in capsys.readouterr().err
 
 
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -149,7 +151,7 @@ def test_what_is_run_and_in_which_order(tmp_path: Path) -> None:
         record.ends(case, outcome)
     record.begins("lost")
     cases = ["bad", "lost", "done", "new", "no", "lacks"]
-    assert record.in_order(cases) == ["new", "bad", "lost", "lacks"], "those that were tried come last"
+    assert record.in_order(cases) == ["new", "bad", "lost", "lacks"], "cases that were tried come last"
     assert make_recorder(tmp_path, again=True).in_order(cases) == cases
     assert make_recorder(tmp_path, only="ne").in_order(cases) == ["new"]
     assert make_recorder(tmp_path, again=True, tried=["bad", "new"]).in_order(cases) == ["lost", "done", "no", "lacks"]
@@ -169,7 +171,7 @@ def test_no_case_begins_without_time_for_it(tmp_path: Path, capsys) -> None:
 
 
 class Processes:
-    """In the place of a part's processes: each begins the cases of one list, ends all but the last, and exits."""
+    """Replaces a part's processes: each begins the cases of one list, ends all but perhaps the last, and exits."""
 
     def __init__(self, *scripts: tuple[list[str], int]) -> None:
         self.scripts = list(scripts)
@@ -228,7 +230,7 @@ def write_script(path: Path, *lines: str) -> None:
 
 
 def has_ended(file: Path) -> bool:
-    """Whether the process whose number the file holds ends within half a minute."""
+    """Returns whether the process whose number is in the file ends within half a minute."""
     end = time.time() + 30
     while time.time() < end:
         try:
@@ -241,9 +243,9 @@ def has_ended(file: Path) -> bool:
     return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for processes")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 def test_nothing_is_left_of_a_process_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it has started holds its output open."""
+    """A process that it has started keeps its output open."""
     write_script(
         tmp_path / "lost.py",
         "sleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])",
@@ -260,7 +262,7 @@ def test_nothing_is_left_of_a_process_that_is_lost(tmp_path: Path, monkeypatch: 
     assert has_ended(tmp_path / "pid")
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for processes")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 def test_a_process_ends_when_the_command_is_killed(tmp_path: Path) -> None:
     write_script(
         tmp_path / "worker.py",
@@ -342,8 +344,8 @@ def test_a_part_runs_dry(tmp_path: Path, capsys) -> None:
 @pytest.mark.slow_cases("fold", "correct")
 @pytest.mark.parametrize("part", [part.name for part in PARTS])
 def test_everything_runs_dry(part: str, tmp_path: Path) -> None:
-    """The command as it is typed: every cell of a part, its files, and the report of them. Of the tests those which run
-    here no other way.
+    """The command as it is typed: every cell of a part, its files, and their report. The tests are those of tests/cuda,
+    which run here in no other way.
     """
     only = "tests/cuda" if part == "correct" else ""
     options = ["--dry-run", "--minutes", "20", "--part", part, "--only", only, "--out", str(tmp_path)]
@@ -389,7 +391,7 @@ SIDES: dict[str, list[dict[str, Any]]] = {
 
 
 def write_lines(folder: Path, **changes: str) -> None:
-    """A run's results: one case a part, and tests of every outcome."""
+    """Writes a run's results: one case per part, and tests of every outcome."""
     for part, sides in SIDES.items():
         facts = {"part": part, "case": f"a case of {part}"}
         append(folder / f"{part}.jsonl", facts | {"outcome": rows.BEGUN} | ORIGIN | changes)
@@ -418,7 +420,7 @@ def test_the_report_of_a_run(tmp_path: Path, capsys) -> None:
     assert all(f"]({name})" in text for name in pictures)
     assert all(len(read(out / f"{part.name}.jsonl")) == (2 if part.name == "correct" else 1) for part in PARTS)
     assert main(["gpu", "--report", str(out), "--out", str(out)]) == DONE
-    assert (out / "gpu.md").read_text() == text, "made again from what it keeps"
+    assert (out / "gpu.md").read_text() == text, "made again from the kept files"
 
 
 def test_results_of_another_hour_join_the_earlier_ones(tmp_path: Path, capsys) -> None:

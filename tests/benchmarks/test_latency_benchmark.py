@@ -100,7 +100,7 @@ def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     base = [replace(contenders[0], form=contender.form) for contender in contenders]
     with pytest.raises(MELoRAError, match="changes nothing"):
         errors(cell, base, inputs)
-    with pytest.raises(MELoRAError, match=r"not equal to what they must equal: .*unmerged"):
+    with pytest.raises(MELoRAError, match=r"differ from those they must equal: .*unmerged"):
         errors(cell, [*contenders[:2], *base[2:]], inputs)
 
 

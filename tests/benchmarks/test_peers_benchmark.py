@@ -13,7 +13,7 @@ ORIGIN = {"device": "CPU", "versions": "torch 2", "commit": "abc", "time": "2026
 
 
 def times_of(**milliseconds: float) -> dict[str, list[float]]:
-    """Those of a process, in which all that is not named takes 10 ms."""
+    """Returns the times of a process in which every side that is not named takes 10 ms."""
     sides = {PLAIN: 10.0, "optimum O3": 10.0, **dict.fromkeys(OURS, 10.0)}
     named = {"plain": PLAIN, "o3": "optimum O3", "merged": MERGED, "swap": "swap idle all-linear"}
     return {side: [time] * 3 for side, time in (sides | {named[key]: ms for key, ms in milliseconds.items()}).items()}
@@ -29,7 +29,7 @@ def rows(setting: Setting, shape: str, *processes: dict[str, list[float]]) -> di
 
 
 def test_a_ratio_is_over_the_fastest_peer_of_the_same_process() -> None:
-    """The second process is twice as slow, the third another machine altogether."""
+    """The second process is twice as slow, the third is like another machine."""
     found = rows(
         SETTINGS[0],
         "8 × 64",

@@ -1,4 +1,4 @@
-"""What processes.csv says, and the paper model, which agrees with it where they meet."""
+"""What processes.csv says, and the paper model, which agrees with it in the cases that both have."""
 
 import pytest
 
@@ -11,7 +11,7 @@ ROWS = read_csv(ROOT / "benchmarks" / "results" / "processes.csv")
 
 
 def test_what_was_measured_holds() -> None:
-    """Losses and gradients of one process; no collective more where each process has blocks of its own."""
+    """Losses and gradients as in one process; no more collectives if each process has its own blocks."""
     floors = {row["case"]: row for row in ROWS if row["side"] == FROZEN}
     assert len(floors) == 11
     for row in ROWS:
@@ -25,7 +25,7 @@ def test_what_was_measured_holds() -> None:
 
 
 def test_the_paper_model_gives_what_was_counted() -> None:
-    """Of PEFT's LoRA: one sum of T·r values a linear; the measured ones are of float32."""
+    """PEFT's LoRA adds one sum of T·r values per linear; the measured values are float32."""
     hidden, layers, tokens = 256, 4, 8 * 64
     for row in ROWS:
         if row["mode"] != "TP" or not row["side"].startswith("PEFT"):

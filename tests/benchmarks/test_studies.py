@@ -1,4 +1,4 @@
-"""The studies of quality: intervals, which learning rate is chosen, what is done again, the text, and the sentences."""
+"""The studies of quality: intervals, choice of learning rates, repeated runs, the text, and the sentences."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from benchmarks.studies.runs import COLUMNS, SAME, Arm, Run, train_all, values_b
 from exporters.measuring.tables import read_csv, write_csv
 from melora_fx import MELoRAError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 SETTINGS = "at most 9 examples"
 STUDY = Study(
     name="a_study",
@@ -48,7 +48,7 @@ STUDY = Study(
 
 
 def rows_of(values: dict[tuple[str, str], list[float]], settings: str = SETTINGS, day: int = 1) -> list[dict[str, str]]:
-    """One row for each value, whose place is the seed."""
+    """Returns one row for each value; its index is the seed."""
     facts = {"metric": "accuracy", "epochs": "4", "learning_rate": "0.004", "parameters": "96", "seconds": "3600"}
     facts |= {"settings": settings, "device": "a processor", "versions": "torch 2", "source": "s", "commit": "c"}
     facts |= {"time": f"2026-11-0{day}T00:00:00"}
@@ -79,13 +79,13 @@ def test_side(low: float, high: float, side: int) -> None:
 
 
 def test_differences_are_by_seed() -> None:
-    """Arms that move together from seed to seed are told apart by a small constant difference."""
+    """A small constant difference distinguishes arms that move together from seed to seed."""
     first = {seed: 10.0 * seed for seed in range(5)}
     found = paired({seed: value + 0.5 + 0.01 * (seed % 2) for seed, value in first.items()}, first)
     assert found is not None
     assert found.mean == pytest.approx(0.504)
     assert found.side == 1
-    assert interval([value + 0.5 for value in first.values()]).high - 0.5 > 30, "unpaired, nothing could be said"
+    assert interval([value + 0.5 for value in first.values()]).high - 0.5 > 30, "unpaired, it would show nothing"
 
 
 def test_only_common_seeds_are_compared() -> None:
@@ -150,7 +150,7 @@ def options_of(folder: Path, **others) -> Namespace:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Arms and seeds in the order of their training; the second arm fails at seed 1."""
+    """Collects arms and seeds in the order of their training; the arm "LoRA 1" fails at seed 1."""
     order: list[tuple[str, int]] = []
 
     def run(job):
@@ -177,7 +177,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, trained, capsys) -> None
     ]
     trained.clear()
     assert train_all(options_of(tmp_path), "studies.glue", make_runs()) == 1
-    assert trained == [("LoRA 1", 1)], "what failed is tried again, and nothing else"
+    assert trained == [("LoRA 1", 1)], "only failed runs are tried again"
 
 
 def test_what_waits_is_not_trained_after_an_unexpected_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_a_job_is_json() -> None:
 
 @pytest.mark.parametrize("arm", [Arm("LoRA 2", "LoRA", 2), Arm("MELoRA 4×2", "MELoRA", 2, 4)], ids=lambda arm: arm.kind)
 def test_both_libraries_train_the_same(arm: Arm) -> None:
-    """Two sites a layer of two layers, 32 → 32; equal counts at equal rank of a block; the base and the pooler rest."""
+    """Two sites, 32 → 32, in each of two layers: equal counts at equal block ranks. The base stays, the head trains."""
     torch.manual_seed(0)
     model, tokenize = glue.load(2, quick=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -239,14 +239,14 @@ def test_both_libraries_train_the_same(arm: Arm) -> None:
     changed = {
         name for name, value in adapted.named_parameters() if not value.requires_grad and not _is_in(value, before)
     }
-    assert not changed, "what is frozen stays"
+    assert not changed, "frozen parameters stay the same"
     trained = {name for name, value in adapted.named_parameters() if value.requires_grad}
     assert sum("classifier" in name or "pooler" in name for name in trained) == 4
     assert all("classifier" in name or "pooler" in name or "lora" in name.lower() for name in trained)
 
 
 def test_one_block_trains_as_lora_step_by_step() -> None:
-    """What MELoRA loses against LoRA is not lost by the library: from the same weights both learn the same."""
+    """The library does not cause MELoRA's losses against LoRA: from the same weights both learn the same."""
     base, tokenize = glue.load(2, quick=True)
     lora = training.add_adapter(copy.deepcopy(base), Arm("LoRA 4", "LoRA", 4), glue.TARGETS, glue.HEAD)
     ours = training.add_adapter(copy.deepcopy(base), Arm("MELoRA 1×4", "MELoRA", 4, 1), glue.TARGETS, glue.HEAD)
@@ -258,12 +258,12 @@ def test_one_block_trains_as_lora_step_by_step() -> None:
         for value, other in zip(
             [value for name, value in mine.items() if name.endswith("lora_a")], factors, strict=True
         ):
-            assert value.abs().max() <= 32**-0.5, "as PEFT's: uniform up to one over the root of the features"
+            assert value.abs().max() <= 32**-0.5, "like PEFT's: uniform up to 1 / √features"
             assert other.abs().max() <= 32**-0.5
             value.copy_(other.view_as(value))
     examples = glue.Examples([tokenize(f"text {index}") for index in range(64)], [index % 2 for index in range(64)])
     for model in (lora, ours):
-        torch.manual_seed(1)  # of the base's dropout
+        torch.manual_seed(1)  # for the base's dropout
         training.train(model.train(), glue.batches(examples, 4, 0), 16, 0.01)
     for value, other in zip(mine.values(), theirs.values(), strict=True):
         torch.testing.assert_close(value.flatten(), other.flatten(), rtol=1e-4, atol=1e-5)
@@ -271,7 +271,7 @@ def test_one_block_trains_as_lora_step_by_step() -> None:
 
 @pytest.mark.parametrize("arm", [Arm("LoRA 2", "LoRA", 2), Arm("MELoRA 4×2", "MELoRA", 2, 4)], ids=lambda arm: arm.kind)
 def test_both_libraries_train_the_same_under_autocast(arm: Arm) -> None:
-    """The arms of the study on language differ in nothing else: both compute in bfloat16 and keep float32."""
+    """The arms of the language study differ in nothing else: both compute in bfloat16 and keep float32 weights."""
     torch.manual_seed(0)
     adapted = training.add_adapter(LlamaForCausalLM(llama_config(32, 64, 2, 2, vocab_size=64)), arm, ("q_proj",))
     seen = set()
@@ -370,7 +370,7 @@ def test_what_is_trained_beside_the_adapter_is_told_rightly() -> None:
 
 
 def write_glue(folder: Path, count: int = 24) -> None:
-    """Files as GLUE and SNIPS have them, with quotation marks that are no quoting."""
+    """Writes files in the format of GLUE and SNIPS, with quotation marks that do not quote."""
     for name, task in glue.TASKS.items():
         place = folder / ("snips" if name == "SNIPS" else f"glue/{task.folder}")
         place.mkdir(parents=True)
@@ -419,7 +419,7 @@ def test_the_glue_study_runs_quickly(tmp_path: Path, capsys) -> None:
 def test_nothing_is_trained_for_an_only_without_a_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Not even that which learning rates are chosen by."""
+    """Not even the runs that choose the learning rates."""
     write_glue(tmp_path)
     monkeypatch.setattr(glue_study, "train_all", None)
     monkeypatch.setattr(language_study, "train_all", None)
@@ -427,7 +427,7 @@ def test_nothing_is_trained_for_an_only_without_a_run(
     folders = ["--glue", str(tmp_path / "glue"), "--snips", str(tmp_path / "snips")] if name == "glue_study" else []
     text = [] if folders else ["--text", str(tmp_path / "glue" / "rte" / "train.tsv")]
     assert main([name, "--quick", "--only", "QNLI", "--out", str(tmp_path / "out"), *folders, *text]) == 2
-    assert "`--only QNLI` is in the name of no run, which is such as `" in capsys.readouterr().out
+    assert "`--only QNLI` matches no run; runs have names such as `" in capsys.readouterr().out
 
 
 def test_without_glue_it_says_where_glue_comes_from(tmp_path: Path, capsys) -> None:
@@ -472,8 +472,8 @@ def test_botocore_is_prose() -> None:
     assert len(set(paragraphs)) == len(paragraphs)
     assert min(map(len, paragraphs)) >= texts.SHORTEST
     marked = sum("<p>" in paragraph or "&amp;" in paragraph for paragraph in paragraphs)
-    assert marked < len(paragraphs) / 1000, "but for those that speak of HTML"
-    assert sum(map(len, paragraphs)) > 4e6, "a million tokens and more"
+    assert marked < len(paragraphs) / 1000, "except those about HTML"
+    assert sum(map(len, paragraphs)) > 4e6, "more than a million tokens"
 
 
 def test_batches_of_language_share_no_window() -> None:
@@ -482,7 +482,7 @@ def test_batches_of_language_share_no_window() -> None:
     ids = torch.cat([batch["input_ids"] for batch in first])
     assert sorted(ids.flatten().tolist()) == list(range(64))
     assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(first, second, strict=True))
-    assert len(list(language.batches(windows[:3], 8, 0))) == 8, "a short text is gone through again"
+    assert len(list(language.batches(windows[:3], 8, 0))) == 8, "a short text is used again"
 
 
 @pytest.mark.slow
@@ -507,7 +507,7 @@ def test_the_best_learning_rate_has_a_worse_one_on_either_side() -> None:
 
 
 def test_learning_rates_are_tried_until_the_best_lies_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is least at 16 times the first rate, but for one arm, of which it is least inside."""
+    """The loss is smallest at 16 times the first rate, except for one arm, for which a rate inside is best."""
     best = dict.fromkeys((arm.name for arm in language_study.ARMS), 1.6e-2) | {"LoRA 36": 2e-3}
     tried: list[tuple[str, float]] = []
 
@@ -535,7 +535,7 @@ def test_learning_rates_are_tried_until_the_best_lies_inside(tmp_path: Path, mon
 
 
 def test_36_divides_the_features_of_the_targets_alone() -> None:
-    """SmolLM2-135M's shapes: hidden 576, 192 keys, 1536 inside."""
+    """SmolLM2-135M's shapes: hidden size 576, keys 192, intermediate size 1536."""
     assert 576 % 36 == 0
     assert 192 % 36 != 0 != 1536 % 36
     assert language.TARGETS == ("q_proj", "o_proj")
@@ -558,13 +558,13 @@ def test_conclusions_say_what_the_intervals_allow() -> None:
     assert found["A"].side == -1
     assert found["B"].side == 0
     told = "* MELoRA 8×1 against LoRA 8 (8 times fewer parameters)"
-    assert conclusions(STUDY, rows)[0] == f"{told}: worse on A; not told apart on B, {MEAN}."
+    assert conclusions(STUDY, rows)[0] == f"{told}: worse on A; not distinguished on B, {MEAN}."
     lower = STUDY._replace(higher_is_better=False)
-    assert conclusions(lower, rows)[0] == f"{told}: better on A; not told apart on B, {MEAN}."
+    assert conclusions(lower, rows)[0] == f"{told}: better on A; not distinguished on B, {MEAN}."
 
 
 def test_a_trial_beside_the_study_is_none_of_it() -> None:
-    """Other settings or another learning rate count where as many rows have them, and are newer."""
+    """Other settings or learning rates count only if more rows have them, or as many newer ones."""
     main = rows_of({("A", "LoRA 8"): [0.5, 0.7], ("A", "MELoRA 8×1"): [0.4, 0.4]}, day=1)
     trial = rows_of({("A", "LoRA 8"): [0.1]}, settings="a trial", day=2)
     faster = [row | {"learning_rate": "0.1", "seed": "7"} for row in rows_of({("A", "LoRA 8"): [0.2]}, day=3)]
@@ -578,14 +578,14 @@ def test_a_study_under_way_says_so_and_compares_common_seeds() -> None:
     rows = rows_of({("A", "LoRA 8"): [0.5] * 4, ("A", "MELoRA 8×1"): [0.6] * 3, ("A", "nothing"): [0.1]})
     rows += rows_of({("B", "LoRA 8"): [0.5]})
     assert progress(STUDY, rows) == (8, 20)
-    assert "**Under way: 8 of 20 trainings are there.**" in "\n".join(origin(STUDY, rows))
+    assert "**In progress: 8 of 20 trainings are done.**" in "\n".join(origin(STUDY, rows))
     assert {arm: list(seeds) for arm, seeds in values_of(STUDY, rows)["A"].items()} == {
         "LoRA 8": [0, 1, 2],
         "MELoRA 8×1": [0, 1, 2],
         "nothing": [0],
     }
     page = quality.studies([row | {"task": {"A": "RTE", "B": "SNIPS"}[row["task"]]} for row in rows])
-    assert page == ["*`python -m benchmarks glue_study` is under way: 7 of 100 trainings are there.*"]
+    assert page == ["*`python -m benchmarks glue_study` is in progress: 7 of 100 trainings are done.*"]
     assert "0 of 100" in quality.studies([row | {"task": "SNIPS"} for row in rows])[0]
 
 
@@ -605,7 +605,7 @@ def test_a_complete_study_tells_every_interval_in_the_readme() -> None:
 
 
 def test_a_task_on_which_nothing_is_learnt_is_named() -> None:
-    """Arms that are equal because none has learnt are no evidence, nor is one that is better than a failed one."""
+    """Arms that are equal because none has learnt are not evidence; nor is an arm that beats a failed one."""
     values = {("A", "LoRA 8"): [0.5, 0.53, 0.49], ("A", "MELoRA 8×1"): [0.51, 0.5, 0.5], ("A", "nothing"): [0.51]}
     learnt = {("B", "LoRA 8"): [0.7, 0.72, 0.71], ("B", "MELoRA 8×1"): [0.5, 0.5, 0.51], ("B", "nothing"): [0.51]}
     assert unlearnt(STUDY, rows_of(values | learnt)) == ["A"]
@@ -637,14 +637,14 @@ def test_the_learning_rates_are_shown_with_what_they_gave() -> None:
     assert "| LoRA 8 | 0.9000 | **0.9500** |" in lines
     near = rates_table(STUDY._replace(near=0.06), [*choice, *rows_of({("A", "LoRA 8"): [0.5]})])
     assert "| LoRA 8 | *0.9000* | **0.9500** |" in near
-    assert "the rate that the rule would give the arm alone" in near[2]
+    assert "the rate that the rule would choose for the arm on its own" in near[2]
 
 
 def test_tables_hold_what_is_there() -> None:
-    """Of a study that is under way: no mean over tasks of an arm that lacks one, no difference without a pair."""
+    """In an unfinished study an arm that lacks a task has no mean over tasks, and a difference needs a pair."""
     rows = rows_of({("A", "LoRA 8"): [0.5, 0.7], ("A", "MELoRA 8×1"): [0.6], ("B", "LoRA 8"): [0.5, 0.5]})
     lines = tables(STUDY, rows)
-    assert f"| arm | parameters of the adapter | A, accuracy | B, accuracy | {MEAN} |" in lines
+    assert f"| arm | adapter parameters | A, accuracy | B, accuracy | {MEAN} |" in lines
     assert "| LoRA 8 | 96 | 50.0 | 50.0 (50.0 to 50.0) | 50.0 |" in lines
     assert "| MELoRA 8×1 | 96 | 60.0 |  |  |" in lines
     assert "| MELoRA 8×1 − LoRA 8 | 8 times fewer parameters | +10.0 |  |  |" in lines

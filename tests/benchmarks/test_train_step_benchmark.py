@@ -16,7 +16,7 @@ from benchmarks.training.train_sides import SIDES, LoopLinear, Setting, make_sid
 LLAMA = (32, 64, 2, 4)
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
 ]
 
 
@@ -78,9 +78,7 @@ def test_one_cell_is_measured():
     for row in rows.values():
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["rounds"] == train_step.STEPS_PER_ROUND
-    inputs = (
-        2 * (32 + 32 + 64) * 256 * 4 / 2**20
-    )  # of q, k, v; of gate and up; of down. The one of o is kept by the attention
+    inputs = 2 * (32 + 32 + 64) * 256 * 4 / 2**20  # of q, k, v; of gate and up; of down. The attention keeps that of o
     saved = {name: row["saved_mib"] - rows["frozen"]["saved_mib"] for name, row in rows.items()}
     assert saved["ours"] <= inputs
     assert saved["PEFT LoRA, equal rank"] > saved["ours"]

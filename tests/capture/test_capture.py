@@ -226,14 +226,14 @@ def test_model_that_cannot_be_exported():
 
 def test_wrong_example_inputs_are_an_error_of_the_capture():
     model = tower()
-    with assert_unchanged(model), pytest.raises(MELoRAError, match="no call of the model's forward"):
+    with assert_unchanged(model), pytest.raises(MELoRAError, match="do not fit the model's forward"):
         whole(model, {"nonsense": randn(2, IN)})
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_capture_takes_and_keeps_the_mode(training):
     model = tower(dropout=0.5).train(training)
-    model.norm.training = not training  # a mode of its own for one child
+    model.norm.training = not training  # one child has its own mode
     before = {name: module.training for name, module in model.named_modules()}
     captured = whole(model, (randn(2, IN),))
     assert {name: module.training for name, module in model.named_modules()} == before
@@ -290,7 +290,7 @@ class ModeModule(nn.Module):
     ],
 )
 def test_module_that_differs_between_the_modes_is_right_in_eval(build):
-    """Bit-equal to the eager module in eval mode and different in train mode, or refused; never silently wrong."""
+    """Bit-equal to the eager module in eval mode and different in train mode, or refused; never silently incorrect."""
     x = randn(3, 5, IN)
     model = ModeModule(build()).eval()
     expected = output_of(model, x)
@@ -372,7 +372,7 @@ def test_attention_in_a_whole_capture():
         copy.deepcopy(plain), (x,), {"in_proj_weight": MELoRAConfig(2, 3, alpha=4.0, split=3), "out_proj": CONFIG}
     )
     assert list(melora_fx.sites(model)) == ["attention.in_proj_weight", "attention.out_proj"]
-    torch.testing.assert_close(output_of(model, x), output_of(plain, x))  # eager eval takes its fused fast path
+    torch.testing.assert_close(output_of(model, x), output_of(plain, x))  # eager eval mode takes its fused fast path
     fill(model)
     reference = dense_copy(model, plain).train()  # train mode without dropout: the path that is not fused
     assert_near(output_of(model, x), output_of(reference, x.double()))

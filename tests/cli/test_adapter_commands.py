@@ -58,8 +58,8 @@ def test_compress_prints_a_table_or_json(folders: tuple[Path, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("add", "A", "B", "--weights", "1"), "`--weights` gives 1 for 2 adapters: give one each"),
-        (("add", "A", "A"), "a folder is given twice: give it once, with the sum of its weights"),
+        (("add", "A", "B", "--weights", "1"), "`--weights` has 1 for 2 adapters: pass one for each"),
+        (("add", "A", "A"), "a folder is listed twice: list it once, with the sum of its weights"),
         (("add", "A", "B", "--weights", "nan,1"), "(=nan) must be finite"),
         (("average", "A", "/nowhere"), "`/nowhere` is not an adapter folder"),
         (("scale", "A", "--factor", "inf"), "`factor` (=inf) must be finite"),

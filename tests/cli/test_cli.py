@@ -107,7 +107,7 @@ def test_folds_on_disk_and_in_a_graph_give_the_model_with_its_head(tmp_path: Pat
     result = run("fold", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "folded")
     assert result.returncode == 0, result.stderr
     assert "rounded away" in result.stdout
-    assert f"{tmp_path / 'folded'}: holds adapter " in result.stdout
+    assert f"{tmp_path / 'folded'}: contains adapter " in result.stdout
     folded = BertForSequenceClassification.from_pretrained(tmp_path / "folded").eval()
     torch.testing.assert_close(folded(**tokens()).logits.detach(), expected, rtol=1e-4, atol=1e-4)
 
@@ -132,7 +132,7 @@ def test_export_for_tensorrt_prints_how_to_build_it_and_writes_the_repository(mo
     arguments = ("--target", "tensorrt", "--shapes", "batch=1:4:8", "--triton", tmp_path / "repository", "--no-verify")
     result = run("export", model_dir, "-o", tmp_path / "bert.onnx", *arguments, "--shapes", "sequence=4:16:32")
     assert result.returncode == 0, result.stderr
-    assert "TensorRT builds the whole of it" in result.stdout
+    assert "TensorRT builds all of it" in result.stdout
     assert "--optShapes=input_ids:4x16,attention_mask:4x16" in result.stdout
     assert "trt_engine_cache_enable = True" in result.stdout
     assert (tmp_path / "repository" / "bert" / "1" / "model.onnx").is_file()
@@ -173,7 +173,7 @@ def test_adapters_become_onnx_runtimes_own_files(model_dir: Path, tmp_path: Path
         (("export", "MODEL", "-o", "x.onnx", "--precision", "int8"), "`precision` (='int8') must be one of"),
         (
             ("export", "MODEL", "-o", "x.onnx", *("--shapes", "batch=1") * 2),
-            "`--shapes` gives an axis twice: batch, batch",
+            "`--shapes` names an axis twice: batch, batch",
         ),
         (("adapter", "to-ort", "/nowhere", "/nowhere.onnx", "-o", "x"), "`/nowhere.onnx` cannot be read"),
         (("fold", "MODEL", "", "-o", "TMP"), "an argument is empty"),

@@ -12,7 +12,7 @@ import melora_fx
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama's, and its base beside it."""
+    """A Llama's adapter, with its base next to it."""
     folder = tmp_path_factory.mktemp("llama")
     melora_fx.save_adapter(CASES["Llama"].adapted(), folder / "adapter")
     CASES["Llama"].build().save_pretrained(folder / "base")
@@ -45,7 +45,7 @@ def test_to_llama_cpp_and_mlx(adapter: Path, tmp_path: Path) -> None:
     ("arguments", "text"),
     [
         (("--for", "sglang"), "`--for` (='sglang') must be 'peft' or 'vllm'"),
-        (("--for", "vllm", "--form", "bdlora"), "vLLM takes `--form lora` alone"),
+        (("--for", "vllm", "--form", "bdlora"), "vLLM needs `--form lora`"),
         (("--form", "dora"), "`form` (='dora') must be one of"),
     ],
     ids=["reader", "blocks", "form"],

@@ -75,7 +75,7 @@ def test_adapters(exports: Exports, tmp_path: Path) -> None:
     [
         ((PROMPT, "--max-new-tokens", 0), "error: `max_new_tokens` (=0) must be a whole number, 1 or more\n"),
         ((PROMPT, "--temperature", 0), "error: `temperature` (=0.0) must be above 0; `sample=False` takes"),
-        ((PROMPT, "--top-p", 2), "error: `top_p` (=2.0) must be above 0, and 1 at most\n"),
+        ((PROMPT, "--top-p", 2), "error: `top_p` (=2.0) must be above 0 and at most 1\n"),
         ((PROMPT, "--seed", -1), "error: `seed` (=-1) must be a whole number, 0 or more\n"),
         ((PROMPT, "--adapter", "/nowhere"), "error: the adapter `/nowhere` does not exist\n"),
         ((" ".join(["w5"] * 64),), "error: prompt 0 has 64 tokens: the model in "),
@@ -138,7 +138,7 @@ def test_an_export_generates(model_dir: Path, tmp_path: Path, arguments: tuple[s
 def test_a_cache_that_a_model_cannot_have(tmp_path: Path) -> None:
     config = hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, add_cross_attention=True)
     hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    why = "what it keeps of earlier tokens is more than keys and values of each layer"
+    why = "it keeps more of earlier tokens than keys and values of each layer"
     result = run("export", tmp_path, "-o", tmp_path / "out", "--cache")
     assert result.returncode == 1
     assert result.stderr == f"error: `use_cache=True`: the graph cannot have a key-value cache: {why}\n"

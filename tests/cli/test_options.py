@@ -1,4 +1,4 @@
-"""Texts on the command line that typer has no type for."""
+"""Values on the command line for which typer has no type."""
 
 import pytest
 import typer

@@ -1,4 +1,4 @@
-"""What the user of the command line sees of errors, warnings, logs and versions, and what a shell completes to."""
+"""Errors, warnings, logs and versions on the command line, and a shell's completions."""
 
 import json
 import logging
@@ -38,14 +38,14 @@ def test_other_peoples_errors_are_one_line_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
     result = run("export", tmp_path, "-o", tmp_path / "out.onnx")
     assert (result.returncode, result.stdout) == (1, "")
-    expected = r"error: ZeroDivisionError: .*\(`melora-fx --debug COMMAND …` shows where\)\n"
+    expected = r"error: ZeroDivisionError: .*\(`melora-fx --debug COMMAND …` shows the traceback\)\n"
     assert re.fullmatch(expected, result.stderr), result.stderr
 
 
 def test_errors_of_our_own_code_that_no_one_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "run_bench", lambda _: {}["x"])
     result = run("bench", "a.onnx")
-    assert result.stderr == "error: KeyError: 'x' (`melora-fx --debug COMMAND …` shows where)\n"
+    assert result.stderr == "error: KeyError: 'x' (`melora-fx --debug COMMAND …` shows the traceback)\n"
 
 
 def test_an_interrupt_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_logs_below_an_error_are_dropped(caplog: pytest.LogCaptureFixture) -> No
 
 
 def complete(monkeypatch: pytest.MonkeyPatch, line: str) -> list[str]:
-    """What bash completes a line to, whose last word is the one that is being written."""
+    """Returns bash's completions of a line whose last word is being typed."""
     monkeypatch.setenv("_MELORA_FX_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))

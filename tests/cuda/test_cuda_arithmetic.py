@@ -142,14 +142,14 @@ def test_gradient_checkpointing_changes_nothing(reentrant, lowering):
 
 
 def representable(*shape: int, seed: int) -> Tensor:
-    """Normal values that float16 and bfloat16 hold too: one oracle serves all dtypes."""
+    """Returns normal values that float16 and bfloat16 represent too: one oracle serves all dtypes."""
     values = randn(*shape, seed=seed).bfloat16().float()
     return values.masked_fill(values.abs() < 2**-10, 0)
 
 
 @functools.cache
 def large() -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """x, the gradient of the output, the weight, and the oracle's output and gradients, all on the CPU."""
+    """Returns x, the gradient of the output, the weight, and the oracle's output and gradients, all on the CPU."""
     tokens, in_features, out_features = LARGE
     x = representable(tokens, in_features, seed=1)
     upstream = representable(tokens, out_features, seed=9)
@@ -186,4 +186,4 @@ def test_allowed_tf32_keeps_its_own_tolerance(lowering):
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
     for actual, wanted in zip(found, expected, strict=True):
-        assert_sums_near(actual, wanted, 400)  # 2^-11 in place of 2^-24, of which the bound of float32 leaves a tenth
+        assert_sums_near(actual, wanted, 400)  # 2^-11 instead of 2^-24; float32 uses a tenth of its bound

@@ -46,7 +46,7 @@ def x_of(device: str = DEVICE) -> Tensor:
 
 
 def devices(model: nn.Module) -> set[str]:
-    """Types of the devices of all tensors, buffers that no state holds among them."""
+    """Returns the device types of all tensors, including buffers that are not in the state."""
     return {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]}
 
 
@@ -216,7 +216,7 @@ def test_from_meta_to_the_device(captured):
     model = melora_fx.rewrite(empty, "all-linear", OF_BERT, **example).to_empty(device=DEVICE)
     plain = bert(num_layers=1)
     model.load_state_dict(plain.state_dict(), strict=False)
-    for name, buffer in plain.named_buffers():  # which no state holds
+    for name, buffer in plain.named_buffers():  # they are not in the state
         model.get_buffer(name).copy_(buffer)
     assert devices(model) == {DEVICE}
     assert_sums_near(output_of(model, to_device(tokens())), output_of(plain, tokens()).double(), 10)

@@ -1,6 +1,6 @@
 """The adapter's dropout on the device: which values it drops, and that forward and backward drop the same.
 
-The mask is read off a layer whose base is zero and whose factors are identities: what comes out is what was kept.
+The mask is read off a layer whose base is zero and whose factors are identities: its output shows what was kept.
 """
 
 import math
@@ -42,7 +42,7 @@ def dropped_layer(lowering: str, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 
 def mask_of(lowering: str, leading: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """1 where a layer keeps a value of its input (…, 24), else 0: the first mask after `seeded` has set the seed."""
+    """Returns 1 for each value of an input (…, 24) that a layer keeps, else 0: the first mask after `seeded`'s seed."""
     model = dropped_layer(lowering, dtype)
     with torch.no_grad():
         for parameter in (model.inner.weight, model.inner.bias):

@@ -1,4 +1,4 @@
-"""Experts on the device: each row times its expert's W + Δ, and the gradients of that, in both forms and all dtypes."""
+"""Experts on the device: each row times its expert's W + Δ, and its gradients, in both forms and all dtypes."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def rewritten(form: str, config: melora_fx.MELoRAConfig, dtype: torch.dtype, **o
 
 
 def to_cpu(model: nn.Module) -> nn.Module:
-    """The site's tensors on the CPU, for the oracle; the model is not run again."""
+    """Moves the site's tensors to the CPU, for the oracle; the model is not run again."""
     return model.to("cpu")
 
 
@@ -127,7 +127,7 @@ def test_grouped_blocks(counts, num_blocks, dtype):
 
 
 def step_of(model: nn.Module, given: dict[str, Tensor]) -> list[Tensor]:
-    """Logits, and the gradients of every adapter."""
+    """Returns the logits, and the gradients of every adapter."""
     logits = model(**given)[0]
     logits.float().square().mean().backward()
     return [logits.detach(), *(parameter.grad for parameter in melora_fx.adapter_parameters(model).values())]

@@ -1,4 +1,4 @@
-"""Folds on the device: W + Δ rounded once, no bit beside the blocks changed, and what comes back comes back exactly."""
+"""Folds on the device: W + Δ is rounded once, no bit outside the blocks changes, and weights are restored exactly."""
 
 import copy
 import math
@@ -52,13 +52,13 @@ def x_of(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a tower's sites as they lie, by site."""
+    """Returns the weights of a tower's sites as they are stored, by site."""
     paths = {name: name if name == "own.projection" else f"{name}.weight" for name in TOWER_SITES}
     return {name: on_cpu(model.get_parameter(path)).clone() for name, path in paths.items()}
 
 
 def update_of(site: AdapterSite) -> tuple[Tensor, Tensor]:
-    """Δ in float64 on the CPU as the weight lies, and what bounds the error of its product: |s B| |A|."""
+    """Returns Δ in float64 on the CPU in the weight's layout, and |s B| |A|, which bounds the error of its product."""
     a, b = site.lora_a.detach(), site.lora_b.detach()
     updates = []
     for lora_a, lora_b in ((a, b), (a.abs(), b.abs())):
@@ -68,7 +68,7 @@ def update_of(site: AdapterSite) -> tuple[Tensor, Tensor]:
 
 
 def _with(site: AdapterSite, lora_a: Tensor, lora_b: Tensor) -> Any:
-    """The site with other factors."""
+    """Returns the site with other factors."""
     changed = copy.copy(site)
     object.__setattr__(changed, "lora_a", lora_a)
     object.__setattr__(changed, "lora_b", lora_b)
@@ -76,7 +76,10 @@ def _with(site: AdapterSite, lora_a: Tensor, lora_b: Tensor) -> Any:
 
 
 def assert_rounded_once(weight: Tensor, before: Tensor, update: Tensor, reach: Tensor) -> None:
-    """`weight` is `before` + `update` within half a step of its dtype, and the error of Δ's product in float32."""
+    """Checks `weight` against `before` + `update`: within half a step of its dtype and Δ's error in float32.
+
+    Values without an update must have the bits of `before`.
+    """
     exact = before.double() + update
     half_step = torch.finfo(weight.dtype).eps / 2
     bound = half_step * exact.abs() * 1.01 + 8 * torch.finfo(torch.float32).eps * (reach + before.abs()) + 1e-7
@@ -193,7 +196,7 @@ def test_check_fold_measures_what_it_does_on_the_cpu(dtype):
     with assert_unchanged(model):
         report = melora_fx.check_fold(model)
     reference = {site.name: site for site in melora_fx.check_fold(copy.deepcopy(model).cpu()).sites}
-    share = 0.3 if dtype == torch.float32 else 0.02  # another last bit of Δ is rounded otherwise in float32
+    share = 0.3 if dtype == torch.float32 else 0.02  # in float32 another last bit of Δ is rounded differently
     for site in report.sites:
         expected = reference[site.name]
         assert site.rounding_share == pytest.approx(expected.rounding_share, rel=share)

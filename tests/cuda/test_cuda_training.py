@@ -56,7 +56,7 @@ def batch(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 
 def trained(build: Callable[[], nn.Module], lowering: str, device: str) -> tuple[nn.Module, list[float]]:
-    """The model after three steps, and their losses; A starts with the same values on each device."""
+    """Returns the model after three steps, and their losses; A and B start with the same values on each device."""
     kept = ["classifier"] if build is classifier else []
     config = MELoRAConfig(rank=4, num_blocks=4, lowering=lowering)
     model = melora_fx.rewrite(build(), "all-linear", config, keep_trainable=kept).to(device).train()
@@ -151,7 +151,7 @@ def test_scaled_float16_steps_change_the_adapter_and_stay_finite(lowering):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert scaler.get_scale() == 1024.0  # no step was left out
+    assert scaler.get_scale() == 1024.0  # no step was skipped
     for parameter, old in zip(parameters(model), before, strict=True):
         assert parameter.isfinite().all()
         assert not torch.equal(parameter, old)
@@ -187,7 +187,7 @@ def test_dropout_on_another_stream_follows_the_seed():
 @cuda_alone
 @by_lowering()
 def test_no_step_waits_for_the_device(lowering):
-    """Neither without dropout nor with it, whose seed is drawn on the CPU."""
+    """With and without dropout, whose seed is drawn on the CPU."""
     for config in (OF_TOWER, MELoRAConfig(rank=2, num_blocks=3, dropout=0.5)):
         if config.dropout and lowering == "weight":
             continue
@@ -202,7 +202,7 @@ def test_no_step_waits_for_the_device(lowering):
 
 
 def test_the_seed_alone_decides_on_every_device():
-    """Torch's generators of CPU and device are seeded together; a run is repeated by one call."""
+    """Torch seeds the generators of CPU and device together, so that one call repeats a run."""
     model = lowered(on_device, config=DROPOUT).train()
     assert_same(seeded(losses_of_dropout, model), seeded(losses_of_dropout, model))
 

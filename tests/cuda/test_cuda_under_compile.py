@@ -1,4 +1,4 @@
-"""Under `torch.compile`: a step is that of eager mode, nothing breaks or is compiled twice, CUDA graphs replay it."""
+"""Under `torch.compile`: a step equals eager mode's, no graph breaks or is compiled twice, CUDA graphs replay it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -50,7 +50,7 @@ def compiled(model: nn.Module) -> Callable[..., Tensor]:
 
 
 def by_graphs(model: nn.Module) -> Callable[..., Tensor]:
-    """Compiled into CUDA graphs, whose outputs the next call overwrites; in a dry run, just compiled."""
+    """Compiles a model into CUDA graphs, whose outputs the next call overwrites; in a dry run, only compiles it."""
     if IS_DRY_RUN:
         run = torch.compile(model, backend=BACKEND, fullgraph=True)
     else:
@@ -83,7 +83,7 @@ def test_steps_are_compiled_once():
 
 
 def test_dropout_in_forward_and_backward_is_the_same():
-    """The adapter is linear in its input: x · (gradient of x, less the base's) is the sum of its output."""
+    """The adapter is linear in its input: x · (gradient of x, minus the base's) is the sum of its output."""
     model = lowered(lambda: mlp()[:1], config=DROPOUT).train()
     run = compiled(model)
     x = x_of().requires_grad_()

@@ -1,4 +1,4 @@
-"""CUDA graphs that are captured by hand: a replay computes with the present values of x, A and B."""
+"""CUDA graphs that are captured by hand: a replay computes with the current values of x, A and B."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def x_of(seed: int = 1) -> Tensor:
 
 
 def warm_up(function: Callable[[], Any]) -> None:
-    """Runs it on another stream, as a capture asks for."""
+    """Runs the function on another stream, as a capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -71,7 +71,7 @@ def test_a_cuda_graph_by_hand_replays_a_step(lowering):
 
 
 def test_a_cuda_graph_by_hand_refuses_dropout():
-    """A replay would drop the same values for ever."""
+    """Every replay would drop the same values."""
     model = lowered(on_device, config=DROPOUT).train()
     held = x_of()
     warm_up(lambda: model(held))

@@ -1,4 +1,4 @@
-"""The step by which a decoder is translated: sizes that differ, padding, and a past that the model itself has made."""
+"""The example step with which a decoder is exported: different sizes, padding, and a past from the model itself."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def test_the_inputs_are_those_of_a_graph_in_its_order() -> None:
 
 
 def test_the_step_follows_its_past() -> None:
-    """The model computes with it what it computes at once, for the text without padding."""
+    """For the text without padding, the step has the model's own cache of the first tokens, and the rest."""
     model = llama()
     step = example_step(model, {"input_ids": ids(2, 7)})
     whole, _ = padded_texts(ids(2, 7), None)
@@ -90,7 +90,7 @@ def test_a_model_without_positions_gets_none() -> None:
 
 @pytest.mark.parametrize("mode", ["train", "checkpointing"])
 def test_a_model_in_training_is_left_in_it(mode: str) -> None:
-    """With dropout, which draws random numbers, and without a cache in a forward of training."""
+    """With dropout, which draws random numbers, and without a cache in training."""
     model = llama(attention_dropout=0.5).train()
     if mode == "checkpointing":
         model.activation_checkpointing_enable()
@@ -126,6 +126,6 @@ def test_axes_by_name() -> None:
 )
 def test_what_the_model_does_not_take(inputs: dict[str, Any], error: str) -> None:
     model = llama()
-    expected = f"`LlamaForCausalLM` does not take `example_inputs`: {error}: "
+    expected = f"`LlamaForCausalLM` does not accept `example_inputs`: {error}: "
     with assert_unchanged(model), pytest.raises(MELoRAError, match=expected):
         parts_of(model, inputs, "auto", has_own_axes=False, is_folder=True)

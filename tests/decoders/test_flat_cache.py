@@ -1,4 +1,4 @@
-"""A model whose forward takes and gives its cache as tensors: what it computes, and that it is as before afterwards."""
+"""A model whose forward accepts and returns its cache as tensors: what it computes, and that it is restored after."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ TEXTS = {"input_ids": torch.tensor([[5, 9, 4, 20], [7, 8, 3, 11]]), "attention_m
 
 
 def gemma() -> Any:
-    """With a window on the first of two layers."""
+    """Returns a Gemma 3 with a window on the first of two layers."""
     torch.manual_seed(0)
     types = ["sliding_attention", "full_attention"]
     config = hf.Gemma3TextConfig(**SIZES | {"head_dim": 8, "sliding_window": 4, "layer_types": types})
@@ -68,15 +68,15 @@ def test_what_has_no_such_cache_has_no_layout() -> None:
 @pytest.mark.parametrize(
     ("make", "inputs", "reason"),
     [
-        (tower, {"x": randn(2, 24)}, "`Tower` is no model of transformers that generates"),
-        (bert_classifier, tokens(), "`BertForSequenceClassification` is no model of transformers that generates"),
-        (lambda: llama().model, example(), "`LlamaModel` is no model of transformers that generates"),
+        (tower, {"x": randn(2, 24)}, "`Tower` is not a transformers model that generates"),
+        (bert_classifier, tokens(), "`BertForSequenceClassification` is not a transformers model that generates"),
+        (lambda: llama().model, example(), "`LlamaModel` is not a transformers model that generates"),
         (llama, {"inputs_embeds": randn(2, 7, 32)}, "`example_inputs` has no `input_ids`"),
-        (llama, example() | {"labels": 1, "use_cache": True}, "`example_inputs` gives `labels`, `use_cache` beside"),
+        (llama, example() | {"labels": 1, "use_cache": True}, "`example_inputs` has `labels`, `use_cache` in addition"),
         (
             llama,
             example() | {"attention_mask": torch.ones(2, 9)},
-            "`attention_mask` has the shape (2, 9), and not that",
+            "`attention_mask` has the shape (2, 9), not that",
         ),
         (llama, example() | {"attention_mask": torch.ones(2, 1, 7, 7)}, "`attention_mask` has the shape (2, 1, 7, 7)"),
         (lambda: with_rope("dynamic"), example(), "(`rope_type` 'dynamic') changes with the number of tokens"),
@@ -131,9 +131,9 @@ class GivesATuple(hf.LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (TakesAGate, "its forward does not run with tokens alone (TypeError: "),
-        (TakesAnything, "`TakesAnything.forward` takes no cache and `attention_mask`"),
-        (GivesATuple, "what it keeps of earlier tokens is more than keys and values of each layer"),
+        (TakesAGate, "its forward does not run with only tokens (TypeError: "),
+        (TakesAnything, "`TakesAnything.forward` must accept a cache and `attention_mask`"),
+        (GivesATuple, "it keeps more of earlier tokens than keys and values of each layer"),
     ],
 )
 def test_forwards_of_a_users_own(kind: Any, reason: str) -> None:
@@ -142,7 +142,7 @@ def test_forwards_of_a_users_own(kind: Any, reason: str) -> None:
 
 
 def whole_and_in_steps(model: Any, *steps: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The outputs for `TEXTS` in one step, and in these, each with the cache of those before."""
+    """Returns the outputs for `TEXTS` in one step, and in these steps, each with the cache of the previous ones."""
     taken = []
     end = 0
     with torch.no_grad(), flat_cache(model):

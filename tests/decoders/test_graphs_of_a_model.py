@@ -1,4 +1,4 @@
-"""What a model is exported as: with a cache or without, as asked and as its configuration has it."""
+"""How a model is exported: with a cache or without, as requested and as its configuration says."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def parts(model: nn.Module, inputs: dict[str, Any], use_cache: Any = "auto") -> 
 
 
 def llava(**settings: Any) -> Any:
-    """Its text part has the settings of a decoder."""
+    """Returns a Llava whose text part has the settings of a decoder."""
     vision = hf.CLIPVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
@@ -57,7 +57,7 @@ def llava(**settings: Any) -> Any:
     ],
 )
 def test_whether_there_is_a_cache(make: Any, use_cache: Any, expected: bool) -> None:
-    """Without a note where nobody could expect one."""
+    """There is no note if nobody could expect a cache."""
     model = make()
     with assert_unchanged(model):
         (part,), notes = parts(model, example(), use_cache)
@@ -74,13 +74,13 @@ def test_what_generates_nothing_has_none(make: Any) -> None:
     (part,), notes = parts(make(), tokens())
     assert part.forward is without_cache
     assert notes == ()
-    expected = r"`use_cache=True`: the graph cannot have a key-value cache: `\w+` is no model"
+    expected = r"`use_cache=True`: the graph cannot have a key-value cache: `\w+` is not a transformers model"
     with pytest.raises(MELoRAError, match=expected):
         parts(make(), tokens(), True)
 
 
 class Wrapped(nn.Module):
-    """As PEFT wraps a model: it has its configuration, and generates."""
+    """Wraps a model as PEFT does: it has the model's configuration, and generates."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Wrapped(nn.Module):
 
 def test_a_model_within_another_is_none_and_a_note_says_so() -> None:
     (part,), notes = parts(Wrapped(llama()), example())
-    assert notes == ("without a key-value cache: `Wrapped` is no model of transformers that generates",)
+    assert notes == ("without a key-value cache: `Wrapped` is not a transformers model that generates",)
     assert not has_cache(part.inputs)
 
 
@@ -105,11 +105,11 @@ def test_options_that_are_none(use_cache: Any) -> None:
 def test_axes_of_ones_own_have_no_cache() -> None:
     (part,), notes = parts_of(llama(), example(), "auto", has_own_axes=True, is_folder=True)
     assert not has_cache(part.inputs)
-    assert notes == ("without a key-value cache: `dynamic_axes` names its own",)
+    assert notes == ("without a key-value cache: `dynamic_axes` names custom axes",)
 
 
 def test_what_a_forward_leaves_in_a_model_is_taken_back() -> None:
-    """transformers hooks layers at the first forward that gives hidden states; another model counts its calls."""
+    """transformers hooks layers in the first forward that returns hidden states; another model counts its calls."""
     for model in (llama(output_hidden_states=True), counting()):
         with assert_unchanged(model):
             (part,), _ = parts(model, example())
@@ -136,13 +136,13 @@ def test_a_batch_of_images_is_none_of_a_decoder() -> None:
     inputs = example() | {"pixel_values": torch.zeros(2, 3, 8, 8)}
     (part,), notes = parts(llava(), inputs)
     assert not has_cache(part.inputs)
-    assert notes == ("without a key-value cache: `example_inputs` gives `pixel_values` beside the tokens",)
+    assert notes == ("without a key-value cache: `example_inputs` has `pixel_values` in addition to the tokens",)
 
 
 def test_token_types_are_none_either() -> None:
     inputs = tokens() | {"token_type_ids": torch.zeros_like(tokens()["input_ids"])}
     _, notes = parts(gpt2(num_layers=1), inputs)
-    assert notes == ("without a key-value cache: `example_inputs` gives `token_type_ids` beside the tokens",)
+    assert notes == ("without a key-value cache: `example_inputs` has `token_type_ids` in addition to the tokens",)
 
 
 def pair() -> Any:
@@ -153,7 +153,7 @@ def pair() -> Any:
 
 @pytest.mark.parametrize("is_adapted", [False, True], ids=["plain", "adapted"])
 def test_the_sites_of_an_encoder_and_a_decoder(is_adapted: bool) -> None:
-    """The encoder's graph has the keys and values that the decoder attends to in it; a model without sites has none."""
+    """The encoder's graph contains the keys and values that the decoder attends to; without sites there are none."""
     model = pair()
     if is_adapted:
         melora_fx.rewrite(model, ["q", "k", "v", "o"])

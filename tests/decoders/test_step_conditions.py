@@ -1,4 +1,4 @@
-"""What an export assumed of a step, said of tokens and mask: translated, without repeats, without what was refuted."""
+"""An export's assumptions about a step, in terms of tokens and mask: translated, without repeated or refuted ones."""
 
 from itertools import product
 
@@ -19,7 +19,7 @@ KEY = "past_key_values_0_key"
 
 
 def translated(*texts: str) -> list[str]:
-    """What is left of conditions of an export beside those of every step."""
+    """Returns an export's conditions in addition to those of every step."""
     found = step_conditions(map(Condition, texts), INPUTS)
     assert tuple(found[: len(STEP_CONDITIONS)]) == STEP_CONDITIONS
     return [condition.text for condition in found[len(STEP_CONDITIONS) :]]
@@ -77,7 +77,7 @@ def test_sizes_of_the_cache_are_said_of_tokens_and_mask(text: str, meaning: obje
     ],
 )
 def test_what_holds_of_every_step_is_left_out(text: str) -> None:
-    """Also what is asked of sizes that no input but the cache has."""
+    """Also conditions on sizes that only the cache has."""
     assert translated(text) == []
 
 
@@ -89,7 +89,7 @@ def test_conditions_that_exclude_the_same_steps_are_one_and_the_shortest() -> No
 
 
 def test_windows_and_numbers_of_positions_are_kept() -> None:
-    """Up to the most tokens that models are made for."""
+    """Up to the largest number of tokens that models support."""
     for size in (16, 63, 1024, 4096, 131071):
         assert len(translated(f"{TOTAL} <= {size}")) == 1
         assert len(translated(f"{KEY}.shape[2] < {size}")) == 1

@@ -1,4 +1,4 @@
-"""`melora-fx demo` on models of one's own: what `export` and `fold` write has the accuracy that was reported."""
+"""`melora-fx demo` on user-provided models: what `export` and `fold` write has the reported accuracy."""
 
 import json
 from pathlib import Path

@@ -9,7 +9,7 @@ from melora_fx import MELoRAError
 
 
 def test_topics_are_real_labelled_texts() -> None:
-    pytest.importorskip("chatterbot_corpus", reason="the demo's texts are a pip package of their own")
+    pytest.importorskip("chatterbot_corpus", reason="the demo's texts are in a separate pip package")
     texts = load_topics()
     assert {"science", "money", "trivia"} <= set(texts.labels)
     assert len(texts.train) > 800

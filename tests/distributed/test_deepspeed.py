@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO trains a rewritten model as one process does: losses, adapters, verbs.
 
-What is refused of it is tested in `test_deepspeed_refusals.py` without it.
+`test_deepspeed_refusals.py` tests what is refused under DeepSpeed, without DeepSpeed.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ situation = pytest.mark.situation
 
 
 def _prepare() -> Any:
-    """DeepSpeed on the CPU, in a process of `run_processes`."""
+    """Initialises DeepSpeed on the CPU, in a process of `run_processes`."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "CROSS_RANK": "0", "CROSS_SIZE": "1"}
     import deepspeed
 
@@ -107,9 +107,9 @@ def _trained_by_zero(stage: int, options: dict[str, Any], folder: str) -> list[f
 @in_situations(
     "case",
     "DeepSpeed",
-    "losses and adapter of one process; `disabled`, `save_adapter` are right",
+    "losses and adapter as in one process; `disabled` and `save_adapter` are correct",
     {f"ZeRO-{stage} in two processes": (stage, {}) for stage in (1, 2, 3)}
-    | {"… `memory_efficient_linear` off": (3, {"memory_efficient_linear": False})},
+    | {"ZeRO-3 in two processes, `memory_efficient_linear` off": (3, {"memory_efficient_linear": False})},
 )
 def test_losses_of_one_process(case: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
     alone = adapted()
@@ -146,7 +146,9 @@ def _made_in_parts(folder: str) -> list[float]:
     return losses
 
 
-@situation("DeepSpeed", "… a model made inside `zero.Init`", "`rewrite` inside `GatheredParameters`; as in one process")
+@situation(
+    "DeepSpeed", "ZeRO-3, a model made inside `zero.Init`", "`rewrite` inside `GatheredParameters`; as in one process"
+)
 def test_a_model_made_in_parts(tmp_path: Path) -> None:
     found = run_processes(2, _made_in_parts, str(tmp_path))
     base = torch.load(tmp_path / "base-0.pt")
@@ -170,7 +172,7 @@ def _by_trainer(stage: int, folder: str) -> list[dict[int, float]]:
     settings = _settings(stage, **zero) | auto | {"zero_force_ds_cpu_optimizer": False}
     callbacks = [AdapterCheckpointCallback] if stage < 3 else []
     options: dict[str, Any] = {"deepspeed": settings, "per_device_train_batch_size": 2}
-    options["average_tokens_across_devices"] = False  # which would double the loss of a classifier, of any
+    options["average_tokens_across_devices"] = False  # which would double the loss of any classifier
     models = [_without_dropout() for _ in range(2)]
     stopped, first = trainer_of(models[0], Path(folder), StopAt(3), *(make() for make in callbacks), **options)
     stopped.train()
@@ -193,8 +195,8 @@ def _without_dropout() -> Any:
 @in_situations(
     "stage",
     "DeepSpeed",
-    "losses of one process, uninterrupted",
-    {"a Trainer's ZeRO-2, resumed, `AdapterCheckpointCallback`": 2, "a Trainer's ZeRO-3, resumed": 3},
+    "losses of an uninterrupted run in one process",
+    {"a Trainer with ZeRO-2, resumed, `AdapterCheckpointCallback`": 2, "a Trainer with ZeRO-3, resumed": 3},
 )
 def test_a_trainer(stage: int, tmp_path: Path) -> None:
     trainer, expected = trainer_of(_without_dropout(), tmp_path / "alone", save_strategy="no")
@@ -227,8 +229,8 @@ def _preferred_by_zero(stage: int, folder: str) -> list[Any]:
 @in_situations(
     "stage",
     "DeepSpeed",
-    "losses and rewards of one process, with a frozen copy",
-    {f"TRL's `DPOTrainer` by ZeRO-{stage}, the reference around the same weights": stage for stage in (2, 3)},
+    "losses and rewards as in one process with a frozen copy",
+    {f"TRL's `DPOTrainer` with ZeRO-{stage}, the reference with the same weights": stage for stage in (2, 3)},
 )
 def test_preferences(stage: int, tmp_path: Path) -> None:
     frozen = trl_runs.base().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What is refused by name where DeepSpeed has the parameters: told by its attributes, and tested without it.
+"""Refusals if DeepSpeed has the parameters, which its attributes show; tested without DeepSpeed.
 
 `test_deepspeed.py` runs DeepSpeed itself.
 """
@@ -24,14 +24,14 @@ situation = pytest.mark.situation
 
 
 class _Status(enum.Enum):
-    """As DeepSpeed's ZeroParamStatus."""
+    """Like DeepSpeed's ZeroParamStatus."""
 
     AVAILABLE = 1
     NOT_AVAILABLE = 2
 
 
 def _partition(model: nn.Module, status: _Status = _Status.NOT_AVAILABLE) -> nn.Module:
-    """Parameters as ZeRO-3 leaves them: `ds_id`, `ds_status`, and no values where they are not available."""
+    """Changes parameters as ZeRO-3 does: sets `ds_id` and `ds_status`, and removes the values if not available."""
     for index, parameter in enumerate(model.parameters()):
         parameter.ds_id, parameter.ds_status = index, status  # type: ignore[attr-defined]
         if status is _Status.NOT_AVAILABLE:
@@ -40,7 +40,7 @@ def _partition(model: nn.Module, status: _Status = _Status.NOT_AVAILABLE) -> nn.
 
 
 class DeepSpeedEngine(nn.Module):
-    """Told by its name and package, as DeepSpeed's own."""
+    """Recognised by its name and package, like DeepSpeed's own."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 @pytest.mark.usefixtures("_in_a_folder")
-@situation("DeepSpeed", "ZeRO-3: `sites`, `check_fold`, `save_adapter`", "refused; the remedy: `GatheredParameters`")
+@situation("DeepSpeed", "ZeRO-3: `sites`, `check_fold`, `save_adapter`", "refused; remedy: `GatheredParameters`")
 def test_parameters_that_are_elsewhere() -> None:
     model: Any = _partition(adapted())
     for name, verb in READING.items():
@@ -97,7 +97,7 @@ def test_parameters_that_are_elsewhere() -> None:
 
 @pytest.mark.usefixtures("_in_a_folder")
 @pytest.mark.parametrize("status", _Status)
-@situation("DeepSpeed", "ZeRO-3: `fold`, `folded`, `unload`", "refused: what is written is lost")
+@situation("DeepSpeed", "ZeRO-3: `fold`, `folded`, `unload`", "refused: written values would be lost")
 def test_nothing_is_written_into_partitioned_parameters(status: _Status) -> None:
     model = _partition(adapted(), status)
     for name, verb in WRITING.items():
@@ -106,17 +106,19 @@ def test_nothing_is_written_into_partitioned_parameters(status: _Status) -> None
 
 
 @pytest.mark.usefixtures("_in_a_folder")
-@situation("DeepSpeed", "`load_adapter` after `deepspeed.initialize`", "refused: its optimizer writes its own copies")
+@situation(
+    "DeepSpeed", "`load_adapter` after `deepspeed.initialize`", "refused: its optimizer would write its own copies back"
+)
 def test_load_adapter_beside_copies_in_an_optimizer() -> None:
     model = adapted()
     for parameter in melora_fx.adapter_parameters(model).values():
-        parameter._hp_mapping = None  # type: ignore[attr-defined]  # of a part that is another process's
+        parameter._hp_mapping = None  # type: ignore[attr-defined]  # as for a part of another process
     for given in (model, _partition(adapted(), _Status.AVAILABLE), DeepSpeedEngine(model)):
         with assert_unchanged(given), pytest.raises(MELoRAError, match=r"would write them back.* before `deepspeed\.i"):
             melora_fx.load_adapter(given, "another")
 
 
-@situation("DeepSpeed", "`rewrite` after `deepspeed.initialize`", "refused by name")
+@situation("DeepSpeed", "`rewrite` after `deepspeed.initialize`", "refused with an error that names the wrapper")
 def test_rewrite_of_an_engine() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -130,7 +132,7 @@ def test_rewrite_of_an_engine() -> None:
 
 
 @situation(
-    "DeepSpeed", "`rewrite` where ZeRO-3 has replaced `F.linear`", "refused; the remedy: `memory_efficient_linear`"
+    "DeepSpeed", "`rewrite` after ZeRO-3 has replaced `F.linear`", "refused; remedy: turn off `memory_efficient_linear`"
 )
 def test_rewrite_where_linears_are_not_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     def replaced(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -213,7 +215,7 @@ def test_a_replaced_linear_computes_for_who_calls_it(monkeypatch: pytest.MonkeyP
     exec(_REPLACED_LINEAR, namespace)
     monkeypatch.setattr(nn.functional, "linear", namespace["linear"])
     x = torch.ones(2, 8, requires_grad=True)
-    with pytest.raises(MELoRAError, match="has it from elsewhere than the module's attribute"):
+    with pytest.raises(MELoRAError, match="did not read it from the module's attribute"):
         model(x, is_by_list=True)
     model(x, is_by_list=False).sum().backward()
     assert model.model.lora_b.grad.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""One of several processes is killed: the others end with an error, and the adapter on disk is whole."""
+"""One of several processes is killed: the others end with an error, and the adapter on disk is intact."""
 
 import os
 import signal
@@ -25,9 +25,9 @@ def _kill_this() -> None:
 
 
 def _train(mode: str, folder: str, first: int, killed_at: int | None) -> list[float]:
-    """The losses from step `first` on; after each step an adapter and a checkpoint are written.
+    """Returns the losses from step `first` on; writes an adapter and a checkpoint after each step.
 
-    In step `killed_at` the last process is killed in the middle of its backward.
+    In step `killed_at` the last process is killed in the middle of its backward pass.
     """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -57,7 +57,9 @@ def _train(mode: str, folder: str, first: int, killed_at: int | None) -> list[fl
 
 @pytest.mark.slow_cases("FSDP and TP")
 @pytest.mark.situation(
-    "Several processes", "one process killed in a step", "the others raise; resumed, the losses of an uninterrupted run"
+    "Several processes",
+    "one process is killed in a step",
+    "the others raise an error; a resumed run has the losses of an uninterrupted one",
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("mode", ["DDP", "FSDP by layer", "TP", "FSDP and TP"])
@@ -75,7 +77,7 @@ def test_killed_in_a_step(mode: str, tmp_path: Path) -> None:
 
 
 def _save_and_die(mode: str, folder: str, where: str) -> None:
-    """Saves another adapter over the one that is there; the process that writes is killed in a function of `os`."""
+    """Saves another adapter over the existing one; the process that writes is killed in a function of `os`."""
     model: Any = spread_with(mode, fill(adapted(), seed=5), token_ids())[0]
     setattr(os, where, lambda *args, **options: _kill_this())
     melora_fx.save_adapter(model, folder)
@@ -83,7 +85,9 @@ def _save_and_die(mode: str, folder: str, where: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.situation(
-    "Several processes", "the process killed that writes an adapter", "the others raise; the old adapter is whole"
+    "Several processes",
+    "the process that writes an adapter is killed",
+    "the others raise an error; the old adapter is intact",
 )
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 @pytest.mark.parametrize("mode", ["FSDP by layer", "TP"])
@@ -96,7 +100,7 @@ def test_killed_while_it_writes(mode: str, where: str, tmp_path: Path) -> None:
     assert "Error" in other[1]
     assert [(tmp_path / name).read_bytes() for name in ("adapter.safetensors", "adapter_config.json")] == before
     read_adapter(tmp_path)
-    melora_fx.save_adapter(adapted(), tmp_path)  # removes what the killed one has left
+    melora_fx.save_adapter(adapted(), tmp_path)  # removes what the killed process has left
     assert {path.name for path in tmp_path.iterdir()} == {"adapter.safetensors", "adapter_config.json"}
 
 

@@ -1,4 +1,4 @@
-"""Models, wrappings and calls that are not the usual ones: as in one process, or refused by name."""
+"""Less usual models, wrappers and calls: results as in one process, or an error that names the cause."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def sharded_root(model: Any) -> Any:
 
 
 class Heads(nn.Module):
-    """Multiplies by a weight of three dimensions, as (in, heads, out / heads)."""
+    """Multiplies by a weight of three dimensions, (in, heads, out / heads)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Heads(nn.Module):
 
 
 def _stored_otherwise(kind: str) -> Any:
-    """A model whose weights do not lie as (out, in)."""
+    """Returns a model whose weights are not stored as (out, in)."""
     torch.manual_seed(0)
     if kind == "GPT-2":
         plain: Any = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=16)).eval()
@@ -84,7 +84,7 @@ def test_processes_agree_after_a_forward_too(tmp_path) -> None:
     for rank in range(2):
         melora_fx.save_adapter(fill(adapted(), seed=rank), tmp_path / str(rank))
     for text in run_processes(2, _load_after_a_forward, str(tmp_path)):
-        assert "is another one on another process" in text
+        assert "differs between the processes" in text
 
 
 def _refusals_under_fsdp(folder: str) -> list[str]:
@@ -109,7 +109,7 @@ def _refusals_under_fsdp(folder: str) -> list[str]:
 @pytest.mark.slow
 def test_what_fsdp_would_lose_is_refused(tmp_path) -> None:
     for untied, *parts in run_processes(2, _refusals_under_fsdp, str(tmp_path)):
-        assert "`untie` can give it no weight of its own" in untied
+        assert "`untie` cannot give it its own weight" in untied
         assert all("belong to a module above this" in text for text in parts)
 
 
@@ -148,7 +148,7 @@ def test_a_sharded_state_is_assigned_under_fsdp() -> None:
 
 
 def _by_hand(num_blocks: int, with_adapter: bool, with_input: bool) -> str:
-    """A linear whose parameters are cut without one of torch's styles."""
+    """Shards the parameters of a linear without one of torch's styles; returns the text of the error."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     mesh = make_mesh(dist.get_world_size())
@@ -170,7 +170,7 @@ def test_what_is_cut_by_hand_must_be_cut_whole(num_blocks: int) -> None:
     for text in run_processes(2, _by_hand, num_blocks, False, True):
         assert "its adapter was not" in text
     for text in run_processes(2, _by_hand, num_blocks, True, False):
-        assert "an input that is no DTensor" in text
+        assert "an input that is not a DTensor" in text
 
 
 def _whole_capture(verb: str) -> bool:
@@ -191,7 +191,7 @@ def test_a_whole_capture_under_fsdp_runs_without_its_adapters(verb: str) -> None
 
 
 def _without_the_base(verb: str) -> bool:
-    """Only the adapters are sharded."""
+    """Calls a verb on a model of which only the adapters are sharded; returns whether its logits are correct."""
     from torch.distributed.fsdp import fully_shard
 
     model = adapted()
@@ -228,7 +228,7 @@ def test_a_kept_head_under_tensor_parallelism(tmp_path) -> None:
 
     llama().save_pretrained(tmp_path)
     alone: Any = melora_fx.rewrite(llama(), "q_proj", TWO, keep_trainable=["lm_head"])
-    expected = train(alone, token_ids(), parameters=[alone.lm_head.weight])  # B is zero: nearly nothing is A's and B's
+    expected = train(alone, token_ids(), parameters=[alone.lm_head.weight])  # B is zero: the adapter hardly matters
     for losses in run_processes(2, _kept_head, str(tmp_path)):
         assert losses[0] == pytest.approx(expected[0], abs=1e-5)
         assert losses[-1] < losses[0]
@@ -251,14 +251,14 @@ def test_ddp_around_a_part_is_refused(tmp_path) -> None:
 
 
 def _masks() -> list[torch.Tensor]:
-    """What dropout leaves of an input of ones, by the first and by the second half of the blocks."""
+    """Returns sums of what dropout keeps of inputs of ones, in this process's half of the blocks."""
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     config = MELoRAConfig(rank=1, num_blocks=2, alpha=1.0, dropout=0.5)
     model: Any = melora_fx.rewrite(nn.Sequential(nn.Linear(64, 2, bias=False)), "all-linear", config)
     with torch.no_grad():
         model[0].weight.zero_()
-        model[0].lora_a.copy_(torch.arange(32.0) ** 2)  # so that the sum tells what was dropped
+        model[0].lora_a.copy_(torch.arange(32.0) ** 2)  # so that the sum shows what was dropped
         model[0].lora_b.fill_(1.0)
     parallelize_module(model, make_mesh(2), {"0": ColwiseParallel()})
     torch.manual_seed(0)

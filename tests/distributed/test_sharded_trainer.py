@@ -27,7 +27,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
 
 def _trained(folder: str, number: int, is_sharded: bool, resumed: str | None = None) -> list[float]:
-    """The losses of a Trainer's steps."""
+    """Returns the losses of a Trainer's steps."""
     from transformers import Trainer, TrainingArguments
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -57,7 +57,7 @@ def _trained(folder: str, number: int, is_sharded: bool, resumed: str | None = N
 
 
 def _shard(trainer: Any) -> None:
-    """What `accelerate launch --use_fsdp --fsdp_version 2` does on GPUs: on CPUs accelerate chooses DDP."""
+    """Does what `accelerate launch --use_fsdp --fsdp_version 2` does on GPUs: on CPUs accelerate chooses DDP."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     trainer.accelerator.state.distributed_type = DistributedType.FSDP
@@ -71,7 +71,11 @@ def _shard(trainer: Any) -> None:
     trainer.is_fsdp_enabled = True
 
 
-@pytest.mark.situation("Several processes", "`AdapterCheckpointCallback` under DDP and accelerate's FSDP2", "resumes")
+@pytest.mark.situation(
+    "Several processes",
+    "`AdapterCheckpointCallback` under DDP and accelerate's FSDP2",
+    "resumes with the same losses and adapter",
+)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["DDP", "FSDP2"])

@@ -1,4 +1,4 @@
-"""The verbs on models that are spread over processes give what they give in one."""
+"""The verbs have the same results on models that are spread over processes as in one process."""
 
 import contextlib
 from pathlib import Path
@@ -46,14 +46,14 @@ def _bytes(folder: Path) -> list[bytes]:
 
 def _save(mode: str, folder: str, number_of_heads: int) -> None:
     model = spread(mode, adapted(num_key_value_heads=number_of_heads))
-    logits(model)  # after which a root of FSDP holds whole parameters
+    logits(model)  # after it, a root of FSDP holds whole parameters
     melora_fx.save_adapter(model, folder)
-    assert all((Path(folder) / name).exists() for name in FILES), "it returns when the files are there"
+    assert all((Path(folder) / name).exists() for name in FILES), "it must return after the files are written"
 
 
 @pytest.mark.default_cases("2-FSDP by layer")
 @pytest.mark.situation(
-    "Several processes", "`save_adapter` from any layout, 2 and 4 processes", "the bytes of one process"
+    "Several processes", "`save_adapter` from any layout, in 2 and 4 processes", "the same bytes as from one process"
 )
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("number", [2, 4])
@@ -64,7 +64,7 @@ def test_files_are_the_same_bytes_whatever_the_layout(number: int, mode: str, tm
 
 
 def _gathered_bytes(mode: str, folder: str) -> int:
-    """The most elements that a collective gives in a `save_adapter`."""
+    """Returns the largest number of elements that a collective returns during `save_adapter`."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counting(TorchDispatchMode):
@@ -91,7 +91,7 @@ def test_saving_gathers_the_adapter_alone(mode: str, tmp_path) -> None:
 
 
 def _use(mode: str, other: str) -> tuple[dict[str, torch.Tensor], ...]:
-    """All verbs but `save_adapter`, in a row; gives the states after loading, folding and unloading."""
+    """Calls all verbs except `save_adapter`, in a row; returns the states after loading, folding and unloading."""
     base = logits(spread(mode, llama()))
     model = spread(mode, adapted())
     names = list(melora_fx.sites(adapted()))
@@ -115,7 +115,7 @@ def _use(mode: str, other: str) -> tuple[dict[str, torch.Tensor], ...]:
     torch.testing.assert_close(logits(model), after, atol=1e-5, rtol=0)
     assert type(unwrap(model).model.layers[0].self_attn.q_proj).__name__.removeprefix("FSDP") == "Linear"
     folded = state(model)
-    if mode != "DDP":  # which has prepared for other parameters
+    if mode != "DDP":  # DDP has prepared for other parameters
         ids = token_ids()
         model(input_ids=ids, labels=ids).loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
@@ -147,7 +147,7 @@ def test_verbs_on_every_process(mode: str, number: int, tmp_path) -> None:
 
 
 def _fail_to_load(mode: str, folder: str) -> list[str]:
-    """What is raised where the file of one process is damaged, or another one."""
+    """Returns the errors if the file of one process is damaged or another one, or if its base is incorrect on all."""
     model = spread(mode, adapted())
     before = state(model)
     errors = []
@@ -163,8 +163,8 @@ def _fail_to_load(mode: str, folder: str) -> list[str]:
 
 @pytest.mark.situation(
     "Several processes",
-    "`load_adapter` where one process cannot, or reads another adapter",
-    "all raise, nothing is changed",
+    "`load_adapter` if it fails on one process, or one reads another adapter",
+    "all raise an error; nothing is changed",
 )
 @pytest.mark.default_cases("FSDP by layer")
 @pytest.mark.parametrize("mode", ["FSDP by layer", "FSDP and TP"])
@@ -180,8 +180,8 @@ def test_load_adapter_changes_nothing_on_an_error_of_one_process(mode: str, tmp_
     first, second = run_processes(2, _fail_to_load, mode, str(tmp_path))
     assert "cut" in first[0]
     assert "another process has failed" in second[0]
-    assert "on another process" in first[1]
-    assert "on another process" in second[1]
+    assert "differs between the processes" in first[1]
+    assert "differs between the processes" in second[1]
     assert "`model.layers.1.mlp.down_proj`" in first[2]
     assert first[2] == second[2]
 
@@ -220,7 +220,7 @@ LAYOUTS = [mode for mode in MODES if "sequence" not in mode]
 
 
 def _resumed(source: str, targets: list[str], folder: str) -> tuple[list[float], dict[str, list[float]]]:
-    """Losses after a checkpoint of one layout, in that and in others that have loaded it."""
+    """Returns the losses after a checkpoint of one layout, in that layout and in others that have loaded it."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -261,7 +261,7 @@ def _resumed(source: str, targets: list[str], folder: str) -> tuple[list[float],
 
 @pytest.mark.slow_cases("FSDP and TP", "TP", "DDP")
 @pytest.mark.situation(
-    "Several processes", "`torch.distributed.checkpoint` from any layout into any", "goes on with the same losses"
+    "Several processes", "`torch.distributed.checkpoint` from any layout into any", "continues with the same losses"
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("source", LAYOUTS)
@@ -273,7 +273,7 @@ def test_distributed_checkpoints_go_from_any_layout_to_any(source: str, tmp_path
 
 
 def _with_reference() -> list[float]:
-    """As DPO trains: the base is run between a forward and its backward."""
+    """Trains as DPO does: the base runs between a forward pass and its backward pass."""
     model, ids = spread_with("FSDP by layer", adapted(), token_ids())
     optimizer = torch.optim.AdamW(melora_fx.adapter_parameters(model).values(), lr=1e-2, eps=1e-3)
     losses = []

@@ -1,4 +1,4 @@
-"""Several processes train as one does: losses, gradients, and what they send each other."""
+"""Several processes train as one does: losses, gradients, and the data that they send each other."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ CASES += [(mode, 2, name) for mode in ("FSDP by layer", "FSDP by linear") for na
 
 
 def _trained(mode: str, config: MELoRAConfig, settings: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The mean losses of three steps, and the whole gradients of a fourth."""
+    """Returns the mean losses of three steps, and the whole gradients of a fourth."""
     model, ids = spread_with(mode, adapted(config, **settings), token_ids())
     losses = averaged(train(model, ids))
     model(input_ids=ids, labels=ids).loss.backward()
@@ -46,7 +46,7 @@ def _alone(config: MELoRAConfig, settings: dict[str, Any]) -> tuple[list[float],
 @pytest.mark.situation(
     "Several processes",
     "DDP, FSDP2, tensor and sequence parallelism, FSDP2 × tensor",
-    "losses and gradients of one process",
+    "losses and gradients as in one process",
 )
 @pytest.mark.parametrize(("mode", "number", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_processes_train_as_one(mode: str, number: int, name: str) -> None:
@@ -61,13 +61,13 @@ def test_processes_train_as_one(mode: str, number: int, name: str) -> None:
 
 
 def _communication(mode: str, config: MELoRAConfig | None) -> dict[str, int]:
-    """Collectives of a step by name: of the frozen model where there is no configuration."""
+    """Counts the collectives of a step by name; without a configuration, those of the frozen model."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     model: Any = sharded.llama()
     if config is None:
         model.requires_grad_(False)
-        model.model.layers[0].input_layernorm.weight.requires_grad_(True)  # so that gradients go all the way
+        model.model.layers[0].input_layernorm.weight.requires_grad_(True)  # so that gradients reach the first layer
     else:
         model = sharded.fill(melora_fx.rewrite(model, "all-linear", config))
         model.model.layers[0].input_layernorm.weight.requires_grad_(True)
@@ -79,8 +79,8 @@ def _communication(mode: str, config: MELoRAConfig | None) -> dict[str, int]:
 
 @pytest.mark.situation(
     "Several processes",
-    "tensor parallelism, `num_blocks` a multiple of the processes",
-    "no collective more than the base",
+    "tensor parallelism, `num_blocks` a multiple of the number of processes",
+    "no more collectives than the base",
 )
 @pytest.mark.default_cases("TP-2")
 @pytest.mark.parametrize("number", [2, 4])
@@ -113,7 +113,7 @@ def test_sites_say_what_is_added() -> None:
 
 
 def _sent_by_ddp() -> tuple[int, int]:
-    """Elements that a step reduces, and those of the adapter."""
+    """Returns the number of elements that a step reduces, and the number in the adapter."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     model, ids = spread_with("DDP", adapted(), token_ids())
@@ -160,7 +160,7 @@ def _with_options_of_ddp(option: str) -> list[float]:
 
 
 @pytest.mark.situation(
-    "Several processes", "DDP compiled outside and inside, `no_sync`, `static_graph`", "losses of one process"
+    "Several processes", "DDP compiled outside and inside, `no_sync`, `static_graph`", "losses as in one process"
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["compiled outside", "compiled inside", "static_graph", "no_sync"])
@@ -184,7 +184,7 @@ def _in_bfloat16(lowering: str) -> tuple[list[float], set[torch.dtype]]:
 @pytest.mark.situation(
     "Several processes",
     "FSDP2, bfloat16 parameters, float32 reductions, every lowering",
-    "trains; gradients in float32",
+    "trains; gradients are float32",
 )
 @pytest.mark.parametrize("lowering", ["auto", "activation", "plain", "weight"])
 def test_fsdp_computes_in_bfloat16_and_reduces_in_float32(lowering: str) -> None:
@@ -204,7 +204,7 @@ def _compiled_layers(mode: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.situation(
-    "Several processes", "layers compiled under FSDP2 and tensor parallelism", "losses of one process"
+    "Several processes", "layers compiled under FSDP2 and tensor parallelism", "losses as in one process"
 )
 @pytest.mark.parametrize("mode", ["FSDP by layer", "TP"])
 def test_compiled_layers(mode: str) -> None:
@@ -214,14 +214,14 @@ def test_compiled_layers(mode: str) -> None:
 
 
 def _made_on_meta(mode: str, state: dict[str, torch.Tensor], folder: str) -> list[float]:
-    """Rewritten on meta, sharded, given memory, then the base's state and the adapter."""
+    """Rewrites on meta, shards, allocates memory, loads the base's state and the adapter; returns the losses."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     with torch.device("meta"):
         model: Any = melora_fx.rewrite(sharded.llama(), "all-linear", CONFIG)
     model, ids = spread_with(mode, model, token_ids())
     model.to_empty(device="cpu")
-    rotary = sharded.llama().model.rotary_emb  # whose buffers no state holds
+    rotary = sharded.llama().model.rotary_emb  # no state contains its buffers
     for name, buffer in rotary.named_buffers():
         model.model.rotary_emb.get_buffer(name).copy_(buffer)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
@@ -233,7 +233,7 @@ def _made_on_meta(mode: str, state: dict[str, torch.Tensor], folder: str) -> lis
 
 @pytest.mark.slow
 @pytest.mark.situation(
-    "Several processes", "rewritten on meta, sharded, `to_empty`, then state and adapter", "losses of one process"
+    "Several processes", "rewritten on meta, sharded, `to_empty`, state and adapter loaded", "losses as in one process"
 )
 @pytest.mark.parametrize("mode", ["FSDP by layer", "FSDP by linear", "TP", "FSDP and TP"])
 def test_meta_sharded_given_memory_and_loaded(mode: str, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""What is refused of models that are wrapped or sharded, by name, and what a wrapper lets through."""
+"""Refusals for models that are wrapped or sharded, and verbs that work through a wrapper."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -45,7 +45,10 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.usefixtures("_one_process")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:torch")
 @in_situations(
-    "name", "Several processes", "refused by name", {f"`rewrite` inside `{name}`": name for name in WRAPPERS}
+    "name",
+    "Several processes",
+    "refused with an error that names the wrapper",
+    {f"`rewrite` inside `{name}`": name for name in WRAPPERS},
 )
 def test_rewrite_of_a_wrapped_model(name: str) -> None:
     wrapped: Any = WRAPPERS[name](llama())
@@ -60,7 +63,7 @@ def test_rewrite_of_a_wrapped_model(name: str) -> None:
 
 
 @pytest.mark.usefixtures("_one_process")
-@situation("Several processes", "`export_onnx` of a sharded model", "refused by name: export from one process")
+@situation("Several processes", "`export_onnx` of a sharded model", "refused; remedy: export from one process")
 def test_a_sharded_model_is_not_exported(tmp_path) -> None:
     model = fully_sharded(adapted(), make_mesh(1))
     with pytest.raises(MELoRAError, match="sharded over processes"):
@@ -82,7 +85,7 @@ def test_what_is_inside_of_ddp_is_refused_as_long_as_that_is_there() -> None:
 @in_situations(
     "name",
     "Several processes",
-    "refused by name: call them with the model inside",
+    "refused; remedy: call them on the model inside",
     {f"verbs on `{name}`": name for name in ("FullyShardedDataParallel", "DataParallel")},
 )
 def test_verbs_on_opaque_wrappers(name: str, tmp_path) -> None:
@@ -95,7 +98,7 @@ def test_verbs_on_opaque_wrappers(name: str, tmp_path) -> None:
         lambda model: melora_fx.disabled(model).__enter__(),
     ]
     for verb in verbs:
-        with pytest.raises(MELoRAError, match=rf"the model is a {name}, which keeps parameters of its own"):
+        with pytest.raises(MELoRAError, match=rf"the model is a {name}, which keeps its own parameters"):
             verb(wrapped)
 
 
@@ -110,8 +113,8 @@ def _refusal(config: MELoRAConfig, plan: dict[str, Any], settings: dict[str, Any
 
 @pytest.mark.situation(
     "Several processes",
-    "tensor parallelism with `split`, `lowering='plain'`, unfitting `num_blocks`",
-    "refused by name",
+    "tensor parallelism with `split`, `lowering='plain'` or a `num_blocks` that does not fit",
+    "refused with an error that names the site and the setting",
 )
 @pytest.mark.default_cases("RowwiseParallel-num_blocks")
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def _refusal(config: MELoRAConfig, plan: dict[str, Any], settings: dict[str, Any
             with_config(num_blocks=3, rank=2),
             r"`num_blocks` \(=3\) does not fit 2 processes: .* multiple of 2",
         ),
-        (with_config(split=2), r"`split` \(=2\) cuts it otherwise"),
+        (with_config(split=2), r"`split` \(=2\) cuts it differently"),
         (with_config(lowering="plain"), r"`lowering` \(='plain'\) would gather in every step"),
     ],
     ids=["num_blocks", "split", "plain"],
@@ -180,7 +183,7 @@ def test_norms_that_sequence_parallelism_makes_trainable_are_named() -> None:
 
 
 def _cut_by_hand() -> str:
-    """A weight that is replaced by a DTensor past the module that is rewritten."""
+    """Replaces a weight by a DTensor without its rewritten module; returns the text of the error."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     model: Any = melora_fx.rewrite(nn.Sequential(nn.Linear(8, 8)), "all-linear", MELoRAConfig(rank=2, num_blocks=2))
@@ -193,7 +196,7 @@ def _cut_by_hand() -> str:
 
 def test_a_weight_that_was_cut_past_the_module_is_refused() -> None:
     for text in run_processes(2, _cut_by_hand):
-        assert "was sharded after `rewrite`, and its adapter was not" in text
+        assert "was sharded after `rewrite`, but its adapter was not" in text
 
 
 def _in_the_order_of_transformers(folder: str, config: MELoRAConfig) -> list[float]:
@@ -213,7 +216,7 @@ def _in_the_order_of_transformers(folder: str, config: MELoRAConfig) -> list[flo
     sharded.put_adapter(model, config)
     losses = sharded.train(model, ids)
     trained = logits()
-    torch.testing.assert_close(model(input_ids=ids).logits, trained)  # which goes another way than without gradients
+    torch.testing.assert_close(model(input_ids=ids).logits, trained)  # with gradients it takes another path
     with melora_fx.disabled(model):
         assert torch.equal(logits(), base)
     melora_fx.save_adapter(model, f"{folder}/adapter")
@@ -252,7 +255,9 @@ def _experts(folder: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.situation("Several processes", "experts that transformers has sharded", "refused by name, or left alone")
+@pytest.mark.situation(
+    "Several processes", "experts that transformers has sharded", 'refused; "all-linear" leaves them out with a warning'
+)
 def test_experts_that_transformers_has_sharded_are_refused(tmp_path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: where each tensor lies, headers that safetensors reads back, and keys by transformers' rules."""
+"""Checkpoints on disk: where each tensor is, headers that safetensors reads back, and keys by transformers' rules."""
 
 import importlib
 import json
@@ -44,7 +44,7 @@ def values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
-    """Every dtype in every shape: scalars, empty ones, and sizes that no alignment fits."""
+    """Returns every dtype in every shape: scalars, empty tensors, and sizes that fit no alignment."""
     return {f"{name} {shape} ü": values(shape, dtype) for name, dtype in DTYPES.items() for shape in SHAPES}
 
 
@@ -86,7 +86,7 @@ def test_tensor_that_is_not_contiguous_is_written_in_its_own_order() -> None:
 
 @pytest.mark.parametrize("length", range(9))
 def test_header_ends_where_any_dtype_is_aligned(length: int) -> None:
-    """As safetensors writes it: readers that map the file use the numbers in place."""
+    """As safetensors writes it: programs that map the file use the numbers in place."""
     header = make_header({"k" * length: Entry("F64", (3,), 24)}, {})
     assert len(header) % 8 == 0
     assert int.from_bytes(header[:8], "little") == len(header) - 8
@@ -165,8 +165,8 @@ def test_folder_without_safetensors(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
     (tmp_path / CONFIG).write_text("{}")
     assert_refused(tmp_path, f"has neither {SINGLE} nor {INDEX}: load the model and `save_pretrained` it")
-    assert_refused(tmp_path / "nowhere", "nowhere` is no folder: name that of a model")
-    assert_refused(tmp_path / CONFIG, "config.json` is no folder")
+    assert_refused(tmp_path / "nowhere", "nowhere` is not a folder: name that of a model")
+    assert_refused(tmp_path / CONFIG, "config.json` is not a folder")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_missing_shards_are_all_named(tmp_path: Path) -> None:
 
 
 def corrupted(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """A change of the JSON in a file."""
+    """Returns a function that changes the JSON in a file."""
 
     def apply(path: Path) -> None:
         content = json.loads(path.read_text())
@@ -241,7 +241,7 @@ def test_corrupt_index(corrupt: Callable[[Path], None], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["folder", "above", "absolute"])
 def test_index_that_names_files_elsewhere(where: str, tmp_path: Path) -> None:
-    """A fold writes files of the same names: outside of its folder it would write over the base's own."""
+    """A fold writes files of the same names: outside its folder it would overwrite the base's own."""
     base = tmp_path / "base"
     bert().save_pretrained(base, max_shard_size="20KB")
     (base / "shards").mkdir()
@@ -357,7 +357,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored_as", ["saved", "own_names"])
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_every_parameter_of_every_architecture_is_found(name: str, stored_as: str, tmp_path: Path) -> None:
-    """Under the keys that `save_pretrained` writes, and under the model's own names, which transformers takes too."""
+    """Under the keys that `save_pretrained` writes, and under the model's own names, which transformers accepts too."""
     model, _ = build(name)
     checkpoint = saved(model, tmp_path)
     if stored_as == "own_names":
@@ -388,7 +388,7 @@ def with_rules(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ids=["renaming", "conversion"],
 )
 def test_key_that_a_rule_would_lead_astray_stays(rule: Any, with_rules: Callable[..., None], tmp_path: Path) -> None:
-    """As transformers loads it: a rule for older checkpoints may match the names of today too."""
+    """As transformers loads it: a rule for older checkpoints may also match today's names."""
     checkpoint = saved(bert(), tmp_path)
     names = set(bert().state_dict())
     with_rules(rule)
@@ -397,7 +397,7 @@ def test_key_that_a_rule_would_lead_astray_stays(rule: Any, with_rules: Callable
 
 
 def test_rules_see_the_keys_in_transformers_order(with_rules: Callable[..., None], tmp_path: Path) -> None:
-    """Some rules wait for a key that only older checkpoints have, by name before the others; not so in the file."""
+    """Some rules wait for a key that only older checkpoints have: it comes first by name, but not in the file."""
     stored = ["pooler.norm1", "pooler.norm0"]
     (tmp_path / SINGLE).write_bytes(make_header({key: Entry("F32", (2,), 8) for key in stored}, {}) + bytes(16))
     bert().config.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Edited copies: every byte in its place whatever the pieces, and no more memory than two of the changed stretches."""
+"""Edited copies: every byte in its place, whatever the pieces, and no more memory than two changed stretches."""
 
 import errno
 import io
@@ -21,20 +21,20 @@ from melora_fx.folding import edited_copy
 from melora_fx.folding.edited_copy import Stretch, write_edited
 
 SIZES = {"a": 301, "b": 97}
-"""Of the two sources: odd on purpose."""
+"""The sizes of the two sources: odd on purpose."""
 Plan = tuple[str, int, int]
 """(kind, start, length) of a piece: "a" and "b" are kept stretches of that source, "A" and "B" changed ones, "bytes"
-given bytes."""
+new bytes."""
 
 
 def invert(data: memoryview) -> None:
-    """Changes every byte, and differently by its place in the stretch."""
+    """Changes every byte, depending on its position in the stretch."""
     for i in range(len(data)):
         data[i] ^= 255 - i % 16
 
 
 def make_sources(folder: Path, sizes: dict[str, int] = SIZES) -> dict[str, bytes]:
-    """Files `a` and `b` of random bytes, and what is in them."""
+    """Writes files `a` and `b` of random bytes, and returns their content."""
     generator = torch.Generator().manual_seed(0)
     content = {
         name: torch.randint(256, (size,), generator=generator).to(torch.uint8).numpy().tobytes()
@@ -46,7 +46,7 @@ def make_sources(folder: Path, sizes: dict[str, int] = SIZES) -> dict[str, bytes
 
 
 def make_pieces(folder: Path, content: dict[str, bytes], plans: list[Plan]) -> tuple[list[Stretch | bytes], bytes]:
-    """The pieces of a plan, and the file that they must give."""
+    """Returns the pieces of a plan, and the bytes of the file that they must produce."""
     pieces: list[Stretch | bytes] = []
     expected = b""
     for kind, start, length in plans:
@@ -64,7 +64,7 @@ def make_pieces(folder: Path, content: dict[str, bytes], plans: list[Plan]) -> t
 
 
 def written(folder: Path, pieces: list[Stretch | bytes]) -> bytes:
-    """What the pieces give; `advance` must have been told the same number of bytes."""
+    """Returns the bytes written from the pieces; `advance` must be called with the same number of bytes in total."""
     told: list[int] = []
     write_edited({folder / "out": pieces}, told.append)
     data = (folder / "out").read_bytes()
@@ -74,7 +74,7 @@ def written(folder: Path, pieces: list[Stretch | bytes]) -> bytes:
 
 @pytest.fixture(params=["sendfile", "no_sendfile"])
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Copies in the system and without: os.sendfile is not everywhere."""
+    """With and without os.sendfile, which not every system has."""
     if request.param == "no_sendfile":
         monkeypatch.delattr(os, "sendfile", raising=False)
     return request.param
@@ -82,7 +82,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few bytes make several copies and writes."""
+    """Makes steps so small that a few bytes need several copies and writes."""
     monkeypatch.setattr(edited_copy, "_COPY_BYTES", 13)
     monkeypatch.setattr(edited_copy, "_WRITE_BYTES", 7)
 
@@ -90,7 +90,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.default_cases("sendfile")
 @pytest.mark.usefixtures("platform", "small_steps")
 def test_pieces_in_every_order(tmp_path: Path) -> None:
-    """Kept, changed, changed again, given and empty ones; a changed one after a kept one of the same file too."""
+    """Kept, changed, changed again, new and empty ones, also a changed one after a kept one of the same file."""
     content = make_sources(tmp_path)
     plans: list[Plan] = [("a", 3, 50), ("A", 100, 61), ("B", 0, 97), ("bytes", 7, 33), ("A", 40, 0), ("b", 9, 0)]
     for order in itertools.permutations(plans):
@@ -122,7 +122,7 @@ def test_any_pieces(has_sendfile: bool, plan: list[Plan]) -> None:
 
 @pytest.mark.usefixtures("platform")
 def test_large_changes_on_odd_sizes(tmp_path: Path) -> None:
-    """Beyond what is written and copied at once, and each size once in each of the two buffers."""
+    """Larger than one write or copy, and each size once in each of the two buffers."""
     content = make_sources(tmp_path, {"a": 20_000_003})["a"]
     sizes = [3_000_001, 1, 2_999_999, 7, 2_500_000, 4_000_003]
     pieces: list[Stretch | bytes] = []
@@ -141,7 +141,7 @@ def test_large_changes_on_odd_sizes(tmp_path: Path) -> None:
 
 
 def test_a_change_may_take_its_bytes_for_wider_numbers_wherever_they_lie(tmp_path: Path) -> None:
-    """The bytes that a change is given start at an address that is right for any dtype."""
+    """The bytes that a change receives start at an address that is aligned for any dtype."""
     values = torch.arange(11, dtype=torch.float64)
     (tmp_path / "a").write_bytes(b"odd" + values.numpy().tobytes())
 
@@ -170,7 +170,7 @@ def test_progress_is_told_as_it_is_made(tmp_path: Path) -> None:
 
 
 class RawFile(io.FileIO):
-    """What `open` gives where nothing is buffered."""
+    """What `open` returns without buffering."""
 
     def __init__(self, path: Path, mode: str, buffering: int = 0) -> None:
         super().__init__(path, mode)
@@ -202,7 +202,7 @@ def test_short_reads_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_system_whose_sendfile_does_not_take_files_copies_otherwise(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """macOS has an os.sendfile that writes to sockets alone (ENOTSOCK); Linux refuses some file systems (EINVAL)."""
+    """macOS has an os.sendfile that writes only to sockets (ENOTSOCK); Linux refuses some file systems (EINVAL)."""
 
     def refuses(*_: object) -> int:
         raise OSError(code, os.strerror(code))
@@ -213,7 +213,7 @@ def test_a_system_whose_sendfile_does_not_take_files_copies_otherwise(
 
 
 class SlowFile(RawFile):
-    """Time passes between going to a place and reading there."""
+    """Waits between seeking a position and reading there."""
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
         super().seek(position, whence)
@@ -248,11 +248,11 @@ def test_a_source_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("platform")
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("kind", ["a", "A", "bytes"], ids=["kept", "changed", "given"])
 def test_a_full_disk_is_an_error(kind: str, tmp_path: Path) -> None:
     pieces, _ = make_pieces(tmp_path, make_sources(tmp_path), [(kind, 0, 90), ("b", 0, 97), ("A", 0, 9), ("B", 0, 9)])
-    with pytest.raises(OSError, match=r"No space left|Invalid argument"):  # the latter where sendfile takes no device
+    with pytest.raises(OSError, match=r"No space left|Invalid argument"):  # the latter if sendfile refuses devices
         write_edited({Path("/dev/full"): pieces}, lambda _: None)
 
 
@@ -273,7 +273,7 @@ def test_what_a_change_raises_comes_through_and_no_thread_stays(error: BaseExcep
     assert threading.active_count() == threads
 
 
-@pytest.mark.skipif(not hasattr(os, "sendfile"), reason="without it a copy takes memory of its own")
+@pytest.mark.skipif(not hasattr(os, "sendfile"), reason="without os.sendfile a copy needs memory")
 def test_memory_is_that_of_three_of_the_largest_changed_stretches(tmp_path: Path) -> None:
     size = 1 << 20
     (tmp_path / "a").write_bytes(bytes(12 * size))

@@ -1,4 +1,4 @@
-"""The fold: W + ΔW rounded once, the plain model back without a trace, and what must be refused."""
+"""The fold: W + ΔW is rounded once, the plain model is restored without a trace, and what must be refused."""
 
 import copy
 import importlib.util
@@ -46,7 +46,7 @@ class StopError(Exception):
 
 
 def fold_or_folded(name: str, model: nn.Module) -> None:
-    """Runs the one of the two that `name` says; the body of `folded` must not be reached."""
+    """Runs the function called `name`; the body of `folded` must not be reached."""
     if name == "fold":
         melora_fx.fold(model)
         return
@@ -94,7 +94,7 @@ def test_conv1d_weight(config):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_narrow_weight_is_rounded_once(config, dtype):
-    """round(W + ΔW): ΔW and the sum in float32, then the only rounding."""
+    """round(W + ΔW): ΔW and the sum are float32, then there is the only rounding."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN)).to(dtype)
     fill(melora_fx.rewrite(model, "0", config))
@@ -120,7 +120,7 @@ def test_narrow_weight_is_rounded_once(config, dtype):
 
 
 def test_small_update_of_a_narrow_weight_is_kept_where_it_is_representable():
-    """1 + 2^-9 + 2^-9 is representable in neither step alone in bfloat16, but in their float32 sum."""
+    """bfloat16 cannot represent 1 + 2^-8, but it can represent the float32 sum 1 + 2^-8 + 2^-8."""
     model = nn.Linear(2, 2, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
@@ -289,7 +289,7 @@ def test_folded_is_what_fold_gives_and_everything_comes_back_bit_for_bit(case):
 
 
 def to_other_memory(model: nn.Module) -> nn.Module:
-    """As a move to another device does it."""
+    """Moves the parameters to other memory, as a move to another device does."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
@@ -500,7 +500,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.slow
 def test_a_backward_that_was_pending_is_right_after_folded(case, compiled):
-    """The weights are the bits that it has saved; inside the block autograd refuses it."""
+    """The weights again have the bits that it saved; inside the block autograd refuses it."""
     run = torch.compile(case.model, backend="aot_eager") if compiled else case.model
 
     def loss() -> torch.Tensor:
@@ -562,7 +562,7 @@ def test_parameters_that_share_memory_without_being_one(tmp_path):
 
 
 def test_neighbours_in_one_memory_are_not_shared():
-    """As weights that are views of one mapped file."""
+    """Like weights that are views of one mapped file."""
     model = tower()
     memory = torch.cat([model.up.weight.detach().flatten(), model.gate.weight.detach().flatten()])
     model.up.weight = nn.Parameter(memory[: OUT * IN].view(OUT, IN))
@@ -596,7 +596,7 @@ def test_a_thousand_swaps_of_ten_adapters_leave_the_base_bit_equal(dtype, tmp_pa
 @pytest.mark.parametrize("safe_merge", [False, True], ids=["default", "safe_merge"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_error_of_a_narrow_fold_is_never_above_pefts(dtype, safe_merge):
-    """Of each site, against float64, with the same update in both. PEFT's default rounds once too; its `safe_merge`
+    """For each site, against float64, with the same update in both. PEFT's default rounds once too; its `safe_merge`
     rounds the update before the sum."""
     import peft
 

@@ -80,7 +80,7 @@ def test_bits_are_those_of_a_fold_in_memory(name: str, dtype: torch.dtype, shard
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=[*DTYPES, "fp64"])
 def test_model_that_transformers_does_not_know(dtype: torch.dtype, folders: Folders) -> None:
-    """No config.json; matrices in a Conv1D and under a name of their own; a trained norm."""
+    """No config.json, matrices in a Conv1D and under a custom name, and a trained norm."""
     folders.base.mkdir()
     model = tower().to(dtype)
     save_file(model.state_dict(), folders.base / SINGLE)
@@ -105,7 +105,7 @@ def test_every_architecture(name: str, folders: Folders) -> None:
     model, _ = build(name)
     config = MELoRAConfig(rank=(1, 2), num_blocks=2, alpha=2.0)
     found = melora_fx.match(model, "all-linear", config).sites
-    targets = [site.name for site in found if site.num_experts == 1]  # a checkpoint has stacks in another form
+    targets = [site.name for site in found if site.num_experts == 1]  # a checkpoint stores stacks in another form
     trained = folders.prepare(model, targets, config)
     expected, checked = folders.in_memory(type(model))
     report = folders.fold()
@@ -138,7 +138,7 @@ def test_adapter_of_a_whole_captured_model(folders: Folders) -> None:
 
 
 def test_adapter_of_an_early_version(folders: Folders) -> None:
-    """It says neither which way the weights lie nor in which class it was trained: shapes and names must do."""
+    """It contains neither the orientation of the weights nor the class of its model: shapes and names must suffice."""
     folders.prepare(gpt2(), ["c_fc", "mlp.c_proj"])
     expected, _ = folders.in_memory(GPT2LMHeadModel)
 

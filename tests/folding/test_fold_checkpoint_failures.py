@@ -40,7 +40,7 @@ from melora_fx.folding import fold_checkpoint as module
 
 
 class Crash(BaseException):
-    """The fold ends here."""
+    """Ends the fold, as a crash does."""
 
 
 STEPS = ["_write_weights", "write_edited", "_write_index", "_write_config", "make_header"]
@@ -125,7 +125,7 @@ import melora_fx
 from support.peak_memory import PeakMemory
 
 small, large = (sys.argv[1:4], sys.argv[4:])
-melora_fx.fold_checkpoint(*small)  # what is imported for good is no part of it
+melora_fx.fold_checkpoint(*small)  # permanent imports are not counted
 with PeakMemory() as memory:
     melora_fx.fold_checkpoint(*large)
 print(memory.growth)
@@ -136,7 +136,7 @@ print(memory.growth)
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 def test_peak_memory_is_that_of_a_few_weights(sharded: bool, tmp_path: Path) -> None:
-    """Memory that the process holds; pages of the files, which the system keeps in its cache, it takes back."""
+    """Counts the memory of the process; pages of files, which the system can reclaim from its cache, do not count."""
     sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 3, "vocab_size": 6000}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=4))
@@ -154,7 +154,7 @@ def test_peak_memory_is_that_of_a_few_weights(sharded: bool, tmp_path: Path) -> 
     del model, rewritten
     assert weights > max(300e6, 13 * largest)
     command = [sys.executable, "-c", PEAK, *(f for each in (small, large) for f in (each.base, each.adapter, each.out))]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # what is freed is the system's again
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # freed memory goes back to the system
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert largest < int(result.stdout) < 4 * largest
     assert (large.out / CONFIG).is_file()
@@ -170,11 +170,11 @@ def test_links_below_the_top_are_followed(folders: Folders) -> None:
     assert (folders.out / "1_Pooling" / "linked" / "config.json").read_bytes() == b"{}"
     shutil.rmtree(folders.out)
     shutil.rmtree(elsewhere)
-    folders.assert_refused("linked` cannot be read")  # as a broken link beside the weights is
+    folders.assert_refused("linked` cannot be read")  # as for a broken link next to the weights
 
 
 def test_links_in_a_circle_end(folders: Folders) -> None:
-    """To a folder that the link lies in, to the base, and beyond it; each way through is taken once."""
+    """To the link's own folder, to the base, and above it; each way is followed once."""
     folders.prepare(bert(), "query")
     add_files(folders.base, {"a/file": b"a", "b/file": b"b"})
     for link, target in {"a/own": ".", "a/base": "..", "a/beyond": "../..", "a/b": "../b", "b/a": "../a"}.items():
@@ -183,7 +183,7 @@ def test_links_in_a_circle_end(folders: Folders) -> None:
     assert {name for name in content_of(folders.out) if "/" in name} == {"a/file", "a/b/file", "b/file", "b/a/file"}
     (note,) = report.notes
     cycles = {"a/own", "a/base", "a/beyond", "a/b/a", "b/a/own", "b/a/base", "b/a/beyond", "b/a/b"}
-    assert set(note.removeprefix("not copied, as they are links to folders that they lie in: ").split(", ")) == cycles
+    assert set(note.removeprefix("not copied, because they link to folders above them: ").split(", ")) == cycles
 
 
 def test_out_that_is_a_link(folders: Folders) -> None:

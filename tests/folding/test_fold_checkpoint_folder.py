@@ -1,4 +1,4 @@
-"""Folds on disk leave everything else of the base's folder as it was."""
+"""Folds on disk keep everything else in the base's folder unchanged."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_other_files_come_along_and_other_forms_of_the_weights_do_not(folders: F
     assert {name: ours[name] for name in OTHERS} == OTHERS
     assert ours[CONFIG] == (folders.base / CONFIG).read_bytes()
     (note,) = report.notes
-    assert note.startswith("not copied, as they hold the base's weights: ")
+    assert note.startswith("not copied, because they contain the base's weights: ")
     assert set(note.split(": ")[1].split(", ")) == {name.split("/")[0] for name in SAME_WEIGHTS}
     assert f"note: {note}" in str(report)
 
@@ -92,7 +92,7 @@ def test_symbolic_links_as_in_the_cache_of_the_hub_become_files(sharded: bool, f
 
 
 def test_permissions_are_ordinary(folders: Folders) -> None:
-    """Whatever the base's are, and although the staging folder is its owner's alone."""
+    """Whatever the base's are, and although only the owner can read the staging directory."""
     folders.prepare(bert_classifier(), "query", sharded=True)
     add_files(folders.base, OTHERS)
     for path in folders.base.rglob("*"):

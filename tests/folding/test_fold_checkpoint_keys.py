@@ -48,7 +48,7 @@ from melora_fx import MELoRAConfig
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 def test_head_is_added_to_a_base_without_one(sharded: bool, folders: Folders) -> None:
-    """Base saved from BertModel, adapter trained in BertForSequenceClassification."""
+    """The base is saved from BertModel, the adapter is trained in BertForSequenceClassification."""
     folders.prepare(
         bert(),
         ["query", "dense"],
@@ -127,7 +127,7 @@ def test_head_of_another_size_replaces_the_one_there(sharded: bool, folders: Fol
 
 
 def test_float32_head_over_a_bfloat16_base(folders: Folders) -> None:
-    """The head keeps its own dtype in the file, and loads as the model's."""
+    """The head keeps its own dtype in the file, and loads in the model's."""
     trained = folders.prepare(bert_classifier().to(torch.bfloat16), "query", keep="classifier")
     trained.classifier.float()
     trained.classifier.weight.data.copy_(randn(3, IN))
@@ -156,7 +156,7 @@ def test_buffers_of_a_kept_module_are_written_too(folders: Folders) -> None:
 
 @pytest.mark.parametrize("both", [False, True], ids=["one_key", "both_keys"])
 def test_tied_head_is_written_where_the_checkpoint_has_it(both: bool, folders: Folders) -> None:
-    """GPT-2's head is its embedding: checkpoints have it once, or, written by other programs, under both names."""
+    """GPT-2's head is its embedding: checkpoints store it once, or under both names if other programs write them."""
     gpt2().save_pretrained(folders.base)
     if both:
         head = {"lm_head.weight": gpt2().transformer.wte.weight.detach().clone()}
@@ -187,7 +187,7 @@ def test_renamed_keys_and_experts_stored_one_by_one(folders: Folders) -> None:
 
 
 def test_trained_module_that_is_stored_in_another_form_is_refused(folders: Folders) -> None:
-    """Its tensors would stand beside the old experts under keys of their own, and not load."""
+    """Its tensors would be stored next to the old experts under other keys, and would not load."""
     model, _ = build("Mixtral")
     folders.prepare(model, "q_proj", MELoRAConfig(rank=1, num_blocks=2), keep="experts")
     folders.assert_refused(r"experts\.gate_up_proj.*stores .* in another form")

@@ -1,4 +1,4 @@
-"""A fold into a checkpoint that has just the tensors of the adapter's model asks nobody what they are called."""
+"""A fold into a checkpoint with exactly the tensors of the adapter's model need not build its class for their names."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from melora_fx.saving.fingerprint import layout_sha256
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the classes that folds have built to learn the names of their parameters."""
+    """Collects the names of the classes that folds build to learn the names of their parameters."""
     classes: list[str] = []
     map_keys = checkpoint_plan.map_keys
 
@@ -31,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def assert_folded(folders: Folders, model: Any) -> None:
-    """The folder holds the bits of a fold in memory."""
+    """Checks that the folder has the bits of a fold in memory."""
     expected, _ = folders.in_memory(type(model))
     folders.fold()
     folded = type(model).from_pretrained(folders.out)
@@ -45,7 +45,7 @@ def assert_folded(folders: Folders, model: Any) -> None:
 def test_the_class_is_not_built(
     make: Any, target: str, keep: str, sharded: bool, folders: Folders, asked: list[str]
 ) -> None:
-    """GPT-2 ties its head to its embedding, neither of which is a site."""
+    """GPT-2 ties its head to its embedding; neither of them is a site."""
     model = make()
     folders.prepare(model, target, sharded=sharded, keep=keep)
     assert_folded(folders, model)
@@ -61,7 +61,7 @@ def test_a_checkpoint_under_other_names_needs_the_class(folders: Folders, asked:
 def test_an_adapter_that_says_nothing_of_the_layout_needs_the_class(
     folders: Folders, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As those of earlier versions and of other programs."""
+    """Like adapters of earlier versions and of other programs."""
     monkeypatch.setattr(save, "checkpoint_layout", lambda model, found: None)
     model = folders.prepare(llama(), "q_proj")
     assert "layout_sha256" not in read_adapter(folders.adapter).model
@@ -106,7 +106,7 @@ def test_what_a_checkpoint_lacks_is_found(change: str, folders: Folders, asked: 
     ids=["ties", "another model", "no model"],
 )
 def test_another_configuration_needs_the_class(change: Any, text: str, folders: Folders, asked: list[str]) -> None:
-    """The first lacks the head that the adapter's model ties to its embedding, and its class does not."""
+    """The first configuration does not tie the head that the adapter's model ties, and the checkpoint lacks it."""
     model = LlamaForCausalLM(type(llama().config)(**(llama().config.to_dict() | {"tie_word_embeddings": True})))
     folders.prepare(model, "q_proj")
     edit_json(folders.base / CONFIG, change)
@@ -115,7 +115,7 @@ def test_another_configuration_needs_the_class(change: Any, text: str, folders: 
 
 
 class Counting(Holder):
-    """Has a state that is no tensor."""
+    """Has a state that is not a tensor."""
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": 3}

@@ -67,7 +67,7 @@ def test_place_that_cannot_be_made(out: str, folders: Folders) -> None:
     folders.assert_refused("cannot be written", folders.parent / out)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere: the test before covers it")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the previous test covers it")
 def test_place_without_permission(folders: Folders) -> None:
     folders.prepare(bert(), "query")
     folders.parent.chmod(0o500)

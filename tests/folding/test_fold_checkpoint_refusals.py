@@ -44,7 +44,7 @@ def test_tied_weight(folders: Folders) -> None:
     folders.prepare(gpt2(), ["lm_head", "c_attn"])
     folders.assert_refused(
         r"(?s)cannot be folded into `.*base`:\n`lm_head` shares its weight with 'transformer\.wte\.weight': fold in "
-        r"memory, `fold\(model, untie=True\)`, and save$"
+        r"memory with `fold\(model, untie=True\)`, and save$"
     )
 
 
@@ -150,7 +150,7 @@ def test_adapter_or_head_that_is_not_finite(kind: str, value: float, folders: Fo
 
 
 def filled_with(folders: Folders, lora_a: Sequence[float], lora_b: float) -> None:
-    """The adapter with these values; row r of lora_a has the r-th."""
+    """Fills the adapter with these values; row r of lora_a gets the r-th."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -175,7 +175,7 @@ def filled_with(folders: Folders, lora_a: Sequence[float], lora_b: float) -> Non
     ],
 )
 def test_sum_beyond_the_range(dtype: torch.dtype, lora_a: tuple[float, ...], lora_b: float, folders: Folders) -> None:
-    """Seen while the weights are written: what was written until then is removed."""
+    """Found while the weights are written: everything written so far is removed."""
     folders.prepare(bert_classifier().to(dtype), "query", MELoRAConfig(rank=2, num_blocks=3, alpha=2.0))
     filled_with(folders, lora_a, lora_b)
     name = str(dtype).removeprefix("torch.")
@@ -184,9 +184,9 @@ def test_sum_beyond_the_range(dtype: torch.dtype, lora_a: tuple[float, ...], lor
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
 def test_base_with_a_value_that_is_not_finite(value: float, folders: Folders) -> None:
-    """What the base holds is not the adapter's doing: it folds as in memory. It must not hide what is the adapter's."""
+    """The adapter did not cause such values: they fold as in memory. They must not hide values that it did cause."""
     model = bert_classifier().half()
-    model.bert.encoder.layer[0].attention.self.query.weight.data[0, 1] = value  # where the fingerprint has no sample
+    model.bert.encoder.layer[0].attention.self.query.weight.data[0, 1] = value  # not sampled by the fingerprint
     folders.prepare(model, "query", MELoRAConfig(rank=2, num_blocks=3, alpha=2.0))
     expected, _ = folders.in_memory(BertForSequenceClassification)
     report = folders.fold()
@@ -229,7 +229,7 @@ def test_mark_of_another_program_is_a_refusal_too(text: str, folders: Folders) -
 
 
 def test_square_weight_of_an_early_version(folders: Folders) -> None:
-    """Its adapter does not say which way the weight lies; it is noticed before anything is written."""
+    """Its adapter does not contain the weight's orientation; this is noticed before anything is written."""
     folders.prepare(gpt2(), ["c_fc", "attn.c_proj"])
 
     def forget(header: dict[str, Any]) -> None:
@@ -241,7 +241,7 @@ def test_square_weight_of_an_early_version(folders: Folders) -> None:
 
 
 def test_adapter_that_says_the_wrong_way(folders: Folders) -> None:
-    """Its shapes belie it."""
+    """Its shapes contradict it."""
     folders.prepare(gpt2(), "c_fc")
     edit_header(folders.adapter, lambda header: header["sites"]["transformer.h.1.mlp.c_fc"].update(is_transposed=False))
     folders.assert_refused(r"`transformer\.h\.1\.mlp\.c_fc`")
@@ -279,7 +279,7 @@ def damage(folders: Folders, kind: str) -> None:
     ("kind", "text"),
     [
         ("no_safetensors", "has neither model.safetensors nor model.safetensors.index.json"),
-        ("no_base", "base` is no folder: name that of a model"),
+        ("no_base", "base` is not a folder: name that of a model"),
         ("missing_shard", "lacks 'model-00001-of-00003.safetensors', which its index names"),
         ("truncated", "model-00001-of-00003.safetensors` cannot be read, it is truncated or corrupt"),
         ("corrupt", "model-00001-of-00003.safetensors` cannot be read, it is truncated or corrupt"),
@@ -311,7 +311,7 @@ def test_config_that_no_model_can_be_made_of(change: dict[str, Any], folders: Fo
 
 
 def test_config_whose_labels_are_null(folders: Folders) -> None:
-    """As good as none: transformers takes it for two labels."""
+    """The same as none: transformers reads it as two labels."""
     folders.prepare(bert(), "query", trained=BertForSequenceClassification, keep="classifier", num_labels=5)
     edit_json(folders.base / CONFIG, lambda config: config.update(id2label=None, label2id=None))
     folders.fold()

@@ -1,4 +1,4 @@
-"""What a fold rounds away: against float64, its table, its warning, and the rank that is used."""
+"""The share of an update that a fold rounds away: against float64, its table, its warning, and the ranks in use."""
 
 import copy
 import warnings
@@ -49,7 +49,7 @@ def test_shares_and_changes_are_those_of_the_fold(dtype: torch.dtype, captured: 
         assert site.max_abs_change == pytest.approx(float((folded - before[name]).abs().max()), rel=1e-6)
         folded = folded.t() if name == "conv" else folded
         share = float((folded - exact[name]).norm() / norms[name])
-        if dtype == torch.float32:  # the update itself is as much rounded as the sum, and not what is measured
+        if dtype == torch.float32:  # the update itself is rounded as much as the sum, which is not measured
             assert share / 4 < site.rounding_share < 1.5 * share
         else:
             assert site.rounding_share == pytest.approx(share, rel=1e-3)
@@ -78,8 +78,8 @@ def test_rank_is_that_of_each_block() -> None:
     model = fill(melora_fx.rewrite(tower(), "up", config))
     (site,) = melora_fx.sites(model).values()
     with torch.no_grad():
-        site.lora_b[1, :, 2] = 3 * site.lora_b[1, :, 0]  # one direction twice
-        site.lora_a[2, 1] *= 1e-12  # as good as none
+        site.lora_b[1, :, 2] = 3 * site.lora_b[1, :, 0]  # the same direction twice
+        site.lora_a[2, 1] *= 1e-12  # practically zero
     (found,) = melora_fx.check_fold(model).sites
     expected = [torch.linalg.matrix_rank((b @ a).double(), rtol=1e-5) for b, a in zip(site.lora_b, site.lora_a)]  # noqa: B905
     assert found.ranks == tuple(expected) == (1, 3, 1)

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint lacks, and what else a plain model needs beside an adapter: labels and a padding token."""
+"""Weights that a checkpoint lacks, and what a plain model needs besides an adapter: labels and a padding token."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ NAMED = {"num_labels": 3, "id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id
 
 
 def distilbert() -> DistilBertForMaskedLM:
-    """A base whose checkpoint has neither `pre_classifier` nor `classifier`."""
+    """Returns a base whose checkpoint has neither `pre_classifier` nor `classifier`."""
     sizes = {"vocab_size": 51, "dim": 24, "hidden_dim": 36, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
     return DistilBertForMaskedLM(DistilBertConfig(**sizes)).eval()
 
@@ -35,7 +35,7 @@ def test_a_layer_that_stayed_random_is_refused_by_name(folders: Folders) -> None
     folders.prepare(distilbert(), "q_lin", ONE_BLOCK, trained=DistilBertForSequenceClassification, keep="classifier")
     with folders.refused("lacks weights of DistilBertForSequenceClassification.*`pre_classifier.bias`, `pre_class"):
         load_model(folders.base, class_name="DistilBertForSequenceClassification", brought=("classifier.weight",))
-    folders.assert_refused("`pre_classifier.bias`, `pre_classifier.weight`. Give")
+    folders.assert_refused("`pre_classifier.bias`, `pre_classifier.weight`. Pass")
     for arguments in ((folders.adapter,), ("--base-of", folders.adapter)):
         result = run("export", folders.base, *arguments, "-o", folders.out / "model.onnx")
         assert (result.returncode, "`pre_classifier.weight`" in result.stderr) == (1, True), result.stderr
@@ -81,7 +81,7 @@ def test_a_head_of_another_size_is_refused_with_both(folders: Folders) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_tied_is_there(tied: bool, folders: Folders) -> None:
-    """The language model's head is not stored where it shares the embeddings' weight."""
+    """The language model's head is not stored if it shares the embedding's weight."""
     model = gpt2(num_layers=1)
     folders.prepare(model, "c_attn", ONE_BLOCK)
     edit_json(folders.base / CONFIG, lambda config: config.update(tie_word_embeddings=tied))
@@ -131,5 +131,5 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("raise SystemExit('ran')\n")
     config = {"model_type": "their_own", "auto_map": {"AutoConfig": "model.Config", "AutoModel": "model.Model"}}
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(MELoRAError, match=r"is code of its own \(`auto_map` in config.json\), which is not run"):
+    with pytest.raises(MELoRAError, match=r"is custom code \(`auto_map` in config.json\), which is not run"):
         load_model(tmp_path)

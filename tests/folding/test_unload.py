@@ -1,4 +1,4 @@
-"""`unload` gives the model of before `rewrite` back, whatever the adapters hold; nothing is merged."""
+"""`unload` restores the model from before `rewrite`, whatever the adapters contain; nothing is merged."""
 
 import copy
 from collections.abc import Callable
@@ -37,7 +37,7 @@ X = randn(3, IN)
 
 
 def hooked() -> nn.Module:
-    """Partly frozen, with a hook, and with a zero that has a sign, which an addition of zero would lose."""
+    """Returns a model that is partly frozen, with a hook and a -0, which an addition of zero would turn into 0."""
     model = tower()
     model.gate.requires_grad_(False)
     model.up.register_forward_hook(lambda module, args, output: output * 2)

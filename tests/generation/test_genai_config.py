@@ -1,4 +1,4 @@
-"""`genai_config.json`: what it says, that onnxruntime-genai generates by it, and which graph it is of."""
+"""`genai_config.json`: its content, generation with it in onnxruntime-genai, and the graph that it belongs to."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def names_of(folder: Path) -> tuple[str, bool]:
-    """Of the graph, and whether it takes a shared buffer."""
+    """Returns the file name of the graph, and whether it uses a shared buffer."""
     found = described(folder)
     return found["model"]["decoder"]["filename"], found["search"]["past_present_share_buffer"]
 
@@ -102,7 +102,7 @@ def test_tokens_are_those_that_the_model_generates_with(settings: Any, expected:
     ids=["none", "no padding", "no ends", "padding that is none"],
 )
 def test_models_without_special_tokens(settings: Any, expected: tuple[Any, ...]) -> None:
-    """onnxruntime-genai needs each, and looks up padding as any token."""
+    """onnxruntime-genai needs each of them, and looks up padding like any token."""
     model = llama()
     model.generation_config = None
     for name, value in settings.items():
@@ -112,7 +112,7 @@ def test_models_without_special_tokens(settings: Any, expected: tuple[Any, ...])
 
 
 def export_of(model: Any, provider: str = "cpu", path: str = "model.onnx") -> Any:
-    """What `genai_config` asks of an export."""
+    """Returns the attributes of an export that `genai_config` reads."""
     inputs = dict.fromkeys(("input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value"))
     options = SimpleNamespace(path=Path(path), target=SimpleNamespace(provider=provider))
     tensors = {name: torch.zeros(2, 2, 3, 8) for name in inputs}
@@ -132,7 +132,7 @@ def test_a_decoder_beside_an_encoder_has_none(tmp_path: Path) -> None:
     export = export_of(llama())
     export.has_own_mask = False
     (note,) = write_genai_config(export, tmp_path)
-    assert note.startswith("no genai_config.json: onnxruntime-genai runs no encoder and decoder of type 'llama'")
+    assert note.startswith("no genai_config.json: onnxruntime-genai cannot run an encoder and decoder of type 'llama'")
     assert not [*tmp_path.iterdir()]
 
 
@@ -152,7 +152,7 @@ def test_types_of_other_names(tmp_path: Path, name: str, written: str) -> None:
 
 
 def by_genai(folder: Path, prompts: Sequence[Sequence[int]], adapter: Path | None = None) -> list[list[int]]:
-    """What onnxruntime-genai writes after prompts of one length; an end token is a token as any other."""
+    """Returns what onnxruntime-genai writes after prompts of one length, end tokens included."""
     genai = pytest.importorskip("onnxruntime_genai")
     model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
@@ -170,8 +170,8 @@ def by_genai(folder: Path, prompts: Sequence[Sequence[int]], adapter: Path | Non
 
 
 def without_end(folder: Path, *, share: bool | None = None) -> Path:
-    """The model ends no text, and the buffer is shared as asked. Padding, a token that it does not write here, ends one
-    in onnxruntime-genai.
+    """Changes the settings so that no token ends a text, and the buffer is shared as requested. The padding token ends
+    texts in onnxruntime-genai, so it becomes one that the model does not write here.
     """
     found = described(folder)
     found["model"] |= {"eos_token_id": [], "pad_token_id": 45}
@@ -204,7 +204,7 @@ def test_genai_writes_with_adapters(exports: Exports, tmp_path: Path, share: boo
 
 
 def bloom() -> Any:
-    """Without positions, and with other names of its sizes."""
+    """Returns a BLOOM, which has no positions and other names for its sizes."""
     torch.manual_seed(0)
     return spread(hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)))
 
@@ -224,7 +224,7 @@ def test_genai_runs_types_that_it_does_not_know(tmp_path: Path, make: Any, targe
 
 
 def put(folder: Path, name: str, settings: dict[str, Any] | None, graph: Path) -> None:
-    """Publishes a graph under this name, with a genai_config.json of such settings, or without."""
+    """Publishes a graph under this name, with a genai_config.json of these settings, or without one."""
     staging = folder.parent / "staging"
     staging.mkdir()
     shutil.copy(graph, staging / name)
@@ -252,7 +252,7 @@ def test_it_is_of_the_graph_written_last(exports: Exports, tmp_path: Path) -> No
 
 
 def test_it_goes_with_its_graph(exports: Exports, tmp_path: Path) -> None:
-    """Where another of this name has none; one of another name leaves it."""
+    """If the next graph of this name has none; a graph of another name leaves it there."""
     graph = Path(exports("adapted decoder", adapter="fold").path)
     folder = tmp_path / "out"
     put(folder, "a.onnx", described(graph.parent), graph)

@@ -1,4 +1,4 @@
-"""`generate`: what torch's own `generate` writes, for texts at once and alone, and where each of them ends."""
+"""`generate`: writes what torch's own `generate` writes, for several texts or one, and ends each at its place."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ from exporters.generation.generate import new_tokens
 from melora_fx import MELoRAConfig, MELoRAError
 
 PROMPTS = ["w40 w4 w18 w47 w44 w8 w43", "w12 w46", "w5 w9 w4 w20 w33"]
-"""The model writes many tokens after the first two, and few after the last."""
+"""The model writes many tokens after the first two prompts, and few after the last."""
 
 NEVER = {"eos_token_id": None}
 
 
 def by_torch(model: Any, folder: Path, prompts: Sequence[str], new: int, ends: list[int] | None = None) -> list[str]:
-    """What torch's `generate` writes after each prompt, alone."""
+    """Returns what torch's `generate` writes after each prompt, one at a time."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model.generation_config.eos_token_id = ends
     written = []
@@ -42,7 +42,7 @@ def by_torch(model: Any, folder: Path, prompts: Sequence[str], new: int, ends: l
 
 @pytest.fixture(scope="module")
 def folder(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a plain model, whose end token is a token as any other."""
+    """The folder of a plain model, whose end token is a token like any other."""
     return text_folder(exports("decoder").path, tmp_path_factory.mktemp("decoder") / "texts", **NEVER)
 
 
@@ -65,7 +65,7 @@ def test_texts_at_once_and_alone_are_torchs(folder: Path) -> None:
 
 
 def end_after(folder: Path, prompt: str, number: int) -> int:
-    """The token that a model writes at this place after a prompt, and not before."""
+    """Returns a token that a model writes at this place after a prompt or later, but not before it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt)["input_ids"]
     decoder = CachedDecoder(OrtRunner(folder / "model.onnx"), 1)
@@ -94,7 +94,7 @@ def test_a_text_that_ends_at_once_is_empty(folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("source", ["generation_config.json", "config.json"])
 def test_where_end_tokens_stand(folder: Path, tmp_path: Path, source: str) -> None:
-    """As torch has it: generation_config.json alone, where it is there; the tokenizer's is none."""
+    """As in torch: only generation_config.json counts, if it is there; the tokenizer's end token does not."""
     end = end_after(folder, PROMPTS[0], 2)
     own = variant(folder, tmp_path / "own")
     for name in ("config.json", "generation_config.json"):
@@ -109,7 +109,7 @@ def test_where_end_tokens_stand(folder: Path, tmp_path: Path, source: str) -> No
 
 
 def test_a_text_ends_at_the_models_last_position(folder: Path) -> None:
-    """Each its own, however long the others are."""
+    """Each text at its own, however long the others are."""
     long = " ".join(f"w{4 + number % 40}" for number in range(60))
     texts = generate(folder, [PROMPTS[1], long])
     alone = [generate(folder, prompt)[0] for prompt in (PROMPTS[1], long)]
@@ -122,7 +122,7 @@ def test_prompts_of_as_many_tokens_as_there_are_positions(folder: Path, length: 
     if length < 64:
         assert generate(folder, long) == by_torch(llama(), folder, [long], 1)
         return
-    with pytest.raises(MELoRAError, match=rf"prompt 1 has {length} tokens: the model in `.*` takes 64 with those"):
+    with pytest.raises(MELoRAError, match=rf"prompt 1 has {length} tokens: the model in `.*` has 64 positions"):
         generate(folder, ["w5", long])
 
 
@@ -137,7 +137,7 @@ def test_an_empty_prompt_begins_with_the_tokenizers_first_token(folder: Path, tm
     settings = json.loads((own / "tokenizer_config.json").read_text())
     settings["bos_token"] = None
     (own / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(MELoRAError, match=r"prompt 1 \(=''\) has no tokens, and the tokenizer none to begin with"):
+    with pytest.raises(MELoRAError, match=r"prompt 1 \(=''\) has no tokens, and the tokenizer no first token"):
         generate(own, ["w5", ""])
 
 
@@ -203,18 +203,18 @@ def test_seeds_decide_what_is_drawn(folder: Path) -> None:
         ({"max_new_tokens": 0}, r"`max_new_tokens` \(=0\) must be a whole number, 1 or more"),
         ({"max_new_tokens": 2.0}, r"`max_new_tokens` \(=2\.0\) must be a whole number"),
         ({"max_new_tokens": "5"}, r"`max_new_tokens` \(='5'\) must be a whole number"),
-        ({"temperature": 0}, r"`temperature` \(=0\) must be above 0; `sample=False` takes the likeliest"),
+        ({"temperature": 0}, r"`temperature` \(=0\) must be above 0; `sample=False` takes the most likely"),
         ({"temperature": -1.0}, r"`temperature` \(=-1\.0\) must be above 0"),
         ({"temperature": float("nan")}, r"`temperature` \(=nan\) must be above 0"),
-        ({"top_p": 0}, r"`top_p` \(=0\) must be above 0, and 1 at most"),
-        ({"top_p": 1.01}, r"`top_p` \(=1\.01\) must be above 0, and 1 at most"),
+        ({"top_p": 0}, r"`top_p` \(=0\) must be above 0 and at most 1"),
+        ({"top_p": 1.01}, r"`top_p` \(=1\.01\) must be above 0 and at most 1"),
         ({"top_p": float("nan")}, r"`top_p` \(=nan\) must be above 0"),
         ({"seed": -1}, r"`seed` \(=-1\) must be a whole number, 0 or more"),
         ({"seed": 1.5}, r"`seed` \(=1\.5\) must be a whole number"),
-        ({"prompts": []}, r"`prompts` \(=\[\]\) must be one text or several"),
-        ({"prompts": [5]}, r"`prompts` \(=\[5\]\) must be one text or several"),
-        ({"prompts": None}, r"`prompts` \(=None\) must be one text or several"),
-        ({"prompts": b"w5"}, r"`prompts` \(=b'w5'\) must be one text or several"),
+        ({"prompts": []}, r"`prompts` \(=\[\]\) must be one string or several"),
+        ({"prompts": [5]}, r"`prompts` \(=\[5\]\) must be one string or several"),
+        ({"prompts": None}, r"`prompts` \(=None\) must be one string or several"),
+        ({"prompts": b"w5"}, r"`prompts` \(=b'w5'\) must be one string or several"),
         ({"provider": "abacus"}, r"`provider` \(='abacus'\)"),
     ],
     ids=str,
@@ -232,7 +232,7 @@ def test_graphs_and_folders_that_no_text_comes_of(exports: Exports, folder: Path
     with pytest.raises(MELoRAError, match="has no key-value cache: export a model that generates with `use_cache=T"):
         generate(own, "w5")
     assert not [*Path(exports("decoder").path).parent.glob("tokenizer*")]
-    with pytest.raises(MELoRAError, match="has no configurations and tokenizer that can be read"):
+    with pytest.raises(MELoRAError, match=r"the configurations and tokenizer of .* cannot be read"):
         generate(exports("decoder").path, "w5")
 
 
@@ -241,7 +241,7 @@ def test_graphs_and_folders_that_no_text_comes_of(exports: Exports, folder: Path
 def test_files_that_cannot_be_read(folder: Path, tmp_path: Path, name: str, content: str) -> None:
     own = variant(folder, tmp_path / "own")
     (own / name).write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(MELoRAError, match="has no configurations and tokenizer that can be read"):
+    with pytest.raises(MELoRAError, match=r"the configurations and tokenizer of .* cannot be read"):
         generate(own, "w5")
 
 

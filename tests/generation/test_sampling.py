@@ -15,14 +15,14 @@ LOGITS = np.array([1.5, -0.3, 2.0, 0.0, -4.0, 1.5, -1e30], np.float32)
 def drawn(
     logits: np.ndarray, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, draws: int = DRAWS
 ) -> np.ndarray:
-    """How often each token is drawn of this one row, as a share."""
+    """Returns the share of draws of each token from this one row."""
     generator = np.random.default_rng(seed)
     chosen = draw(np.tile(logits, (draws, 1)), temperature, top_p, generator)
     return np.bincount(chosen, minlength=len(logits)) / draws
 
 
 def assert_distribution(found: np.ndarray, expected: np.ndarray) -> None:
-    """Within five standard deviations of a share."""
+    """Checks shares within five standard deviations."""
     assert (found[expected == 0] == 0).all()
     deviation = np.sqrt(expected * (1 - expected) / DRAWS)
     assert (np.abs(found - expected) <= 5 * deviation + 1e-12).all(), (found, expected)
@@ -49,7 +49,7 @@ def test_the_fewest_tokens_that_have_top_p_together(top_p: float) -> None:
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.5, 2), (0.5 + 1e-9, 3), (0.25, 1), (0.75, 3), (1.0, 4)])
 def test_a_sum_that_is_top_p_is_enough(top_p: float, kept: int) -> None:
-    """Four tokens, as likely as each other: those named first are kept."""
+    """Four equally likely tokens: the first ones are kept."""
     found = drawn(np.zeros(4), top_p=top_p)
     assert_distribution(found, np.array([1 / kept] * kept + [0] * (4 - kept)))
 
@@ -113,7 +113,7 @@ def test_logits_stay_as_they_are() -> None:
     st.integers(0, 2**63),
 )
 def test_what_is_drawn_is_among_the_likely(row: list[float], temperature: float, top_p: float, seed: int) -> None:
-    """Whatever is more likely has less than `top_p` together."""
+    """All more likely tokens together have less than `top_p`."""
     logits = np.array([row], np.float32)
     (chosen,) = draw(logits, temperature, top_p, np.random.default_rng(seed))
     probabilities = softmax(logits[0], temperature)

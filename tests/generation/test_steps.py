@@ -1,4 +1,4 @@
-"""The steps of several texts: padding, end tokens, and no step that nobody reads; the decoder is scripted."""
+"""The steps of several texts: padding, end tokens, and no unnecessary step; the decoder is scripted."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def test_padding_at_either_side() -> None:
 
 
 class Scripted:
-    """Stands for a decoder that writes these tokens, one list for each text; it keeps the masks that it was given."""
+    """Replaces a decoder: writes these tokens, one list for each text, and stores the tokens and masks that it gets."""
 
     def __init__(self, *texts: list[int]) -> None:
         self.texts = texts

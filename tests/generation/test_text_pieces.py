@@ -1,4 +1,4 @@
-"""Texts as they are written: pieces of whole characters, that join to the text, with the space that it begins with."""
+"""Texts while they are written: pieces of whole characters that join to the text, including its initial space."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from exporters.generation import generate as module
 
 SPECIAL = ["<s>", "</s>", "<unk>"]
 TEXT = "na\u00efve \U0001f642\U0001f469\u200d\U0001f467 \u65e5\u672c, don't\n\t x \u0301 \u00a3"
-"""Characters of one byte to four, a family of three, a combining accent."""
+"""Characters of one to four bytes, an emoji of several characters, a combining accent."""
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
@@ -25,7 +25,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def write_byte_level(folder: Path) -> None:
-    """A token is a byte, or the first two of four: those of one symbol for each in the tokenizer's alphabet."""
+    """Writes a tokenizer whose tokens are single bytes, or the first two of an emoji's four."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     first_two = [symbols[0][:2] for symbols in pre_tokenizers.ByteLevel(False).pre_tokenize_str("\U0001f642")]
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *first_two])}
@@ -35,7 +35,7 @@ def write_byte_level(folder: Path) -> None:
 
 
 def write_metaspace(folder: Path) -> None:
-    """As Llama 2 has it: a text begins with a space that decoding drops, and what has no token is bytes."""
+    """Writes a tokenizer like Llama 2's: decoding drops a text's first space, and unknown characters become bytes."""
     words = ["\u2581once", "\u2581upon", "\u2581a", "\u2581", ",", "upon", "once"]
     symbols = sorted({symbol for word in words for symbol in word})
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *symbols]
@@ -65,7 +65,7 @@ Scripted = Callable[..., tuple[list[str], list[list[str]]]]
 
 @pytest.fixture
 def scripted(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripted:
-    """Returns what `generate` returns, and the pieces of each text, where the model writes these tokens."""
+    """A function that returns what `generate` returns, and each text's pieces, if the model writes these tokens."""
 
     def write(
         write_tokenizer: Callable[[Path], None], prompts: Sequence[str], texts: Sequence[Sequence[int]]
@@ -133,7 +133,7 @@ def test_special_tokens_are_not_written(scripted: Scripted, tmp_path: Path) -> N
     ids=["a word", "the rest of a word", "a character of bytes", "after bytes", "no prompt"],
 )
 def test_a_prompt_and_its_text_are_the_whole_text(scripted: Scripted, tmp_path: Path, prompt: str, text: str) -> None:
-    """Where the first word of a text is decoded without its space."""
+    """Also if the first word of a text is decoded without its space."""
     whole, before = (ids_of(write_metaspace, tmp_path / "tokenizer", each) for each in (prompt + text, prompt))
     assert whole[: len(before)] == before
     returned, pieces = scripted(write_metaspace, [prompt], [whole[len(before) :]])
@@ -142,7 +142,7 @@ def test_a_prompt_and_its_text_are_the_whole_text(scripted: Scripted, tmp_path: 
 
 
 def test_a_tokenizer_that_takes_spaces_out(scripted: Scripted, tmp_path: Path) -> None:
-    """WordPiece does before dots and within words."""
+    """WordPiece removes them before dots and within words."""
     ids = ids_of(write_word_piece, tmp_path / "tokenizer", "doing dos, we n't.")
     returned, pieces = scripted(write_word_piece, ["we"], [ids])
     assert returned == [" doing dos, we n ' t."]

@@ -1,4 +1,4 @@
-"""Lengths of past and present read off the mask: whatever a graph asks of their shapes, in a buffer of any length."""
+"""Lengths of past and present are read off the mask: for every part of their shapes, in buffers of any length."""
 
 from contextlib import nullcontext
 from itertools import product
@@ -23,7 +23,7 @@ from exporters.runtime.cache_inputs import empty_cache, step_inputs
 HEADS, HEAD_DIM = 2, 8
 PARTS = [(0, 4), (2, 3), (1, 3), (2, 4), (3, 4), (0, 2), (-2, 4), (-2, -1), (-4, -1), (-9, -2), (-9, 9), (0, -3)]
 PARTS += [(2, None), (-1, None), (4, None), (7, 9), (3, 2), (None, None), (None, 3)]
-"""Of a shape: start and end, where a graph gives them."""
+"""Parts of a shape: start and end, or None if the graph leaves them out."""
 
 
 def value(name: str, dtype: onnx_ir.DataType, *shape: int | str) -> onnx_ir.Value:
@@ -31,7 +31,7 @@ def value(name: str, dtype: onnx_ir.DataType, *shape: int | str) -> onnx_ir.Valu
 
 
 def attention_graph(*, fused: bool = True) -> onnx_ir.Model:
-    """One attention over a cache, and every part of the shapes of its past and present as an output."""
+    """Returns a graph of one attention over a cache; every part of the shapes of past and present is an output."""
     integer, real = onnx_ir.DataType.INT64, onnx_ir.DataType.FLOAT
     tokens, mask = value("input_ids", integer, "batch", "new"), value("attention_mask", integer, "batch", "total")
     states = value("states", real, "batch", "new", HEADS * HEAD_DIM)
@@ -76,7 +76,7 @@ def export_of(graph_model: onnx_ir.Model) -> Export:
 
 
 def run(graph_model: onnx_ir.Model, batch: int, new: int, total: int, buffer: int | None = None) -> dict[str, Any]:
-    """The outputs for a past in memory of its own size, or in a buffer."""
+    """Returns the outputs for a past in memory of its own size, or in a buffer."""
     session = onnxruntime.InferenceSession(onnx_ir.to_proto(graph_model).SerializeToString())
     generator = np.random.default_rng(0)
     past = np.zeros((batch, HEADS, total - new if buffer is None else buffer, HEAD_DIM), np.float32)
@@ -115,7 +115,7 @@ def test_every_part_of_a_shape_is_right(buffer: int | None) -> None:
 
 
 def test_without_it_the_length_is_the_buffers() -> None:
-    """What the rewrite is for; in memory of its own size the graph as it was is right too."""
+    """This is what the rewrite is for; in memory of its own size the original graph is correct too."""
     graph_model = attention_graph()
     assert_parts(run(graph_model, 2, 1, 6), 2, 5, 6)
     outputs = run(graph_model, 2, 1, 6, buffer=16)
@@ -123,7 +123,7 @@ def test_without_it_the_length_is_the_buffers() -> None:
 
 
 def test_only_lengths_of_the_cache_are_replaced() -> None:
-    """Heads and head sizes are still asked of it; the order of the nodes is one in which they can run."""
+    """Heads and head sizes are still read from it; the nodes are in an order in which they can run."""
     export = export_of(attention_graph())
     before = [node for node in export.graph if node.op_type == "Shape"]
     unread = [node for node in before if not _asks_for_length(node)]
@@ -157,7 +157,7 @@ def test_other_graphs_stay_as_they_are(without: str) -> None:
 
 @pytest.mark.parametrize("adapter", [None, "own"])
 def test_a_decoder_in_a_buffer_for_the_longest_text(exports: Exports, tmp_path: Path, adapter: str | None) -> None:
-    """As onnxruntime-genai runs it, past and present in one memory: a prompt, then one token and several."""
+    """As onnxruntime-genai runs it, with past and present in one memory: a prompt, then one token, then several."""
     model = adapted_llama()
     report = exports("adapted decoder", adapter="swap", target="ort-cpu")
     runner = OrtRunner(report.path)

@@ -1,4 +1,4 @@
-"""Forms of an unmerged update: the same numbers from another graph, and the rule that chooses."""
+"""Forms of an unmerged update: the same numbers from another graph, and the rule that chooses a form."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_both_forms_compute_the_model(form: str, target: str, tmp_path: Path) ->
     assert report.max_rel_error is not None
     assert report.max_rel_error <= 1e-5
     dense = {"block": 0, "dense": 2 * 7}[form]
-    if target == "portable":  # the fusions pack some side by side
+    if target == "portable":  # fusions pack some of them side by side
         assert initializer_names(tmp_path / "model.onnx").count("blockdiag") == dense
 
 
@@ -58,7 +58,7 @@ def test_dense_needs_two_products_and_a_sum_a_site(exports: Exports, tmp_path: P
 def test_a_zero_update_is_the_base_bit_for_bit_as_onnx_runtime_optimises_it(
     target: str, exports: Exports, tmp_path: Path
 ) -> None:
-    """Biases stay in the fused operators; else those would round in another order."""
+    """Biases stay in the fused operators; otherwise these would round in another order."""
     base = exports("bert", target=target)
     model = melora_fx.rewrite(bert_classifier(num_layers=1), "all-linear", CONFIG)
     unmerged = export_onnx(model, tokens(), tmp_path, adapter="swap", target=target, verify=False)

@@ -1,4 +1,4 @@
-"""ONNX Runtime's fused operators, and that every weight is found again."""
+"""ONNX Runtime's fused operators; every weight is found again after the fusions."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def assert_weights_where_it_says(report: ExportReport, model: nn.Module) -> None
 
 
 def weights_where_it_says(report: ExportReport) -> dict[str, np.ndarray]:
-    """The values at each place that the file names for a weight, as the model has them."""
+    """Returns the values at each place that the file names for a weight, in the model's orientation."""
     graph = onnx.load(report.path).graph
     stored = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     weights = {}
@@ -55,7 +55,7 @@ def weights_where_it_says(report: ExportReport) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_the_fusions_are_those_of_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Stand-ins for the weights, whose type and values differ, change none of them, and no pass complains."""
+    """Stand-ins for the weights, with other types and values, change no fusion, and no pass logs a problem."""
     model = bert_classifier(num_layers=1)
     report = export_onnx(model, tokens(), tmp_path, target="ort-cuda", precision="fp32", verify=False)
     assert not caplog.records
@@ -96,7 +96,7 @@ def test_two_products_of_an_input_stay_apart(adapter: str, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 def test_an_addmm_after_an_attention_gets_rows(target: str, tmp_path: Path) -> None:
-    """A whole-graph capture of GPT-2 goes through torch's exporter, which flattens an attention's output at once."""
+    """torch's exporter flattens an attention's output at once in a whole-graph capture of GPT-2."""
     inputs = {"input_ids": tokens()["input_ids"]}
     model = fill(melora_fx.rewrite(gpt2(num_layers=1), ["c_attn", "c_fc"], CONFIG, example_inputs=inputs))
     report = export_onnx(model, inputs, tmp_path, target=target, precision="fp32")
@@ -134,7 +134,7 @@ def test_weights_of_one_shape_keep_their_names(target: str, alike: str, tmp_path
 
 @pytest.mark.slow
 def test_swappable_adapters_survive_the_fusions(exports: Exports, tmp_path: Path) -> None:
-    """Equal to `keep` with the model's own adapter, and bit for bit to the base's graph without any."""
+    """Equal to `keep` with the model's own adapter, and bit for bit equal to the base's graph without one."""
     report = exports("adapted gpt2", adapter="swap", target="ort-cpu")
     assert report.num_adapter_inputs == 4
     assert sum("random adapter" in words for words in report.compared) >= 3

@@ -1,4 +1,4 @@
-"""float16 graphs: types, numbers, and values that half precision cannot hold."""
+"""float16 graphs: types, numbers, and values that half precision cannot represent."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_weights_are_half_and_inputs_and_outputs_as_they_were(adapter: str, targ
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["portable", "ort-cuda"])
 def test_norms_of_large_activations_do_not_overflow(target: str, tmp_path: Path) -> None:
-    """Activations of 1,000, whose squares half precision cannot hold, as language models have them."""
+    """Activations of 1,000, as in language models; half precision cannot represent their squares."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
@@ -77,7 +77,7 @@ def test_values_beyond_the_range_are_cut_to_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_transposed_input_of_a_product(tmp_path: Path) -> None:
-    """Without `HALF_CONFIG` ONNX Runtime 1.32 ends the process when it loads this graph on an x86 CPU."""
+    """Without `HALF_CONFIG`, ONNX Runtime 1.32 crashes the process when it loads this graph on an x86 CPU."""
 
     class Sequence(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Names that the graph's inputs, outputs and axes get."""
+"""The names of a graph's inputs, outputs and axes."""
 
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ def test_outputs_are_named_by_their_fields(outputs: object, names: list[str]) ->
 
 
 class Cross(nn.Module):
-    """Two sequences of their own lengths."""
+    """Two sequences of different lengths."""
 
     def forward(self, query: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return query @ memory.transpose(1, 2), memory + 1

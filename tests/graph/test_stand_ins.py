@@ -1,4 +1,4 @@
-"""The example of `exporters/graph/stand_ins.py`, and what is no row of stand-ins."""
+"""The example of `exporters/graph/stand_ins.py`, and initializers that are not a row of stand-ins."""
 
 import numpy as np
 import onnx_ir
@@ -25,12 +25,12 @@ def values(graph: onnx_ir.Graph, name: str) -> np.ndarray:
 
 
 def packed(graph: onnx_ir.Graph, names: list[str]) -> onnx_ir.Graph:
-    """What a fusion does: one initializer in the place of several, side by side."""
+    """Packs like a fusion: one initializer replaces several, side by side."""
     return graph_of({"val_7": np.concatenate([values(graph, name) for name in names], axis=1)})
 
 
 def test_the_example_of_the_docstring() -> None:
-    arrays = {name: np.full((2, 5), 0.5, np.float32) for name in NAMES}  # equal ones are told apart
+    arrays = {name: np.full((2, 5), 0.5, np.float32) for name in NAMES}  # equal values are distinguished
     graph = graph_of(arrays)
     weights = put_stand_ins(graph, NAMES)
     assert list(weights) == NAMES
@@ -75,7 +75,7 @@ def test_rows_of_anything_else_are_an_error(change: str) -> None:
         array[1, 0] = 2
     else:
         array[:, 0] = 4
-    with pytest.raises(MELoRAError, match="fusions made `val_7` of weights"):
+    with pytest.raises(MELoRAError, match="fusions built `val_7` from weights"):
         take_stand_ins(graph_of({"val_7": array}), weights)
 
 

@@ -1,4 +1,4 @@
-"""Where views begin, without `storage_offset`, is where `storage_offset` says."""
+"""Offsets of views, found without `storage_offset`, equal `storage_offset`."""
 
 from collections.abc import Callable
 

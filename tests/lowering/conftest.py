@@ -10,7 +10,7 @@ import melora_fx.lowering.adapted_linear as implementation
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One item for each adapted linear that ran as one call."""
+    """Collects one item for each adapted linear that ran as one call."""
     made: list[bool] = []
     original = implementation.compute_output
 

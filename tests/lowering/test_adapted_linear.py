@@ -1,4 +1,4 @@
-"""`adapted_linear` and its operators: numbers, derivatives, masks, what is kept for the backward and for how long."""
+"""`adapted_linear` and its operators: numbers, derivatives, masks, and what is kept for the backward and how long."""
 
 import math
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Operands:
-    """What one call takes, random and filled; padding of small ranks is zero."""
+    """The random operands of one call; the padding of small ranks is zero."""
 
     config: MELoRAConfig
     x: Tensor
@@ -71,7 +71,7 @@ class Operands:
         return adapted_linear(x, *tensors, self.dropout, self.parts, self.form)
 
     def operator_arguments(self, **given: Any) -> tuple[Any, ...]:
-        """Those of `torch.ops.melora.adapted_linear_v3`."""
+        """Returns the arguments of `torch.ops.melora.adapted_linear_v3`."""
         values = {
             "x": self.x,
             "base": None,
@@ -93,7 +93,7 @@ class Operands:
         return [t for t in (self.x, self.weight, self.bias, self.lora_a, self.lora_b) if t is not None]
 
     def wide(self) -> "Operands":
-        """The same in float64, with leaves of its own."""
+        """Returns the same operands in float64, as separate leaves."""
         tensors = {
             name: value.detach().double().requires_grad_(value.requires_grad)
             for name, value in vars(self).items()
@@ -102,7 +102,7 @@ class Operands:
         return replace(self, **tensors)
 
     def dense(self, mask: Tensor | None = None, rate: float = 0.0) -> Tensor:
-        """The oracle's output; with a mask, what the update multiplies is masked and scaled."""
+        """Returns the oracle's output; with a mask, the input of the update is masked and scaled."""
         update = dense_update(self.config, self.lora_a, self.lora_b)
         dropped = self.x if mask is None else self.x * mask.double() / (1 - rate)
         return F.linear(self.x, self.weight, self.bias) + F.linear(dropped, update)
@@ -141,7 +141,7 @@ def operands(
 
 
 def assert_sums_near(actual: Tensor, expected: Tensor, factor: float = 1.0) -> None:
-    """Equal up to the rounding of sums, relative to the largest: some of their terms are larger than the sum."""
+    """Checks equality up to the rounding of sums, relative to the largest value: terms may exceed their sum."""
     assert actual.shape == expected.shape
     bound = factor * TOLERANCE[actual.dtype]["rtol"] * max(1.0, float(expected.detach().abs().max()))
     torch.testing.assert_close(actual.detach().double(), expected.detach(), rtol=0, atol=bound)
@@ -153,7 +153,7 @@ def gradients(output: Tensor, leaves: list[Tensor], upstream: Tensor | None = No
 
 
 def check_against_oracle(given: Operands, factor: float = 1.0) -> list[Tensor]:
-    """Output and all gradients that are asked for; gives the gradients."""
+    """Checks the output and all required gradients against the oracle; returns the gradients."""
     output = given()
     wide = given.wide()
     expected = wide.dense()
@@ -334,7 +334,7 @@ def test_a_change_of_the_input_before_the_backward_raises():
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
 def test_output_may_be_changed_in_place(leading, bias, form):
-    """As by `nn.ReLU(inplace=True)` behind a linear."""
+    """As `nn.ReLU(inplace=True)` after a linear does."""
     given = operands(leading=leading, bias=bias, form=form)
     wide = given.wide()
     ours = torch.relu_(given())
@@ -453,7 +453,7 @@ def test_bias_beside_such_a_weight_is_added_once_and_gets_its_gradient():
 
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The masks that were used, in order."""
+    """Collects the masks that are used, in order."""
     used: list[Tensor] = []
     original = implementation.dropout_mask
 

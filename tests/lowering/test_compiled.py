@@ -98,7 +98,7 @@ def test_steps_compile_as_often_as_the_plain_nodes(config, dynamic, shapes):
             optimizer.step()
             optimizer.zero_grad()
         counts.append(counter.frame_count)
-    assert counts[0] == counts[1] == (1 if len(set(shapes)) == 1 else 2)  # by themselves the shapes recompile once
+    assert counts[0] == counts[1] == (1 if len(set(shapes)) == 1 else 2)  # the shapes recompile once anyway
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_nothing_breaks_the_graph_of_a_hugging_face_model():
 @pytest.mark.parametrize("lowering", ["auto", "plain"])
 @pytest.mark.slow
 def test_more_shapes_are_compiled_than_one_code_may_have_versions(lowering):
-    """Dynamo counts the versions of a code object: 8, and then it runs eagerly, or raises where it may not."""
+    """Dynamo compiles at most 8 versions of a code object; then it runs eagerly, or raises an error if it may not."""
     counter = CompileCounterWithBackend("aot_eager")
     x = randn(*FEW, IN)
     for index in range(torch._dynamo.config.recompile_limit + 1):
@@ -179,7 +179,7 @@ def test_compiled_dropout_is_seeded_and_the_backward_uses_the_forwards_mask():
     inputs = x.clone().requires_grad_()
     output = run(inputs)
     (of_x,) = torch.autograd.grad((output - base).sum(), inputs)
-    # the adapter is linear in its input: x · (gradient of x, less the base's) is the sum of its output
+    # the adapter is linear in its input: x · (gradient of x, minus the base's) is the sum of its output
     adapter = float(((of_x - model.inner.weight.sum(0)) * x).sum())
     assert adapter == pytest.approx(float((output - base).sum().detach()), rel=1e-3)
 

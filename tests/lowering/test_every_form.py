@@ -122,7 +122,7 @@ def test_each_form_is_lowered_or_left_plain_and_gives_the_plain_nodes_numbers(na
             )
         model, plain = made
         (site,) = melora_fx.sites(model).values()
-        if capture != "example_inputs":  # an export writes some forms in another way
+        if capture != "example_inputs":  # an export writes some forms differently
             assert site.lowering == ("plain" if name in PLAIN else "weight")
         assert num_calls(calls, model, x) == (site.lowering == "weight")
         assert_equal(output_of(model, x), base)

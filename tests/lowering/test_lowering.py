@@ -141,7 +141,7 @@ def test_lowering_that_cannot_be_is_refused_by_name_with_the_remedy(build, lower
 
 
 def test_merging_with_dropout_is_refused():
-    with pytest.raises(ValueError, match=r"`dropout` \(=0.1\) needs `lowering` 'activation' or 'auto', not 'weight'"):
+    with pytest.raises(ValueError, match=r"`dropout` \(=0.1\) excludes `lowering` 'weight': use 'activation' or"):
         MELoRAConfig(dropout=0.1, lowering="weight")
 
 

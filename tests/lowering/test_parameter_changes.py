@@ -59,7 +59,7 @@ def load_state(model: nn.Module, run: Any, x: Tensor, folder: Any) -> None:
 
 
 def swap_average(model: nn.Module, run: Any, x: Tensor, folder: Any) -> None:
-    """As exponential moving averages do it."""
+    """Swaps in other values as exponential moving averages do."""
     average = fill(copy.deepcopy(model), seed=8)
     pairs = zip(model.parameters(), average.parameters(), strict=True)
     for own, other in pairs:

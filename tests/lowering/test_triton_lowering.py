@@ -42,7 +42,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were launched, in order."""
+    """Collects the kernels that are launched, in order."""
     made: list[str] = []
 
     def counted(name: str) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def adapted(
     lowering: str, config: MELoRAConfig = CONFIG, *, dtype: torch.dtype = torch.float32, bias: bool = True
 ) -> nn.Module:
-    """One linear with a filled adapter, the same values for each lowering."""
+    """Returns one linear with a filled adapter, with the same values for each lowering."""
     torch.manual_seed(4)
     model = Holder(nn.Linear(IN, OUT, bias=bias).to(DEVICE, dtype))
     return fill(melora_fx.rewrite(model, "inner", replace(config, lowering=lowering)))
@@ -79,7 +79,7 @@ def given(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def step(model: Callable[..., Tensor], x: Tensor, upstream: Tensor | None = None, owner: Any = None) -> list[Tensor]:
-    """Output, and the gradients of x, A and B; `owner` holds A and B if `model` does not."""
+    """Returns the output, and the gradients of x, A and B; `owner` has A and B if `model` does not."""
     inner = (owner or model).inner
     x = x.detach().requires_grad_()
     output = model(x)
@@ -88,7 +88,7 @@ def step(model: Callable[..., Tensor], x: Tensor, upstream: Tensor | None = None
 
 
 def dense_step(model: nn.Module, x: Tensor, upstream: Tensor | None = None) -> list[Tensor]:
-    """The same in float64 by W + Δ."""
+    """Returns the same in float64, from W + Δ."""
     (site,) = melora_fx.sites(model).values()
     leaves = [t.detach().double().requires_grad_() for t in (x, site.lora_a, site.lora_b)]
     bias = getattr(site.owner, "bias", None)
@@ -99,7 +99,7 @@ def dense_step(model: nn.Module, x: Tensor, upstream: Tensor | None = None) -> l
 
 
 def assert_sums_near(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype, factor: float = 1.0) -> None:
-    """Equal up to the rounding of sums, relative to the largest: some of their terms are larger than the sum."""
+    """Checks equality up to the rounding of sums, relative to the largest value: terms may exceed their sum."""
     for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape
         largest = float(other.abs().max()) if other.numel() else 0.0
@@ -277,7 +277,7 @@ def test_base_that_is_no_plain_tensor(launches):
 
 
 def test_derivatives_of_gradients_are_those_of_plain_nodes(launches):
-    """Kernels have none: a backward that is to be differentiated is made of torch's products."""
+    """Kernels have no derivatives: a backward pass that is differentiated uses torch's products."""
     found = []
     for lowering in ("triton", "plain"):
         model = adapted(lowering)
@@ -293,7 +293,7 @@ def test_derivatives_of_gradients_are_those_of_plain_nodes(launches):
 
 @pytest.mark.parametrize("lowering", ["triton", "activation"])
 def test_the_bases_product_kept_by_a_checkpoint_is_not_added_to_twice(lowering):
-    """Both add to it in place, so torch refuses to take it up again."""
+    """Both lowerings add to it in place, so torch refuses to use it again."""
     kept = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
     contexts = functools.partial(create_selective_checkpoint_contexts, kept)
     model = adapted(lowering)
@@ -374,7 +374,7 @@ def test_it_is_taken_by_name_only():
     assert [lowering.name for lowering in lowerings.LOWERINGS if not lowering.is_automatic] == ["triton"]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="there the kernels are compiled")
+@pytest.mark.skipif(DEVICE == "cuda", reason="on CUDA the kernels are compiled")
 def test_on_a_cpu_without_the_interpreter_it_computes_as_activation(launches, monkeypatch):
     monkeypatch.setattr(triton_kernels, "IS_INTERPRETED", False)
     model, other = adapted("triton"), adapted("activation")
@@ -386,7 +386,7 @@ def test_on_a_cpu_without_the_interpreter_it_computes_as_activation(launches, mo
 
 @pytest.fixture
 def without_triton(monkeypatch: pytest.MonkeyPatch):
-    """As if the package were not installed."""
+    """Simulates that the package is not installed."""
     by_triton.is_installed.cache_clear()
     monkeypatch.delattr("melora_fx.lowering.triton_kernels")
     monkeypatch.setitem(sys.modules, "melora_fx.lowering.triton_kernels", None)
@@ -411,7 +411,7 @@ def test_without_the_package_cuda_alone_is_refused_with_the_remedy(launches):
 
 
 def test_the_kernels_are_imported_where_they_are_needed():
-    """Not when a module is: `import melora_fx` needs no triton."""
+    """Not when a module is imported: `import melora_fx` needs no triton."""
     for path in Path(melora_fx.__file__).parent.rglob("*.py"):
         if path.name != "triton_kernels.py":
             top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]

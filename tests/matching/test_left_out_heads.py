@@ -1,4 +1,4 @@
-"""What "all-linear" leaves out as a head, what `keep_trainable` takes from it, and what a mapping leaves alone."""
+"""Linears that "all-linear" leaves out as heads, that `keep_trainable` takes from it, and that a mapping excludes."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_no_head_of_transformers_is_adapted(name: str) -> None:
     assert not found.sizes & HEAD_SIZES
     assert not any("must be divisible" in reason for reason in found.reasons)
     assert row(name, found) == documented_heads(TABLE.read_text())[name], (
-        "run what the head of docs/ARCHITECTURES.md says"
+        "run the command at the top of docs/ARCHITECTURES.md"
     )
 
 
@@ -90,7 +90,7 @@ def test_a_body_as_wide_as_its_labels_is_adapted() -> None:
 
 
 class Tied(nn.Module):
-    """Its output layer shares the embedding's memory, in a parameter of its own."""
+    """Its output layer shares the embedding's memory, but is a separate parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_the_names_are_all_that_an_exported_graph_has(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["class_embed", "enc_out_bbox_embed", "enc_score_head"])
 def test_the_heads_of_detectors_are_left_out_wherever_they_are(name: str) -> None:
-    """Their base models hold them, in lists; numbers of labels tell nothing there."""
+    """Their base models contain them, in lists; the numbers of labels show nothing there."""
     model = nn.Sequential(nn.Linear(IN, OUT), nn.Module())
     model[1].add_module(name, nn.ModuleList([nn.Linear(IN, 3)]))
     assert find_heads(model, ["0", f"1.{name}.0"]) == {f"1.{name}.0"}
@@ -177,6 +177,6 @@ def test_an_indivisible_head_is_not_answered_with_a_number_of_blocks() -> None:
     ((name, reason),) = melora_fx.match(bert_classifier(), ["classifier"], EIGHT).skipped
     assert (name, reason) == (
         "classifier",
-        "`out_features` (=3) must be divisible by `num_blocks` (=8): leave it out of `targets`; a head is trained "
-        "whole, by `keep_trainable`",
+        "`out_features` (=3) must be divisible by `num_blocks` (=8): leave it out of `targets`, and train the "
+        "head whole with `keep_trainable`",
     )

@@ -1,4 +1,4 @@
-"""The dry run: what it reports, that it changes nothing, and that it says what `rewrite` would."""
+"""The dry run: what it reports, that it changes nothing, and that it agrees with `rewrite`."""
 
 from contextlib import nullcontext
 
@@ -80,8 +80,8 @@ def test_what_cannot_be_captured_is_skipped_with_the_reason():
     report = melora_fx.match(model, ["linear", "weight_hh_l0"], MELoRAConfig(num_blocks=3))
     assert [site.name for site in report.sites] == ["linear"]
     assert [name for name, _ in report.skipped] == ["rnn.weight_hh_l0", "rnn.weight_ih_l0"]
-    assert all(reason.startswith("`nn.GRU` gives its weights to one function") for _, reason in report.skipped)
-    assert all("example_inputs" not in reason for _, reason in report.skipped)  # which would not help
+    assert all(reason.startswith("`nn.GRU` passes its weights to one function") for _, reason in report.skipped)
+    assert all("example_inputs" not in reason for _, reason in report.skipped)  # it would not help
 
 
 @pytest.mark.default_cases("tower-*", "bert-in_place-train")
@@ -107,7 +107,7 @@ def test_changes_no_statistics_and_no_random_state():
 
 
 class Remembers(nn.Module):
-    """Its forward counts, and keeps something in containers of its own."""
+    """Its forward counts its calls, and keeps values in its containers."""
 
     def __init__(self, held: list[int]) -> None:
         super().__init__()

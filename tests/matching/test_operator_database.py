@@ -27,7 +27,7 @@ in_both = pytest.mark.parametrize(
 
 
 class Product(nn.Module):
-    """`form(h, w)` of what a linear gives, h (2, 3, 4), and a parameter."""
+    """Computes `form(h, w)` of a linear's output h (2, 3, 4) and a parameter."""
 
     def __init__(self, form: Callable[[Any, Any], Any], shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Product(nn.Module):
 
 
 class Around(nn.Module):
-    """A module behind a linear, given what `form` makes of that."""
+    """Calls a module with `form` of a linear's output."""
 
     def __init__(self, module: nn.Module, form: Callable[[Any], Any] = lambda h: h) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Around(nn.Module):
 
 
 def said(model: nn.Module, whole: bool) -> dict[str, str]:
-    """ "" for each site, and for heads, that "all-linear" leaves out; else its reason."""
+    """Maps sites, and heads that "all-linear" leaves out, to "", and all others to their reason."""
     options: dict[str, Any] = {"example_inputs": (randn(2, 3, 4),), "dynamic_axes": {}} if whole else {}
     report = melora_fx.match(model, "all-linear", CONFIG, **options)
     return {site.name: "" for site in (*report.sites, *report.untargeted)} | dict(report.skipped)
@@ -108,7 +108,7 @@ OTHERS: dict[str, tuple[Any, tuple[int, ...], str]] = {
 @in_both
 @pytest.mark.parametrize("form", OTHERS)
 def test_what_is_no_linear_is_said_and_not_asked_for(form: str, whole: bool) -> None:
-    """A warning of linears that are left alone would be an error here."""
+    """A warning about linears that are left out would be an error here."""
     build, shape, text = OTHERS[form]
     assert text in said(Product(build, shape), whole)["w"]
     if whole:
@@ -156,7 +156,7 @@ def test_convolutions(kernel: int, whole: bool) -> None:
 
 
 class Tied(nn.Module):
-    """Multiplies by the table of its embedding, which it looks up too, or does not."""
+    """Multiplies by the table of its embedding, and looks it up too or not."""
 
     def __init__(self, looks_up: bool) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_the_table_of_an_embedding() -> None:
 
 
 class Queries(nn.Module):
-    """Gives a parameter to a child that multiplies it by a weight."""
+    """Passes a parameter to a child that multiplies it by a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,20 +195,20 @@ class Queries(nn.Module):
 
 
 def test_an_input_of_a_linear() -> None:
-    assert "gives it to `project`" in said(Queries(), whole=False)["queries"]
+    assert "passes it to `project`" in said(Queries(), whole=False)["queries"]
     reason = said(Queries(), whole=True)["queries"]
     assert reason.startswith("a parameter (3, 4) that is an input of `project`")
 
 
 class Multiplies(nn.Module):
-    """Owns nothing, and multiplies by what it is given."""
+    """Owns nothing, and multiplies by the weight that it receives."""
 
     def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return F.linear(x, w)
 
 
 class Held(nn.Module):
-    """Parameters that others than their own module multiply by."""
+    """Has parameters that other modules or functions multiply by."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Held(nn.Module):
 
 
 def test_a_remedy_is_one() -> None:
-    """What names `example_inputs=` is a site there; what would not be one does not name it."""
+    """If a reason names `example_inputs=`, the parameter is a site with it; otherwise no reason names it."""
     in_place, whole = said(Held(), whole=False), said(Held(), whole=True)
     named = {name for name, reason in in_place.items() if "example_inputs" in reason}
     assert named == {"given", "listed.0", "projections"}
@@ -246,7 +246,7 @@ def test_a_normalised_weight_goes_by_its_name(norm: Any, whole: bool) -> None:
 
 
 class Pooled(nn.Module):
-    """Has a linear that these inputs do not ask for, and one whose output nothing is made of."""
+    """Has a linear that these inputs do not reach, and one whose output is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,11 +265,11 @@ def test_what_no_run_calls_is_said() -> None:
     assert name == "pooler"
     assert "never called with these `example_inputs`" in reason
     assert {site.name: site.is_used for site in report.sites} == {"unused": False, "fc": True}
-    assert "unused unused: no output is made of it" in str(report)
+    assert "unused unused: no output depends on it" in str(report)
 
 
 class Region(nn.Module):
-    """Multiplies by `w` where a graph of its own begins in an export."""
+    """Multiplies by `w` in a region that becomes its own graph in an export."""
 
     def __init__(self, region: Any) -> None:
         super().__init__()
@@ -291,13 +291,13 @@ def test_a_region_of_a_whole_capture_is_said(region: Any) -> None:
     assert said(Region(region), whole=False) == {"fc": "", "w": ""}
     reasons = said(Region(region), whole=True)
     assert reasons["fc"] == ""
-    assert "adapted in place, without `example_inputs=`" in reasons["w"]
+    assert "adapt it in place, without `example_inputs=`" in reasons["w"]
 
 
 @pytest.mark.full
 def test_the_operators_that_multiply_in_torchs_database() -> None:
-    """`support.operator_database` says which do."""
-    pytest.importorskip("expecttest")  # which the database imports
+    """`support.operator_database` lists them."""
+    pytest.importorskip("expecttest")  # the database imports it
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
         [sys.executable, "-m", "support.operator_database"],

@@ -13,7 +13,7 @@ from support.exports import Exports, copy_graph
 def folder(tmp_path_factory: pytest.TempPathFactory, exports: Exports) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     copy_graph(exports("adapted bert", adapter="keep"), folder / "keep.onnx")
-    shutil.copy(folder / "keep.onnx", folder / "copy.onnx")  # with the same data file
+    shutil.copy(folder / "keep.onnx", folder / "copy.onnx")  # it uses the same data file
     copy_graph(exports("bert"), folder / "other" / "keep.onnx")
     copy_graph(exports("adapted tower", adapter="fold"), folder / "tower.onnx")
     (folder / "broken.onnx").write_bytes(b"nonsense")
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, exports: Exports) -> Path:
 
 
 def bench(folder: Path, *arguments: object) -> Result:
-    """The command, graphs named without their folder."""
+    """Runs the command, with graphs named without their folder."""
     return run("bench", *(folder / word if str(word).endswith(".onnx") else word for word in arguments))
 
 
@@ -63,7 +63,7 @@ def test_a_graph_without_sequence_has_no_such_column(folder: Path, tmp_path: Pat
     [
         (("keep.onnx", "nowhere.onnx", "gone.onnx"), "gone.onnx`: no such file"),
         (("broken.onnx",), "cannot be read as an ONNX graph"),
-        (("keep.onnx", "tower.onnx"), "takes other inputs than"),
+        (("keep.onnx", "tower.onnx"), "has other inputs than"),
         (("keep.onnx", "--batch", "0"), "`batch` (=0) must be at least 1"),
         (("keep.onnx", "--rounds", "0"), "`rounds` (=0) must be at least 1"),
         (("keep.onnx", "--threads", "0"), "`threads` (=0) must be at least 1"),

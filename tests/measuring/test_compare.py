@@ -16,7 +16,7 @@ from melora_fx import MELoRAError
 
 
 class Constant:
-    """A runner that returns what it was given, after `seconds`."""
+    """A runner that returns fixed outputs after `seconds`."""
 
     def __init__(self, seconds: float = 0.0, threads: int | None = 1, log: list[str] | None = None, **outputs: Any):
         self.outputs = {name: np.array(value, dtype=np.float32) for name, value in outputs.items()}

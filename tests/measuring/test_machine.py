@@ -1,4 +1,4 @@
-"""What is said of the machine, and the memory and disk of a graph."""
+"""The description of the machine, and the memory and file size of a graph."""
 
 import importlib.metadata
 import re
@@ -41,12 +41,12 @@ def test_peak_memory_grows_with_the_input_and_not_with_this_process(graph: Path)
     small, large = (peak_memory_mib(graph, {"x": randn(rows, 256).numpy()}, 1) for rows in (2, 4096))
     assert small is not None
     assert large is not None
-    assert 4 < small < 100, "weights, and nothing of this process"
+    assert 4 < small < 100, "the weights, but not the memory of this process"
     assert large - small > 32, "a hidden state of 64 MiB"
 
 
 def test_a_graph_that_does_not_run_says_why(graph: Path) -> None:
-    with pytest.raises(MELoRAError, match=r"wide.onnx` cannot be run in a process of its own: .*y"):
+    with pytest.raises(MELoRAError, match=r"wide.onnx` cannot be run in a separate process: .*y"):
         peak_memory_mib(graph, {"y": randn(2, 256).numpy()}, 1)
 
 

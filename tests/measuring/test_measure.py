@@ -1,4 +1,4 @@
-"""Contenders: equal first, then timed; one row each."""
+"""Contenders: compared first, then timed; one row each."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -77,7 +77,7 @@ def test_every_load_gets_its_share_of_the_rounds(contenders: list[Contender]) ->
     rows = measure(load, inputs, provider="cuda", model="", batch=3, sequence=None, loads=3, rounds=7)
     assert loaded == [0, 1, 2]
     assert {row.rounds for row in rows} == {9}
-    assert {row.peak_memory_mib for row in rows} == {None}, "of the host, not of the device"
+    assert {row.peak_memory_mib for row in rows} == {None}, "peak memory is the host's, not the device's"
     rows = measure(load, inputs, provider="cuda", model="", batch=3, sequence=None, rounds=90, max_seconds=0)
     assert {row.rounds for row in rows} == {3}
 

@@ -1,4 +1,4 @@
-"""Pictures: what stands in them, read from matplotlib's own objects."""
+"""Pictures: their content, read from matplotlib's own objects."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An error is rounding where the model makes as much of a change in the last bits of its weights."""
+"""Rounding explains an error if the last bits of the weights move the model's outputs by as much."""
 
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ FP32, FP16 = PRECISIONS
 
 
 class Logistic(nn.Module):
-    """A product whose rounding a chaotic map makes larger with each step."""
+    """A product, then a chaotic map: each step amplifies the rounding."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def exported(model: nn.Module, folder: Path) -> ExportReport:
 
 
 def test_an_ill_conditioned_model_is_exported(tmp_path: Path) -> None:
-    """Its errors are above the tolerance, in a graph that is right."""
+    """The graph is correct; its errors are above the tolerance."""
     report = exported(Logistic(13), tmp_path)
     assert FP32.tolerance < report.max_rel_error < 10 * FP32.tolerance
     well = exported(Logistic(1), tmp_path / "well")
@@ -90,7 +90,7 @@ def test_an_ill_conditioned_model_is_exported(tmp_path: Path) -> None:
 
 
 def test_a_wrong_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By as little as a hundredth, in a model that makes nothing of its rounding."""
+    """The outputs are wrong by one per cent, in a model that does not amplify its rounding."""
     run = OrtRunner.run
     monkeypatch.setattr(OrtRunner, "run", lambda *args: {name: 1.01 * value for name, value in run(*args).items()})
     with pytest.raises(MELoRAError, match="not equal to torch"):

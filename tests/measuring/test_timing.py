@@ -1,4 +1,4 @@
-"""The timer: turns, what is left untimed, and summaries."""
+"""The timer: turns, untimed parts, and summaries."""
 
 import gc
 import time
@@ -34,5 +34,5 @@ def test_the_reference_is_named() -> None:
     seconds = {"a": [0.002, 0.004, 0.003], "b": [0.006]}
     timings = summarize(seconds)
     assert timings["a"].columns() == {"median_ms": 3.0, "p20_ms": 2.4, "p80_ms": 3.6, "ratio": 1.0, "rounds": 3}
-    assert (timings["b"].p20_ms, timings["b"].ratio) == (pytest.approx(6), pytest.approx(2)), "of one round too"
+    assert (timings["b"].p20_ms, timings["b"].ratio) == (pytest.approx(6), pytest.approx(2)), "for one round too"
     assert summarize(seconds, "b")["a"].ratio == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""The files beside a graph: how a model generates, written and copied, and when two of them say the same."""
+"""The files next to a graph: generation settings, written and copied, and when two of them agree."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ WEIRD = {
     "early_stopping": "never",
     "max_length": 5,
 }
-"""Settings of which `save_pretrained` refuses some."""
+"""Settings, some of which `save_pretrained` refuses."""
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def test_settings_of_generation_are_compared_and_not_how_they_are_written(
     if is_same:
         refuse_other_model(tmp_path / "a", tmp_path / "b" / "model.onnx")
     else:
-        with pytest.raises(MELoRAError, match=r"generation_config\.json` is there already, and another model's"):
+        with pytest.raises(MELoRAError, match=r"generation_config\.json` already exists and belongs to another model"):
             refuse_other_model(tmp_path / "a", tmp_path / "b" / "model.onnx")
 
 
@@ -159,7 +159,7 @@ def test_a_file_that_cannot_be_read_is_its_text(tmp_path: Path) -> None:
 
 
 def test_the_models_own_folder_takes_its_graph(tmp_path: Path) -> None:
-    """Whichever version has written what stands there."""
+    """Whichever version has written the files in it."""
     model = llama()
     model.save_pretrained(tmp_path / "own")
     settings = settings_in(tmp_path / "own")

@@ -1,4 +1,4 @@
-"""Reading what an exported file says of itself."""
+"""Reading the description in an exported file."""
 
 from pathlib import Path
 

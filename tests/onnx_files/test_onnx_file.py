@@ -1,4 +1,4 @@
-"""Reading a .onnx file from outside: what is not a graph, and weights that are elsewhere, missing or cut short."""
+"""Reading a .onnx file from outside: files that are not graphs, and weights that are elsewhere, missing or cut off."""
 
 from pathlib import Path
 

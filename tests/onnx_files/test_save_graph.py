@@ -1,4 +1,4 @@
-"""Graphs that know what their weights have to be."""
+"""Graphs that know what their weights must be."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from melora_fx import MELoRAError
 
 @pytest.fixture
 def graph(exports: Exports, tmp_path: Path) -> Path:
-    """One that a test may change."""
+    """A graph that a test may change."""
     source = Path(exports("kept tower").path)
     shutil.copytree(source.parent, tmp_path / "graph")
     return tmp_path / "graph" / source.name
@@ -79,7 +79,7 @@ def test_graphs_that_do_not_say_are_refused(text: str | None, graph: Path) -> No
                 entry.value = text
     onnx.save(model, graph)
     OrtRunner(graph)
-    with pytest.raises(MELoRAError, match="does not say what its weights have to be"):
+    with pytest.raises(MELoRAError, match="contains no hashes of its weights"):
         OrtRunner(graph, verify=True)
 
 

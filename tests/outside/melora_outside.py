@@ -1,10 +1,10 @@
-"""pytest plugin: every Hugging Face model that a test makes is rewritten in place and has an adapter that is not zero.
+"""pytest plugin: rewrites in place every Hugging Face model that a test creates, with an adapter that is not zero.
 
     python -m pytest -p melora_outside tests/models/bert/test_modeling_bert.py
 
-A test makes models by calling a class, and by `from_pretrained`; both end here. The parts that a model makes of itself
-are left alone: it is rewritten once, whole. `--models plain` rewrites nothing and seeds alike, for the comparison; with
-`--models unfrozen` the base is trained too.
+A test creates models by calling a class and with `from_pretrained`; the plugin wraps both. Models that are created as
+parts of another are not rewritten: the outermost model is rewritten once, as a whole. `--models plain` rewrites nothing
+and uses the same seeds, for the comparison; with `--models unfrozen` the base is trained too.
 """
 
 import functools
@@ -29,19 +29,19 @@ import melora_fx
 RANK = 2
 MAX_BLOCKS = 4
 UPDATE_STD = 0.02
-"""Standard deviation of the update's elements: as large as the weights that most of these models start with."""
+"""Standard deviation of the update's elements, like that of the initial weights of most of these models."""
 
 ADAPTER = "melora_adapter"
-"""Folder in that of `save_pretrained`."""
+"""The folder of the adapter in that of `save_pretrained`."""
 
 _counts: Counter[str] = Counter()
-"""What happened in the test that runs."""
+"""Counts of what happened in the current test."""
 
 _targets: dict[Any, dict[str, melora_fx.MELoRAConfig | None]] = {}
-"""What to rewrite, by class and shapes: tests make the same models again and again."""
+"""Targets by class and shapes, because tests create the same models again and again."""
 
 _inits: set[Any] = set()
-"""The `__init__` that have been wrapped."""
+"""The `__init__` functions that are wrapped."""
 
 
 class _State:
@@ -51,7 +51,7 @@ class _State:
 
 @contextmanager
 def _making() -> Iterator[bool]:
-    """Whether this is the outermost making of a model, and is to be rewritten."""
+    """Yields whether the block creates an outermost model, which must be rewritten."""
     _State.depth += 1
     try:
         yield _State.depth == 1 and _State.models != "plain"
@@ -65,7 +65,7 @@ def _init_subclass(cls: type, **kwargs: Any) -> None:
 
 
 def _wrap_init(cls: Any) -> None:
-    """From here on an `__init__` of this class, if it is the outermost, gives a rewritten model."""
+    """Wraps `__init__` of this class: if it is the outermost, it rewrites the model."""
     own_init = cls.__init__
     if own_init in _inits:  # inherited
         return
@@ -88,7 +88,7 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 
 def _from_pretrained(cls: type, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """The model with the adapter that `save_pretrained` has written beside it, or with the one of its names."""
+    """Returns the model with the adapter that `save_pretrained` wrote next to it, or with the one for its names."""
     with _making() as outermost:
         loaded = _own_from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -106,10 +106,10 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
 
 
 def _adapted(model: PreTrainedModel, directory: Path | None = None) -> PreTrainedModel:
-    """`model`, rewritten in place. The random numbers of the test stay those that it would draw without."""
+    """Rewrites `model` in place and returns it. The test draws the same random numbers as without this."""
     _counts["made"] += 1
     if melora_fx.sites(model):
-        return model  # made of parts that are
+        return model  # its parts are rewritten
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[]):
         if not (directory and directory.is_dir() and _loaded(model, directory)):
@@ -129,8 +129,8 @@ def _rewrite(model: PreTrainedModel) -> None:
 
 
 def _loaded(model: PreTrainedModel, directory: Path) -> bool:
-    """Whether the adapter in `directory` is of this model, which then has it. Tests also load another class, other
-    shapes and other weights than they have saved.
+    """Loads the adapter in `directory` and returns whether it belongs to this model. Tests also load other classes,
+    shapes and weights than they have saved.
     """
     try:
         melora_fx.load_adapter(model, directory)
@@ -142,7 +142,7 @@ def _loaded(model: PreTrainedModel, directory: Path) -> bool:
 
 
 def _find_targets(model: PreTrainedModel) -> dict[str, melora_fx.MELoRAConfig | None]:
-    """A configuration for each site: as many blocks as fit, at most four."""
+    """Returns a configuration for each site: as many blocks as fit, at most four."""
     try:
         report = melora_fx.match(model, "all-linear", melora_fx.MELoRAConfig(num_blocks=1))
     except ValueError as error:
@@ -150,7 +150,7 @@ def _find_targets(model: PreTrainedModel) -> dict[str, melora_fx.MELoRAConfig | 
         return {}
     for name, reason in report.skipped:
         _counts[f"site left plain: {name}: {reason}"] += 1
-    sites = sorted(report.sites, key=lambda site: -len(site.name))  # a name is a target for its longer forms too
+    sites = sorted(report.sites, key=lambda site: -len(site.name))  # a name also matches its longer forms
     blocks = [math.gcd(site.in_features, site.out_features, MAX_BLOCKS) for site in sites]
     configs = [melora_fx.MELoRAConfig(rank=RANK, num_blocks=number, alpha=RANK) for number in blocks]
     return {site.name: config for site, config in zip(sites, configs, strict=True)}
@@ -158,7 +158,7 @@ def _find_targets(model: PreTrainedModel) -> dict[str, melora_fx.MELoRAConfig | 
 
 @torch.no_grad()
 def _fill(model: torch.nn.Module, base_model_prefix: str) -> None:
-    """Gives each site the values of its name, which are the same in any two models that have the site."""
+    """Fills each site with values that depend on its name, so that they are equal in all models that have the site."""
     for name, site in melora_fx.sites(model).items():
         name = name.removeprefix(f"{base_model_prefix}.")
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -167,7 +167,7 @@ def _fill(model: torch.nn.Module, base_model_prefix: str) -> None:
 
 
 def _count_error(error: melora_fx.MELoRAError, *args: Any) -> None:
-    """Counts what the library refuses, with its text: also what a test catches."""
+    """Counts the library's errors by text, including those that a test catches."""
     text = re.sub(rf"{tempfile.gettempdir()}/\w+", "", " ".join(map(str, args)))
     _counts[f"refused: {' '.join(text.split())}"] += 1
 
@@ -182,7 +182,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Seeds the test, also the inputs that its models are given, and writes into the JUnit file what was rewritten."""
+    """Seeds the test, including its models' inputs, and writes the counts into the JUnit file."""
     _counts.clear()
     transformers.set_seed(0)
     common = sys.modules.get("tests.test_modeling_common")
@@ -197,7 +197,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 _own_init_subclass = PreTrainedModel.__init_subclass__.__func__
 _own_from_pretrained = PreTrainedModel.from_pretrained.__func__
 _own_save_pretrained = PreTrainedModel.save_pretrained
-for _class in _subclasses(PreTrainedModel):  # those that the libraries have imported
+for _class in _subclasses(PreTrainedModel):  # classes that are already imported
     _wrap_init(_class)
 PreTrainedModel.__init_subclass__ = classmethod(_init_subclass)
 PreTrainedModel.from_pretrained = classmethod(_from_pretrained)

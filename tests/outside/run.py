@@ -1,8 +1,8 @@
-"""Runs transformers' own model tests twice, with plain models and with rewritten ones, and lists what differs.
+"""Runs transformers' own model tests twice, with plain and with rewritten models, and lists the differences.
 
     python tests/outside/run.py --tests ../transformers --out outside-output [--only bert,gpt2] [--slow]
 
-One process at a time; a run whose JUnit file lies in `--out` is not repeated.
+It runs one process at a time, and does not repeat a run whose JUnit file is in `--out`.
 """
 
 import argparse
@@ -24,20 +24,20 @@ ARCHITECTURES = (
     *("t5", "bart", "vit", "clip", "whisper"),
 )
 LIMIT_S = 7200
-"""Of one run of one architecture."""
+"""The time limit of one run of one architecture."""
 
 WIDTH = 200
-"""Of the texts that the plugin counts, in characters."""
+"""The width, in characters, of the texts that the plugin counts."""
 
 SLOW = "(torch_export or onnx_export or matches_sdpa_generate) and not static_cache"
-"""Those of the tests that transformers calls slow which need neither a network nor a GPU. The export of Llama with a
-static cache has hung, with a plain model too.
+"""Tests that transformers marks slow and that need neither a network nor a GPU. The export of Llama with a static
+cache has hung, also with a plain model.
 """
 
 FINISHED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 RANKING = ("passed", "skipped", "failed")
-"""Of several outcomes of one test, its subtests', the last counts."""
+"""If a test has several outcomes, those of its subtests, the last in this order counts."""
 
 KINDS = ("plain", "rewritten", "unfrozen")
 
@@ -50,24 +50,24 @@ NEW = "NEW: "
 FROZEN = "passes if the base is not frozen"
 EXPLAINED = {
     ("*::test_model_weights_reload_no_missing_tied_weights", "*Items in the first set but not the second*"): (
-        "each parameter must be reported missing from an empty checkpoint; those of adapters are not looked for in it"
+        "each parameter must be reported missing from an empty checkpoint, but those of adapters are not expected in it"
     ),
     ("*::test_keep_in_fp32_modules", "*.lora_a was upcasted but it should NOT be"): (
-        "each tensor must be float16 but for some that it names; adapters are float32 beside float16 weights"
+        "each tensor must be float16, except some that it names, but adapters of float16 weights are float32"
     ),
     ("*::test_can_load_ignoring_mismatched_shapes", "*AssertionError: 2 != 42"): (
         "each parameter of a head for 42 labels must have 42 rows; this head is adapted, and its lora_a has 2 blocks"
     ),
 }
-"""(test, message), as globs, where the test assumes something that no adapted model can give, and what."""
+"""Maps (test, message), as globs, to an assumption of the test that no adapted model can meet."""
 
 
 class Run(NamedTuple):
-    """One architecture's tests, by `class::name`.
+    """The results of one architecture's tests, by `class::name`.
 
     Attributes:
-        outcomes: one of RANKING.
-        messages: of what failed or was skipped, its first line.
+        outcomes: one of RANKING for each test.
+        messages: the first line of the message of each test that failed or was skipped.
         adapted: the tests in which a model had an adapter.
         counts: what the plugin counted, over all tests.
     """
@@ -79,7 +79,7 @@ class Run(NamedTuple):
 
 
 def run_tests(tests: Path, selection: list[str], kind: str, result: Path, *, slow: bool) -> bool:
-    """Whether the JUnit file `result` is there: made now, with the output beside it, or by an earlier call."""
+    """Runs tests unless the JUnit file `result` exists; returns whether it exists now. A log is next to it."""
     if result.exists():
         return True
     print(f"{result.stem} …", file=sys.stderr, flush=True)
@@ -100,7 +100,7 @@ def run_tests(tests: Path, selection: list[str], kind: str, result: Path, *, slo
 
 
 def run_architecture(tests: Path, architecture: str, out: Path, *, slow: bool) -> bool:
-    """Whether all of its results are there: plain, rewritten, and of what differs again with a base that is trained."""
+    """Runs plain and rewritten models, and what differs again with a trained base; returns whether all have results."""
     path = f"tests/models/{architecture}/test_modeling_{architecture}.py"
     results = {kind: out / f"{architecture}.{kind}.xml" for kind in KINDS}
     if not run_tests(tests, [path], "plain", results["plain"], slow=slow):
@@ -113,7 +113,7 @@ def run_architecture(tests: Path, architecture: str, out: Path, *, slow: bool) -
 
 
 def read(result: Path) -> Run:
-    """What a JUnit file says; nothing without a file."""
+    """Reads a JUnit file; the result is empty without a file."""
     run = Run({}, {}, set(), Counter())
     if not result.exists():
         return run
@@ -133,7 +133,7 @@ def read(result: Path) -> Run:
 
 
 def differing_tests(plain: Run, rewritten: Run) -> dict[str, str]:
-    """Each test that a plain model does not fail and a rewritten one does, or skips, and its outcomes."""
+    """Returns each test that a plain model does not fail and a rewritten one fails, or skips, with its outcomes."""
     changes = {name: (outcome, rewritten.outcomes.get(name, "gone")) for name, outcome in plain.outcomes.items()}
     return {
         name: f"{before} → {after}"
@@ -143,7 +143,7 @@ def differing_tests(plain: Run, rewritten: Run) -> dict[str, str]:
 
 
 def explained(name: str, plain: Run, rewritten: Run, unfrozen: Run) -> str:
-    """Why a test differs: by the frozen base, as a run with an unfrozen one shows, or as EXPLAINED says."""
+    """Returns why a test differs: the frozen base, as a run with an unfrozen one shows, or a reason in EXPLAINED."""
     if unfrozen.outcomes.get(name) == plain.outcomes[name]:
         return FROZEN
     message = rewritten.messages.get(name, "")
@@ -154,7 +154,7 @@ def explained(name: str, plain: Run, rewritten: Run, unfrozen: Run) -> str:
 
 
 def report(architectures: list[str], out: Path) -> str:
-    """The table, then the differences, then what was rewritten and what was not."""
+    """Returns the table, then the differences, then counts of models and linears that were rewritten or not."""
     rows = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     details = []
     counts: Counter[str] = Counter()

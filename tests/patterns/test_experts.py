@@ -88,7 +88,7 @@ def test_a_module_of_ones_own_in_place() -> None:
 
 @pytest.mark.situation(
     "Experts of a mixture",
-    "`grouped_mm`, `batched_mm`, by `example_inputs=`",
+    "`grouped_mm`, `batched_mm`, with `example_inputs=`",
     "output and gradients of the dense oracle",
 )
 @pytest.mark.parametrize("name", CONFIGS)
@@ -139,7 +139,7 @@ def test_an_expert_without_rows_learns_nothing() -> None:
 
 
 def test_rows_behind_the_last_group_are_left_alone() -> None:
-    """As with expert parallelism, where they belong to another machine's experts and hold anything."""
+    """As with expert parallelism: they belong to another machine's experts and contain anything."""
     x = randn(5, 6)
     x[3:] = float("nan")
     x.requires_grad_()
@@ -244,7 +244,7 @@ def test_compiled(form: str) -> None:
 
 @pytest.fixture(scope="module", params=FORMS)
 def whole(request: pytest.FixtureRequest) -> tuple[Any, nn.Module]:
-    """A plain model, and a rewritten whole capture of its copy with filled adapters. Tests copy before they change."""
+    """A plain model, and a rewritten whole capture of its copy with filled adapters. Tests must copy before changes."""
     plain = mixtral(request.param)
     model = melora_fx.rewrite(copy.deepcopy(plain), TARGETS, CONFIG, example_inputs=tokens())
     return plain, fill(model)
@@ -272,7 +272,7 @@ def test_all_linear_has_the_experts() -> None:
 
 
 def test_outputs_of_a_model(whole: tuple[Any, nn.Module]) -> None:
-    """At other lengths too; every site matters."""
+    """At other lengths too."""
     plain, model = whole
     model = copy.deepcopy(model)
     for given in (tokens(), tokens(3, 7)):
@@ -371,7 +371,7 @@ def test_programs_and_exports_of_the_grouped_form() -> None:
 
 
 @pytest.mark.situation(
-    "Experts of a mixture", "`fold` of a whole capture", "the model's own `generate` has the merged experts"
+    "Experts of a mixture", "`fold` of a whole capture", "the model's own `generate` uses the merged experts"
 )
 def test_the_original_model_has_what_was_folded() -> None:
     """A capture shares its parameters: `generate` of the model uses the merged experts."""
@@ -402,7 +402,9 @@ def test_in_place(form: str) -> None:
     assert {name: type(module) for name, module in model.named_modules()} == types
 
 
-@pytest.mark.situation("Experts of a mixture", "in place, a loop over experts", "refused with the remedy")
+@pytest.mark.situation(
+    "Experts of a mixture", "in place, a loop over experts", "refused with an error that names the remedy"
+)
 def test_in_place_refusals_name_the_remedy() -> None:
     model = mixtral("eager")
     remedy = r"gate_up_proj` cannot .*called one by one: first call .*\(\"grouped_mm\"\)` or `\(\"batched_mm\"\)`"
@@ -424,7 +426,7 @@ def test_a_loop_over_experts_is_not_captured() -> None:
 
 @pytest.mark.default_cases("grouped_mm")
 @pytest.mark.situation(
-    "Experts of a mixture", "beside PEFT's `target_parameters`", "the same outputs and merged stacks"
+    "Experts of a mixture", "compared with PEFT's `target_parameters`", "the same outputs and merged stacks"
 )
 def test_against_peft(whole: tuple[Any, nn.Module]) -> None:
     """Ordinary LoRA of the experts: outputs, and the merged stacks."""
@@ -447,7 +449,7 @@ def test_against_peft(whole: tuple[Any, nn.Module]) -> None:
 
 
 def copy_into_peft(model: nn.Module, other: nn.Module) -> None:
-    """PEFT holds A of all experts as (E·R, I), expert by expert, and B as (O, R·E), expert by expert in each rank."""
+    """Copies A and B. PEFT stores A as (E·R, I), expert by expert, and B as (O, R·E), expert by expert in each rank."""
     wrappers = {
         f"{path.removeprefix('base_model.model.').replace('.base_layer', '')}.{module.parameter_name}": module
         for path, module in other.named_modules()
@@ -461,7 +463,7 @@ def copy_into_peft(model: nn.Module, other: nn.Module) -> None:
 
 
 def gpt_oss(form: str) -> Any:
-    """Its stacks are (E, I, O), with a bias."""
+    """Returns a GPT-OSS, whose stacks are (E, I, O), with a bias."""
     torch.manual_seed(0)
     return _spread(hf.GptOssForCausalLM(hf.GptOssConfig(**SIZES, head_dim=12, num_local_experts=4)), form)
 
@@ -505,7 +507,7 @@ def test_other_architectures(build: Callable[[str], Any], form: str) -> None:
 
 @pytest.mark.slow
 def test_bfloat16_of_a_model() -> None:
-    """The base's operator is `aten._grouped_mm` there, the adapters' is not."""
+    """In bfloat16 the base's operator is `aten._grouped_mm`, the adapters' is not."""
     plain = mixtral(hidden_size=32, intermediate_size=48).to(torch.bfloat16)
     model = melora_fx.rewrite(copy.deepcopy(plain), TARGETS, CONFIG, example_inputs=tokens())
     assert {site.pattern for site in melora_fx.sites(model).values()} == {"aten._grouped_mm"}
@@ -548,7 +550,7 @@ def test_unmerged_exports_that_are_refused(whole: tuple[Any, nn.Module], tmp_pat
 
 @pytest.mark.slow_cases("grouped_mm")
 def test_exports(whole: tuple[Any, nn.Module], tmp_path: Path) -> None:
-    """Merged graphs, by an export and on disk; unmerged ones where the rows gather their matrices."""
+    """Merged graphs, from an export and a fold on disk; unmerged ones if the rows gather their matrices."""
     plain, model = whole
     arrays = {name: value.numpy() for name, value in tokens().items()}
     melora_fx.save_adapter(model, tmp_path / "adapter")

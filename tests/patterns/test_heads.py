@@ -1,4 +1,4 @@
-"""One matrix that is stored in three dimensions, (in, heads, out of a head) or such, as projections to heads are.
+"""One matrix that is stored in three dimensions, such as (in, heads, out of a head), as projections to heads are.
 
 The oracle is the model's own forward in float64, on W + Δ.
 """
@@ -50,7 +50,7 @@ FORMS = {
     "from_heads": ("bthd,ohd->bto", FROM_HEADS, (OUT, 3, IN // 3), False),
     "from_heads_weight_first": ("hdo,bthd->bto", FROM_HEADS, (3, IN // 3, OUT), True),
 }
-"""Letters, shapes of input and weight, and whether that is (in_features, out_features)."""
+"""Letters, shapes of input and weight, and whether the weight is stored as (in_features, out_features)."""
 
 NO_LINEARS = {
     "one_matrix_for_each_head": ("bthd,shd->bths", (4, 3, 8)),
@@ -76,7 +76,7 @@ class Einsum(nn.Module):
 
 
 class Heads(nn.Module):
-    """Both ways in one module."""
+    """Projections to heads and back in one module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def described(model: nn.Module) -> dict[str, tuple[int, int, bool]]:
 
 
 def assert_gradients(model: nn.Module, plain: nn.Module, x: torch.Tensor) -> None:
-    """Output and gradients of input, A and B are those of the dense W + Δ."""
+    """Checks that the output and the gradients of input, A and B are those of the dense W + Δ."""
     dense = dense_copy(model, plain)
     given, wanted = x.clone().requires_grad_(), x.double().requires_grad_()
     assert_same_backward(model(given), dense(wanted))
@@ -240,7 +240,7 @@ def test_files_and_records_of_other_sites_are_as_before() -> None:
     model = rewritten(nn.Sequential(nn.Linear(IN, OUT)))
     (site,) = melora_fx.sites(model).values()
     assert "row_dims" not in site_entries({"0": site})["0"]
-    del vars(site.record)["row_dims"]  # as one that an earlier version has pickled
+    del vars(site.record)["row_dims"]  # like a record that an earlier version has pickled
     assert (site.num_experts, oriented_weight(site).shape) == (1, (OUT, IN))
 
 
@@ -263,7 +263,7 @@ def test_one_weight_cut_in_two_ways() -> None:
             return rows + torch.einsum("btih,ihd->btd", x.unsqueeze(-1).expand(-1, -1, -1, 3), self.q).unsqueeze(2)
 
     reasons = dict(melora_fx.match(Holder(Twice()), lambda *_: True).skipped)
-    assert "and by its transpose, or cuts it into matrices of other sides" in reasons["inner.q"]
+    assert "and by its transpose, or views it as matrices of different shapes" in reasons["inner.q"]
     reasons = dict(melora_fx.match(Holder(Both()), lambda *_: True).skipped)
     assert "its weight is also used by `einsum`" in reasons["inner.q"]
 
@@ -288,7 +288,7 @@ def test_onnx(tmp_path: Path) -> None:
     assert facts["sites"]["inner.q"]["row_dims"] == 1
     graph = onnx.load(base)
     facts = json.loads(graph.metadata_props[0].value)
-    facts["weights"]["inner.q"]["is_transposed"] = True  # of which no view is the matrix
+    facts["weights"]["inner.q"]["is_transposed"] = True  # no view of such a weight is the matrix
     graph.metadata_props[0].value = json.dumps(facts)
     onnx.save(graph, base)
     with pytest.raises(MELoRAError, match=r"does not say where the weights of these sites .*\n`inner.q`; nearest"):

@@ -1,4 +1,4 @@
-"""Products with a part of a weight, with `alpha`, and with features elsewhere than last: whole and in place."""
+"""Products with a part of a weight, with `alpha`, and with features that are not last: whole and in place."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def test_a_loaded_adapter_has_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapter", ["fold", "keep", "swap"])
 def test_onnx(adapter: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    is_swap = adapter == "swap"  # W x makes Δ of pieces, which cannot be inputs
+    is_swap = adapter == "swap"  # W x builds Δ from pieces, which cannot be inputs
     model = fill(rewritten(SITES[:-1] if is_swap else "all-linear"))
     expected = dense_copy(model, plain())(X.double())
     export_onnx(model, {"x": X}, path, adapter=adapter)
@@ -88,7 +88,7 @@ def test_onnx(adapter: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lru_cache.*:UserWarning")
 def test_fold_into_a_base_graph(tmp_path: Path) -> None:
-    """Of columns the exporter keeps copies: refused."""
+    """The exporter stores copies of columns, so these are refused."""
     base, folded = tmp_path / "base.onnx", tmp_path / "folded.onnx"
     export_onnx(plain(), {"x": X}, base)
     model = fill(rewritten(["ordered", "scaled"]))

@@ -1,4 +1,4 @@
-"""Every way to write a linear is found and adapted; what only looks like one is left alone."""
+"""Every way to write a linear is found and adapted; operations that only look like one are left unchanged."""
 
 import warnings
 
@@ -30,7 +30,7 @@ CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=3.0)
 
 
 def check(model: nn.Module, x: torch.Tensor, *, left: bool = False, config: MELoRAConfig = CONFIG) -> None:
-    """Untrained bit-equal, trained equal to the oracle: the base with W + ΔW in its place, in float64."""
+    """Checks that the untrained model is bit-equal to the base, and the filled one near base plus ΔW x in float64."""
     base = output_of(model, x)
     rewritten = melora_fx.rewrite(model, "inner", config)
     (site,) = melora_fx.sites(rewritten).values()
@@ -63,7 +63,7 @@ def test_batch_times_weight(options, form, whole):
 
 
 def test_rows_of_a_weight_for_different_inputs():
-    """As attention with a packed weight does: q from one sequence, k and v from another."""
+    """As in attention with a packed weight: q from one sequence, k and v from another."""
 
     class Cross(nn.Module):
         def __init__(self, cut):
@@ -104,8 +104,8 @@ def test_weight_times_matrix(options, form):
     "shape", [(IN,), (1, IN, 5), (2, IN, 5), (2, 3, IN, 4)], ids=["vector", "batch_of_1", "batch", "two_batches"]
 )
 def test_weight_times_other_dimensions(shape):
-    """`weight @ x` for x of any number of dimensions is right, or refused; never silently something else."""
-    model = Holder(Form(lambda x, w, b: w @ x)).requires_grad_(False)  # torch picks another product for a trained w
+    """`weight @ x` is adapted correctly for x of any number of dimensions."""
+    model = Holder(Form(lambda x, w, b: w @ x)).requires_grad_(False)  # torch uses another product for a trained w
     check(model, randn(*shape), left=True)
 
 
@@ -128,7 +128,7 @@ class Subclass(nn.Linear):
 
 
 class Scaled(nn.Linear):
-    """Has a forward of its own, still a linear of its weight."""
+    """Has its own forward, which is still a linear of its weight."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -177,7 +177,7 @@ def test_weight_used_by_two_nodes_is_one_site():
 
 
 def test_weight_stored_one_way_and_used_both_ways():
-    """An autoencoder with tied weights, Wᵀ(W x): right, or refused by name; never numbers of something else."""
+    """An autoencoder with tied weights, Wᵀ tanh(W x), is correct or refused with an error that names it."""
     model = Holder(Form(lambda x, w, b: torch.tanh(F.linear(x, w)) @ w))
     x = randn(3, IN)
     plain = output_of(model, x)
@@ -237,7 +237,7 @@ def test_exported_program_with_and_without_decompositions(decomposed):
     x = randn(2, 5, IN)
     program = torch.export.export(model, (x,), strict=False)
     if decomposed:
-        with warnings.catch_warnings():  # torch warns of its own deprecated class
+        with warnings.catch_warnings():  # torch warns about its own deprecated class
             warnings.simplefilter("ignore", FutureWarning)
             program = program.run_decompositions()
     base = output_of(program.module(), x)
@@ -251,7 +251,7 @@ def test_exported_program_with_and_without_decompositions(decomposed):
 
 
 def hand_written_graph(build) -> fx.GraphModule:
-    """A GraphModule whose nodes nobody traced: build(graph, x, weight) returns the output node."""
+    """Returns a GraphModule whose nodes are not traced: build(graph, x, weight) returns the output node."""
     root = nn.Module()
     root.inner = nn.Module()
     root.inner.weight = nn.Parameter(randn(OUT, IN, seed=11))

@@ -1,4 +1,4 @@
-"""One walk finds every kind of linear in the order of the graph, by what a node calls and not by its name."""
+"""One walk finds every kind of linear in the order of the graph, by the node's function and not by its name."""
 
 import operator
 
@@ -13,7 +13,7 @@ from melora_fx.patterns.patterns import PATTERNS, find_linear_nodes
 
 
 class Mixed(nn.Module):
-    """A linear, a product with a stack, another linear, and all once more."""
+    """A linear, a product with a stack, another linear, and all of them again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ def test_the_walk_is_in_the_order_of_the_graph() -> None:
 
 @fx.wrap
 def bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Not what its name says."""
+    """Differs from torch's function of this name."""
     return torch.bmm(left, right) * 2
 
 
 @fx.wrap
 def grouped_mm(x: torch.Tensor, stack: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """Not what its name says."""
+    """Differs from torch's function of this name."""
     return x @ stack[0] + len(offs)
 
 
@@ -56,7 +56,7 @@ def test_a_function_with_the_name_of_an_operator_is_none() -> None:
 
 
 class Named(nn.Module):
-    """Inputs, a child and an operator that are called as views are, or given by keywords alone."""
+    """Inputs, children and operators with names of views, or called only with keywords."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_names_of_inputs_and_children_are_not_those_of_views(whole: bool) -> Non
     inputs = (randn(3, 8), randn(8, 8), randn(8), randn(3, 8))
     report = melora_fx.match(Named(), "linear", melora_fx.MELoRAConfig(2, 2), example_inputs=inputs if whole else None)
     assert [site.name for site in report.sites] == ["linear"]
-    assert "stack" not in dict(report.skipped)  # a child called `bmm` is no product
+    assert "stack" not in dict(report.skipped)  # a child called `bmm` is not a product
     traced = fx.symbolic_trace(Named())
     assert [linear.parameter for linear in find_linear_nodes(traced.graph, traced)].count("weight") == 3
 

@@ -1,4 +1,4 @@
-"""PEFT folders that are damaged, forged or of another kind: one clear error each, before anything is written."""
+"""PEFT folders that are damaged, forged or of another kind: one clear error each, and nothing is written."""
 
 import json
 import os
@@ -89,7 +89,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no configuration": (lambda folder: (folder / CONFIG).unlink(), f"no {CONFIG}"),
     "no tensors": (lambda folder: (folder / TENSORS).unlink(), f"no {TENSORS}"),
     "configuration cut short": (_cut(CONFIG, 40), f"{CONFIG}` cannot be read"),
-    "configuration of a list": (_write(CONFIG, b"[]"), "must hold a JSON object"),
+    "configuration of a list": (_write(CONFIG, b"[]"), "must contain a JSON object"),
     "configuration that is not text": (_write(CONFIG, b"\xff\xfe\x00"), "cannot be read"),
     "configuration nested too deeply": (_write(CONFIG, b"[" * 100_000), "nested too deeply"),
     "tensors cut short": (_cut(TENSORS, 900), "truncated or corrupt"),
@@ -101,12 +101,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "one dimension": (_put("A", lambda t: t.flatten()), r"of shape \(48,\)"),
     "four dimensions": (_put("A", lambda t: t[..., None, None].clone()), r"of shape \(2, 24, 1, 1\)"),
     "no values": (_put("A", lambda t: t[:0].clone()), r"of shape \(0, 24\)"),
-    "another rank": (_put("A", lambda t: torch.cat([t, t])), "not of one rank"),
-    "a rank that the configuration belies": (_config(r=3), "it has the rank 2, its configuration says 3"),
-    "lora_A alone": (_tensors(lambda t: t.pop(f"{QUERY}.lora_B.weight")), "without the other"),
+    "another rank": (_put("A", lambda t: torch.cat([t, t])), "have different ranks"),
+    "a rank that the configuration belies": (_config(r=3), "it has rank 2, but its configuration says 3"),
+    "lora_A alone": (_tensors(lambda t: t.pop(f"{QUERY}.lora_B.weight")), "not both factors"),
     "keys of nothing": (
         _tensors(lambda t: t.update({"base_model.model.x": torch.ones(1)})),
-        "holds `x`, which is",
+        "holds `x`, which belongs to no",
     ),
     "a magnitude": (
         _tensors(lambda t: t.update({f"{QUERY}.lora_magnitude_vector": torch.ones(1)})),
@@ -150,10 +150,10 @@ def test_pickles_hold_tensors_or_are_refused(folder: Path, tmp_path: Path, monke
     tensors: dict[str, Any] = load_file(folder / TENSORS)
     (folder / TENSORS).unlink()
     torch.save(tensors | {"more": _Dangerous()}, folder / PICKLE)
-    assert_refused(folder, "holds more than tensors, and is not run")
+    assert_refused(folder, "contains more than tensors, and its code is not run")
     assert not (tmp_path / "was_run").exists()
     torch.save([1], folder / PICKLE)
-    assert_refused(folder, "does not hold tensors by name")
+    assert_refused(folder, "does not contain tensors by name")
     torch.save(tensors | {f"{QUERY}.lora_A.weight": 3}, folder / PICKLE)
     assert_refused(folder, "is not a tensor of numbers")
     (folder / PICKLE).write_bytes(b"PK\3\4")
@@ -163,7 +163,7 @@ def test_pickles_hold_tensors_or_are_refused(folder: Path, tmp_path: Path, monke
 
 
 def test_a_snapshot_of_a_hugging_face_cache_is_read(good: Path, tmp_path: Path) -> None:
-    """Its files are links to where those of all snapshots are."""
+    """Its files are links to a folder with the files of all snapshots."""
     snapshot, blobs = (
         tmp_path / "models--me--adapter" / "snapshots" / "a1b2",
         tmp_path / "models--me--adapter" / "blobs",
@@ -191,7 +191,7 @@ def test_an_earlier_adapter_stays_where_the_new_one_is_bad(folder: Path, tmp_pat
 
 
 def test_another_base_is_refused_when_it_is_loaded(folder: Path, tmp_path: Path) -> None:
-    """The folder says nothing of values: names and shapes must do."""
+    """The folder does not describe the base's values: names and shapes must suffice."""
     _put("A", lambda t: randn(2, 36))(folder)
     read_peft_adapter(folder, tmp_path / "ours")
     with pytest.raises(MELoRAError, match="does not fit"):

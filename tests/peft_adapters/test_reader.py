@@ -1,4 +1,4 @@
-"""Adapters that PEFT has trained, and the MELoRA authors' code has saved: read, and compared on logits."""
+"""Adapters that PEFT has trained, or the MELoRA authors' code has saved: read, and compared on logits."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),  # PEFT 0.19
 ]
 
@@ -79,7 +79,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # yet it follows them
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # but PEFT applies them
 @pytest.mark.default_cases("patterns", "rank-stabilised, a head", "block-diagonal", "one stack of experts")
 @pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
 def test_the_same_is_computed(trained: Trained, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_configuration_of_a_site_is_pefts(tmp_path: Path) -> None:
 
 
 def test_values_in_blocks_are_stored_in_blocks(peft_folder: Path, tmp_path: Path) -> None:
-    """24 features in four blocks of six; the ranks of a block stand anywhere, and one holds nothing."""
+    """24 features in four blocks of six; the ranks of a block are in any order, and one is empty."""
     tensors = load_file(peft_folder / TENSORS)
     a_key, b_key = (f"base_model.model.{QUERY}.lora_{factor}.weight" for factor in "AB")
     lora_a, lora_b = torch.zeros(6, 24), torch.zeros(24, 6)
@@ -147,7 +147,7 @@ def test_one_block_among_zeros_is_no_block_diagonal_adapter(peft_folder: Path, t
 
 
 def test_what_peft_has_trained_on_from_ours_is_a_lora(tmp_path: Path) -> None:
-    """The zeros beside the blocks are trained too: it is in blocks no more, whatever the file says it was."""
+    """The zeros outside the blocks are trained too: it is no longer in blocks, whatever the file says."""
     model = fill(melora_fx.rewrite(bert_classifier(), {"query": MELoRAConfig(rank=2, num_blocks=2, alpha=2.0)}))
     melora_fx.save_adapter(model, tmp_path / "first")
     write_peft_adapter(tmp_path / "first", tmp_path / "peft")
@@ -164,7 +164,7 @@ AUTHORS = {"peft_type": "MELORA", "r": [2, 1], "lora_alpha": [4, 3], "mode": "me
 
 @pytest.fixture
 def authors_folder(tmp_path: Path) -> Path:
-    """What the authors' code saves of a BERT with two blocks on the queries, and a head beside its old self."""
+    """What the authors' code saves for a BERT with two blocks on the queries, with a trained and an original head."""
     folder = tmp_path / "authors"
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(AUTHORS | {"modules_to_save": None, "task_type": "SEQ_CLS"}))
@@ -202,13 +202,13 @@ def test_the_authors_blocks_stay_blocks(authors_folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"r": 2}, "must be lists, a number for each block"),
+        ({"r": 2}, "must be lists with one number per block"),
         ({"r": [2, 0]}, r"`rank\[1\]`"),
-        ({"lora_alpha": [4]}, "must be lists, a number for each block"),
+        ({"lora_alpha": [4]}, "must be lists with one number per block"),
         ({"bias": "all"}, "trained biases"),
         ({"r": [2, 2]}, "block 1 has the shapes"),
-        ({"r": [2, 1, 1], "lora_alpha": [1, 1, 1]}, "just the 3 blocks"),
-        ({"task_type": None}, "holds `classifier.bias`, which is of no adapted module"),
+        ({"r": [2, 1, 1], "lora_alpha": [1, 1, 1]}, "exactly the 3 blocks"),
+        ({"task_type": None}, "holds `classifier.bias`, which belongs to no adapted module"),
     ],
 )
 def test_settings_of_the_authors_that_do_not_fit(changes: Any, text: str, authors_folder: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ VARIANTS = {
     "trained biases": {"bias": "lora_only"},
     "path_initial_model_for_weight_conversion": {"init_lora_weights": "pissa"},
     "its `peft_type` is 'LOHA'": {"peft_type": "LOHA"},
-    "settings that are not known, and may be of another method: use_nova": {"use_nova": 3},
+    "unknown settings, which may belong to another method: use_nova": {"use_nova": 3},
 }
 
 
@@ -254,7 +254,7 @@ def test_embeddings_and_convolutions_are_refused(tmp_path: Path) -> None:
             return self.conv(x)
 
     for name, model, target, text in (
-        ("words", bert_classifier(), "word_embeddings", "no lora_A or lora_B of a linear, as of an embedding"),
+        ("words", bert_classifier(), "word_embeddings", "lora_A and lora_B of a linear, such as of an embedding"),
         ("conv", Convolution(), "conv", "convolutions and embeddings are not adapted"),
     ):
         peft_model = get_peft_model(model, LoraConfig(target_modules=[target]))

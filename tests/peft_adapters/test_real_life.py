@@ -1,4 +1,4 @@
-"""What PEFT's folders are like in real life: ties, heads that nobody lists, parameters, odd names, mixed dtypes."""
+"""PEFT's folders in real life: ties, heads that are not listed, parameters, odd names, mixed dtypes."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from melora_fx import MELoRAConfig, MELoRAError
 from melora_fx.saving.adapter_file import read_adapter
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),  # PEFT 0.19
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
@@ -37,7 +37,7 @@ def tied_llama() -> hf.LlamaForCausalLM:
 
 
 def trained(model: nn.Module, **config: Any) -> PeftModel:
-    """A PEFT model with random values in all that it trains."""
+    """Returns a PEFT model with random values in everything that it trains."""
     peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **config)).eval()
     with torch.no_grad():
         for index, parameter in enumerate(peft_model.parameters()):
@@ -47,7 +47,7 @@ def trained(model: nn.Module, **config: Any) -> PeftModel:
 
 
 def saved(model: nn.Module, folder: Path, targets: Any, config: MELoRAConfig = BLOCKS, **options: Any) -> nn.Module:
-    """Rewritten, filled, and saved for us and for PEFT."""
+    """Rewrites and fills a model, saves its adapter in our format and in PEFT's, and returns it."""
     model = fill(melora_fx.rewrite(model, targets, config, **options)).eval()
     melora_fx.save_adapter(model, folder / "ours")
     write_peft_adapter(folder / "ours", folder / "peft")
@@ -91,7 +91,7 @@ def gpt2() -> hf.GPT2LMHeadModel:
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_how_square_weights_lie_is_not_guessed(tmp_path: Path) -> None:
-    """PEFT saves what it found of the last module: here a linear, and the square Conv1D would be folded transposed."""
+    """PEFT saves the orientation of the last module, here a linear: the square Conv1D would be folded transposed."""
     model = trained(gpt2(), target_modules=["attn.c_proj", "lm_head"], task_type="CAUSAL_LM", fan_in_fan_out=True)
     model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     assert json.loads((tmp_path / "peft" / CONFIG).read_text())["fan_in_fan_out"] is False
@@ -115,7 +115,7 @@ def test_how_ours_lie_is_known_when_they_come_back(tmp_path: Path) -> None:
 
 
 class Product(nn.Module):
-    """A product with a parameter of another name than `weight`, which lies (in, out)."""
+    """A product with a parameter (in, out) that is not called `weight`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def test_parameters_that_are_no_modules_weight(tmp_path: Path) -> None:
 
 
 def test_names_without_a_dot_are_found_alone(tmp_path: Path) -> None:
-    """PEFT takes a listed name for the end of others: `0` for `1.0`."""
+    """PEFT matches a listed name with the end of others: `0` with `1.0`."""
 
     def build() -> nn.Sequential:
         torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_names_without_a_dot_are_found_alone(tmp_path: Path) -> None:
 def test_the_root_itself_is_refused(tmp_path: Path) -> None:
     model = melora_fx.rewrite(Product(), "w", BLOCKS, example_inputs=(randn(2, 12),))
     melora_fx.save_adapter(fill(model), tmp_path / "a")
-    with pytest.raises(MELoRAError, match="of the model itself, and PEFT adapts modules in it alone"):
+    with pytest.raises(MELoRAError, match="of the model itself, and PEFT adapts only modules inside it"):
         write_peft_adapter(tmp_path / "a", tmp_path / "peft")
 
 
@@ -172,7 +172,7 @@ def test_values_beyond_the_dtype_are_not_written(tmp_path: Path) -> None:
         lambda: write_peft_adapter(tmp_path / "ours", tmp_path / "out"),
         lambda: write_gguf_adapter(tmp_path / "ours", tmp_path / "base", tmp_path / "out"),
     ):
-        with pytest.raises(MELoRAError, match="times its scaling are more than its dtype holds"):
+        with pytest.raises(MELoRAError, match="times its scaling exceed the range of its dtype"):
             write()
         assert not (tmp_path / "out").exists()
 
@@ -230,7 +230,7 @@ class Attention(nn.Module):
 
 def test_attention_in_one_module_is_refused(tmp_path: Path) -> None:
     trained(Attention(), target_modules=["attn"]).save_pretrained(tmp_path / "peft")
-    with pytest.raises(MELoRAError, match=r"`attn.*of an nn\.MultiheadAttention, which is not read"):
+    with pytest.raises(MELoRAError, match=r"`attn.*adapts an nn\.MultiheadAttention, which cannot be read"):
         read_peft_adapter(tmp_path / "peft", tmp_path / "ours")
 
 
@@ -260,16 +260,16 @@ def _float8(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "twice": (_twice, "holds a tensor twice, with and without the prefix"),
-    "LoRA-GA": (lambda folder: edit(folder, init_lora_weights="lora_ga"), "by which PEFT changes the base"),
+    "twice": (_twice, "contains a tensor twice, with and without the prefix"),
+    "LoRA-GA": (lambda folder: edit(folder, init_lora_weights="lora_ga"), "with which PEFT changes the base"),
     "experts of transformers 4": (
         _renamed("self_attn.q_proj", "block_sparse_moe.experts.0.w1"),
-        "of experts as transformers 4 had them",
+        "experts in the form of transformers 4",
     ),
     "float8": (_float8, "float8"),
     "an endless pattern": (
         lambda folder: edit(folder, rank_pattern={r"((.)|(\w)|[a-z.])+[^a-z.0-9_]": 3}),
-        "takes for ever to match",
+        "takes too long to match",
     ),
 }
 
@@ -286,14 +286,14 @@ def test_what_is_refused(case: str, folder: Path, tmp_path: Path) -> None:
 def test_folders_of_folders_and_folders_of_others(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "several").mkdir()
     shutil.copytree(folder, tmp_path / "several" / "one")
-    with pytest.raises(MELoRAError, match="holds adapters in folders of their own: name one of one"):
+    with pytest.raises(MELoRAError, match="contains adapters in subfolders: name one of one"):
         read_peft_adapter(tmp_path / "several", tmp_path / "ours")
     with pytest.raises(MELoRAError, match=r"is an adapter folder of another program, with adapter_model\.safetensors"):
         read_peft_adapter(folder, tmp_path / "several" / "one")
 
 
 def test_a_large_description_takes_no_memory(tmp_path: Path) -> None:
-    """The file says of itself that it has a million ranks; they are not made to be compared."""
+    """The file's description claims a million ranks; they are not created for the comparison."""
     saved(tied_llama(), tmp_path, ["q_proj"], UNEVEN)
     file = tmp_path / "peft" / TENSORS
     name = "model.layers.0.self_attn.q_proj"

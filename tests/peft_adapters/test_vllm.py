@@ -1,4 +1,4 @@
-"""vLLM's own models and loader against what `check_for_vllm` says; without a GPU."""
+"""vLLM's own models and loader, compared with `check_for_vllm`; without a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ LAYER = "model.layers.0."
 
 
 def written(folder: Path, model: Any, targets: list[str]) -> tuple[Adapter, dict[str, torch.Tensor]]:
-    """The base, our adapter on `targets`, the same as PEFT's folder, and the update of each site."""
+    """Writes the base, our adapter on `targets` and PEFT's folder of it; returns the adapter and each site's update."""
     model.save_pretrained(folder / "model")
     melora_fx.save_adapter(fill(melora_fx.rewrite(model, targets, BLOCKS)), folder / "adapter")
     write_peft_adapter(folder / "adapter", folder / "peft")
@@ -36,7 +36,7 @@ def written(folder: Path, model: Any, targets: list[str]) -> tuple[Adapter, dict
 
 
 def assert_holds(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """vLLM's layers have these updates and no others."""
+    """Checks that vLLM's layers have these updates and no others."""
     assert found.keys() == expected.keys()
     for name, update in expected.items():
         np.testing.assert_allclose(found[name].numpy(), update.numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
@@ -80,7 +80,7 @@ def test_a_classifier_of_bert(tmp_path: Path) -> None:
 
 def test_a_pooler_is_dropped_without_a_word(tmp_path: Path) -> None:
     adapter, updates = written(tmp_path, bert(num_layers=1), [r"re:.*(intermediate|pooler)\.dense"])
-    with pytest.raises(MELoRAError, match=r"`pooler\.dense`, which vLLM drops without a word"):
+    with pytest.raises(MELoRAError, match=r"`pooler\.dense`, which vLLM silently drops"):
         check_for_vllm(adapter)
     result = read_by_vllm(tmp_path / "model", tmp_path / "peft", "--runner", "pooling")
     kept = "encoder.layer.0.intermediate.dense"
@@ -103,13 +103,13 @@ def test_a_head_is_refused_for_other_models(tmp_path: Path) -> None:
     small = {"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = hf.Qwen2Config(**small, intermediate_size=36, vocab_size=48, tie_word_embeddings=False)
     adapter, _ = written(tmp_path, hf.Qwen2ForCausalLM(config), ["q_proj", "lm_head"])
-    assert check_for_vllm(adapter).notes[0].startswith("vLLM adapts `lm_head` of the models that name it")
+    assert check_for_vllm(adapter).notes[0].startswith("vLLM adapts `lm_head` only in models that name it")
     assert "but received ['lm_head', 'lm_head']" in read_by_vllm(tmp_path / "model", tmp_path / "peft")["error"]
 
 
 def test_names_of_a_bare_model_are_left_out_where_text_is_generated(tmp_path: Path) -> None:
     adapter, _ = written(tmp_path, llama().model, ["q_proj"])
-    assert "would load the adapter and leave it out" in check_for_vllm(adapter).notes[0]
+    assert "would load the adapter and ignore it" in check_for_vllm(adapter).notes[0]
     llama().save_pretrained(tmp_path / "model")
     result = read_by_vllm(tmp_path / "model", tmp_path / "peft")
     assert (result["class"], result["error"], result["updates"]) == ("LlamaForCausalLM", None, {})

@@ -1,4 +1,4 @@
-"""What vLLM takes of an adapter: each rule, and the text of each refusal."""
+"""Which adapters vLLM accepts: each rule, and the text of each refusal."""
 
 import json
 from pathlib import Path
@@ -62,39 +62,39 @@ def test_ranks_end_somewhere(rank: int, is_taken: bool, tmp_path: Path) -> None:
 
 def test_trained_heads_are_refused(tmp_path: Path) -> None:
     melora_fx.save_adapter(adapted_kept_tower(), tmp_path / "adapter")
-    text = r"adapter` cannot be served by vLLM: it holds what was trained whole \(`norm`\), .*; fold it into the base$"
+    text = r"cannot be served by vLLM: it has modules that were trained in full \(`norm`\), .*; fold it into the base$"
     with pytest.raises(MELoRAError, match=text):
         check_for_vllm(read_adapter(tmp_path / "adapter"))
 
 
 def test_models_that_vllm_serves_without_adapters(tmp_path: Path) -> None:
     model = melora_fx.rewrite(gpt2(num_layers=1), ["c_attn"], BLOCKS)
-    with pytest.raises(MELoRAError, match=r"it is of a `GPT2LMHeadModel`, which vLLM serves without adapters; fold"):
+    with pytest.raises(MELoRAError, match=r"it adapts a `GPT2LMHeadModel`, which vLLM serves without adapters; fold"):
         check_for_vllm(saved(model, tmp_path / "adapter"))
 
 
 def test_weights_that_lie_the_other_way(tmp_path: Path) -> None:
-    with pytest.raises(MELoRAError, match=r"the weights of `conv` lie \(in, out\), as Conv1D's do"):
+    with pytest.raises(MELoRAError, match=r"the weights of `conv` are \(in, out\), like Conv1D's"):
         check_for_vllm(saved(rewritten_tower(), tmp_path / "adapter"))
 
 
 def test_stacks_of_experts(tmp_path: Path) -> None:
     melora_fx.save_adapter(melora_fx.rewrite(tower(), LINEAR, BLOCKS), tmp_path / "adapter")
     edit_header(tmp_path / "adapter", lambda header: header["sites"]["up"]["base"].update(shape=[1, 36, 24]))
-    with pytest.raises(MELoRAError, match=r"it adapts stacks of experts \(`up`\), which vLLM takes of some"):
+    with pytest.raises(MELoRAError, match=r"it adapts stacks of experts \(`up`\), which vLLM accepts only for some"):
         check_for_vllm(read_adapter(tmp_path / "adapter"))
 
 
 def test_a_pooler_is_dropped_without_a_word(tmp_path: Path) -> None:
     model = melora_fx.rewrite(bert(num_layers=1), ["query", "dense"], BLOCKS)
-    with pytest.raises(MELoRAError, match=r"it adapts `pooler\.dense`, which vLLM drops without a word"):
+    with pytest.raises(MELoRAError, match=r"it adapts `pooler\.dense`, which vLLM silently drops"):
         check_for_vllm(saved(model, tmp_path / "adapter"))
 
 
 def test_the_text_names_three_of_many(tmp_path: Path) -> None:
     adapter = saved(melora_fx.rewrite(tower(), LINEAR, MELoRAConfig(rank=1, num_blocks=1)), tmp_path / "adapter")
     object.__setattr__(adapter, "kept", tuple("abcde"))
-    with pytest.raises(MELoRAError, match=r"whole \(`a`, `b`, `c`, … \(2 more\)\)"):
+    with pytest.raises(MELoRAError, match=r"in full \(`a`, `b`, `c`, … \(2 more\)\)"):
         check_for_vllm(adapter)
 
 
@@ -117,7 +117,7 @@ def test_a_model_that_takes_adapters_in_the_code_of_transformers(tmp_path: Path)
     melora_fx.save_adapter(melora_fx.rewrite(tower(), LINEAR, BLOCKS), tmp_path / "adapter")
     edit_header(tmp_path / "adapter", lambda header: header["model"].update({"class": "StableLmForCausalLM"}))
     notes = check_for_vllm(read_adapter(tmp_path / "adapter")).notes
-    assert [note[:56] for note in notes] == ["vLLM's own `StableLmForCausalLM` takes no adapters, and "]
+    assert [note[:56] for note in notes] == ["vLLM's own `StableLmForCausalLM` accepts no adapters and"]
 
 
 def test_a_file_that_names_no_model_is_taken(tmp_path: Path) -> None:

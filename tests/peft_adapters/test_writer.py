@@ -17,13 +17,13 @@ import melora_fx
 from exporters import read_peft_adapter, write_peft_adapter
 from melora_fx import MELoRAConfig, MELoRAError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 each_form = pytest.mark.parametrize("form", ["lora", "bdlora"])
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def written(case: Case, folder: Path, form: str = "lora") -> nn.Module:
-    """The adapted model, whose adapter is in `folder / "ours"`, and for PEFT in `folder / "peft"`."""
+    """Returns the adapted model; writes its adapter to `folder / "ours"`, and for PEFT to `folder / "peft"`."""
     model = case.adapted()
     melora_fx.save_adapter(model, folder / "ours")
     write_peft_adapter(folder / "ours", folder / "peft", form=form)
@@ -76,7 +76,7 @@ def test_blocks_are_smaller_by_what_the_packed_factor_saves(tmp_path: Path) -> N
 
 
 def test_names_that_contain_others_are_not_packed_by_mistake(tmp_path: Path) -> None:
-    """PEFT packs every module whose name has a listed one in it."""
+    """PEFT packs every module whose name contains a listed one."""
 
     class Inner(nn.Module):
         def __init__(self) -> None:

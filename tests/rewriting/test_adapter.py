@@ -98,7 +98,7 @@ def test_disabled_in_train_mode_gives_the_bases_dropout(case):
         output = output_of(case.model, case.inputs)
     torch.manual_seed(3)
     expected = output_of(case.plain, case.inputs)
-    if case.name == "gpt2-whole":  # attention with dropout takes another kernel under an explicit mask than `is_causal`
+    if case.name == "gpt2-whole":  # with dropout, attention's kernel depends on an explicit mask or `is_causal`
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     else:
         assert_equal(output, expected)

@@ -25,14 +25,14 @@ pytestmark = [
 )
 @pytest.mark.default_cases(
     *sorted({*SIX} - {"T5", "Mixtral", "Llama", "GPT-2", "ViT", "BERT"}), "nn.MultiheadAttention, cross", "x @ *"
-)  # the others take seven seconds and more
+)  # the others take at least seven seconds
 @pytest.mark.parametrize("name", ZOO)
 def test_properties(name: str) -> None:
     entry = ZOO[name]
     row = measure(name)
     in_place = entry.sites if entry.in_place is None else entry.in_place
     assert (row.in_place, row.whole, row.refused) == (in_place, entry.sites, entry.refused)
-    assert row.effective == (in_place, entry.sites), "a site whose adapter changes nothing"
+    assert row.effective == (in_place, entry.sites), "the adapter of some site changes nothing"
     assert row.starts_equal
     assert row.gradient_error <= GRADIENT_BOUND
     assert row.fold_error <= FOLD_BOUND
@@ -44,9 +44,9 @@ def test_properties(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name.startswith("nn.")])
 def test_torchs_own_attention_in_training(name: str) -> None:
-    """Without the fast path of evaluation, and without dropout, the whole capture is bit-equal in training too."""
+    """In training, without eval mode's fast path and without dropout, the whole capture is bit-equal too."""
     plain, inputs = build(name)
-    plain.requires_grad_(False)  # torch computes a product with a strided input otherwise when the weight is trained
+    plain.requires_grad_(False)  # torch computes a product with a strided input differently if the weight is trained
     model = rewritten(name, whole=True).train()
     assert_equal(outputs(model, inputs), outputs(plain.train(), inputs))
     fill(model)
@@ -76,7 +76,7 @@ def test_torchs_own_attention_in_training(name: str) -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_compiles_like_the_plain_model(name: str, whole: bool) -> None:
     if not whole and ZOO[name].in_place == 0:
-        pytest.skip("refused in place: example_inputs= serves it")
+        pytest.skip("refused in place: it needs example_inputs=")
     check_compilation(name, whole, "aot_eager")
 
 

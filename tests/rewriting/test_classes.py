@@ -1,4 +1,4 @@
-"""What users do with the classes of rewritten models: call them, derive from them, change them, parametrize."""
+"""Uses of the classes of rewritten models: calling, deriving, changing and parametrizing them."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ CONFIG = MELoRAConfig(rank=2, num_blocks=3)
 
 
 class Both(nn.Module):
-    """A matrix of its own, and a linear."""
+    """Has its own matrix, and a linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_a_class_that_forbids_to_delete_can_be_folded() -> None:
 
 
 class Sized(Both):
-    """A constructor that takes something."""
+    """Has a constructor with an argument."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_methods_that_are_given_anything_compute() -> None:
 
 
 def test_equal_methods_of_two_classes_compute() -> None:
-    """As a cell of a notebook that is run twice defines them."""
+    """As if a notebook cell that defines them is run twice."""
 
     def made() -> nn.Module:
         class Again(Both):
@@ -177,7 +177,7 @@ def test_a_part_that_is_taken_out_is_freed() -> None:
 
 
 def test_a_copy_of_another_dtype_compiles_as_one_graph(fresh_dynamo) -> None:
-    """Its class is a new one."""
+    """The copy has a new class."""
     model = copy.deepcopy(rewritten().double())
     x = randn(2, IN, dtype=torch.float64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)(x)

@@ -1,6 +1,6 @@
-"""Hand-written models composed at random: each is right, or refused by name; none is silently wrong.
+"""Hand-written models composed at random: each is correct or refused; none is silently incorrect.
 
-In place, and by `example_inputs=` as one graph.
+In place, and with `example_inputs=` as one graph.
 """
 
 from collections import Counter
@@ -19,19 +19,19 @@ from melora_fx import MELoRAConfig
 CONFIGS = st.builds(MELoRAConfig, rank=st.integers(1, 2), num_blocks=st.integers(2, 3), alpha=st.just(3.0))
 
 ONLY_REFUSED = ("reader: parameters", "reader: own list", "part: there and back", "product: einsum of a batch")
-"""Without a right model: they take a weight past the attribute that holds it, use it both ways, or as a stack."""
+"""Without a correct model: they read a weight past its attribute, use it in both orientations, or as a stack."""
 
 CAPTURED_PIECES = [piece for piece in PIECES if piece.partition(":")[0] in ("argument", "control", "input", "region")]
 CAPTURED_PIECES += [piece for piece in PIECES if piece.startswith("state") and piece not in FROZEN]
 
 
 def captured_models(piece: str = "") -> st.SearchStrategy[ComposedModel]:
-    """Models that one graph can follow, as far as their Python goes."""
+    """Draws models whose Python one graph can follow."""
     return composed_models(piece).filter(lambda composed: composed.is_followed)
 
 
 def examples(count: int) -> settings:
-    """So many; where one fails, one failure is shrunk and shown."""
+    """Returns settings for `count` examples; if one fails, one failure is shrunk and shown."""
     return settings(
         max_examples=count,
         phases=(Phase.generate, Phase.shrink),
@@ -50,7 +50,7 @@ def test_a_composed_model_is_right_or_refused_by_name(
 
 @pytest.mark.parametrize("piece", a_fifth_slow(PIECES, PIECES))
 def test_models_with_each_piece(piece: str) -> None:
-    """Some of them are right: a rewrite that refuses the piece each time would pass otherwise."""
+    """Some of them must be correct: otherwise a rewrite that always refuses the piece would pass."""
     outcomes: Counter[str] = Counter()
 
     @examples(5)

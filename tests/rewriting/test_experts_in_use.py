@@ -1,6 +1,6 @@
-"""Experts of a mixture through a user's week: trained, carried from one form to another, kept apart from what is none.
+"""Experts of a mixture in a user's week: trained, moved from one form to another, distinguished from other stacks.
 
-Also what else a second reader tried: optimizers, wrapped layers, heads that were resized, parts of a model.
+Also what a second reader tried: optimizers, wrapped layers, resized heads, parts of a model.
 """
 
 import copy
@@ -50,7 +50,7 @@ def captured(form: str, config: MELoRAConfig = CONFIG, example: dict[str, torch.
 
 
 def near(actual: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-5) -> bool:
-    """Equal up to rounding, relative to the largest value."""
+    """Returns whether tensors are equal up to rounding, relative to the largest value."""
     return bool((actual.double() - wanted.double()).abs().max() <= bound * wanted.abs().max())
 
 
@@ -58,8 +58,8 @@ def near(actual: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-5) -> boo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_in_place_they_compile_as_one_graph(form: str, dtype: torch.dtype) -> None:
-    """In float32 transformers calls another operator when Dynamo compiles."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32}  # and a rank that are multiples of 16 bytes
+    """In float32, transformers calls another operator when Dynamo compiles."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32}  # and a rank in multiples of 16 bytes
     config = MELoRAConfig(rank=8, num_blocks=2)
     model = fill(melora_fx.rewrite(mixtral(form, **sizes), "all-linear", config)).to(dtype).eval()
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_an_adapter_means_the_same_in_every_form_and_place(tmp_path: Path) -> No
 @pytest.mark.default_cases("grouped_mm")
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_micro_batches_of_other_sizes_than_the_example(form: str) -> None:
-    """Beside the dense float64 model, by autograd through W + Δ."""
+    """Compared with autograd through W + Δ in the dense float64 model."""
     model = captured(form)
     dense = None
     batches = (tokens(), tokens(3, 7, seed=5), tokens(1, 1, seed=6))
@@ -124,7 +124,7 @@ def test_ranks_and_alphas_are_exchanged_in_place(form: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_site_knows_whether_its_rows_are_sorted_by_expert(form: str) -> None:
-    """Copies too, and while the base runs: exports ask."""
+    """Copies too, and while the base runs: exports read it."""
     model = rewritten_experts(form)
     for each in (model, by_torch_save(model)):
         assert the_site(each).record.is_aten == (form != "grouped_mm")
@@ -151,7 +151,7 @@ def test_forward_mode_is_right_or_refused(form: str) -> None:
 
 
 class Pieces(Lines):
-    """As a language model's collator gives them."""
+    """Rows as a language model's collator returns them."""
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {**super().__getitem__(index), "attention_mask": torch.ones(6, dtype=torch.long)}
@@ -179,7 +179,7 @@ def test_a_trainer_trains_every_form_alike(tmp_path: Path) -> None:
 
 
 class Own(nn.Module):
-    """A model of one's own: no `save_pretrained`, no `tie_weights`."""
+    """A user-defined model: no `save_pretrained`, no `tie_weights`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ def test_copies_in_place_and_other_implementations_later() -> None:
 
 
 class Added(nn.Module):
-    """Learned positions of several kinds, as prompts and relative tables are."""
+    """Learned positions of several kinds, like prompts and relative tables."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class Gains(Added):
 
 
 class Causal(nn.Conv1d):
-    """Streaming audio models write it so."""
+    """A convolution as streaming audio models write it."""
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
@@ -311,7 +311,7 @@ def test_what_cannot_be_captured_has_no_experts_to_blame() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.config = hf.BertConfig()
-            self.config._experts_implementation = "eager"  # as any model of transformers sets it
+            self.config._experts_implementation = "eager"  # as transformers sets it in any model
             self.convolution = nn.Conv1d(IN, IN, 1)
             self.linear = nn.Linear(IN, IN)
 
@@ -353,7 +353,7 @@ def test_a_trained_bias_gets_the_gradient_of_the_packed_forward(scale: float) ->
 
 
 class Pairs(nn.Module):
-    """Products of pairs of features, as layers of logic gates choose them."""
+    """Products of pairs of features, chosen as in layers of logic gates."""
 
     def __init__(self) -> None:
         super().__init__()

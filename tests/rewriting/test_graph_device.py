@@ -1,4 +1,4 @@
-"""The graph of a whole model goes where its tensors go; the meta device stands for every other one."""
+"""The graph of a whole model moves with its tensors; the meta device stands for all others."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ META = torch.device("meta")
 
 
 class Positions(nn.Module):
-    """Makes tensors on the device of its input."""
+    """Creates tensors on the device of its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Positions(nn.Module):
 
 
 class PositionsApart(Positions):
-    """Makes them where `torch.export` puts them into graphs of their own: one in the other."""
+    """Creates them in regions that `torch.export` turns into separate graphs, one inside the other."""
 
     def forward(self, x: Tensor) -> Tensor:
         def scaled(x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def named_devices(graph: fx.Graph) -> set[torch.device]:
 
 
 def inner_devices(model: nn.Module) -> list[set[torch.device]]:
-    """Those that each graph names which the model's graph calls, if it names any."""
+    """Returns the devices named in each graph that the model's graph calls, if it names any."""
     found = [named_devices(inner.graph) for inner in inner_modules(model, model.graph)]
     return [devices for devices in found if devices]
 

@@ -1,4 +1,4 @@
-"""Modules as people write them by hand are adapted rightly or refused by name, never silently wrong."""
+"""Modules as people write them by hand are adapted correctly or refused, never silently incorrect."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ ADAPTED = (RIGHT, EITHER)
 QUICK = [
     f"{case.id}-eval" for number, case in enumerate(CASES.values()) if case.outcome not in ADAPTED or number % 5 == 0
 ]
-"""Those of the default run: every fifth that is adapted, and all that are refused."""
+"""Cases of the default run: every fifth that is adapted, and all that are refused."""
 ASK_FOR_THE_MODE = (
     "functional-dropout-train",
     "train-or-eval-train",
@@ -27,20 +27,20 @@ ASK_FOR_THE_MODE = (
 
 
 def of(outcomes: tuple[str, ...]) -> Any:
-    """Parametrizes `case` by the cases of these outcomes; those that are slow are marked."""
+    """Parametrizes `case` with the cases of these outcomes; slow ones are marked."""
     cases = [case for case in CASES.values() if case.outcome in outcomes]
     parameters = [pytest.param(case, id=case.id, marks=[pytest.mark.slow] * case.slow) for case in cases]
     return pytest.mark.parametrize("case", parameters)
 
 
 def of_adapted(chosen: Callable[[Case], bool] = lambda case: True) -> Any:
-    """Parametrizes `case` by those that are adapted: every fifth slow, the others full."""
+    """Parametrizes `case` with those that are adapted: every fifth slow, the others full."""
     cases = [case for case in CASES.values() if case.outcome in ADAPTED and chosen(case)]
     return pytest.mark.parametrize("case", a_fifth_slow(cases, [case.id for case in cases]))
 
 
 def or_skipped(function: Callable[..., None], *arguments: Any) -> None:
-    """Skips what the plain model does not do either."""
+    """Calls the function; skips the test if the plain model cannot do this either."""
     try:
         function(*arguments)
     except in_use.NotAskedError as reason:
@@ -51,12 +51,12 @@ def or_skipped(function: Callable[..., None], *arguments: Any) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @of((RIGHT, AT_REWRITE, IN_FORWARD, WITH_GRADIENTS, REFUSED, EITHER, LIMIT))
 def test_right_or_refused(case, training) -> None:
-    """In evaluation without gradients and with them; the training steps of the rest are slow."""
+    """In eval mode without and with gradients, and in training; the training steps of most cases are slow."""
     assert_outcome(case, training=training)
 
 
 def test_the_page_has_a_row_for_each_case() -> None:
-    """`PYTHONPATH=tests python -m support.capture_table` makes them."""
+    """`PYTHONPATH=tests python -m support.capture_table` writes them."""
     rows = {(area, what): result for area, what, result in documented(IN_PLACE)}
     assert rows.keys() == {(case.area, case.what) for case in CASES.values()}
     open_outcomes = (EITHER, REFUSED)
@@ -65,7 +65,7 @@ def test_the_page_has_a_row_for_each_case() -> None:
     assert WRONG not in rows.values()
 
 
-@pytest.mark.filterwarnings("ignore")  # what torch warns of while it compiles
+@pytest.mark.filterwarnings("ignore")  # torch's warnings while it compiles
 @of_adapted()
 def test_compiled(case, fresh_dynamo) -> None:
     or_skipped(in_use.assert_compiles, case)

@@ -1,4 +1,4 @@
-"""What is done with any model goes on working with a rewritten one: moved, copied, hooked, loaded late, generating."""
+"""Everything that works on any model works on a rewritten one: moved, copied, hooked, loaded late, generating."""
 
 import copy
 import pickle
@@ -57,7 +57,7 @@ def rewritten_gpt2() -> GPT2LMHeadModel:
 
 
 def gradients(model: nn.Module, x: Any) -> dict[str, torch.Tensor]:
-    """Of the adapters, after one step on a loss; `model` is left without."""
+    """Returns the gradients of the adapters after one backward pass, and clears them in `model`."""
     output = model(**x) if isinstance(x, dict) else model(x)
     output = output if isinstance(output, torch.Tensor) else output.logits
     output.float().square().sum().backward()
@@ -69,7 +69,7 @@ def gradients(model: nn.Module, x: Any) -> dict[str, torch.Tensor]:
 @in_situations(
     "options",
     "Generation",
-    "the tokens of the folded model, with the key-value cache and without",
+    "the tokens of the folded model, with and without the key-value cache",
     {"greedy": {}, "beam search": {"num_beams": 3}, "sampling": {"do_sample": True, "top_k": 5}},
 )
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -100,7 +100,7 @@ def test_generate(family: str, options: dict[str, Any]) -> None:
     with melora_fx.disabled(model):
         base = generated(model)
     cached = generated(model)
-    assert not torch.equal(cached, base), "the adapter must show"
+    assert not torch.equal(cached, base), "the adapter must change the tokens"
     assert_equal(generated(model, use_cache=False), cached)
     assert_equal(generated(melora_fx.fold(copy.deepcopy(model))), cached)
 
@@ -117,7 +117,7 @@ def _without_dropout(model: nn.Module) -> Any:
 @in_situations(
     "reentrant",
     "Training",
-    "the gradients without it, embeddings frozen",
+    "the same gradients as without it, with frozen embeddings",
     {f"gradient checkpointing, `use_reentrant={flag}`": flag for flag in (True, False)},
 )
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_gradient_checkpointing(build: Callable[[], Any], targets: list[str], re
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
-@situation("Training", "bfloat16 autocast", "float32 gradients near those in float32")
+@situation("Training", "bfloat16 autocast", "float32 gradients, close to those without autocast")
 def test_autocast() -> None:
     model = rewritten_mlp()
     x = randn(5, 24)
@@ -152,7 +152,7 @@ def test_autocast() -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@situation("Training", "`accelerator.prepare`, `save_state`, `load_state`", "trains; the saved state comes back")
+@situation("Training", "`accelerator.prepare`, `save_state`, `load_state`", "trains; the saved state is restored")
 def test_accelerate(tmp_path) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = rewritten_mlp()
@@ -171,7 +171,11 @@ def test_accelerate(tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@situation("Training", "… around a rewritten module itself", "`disabled` leaves it in force, `fold` asks to unwrap")
+@situation(
+    "Training",
+    "`accelerator.prepare` of a rewritten linear itself",
+    "the wrapper stays active in `disabled`; `fold` asks to unwrap it",
+)
 def test_accelerate_wraps_a_rewritten_root() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     plain = nn.Linear(24, 36)
@@ -194,7 +198,11 @@ def test_accelerate_wraps_a_rewritten_root() -> None:
     assert "forward" not in vars(inner)
 
 
-@situation("Moved and copied", "`model.to(dtype)`, `.double()`, `.to('meta')`", "A, B and the output follow")
+@situation(
+    "Moved and copied",
+    "`model.to(dtype)`, `.double()`, `.to('meta')`",
+    "A, B and the output follow the dtype and the device",
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_moved_to_a_dtype(dtype: torch.dtype) -> None:
     model = rewritten_mlp()
@@ -216,7 +224,7 @@ def _saved(model: nn.Module, directory: Path) -> nn.Module:
 @in_situations(
     "again",
     "Moved and copied",
-    "the same bits, in tensors of its own",
+    "the same bits, in separate tensors",
     {
         "`copy.deepcopy`": lambda model, _: copy.deepcopy(model),
         "pickled": lambda model, _: pickle.loads(pickle.dumps(model)),
@@ -238,7 +246,7 @@ def test_copies(build: Callable[[], nn.Module], again: Callable[..., nn.Module],
     ]
 
 
-@situation("Called in other ways", "`torch.func.functional_call` with other A and B", "the output of those")
+@situation("Called in other ways", "`torch.func.functional_call` with other A and B", "the output for these values")
 def test_functional_call() -> None:
     model = rewritten_mlp()
     x = randn(5, 24)
@@ -256,7 +264,7 @@ def test_inference_mode() -> None:
             assert_equal(model(x), expected.detach())
 
 
-@situation("Called in other ways", "forward and backward hooks on a site, old and new", "each called once")
+@situation("Called in other ways", "forward and backward hooks on a site, old and new", "each is called once")
 def test_hooks_of_a_site() -> None:
     model = mlp()
     calls = list[str]()
@@ -278,11 +286,11 @@ def test_hooks_of_a_site() -> None:
     assert sorted(calls) == sorted(expected)
     calls.clear()
     melora_fx.fold(model)(randn(5, 24).requires_grad_()).sum().backward()
-    assert sorted(calls) == sorted(expected), "a fold leaves them"
+    assert sorted(calls) == sorted(expected), "a fold keeps them"
 
 
 @situation(
-    "Called in other ways", "`named_modules`, `isinstance`, `requires_grad_`, `apply`", "paths, classes as before"
+    "Called in other ways", "`named_modules`, `isinstance`, `requires_grad_`, `apply`", "paths and classes as before"
 )
 def test_walking_the_modules() -> None:
     plain = bert_classifier()
@@ -309,12 +317,12 @@ def _double(linear: nn.Module) -> None:
 @in_situations(
     "change",
     "Parametrized weights",
-    "refused by name",
+    "refused with an error that names the linear",
     {
         "a parametrization before `rewrite`": _double,
         "`parametrizations.weight_norm`": nn.utils.parametrizations.weight_norm,
-        "`spectral_norm` by hooks": nn.utils.spectral_norm,
-        "pruned": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+        "`spectral_norm` with hooks": nn.utils.spectral_norm,
+        "`prune.l1_unstructured`": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
     },
 )
 def test_a_weight_that_is_made_anew_is_refused_by_name(change: Callable[[nn.Module], Any]) -> None:
@@ -340,7 +348,9 @@ def _assert_first_is_refused(model: nn.Module, **options: Any) -> None:
         melora_fx.rewrite(model, "all-linear", CONFIG, **options)
 
 
-@situation("Parametrized weights", "a parametrization after `rewrite`", "works; copy and fold ask to remove it first")
+@situation(
+    "Parametrized weights", "a parametrization after `rewrite`", "works; copies and folds ask to remove it first"
+)
 def test_parametrized_after_the_rewrite() -> None:
     model = rewritten_mlp()
     x = randn(5, 24)
@@ -392,7 +402,7 @@ def test_low_cpu_mem_usage(tmp_path) -> None:
     assert_equal(output_of(fill(melora_fx.rewrite(model, GPT2_TARGETS, CONFIG)), ids), output_of(rewritten_gpt2(), ids))
 
 
-@situation("Loaded late", "`device_map` with offload to disk", "refused by name; the remedy: remove the hook")
+@situation("Loaded late", "`device_map` with offload to disk", "refused; remedy: remove the hook")
 def test_disk_offload_is_refused(tmp_path) -> None:
     gpt2().save_pretrained(tmp_path / "model")
     places = {f"transformer.{name}": "cpu" for name in ("wte", "wpe", "ln_f")}
@@ -408,7 +418,9 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-@situation("Loaded late", "rewritten on meta, then `to_empty`, the base's state", "a fresh adapter: the base's bits")
+@situation(
+    "Loaded late", "rewritten on meta, then `to_empty` and the base's state", "a fresh adapter: the base's output bits"
+)
 @pytest.mark.parametrize("captured", [False, True], ids=["in_place", "whole"])
 def test_to_empty_gives_a_fresh_adapter(captured: bool) -> None:
     plain = mlp()
@@ -423,7 +435,9 @@ def test_to_empty_gives_a_fresh_adapter(captured: bool) -> None:
 
 
 @situation(
-    "Loaded late", "rewritten on meta, then the base's state by `assign=True`", "a fresh adapter: the base's bits"
+    "Loaded late",
+    "rewritten on meta, then the base's state with `assign=True`",
+    "a fresh adapter: the base's output bits",
 )
 @pytest.mark.parametrize("captured", [False, True], ids=["in_place", "whole"])
 def test_assigned_weights_get_a_fresh_adapter(captured: bool) -> None:
@@ -438,7 +452,7 @@ def test_assigned_weights_get_a_fresh_adapter(captured: bool) -> None:
     assert sum(value.requires_grad for value in model.parameters()) == 4
 
 
-@situation("Loaded late", "rewritten on meta, then a rewritten model's state", "its bits")
+@situation("Loaded late", "rewritten on meta, then a rewritten model's state", "that model's output bits")
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_whole_state_is_kept(assign: bool) -> None:
     source = rewritten_mlp()
@@ -459,7 +473,7 @@ def test_forgotten_train() -> None:
     assert not torch.equal(model.train()(x), model(x))
 
 
-@situation("First hour", "`rewrite` after `torch.compile(model)`", "refused; the remedy: the other way round")
+@situation("First hour", "`rewrite` after `torch.compile(model)`", "refused; remedy: the reverse order")
 def test_rewrite_after_compile() -> None:
     model = torch.compile(mlp(), backend="eager")
     with (
@@ -469,7 +483,7 @@ def test_rewrite_after_compile() -> None:
         melora_fx.rewrite(model, "all-linear", CONFIG)
 
 
-@situation("First hour", "`rewrite` after `model.compile()`, in place", "works: compiles again")
+@situation("First hour", "`rewrite` after `model.compile()`, in place", "works: it is recompiled")
 @pytest.mark.slow
 def test_rewrite_after_compile_in_place() -> None:
     model = bert_classifier()
@@ -510,7 +524,7 @@ def test_fold_of_a_wrapper() -> None:
     torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@situation("First hour", "`rewrite` twice", "refused; the remedies: `fold`, `load_adapter`")
+@situation("First hour", "`rewrite` twice", "refused; remedies: `fold`, `load_adapter`")
 def test_rewrite_twice() -> None:
     model = rewritten_mlp()
     with (
@@ -522,7 +536,7 @@ def test_rewrite_twice() -> None:
 
 @situation("First hour", "`save_pretrained` of a rewritten model", "a warning that names `save_adapter` and `fold`")
 def test_save_pretrained_warns(tmp_path) -> None:
-    with pytest.warns(UserWarning, match="use `melora_fx.save_adapter`, or `melora_fx.fold` first"):
+    with pytest.warns(UserWarning, match="use `melora_fx.save_adapter`, or call `melora_fx.fold` first"):
         rewritten_gpt2().save_pretrained(tmp_path)
 
 
@@ -533,7 +547,9 @@ def test_backward_inside_disabled() -> None:
         model(randn(5, 24)).sum().backward()
 
 
-@situation("First hour", "`load_adapter` of a PEFT folder, of nothing, of another model", "one error that says which")
+@situation(
+    "First hour", "`load_adapter` of a PEFT folder, a missing one, one of another model", "one error that says which"
+)
 def test_load_adapter_of_something_else(tmp_path) -> None:
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA"}')

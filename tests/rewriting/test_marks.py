@@ -1,4 +1,4 @@
-"""What `rewrite` leaves on modules: one mark each, one on the root; and what stood there before comes back."""
+"""Attributes that `rewrite` leaves on modules: one mark each, one on the root; earlier attributes are restored."""
 
 import copy
 import gc
@@ -29,14 +29,14 @@ def rewritten_bert() -> nn.Module:
 
 @pytest.fixture
 def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
-    """PyTorch's table of hooks, without those of other tests' models."""
+    """Replaces PyTorch's table of hooks, to exclude those of other tests' models."""
     empty: dict[int, Any] = OrderedDict()
     monkeypatch.setattr(torch_optimizer, "_global_optimizer_pre_hooks", empty)
     return empty
 
 
 def marks_of(model: nn.Module) -> dict[str, list[str]]:
-    """Our attributes by module, beside the adapters."""
+    """Returns our attributes by module, except the adapters."""
     found = {path: [name for name in vars(module) if "melora" in name] for path, module in model.named_modules()}
     return {path: names for path, names in found.items() if names}
 
@@ -113,7 +113,7 @@ def test_a_trainers_patches_go_with_a_second_rewrite(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("hooks")
 def test_a_hook_of_others_is_not_disturbed() -> None:
-    """A model is collected while PyTorch goes through its hooks."""
+    """A model is collected while PyTorch iterates over its hooks."""
     watch = _Watch()
     models = [tower()]
     watch.add(models[0])
@@ -131,7 +131,7 @@ def test_a_hook_of_others_is_not_disturbed() -> None:
 
 
 def test_a_model_is_collected_without_a_generator() -> None:
-    """At which Dynamo raises where it compiles whole graphs: a collection may happen then too."""
+    """Dynamo raises an error for generators when it compiles whole graphs, and a collection may happen then."""
     watch = _Watch()
     models = [tower()]
     watch.add(models[0])

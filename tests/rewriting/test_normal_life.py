@@ -1,4 +1,4 @@
-"""What users do with a model in the first days, done with a rewritten one: as before, or refused by name."""
+"""What users do with a model in the first days, tried on a rewritten one: it works as before, or is refused."""
 
 import copy
 import gc
@@ -50,7 +50,7 @@ import melora_fx
 from melora_fx import AdapterCheckpointCallback, MELoRAConfig, MELoRAError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.ao, of what torchao and bitsandbytes import
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch.ao's, and of imports in torchao, bitsandbytes
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -60,7 +60,7 @@ CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=3.0)
 
 
 class Interrupted(TrainerCallback):
-    """Someone presses Ctrl-C."""
+    """Simulates Ctrl-C in step 4."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 4:
@@ -73,7 +73,7 @@ def interrupt(trainer: Trainer) -> None:
         trainer.train()
 
 
-@pytest.mark.situation("Trainer", "interrupted (Ctrl-C), then `fold`, `save_pretrained`", "the whole model")
+@pytest.mark.situation("Trainer", "interrupted (Ctrl-C), then `fold`, `save_pretrained`", "the whole model is saved")
 @pytest.mark.parametrize("use", [interrupt, Trainer.evaluate], ids=["interrupted", "evaluated only"])
 def test_what_is_folded_after_a_trainer_is_saved_whole(use: Callable[[Trainer], Any], tmp_path) -> None:
     model = fill(rewritten())
@@ -92,7 +92,7 @@ def test_save_pretrained_warns_again_after_a_trainer(use: Callable[[Trainer], An
 
 
 @pytest.mark.default_cases("head kept trainable")
-@pytest.mark.situation("Trainer", "a tied language model, resumed from its adapter", "as uninterrupted; still tied")
+@pytest.mark.situation("Trainer", "a tied language model, resumed from its adapter", "same losses; still tied")
 @pytest.mark.parametrize(
     ("targets", "kept"),
     [(["c_attn"], ()), (["c_attn", "lm_head"], ()), (["c_attn"], ["lm_head"])],
@@ -154,7 +154,9 @@ def test_model_init_makes_a_model_for_each_training(tmp_path) -> None:
 
 
 @pytest.mark.default_cases("torchao int8 weights-*", "torch dynamic int8-*", "bitsandbytes 4 bits-eager")
-@pytest.mark.situation("Bases that are not plain", "each under bfloat16 autocast", "trains, eager and compiled")
+@pytest.mark.situation(
+    "Quantised and half-precision bases", "quantised, under bfloat16 autocast", "trains, eager and compiled"
+)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("base", QUANTIZED)
 @pytest.mark.slow
@@ -174,13 +176,17 @@ def test_autocast_over_a_quantised_base(base: str, compiled: bool) -> None:
         bias = bias() if callable(bias) else bias
         hidden = F.linear(F.gelu(hidden) if index else hidden, weight.double() + update, bias.detach().double())
     hidden.square().sum().backward()
-    assert difference(output.detach(), hidden.detach()) < 5e-2  # of bfloat16, of which some bases round to 8 bits too
+    assert difference(output.detach(), hidden.detach()) < 5e-2  # bfloat16, which some bases also round to 8 bits
     for site, factor in zip(sites, factors, strict=True):
         assert site.lora_b.grad.dtype == torch.float32
         assert difference(site.lora_b.grad, factor.grad) < 5e-2
 
 
-@pytest.mark.situation("Bases that are not plain", "a bias beside one kept trainable", "the gradient of the oracle")
+@pytest.mark.situation(
+    "Quantised and half-precision bases",
+    "a bias kept trainable next to quantised weights",
+    "the gradient of the oracle",
+)
 @pytest.mark.parametrize("base", [name for name in QUANTIZED if name != "torch dynamic int8"])  # its bias is packed too
 def test_a_bias_beside_quantised_weights_is_trained_on_request(base: str) -> None:
     model, weights = rewritten_base(base)
@@ -227,7 +233,7 @@ def test_a_packed_linear_is_called_as_before(options: dict[str, float]) -> None:
 
 
 class Permuted(nn.Module):
-    """A layer of a flow: it has the sizes of a linear and an integer buffer, and is none."""
+    """A layer of a flow: it has the sizes of a linear and an integer buffer, but is not a linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +266,7 @@ def test_what_has_sizes_and_integers_is_not_yet_a_linear(build: Callable[[], Any
 
 
 class Gated(nn.Module):
-    """Matrices called as in RWKV and gated attention, beside a vector called as pruning would call it."""
+    """Matrices with names as in RWKV and gated attention, and a vector with a name that pruning would use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,7 +286,7 @@ def test_parameters_that_are_called_as_those_of_weight_norm() -> None:
 
 
 @pytest.mark.situation(
-    "Training", "`checkpoint_wrapper` around layers, before or after", "trains; the file keeps its names"
+    "Training", "`checkpoint_wrapper` around layers, before or after `rewrite`", "trains; `save_adapter` works"
 )
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_checkpoint_wrapper(before: bool, tmp_path) -> None:
@@ -309,7 +315,7 @@ def test_an_optimizer_for_each_part_is_not_stale() -> None:
         for optimizer in optimizers:
             optimizer.step()
     unchanged = {name for name, value in before.items() if torch.equal(value, model.get_parameter(name))}
-    assert unchanged == {"up.lora_a", "gate.lora_a"}, "whose gradients are zero as long as B is"
+    assert unchanged == {"up.lora_a", "gate.lora_a"}, "their gradients are zero as long as B is"
 
 
 def test_an_optimizer_that_has_stepped_before_the_rewrite_is_noticed() -> None:
@@ -324,7 +330,7 @@ def test_an_optimizer_that_has_stepped_before_the_rewrite_is_noticed() -> None:
         optimizer.step()
 
 
-@pytest.mark.situation("Training", "layers replaced by `torch.compile(layer)`", "the file keeps its names")
+@pytest.mark.situation("Training", "layers replaced by `torch.compile(layer)`", "the names in the file are unchanged")
 def test_layers_that_are_compiled_one_by_one_do_not_change_the_file(tmp_path) -> None:
     model = fill(melora_fx.rewrite(bert(), ["query", "value"], CONFIG))
     names = list(melora_fx.sites(model))
@@ -397,7 +403,7 @@ def _train_in_child(model: Any, x: torch.Tensor, queue: Any) -> None:
 
 @pytest.mark.default_cases("fork")
 @pytest.mark.situation(
-    "Moved and copied", "`share_memory`, another process by fork or spawn", "its steps are seen here"
+    "Moved and copied", "`share_memory`, another process by fork or spawn", "its updates are visible here"
 )
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_shared_with_another_process(start: str) -> None:
@@ -444,7 +450,9 @@ GENERATE: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.situation("Generation", "static cache, assisted, prompt lookup, several beams", "as the folded model")
+@pytest.mark.situation(
+    "Generation", "static cache, assisted, prompt lookup, several beams", "the tokens of the folded model"
+)
 @pytest.mark.parametrize("options", GENERATE.values(), ids=GENERATE)
 def test_generate_in_rarer_ways(options: Callable[[], dict[str, Any]]) -> None:
     model = fill(melora_fx.rewrite(gpt2(), ["c_attn", "c_fc", "c_proj"], CONFIG))
@@ -454,7 +462,7 @@ def test_generate_in_rarer_ways(options: Callable[[], dict[str, Any]]) -> None:
     assert_equal(found, expected)
 
 
-@pytest.mark.situation("First hour", "`resize_token_embeddings`, head adapted", "one error that says so")
+@pytest.mark.situation("First hour", "`resize_token_embeddings` with an adapted head", "one error that names the sizes")
 def test_an_adapted_head_whose_vocabulary_grows_says_so() -> None:
     model = fill(melora_fx.rewrite(gpt2(), ["c_attn", "lm_head"], CONFIG))
     model.resize_token_embeddings(57)
@@ -462,7 +470,7 @@ def test_an_adapted_head_whose_vocabulary_grows_says_so() -> None:
         output_of(model, tokens())
 
 
-@pytest.mark.situation("First hour", "… with other linears adapted", "works")
+@pytest.mark.situation("First hour", "`resize_token_embeddings` with other linears adapted", "works")
 def test_a_vocabulary_that_grows_beside_the_adapters() -> None:
     model = fill(melora_fx.rewrite(gpt2(), ["c_attn"], CONFIG))
     expected = output_of(model, tokens())

@@ -1,4 +1,4 @@
-"""Quantised and half-precision bases: the base is left as it is, the adapter beside it trains, a fold is refused."""
+"""Quantised and half-precision bases: the base stays unchanged, its adapter trains, and a fold is refused."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ import melora_fx
 from melora_fx import AdapterCheckpointCallback, MELoRAConfig, MELoRAError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.ao, of what torchao and bitsandbytes import
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch.ao's, and of imports in torchao, bitsandbytes
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -47,11 +47,11 @@ pytestmark = [
 
 
 def each(names: Iterable[str], area: str, result: str) -> Any:
-    """Parametrizes by base."""
+    """Parametrizes `base` with `names`."""
     return in_situations("base", area, result, {name: name for name in names})
 
 
-@each(BASES, "Bases that are not plain", "untouched; output and gradients as of W + Δ, dequantised")
+@each(BASES, "Quantised and half-precision bases", "base unchanged; output and gradients of the dequantised W + Δ")
 def test_a_base_trains_as_its_dequantised_weights_would(base: str) -> None:
     x = inputs_of(base).requires_grad_()
     plain_model, _ = BASES[base][0]()
@@ -93,7 +93,7 @@ def _update(lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
     return update
 
 
-@each(QUANTIZED, "Folding a quantised base", "refused with the remedy, and the remedy works")
+@each(QUANTIZED, "Folding a quantised base", "refused with a remedy that works")
 def test_fold_refuses_and_its_remedy_works(base: str, tmp_path) -> None:
     model, weights = rewritten(base)
     x = inputs_of(base)
@@ -106,7 +106,7 @@ def test_fold_refuses_and_its_remedy_works(base: str, tmp_path) -> None:
         pass
     assert list(before) == list(model.state_dict()), "nothing is changed"
 
-    with pytest.warns(UserWarning, match="base weights of 2 sites are quantised .*records their shapes alone"):
+    with pytest.warns(UserWarning, match="base weights of 2 sites are quantised .*records only their shapes"):
         melora_fx.save_adapter(model, tmp_path)
     dequantised = plain()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def _quantised_again(base: str, folded: nn.Sequential) -> nn.Module:
     return folded
 
 
-@each(QUANTIZED, "Copied, saved and loaded, quantised", "the same bits")
+@each(QUANTIZED, "Copying, saving and loading with a quantised base", "the same bits")
 @pytest.mark.filterwarnings("ignore:the base weights of")
 def test_an_adapter_of_a_quantised_base_is_copied_saved_and_loaded(base: str, tmp_path) -> None:
     model, _ = rewritten(base)
@@ -156,7 +156,7 @@ def test_a_packed_base_is_a_module_that_still_packs(base: str) -> None:
 
 
 @pytest.mark.default_cases("torchao int8 weights")
-@each(QUANTIZED, "Compiled, quantised", "the eager output and gradients; whole graphs where the base has them")
+@each(QUANTIZED, "Compiling a quantised base", "output and gradients of eager mode; one graph if the base is one")
 def test_a_quantised_base_compiles(base: str) -> None:
     model, _ = rewritten(base)
 
@@ -168,7 +168,7 @@ def test_a_quantised_base_compiles(base: str) -> None:
         model.zero_grad()
         return output.detach(), *found
 
-    whole = "dynamic" not in base  # Dynamo does not take the operator of `torch.ao`
+    whole = "dynamic" not in base  # Dynamo does not support the operator of `torch.ao`
     for compiled, eager in zip(
         step(torch.compile(model, backend="aot_eager", fullgraph=whole)), step(model), strict=True
     ):
@@ -189,7 +189,7 @@ def test_plain_nodes_where_no_gradient_passes_are_refused() -> None:
     config = MELoRAConfig(rank=2, num_blocks=4, lowering="plain")
     with (
         assert_unchanged(model),
-        pytest.raises(ValueError, match="gives no gradient to what is below this Int8Tensor: use 'auto'"),
+        pytest.raises(ValueError, match="passes no gradient through this Int8Tensor: use 'auto'"),
     ):
         melora_fx.rewrite(model, "all-linear", config)
 
@@ -202,18 +202,18 @@ class Rows(nn.Linear):
 
 
 def test_rows_of_a_base_without_gradients_are_refused() -> None:
-    """What is below would be trained by the gradient of the adapter alone."""
+    """Layers before it would be trained with only the adapter's gradient."""
     model, _ = BASES["torchao int8 weights and activations"][0]()
     model[0].__class__ = Rows
     with (
         assert_unchanged(model),
-        pytest.raises(ValueError, match=r"`0`: .* gives no gradient .* this Int8Tensor, and the others need the whole"),
+        pytest.raises(ValueError, match=r"`0`: .* passes no gradient .* this Int8Tensor, and the other lowerings need"),
     ):
         melora_fx.rewrite(model, "all-linear", CONFIG)
 
 
 class Packed(nn.Module):
-    """A linear as the packed formats write it: bytes and scales in buffers."""
+    """A linear as in packed formats: bytes and scales in buffers."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def test_a_packed_format_is_adapted_in_place_only() -> None:
     x = randn(2, 64)
     report = melora_fx.match(model, "all-linear", CONFIG, example_inputs=(x,))
     assert [site.name for site in report.sites] == ["1"]
-    assert dict(report.skipped)["0"] == "its weight is packed: it is adapted in place, without `example_inputs=`"
+    assert dict(report.skipped)["0"] == "its weight is packed: adapt it in place, without `example_inputs=`"
     expected = model(x)
     rewritten = melora_fx.rewrite(model, "all-linear", CONFIG)
     assert_equal(rewritten(x), expected)
@@ -281,7 +281,7 @@ def test_a_quantised_head_cannot_be_kept_trainable(base: str, tmp_path) -> None:
 def _from_pretrained(kind: str, directory: Path, skipped: tuple[str, ...] = ("classifier",)) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)  # bitsandbytes multiplies by blocks of 32
+    torch.manual_seed(0)  # bitsandbytes multiplies in blocks of 32
     BertForSequenceClassification(BertConfig(**sizes, vocab_size=50)).save_pretrained(directory)
     if kind == "torchao int8":
         quantization = pytest.importorskip("torchao.quantization")
@@ -294,11 +294,13 @@ def _from_pretrained(kind: str, directory: Path, skipped: tuple[str, ...] = ("cl
 
 
 @pytest.mark.slow
-@each(["torchao int8", "bitsandbytes 8 bits", "bitsandbytes 4 bits"], "Quantised, in a Trainer", "trains, resumes")
+@each(
+    ["torchao int8", "bitsandbytes 8 bits", "bitsandbytes 4 bits"], "A quantised base in a Trainer", "trains, resumes"
+)
 @pytest.mark.filterwarnings("ignore:the base weights of", "ignore:.*(8bit|4bit|quantiz)")
 def test_a_trainer_trains_a_quantised_model(base: str, tmp_path) -> None:
     model = _from_pretrained(base, tmp_path / "model")
-    with pytest.raises(ValueError, match="purely quantized"):  # so a Trainer says of a model without adapters
+    with pytest.raises(ValueError, match="purely quantized"):  # a Trainer's error for a model without adapters
         trainer_of(model, tmp_path / "refused")
     model = melora_fx.rewrite(model, ["query", "value"], CONFIG, keep_trainable=["classifier"])
     before = {name: value.clone() for name, value in melora_fx.adapter_parameters(model).items()}

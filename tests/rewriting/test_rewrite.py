@@ -59,7 +59,7 @@ LEADING = {"vector": (), "matrix": (3,), "batch": (2, 5), "empty": (0,)}
 
 
 def linear(config: MELoRAConfig, *, bias: bool = True, dtype: torch.dtype = torch.float32, kind: str = "linear"):
-    """(model with one site, its site, weight (O, I) and bias in float64)."""
+    """Returns a model with one site, the site, and its weight (O, I) and bias in float64."""
     torch.manual_seed(4)
     inner = {
         "linear": lambda: nn.Linear(IN, OUT, bias=bias),
@@ -408,9 +408,9 @@ def test_what_is_kept_trainable_is_not_adapted_too(kept):
 @pytest.mark.parametrize(
     ("keep_trainable", "text"),
     [
-        pytest.param("heda", r"`keep_trainable`: 'heda' matches no module; nearest: head", id="unknown"),
-        pytest.param(["head", "xyzzy"], "`keep_trainable`: 'xyzzy' matches no module; nearest: up", id="one_of_two"),
-        pytest.param("drop", "`keep_trainable`: 'drop' matches no module", id="module_without_parameters"),
+        pytest.param("heda", r"`keep_trainable`: 'heda' matches nothing; nearest: head", id="unknown"),
+        pytest.param(["head", "xyzzy"], "`keep_trainable`: 'xyzzy' matches nothing; nearest: up", id="one_of_two"),
+        pytest.param("drop", "`keep_trainable`: 'drop' matches nothing", id="module_without_parameters"),
     ],
 )
 def test_kept_name_that_matches_nothing(keep_trainable, text):
@@ -480,7 +480,7 @@ def test_rewrite_twice_of_one_class_keeps_models_apart():
 @pytest.mark.parametrize("whole", [False, True], ids=["graph_module", "whole"])
 @pytest.mark.parametrize("targets", ["all-linear", ["0", "2"], ["1"]], ids=["all", "first_and_last", "middle"])
 def test_a_linear_that_feeds_a_linear_is_adapted_first(whole, targets):
-    """In one graph: the later adapter must see the earlier one's output, also when they share no nodes between."""
+    """In one graph: the later adapter must see the earlier one's output, even if no node is between them."""
 
     class Chain(nn.Module):
         def __init__(self):

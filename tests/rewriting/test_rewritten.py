@@ -273,7 +273,7 @@ def test_hugging_face_model_keeps_its_methods(tmp_path):
 
 
 def test_save_pretrained_of_an_unfolded_model_warns(tmp_path):
-    """Its file holds the adapter's keys, which `from_pretrained` drops with a mere report."""
+    """Its file contains the adapter's keys, which `from_pretrained` drops and only reports."""
     model = fill(melora_fx.rewrite(bert(), "query", BERT_CONFIG))
     with pytest.warns(UserWarning, match=r"(?s)`?save_adapter`?.*`?fold`?"):
         model.save_pretrained(tmp_path)
@@ -305,5 +305,5 @@ def test_labels_give_a_loss_that_trains():
 
 
 def assert_near_float(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Two float32 computations of one number, through several layers."""
+    """Compares two float32 computations of the same values through several layers."""
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

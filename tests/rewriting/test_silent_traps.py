@@ -1,4 +1,4 @@
-"""What would once have gone wrong without a word: each is right now, or refused by name."""
+"""Uses that once went wrong silently: each is now correct, or refused with an error that names it."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ CONFIG = MELoRAConfig(rank=2, num_blocks=2)
 
 
 class TiedLanguageModel(nn.Module):
-    """The output product takes the embedding's own weight."""
+    """Multiplies by the embedding's own weight for its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def test_names_that_the_module_already_has_are_refused() -> None:
 
 
 class _ReadsPast(nn.Module):
-    """Owns a matrix, and takes another module's from a dict."""
+    """Owns a matrix, and reads another module's from a dict."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""An adapter that was saved anew is the one that runs, at one question to the system a run."""
+"""An adapter that was saved again is the one that runs, with one system call per run."""
 
 import os
 import threading
@@ -23,7 +23,7 @@ def graph(exports: Exports) -> Path:
 
 
 def save(path: Path, graph: Path, sign: float = 1.0) -> None:
-    """The adapter of `rewritten_tower`, with B by `sign`, as a folder or a file; both are as large each time."""
+    """Saves the adapter of `rewritten_tower`, with B times `sign`, as a folder or file, always of the same size."""
     model = rewritten_tower()
     for site in melora_fx.sites(model).values():
         site.lora_b.data.mul_(sign)
@@ -123,7 +123,7 @@ def test_no_room_for_an_adapter_is_refused(graph: Path, max_adapters: int) -> No
 
 
 def test_threads_run_the_old_adapter_or_the_new_one_and_then_the_new_one(graph: Path, tmp_path: Path) -> None:
-    """With room for one adapter, of two: each thread's run reads one, while the others run theirs."""
+    """With room for one adapter of two: each thread's run reads one while the others run theirs."""
     runner = OrtRunner(graph, threads=1, max_adapters=1)
     allowed: dict[str, list[bytes]] = {"a": [], "b": []}
     for name in allowed:

@@ -1,4 +1,4 @@
-"""The inputs of a decoder's step: what follows from its tokens, and a cache that is empty before the first one."""
+"""The inputs of a decoder's step: those that follow from its tokens, and a cache that is empty before the first."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values.0.key",
 
 
 def session_inputs(dtype: str = "tensor(float)", names: tuple[str, ...] = NAMES) -> list[Any]:
-    """As a session of ONNX Runtime describes its inputs; keys have other sizes than values."""
+    """Returns inputs as a session of ONNX Runtime describes them; keys have other sizes than values."""
     made = []
     for name in names:
         is_cache = name.startswith("past")
@@ -107,7 +107,7 @@ def test_nothing_is_added_to_other_inputs(inputs: list[Any], given: dict[str, An
 
 
 def test_a_mask_of_other_tokens_is_left_to_the_runners_check() -> None:
-    """Of a past that was forgotten: no positions are made up."""
+    """The mask of a past that was forgotten: no positions are invented."""
     given = {"input_ids": np.array([[5]]), "attention_mask": np.ones((1, 4), np.int64)}
     assert "position_ids" not in with_empty_cache(session_inputs(), given)
 

@@ -1,4 +1,4 @@
-"""Inputs made from what a graph says of itself, and what is refused."""
+"""Inputs made from a graph's description of itself, and refusals."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ INPUTS = {
 
 
 def runner(folder: Path, **inputs: tuple[int, list[str | int | None]]) -> OrtRunner:
-    """A graph that hands its inputs through."""
+    """Returns a runner of a graph that returns its inputs."""
     values = [helper.make_tensor_value_info(name, *spec) for name, spec in inputs.items()]
     results = [helper.make_tensor_value_info(f"{name}_out", *spec) for name, spec in inputs.items()]
     nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in inputs]

@@ -1,4 +1,4 @@
-"""Memory that stays where it is from run to run."""
+"""Memory that stays in place from run to run."""
 
 from pathlib import Path
 
@@ -33,5 +33,5 @@ def test_buffers_keep_their_places_and_give_copies(tmp_path: Path) -> None:
 def test_outputs_of_any_size_have_no_place(tmp_path: Path) -> None:
     path = write_graph(tmp_path, data=WEIGHT)
     session = make_session(import_onnxruntime(), path, choose_provider("cpu", path, AXES))
-    with pytest.raises(MELoRAError, match="outputs of fixed shapes, these are not: y"):
+    with pytest.raises(MELoRAError, match="outputs of fixed shapes, but these are not: y"):
         ReplayBuffers(session, "cpu", 0)

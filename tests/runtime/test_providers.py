@@ -1,4 +1,4 @@
-"""Which providers a session gets, with which options: all of it without a GPU."""
+"""The providers that a session gets, and their options, all without a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def test_inputs_and_outputs_are_bound_where_they_would_be_copied() -> None:
 def test_float32_on_cuda_is_float32() -> None:
     assert choice("cuda").providers[0] == (CUDA, {"use_tf32": "False", "cudnn_conv_algo_search": "HEURISTIC"})
     fixed = choose_provider("cuda", GRAPH, {"x": (2, 24)})
-    assert fixed.providers[0] == (CUDA, {"use_tf32": "False"}), "one size: the measured choice is made once"
+    assert fixed.providers[0] == (CUDA, {"use_tf32": "False"}), "one size: the choice is measured once"
 
 
 def test_tensorrt_caches_engines_beside_the_graph() -> None:
@@ -124,7 +124,7 @@ def test_axes_of_one_size_are_fixed() -> None:
 def test_cuda_graphs_need_fixed_axes_and_bound_memory(provider: str, option: str) -> None:
     given = {option: True}
     assert choice(provider, provider_options=given, shapes=FIXED).cuda_graph
-    with pytest.raises(ValueError, match=rf"`{option}` .* fix 'sequence' by `shapes`"):
+    with pytest.raises(ValueError, match=rf"`{option}` .* fix 'sequence' with `shapes`"):
         choice(provider, provider_options=given, shapes=SHAPES | {"batch": (8, 8, 8)})
     with pytest.raises(ValueError, match="leave `io_binding` on"):
         choice(provider, provider_options=given, shapes=FIXED, io_binding=False)

@@ -1,4 +1,4 @@
-"""Sessions compute on the provider that was asked for, or are not made."""
+"""Sessions compute on the requested provider, or are not created."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from melora_fx import MELoRAError
 AVAILABLE = import_onnxruntime().get_available_providers()
 
 
-@pytest.mark.skipif(CUDA in AVAILABLE, reason="for the CPU package: onnxruntime-gpu is installed")
+@pytest.mark.skipif(CUDA in AVAILABLE, reason="needs the CPU package, but onnxruntime-gpu is installed")
 @pytest.mark.parametrize(("provider", "name"), [("cuda", CUDA), ("tensorrt", TENSORRT)], ids=["cuda", "tensorrt"])
 def test_a_provider_that_the_package_lacks(tmp_path: Path, provider: str, name: str) -> None:
     path = write_graph(tmp_path, data=WEIGHT)

@@ -1,4 +1,4 @@
-"""`keep_trainable` names parameters too: a bias beside an adapter is trained, saved, loaded, folded and exported."""
+"""`keep_trainable` names parameters too: a bias next to an adapter is trained, saved, loaded, folded and exported."""
 
 import shutil
 from pathlib import Path
@@ -33,11 +33,11 @@ from melora_fx import MELoRAConfig, MELoRAError
 
 X = randn(3, IN)
 KEPT = ["up.bias", "norm.weight", "conv.bias"]
-"""Of a site, of another module, and of a site that is a Conv1D."""
+"""Parameters of a site, of another module, and of a site that is a Conv1D."""
 
 
 def rewritten(config: MELoRAConfig = TOWER_CONFIG, *, whole: bool = False, kept: Any = KEPT) -> nn.Module:
-    """A tower with filled adapters and other values in what is kept."""
+    """Returns a tower with filled adapters and other values in the kept parameters."""
     options: dict[str, Any] = {"example_inputs": (X,)} if whole else {}
     model = fill(melora_fx.rewrite(tower(), ["up", "conv"], config, keep_trainable=kept, **options))
     with torch.no_grad():
@@ -48,7 +48,7 @@ def rewritten(config: MELoRAConfig = TOWER_CONFIG, *, whole: bool = False, kept:
 
 
 def oracle_of(model: nn.Module) -> nn.Module:
-    """A plain tower in float64 with W + Δ and with what was kept trainable."""
+    """Returns a plain tower in float64 with W + Δ and with the parameters that were kept trainable."""
     oracle = dense_copy(model, tower())
     with torch.no_grad():
         for name in KEPT:
@@ -96,7 +96,7 @@ def test_they_are_named_as_modules_are(patterns: Any, expected: set[str]) -> Non
 
 def test_a_typing_error_is_named() -> None:
     model = tower()
-    with assert_unchanged(model), pytest.raises(ValueError, match=r"'up\.bais' matches no module; nearest: up\.bias"):
+    with assert_unchanged(model), pytest.raises(ValueError, match=r"'up\.bais' matches nothing; nearest: up\.bias"):
         melora_fx.rewrite(model, "up", TOWER_CONFIG, keep_trainable=["head", "up.bais"])
 
 

@@ -1,4 +1,4 @@
-"""`save_adapter` says what it leaves out although it is trained or has changed, and is silent about all else."""
+"""`save_adapter` warns about tensors that it leaves out although they are trained or changed, and about no others."""
 
 import copy
 import warnings
@@ -21,7 +21,7 @@ captures = pytest.mark.parametrize("whole", [False, True], ids=["in_place", "who
 
 
 class Normed(nn.Module):
-    """A linear, a BatchNorm, and buffers that stay: one of large values, one that is not saved."""
+    """A linear, a BatchNorm, and constant buffers: one of large values, one that is not saved."""
 
     def __init__(self, affine: bool = True) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def adapter_state(model):
 
 
 def rewrite_file(folder, *, header=None, metadata=None, tensors=None):
-    """The folder's file again with another header or other tensors, signed."""
+    """Rewrites the folder's file with another header or other tensors, signed."""
     values = load_file(folder / TENSORS) if tensors is None else tensors
     if metadata is not None:
         save_file(values, folder / TENSORS, metadata)
@@ -190,7 +190,7 @@ def test_file_holds_the_documented_tensors_and_header(folder):
 
 
 def test_tensors_are_read_in_the_order_of_their_names(tmp_path):
-    """A fold writes new tensors in it: the same bytes each time."""
+    """A fold writes new tensors in this order, so that the bytes are the same each time."""
     model = fill(
         melora_fx.rewrite(
             bert_classifier(), "query", MELoRAConfig(rank=1, num_blocks=2), keep_trainable=["dense", "classifier"]
@@ -400,7 +400,7 @@ def test_kept_modules_that_do_not_fit_are_refused(tmp_path):
 
 
 def assert_refused(model, folder, text):
-    """`load_adapter` refuses with this text, and the model is as before."""
+    """Checks that `load_adapter` refuses with this text and leaves the model unchanged."""
     with assert_unchanged(model), pytest.raises(MELoRAError, match=text):
         melora_fx.load_adapter(model, folder)
 
@@ -482,7 +482,7 @@ def test_compiled_plain_model_is_refused_for_what_it_is(folder):
 
 
 def test_refusal_of_the_last_site_leaves_the_first_alone(folder):
-    """Nothing is half loaded: the check of every site comes before the first value is written."""
+    """Nothing is partly loaded: every site is checked before the first value is written."""
     model = rewritten_tower(0)
     fill(model, seed=5)
     tensors = load_file(folder / TENSORS)
@@ -602,7 +602,7 @@ def test_plain_model_has_nothing_to_save(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere: the next test covers it")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the next test covers it")
 def test_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(MELoRAError, match="cannot be written: Permission denied"):
@@ -618,7 +618,7 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 
 class Crash(BaseException):
-    """The process dies here."""
+    """Ends the process, as a crash does."""
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Crash()], ids=["disk_full", "crash"])
@@ -710,7 +710,7 @@ def test_names_with_odd_characters(tmp_path):
 
 
 def assert_close_folded(folded, x, expected):
-    """Folding moves float32 sums around: equal up to their rounding."""
+    """Folding reorders float32 sums: checks equality up to their rounding."""
     torch.testing.assert_close(output_of(folded, x), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""`load_adapter` into a rewritten model of more sites and larger ranks than the adapter's: no recompile, and back."""
+"""`load_adapter` into a rewritten model with more sites and larger ranks than the adapter's, and back: no recompile."""
 
 import copy
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Pair(nn.Module):
-    """The sum of two modules that have a site each."""
+    """The sum of two modules with one site each."""
 
     def __init__(self, first, second):
         super().__init__()
@@ -45,14 +45,14 @@ class Pair(nn.Module):
 
 
 class Written(Holder):
-    """Multiplies by the weight of a module that it never calls: no graph of that module has the product."""
+    """Multiplies by the weight of a module that it never calls: no graph of that module contains the product."""
 
     def forward(self, x):
         return x @ self.inner.projection.T
 
 
 class Swap:
-    """What is swapped: a pair of which one adapter has both sites, at rank 3, and another only the first, at rank 2."""
+    """A model with a pair of sites, an adapter of both at rank 3, and one of only the first at rank 2."""
 
     def __init__(self, build, inputs, lowering="auto", num_blocks=3, whole=False):
         self.build = build
@@ -107,7 +107,7 @@ each_swap = pytest.mark.parametrize("swap", SWAPS.values(), ids=SWAPS)
 
 @pytest.fixture
 def folders(tmp_path):
-    """Towers' adapters: of all sites, and of two of them at a smaller rank, in a model of its own."""
+    """Adapters of towers: of all sites, and of two of them at a smaller rank, from another model."""
     melora_fx.save_adapter(rewritten_tower(), tmp_path / "large")
     melora_fx.save_adapter(two_sites(), tmp_path / "small")
     return tmp_path
@@ -220,7 +220,7 @@ def test_what_the_graph_does_not_compute_with_is_saved_all_the_same(tmp_path):
 
 
 def test_an_absent_site_computes_the_base(folders):
-    """Bit for bit; a graph that was recorded before the swap is refused."""
+    """Bit for bit. A graph that was recorded before the swap is refused."""
     model = rewritten_tower()
     loss = model(X[0]).sum()
     melora_fx.load_adapter(model, folders / "small")
@@ -241,7 +241,7 @@ def test_copies_know_what_is_absent(copied, folders):
 
 
 def test_a_fresh_adapter_has_all_sites(folders):
-    """Which a model is given that leaves the meta device."""
+    """A model gets a fresh adapter if it leaves the meta device."""
     model = swapped_tower(folders).to("meta").to_empty(device="cpu")
     model.load_state_dict(tower().state_dict(), strict=False)
     melora_fx.save_adapter(model, folders / "again")
@@ -282,7 +282,7 @@ def test_what_a_stale_optimizer_writes_is_not_lost(action, folders):
     arguments = [folders / "again"] if action == "save_adapter" else []
     with (
         assert_unchanged(model),
-        pytest.raises(MELoRAError, match=r"`gate` holds values, and the adapter .* lacks it: .* make a new optimizer"),
+        pytest.raises(MELoRAError, match=r"`gate` holds values, but the adapter .* lacks it: .* make a new optimizer"),
     ):
         getattr(melora_fx, action)(model, *arguments)
     assert not (folders / "again").exists()
@@ -307,7 +307,7 @@ def test_other_heads_are_refused_with_fewer_sites(kept, tmp_path):
 
 
 def test_a_base_that_no_site_of_the_adapter_has_is_not_compared(folders):
-    """As for a plain model, of which other weights may differ."""
+    """Like a plain model, whose other weights may differ."""
     model = rewritten_tower()
     with torch.no_grad():
         model.gate.weight.add_(0.5)

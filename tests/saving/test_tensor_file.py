@@ -13,7 +13,7 @@ from melora_fx.saving.tensor_file import write_tensors
 
 
 def mixed_tensors() -> dict[str, torch.Tensor]:
-    """Of several widths, the narrow and odd ones first, and one that is not contiguous."""
+    """Returns tensors of several widths, the narrow and odd ones first, and one that is not contiguous."""
     return {
         "flags": torch.tensor([True, False, True]),
         "bytes": torch.arange(5, dtype=torch.uint8),
@@ -55,7 +55,7 @@ def test_file_is_what_safetensors_reads_back(tmp_path: Path) -> None:
 
 
 def test_file_is_what_safetensors_writes(tmp_path: Path) -> None:
-    """Where its order is not random: with one entry of metadata."""
+    """With one entry of metadata, so that safetensors' order is not random."""
     tensors = mixed_tensors()
     write_tensors(tmp_path / "file", tensors, {"format": "pt"})
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

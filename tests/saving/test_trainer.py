@@ -1,4 +1,4 @@
-"""`transformers.Trainer` trains a rewritten model as it trains any other, and goes on from what it has written."""
+"""`transformers.Trainer` trains a rewritten model as it trains any other, and resumes from its checkpoints."""
 
 import copy
 import math
@@ -26,15 +26,15 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.default_cases("* adapter alone")
+@pytest.mark.default_cases("* only the adapter")
 @pytest.mark.filterwarnings("ignore:`save_pretrained` of a rewritten model")
 @in_situations(
     "callbacks",
     "Trainer",
     "the losses of an uninterrupted run",
     {
-        "stopped, and resumed from its own checkpoint": [],
-        "… from a checkpoint of the adapter alone": [AdapterCheckpointCallback],
+        "stopped and resumed from its own checkpoint": [],
+        "stopped and resumed from a checkpoint of only the adapter": [AdapterCheckpointCallback],
     },
 )
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, callbacks) -> None:
@@ -48,7 +48,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, callback
     assert list(first.by_step) == [1, 2, 3]
     assert list(second.by_step) == [4, 5, 6]
     assert first.by_step | second.by_step == expected.by_step
-    assert len(set(expected.by_step.values())) == STEPS, "the run must move"
+    assert len(set(expected.by_step.values())) == STEPS, "the losses must change"
     assert_equal(state_of(resumed.model), state_of(model))
 
 
@@ -88,7 +88,9 @@ def test_a_checkpoint_has_the_biases_that_are_trained(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.situation("Trainer", "… and `load_best_model_at_end`", "the best adapter comes back")
+@pytest.mark.situation(
+    "Trainer", "`AdapterCheckpointCallback` and `load_best_model_at_end`", "the best adapter is restored"
+)
 def test_the_best_adapter_comes_back_at_the_end(tmp_path) -> None:
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -116,13 +118,13 @@ def test_the_best_adapter_comes_back_at_the_end(tmp_path) -> None:
     assert_equal(state_of(model), seen[best])
 
 
-@pytest.mark.situation("Trainer", "`save_model` after the training", "warns, and names `save_adapter`")
+@pytest.mark.situation("Trainer", "`save_model` after the training", "a warning that names `save_adapter`")
 def test_save_model_names_save_adapter(tmp_path) -> None:
     trainer, _ = trainer_of(rewritten(), tmp_path, AdapterCheckpointCallback())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # checkpoints are silent
+        warnings.simplefilter("error")  # checkpoints do not warn
         trainer.train()
-    with pytest.warns(UserWarning, match="`melora_fx.save_adapter`, or `melora_fx.fold` first"):
+    with pytest.warns(UserWarning, match="`melora_fx.save_adapter`, or call `melora_fx.fold` first"):
         trainer.save_model(str(tmp_path / "final"))
     melora_fx.fold(trainer.model)
     with warnings.catch_warnings():
@@ -133,7 +135,7 @@ def test_save_model_names_save_adapter(tmp_path) -> None:
 
 
 def test_a_plain_module_writes_adapter_checkpoints_too(tmp_path) -> None:
-    class Wrapper(nn.Module):  # a Trainer knows no `save_pretrained` of it
+    class Wrapper(nn.Module):  # it has no `save_pretrained` that a Trainer could call
         def __init__(self) -> None:
             super().__init__()
             self.inner = bert_classifier()
@@ -170,7 +172,7 @@ def rewritten_without_dropout(lowering: str = "auto") -> nn.Module:
 @in_situations(
     "options",
     "Trainer",
-    "the losses of the plain nodes",
+    'the losses of `lowering="plain"`',
     {
         "label smoothing": {"label_smoothing_factor": 0.2},
         "gradient accumulation": {"gradient_accumulation_steps": 3},
@@ -201,7 +203,11 @@ def test_a_trainer_in_bfloat16(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.situation("Trainer", "… then `export_onnx`", "refused with the remedy: the graph would be under autocast")
+@pytest.mark.situation(
+    "Trainer",
+    "bfloat16 (`bf16=True`), then `export_onnx`",
+    "refused with the remedy, because the graph would be under autocast",
+)
 def test_an_export_after_a_trainer_in_bfloat16(tmp_path) -> None:
     model = rewritten_without_dropout()
     trainer, _ = trainer_of(model, tmp_path / "run", bf16=True, save_strategy="no")
@@ -216,7 +222,7 @@ def test_an_export_after_a_trainer_in_bfloat16(tmp_path) -> None:
 @pytest.mark.situation("Trainer", "a moving average swapped in for evaluation", "the average is evaluated")
 def test_an_average_swapped_in_for_evaluation(tmp_path) -> None:
     class Swapped(TrainerCallback):
-        """A moving average of what is trained, exchanged with it around each evaluation."""
+        """A moving average of the trained parameters, exchanged with them around an evaluation."""
 
         def __init__(self, model: nn.Module) -> None:
             self.model = model

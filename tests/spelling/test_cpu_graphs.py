@@ -1,4 +1,4 @@
-"""Graphs for a CPU: which operators they have, and that they compute what torch does, at other sizes too."""
+"""Graphs for a CPU: their operators, and that they compute what torch computes, at other sizes too."""
 
 import itertools
 from pathlib import Path
@@ -62,7 +62,7 @@ def assert_equal_at(model: nn.Module, path: Path, sizes: Any, make: Any) -> None
 
 
 def optimized_ops(path: Path, folder: Path) -> list[str]:
-    """The operators that a plain session with default options runs."""
+    """Returns the operators that a plain session with default options runs."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 4
@@ -132,7 +132,7 @@ def test_the_updates_of_the_last_layer_are_those_of_one_token_too(adapter: str, 
 
 
 class Apart(nn.Module):
-    """Two sequences, whose lengths are the same in the example alone."""
+    """Two sequences whose lengths are the same only in the example."""
 
     def __init__(self) -> None:
         super().__init__()

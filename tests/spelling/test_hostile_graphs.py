@@ -1,4 +1,4 @@
-"""Modules whose graphs look like those that the rewrites are for, and are not: each equals torch at other sizes."""
+"""Modules whose graphs only look like those that the rewrites are for: each equals torch at other sizes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ Function = Callable[..., Any]
 
 
 class Case(nn.Module):
-    """A function of its layers and inputs; `x` comes first, and `y`, if any, is as long in the example alone."""
+    """A function of its layers and inputs; `x` is first, and `y`, if any, is equally long only in the example."""
 
     def __init__(self, function: Function) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def _is_used(name: str, function: Function) -> bool:
 
 
 def test_a_fold_into_the_graph_of_a_module_that_is_called_twice(tmp_path: Path) -> None:
-    """Its weight is in the graph once: a fold changes all of its products."""
+    """Its weight is in the graph once, so a fold changes all of its products."""
 
     def twice(m: Case, x: torch.Tensor) -> torch.Tensor:
         return m.second(F.gelu(m.first(x)) + m.first(x + 1))

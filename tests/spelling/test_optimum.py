@@ -1,4 +1,4 @@
-"""Exported folders in optimum-onnx and sentence-transformers, which need transformers 4: an environment of their own.
+"""Exported folders in optimum-onnx and sentence-transformers, which need transformers 4 and so their own environment.
 
 `MELORA_FX_OPTIMUM_PYTHON` names its interpreter (pip install "optimum-onnx[onnxruntime]" sentence-transformers).
 """

@@ -1,1 +1,1 @@
-"""What several test files share: models, the oracle, and the tables that tests fill."""
+"""Shared by several test files: models, the oracle, and the tables that tests fill."""

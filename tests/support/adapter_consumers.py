@@ -1,4 +1,4 @@
-"""Everything that reads an adapter folder, over one small base in every form: a model, a checkpoint, two graphs."""
+"""All functions that read an adapter folder, on one small base in every form: a model, a checkpoint, two graphs."""
 
 import shutil
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Bases:
         return cls(folder, Path(base.path), Path(swap.path))
 
     def copied(self, folder: Path) -> "Bases":
-        """With graphs of its own, which can be changed."""
+        """Returns the bases with copies of the graphs, which can be changed."""
         graphs = [folder / graph.parent.name / graph.name for graph in (self.base, self.swap)]
         for graph, copy in zip((self.base, self.swap), graphs, strict=True):
             shutil.copytree(graph.parent, copy.parent)
@@ -70,11 +70,11 @@ CONSUMERS: dict[str, Callable[[Bases, Path, Path], None]] = {
     "OrtRunner": _swap,
     "write_ort_adapter": _write_ort_adapter,
 }
-"""Name → reads the adapter in a folder and writes, if anything, into another folder."""
+"""Maps a name to a function that reads the adapter in a folder and writes its output, if any, to another folder."""
 
 
 def set_description(graph: Path, text: str) -> None:
-    """The graph's file again with another description of itself."""
+    """Rewrites the graph's file with another description, its metadata `melora`."""
     model = onnx.load(graph, load_external_data=False)
     for entry in model.metadata_props:
         if entry.key == "melora":

@@ -1,4 +1,4 @@
-"""Adapter files that nobody saved: edited headers and tensors, signed again so that only the edit is wrong."""
+"""Adapter files with edited headers and tensors, signed again so that only the edit is an error."""
 
 import json
 from collections.abc import Callable
@@ -20,21 +20,21 @@ def header_of(folder: Path) -> dict[str, Any]:
 
 
 def write_file(folder: Path, header: Any, tensors: dict[str, torch.Tensor], *, sign: bool = True) -> None:
-    """An adapter file of a header and tensors; `sign`: with the SHA-256 of what it holds."""
+    """Writes an adapter file with a header and tensors; `sign` updates the header's SHA-256, if it has one."""
     if sign and isinstance(header, dict) and "sha256" in header:
         header = header | {"sha256": hash_file(header, tensors)}
     save_file(tensors, folder / TENSORS, {"format": "pt", "melora": json.dumps(header)})
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], *, sign: bool = True) -> None:
-    """The folder's file again with other tensors."""
+    """Rewrites the folder's file with changed tensors."""
     tensors = load_file(folder / TENSORS)
     change(tensors)
     write_file(folder, header_of(folder), tensors, sign=sign)
 
 
 def edit_header(folder: Path, change: Callable[[dict[str, Any]], object], *, sign: bool = True) -> None:
-    """The folder's file again with another header."""
+    """Rewrites the folder's file with a changed header."""
     header = header_of(folder)
     change(header)
     write_file(folder, header, load_file(folder / TENSORS), sign=sign)

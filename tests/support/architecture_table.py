@@ -1,4 +1,4 @@
-"""docs/ARCHITECTURES.md from measured properties:
+"""Measures the properties of every architecture and prints docs/ARCHITECTURES.md:
 
 PYTHONPATH=tests python -m support.architecture_table > docs/ARCHITECTURES.md
 """
@@ -34,7 +34,7 @@ _COLUMNS = (
 
 
 def counts_of(row: Row) -> tuple[str, ...]:
-    """The cells that must be the same on every machine."""
+    """Returns the cells that must be the same on every machine."""
     return (
         str(row.modules),
         str(row.in_place),
@@ -49,7 +49,7 @@ def counts_of(row: Row) -> tuple[str, ...]:
 
 
 def documented() -> dict[str, tuple[str, ...]]:
-    """Model → those cells, as the file has them."""
+    """Maps each model to those cells, as they are in the file."""
     page = TABLE.read_text().partition(HEADING)[0]
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]
     cells = [[cell.strip().strip("`") for cell in row] for row in rows[1:]]
@@ -71,26 +71,30 @@ def main() -> None:
 
 # Architectures
 
-Tiny random models, rewritten with "all-linear", rank {CONFIG.rank} and {CONFIG.num_blocks} blocks. Made by
-`PYTHONPATH=tests python -m support.architecture_table > docs/ARCHITECTURES.md` with torch {_TORCH} and
+Tiny random models, rewritten with "all-linear", rank {CONFIG.rank} and {CONFIG.num_blocks} blocks. This page is the
+output of `PYTHONPATH=tests python -m support.architecture_table > docs/ARCHITECTURES.md` with torch {_TORCH} and
 transformers {transformers.__version__}; `tests/rewriting/test_architectures.py` checks every row against the code.
 
-* *linear modules*: `nn.Linear` and `Conv1D` in the module tree, heads included; the sites leave out heads, and count
-  weights that no module owns.
-* *sites in place*, *whole*: found by each capture, under the same names. Where in place has fewer, PyTorch's
-  attention gives its weights to one function; `rewrite` says so and names `example_inputs=`.
-* *refused*: by the whole capture; `match` lists them with the reason, as it does what is no linear, such as
-  the kernels of convolutions, which are not counted. A stack of expert matrices is one site.
-* *start*: outputs after `rewrite` bit-equal to before, both captures (nn.TransformerEncoder, nn.MultiheadAttention:
-  bit-equal in training; their fused path in evaluation rounds otherwise than their own layers: within 1e-5).
-* *in effect*: sites, in place + whole, that change an output when their adapter alone is filled.
-* *gradient error*: of the adapters against a dense float64 model with W + Δ, relative; nothing else has gradients.
-* *fold error*: folded against unfolded in float32, relative. *restored*: keys and module types as before.
-* *exports*: `torch.export` takes the rewritten model and computes the same. *graphs*: an ExportedProgram and an
-  exported GraphModule of the model are rewritten with the same sites and bit-equal outputs.
+* *linear modules*: the number of `nn.Linear` and `Conv1D` modules, heads included. Sites exclude heads, and include
+  matrices that are not in such a module.
+* *sites in place*, *sites whole*: the sites that each capture finds, under the same names. If there are fewer in place,
+  PyTorch's attention passes its weights to one function; `rewrite` says so and names `example_inputs=`.
+* *refused*: linears that the whole capture refuses; `match` lists them with the reason. It also lists weights that are
+  not linears, such as the kernels of convolutions, which are not counted here. A stack of expert matrices is one site.
+* *start*: outputs after `rewrite` are bit-equal to those before, in both captures. nn.TransformerEncoder and
+  nn.MultiheadAttention are bit-equal in training; in eval mode their fused path rounds differently from their layers:
+  within 1e-5.
+* *in effect*: sites, in place + whole, that change an output if only their adapter is filled.
+* *gradient error*: relative error of the adapters' gradients against a dense float64 model with W + Δ; nothing else has
+  gradients.
+* *fold error*: relative error of the folded against the unfolded model, in float32. *restored*: keys and module types
+  are as before.
+* *exports*: `torch.export` exports the rewritten model, and the program computes the same. *graphs*: an ExportedProgram
+  and an exported GraphModule of the model are rewritten with the same sites and bit-equal outputs.
 
-`torch.compile(fullgraph=True)` over ten training steps of changing values compiles no more often than the unmodified
-model: `aot_eager` for all, in both captures, `inductor` for {", ".join(n for n, e in ZOO.items() if e.inductor)}.
+Over ten training steps with changing values, `torch.compile(fullgraph=True)` compiles a rewritten model no more often
+than the plain one. Checked for all models in both captures with `aot_eager`, and in place with `inductor` for
+{", ".join(n for n, e in ZOO.items() if e.inductor)}.
 
 | {" | ".join(_COLUMNS)} |
 |{"---|" * len(_COLUMNS)}""")

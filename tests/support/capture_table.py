@@ -1,9 +1,9 @@
-"""The tables in docs/CAPTURES.md: modules written by hand, in place and captured whole, and what becomes of each.
+"""Writes the tables in docs/CAPTURES.md: the results of hand-written modules, in place and captured whole.
 
     PYTHONPATH=tests python -m support.capture_table
 
-runs all of them, those in place in train and in eval mode, prints the tables, and writes them between the markers of
-the page. The status is 1 where a case is neither right nor refused.
+runs all cases (those in place in train and in eval mode), prints the tables, and writes them between the markers of
+the page. The exit status is 1 if a result is WRONG: not correct, not refused, and not a documented limit.
 """
 
 import sys
@@ -30,19 +30,19 @@ Row = tuple[str, str, str]
 
 
 def found(case: Case) -> Verdict:
-    """What became of the case, in train and in eval mode: the worse of the two."""
+    """Runs the case in train and in eval mode and returns the worse verdict."""
     verdicts = []
     for training in (True, False):
         try:
             verdicts.append(verdict(case, training=training))
-        except Exception as error:  # a table has a row for whatever goes wrong
+        except Exception as error:  # every failure becomes a row of the table
             text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             verdicts.append(Verdict(WRONG, f"{'train' if training else 'eval'}, {text}"))
     return max(verdicts, key=lambda each: _RANK.index(each.outcome))
 
 
 def rows() -> list[Row]:
-    """The table's rows, area by area; the text of what is wrong goes to stderr."""
+    """Returns the table's rows, area by area; each verdict and its text go to stderr."""
     made = []
     areas = list(dict.fromkeys(case.area for case in CASES.values()))
     for case in sorted(CASES.values(), key=lambda case: areas.index(case.area)):
@@ -57,12 +57,12 @@ def rows() -> list[Row]:
 
 
 def whole_rows() -> list[Row]:
-    """The rows of the second table."""
+    """Returns the rows of the table of whole captures."""
     made = []
     for case in WHOLE_CASES.values():
         try:
             result = check(case)
-        except Exception as error:  # a table has a row for whatever goes wrong
+        except Exception as error:  # every failure becomes a row of the table
             result = WRONG
             print(f"{case.id:32} {type(error).__name__}: {error}"[:300], file=sys.stderr, flush=True)
         made.append((case.area, case.what, result))
@@ -70,7 +70,7 @@ def whole_rows() -> list[Row]:
 
 
 def documented(table: str) -> list[Row]:
-    """The rows that the page has."""
+    """Returns the rows in the page."""
     lines = lines_between(PAGE, _start(table), _end(table))[len(HEADER) :]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return [(area, what, result) for area, what, result in cells]

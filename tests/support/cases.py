@@ -1,4 +1,4 @@
-"""Rewritten models in each capture, made once and copied."""
+"""Rewritten models in each capture, built once and copied."""
 
 import copy
 from collections.abc import Callable
@@ -45,7 +45,7 @@ _made: dict[str, nn.Module] = {}
 
 
 class Case:
-    """A rewritten model with filled adapters, the plain model it came from, and inputs for both."""
+    """A rewritten model with filled adapters, the plain model that it comes from, and inputs for both."""
 
     def __init__(self, name: str) -> None:
         self.name = name

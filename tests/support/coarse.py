@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class Coarse(Tensor):
-    """A weight that `F.linear` rounds to eighths, as a quantised one; nothing else may compute with it."""
+    """A weight that `F.linear` rounds to eighths, like a quantised one; no other function may compute with it."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""The command line in this process."""
+"""Runs the command line in this process."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ class Result:
 
 
 def run(*arguments: object) -> Result:
-    """The command line in this process: importing torch for each command would take most of the time."""
+    """Runs the command line in this process, because importing torch for each command would take most of the time."""
     out = io.StringIO()
     err = io.StringIO()
     argv = sys.argv

@@ -1,4 +1,4 @@
-"""The calls that are made of the models of `composed_modules`."""
+"""The calls of the models of `composed_modules`."""
 
 import random
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from support.models import randn
 
 @dataclass(frozen=True)
 class Call:
-    """An input of so many positions and what decides branches: the sign of its sum, the mode, the modules' `flag`.
+    """The size of an input, and what decides branches: the sign of its sum, the mode, the modules' `flag`.
 
-    `has_second` says whether the second argument, if the forward takes one, is given or has its default.
+    `length` is the number of positions. `has_second`: the second argument, if the forward accepts one, is passed.
     """
 
     length: int
@@ -26,9 +26,10 @@ class Call:
     has_second: bool = False
 
     def run(self, model: nn.Module, composed: ComposedModel) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input, (B, S, 12), and output of `composed`, of a graph of it or of its double in float64, without autocast.
+        """Returns the input (B, S, 12) and the output of `model`: `composed` itself, a graph of it or its float64 copy.
 
-        The same random numbers each time. In training the input wants a gradient.
+        Random numbers are the same each time. In training the input requires a gradient. Autocast, if `composed` is
+        for it, is off in float64.
         """
         model.train(self.training)
         for module in model.modules():
@@ -43,7 +44,7 @@ class Call:
             return args[0], model(*args)
 
     def arguments(self, composed: ComposedModel, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-        """What a model is called with."""
+        """Returns the arguments that a model is called with."""
         x = self.sign * (randn(self.batch, self.length, NARROW, seed=self.length).abs() - 0.4)
         second = {"mask": randn(self.batch, self.length, 1, seed=3) > 0, "scale": 2.0}
         more = [second[composed.second]] if composed.second and self.has_second else []
@@ -51,10 +52,10 @@ class Call:
 
 
 IN_PLACE = (Call(5, 1, False), Call(3, -1, True, False, has_second=True), Call(5, -1, True, batch=1))
-"""Of a model that is rewritten in place."""
+"""The calls of a model that is rewritten in place."""
 
 EXAMPLES = (Call(5, 1, True), Call(6, -1, False, has_second=True), Call(2, 1, False), Call(4, 1, True, batch=1))
-"""That whole models are captured with."""
+"""The calls that whole models are captured with."""
 
 OF_GRAPHS = (Call(3, -1, True), Call(8, 1, False, batch=3), Call(1, -1, False), Call(4, -1, True, batch=1))
-"""Of a whole capture, besides its example."""
+"""The calls of a whole capture, in addition to its example."""

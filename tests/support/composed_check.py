@@ -1,7 +1,7 @@
-"""What must hold of any hand-written model that `rewrite` is given: it is right, or it is refused by name.
+"""Checks that `rewrite` adapts a hand-written model correctly or refuses it with an error that names the cause.
 
-In place the name is a site's, or its linear is named in a warning. A whole capture is refused at once, or in calls that
-are not as it was captured, by the name of an argument.
+In place, the error names a site, or a warning names its linear. A whole capture is refused by `rewrite`, or in calls
+that differ from its example, with an error that names an argument.
 
 The oracle is the model's own code in float64 on W + Δ; its gradients of W, taken through Δ, are those of A and B.
 """
@@ -26,21 +26,21 @@ from support.recorded_state import assert_recorded, recorded_state
 
 Make = Callable[[], nn.Module]
 
-RIGHT = "right"
-PARTLY = "right, but for linears that a warning names"
+RIGHT = "correct"
+PARTLY = "correct, except for linears that a warning names"
 REFUSED = "refused by `rewrite`"
 REFUSED_IN_A_CALL = "refused in a call"
 
 
 class _RefusedError(Exception):
-    """The model was refused as it should be."""
+    """The model was refused as expected."""
 
 
 @dataclass(frozen=True)
 class _Rewrite:
     """How a model is rewritten: with these targets, in place or as the graph that is captured with the call `example`.
 
-    Of graphs that are captured in evaluation only, as a warning says, calls in training are not made.
+    A graph that, as a warning says, can be captured in eval mode only is not called in training.
     """
 
     composed: ComposedModel
@@ -49,9 +49,9 @@ class _Rewrite:
     example: Call | None
 
     def rewritten(self, model: nn.Module) -> tuple[nn.Module, tuple[Call, ...]]:
-        """The model, of which each matrix has an adapter or is named in a warning, and the calls to be made.
+        """Returns the rewritten model, in which each matrix has an adapter or is named in a warning, and its calls.
 
-        The model that was given is unchanged where it is refused.
+        Checks that `model` is unchanged if it is refused.
         """
         names = _matrices(model)
         options = {"example_inputs": self.example.arguments(self.composed)} if self.example else {}
@@ -77,7 +77,7 @@ class _Rewrite:
         return rewritten, (*of_example, *seconds, *[call for call in OF_GRAPHS if call.training in modes])
 
     def answer(self, call: Call, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Input and output; None where a graph refuses a call that is not its example's, by the name of an argument."""
+        """Returns input and output; None if a graph refuses a call that is not its example's and names an argument."""
         try:
             return call.run(model, self.composed)
         except MELoRAError as error:
@@ -86,7 +86,7 @@ class _Rewrite:
                 raise _RefusedError(REFUSED_IN_A_CALL) from error
             _assert_named(("x", self.composed.second), error)
             is_example = replace(call, training=self.example.training, sign=self.example.sign) == self.example
-            if is_example and call.batch > 1:  # of one it is doubled
+            if is_example and call.batch > 1:  # a batch of one is doubled
                 raise AssertionError("the capture refuses its own example") from error
             return None
 
@@ -96,12 +96,13 @@ _NOTHING = "'all-linear' matches nothing"
 
 
 def check_composed(composed: ComposedModel, config: MELoRAConfig, *, by_name: bool, example: Call | None = None) -> str:
-    """Rewrites the model, with its matrices as targets each by its name or as "all-linear"; the outcome.
+    """Rewrites and checks the model, in place or captured whole with the call `example`, and returns the outcome.
 
-    In place, or captured whole with the call `example`. "Refused in a call" are graphs that answer others rightly.
+    The targets are the names of its matrices, or "all-linear". A graph that is refused in a call answers its other
+    calls correctly.
 
     Raises:
-        AssertionError: where the model is neither right nor refused.
+        AssertionError: if the model is neither correct nor refused.
     """
     with composed.maker() as make:
         rewrite = _Rewrite(composed, _matrices(make()) if by_name else "all-linear", config, example)
@@ -113,8 +114,8 @@ def check_composed(composed: ComposedModel, config: MELoRAConfig, *, by_name: bo
 
 
 def _check_untrained(make: Make, rewrite: _Rewrite) -> None:
-    """Where B = 0: bits, state and random numbers are those of the model itself."""
-    plain = make().requires_grad_(False)  # torch computes a product otherwise when the weight is trained
+    """Checks at B = 0 that output bits, state and random numbers are those of the plain model."""
+    plain = make().requires_grad_(False)  # torch computes a product differently if the weight is trained
     model, calls = rewrite.rewritten(make())
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         for call in calls:
@@ -131,13 +132,13 @@ def _check_untrained(make: Make, rewrite: _Rewrite) -> None:
 
 
 def _check_adapted(make: Make, rewrite: _Rewrite) -> str:
-    """Where A and B are filled: outputs, gradients and state are the oracle's, and outputs are when it is folded."""
+    """Checks filled A and B: outputs, gradients and state are the oracle's, and after `fold` outputs and state."""
     model, calls = rewrite.rewritten(make())
     sites = dict(melora_fx.sites(fill(model)))
     oracle, weights = _oracle(make(), sites)
     bound = (
         0.2 if rewrite.composed.is_for_autocast else 1e-4
-    )  # of the largest value: some roundings in a row; a wrong Δ is off by far more
+    )  # of the largest value: several roundings in a row; an incorrect Δ is off by far more
     answered = []
     for call in calls:
         got = rewrite.answer(call, model)
@@ -163,7 +164,7 @@ def _check_adapted(make: Make, rewrite: _Rewrite) -> str:
 
 
 def _matrices(model: nn.Module) -> list[str]:
-    """The names of the sites that `model` would have if each of its matrices were one."""
+    """Returns the names of the sites that `model` would have if each of its matrices were one."""
     return [
         path if name == "weight" else f"{path}.{name}"
         for path, module in model.named_modules()
@@ -177,12 +178,12 @@ def _assert_named(names: Iterable[str], error: Exception) -> None:
 
 
 def _named(names: Iterable[str], text: str) -> set[str]:
-    """Those of `names` in `text`; an argument also as `scale=1.0` and by its shape."""
+    """Returns those of `names` that are in `text`; an argument may be there as `scale=1.0` or with its shape."""
     return {name for name in names if re.search(rf"[`']{re.escape(name)}[`'=]|\b{re.escape(name)}\.shape\[", text)}
 
 
 def _oracle(model: nn.Module, sites: Mapping[str, Any]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """`model` in float64 with W + Δ, and these weights by site; tied ones are untied, as their adapters differ."""
+    """Returns `model` in float64 with W + Δ, and these weights by site; tied ones are untied: their adapters differ."""
     model.double().requires_grad_(False)
     weights: dict[str, nn.Parameter] = {}
     for name, site in sites.items():
@@ -197,14 +198,14 @@ def _oracle(model: nn.Module, sites: Mapping[str, Any]) -> tuple[nn.Module, dict
 
 
 def _gradients(x: torch.Tensor, y: torch.Tensor, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Of a weighted sum of `y`; zeros for what it does not depend on. The input's comes last, if it has one."""
+    """Returns the gradients of a weighted sum of `y`, zeros for none; the input's comes last, if it requires one."""
     wanted = [*parameters, *([x] if x.requires_grad else [])]
     loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
     return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
 
 
 def _through_update(gradients: list[torch.Tensor], sites: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The oracle's gradients with those of A and B in the place of each weight's."""
+    """Returns the oracle's gradients, with those of A and B in place of each weight's."""
     factors: list[torch.Tensor] = []
     for site, gradient in zip(sites.values(), gradients, strict=False):
         of_update = gradient.mT if site.weight_is_transposed else gradient
@@ -213,7 +214,7 @@ def _through_update(gradients: list[torch.Tensor], sites: Mapping[str, Any]) -> 
 
 
 def _assert_near(actual: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
-    """Equal up to `bound` of the largest value, or of 0.01 if all are smaller: a mean of what cancels."""
+    """Checks equality up to `bound` times the largest value, or times 0.01 if that is larger: a mean may cancel out."""
     assert type(actual) is torch.Tensor
     assert actual.shape == expected.shape
     error = (actual.detach().double() - expected.detach().double()).abs().max()
@@ -222,7 +223,7 @@ def _assert_near(actual: torch.Tensor, expected: torch.Tensor, bound: float) -> 
 
 
 def _assert_same_state(model: nn.Module, plain: nn.Module, bound: float | None = None) -> None:
-    """What the forwards of `plain` keep, `model` keeps too, of graphs the buffers: the bits, or up to `bound`."""
+    """Checks that `model` keeps the state that `plain` keeps (graphs only the buffers): its bits, or up to `bound`."""
     for path, module in plain.named_modules():
         kept = dict(module.named_buffers(recurse=False))
         if not isinstance(model, fx.GraphModule):

@@ -1,8 +1,8 @@
 """Models composed at random from pieces that people write by hand, as Python source.
 
-A block owns a matrix and multiplies by it in one of many ways; a parent owns modules and calls them, or reads their
-weights itself; both stand among modules of torch, up to three levels deep. An input is (B, S, 12), a weight (O, I) or
-(I, O) with I of 12 and O of 12 or 24. Each piece that was drawn is noted as "kind: name", so that a test can count.
+A block owns a matrix and multiplies by it in one of many ways. A parent owns modules and calls them, or reads their
+weights itself. Both are among modules of torch, up to three levels deep. An input is (B, S, 12), a weight (O, I) or
+(I, O) with I = 12 and O = 12 or 24. Each piece that is drawn is recorded as "kind: name", so that a test can count.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ _OF_TORCH = {
 
 
 class ComposedModel:
-    """`source` defines a class `Model` made of `pieces`; shown as code where a test fails."""
+    """`source` defines a class `Model` composed of `pieces`; it is shown as code if a test fails."""
 
     def __init__(self, source: str, pieces: frozenset[str]) -> None:
         self.source = source
@@ -75,22 +75,22 @@ class ComposedModel:
 
     @property
     def is_for_autocast(self) -> bool:
-        """Whether a piece is about the autocast around the model."""
+        """Whether a piece needs autocast around the model."""
         return "region: autocast off" in self.pieces
 
     @property
     def second(self) -> str:
-        """The name of the second argument that the model's forward takes, "" where there is none."""
+        """The name of the second argument that the model's forward accepts, "" if there is none."""
         return next((name for piece, name in _SECONDS.items() if piece in self.pieces), "")
 
     @property
     def is_followed(self) -> bool:
-        """Whether a whole capture follows all of its pieces."""
+        """Whether a whole capture can follow all of its pieces."""
         return not self.pieces & FROZEN
 
     @contextmanager
     def maker(self) -> Iterator[Callable[[], nn.Module]]:
-        """A function that makes the model, of the same values each time; inside the block its source can be read."""
+        """Yields a function that builds the model, always with the same values. The block can read its source."""
         name = f"composed_{hashlib.sha256(self.source.encode()).hexdigest()[:12]}"
         module = types.ModuleType(name)
         module.__file__ = f"<{name}>"
@@ -130,7 +130,7 @@ PIECES = tuple(
 
 @st.composite
 def composed_models(draw: st.DrawFn, piece: str = "") -> ComposedModel:
-    """Any model, with the `piece` if one of `PIECES` is given; shrinks towards one block with a plain product."""
+    """Draws a model, with `piece` if one of `PIECES` is passed; shrinks towards one block with a plain product."""
     composer = _Composer(draw, piece)
     composer.container("Model", depth=1)
     assume(not piece or piece in composer.pieces)
@@ -138,7 +138,7 @@ def composed_models(draw: st.DrawFn, piece: str = "") -> ComposedModel:
 
 
 class _Composer:
-    """Writes classes by the choices of `draw`, and notes the pieces; takes `piece` wherever it can."""
+    """Writes classes from the choices of `draw` and records the pieces; chooses `piece` whenever it can."""
 
     def __init__(self, draw: st.DrawFn, piece: str) -> None:
         self.draw = draw
@@ -155,13 +155,13 @@ class _Composer:
         return name
 
     def choose_rarely(self, kind: str, options: Iterable[str]) -> str:
-        """The first of `options` in two of three cases."""
+        """Chooses the first of `options` in two of three cases."""
         options = list(options)
         is_free = kind == self.kind or self.draw(st.integers(0, 2)) == 2
         return self.choose(kind, options if is_free else options[:1])
 
     def container(self, name: str, depth: int) -> None:
-        """A class with one hand-written stage, and up to two others before or after it."""
+        """Writes a class with one hand-written stage, and at most one other stage before and one after it."""
         before, after = (self.draw(st.integers(0, 1)) for _ in range(2))
         stages = [self.of_torch() for _ in range(before)]
         free = {"": _HAND_WRITTEN, "argument": _HAND_WRITTEN, "parent": _HAND_WRITTEN[2:3]}
@@ -176,11 +176,11 @@ class _Composer:
         self.write(name, made, [*lines.splitlines(), *calls, "return x"], arguments=arguments)
 
     def of_torch(self) -> str:
-        """The expression that makes one of torch's modules."""
+        """Returns an expression that creates one of torch's modules."""
         return _OF_TORCH[self.choose("nesting", _OF_TORCH)]
 
     def hand_written(self, depth: int, kinds: Sequence[str]) -> str:
-        """The expression that makes a module of a class that it writes, of one of `kinds`; three levels at most."""
+        """Writes a class of one of `kinds`, at most three levels deep; returns an expression that creates it."""
         kind = self.choose("nesting", [kind for kind in kinds if depth < 3 or kind != "nested"])
         if kind == "block":
             return f"{self.block(NARROW)}()"
@@ -193,7 +193,7 @@ class _Composer:
         return f"{name}()"
 
     def parent(self) -> str:
-        """The name of a class that calls its children or reads their weights: linears or blocks."""
+        """Writes a class that calls its children (linears or blocks) or reads their weights; returns its name."""
         made, forward = PARENTS[self.choose("parent", PARENTS)]
         child = projector = _LINEAR
         if "{projector}" in made:
@@ -205,7 +205,7 @@ class _Composer:
         return name
 
     def block(self, width_out: int, stored: str = "", reader: str = "") -> str:
-        """The name of a class that multiplies by its own matrix, which is (O, I) if `stored` as "oi", or (I, O)."""
+        """Writes a class with a matrix, (O, I) if `stored` is "oi", else (I, O), and a product; returns its name."""
         stored = stored or self.choose("stored", ["oi", "io"])
         reader = reader or self.choose_rarely("reader", READERS)
         input_made, before = INPUTS[self.choose_rarely("input", INPUTS)]
@@ -232,7 +232,7 @@ class _Composer:
         return name
 
     def product(self, stored: str, width_out: int, read: str) -> str:
-        """Lines that set `y` to a product of `x` by the weight that the expression `read` gives."""
+        """Returns lines that set `y` to a product of `x` and the weight that the expression `read` returns."""
         rows, columns = (width_out, NARROW) if stored == "oi" else (NARROW, width_out)
         count = self.draw(st.integers(1 if self.kind == "view" else 0, 2))
         views = [self.choose("view", VIEWS) for _ in range(count)]
@@ -257,7 +257,7 @@ class _Composer:
         return "\n".join([*lines, "y = y.to(x.dtype)"] if "float" in views else lines)
 
     def multiplied(self, x: str, weight: str, stored: str, size: int, width_out: int) -> str:
-        """The expression of `x` times `weight`, which gives `size` of the features."""
+        """Returns an expression of `x` times `weight`, which computes `size` of the features."""
         needed, template = PRODUCTS[self.choose("product", PRODUCTS)]
         if needed != stored:
             weight += self.choose("view", FLIPS)
@@ -273,7 +273,7 @@ class _Composer:
         more: str = "",
         arguments: str = "x",
     ) -> None:
-        """Adds a class: what its `__init__` makes, the lines of its forward or of a method that it calls, and more."""
+        """Adds a class: the lines `made` of `__init__`, `lines` of its forward or a method it calls, and `more`."""
         methods = [
             "def __init__(self):\n" + indent("\n".join(["super().__init__()", *made]), "    "),
             f"def {method}(self, {arguments}):\n" + indent("\n".join(lines), "    "),
@@ -284,7 +284,7 @@ class _Composer:
 
 
 def _with_bodies(template: str, bodies: list[str]) -> str:
-    """`template` with the lines of one body in the place of each of its lines `BODY`."""
+    """Returns `template` with each of its lines `BODY` replaced by the lines of one body."""
     left = iter(bodies)
     lines = []
     for line in template.splitlines():

@@ -1,6 +1,6 @@
-"""The pieces of `composed_modules`: what people write around the product of an input and a weight.
+"""The pieces of `composed_modules`: code that people write around the product of an input and a weight.
 
-Lines of Python in which `BODY` stands for the lines that set `y` to a product of `x`, and `WEIGHT` for the weight as
+In these lines of Python, `BODY` stands for the lines that set `y` to a product of `x`, and `WEIGHT` for the weight as
 (O, I).
 """
 
@@ -11,7 +11,7 @@ ARGUMENTS = {
     "mask": ("x, mask=None", "if mask is not None:\n    x = x * mask"),
     "number": ("x, scale=1.0", "x = scale * x"),
 }
-"""The arguments of the model's forward, and what it does with the second."""
+"""The arguments of the model's forward, and the lines that use the second."""
 
 INPUTS = {
     "none": ("", ""),
@@ -39,7 +39,7 @@ INPUTS = {
     "if as many positions as inputs": ("", "if x.size(0) == x.size(1):\n    x = -x"),
     "batch norm": ("self.norm = nn.BatchNorm1d(12)", "x = self.norm(x.mT).mT"),
 }
-"""What is made, and what a block does with its input before the product."""
+"""Lines of a block's `__init__`, and lines that change its input before the product."""
 
 CONTROLS = {
     "none": "BODY",
@@ -88,7 +88,7 @@ STATES = {
     "random": ("", "if random.random() < 0.5:\n    y = 2 * y"),
     "torch's random": ("", "y = y * torch.rand(y.shape, dtype=torch.float32)"),
 }
-"""What is made, and what follows the product. Random numbers are float32, so that float64 draws the same."""
+"""Lines of `__init__`, and lines after the product. Random numbers are float32, so that float64 draws the same."""
 
 REGIONS = {
     "none": "BODY",
@@ -107,7 +107,7 @@ READERS = {
     "parameters": ("", "next(self.parameters(recurse=False))", ""),
     "own list": ("self.held = [self.weight]", "self.held[0]", ""),
 }
-"""What is made, how a block comes to its weight, and what its class has besides."""
+"""Lines of `__init__`, the expression with which a block reads its weight, and further lines of its class."""
 
 PARENTS = {
     "calls": ("self.child = {child}", "return self.child(x)"),
@@ -145,7 +145,7 @@ PARENTS = {
         "return F.linear(torch.tanh(self.child(x)), self.matrix)",
     ),
 }
-"""What is made of the children, and the forward."""
+"""Lines of `__init__` that create the children, and lines of the forward."""
 
 FLIPS = (".t()", ".T", ".mT", ".transpose(0, 1)", ".transpose(-2, -1)", ".permute(1, 0)")
 """Views that swap the two axes of a weight."""
@@ -180,15 +180,15 @@ PRODUCTS = {
     "einsum, transposed": ("io", "torch.einsum('bsi,io->bso', {x}, {w})"),
     "einsum of a batch": ("io", "torch.einsum('bsi,bio->bso', {x}, {w}.expand({x}.size(0), -1, -1))"),
 }
-"""The weight that is needed, as (O, I) or (I, O), and the expression."""
+"""The orientation of the weight that is needed, (O, I) or (I, O), and the expression."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which of a weight's rows are multiplied by.
+    """The rows of a weight that a block multiplies by.
 
-    `lines` set `y`; `{0}`, `{1}`, … in them are products by `weights`, which give so many of twelve features as
-    `twelfths` say. `first`, `rest` and `half` index rows; `third`, `two_thirds` and `middle` are numbers of rows.
+    `lines` set `y`; `{0}`, `{1}`, … in them are the products with `weights`, which compute `twelfths` of the features.
+    `first`, `rest` and `half` index rows; `third`, `two_thirds` and `middle` are numbers of rows.
     """
 
     weights: tuple[str, ...]
@@ -217,4 +217,4 @@ PARTS = {
 }
 
 FROZEN = frozenset({"state: counter", "state: cache in a list", "state: cache in a dict", "state: random"})
-"""Left out of whole captures, whose graph has what Python had: a count, a filled list or dict, `random.random()`."""
+"""Left out of whole captures, whose graph freezes Python values: a count, a list or dict, `random.random()`."""

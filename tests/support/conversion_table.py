@@ -1,8 +1,8 @@
-"""The table in docs/ADAPTERS.md: what other programs compute with our adapters, and we with theirs.
+"""Writes the table in docs/ADAPTERS.md: what other programs compute with our adapters, and we with theirs.
 
 PYTHONPATH=tests python -m support.conversion_table
 
-It runs PEFT, vLLM's models (see `vllm_runs`), llama.cpp, MLX and ONNX Runtime, and stops where one is missing.
+It runs PEFT, vLLM's models (see `vllm_runs`), llama.cpp, MLX and ONNX Runtime, and stops if one is missing.
 """
 
 import json
@@ -50,11 +50,11 @@ _PACKED = {
     **{name: ("qkv_proj", index) for index, name in enumerate(("query", "key", "value"))},
     **{name: ("gate_up_proj", index) for index, name in enumerate(("gate_proj", "up_proj"))},
 }
-"""The modules that vLLM packs, and where in the packed one each is."""
+"""The modules that vLLM packs: the packed module, and the index of each in it."""
 
 
 class Trip(NamedTuple):
-    """A trained model of a case, with its adapter in `folder / "ours"`, and a place for everything else."""
+    """A case's model with a filled adapter, which is saved in `folder / "ours"`; other files go into `folder` too."""
 
     case: Case
     folder: Path
@@ -76,14 +76,14 @@ def begin(case: Case, folder: Path) -> Trip:
 
 
 def to_peft(trip: Trip, form: str = "lora") -> float:
-    """PEFT's logits with our folder, unmerged and merged."""
+    """Compares PEFT's logits with our folder, unmerged and merged, to ours."""
     write_peft_adapter(trip.ours, trip.folder / "peft", form=form)
     model = PeftModel.from_pretrained(trip.case.build(), trip.folder / "peft").eval()
     return max(worst_error(logits_of(each), trip.logits) for each in (model, merged(model)))
 
 
 def from_peft(trip: Trip, form: str = "lora") -> float:
-    """Our logits with a folder that PEFT has saved, against PEFT's."""
+    """Compares our logits with a folder that PEFT has saved to PEFT's."""
     write_peft_adapter(trip.ours, trip.folder / "peft", form=form)
     model = PeftModel.from_pretrained(trip.case.build(), trip.folder / "peft").eval()
     model.save_pretrained(trip.folder / "saved", save_embedding_layers=False)
@@ -95,7 +95,7 @@ def from_peft(trip: Trip, form: str = "lora") -> float:
 
 
 def to_vllm(trip: Trip) -> float:
-    """The updates in vLLM's own layers: its kernels want a GPU."""
+    """Compares the updates in vLLM's own layers, since its kernels need a GPU."""
     adapter = read_adapter(trip.ours)
     needs = check_for_vllm(adapter)
     write_peft_adapter(trip.ours, trip.folder / "peft")
@@ -116,7 +116,7 @@ def to_vllm(trip: Trip) -> float:
 
 
 def to_gguf(trip: Trip) -> float:
-    """llama.cpp's log probabilities, against the folded model's and relative to the largest logit."""
+    """Compares llama.cpp's log probabilities to the folded model's, relative to the largest logit."""
     trip.case.build().save_pretrained(trip.folder / "base")
     write_gguf_adapter(trip.ours, trip.folder / "base", trip.folder / "adapter.gguf")
     gguf_models.write_gguf(trip.case.build(), trip.folder / "base.gguf")
@@ -127,7 +127,7 @@ def to_gguf(trip: Trip) -> float:
 
 
 def to_mlx(trip: Trip) -> float:
-    """mlx_lm's logits."""
+    """Compares mlx_lm's logits to ours."""
     write_mlx_adapter(trip.ours, trip.folder / "mlx")
     mlx_models.save_base(trip.case.build(), trip.folder / "base")
     found = mlx_models.mlx_logits(trip.folder / "base", trip.folder / "mlx")
@@ -135,7 +135,7 @@ def to_mlx(trip: Trip) -> float:
 
 
 def from_mlx(trip: Trip) -> float:
-    """Our logits with the folder that we wrote for mlx_lm."""
+    """Compares our logits, with the folder that we wrote for mlx_lm read back, to the original ones."""
     write_mlx_adapter(trip.ours, trip.folder / "mlx")
     read_peft_adapter(trip.folder / "mlx", trip.folder / "back")
     if read_adapter(trip.folder / "back").configs.keys() != read_adapter(trip.ours).configs.keys():
@@ -146,7 +146,7 @@ def from_mlx(trip: Trip) -> float:
 
 
 def to_ort(trip: Trip) -> float:
-    """ONNX Runtime's logits with the file, over a graph that was exported with another adapter."""
+    """Compares ONNX Runtime's logits to ours: it runs the file on a graph that was exported with another adapter."""
     other = fill(trip.case.adapted(), seed=5)
     export_onnx(other, tokens(), trip.folder / "swap.onnx", adapter="swap", use_cache=False, verify=False)
     write_ort_adapter(trip.ours, trip.folder / "swap.onnx", trip.folder / "ours.onnx_adapter")
@@ -157,7 +157,7 @@ def to_ort(trip: Trip) -> float:
 
 
 def from_authors(trip: Trip) -> float:
-    """Our logits with a folder as their code saves it, of the case's linears, which all have the same ranks there."""
+    """Compares our logits with a folder as the authors' code saves it; there all linears have the same ranks."""
     names = [name for name, site in melora_fx.sites(trip.model).items() if site.num_experts == 1]
     model = fill(melora_fx.rewrite(trip.case.build(), names, UNEVEN, keep_trainable=trip.case.kept)).eval()
     tensors = dict(adapter_of(model).kept_tensors())
@@ -177,9 +177,9 @@ def from_authors(trip: Trip) -> float:
     return worst_error(logits_of(melora_fx.load_adapter(trip.case.build(), trip.folder / "back")), logits_of(model))
 
 
-NOT_READ = "an `.onnx_adapter` file has the tensors of a graph's inputs alone: keep the folder"
+NOT_READ = "not read: an `.onnx_adapter` file contains only the tensors of a graph's inputs; keep the folder"
 NO_GGUF = "not read: its names and rows are those of a converted base; keep the folder"
-NOT_WRITTEN = "not written: PEFT's folder is read by more"
+NOT_WRITTEN = "not written: more programs read PEFT's folder"
 FORMS: dict[tuple[str, str], Callable[[Trip], float] | str] = {
     ("PEFT, LoRA", "out"): to_peft,
     ("PEFT, LoRA", "in"): from_peft,
@@ -195,11 +195,11 @@ FORMS: dict[tuple[str, str], Callable[[Trip], float] | str] = {
     ("the MELoRA authors' code", "out"): NOT_WRITTEN,
     ("the MELoRA authors' code", "in"): from_authors,
 }
-"""A program and a direction → what measures it, or why there is nothing to measure."""
+"""Maps a program and a direction to the function that measures it, or to the reason why there is none."""
 
 
 def measure(form: tuple[str, str], name: str) -> str:
-    """A cell of the table: an error, or why there is none."""
+    """Returns a cell of the table: a relative error, or the reason why there is none."""
     run = FORMS[form]
     if isinstance(run, str):
         return run
@@ -212,7 +212,7 @@ def measure(form: tuple[str, str], name: str) -> str:
 
 
 def _reason(text: str, folder: str) -> str:
-    """Why, without the place and what to do about it."""
+    """Returns the reason from the text of an error, without the place and the remedy."""
     line = text.replace(folder, "").splitlines()[0]
     while (short := re.sub(r" \([^()]*\)", "", line)) != line:
         line = short
@@ -227,7 +227,7 @@ def rows() -> Iterator[list[str]]:
 
 
 def documented() -> dict[tuple[str, str], list[str]]:
-    """(program, direction) → the cells, as the page has them."""
+    """Maps (program, direction) to the cells, as they are in the page."""
     lines = [line for line in lines_between(PAGE, _START, _END) if line.startswith("| ")][1:]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return {(row[0], row[1]): row[2:] for row in cells}

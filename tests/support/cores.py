@@ -1,6 +1,6 @@
-"""One thread for torch here and in the processes that tests start; imported above torch.
+"""Gives torch one thread, here and in the processes that tests start; import it before torch.
 
-Two of pytest's processes, and what they start, share two cores: with more threads each waits for the others.
+Two pytest processes, and the processes that they start, share two cores: with more threads each waits for the others.
 """
 
 import os

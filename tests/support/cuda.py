@@ -1,7 +1,7 @@
-"""What the tests on a CUDA device share: the device, the oracle on the CPU, and the bounds that sums keep.
+"""Shared by the tests on a CUDA device: the device, the oracle on the CPU, and the bounds of sums.
 
-They need no fixture of a conftest, so that they run where only torch, transformers and pytest are installed. A dry run
-puts all of it on the CPU: it shows that the tests themselves are right.
+They need no fixture of a conftest, so that they run if only torch, transformers, safetensors and pytest are installed.
+A dry run puts everything on the CPU, to show that the tests themselves are correct.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import support.interpreter  # noqa: F401 (above what imports triton, as melora_fx does by torchao) # isort: skip
+import support.interpreter  # noqa: F401 (before the imports of triton, as melora_fx's through torchao) # isort: skip
 import melora_fx
 from melora_fx import MELoRAConfig, config
 from support.models import TOLERANCE, Holder, dense_update, fill, randn
@@ -22,13 +22,13 @@ from support.models import TOLERANCE, Holder, dense_update, fill, randn
 IS_DRY_RUN = os.environ.get("MELORA_FX_DRY_RUN") == "1"
 DEVICE = "cpu" if IS_DRY_RUN else "cuda"
 if IS_DRY_RUN:
-    torch.set_num_threads(1)  # as in the other tests: what is this small is slower on more
+    torch.set_num_threads(1)  # as in the other tests: work this small is slower with more
 ON_CUDA = [
     pytest.mark.cuda,
     pytest.mark.skipif(not IS_DRY_RUN and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-"""The marks of every file of these tests, as its `pytestmark`."""
-cuda_alone = pytest.mark.skipif(IS_DRY_RUN, reason="only CUDA has it: left out of a dry run")
+"""The `pytestmark` of every file with these tests."""
+cuda_alone = pytest.mark.skipif(IS_DRY_RUN, reason="needs CUDA: skipped in a dry run")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,13 +38,13 @@ _NEEDS_TRITON = pytest.mark.skipif(
 
 
 def by_lowering(*without: str) -> Any:
-    """Parametrizes `lowering` by all that a configuration can name, those of `without` left out."""
+    """Parametrizes `lowering` with all that a configuration can name, except those of `without`."""
     names = [name for name in config.LOWERINGS if name not in without]
     return pytest.mark.parametrize("lowering", [pytest.param(name, marks=_marks(name)) for name in names])
 
 
 def by_lowering_and_dtype(*without: str) -> Any:
-    """Parametrizes both; the lowering "weight", which would round W + Δ, is refused in 16 bits."""
+    """Parametrizes `lowering` and `dtype`, without "weight" in 16 bits: it would round W + Δ and is refused."""
     cells = [
         pytest.param(name, dtype, id=f"{name}-{label}", marks=_marks(name))
         for name in config.LOWERINGS
@@ -64,7 +64,7 @@ def by_dtype(dtypes: Mapping[str, torch.dtype] = DTYPES) -> Any:
 
 
 def to_device(values: Any, device: str = DEVICE) -> Any:
-    """A tensor, or a list or dict of tensors, on the device."""
+    """Returns a tensor, or a list or dict of tensors, on the device."""
     if isinstance(values, Mapping):
         return {name: to_device(value, device) for name, value in values.items()}
     if isinstance(values, list | tuple):
@@ -73,17 +73,17 @@ def to_device(values: Any, device: str = DEVICE) -> Any:
 
 
 def on_cpu(values: Any) -> Any:
-    """The same on the CPU, without gradients."""
+    """Returns the values on the CPU; a tensor is detached."""
     return to_device(values.detach() if isinstance(values, Tensor) else values, "cpu")
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """The same bits, on whatever devices they are."""
+    """Checks that the bits are the same, on any devices."""
     torch.testing.assert_close(on_cpu(actual), on_cpu(expected), rtol=0, atol=0, equal_nan=True)
 
 
 def assert_sums_near(actual: Tensor, expected: Tensor, factor: float = 1.0) -> None:
-    """Equal up to the rounding of sums in the dtype of `actual`, relative to the largest of `expected`."""
+    """Checks equality up to the rounding of sums in the dtype of `actual`, relative to the largest of `expected`."""
     assert actual.shape == expected.shape
     assert torch.isfinite(actual).all()
     bound = factor * TOLERANCE[actual.dtype]["rtol"] * float(expected.detach().abs().max())
@@ -91,7 +91,7 @@ def assert_sums_near(actual: Tensor, expected: Tensor, factor: float = 1.0) -> N
 
 
 def assert_all_near(actual: Iterable[Tensor], expected: Iterable[Tensor], factor: float = 1.0) -> None:
-    """`assert_sums_near` of each."""
+    """Calls `assert_sums_near` for each pair."""
     for one, other in zip(actual, expected, strict=True):
         assert_sums_near(one, other, factor)
 
@@ -99,7 +99,7 @@ def assert_all_near(actual: Iterable[Tensor], expected: Iterable[Tensor], factor
 def layer(
     build: Callable[[], nn.Module], config: MELoRAConfig, lowering: str, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A linear below a module, rewritten on the device, with a filled adapter; the site is called `inner`.
+    """Returns a module with one linear, rewritten on the device, with a filled adapter; the site is called `inner`.
 
     Conv1D starts with small weights; here they are as large as those of a Linear.
     """
@@ -111,7 +111,7 @@ def layer(
 
 
 def parts_of(model: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Weight (O, I), bias, A and B of a `layer` as float64 leaves on the CPU."""
+    """Returns weight (O, I), bias, A and B of a `layer` as float64 leaves on the CPU."""
     (site,) = melora_fx.sites(model).values()
     weight = site.weight.mT if site.weight_is_transposed else site.weight
     bias = getattr(site.owner, "bias", None)
@@ -123,9 +123,9 @@ def parts_of(model: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
 def oracle(
     model: nn.Module, x: Tensor, upstream: Tensor, mask: Tensor | None = None, rate: float = 0.0
 ) -> list[Tensor]:
-    """Output of a `layer`, and the gradients of x, A and B, by the dense update in float64 on the CPU.
+    """Returns the output of a `layer` and the gradients of x, A and B, from the dense update in float64 on the CPU.
 
-    With a mask, what the update multiplies is masked and scaled.
+    With a mask, the input of the update is masked and scaled.
     """
     weight, bias, lora_a, lora_b = parts_of(model)
     x = on_cpu(x).double().requires_grad_()
@@ -138,7 +138,7 @@ def oracle(
 
 
 def run(model: nn.Module, x: Tensor, upstream: Tensor, forward: Callable[..., Tensor] | None = None) -> list[Tensor]:
-    """The same of the model itself, or of `forward`, on the device."""
+    """Returns the same from the model itself, or from `forward`, on the device."""
     (site,) = melora_fx.sites(model).values()
     x = x.detach().requires_grad_()
     output = (forward or model)(x)
@@ -147,6 +147,6 @@ def run(model: nn.Module, x: Tensor, upstream: Tensor, forward: Callable[..., Te
 
 
 def inputs(leading: tuple[int, ...], in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (…, I) and a gradient of the output (…, O) on the device."""
+    """Returns x (…, I) and a gradient of the output (…, O) on the device."""
     x = randn(*leading, in_features, seed=1, dtype=dtype)
     return x.to(DEVICE), randn(*leading, out_features, seed=9, dtype=dtype).to(DEVICE)

@@ -1,4 +1,4 @@
-"""Decoders that are small and have every part: grouped heads, a tokenizer, an adapter that changes what they write."""
+"""Small decoders with every part: grouped heads, a tokenizer, and an adapter that changes the generated tokens."""
 
 import json
 import shutil
@@ -32,13 +32,13 @@ SIZES = {
 
 
 def llama(seed: int = 0, **settings: Any) -> hf.LlamaForCausalLM:
-    """With weights large enough that tokens depend on each other."""
+    """Returns a Llama with weights large enough that tokens depend on each other."""
     torch.manual_seed(seed)
     return spread(hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES | settings)))
 
 
 def spread(model: Any) -> Any:
-    """New models' weights are so small that all logits are alike: they become larger."""
+    """Enlarges the weights: a new model's are so small that all logits are alike."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -56,14 +56,14 @@ def example() -> dict[str, torch.Tensor]:
 
 
 def logits_after(model: Any, ids: Sequence[int]) -> np.ndarray:
-    """Of what follows these tokens, by torch, without a cache and alone in the batch."""
+    """Returns torch's logits of the token after `ids`, without a cache and in a batch of one."""
     with torch.no_grad():
         outputs = model(input_ids=torch.tensor([list(ids)]), use_cache=False)
     return outputs.logits[0, -1].numpy()
 
 
 def greedy_tokens(model: Any, ids: Sequence[int], steps: int) -> list[int]:
-    """What torch writes, token by token, without a cache; the model's end token is a token as any other."""
+    """Returns the tokens that torch generates, without a cache; the model's end token is a token like any other."""
     written = list(ids)
     for _ in range(steps):
         written.append(int(logits_after(model, written).argmax()))
@@ -71,7 +71,7 @@ def greedy_tokens(model: Any, ids: Sequence[int], steps: int) -> list[int]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A word for each id: "w3 w4"; ids 0 to 2 are special."""
+    """Writes a tokenizer with a word for each id, as in "w3 w4"; ids 0 to 2 are special."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -80,7 +80,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def read_by(tokenizer: Any, prompt: Sequence[int], written: Sequence[int]) -> str:
-    """What follows a prompt, as it stands in the whole text."""
+    """Returns the text after a prompt, as it is in the whole text."""
     before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, [*prompt, *written]))
     assert whole.startswith(before)
     return whole.removeprefix(before)
@@ -89,7 +89,7 @@ def read_by(tokenizer: Any, prompt: Sequence[int], written: Sequence[int]) -> st
 def text_folder(
     graph: str | Path, folder: Path, write: Callable[[Path], None] = write_tokenizer, **settings: Any
 ) -> Path:
-    """A copy of an export with a tokenizer, and with these settings in its generation_config.json."""
+    """Copies an export, adds a tokenizer, and puts the settings into its generation_config.json."""
     shutil.copytree(Path(graph).parent, folder)
     write(folder)
     file = folder / "generation_config.json"

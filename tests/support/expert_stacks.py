@@ -1,4 +1,4 @@
-"""A stack of experts, in the forms that transformers writes, with its oracle."""
+"""A stack of experts, in the forms that transformers uses, with its oracle."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ ROUTES = {
 
 
 class Experts(nn.Module):
-    """A stack and its product with rows (S, IN) of the experts `ids` (S,), as transformers writes it."""
+    """A stack and its product with rows (S, IN), each by its expert in `ids` (S,), as transformers writes it."""
 
     def __init__(self, form: str, *, transposed: bool = False, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ def the_site(model: nn.Module) -> melora_fx.AdapterSite:
 
 
 def expected(model: nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Each row times its expert's W + Δ, in float64."""
+    """Returns each row times its expert's W + Δ, in float64."""
     weights = adapted_weight(the_site(model))
     rows = [weights[i] @ x.double() for i, x in zip(given["ids"].tolist(), given["x"], strict=True)]
     return torch.stack(rows)
 
 
 def factor_gradients(site: melora_fx.AdapterSite, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of A and B, through the dense update made with autograd from float64 copies."""
+    """Returns the gradients of A and B, which autograd takes through the dense update of float64 copies."""
     a, b = (tensor.detach().double().requires_grad_() for tensor in (site.lora_a, site.lora_b))
     updates = [dense_update(site.config, *pair) for pair in zip(a.chunk(E), b.chunk(E), strict=True)]
     return torch.autograd.grad(torch.stack(updates), (a, b), gradient)
@@ -114,7 +114,7 @@ SIZES = {
 
 
 def _spread(model: Any, form: str) -> Any:
-    """Weights large enough for every site to show."""
+    """Sets weights large enough that every site changes the output."""
     model.set_experts_implementation(form)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The table in docs/EXPORT.md, from exports that have been compared with torch:
+"""Writes the table in docs/EXPORT.md from exports that are compared with torch:
 
 PYTHONPATH=tests python -m support.export_table
 """
@@ -58,7 +58,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One export: `adapter` as for `export_onnx`."""
+    """One export; `adapter` as in `export_onnx`."""
 
     model: str
     target: str
@@ -76,11 +76,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What came out: the number of nodes, ONNX Runtime's own operators among them, the error against torch, and MiB.
+    """The result of an export.
 
     Attributes:
-        as_base: a merged graph has the operators of the base's export, one for one.
-        from_keep: a swappable graph's error, with the model's adapter given, against the unmerged graph.
+        nodes: the number of nodes.
+        runtime_ops: ONNX Runtime's own operators among them.
+        error: the largest relative error against torch.
+        as_base: whether a merged graph has the same number of each operator as the base's export.
+        from_keep: the error of a swappable graph, run with the model's adapter, against the unmerged graph.
+        mib: the size of the files in MiB.
     """
 
     nodes: int
@@ -92,7 +96,7 @@ class Row:
 
 
 def cases() -> list[Case]:
-    """Every model for every target and with the adapter in every form that it takes."""
+    """Returns every model for every target, with the adapter in every form that the target accepts."""
     return [
         Case(model, target, precision, adapter.name)
         for model in MODELS
@@ -103,7 +107,7 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case, folder: Path) -> Row | str:
-    """Exports, with the comparison at several sizes; the first line of the refusal where it is refused.
+    """Exports a case and compares it at several sizes. Returns the first line of the error if it is refused.
 
     Args:
         case: the export.
@@ -137,10 +141,10 @@ def measure(case: Case, folder: Path) -> Row | str:
 
 
 def _build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A tiny random model, or a pretrained one, with inputs."""
+    """Returns a tiny random model, or the pretrained one, with inputs."""
     if name != "MiniLM-L6":
         model, inputs = build(name)
-        if name == "MPNet":  # as the zoo has it, twice the error of the others in half precision, torch's own included
+        if name == "MPNet":  # the zoo's has twice the others' error in half precision, also in torch itself
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.mul_(0.5)
@@ -150,17 +154,17 @@ def _build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def line(case: Case, row: Row | str) -> str:
-    """The table's line."""
+    """Returns the table's line."""
     cells = [f"`{case.model}`", *case.key[1:]]
     if isinstance(row, str):
         return f"| {' | '.join([*cells, '', 'refused', row, '', ''])} |"
-    cells += [f"{row.nodes}, as the base" if row.as_base else str(row.nodes), ", ".join(row.runtime_ops) or "–"]
+    cells += [f"{row.nodes}, same as the base" if row.as_base else str(row.nodes), ", ".join(row.runtime_ops) or "–"]
     cells += [f"{row.error:.0e}", "" if row.from_keep is None else f"{row.from_keep:.0e}", f"{row.mib:.3g}"]
     return f"| {' | '.join(cells)} |"
 
 
 def documented() -> dict[tuple[str, ...], list[str]]:
-    """(model, target, precision, adapter) → the other cells, as the page has them."""
+    """Maps (model, target, precision, adapter) to the other cells, as they are in the page."""
     rows = [row.split("|")[1:-1] for row in lines_between(PAGE, _START, _END) if row.startswith("| `")]
     cells = [[cell.strip().strip("`") for cell in row] for row in rows]
     return {tuple(row[:4]): row[4:] for row in cells}

@@ -1,4 +1,4 @@
-"""Exported graphs that several tests read: each is made once a run, by the process that asks for it first."""
+"""Exported graphs that several tests read: each is exported once per run, by the first process that needs it."""
 
 import pickle
 from collections.abc import Callable
@@ -33,7 +33,7 @@ CONFIG = MELoRAConfig(rank=2, num_blocks=3)
 
 
 def bert_with_biases() -> nn.Module:
-    """With biases of its own: new models' are zeros, which the exporter stores once for all of a size."""
+    """Returns a BERT with distinct biases: a new model's are zeros, which the exporter stores once for each size."""
     model = bert_classifier(num_layers=1)
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
@@ -64,11 +64,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Te
     "adapted decoder": (decoders.adapted_llama, decoders.example),
     "adapted gpt2": (lambda: fill(melora_fx.rewrite(gpt2(num_layers=1), ["c_attn", "c_fc"], CONFIG)), tokens),
 }
-"""Name → the model, always with the same values, and the inputs to export it with; one layer is enough for a graph."""
+"""Maps a name to its model, always with the same values, and its export inputs; one layer is enough for a graph."""
 
 
 class Exports:
-    """`exports(name, **options)` exports `MODELS[name]`, compared with torch; tests read its files and change none."""
+    """`exports(name, **options)` exports `MODELS[name]` and compares it with torch; tests must not change its files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,7 +88,7 @@ class Exports:
 
 
 def copy_graph(report: ExportReport, path: Path) -> Path:
-    """The graph under another name, its weights in a file of that name beside it."""
+    """Writes the graph under another name, with its weights next to it in a file of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(onnx.load(report.path), path, save_as_external_data=True, location=f"{path.name}.data")
     return path

@@ -1,4 +1,4 @@
-"""Folders for folds on disk: a base, an adapter and the result, written, read by hand, edited and compared."""
+"""Folders for folds on disk (a base, an adapter and the result), which are written, read, edited and compared."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ BLOCKS = MELoRAConfig(rank=(2, 1, 2), num_blocks=3, alpha=(3.0, 1.0, 2.0))
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a test's folders are; `parent` holds nothing else."""
+    """The folders of a test; `parent` contains nothing else."""
 
     parent: Path
 
@@ -61,7 +61,7 @@ class Folders:
         seed: int = 0,
         **options: Any,
     ) -> Any:
-        """Writes `model` as the base, and an adapter that is trained in the class `trained` of it, which comes back."""
+        """Writes `model` as the base, and an adapter trained in class `trained`, or its own; returns that model."""
         model.save_pretrained(self.base, max_shard_size="20KB" if sharded else "5GB")
         rewritten = (trained or type(model)).from_pretrained(self.base, **options).eval()
         rewritten = fill(melora_fx.rewrite(rewritten, targets, config, keep_trainable=keep), seed)
@@ -71,13 +71,13 @@ class Folders:
         return rewritten
 
     def in_memory(self, model_class: Any, **options: Any) -> tuple[Any, melora_fx.FoldReport]:
-        """The model folded without this code, and what `check_fold` says of it."""
+        """Returns the model folded in memory, and the report of `check_fold` on it."""
         model = melora_fx.load_adapter(model_class.from_pretrained(self.base, **options).eval(), self.adapter)
         report = melora_fx.check_fold(model)
         return melora_fx.fold(model), report
 
     def fold(self, out: Path | None = None) -> melora_fx.FoldReport:
-        """Folds; the base stays as it is to the last byte, and nothing but the folder is made."""
+        """Folds, and checks that no byte of the base changes and that only the output folder is created."""
         before = content_of(self.base)
         others = names(self.parent)
         report = melora_fx.fold_checkpoint(self.base, self.adapter, out or self.out)
@@ -87,7 +87,7 @@ class Folders:
 
     @contextmanager
     def refused(self, text: str) -> Iterator[None]:
-        """The block raises this error, and not a byte is written."""
+        """Checks that the block raises this error and writes nothing."""
         before = content_of(self.parent)
         others = names(self.parent)
         with pytest.raises(MELoRAError, match=text):
@@ -101,7 +101,7 @@ class Folders:
 
 
 def kept_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that are trained beside the adapters."""
+    """Returns the tensors that are trained in addition to the adapters."""
     own = {id(parameter) for parameter in melora_fx.adapter_parameters(model).values()}
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
 
@@ -111,7 +111,7 @@ def names(folder: Path) -> set[str]:
 
 
 def content_of(folder: Path) -> dict[str, tuple[bytes, int, int]]:
-    """Bytes, mode and time of change of every file below a folder."""
+    """Returns bytes, mode and modification time of every file below a folder."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.lstat().st_mode, path.lstat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -120,7 +120,7 @@ def content_of(folder: Path) -> dict[str, tuple[bytes, int, int]]:
 
 
 def bits(state: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
-    """Tensors so that equal means the same bits."""
+    """Returns tensors in a form that is equal only for the same bits."""
     return {
         name: (value.dtype, value.shape, value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         for name, value in state.items()
@@ -128,7 +128,7 @@ def bits(state: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.S
 
 
 def stored(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
-    """What the safetensors files of a folder hold, read by hand: key → (file, dtype, shape, bytes)."""
+    """Reads the safetensors files of a folder by hand: returns key → (file, dtype, shape, bytes)."""
     found = {}
     for path in sorted(folder.glob("model*.safetensors")):
         data = path.read_bytes()
@@ -143,7 +143,7 @@ def stored(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
 
 
 def assert_only_these_differ(folders: Folders, keys: set[str], added: Sequence[str] = ()) -> None:
-    """The weights of the sites and nothing else, each in the file that it was in."""
+    """Checks that only the tensors `keys` differ from the base, and that each tensor is in the same file as before."""
     before = stored(folders.base)
     after = stored(folders.out)
     assert set(after) == {*before, *added}
@@ -157,7 +157,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """A safetensors file again with other tensors."""
+    """Rewrites a safetensors file with changed tensors."""
     tensors = load_file(path)
     metadata = metadata_of(path)
     change(tensors)
@@ -174,7 +174,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def llama() -> LlamaForCausalLM:
-    """Four heads over two keys and values: k and v are (12, 24)."""
+    """Returns a Llama with four query heads and two key-value heads: k and v are (12, 24)."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=51,

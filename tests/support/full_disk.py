@@ -1,4 +1,4 @@
-"""A disk that takes no more, as far as this process can tell."""
+"""Simulates a full disk for this process."""
 
 import resource
 import signal
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes inside the block: the system refuses further writes, as on a full disk."""
+    """Limits files to `limit` bytes inside the block: the system refuses further writes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

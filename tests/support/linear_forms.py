@@ -16,7 +16,7 @@ aten = torch.ops.aten
 COLUMN = {"bias_shape": (OUT, 1)}
 
 
-# x is (…, 24); the weight (36, 24), or (24, 36) when transposed
+# x is (…, 24); the weight (36, 24), or (24, 36) if transposed
 ROW_FORMS = {
     "linear": ({}, lambda x, w, b: F.linear(x, w, b)),
     "linear_no_bias": ({}, lambda x, w, b: F.linear(x, w)),

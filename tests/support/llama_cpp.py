@@ -1,4 +1,4 @@
-"""llama.cpp, by the package xllamacpp: the log probabilities of the token that comes next."""
+"""Log probabilities of the next token in llama.cpp, which the package xllamacpp runs."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 def next_log_probabilities(
     model: Path, prompts: list[list[int]], num_tokens: int, adapter: Path | None = None
 ) -> list[dict[int, float]]:
-    """For each prompt the `num_tokens` likeliest tokens and their log probabilities, all in float32."""
+    """Returns, for each prompt, the `num_tokens` likeliest tokens and their log probabilities, all in float32."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -40,7 +40,7 @@ def _next(server: Any, prompt: list[int], num_tokens: int) -> dict[int, float]:
         "n_probs": num_tokens,
         "temperature": -1.0,
         "cache_prompt": False,
-        "samplers": [],  # so that the token is drawn by chance: one that ends the text would come without probabilities
+        "samplers": [],  # so that the token is drawn at random: one that ends the text would come without probabilities
         "seed": 0,
         "ignore_eos": True,
     }
@@ -52,7 +52,7 @@ def _next(server: Any, prompt: list[int], num_tokens: int) -> dict[int, float]:
 
 
 def worst_difference(found: list[dict[int, float]], model: Any, prompts: list[list[int]]) -> float:
-    """The largest difference from the log probabilities of a torch model."""
+    """Returns the largest difference from the log probabilities of a torch model."""
     worst = 0.0
     for by_token, prompt in zip(found, prompts, strict=True):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Lowered models with filled adapters, a training step of one, and what counts and compares their parts."""
+"""Lowered models with filled adapters, their training step, and helpers that count and compare their parts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ from support.models import (
     output_of,
 )
 
-CONFIG = MELoRAConfig(rank=5, num_blocks=3, alpha=5.0)  # merges above 19 tokens, and takes gradients by blocks
+CONFIG = MELoRAConfig(rank=5, num_blocks=3, alpha=5.0)  # merges above 19 tokens, and computes gradients by blocks
 DROPOUT = replace(CONFIG, dropout=0.5)
 LOWERINGS = ("weight", "activation", "triton")
 FEW = (2, 5)
@@ -28,7 +28,7 @@ JIT_IS_DEPRECATED = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:Deprecatio
 
 
 def lowered(build: Callable[[], nn.Module], lowering: str = "auto", config: MELoRAConfig = CONFIG, **options: Any):
-    """A model with filled adapters in everything linear; the same values for each lowering."""
+    """Returns a model with filled adapters on all linears; the same values for each lowering."""
     return fill(melora_fx.rewrite(build(), "all-linear", replace(config, lowering=lowering), **options))
 
 
@@ -42,7 +42,7 @@ def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def step(model: nn.Module, x: Tensor, run: Callable[..., Tensor] | None = None) -> list[Tensor]:
-    """Output, and the gradients of the input and of all that is trained."""
+    """Returns the output, and the gradients of the input and of everything that is trained."""
     x = x.detach().requires_grad_()
     model.zero_grad()
     output = model(x) if run is None else run(x)
@@ -65,7 +65,7 @@ def num_calls(calls: list[bool], model: nn.Module, x: Any) -> int:
 
 
 class Operators:
-    """A backend that runs what it is given as `aot_eager` does, and remembers its operators."""
+    """A backend that runs graphs as `aot_eager` does, and remembers their operators."""
 
     def __init__(self) -> None:
         self.graphs: list[fx.Graph] = []

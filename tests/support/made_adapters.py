@@ -1,4 +1,4 @@
-"""Adapter folders without a model: random updates on made-up base weights, and what they are in float64."""
+"""Adapter folders without a model: random updates on made-up base weights, and their float64 values."""
 
 import math
 from collections.abc import Mapping
@@ -27,10 +27,10 @@ def made_adapter(
     model: Mapping[str, Any] | None = None,
     entry: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A folder with an adapter of linears (36, 24), or of stacks of such.
+    """Writes a folder with an adapter of linears (36, 24), or of stacks of them.
 
-    `seed`: of its values; `base`: of the weights that it belongs to; `kept`: single parameters trained whole; `entry`:
-    what each site's entry in the header says otherwise.
+    `seed`: for its values; `base`: for the base weights that it belongs to; `kept`: parameters that are trained whole;
+    `entry`: changes to each site's entry in the header.
     """
     tensors = dict(kept or {})
     sites = {}
@@ -51,7 +51,7 @@ def made_adapter(
 
 
 def updates_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Site → its update (E·O, I) in float64, the matrices of a stack below each other."""
+    """Maps each site to its update (E·O, I) in float64; the matrices of a stack are concatenated."""
     adapter = read_adapter(folder)
     updates = {}
     for name, config in adapter.configs.items():

@@ -54,11 +54,11 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 CLASSES = tuple(_SIZES)
 OTHERWISE_IN_MLX = ("GPTNeoXForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM", "Starcoder2ForCausalLM")
-"""mlx_lm's logits of their bases are 1e-4 from those of transformers."""
+"""The logits of their bases differ by 1e-4 between mlx_lm and transformers."""
 
 
 def model_of(class_name: str, **sizes: Any) -> Any:
-    """A model of random weights, large enough for every site to show in its logits."""
+    """Returns a model with random weights, large enough that every site changes its logits."""
     torch.manual_seed(0)
     model_class = getattr(hf, class_name)
     model = model_class(model_class.config_class(**_SIZES[class_name] | sizes)).eval()
@@ -70,7 +70,7 @@ def model_of(class_name: str, **sizes: Any) -> Any:
 
 
 def save_base(model: Any, folder: Path) -> None:
-    """A checkpoint that mlx_lm reads: of GPT-2 without the prefix, as it is published, and with rope's values in the
+    """Saves a checkpoint that mlx_lm reads: GPT-2 without the prefix, as it is published, and rope's values in the
     places where configurations of transformers 4 have them.
     """
     (model.transformer if isinstance(model, hf.GPT2LMHeadModel) else model).save_pretrained(folder)
@@ -90,7 +90,7 @@ def torch_logits(model: Any) -> np.ndarray:
 
 
 def mlx_logits(base: Path, adapter: Path | None = None) -> np.ndarray:
-    """Logits of a base folder in mlx_lm, with an adapter folder of MLX's."""
+    """Returns the logits of a base folder in mlx_lm, with an MLX adapter folder if there is one."""
     skip_without_mlx()
     import mlx.core as mx
     from mlx_lm.tuner.utils import load_adapters
@@ -105,11 +105,11 @@ def mlx_logits(base: Path, adapter: Path | None = None) -> np.ndarray:
 
 
 def skip_without_mlx() -> None:
-    """Skips the test where MLX cannot be imported."""
+    """Skips the test if MLX cannot be imported."""
     for name in ("mlx.core", "mlx_lm"):
         pytest.importorskip(name, reason=f"{name} is missing: pip install mlx[cpu] mlx-lm", exc_type=ImportError)
 
 
 def error_of(actual: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference over the largest logit."""
+    """Returns the largest difference relative to the largest logit."""
     return float(np.abs(actual - expected).max() / np.abs(expected).max())

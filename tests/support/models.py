@@ -1,4 +1,4 @@
-"""What the tests share: the oracle, the one tolerance table, and the models that are too small to hide anything.
+"""Shared by the tests: the oracle, the table of tolerances, and models that are too small to hide anything.
 
 The oracle is the dense update in float64 through `torch.block_diag`, written from the paper's equations and not from
 the code under test. Sizes are odd on purpose: 24 → 36.
@@ -31,23 +31,23 @@ TOLERANCE = {
     torch.float16: {"rtol": 2e-3, "atol": 4e-3},  # eps 2^-11
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 3e-2},  # eps 2^-8; base, adapter and their sum are each rounded once
 }
-"""By the dtype that the code under test computes its output in."""
+"""Keyed by the dtype in which the code under test computes its output."""
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """`actual` equals the float64 `expected` up to the rounding of its own dtype."""
+    """Checks that `actual` equals the float64 `expected` up to the rounding of its own dtype."""
     assert expected.dtype == torch.float64, "the oracle is float64"
     torch.testing.assert_close(actual.detach().double(), expected.detach(), **TOLERANCE[actual.dtype])
 
 
 def assert_equal(actual: Any, expected: Any) -> None:
-    """The same bits."""
+    """Checks that the bits are the same."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @contextmanager
 def kept_for_backward(held: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
-    """Address and bytes of each storage that autograd saves inside the block, those of `held` left out."""
+    """Yields a dict of the address and bytes of each storage that autograd saves in the block, except `held`'s."""
     own = {tensor.untyped_storage().data_ptr() for tensor in held}
     kept = dict[int, int]()
 
@@ -62,7 +62,7 @@ def kept_for_backward(held: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
 
 
 def in_situations(argument: str, area: str, result: str, cases: Mapping[str, Any]) -> Any:
-    """Parametrizes `argument` by the values of `cases`; each key is a row of docs/SITUATIONS.md."""
+    """Parametrizes `argument` with the values of `cases`; each key is a row of docs/SITUATIONS.md."""
     rows = [
         pytest.param(value, marks=pytest.mark.situation(area, what, result), id=what.replace("`", ""))
         for what, value in cases.items()
@@ -71,7 +71,7 @@ def in_situations(argument: str, area: str, result: str, cases: Mapping[str, Any
 
 
 def scalings(config: MELoRAConfig) -> list[float]:
-    """s_i from the public fields alone."""
+    """Returns each s_i, computed only from the public fields."""
     ranks = config.rank if isinstance(config.rank, tuple) else (config.rank,) * config.num_blocks
     alphas = config.alpha if isinstance(config.alpha, tuple) else (config.alpha,) * config.num_blocks
     return [
@@ -81,7 +81,7 @@ def scalings(config: MELoRAConfig) -> list[float]:
 
 
 def dense_update(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
-    """blockdiag(s_i B_i A_i) as a whole (O, I) matrix in float64, one block diagonal for each part of `split`."""
+    """Returns blockdiag(s_i B_i A_i) as one (O, I) matrix in float64, one block diagonal for each part of `split`."""
     a = lora_a.double()
     b = lora_b.double()
     num_blocks = b.size(0)
@@ -106,18 +106,18 @@ def dense_update(config: MELoRAConfig, lora_a: torch.Tensor, lora_b: torch.Tenso
 
 
 def matrix_of(site: melora_fx.AdapterSite) -> torch.Tensor:
-    """The weight as (O, I) or (I, O), or a stack of such; heads and the features of one are one side."""
+    """Returns the weight as a matrix (O, I) or (I, O), or a stack of them; heads and their features form one side."""
     row_dims = site.record.row_dims
     return site.weight if row_dims is None else site.weight.flatten(0, row_dims - 1).flatten(1)
 
 
 def as_stored(site: melora_fx.AdapterSite, matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix (O, I), or a stack of such, as the parameter of `site` is stored."""
+    """Returns a matrix (O, I), or a stack of them, in the shape in which the parameter of `site` is stored."""
     return (matrix.mT if site.weight_is_transposed else matrix).reshape(site.weight.shape)
 
 
 def site_update(site: melora_fx.AdapterSite) -> torch.Tensor:
-    """The dense update of a site, (O, I) in float64; (E, O, I) of a stack."""
+    """Returns the dense update of a site in float64: (O, I), or (E, O, I) for a stack."""
     if matrix_of(site).dim() == 2:
         return dense_update(site.config, site.lora_a, site.lora_b)
     adapters = zip(site.lora_a.chunk(len(site.weight)), site.lora_b.chunk(len(site.weight)), strict=True)
@@ -125,13 +125,13 @@ def site_update(site: melora_fx.AdapterSite) -> torch.Tensor:
 
 
 def adapted_weight(site: melora_fx.AdapterSite) -> torch.Tensor:
-    """W + ΔW as (O, I), or (E, O, I), in float64, however the parameter is stored."""
+    """Returns W + ΔW as (O, I), or (E, O, I), in float64, however the parameter is stored."""
     weight = matrix_of(site).detach().double()
     return (weight.mT if site.weight_is_transposed else weight) + site_update(site).detach()
 
 
 def fill(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random values in every adapter of `model`; rows and columns above a block's own rank stay zero."""
+    """Fills every adapter of `model` with random values; rows and columns above a block's own rank stay zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, site in sorted(melora_fx.sites(model).items()):
@@ -147,12 +147,12 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Reproducible normal values, the same for each dtype up to rounding."""
+    """Returns reproducible normal values, the same for each dtype up to rounding."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def by_torch_save(model: nn.Module) -> nn.Module:
-    """A copy by way of a file."""
+    """Returns a copy made with `torch.save` and `torch.load`."""
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -161,16 +161,16 @@ def by_torch_save(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def assert_unchanged(model: nn.Module, also: Iterable[Any] = ()) -> Iterator[None]:
-    """The block leaves `model`, the containers `also` and the state of the process alone (`recorded_state`)."""
+    """Checks that the block leaves `model`, the containers `also` and the process unchanged (`recorded_state`)."""
     before = recorded_state(model, also)
     yield
     assert_recorded(before, recorded_state(model, also))
 
 
 def attempt(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str]:
-    """(result, "") of the call, or (None, text) of its MELoRAError: where both being right and refusing are correct.
+    """Returns (result, "") of the call, or (None, text) of its MELoRAError, for calls that may succeed or be refused.
 
-    A model, the first argument then, is unchanged where it is refused.
+    Checks that a model, if it is the first argument, is unchanged after a refusal.
     """
     model = args[0] if args and isinstance(args[0], nn.Module) else nn.Module()
     before = recorded_state(model)
@@ -182,7 +182,7 @@ def attempt(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[A
 
 
 class Functional(nn.Module):
-    """Owns a matrix under a name of its own and multiplies by it: the site is `….projection`."""
+    """Owns a matrix called `projection` and multiplies by it: the site is `….projection`."""
 
     def __init__(self, in_features: int = IN, out_features: int = OUT) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Functional(nn.Module):
 
 
 class Tower(nn.Module):
-    """A hand-written model with a Linear with and without bias, a Conv1D, an own matrix and a head."""
+    """A hand-written model with a Linear with and without bias, a Conv1D, a matrix of its own and a head."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ TOWER_CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=5.0)
 
 
 class Tied(nn.Module):
-    """Two linears on one weight."""
+    """Two linears with one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class Tied(nn.Module):
 
 
 class Form(nn.Module):
-    """One way to write a linear: `form(x, weight, bias)`. The weight is (O, I), or (I, O) when `transposed`."""
+    """One way to write a linear: `form(x, weight, bias)`. The weight is (O, I), or (I, O) if `transposed`."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class Form(nn.Module):
 
 
 class Holder(nn.Module):
-    """One child, so that its site has a name."""
+    """Has one child, so that the child's site has a name."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -268,12 +268,12 @@ def tower(seed: int = 0, dropout: float = 0.0) -> Tower:
 
 
 def rewritten_tower(seed: int = 0, config: MELoRAConfig = TOWER_CONFIG, **options: Any) -> nn.Module:
-    """A tower with filled adapters everywhere."""
+    """Returns a tower with filled adapters on all of its linears."""
     return fill(melora_fx.rewrite(tower(seed), "all-linear", config, **options), seed=seed + 100)
 
 
 def kept_tower() -> nn.Module:
-    """A tower whose norm has values of its own, which no exporter takes for those of another."""
+    """Returns a tower whose norm has unique values, so that no exporter confuses them with others."""
     model = tower()
     with torch.no_grad():
         model.norm.weight.add_(0.1 * randn(OUT, seed=1))
@@ -282,7 +282,7 @@ def kept_tower() -> nn.Module:
 
 
 def adapted_kept_tower(seed: int = 0) -> nn.Module:
-    """With adapters of unequal ranks on some of its linears, and its norm kept trainable and trained."""
+    """Returns `kept_tower` with adapters of unequal ranks on some linears, and its norm kept trainable and changed."""
     config = MELoRAConfig(rank=(1, 2, 2), num_blocks=3, alpha=5.0)
     model = fill(melora_fx.rewrite(kept_tower(), ["up", "gate", "conv"], config, keep_trainable="norm"), seed)
     with torch.no_grad():
@@ -312,7 +312,7 @@ def bert_classifier(seed: int = 0, num_layers: int = 2) -> BertForSequenceClassi
 
 
 def gpt2(seed: int = 0, num_layers: int = 2) -> GPT2LMHeadModel:
-    """Its lm_head shares the embedding's weight, (51, 24): three blocks fit."""
+    """Returns a GPT-2 whose lm_head shares the embedding's weight, (51, 24): three blocks fit."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=51,
@@ -328,7 +328,7 @@ def gpt2(seed: int = 0, num_layers: int = 2) -> GPT2LMHeadModel:
 
 
 def _spread(model: Any) -> Any:
-    """Larger matrices than the 0.02 of Hugging Face, so that an error in one of them shows in the output."""
+    """Scales the matrices up from Hugging Face's 0.02, so that an error in one of them shows in the output."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -337,7 +337,7 @@ def _spread(model: Any) -> Any:
 
 
 def tokens(batch: int = 2, length: int = 5, seed: int = 3) -> dict[str, torch.Tensor]:
-    """Model inputs with a padded last row."""
+    """Returns model inputs with a padded last row."""
     ids = torch.randint(3, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, length - 1 :] = 0
@@ -345,7 +345,7 @@ def tokens(batch: int = 2, length: int = 5, seed: int = 3) -> dict[str, torch.Te
 
 
 def output_of(model: nn.Module, inputs: Any) -> torch.Tensor:
-    """The main output of a Hugging Face or hand-written model, without gradients."""
+    """Returns the main output of a Hugging Face or hand-written model, without gradients."""
     with torch.no_grad():
         result = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     if isinstance(result, torch.Tensor):
@@ -354,7 +354,7 @@ def output_of(model: nn.Module, inputs: Any) -> torch.Tensor:
 
 
 def dense_copy(model: nn.Module, plain: nn.Module) -> nn.Module:
-    """A float64 copy of the `plain` model with the oracle's W + ΔW of the rewritten `model` in its weights."""
+    """Returns a float64 copy of `plain` whose weights are the oracle's W + ΔW of the rewritten `model`."""
     dense = copy.deepcopy(plain).double()
     weights = dict(dense.named_parameters(remove_duplicate=False))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what nobody writes on purpose: JSON and tensors with a few things wrong."""
+"""Hypothesis strategies for JSON and tensors with a few errors that nobody makes on purpose."""
 
 import copy
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ junk = st.one_of(
 
 @st.composite
 def mutated_json(draw: st.DrawFn, content: dict[str, Any]) -> dict[str, Any]:
-    """JSON in which one to three values are replaced, removed, added, or put under another key."""
+    """Draws JSON in which one to three values are replaced, removed, added, or put under another key."""
     changed = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(list(_paths(changed))))
@@ -51,7 +51,7 @@ def mutated_json(draw: st.DrawFn, content: dict[str, Any]) -> dict[str, Any]:
 
 @st.composite
 def mutated_tensors(draw: st.DrawFn, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of which one has another dtype, shape, name or values, is missing, or there twice."""
+    """Draws tensors of which one has another dtype, shape, name or values, is missing, or is there twice."""
     changed = dict(tensors)
     name = draw(st.sampled_from(sorted(changed)))
     tensor = changed[name]
@@ -77,7 +77,7 @@ def mutated_tensors(draw: st.DrawFn, tensors: dict[str, torch.Tensor]) -> dict[s
 
 
 def _paths(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where values stand in JSON; of long lists the first three."""
+    """Yields the paths of values in JSON; in lists only of the first three items."""
     if path:
         yield path
     items = (

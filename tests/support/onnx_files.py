@@ -1,4 +1,4 @@
-"""A graph so small that its file can be written by hand, and broken on purpose."""
+"""Graphs so small that their files can be written by hand, and broken on purpose."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ WEIGHT = np.arange(6, dtype=np.float32).tobytes()
 
 
 def data_of(graph: Path) -> Path:
-    """The file of the weights of an exported graph."""
+    """Returns the file with the weights of an exported graph."""
     (file,) = graph.parent.glob(f"{graph.name}.*.data")
     return file
 
 
 def write_graph(folder: Path, location: str = "model.onnx.data", *, data: bytes | None = None) -> Path:
-    """y = x W with W, (2, 3), in an external file."""
+    """Writes a graph of y = x W with W (2, 3) in an external file."""
     weight = helper.make_tensor("w", TensorProto.FLOAT, [2, 3], np.arange(6, dtype=np.float32).tobytes(), raw=True)
     weight.ClearField("raw_data")
     weight.data_location = TensorProto.EXTERNAL
@@ -44,7 +44,7 @@ def write_graph(folder: Path, location: str = "model.onnx.data", *, data: bytes 
 
 
 def publish_small(path: Path, value: float, **companions: str) -> Path:
-    """Writes a graph of ours with a weight full of `value`, and JSON files beside it, as an export does."""
+    """Writes one of our graphs with a weight full of `value`, and JSON files next to it, as an export does."""
     with staging_folder(path) as staging:
         save_small(staging / path.name, [value] * 100)
         for name, text in companions.items():
@@ -54,7 +54,7 @@ def publish_small(path: Path, value: float, **companions: str) -> Path:
 
 
 def save_small(path: Path, values: npt.ArrayLike) -> None:
-    """Writes a graph of ours with the weight `values`, which is its output."""
+    """Writes one of our graphs with the weight `values`, which is its output."""
     weight = numpy_helper.from_array(np.asarray(values, np.float32), "w")
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, weight.dims)
     graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "graph", [], [output], [weight])
@@ -65,6 +65,6 @@ def save_small(path: Path, values: npt.ArrayLike) -> None:
 
 
 def value_in(path: Path) -> float:
-    """The value in the weight of such a graph; raises where its data is not whole."""
+    """Returns the value that fills the weight of such a graph; raises an error if its data is incomplete."""
     (value,) = set(numpy_helper.to_array(onnx.load(path).graph.initializer[0]).tolist())
     return value

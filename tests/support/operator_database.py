@@ -1,10 +1,10 @@
-"""What `match` says of a parameter in each operand of torch's operators that multiply matrices.
+"""Lists what `match` says of a parameter in each operand of torch's operators that multiply matrices.
 
-`python -m support.operator_database` prints a JSON list of cases. A process of its own: to import torch's database of
-operators switches off the setters of `torch.backends`.
+`python -m support.operator_database` prints a JSON list of cases. It runs in its own process, because importing torch's
+database of operators disables the setters of `torch.backends`.
 
 An operator multiplies matrices if one of its samples calls one of KERNELS, or if it is one of SOLVERS, whose kernels
-multiply where no dispatch shows it. An operand counts if two of its sides are longer than 1 and it is not only added.
+multiply without a visible dispatch. An operand counts if two of its sides are longer than 1 and it is not only added.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ KERNELS = {
     *("mm", "bmm", "addmm", "addbmm", "baddbmm", "mv", "addmv", "dot", "vdot", "_trilinear", "convolution", "linear"),
     *("_scaled_dot_product_flash_attention_for_cpu", "_cdist_forward", "_grouped_mm"),
 }
-"""Operators of ATen that multiply matrices."""
+"""ATen operators that multiply matrices."""
 
 SOLVERS = {
     *("matrix_exp", "linalg.inv", "linalg.pinv", "linalg.solve", "linalg.lstsq", "linalg.solve_triangular"),
@@ -46,14 +46,14 @@ NO_FACTORS = {
     *(("addmm", 0), ("addmv", 0), ("addbmm", 0), ("baddbmm", 0)),
     *(("nn.functional.scaled_dot_product_attention", 3), ("nn.functional.linear_cross_entropy", 2)),
 }
-"""Operator and position of what is added, or multiplied element by element."""
+"""Operators and positions of operands that are added, or multiplied element by element."""
 
 CONFIG = MELoRAConfig(rank=1, num_blocks=1)
 _MOST_SAMPLES = 40
 
 
 class Kernels(TorchDispatchMode):
-    """Notes the operators of ATen that are called."""
+    """Records the ATen operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Kernels(TorchDispatchMode):
 
 
 class Operator(nn.Module):
-    """`operator` with a parameter, `w`, in the place of one operand; the other tensors are the inputs."""
+    """Calls `operator` with a parameter, `w`, in place of one operand; the other tensors are inputs."""
 
     def __init__(self, operator: Any, operands: list[Any], options: dict[str, Any], position: tuple[int, ...]) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def item_at(operands: Any, position: tuple[int, ...]) -> Any:
 
 
 def tensors_in(operands: Any, position: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-    """The tensors in lists of operands, with their positions."""
+    """Yields the tensors in nested lists of operands, with their positions."""
     for index, value in enumerate(operands):
         if isinstance(value, torch.Tensor):
             yield (*position, index), value
@@ -107,7 +107,7 @@ def tensors_in(operands: Any, position: tuple[int, ...] = ()) -> Iterator[tuple[
 
 
 def multiplies(entry: Any, samples: list[Any]) -> bool:
-    """Whether some sample calls a kernel of KERNELS."""
+    """Returns whether the operator is one of SOLVERS or a sample calls one of KERNELS."""
     if entry.name in SOLVERS:
         return True
     for sample in samples:
@@ -119,7 +119,7 @@ def multiplies(entry: Any, samples: list[Any]) -> bool:
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    """One for each factor of each operator that multiplies, in each capture; of an operator without any, one."""
+    """Yields a case for each factor of each operator that multiplies, in each capture; one if it has no factor."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     for entry in op_db:
@@ -131,7 +131,7 @@ def cases() -> Iterator[dict[str, Any]]:
 
 
 def _cases_of(entry: Any, samples: list[Any]) -> list[dict[str, Any]]:
-    """Each operand in the first sample that `torch.export` takes, in place alone where it takes none."""
+    """Returns the cases of each operand in the first sample that can be exported; only in place if none can."""
     done: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for sample in samples:
         operands = [sample.input, *sample.args]
@@ -145,7 +145,7 @@ def _cases_of(entry: Any, samples: list[Any]) -> list[dict[str, Any]]:
 
 
 def said(entry: Any, operands: list[Any], options: dict[str, Any], position: tuple[int, ...]) -> list[dict[str, Any]]:
-    """What `match` says in place, and of the whole where the sample can be exported."""
+    """Returns what `match` says in place, and of a whole capture if the sample can be exported."""
     h = randn(2, 2)
     others = tuple(tensor.detach() for where, tensor in tensors_in(operands) if where != position)
     model = Operator(entry.op, operands, options, position)

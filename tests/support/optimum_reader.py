@@ -1,6 +1,6 @@
-"""Loads exported folders as optimum-onnx and sentence-transformers do; runs in an environment of its own.
+"""Loads exported folders as optimum-onnx and sentence-transformers do; runs in its own environment.
 
-`python optimum_reader.py KIND FOLDER TEXT…` prints what KIND makes of the texts, as JSON. KIND: a class of
+`python optimum_reader.py KIND FOLDER TEXT…` prints KIND's output for the texts as JSON. KIND is a class of
 `optimum.onnxruntime`, or `SentenceTransformer` with its ONNX backend.
 """
 

@@ -1,4 +1,4 @@
-"""Packed linears as other formats have them, and who calls them."""
+"""Packed linears as in other formats, a module that calls them, and a dataset."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from support.models import (
 
 
 class Lines(torch.utils.data.Dataset):
-    """Random tokens, to be continued; the labels of a sequence-to-sequence model are shorter."""
+    """Random tokens to continue; the labels are the first `num_labels`, fewer for a sequence-to-sequence model."""
 
     def __init__(self, num_labels: int = 6) -> None:
         self.num_labels = num_labels
@@ -27,7 +27,7 @@ class Lines(torch.utils.data.Dataset):
 
 
 class Packed(nn.Module):
-    """As GPTQ has it: the kernel has no gradient, the bias is added behind it."""
+    """Like GPTQ: the kernel has no gradient, and the bias is added after it."""
 
     def __init__(self, in_features: int = IN, out_features: int = OUT) -> None:
         super().__init__()

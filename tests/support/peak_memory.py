@@ -1,4 +1,4 @@
-"""The memory that a process holds, watched from a thread of it, for programs that tests start."""
+"""Measures the memory of a process from one of its threads, for programs that tests start."""
 
 import threading
 from pathlib import Path
@@ -7,9 +7,9 @@ STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """`with PeakMemory() as memory: …` sets `memory.growth`: bytes held at the most above what was held before.
+    """`with PeakMemory() as memory: …` sets `memory.growth`: the peak memory in bytes above the memory held before.
 
-    Pages of files, which the system takes back, are not counted.
+    Pages of files, which the system can reclaim, are not counted.
     """
 
     growth = 0

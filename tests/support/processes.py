@@ -1,4 +1,4 @@
-"""Functions that run in several processes with a process group of gloo, and give what they return.
+"""Runs functions in several processes with a gloo process group, and returns their results.
 
 The processes are forked from one that has imported torch and transformers and has run nothing: each starts in some
 hundredths of a second.
@@ -28,21 +28,21 @@ _PRELOADED = [
 ]
 
 TIMEOUT = 60
-"""Seconds after which a collective that others do not take part in fails."""
+"""Seconds after which a collective fails that other processes do not join."""
 
 
 ENDED = "it ended without a result: it was killed, or its function could not be imported"
 
 
 class ProcessFailedError(AssertionError):
-    """What has gone wrong in one of several processes."""
+    """Raised if one of several processes has failed."""
 
 
 def run_processes(number: int, function: Callable[..., Any], *args: Any, timeout: int = TIMEOUT) -> list[Any]:
-    """What `function(*args)` returns in each of `number` processes, by rank; all arguments and results are pickled.
+    """Returns what `function(*args)` returns in each of `number` processes, by rank; arguments and results are pickled.
 
     Raises:
-        ProcessFailedError: with the tracebacks of those that have failed.
+        ProcessFailedError: if a process has failed; it contains the tracebacks.
     """
     outcomes = outcomes_of_processes(number, function, *args, timeout=timeout)
     failures = [f"process {rank}:\n{outcome[1]}" for rank, outcome in enumerate(outcomes) if not outcome[0]]
@@ -54,7 +54,7 @@ def run_processes(number: int, function: Callable[..., Any], *args: Any, timeout
 def outcomes_of_processes(
     number: int, function: Callable[..., Any], *args: Any, timeout: int = TIMEOUT
 ) -> list[tuple[bool, Any]]:
-    """Of each process (True, what `function(*args)` has returned), or (False, a traceback)."""
+    """Returns, for each process, (True, the result of `function(*args)`) or (False, a traceback)."""
     context = _context()
     pickled = pickle.dumps(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def _outcome(receiver: Any) -> tuple[bool, Any]:
 def _run(
     rank: int, number: int, store: str, timeout: int, sender: Any, function: Callable[..., Any], args: bytes
 ) -> None:
-    """`args` and the result are pickled here: multiprocessing would share the memory of tensors with who has ended."""
+    """Unpickles `args` and pickles the result: multiprocessing would share tensors' memory with ended processes."""
     import torch
     import torch.distributed as dist
 
@@ -121,7 +121,7 @@ def _run(
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, for programs that start a process group of their own."""
+    """Returns a port that is free now, for programs that start their own process group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What must hold of every architecture, measured: one function a property. `measure` is a row of the table."""
+"""Measures the properties that every architecture must have, one function each. `measure` returns a table row."""
 
 import re
 import warnings
@@ -22,10 +22,10 @@ CONFIG = MELoRAConfig(rank=2, num_blocks=2, alpha=3.0)
 
 @dataclass(frozen=True)
 class Row:
-    """`modules`: linears that the model's module tree shows. `effective`: (in place, whole) sites that change outputs.
+    """`modules`: linears in the model's module tree. `effective`: (in place, whole) sites that change outputs.
 
     `gradient_error`, `fold_error`: the worst of both captures, relative to the largest value. `graphs`: an
-    ExportedProgram and a GraphModule of the model give the same sites and outputs.
+    ExportedProgram and a GraphModule of the model have the same sites and outputs.
     """
 
     modules: int
@@ -42,7 +42,7 @@ class Row:
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The floating-point outputs, without the cache."""
+    """Returns the floating-point outputs, without the cache."""
     with melora_fx.capture.model_settings.without_cache(model):
         result = model(**inputs)
     leaves = pytree.tree_leaves(dict(result) if isinstance(result, Mapping) else result)
@@ -54,7 +54,7 @@ def is_graph(model: nn.Module) -> bool:
 
 
 def rewritten(name: str, *, whole: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The entry's model with every linear adapted that can be."""
+    """Returns the entry's model with an adapter on every linear that can have one."""
     model, inputs = build(name)
     model.to(dtype)
     if not whole and not melora_fx.match(model, "all-linear", CONFIG).sites:
@@ -69,7 +69,7 @@ def _cast(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, t
 
 
 def measure(name: str) -> Row:
-    """All properties but compilation."""
+    """Measures all properties except compilation."""
     plain, inputs = build(name)
     with torch.no_grad():
         base = outputs(plain, inputs)
@@ -97,17 +97,17 @@ def measure(name: str) -> Row:
 
 
 def equals(actual: list[torch.Tensor], expected: list[torch.Tensor], name: str) -> bool:
-    """Bit for bit; torch's own attention has a fused path in evaluation that rounds otherwise than its layers."""
+    """Compares bit for bit, but torch's own attention within 1e-5: its fused path in eval mode rounds differently."""
     if name.startswith("nn."):
         return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(actual, expected, strict=True))
     return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def graphs_agree(name: str, sites: set[str]) -> bool:
-    """Whether what `torch.export` gives, as a program and as a module, is rewritten like the model itself."""
+    """Returns whether an export of the model, as a program and as a module, is rewritten like the model itself."""
     plain, inputs = build(name)
-    plain.requires_grad_(False)  # torch computes a product with a strided input otherwise when the weight is trained
-    plain.train(name.startswith("nn."))  # in evaluation torch's own attention is one fused operator without linears
+    plain.requires_grad_(False)  # torch computes a product with a strided input differently if the weight is trained
+    plain.train(name.startswith("nn."))  # in eval mode torch's own attention is one fused operator without linears
     with torch.no_grad():
         program = _export(plain, inputs)
         base = outputs(program.module(check_guards=False), inputs)
@@ -126,7 +126,7 @@ def _export(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.expor
 
 
 def num_effective(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
-    """How many sites change an output when their adapter alone is filled."""
+    """Returns how many sites change an output if only their adapter is filled."""
     count = 0
     with torch.no_grad():
         base = outputs(model, inputs)
@@ -139,7 +139,7 @@ def num_effective(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
 
 
 def gradient_error(name: str, *, whole: bool) -> float:
-    """The adapters' gradients against those of a dense model with W + Δ, in float64; only adapters have any."""
+    """Returns the error of the adapters' gradients against a dense float64 model with W + Δ; only adapters have any."""
     plain, inputs = build(name)
     inputs = _cast(inputs, torch.float64)
     model = rewritten(name, whole=whole, dtype=torch.float64)
@@ -168,7 +168,7 @@ def gradient_error(name: str, *, whole: bool) -> float:
 
 
 def fold_error(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
-    """Folded against unfolded; `model` is folded afterwards."""
+    """Returns the error of the folded against the unfolded model; `model` is folded afterwards."""
     with torch.no_grad():
         before = outputs(model, inputs)
         after = outputs(melora_fx.fold(model), inputs)
@@ -176,13 +176,13 @@ def fold_error(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
 
 
 def is_restored(model: nn.Module, plain: nn.Module) -> bool:
-    """Whether the folded model has the plain model's keys and, in place, its module types."""
+    """Returns whether the folded model has the plain model's keys and, in place, its module types."""
     types = [{name: type(module) for name, module in each.named_modules()} for each in (model, plain)]
     return set(model.state_dict()) == set(plain.state_dict()) and (is_graph(model) or types[0] == types[1])
 
 
 def exports(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
-    """Whether `torch.export` takes the rewritten model and computes the same."""
+    """Returns whether `torch.export` exports the rewritten model and the program computes the same."""
     with torch.no_grad():
         program = _export(model, inputs)
         pairs = zip(outputs(program.module(check_guards=False), inputs), outputs(model, inputs), strict=True)
@@ -190,11 +190,11 @@ def exports(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
 
 
 def num_compilations(model: nn.Module, inputs: Mapping[str, torch.Tensor], backend: str) -> tuple[int, float]:
-    """Compilations over ten training steps of changing values, and the worst error against eager."""
+    """Returns the compilations over ten training steps with changing values, and the worst error against eager mode."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values():
-        config.use_cache = False  # a compiled model would see the switching in `outputs`
+        config.use_cache = False  # `outputs` switches it, which a compiled model would notice
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3)

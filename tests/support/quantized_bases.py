@@ -39,7 +39,7 @@ def torchao(name: str, dtype: torch.dtype = torch.float32) -> Base:
     }
     model = plain().to(dtype)
     quantization.quantize_(model, configs[name]())
-    if name == "int4 kernel":  # it shows its values in no other way
+    if name == "int4 kernel":  # it exposes its values in no other way
         return model, [F.linear(torch.eye(model[index].in_features), model[index].weight).t() for index in (0, 2)]
     return model, [model[index].weight.dequantize() for index in (0, 2)]
 
@@ -55,7 +55,7 @@ def bitsandbytes(name: str) -> Base:
     kind = getattr(library.nn, name)
     model = nn.Sequential(kind(*SIZES[:2], **options), nn.GELU(), kind(*SIZES[1:], **options))
     model.load_state_dict(plain().state_dict())
-    model = model.to("cpu")  # where bitsandbytes quantises
+    model = model.to("cpu")  # at this point bitsandbytes quantises
     weights = [model[index].weight for index in (0, 2)]
     if name == "Linear4bit":
         return model, [library.functional.dequantize_4bit(weight.data, weight.quant_state) for weight in weights]
@@ -69,7 +69,7 @@ def half(dtype: torch.dtype) -> Base:
 
 EXACT = TOLERANCE[torch.float32]["rtol"] * 10
 ROUNDED = 3e-2
-"""Of the greatest value: float32 kernels; those that round activations to 8 bits, or all to 16."""
+"""Bounds relative to the largest value: for float32 kernels, and if activations have 8 bits or everything has 16."""
 
 
 BASES: dict[str, tuple[Callable[[], Base], float]] = {

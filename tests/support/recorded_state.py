@@ -1,4 +1,4 @@
-"""What a dry run or a failed call must leave alone: all that a model holds, and what is one for the whole process."""
+"""Records what a dry run or a failed call must not change: the state of a model, and the state of the process."""
 
 import random
 from collections import deque
@@ -13,7 +13,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Same:
-    """Equal to the record of the same object only; keeps it alive, so that its id is not given again."""
+    """Equal only to the record of the same object; keeps it alive, so that its id is not reused."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -28,11 +28,11 @@ class Same:
 
 
 def recorded_state(model: nn.Module, also: Iterable[Any] = ()) -> dict[str, Any]:
-    """Path → what is compared, of everything in `model`, in the containers `also` and in the process.
+    """Maps paths to the values to compare, for everything in `model`, in the containers `also` and in the process.
 
-    Modules: class, graph and all attributes, thus parameters, buffers, children, hooks and training flags too.
-    Tensors: identity, bits, version, `requires_grad` and gradient. Lists, dicts and sets: identity and contents, all
-    the way down. Of any other object the identity alone.
+    Modules: class, graph and all attributes, including parameters, buffers, children, hooks and training flags.
+    Tensors: identity, bits, version, `requires_grad` and gradient. Lists, dicts and sets: identity and contents,
+    recursively. Numbers and strings: type and value. Any other object: only its identity.
     """
     record = dict(_process_state())
     for path, module in model.named_modules():
@@ -46,7 +46,7 @@ def recorded_state(model: nn.Module, also: Iterable[Any] = ()) -> dict[str, Any]
 
 
 def _process_state() -> Iterator[tuple[str, Any]]:
-    """Random states, grad mode, autocast and default dtype."""
+    """Yields random states, grad mode, autocast and default dtype."""
     yield "torch's random state", torch.get_rng_state().numpy().tobytes()
     if torch.cuda.is_initialized():
         yield "CUDA's random states", [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
@@ -61,7 +61,7 @@ def _process_state() -> Iterator[tuple[str, Any]]:
 
 
 def _recorded(path: str, value: Any) -> dict[str, Any]:
-    """`value` at `path` and, if it is a container, everything below."""
+    """Records `value` at `path` and, if it is a container, everything in it."""
     record: dict[str, Any] = {}
     pending = [(path, value)]
     opened = set[int]()  # a container in two places, or within itself, is read once
@@ -97,7 +97,7 @@ def _of_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _bits(tensor: torch.Tensor) -> Any:
-    """Shape, dtype and bits; of a tensor that wraps others, theirs."""
+    """Returns shape, dtype, device and bits; of a tensor that wraps others, theirs."""
     if hasattr(tensor, "__tensor_flatten__"):
         inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         return [_bits(each) for each in inner if isinstance(each, torch.Tensor)]
@@ -109,6 +109,6 @@ def _bits(tensor: torch.Tensor) -> Any:
 
 
 def assert_recorded(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Two records are equal; or else says what differs."""
+    """Checks that two records are equal; the error lists the paths that differ."""
     changed = [path for path in before | after if path not in before or before[path] != after.get(path)]
     assert not changed, f"changed: {', '.join(changed)}"

@@ -7,7 +7,7 @@ import pytest
 
 
 def a_fifth_slow(values: Iterable[Any], ids: Iterable[str]) -> list[Any]:
-    """Parameters of a test: every fifth value is slow, the others are full."""
+    """Returns the parameters of a test: every fifth value is marked slow, the others full."""
     return [
         pytest.param(value, id=name, marks=pytest.mark.full if number % 5 else pytest.mark.slow)
         for number, (value, name) in enumerate(zip(values, ids, strict=True))

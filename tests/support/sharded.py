@@ -19,7 +19,7 @@ VOCABULARY = 96
 
 
 def llama(**settings: Any) -> LlamaForCausalLM:
-    """Two layers with grouped queries, and random weights that are the same in each process."""
+    """Returns a Llama of two layers with grouped queries, whose random weights are the same in each process."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 64}
@@ -27,12 +27,12 @@ def llama(**settings: Any) -> LlamaForCausalLM:
 
 
 def adapted(config: MELoRAConfig = CONFIG, **settings: Any) -> LlamaForCausalLM:
-    """`llama`, rewritten, with values in B."""
+    """Returns `llama`, rewritten, with filled A and B."""
     return fill(melora_fx.rewrite(llama(**settings), "all-linear", config))
 
 
 def fill(model: Any, seed: int = 1) -> Any:
-    """Values in A and B, as many as the ranks say, that are the same in each process."""
+    """Fills A and B up to their ranks, with values that are the same in each process."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for site in melora_fx.sites(model).values():
@@ -50,7 +50,7 @@ def token_ids(rows: int = 4, seed: int = 2) -> torch.Tensor:
 def train(
     model: nn.Module, ids: torch.Tensor, steps: int = 3, *, parameters: Iterable[nn.Parameter] | None = None
 ) -> list[float]:
-    """The losses of some steps, by AdamW with an eps that does not make steps of the noise of small gradients."""
+    """Returns the losses of some steps of AdamW, with an eps so large that noise in small gradients makes no steps."""
     trained = list(melora_fx.adapter_parameters(model).values() if parameters is None else parameters)
     optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3)
     losses = []
@@ -64,12 +64,12 @@ def train(
 
 
 def own_rows(ids: torch.Tensor, group: Any = None) -> torch.Tensor:
-    """The rows of a batch that this process trains on."""
+    """Returns the rows of a batch that this process trains on."""
     return ids.chunk(dist.get_world_size(group))[dist.get_rank(group)]
 
 
 def averaged(losses: list[float], group: Any = None) -> list[float]:
-    """The mean over the processes of what each has lost on rows of its own, which are as many on each."""
+    """Returns the mean over the processes of their losses; each process has equally many rows."""
     values = torch.tensor(losses, dtype=torch.float64)
     dist.all_reduce(values, group=group)
     return (values / dist.get_world_size(group)).tolist()
@@ -80,7 +80,7 @@ def distributed_data_parallel(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Those of the adapter's parameters, whole."""
+    """Returns the gradients of the adapter's parameters as whole tensors."""
     return {
         name: whole(parameter.grad).clone()
         for name, parameter in melora_fx.adapter_parameters(model).items()
@@ -93,7 +93,7 @@ def with_config(**changes: Any) -> MELoRAConfig:
 
 
 def put_adapter(model: Any, config: MELoRAConfig = CONFIG) -> Any:
-    """The values of `adapted(config)` in a model that may be sharded: no collective."""
+    """Copies the values of `adapted(config)` into a model that may be sharded, without a collective."""
     for name, site in melora_fx.sites(adapted(config)).items():
         own = melora_fx.sites(model)[name]
         put(own.lora_a, site.lora_a.detach())
@@ -102,6 +102,6 @@ def put_adapter(model: Any, config: MELoRAConfig = CONFIG) -> Any:
 
 
 def spread_with(mode: str, model: Any, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    """The model over all processes, and the rows of the batch that this one trains on."""
+    """Spreads the model over all processes; returns it and the rows of the batch that this process trains on."""
     spread_model, index, number = spread(mode, model)
     return spread_model, ids.chunk(number)[index]

@@ -1,15 +1,15 @@
-"""docs/SITUATIONS.md, by running the tests that are marked `situation`:
+"""Runs the tests marked `situation` and prints docs/SITUATIONS.md:
 
     PYTHONPATH=tests python -m support.situation_table > docs/SITUATIONS.md
 
-A row stands in the table once, with its first test; it holds where all of its tests pass.
+Each row is in the table once and names its first test. Its result applies if all of its tests pass.
 """
 
 import contextlib
 import importlib.metadata
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +19,7 @@ Row = tuple[str, str, str, str]
 
 
 class Collector:
-    """A pytest plugin: the rows and files that were collected, slow ones too, and what did not pass."""
+    """A pytest plugin that stores the collected rows and files, including slow ones, and the rows that failed."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str], Row] = {}
@@ -41,13 +41,13 @@ class Collector:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         key = self.of_test.get(report.nodeid)
         if key is not None and report.skipped:
-            self.failures.setdefault(key, f"not run: {report.longrepr[2]}")  # type: ignore[index]  # of a skip
+            self.failures.setdefault(key, f"not run: {report.longrepr[2]}")  # type: ignore[index]  # of skips
         elif key is not None and report.failed:
             self.failures[key] = "FAILS"
 
 
 def run() -> Collector:
-    """Runs the tests of all rows; what pytest prints goes to stderr."""
+    """Runs the tests of all rows; pytest's output goes to stderr."""
     collector = Collector()
     arguments = ["-q", "-n", "0", "-m", "situation", "-p", "no:cacheprovider", str(Path(__file__).parents[1])]
     with contextlib.redirect_stdout(sys.stderr):
@@ -55,14 +55,24 @@ def run() -> Collector:
     return collector
 
 
-def documented() -> list[Row]:
-    """The rows that the file has."""
-    rows: list[Any] = []
+def by_area(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Returns the rows of each area, in the order of their first rows."""
+    areas: dict[str, list[Row]] = {}
+    for row in rows:
+        areas.setdefault(row[0], []).append(row)
+    return areas
+
+
+def documented() -> dict[str, list[Row]]:
+    """Returns the rows in the file, by area."""
+    areas: dict[str, list[Row]] = {}
     for line in TABLE.read_text().splitlines():
+        if line.startswith("## "):
+            area = line.removeprefix("## ")
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) == 4 and "::test_" in cells[3]:
-            rows.append((*cells[:3], cells[3].strip("`")))
-    return rows
+        if len(cells) == 3 and "::test_" in cells[2]:
+            areas.setdefault(area, []).append((area, *cells[:2], cells[2].strip("`")))
+    return areas
 
 
 def main() -> None:
@@ -75,14 +85,13 @@ def main() -> None:
 
 # Situations
 
-What people do with a model, done with a rewritten one. Each row is what its tests assert; made by
-`PYTHONPATH=tests python -m support.situation_table > docs/SITUATIONS.md`, which runs them, on a CPU, with
-{versions}.
-
-| area | situation | result | test |
-|---|---|---|---|""")
-    for area, situation, result, test in found.rows.values():
-        print(f"| {area} | {situation} | {found.failures.get((area, situation), result)} | `{test}` |")
+What people do with a model, tried on a rewritten one. Each row states what its tests assert. This page is the output of
+`PYTHONPATH=tests python -m support.situation_table > docs/SITUATIONS.md`, which runs these tests on a CPU with
+{versions}.""")
+    for area, rows in by_area(found.rows.values()).items():
+        print(f"\n## {area}\n\n| situation | result | test |\n|---|---|---|")
+        for _, situation, result, test in rows:
+            print(f"| {situation} | {found.failures.get((area, situation), result)} | `{test}` |")
 
 
 if __name__ == "__main__":

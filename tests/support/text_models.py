@@ -1,4 +1,4 @@
-"""Tiny model folders with tokenizers of their own, and texts that they can learn to tell apart."""
+"""Tiny model folders with their own tokenizers, and texts that they can learn to distinguish."""
 
 import csv
 import random
@@ -19,7 +19,7 @@ _WORDS = {
 
 
 def sentences(count: int) -> list[tuple[str, str]]:
-    """(text, label): its words decide; a number makes each text another one."""
+    """Returns (text, label) pairs: the words decide the label, and a number makes each text unique."""
     generator = random.Random(0)
     rows = []
     for number in range(count):
@@ -36,7 +36,7 @@ def write_csv(path: Path, count: int) -> Path:
 
 
 def word_pieces() -> Any:
-    """As BERT's: its tokens are [PAD], [UNK], [CLS], [SEP] and [MASK] from 0 on."""
+    """Returns a tokenizer like BERT's: its first ids are [PAD], [UNK], [CLS], [SEP] and [MASK]."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -51,7 +51,7 @@ def word_pieces() -> Any:
 
 
 def byte_pairs(*, around: bool, **names: str) -> Any:
-    """As RoBERTa's (with tokens `around` a text) or GPT-2's; `names`: of special tokens, in the order of their ids."""
+    """Returns a tokenizer like RoBERTa's (tokens `around` a text) or GPT-2's; `names`: special tokens, by their ids."""
     special = list(dict.fromkeys(names.values()))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,17 +73,17 @@ def _roberta_pairs() -> Any:
 
 @dataclass(frozen=True)
 class TextModel:
-    """`build(vocabulary)` makes a pretrained model, without the head that classifies."""
+    """`build(vocabulary)` returns a model as it is pretrained, without a head that classifies."""
 
     build: Callable[[int], Any]
     tokenizer: Callable[[], Any]
 
     def write(self, folder: Path, *, as_bin: bool = False) -> Path:
-        """The model and its tokenizer in a folder, the weights in model.safetensors or in pytorch_model.bin."""
+        """Writes the model and its tokenizer to a folder, the weights in model.safetensors or pytorch_model.bin."""
         torch.manual_seed(0)
         tokenizer = self.tokenizer()
         model = self.build(len(tokenizer))
-        with torch.no_grad():  # larger than at random, as if pretrained: so that words show in the output
+        with torch.no_grad():  # larger than new weights, as if pretrained, so that words change the output
             for parameter in model.parameters():
                 if parameter.dim() == 2:
                     parameter.mul_(8)
@@ -131,11 +131,11 @@ TEXT_MODELS: dict[str, TextModel] = {
         lambda: byte_pairs(around=False, bos_token="<s>", eos_token="</s>"),
     ),
 }
-"""The architectures that people bring to `melora-fx train` and `demo`, as their checkpoints are published."""
+"""The architectures that people use with `melora-fx train` and `demo`, as their checkpoints are published."""
 
 
 def held_out_accuracy(runner: Any, folder: Path, texts: Any) -> float:
-    """Accuracy of a runner on the held-out texts, one by one, with the tokenizer of a folder."""
+    """Returns the accuracy of a runner on the held-out texts, one by one, with the tokenizer of a folder."""
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     hits = [
         int(runner.run(dict(tokenizer([text], return_tensors="pt")))["logits"].argmax()) == label

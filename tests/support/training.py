@@ -18,7 +18,7 @@ STEPS = 6
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Random tokens, whose label is whether the first is a large one."""
+    """Random tokens; the label is whether the first is above 20."""
 
     def __init__(self) -> None:
         self.tokens = torch.randint(0, 40, (24, 5), generator=torch.Generator().manual_seed(7))
@@ -31,7 +31,7 @@ class Sentences(torch.utils.data.Dataset):
 
 
 class Losses(TrainerCallback):
-    """Every loss that was logged, by step."""
+    """Stores every logged loss by step."""
 
     def __init__(self) -> None:
         self.by_step: dict[int, float] = {}
@@ -42,7 +42,7 @@ class Losses(TrainerCallback):
 
 
 class StopAt(TrainerCallback):
-    """A run that ends early, as by a machine that was taken away."""
+    """Stops a run early, as if the machine were taken away."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -53,7 +53,7 @@ class StopAt(TrainerCallback):
 
 def rewritten() -> BertForSequenceClassification:
     model = bert_classifier()
-    model.config.hidden_dropout_prob = 0.1  # the modules have theirs already; here so that a copy keeps it
+    model.config.hidden_dropout_prob = 0.1  # the modules already have theirs; set here so that a copy keeps it
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.1
@@ -61,7 +61,7 @@ def rewritten() -> BertForSequenceClassification:
 
 
 def default_arguments(directory: Path) -> dict[str, Any]:
-    """Of a Trainer that takes some steps on a CPU and writes checkpoints."""
+    """Returns the arguments of a Trainer that takes some steps on a CPU and writes checkpoints."""
     return {
         "output_dir": str(directory),
         "max_steps": STEPS,

@@ -1,4 +1,4 @@
-"""Small models with adapters of every kind, which other programs are to compute the same with."""
+"""Small models with adapters of every kind, with which other programs must compute the same."""
 
 import copy
 from collections.abc import Callable
@@ -23,14 +23,14 @@ PARTS = MELoRAConfig(rank=(1, 2, 1), num_blocks=3, split=3)
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and what of it is adapted."""
+    """A model, its targets, and the parts that are kept trainable."""
 
     build: Callable[[], Any]
     targets: Any
     kept: tuple[str, ...] = ()
 
     def adapted(self) -> nn.Module:
-        """The model with an adapter that moves its logits by more than their own size."""
+        """Returns the model with an adapter that moves its logits by more than their own size."""
         return fill(melora_fx.rewrite(self.build(), self.targets, keep_trainable=self.kept)).eval()
 
 
@@ -48,22 +48,22 @@ CASES = {
 
 @torch.no_grad()
 def logits_of(model: nn.Module) -> torch.Tensor:
-    """What a model computes of the same tokens, (2, 5, …)."""
+    """Returns a model's output for the same tokens, (2, 5)."""
     return output_of(model, tokens())
 
 
 def worst_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative to the largest logit."""
+    """Returns the largest difference relative to the largest logit."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def merged(peft_model: Any) -> nn.Module:
-    """A copy of a PEFT model with the adapter in its weights."""
+    """Returns a copy of a PEFT model with the adapter merged into its weights."""
     return copy.deepcopy(peft_model).merge_and_unload()
 
 
 def assert_same_blocks(one: Path, other: Path) -> None:
-    """Two adapter folders have the same sites, the bits of every A_i and s_i B_i, and the same trained modules."""
+    """Checks that two adapter folders have the same sites, bits of every A_i and s_i B_i, and trained modules."""
     first, second = read_adapter(one), read_adapter(other)
     assert first.configs.keys() == second.configs.keys()
     for site, config in first.configs.items():

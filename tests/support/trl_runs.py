@@ -1,4 +1,4 @@
-"""TRL's trainers on a small Llama, and what they log. TRL takes seconds to import: functions do."""
+"""TRL's trainers on a small Llama, and what they log. TRL is slow to import, so functions import it."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ from support.text_models import byte_pairs, sentences
 from support.training import Losses, default_arguments
 
 REWARDS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
-"""What a DPOTrainer logs that depends on the reference."""
+"""The values that a DPOTrainer logs and that depend on the reference."""
 
 
 def tokenizer() -> Any:
@@ -22,7 +22,7 @@ def tokenizer() -> Any:
 
 
 VOCABULARY = 400
-"""Of `tokenizer`."""
+"""The size of the vocabulary of `tokenizer`."""
 
 
 def base(**settings: Any) -> LlamaForCausalLM:
@@ -30,7 +30,7 @@ def base(**settings: Any) -> LlamaForCausalLM:
 
 
 def rewritten(model: Any = None, *, is_filled: bool = True, **options: Any) -> Any:
-    """`base()` or `model` with adapters on every linear but the head, the same each time."""
+    """Returns `base()` or `model` with adapters on every linear except the head, the same each time."""
     options = {"targets": "all-linear", "config": CONFIG} | options
     torch.manual_seed(3)
     model = melora_fx.rewrite(base() if model is None else model, **options)
@@ -74,7 +74,7 @@ def sft_trainer(model: nn.Module, directory: Path, *callbacks: Any, **options: A
 
 
 class Logs(Losses):
-    """What was logged of `REWARDS` in each step."""
+    """Stores the logged `REWARDS` of each step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
@@ -97,11 +97,11 @@ def dpo_trainer(model: nn.Module, reference: Any, directory: Path, **options: An
 
 
 class WithoutAdapters(nn.Module):
-    """What a rewritten model computes inside `disabled`, for trainers that take a reference model."""
+    """Computes what a rewritten model computes inside `disabled`, for trainers that need a reference model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        vars(self)["model"] = model  # no part of this one, which has no parameters of its own
+        vars(self)["model"] = model  # not a child, so that this module has no parameters
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["model"], name)
@@ -115,5 +115,5 @@ class WithoutAdapters(nn.Module):
 
 
 def around_the_same_weights(model: nn.Module) -> Any:
-    """A second model of the same parameters."""
+    """Returns a second model with the same parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

@@ -1,13 +1,14 @@
-"""Runs in vLLM's environment: what vLLM does with an adapter folder, without a GPU and without its compiled parts.
+"""Loads an adapter folder into vLLM, in vLLM's environment, without a GPU and without vLLM's compiled parts.
 
     python -P vllm_reader.py MODEL ADAPTER OUT [--runner pooling] [--max-lora-rank N] [--model-impl transformers]
+                             [--stacked]
 
-builds vLLM's own model of the configuration in MODEL (no weights are read) and its LoRA manager, has them load and
-activate ADAPTER, and writes the updates B A that lie in vLLM's layers as `LAYER.SLICE` (O, I) into OUT. Standard
-output ends in one line of JSON: `{"ranks": [1, 8, …], "class": …, "error": …, "updates": {name: shape}}`.
+builds vLLM's own model from the configuration in MODEL (no weights are read) and its LoRA manager, loads and activates
+ADAPTER, and writes the updates B A in vLLM's layers to OUT, as `LAYER.SLICE` (O, I). The last line of standard output
+is JSON: `{"ranks": [1, 8, …], "class": …, "error": …, "updates": {name: shape}}`.
 
-The environment needs vLLM's Python files (its wheel installed with `--no-deps`, or unpacked), torch, transformers and
-the packages that importing `vllm.lora.worker_manager` asks for; any torch from 2.13 on will do.
+The environment needs vLLM's Python files (its wheel installed with `--no-deps`, or unpacked), torch 2.13 or later,
+transformers, and the packages that `vllm.lora.worker_manager` imports.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def configuration(options: argparse.Namespace) -> VllmConfig:
 
 
 def manager_of(config: VllmConfig) -> Any:
-    """vLLM's manager of adapters, around its own model with weights that are not set."""
+    """Returns vLLM's manager of adapters, around its own model, whose weights are not set."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,7 +70,7 @@ def manager_of(config: VllmConfig) -> Any:
 
 
 def updates(worker: Any) -> dict[str, torch.Tensor]:
-    """B A of each slice of each layer that has one which is not zero."""
+    """Returns B A of each slice of each layer, if it is not zero."""
     found = {}
     for name, layer in worker._adapter_manager.modules.items():
         pairs = zip(getattr(layer, "lora_a_stacked", ()), getattr(layer, "lora_b_stacked", ()), strict=True)

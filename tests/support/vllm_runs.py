@@ -1,4 +1,4 @@
-"""vLLM's own models and loader, without a GPU, in an environment of their own.
+"""Runs vLLM's own models and loader, without a GPU, in their own environment.
 
 `MELORA_FX_VLLM_PYTHON` names the interpreter of an environment with vLLM 0.33, whose compiled parts are not needed.
 Nothing is imported from it here: `vllm_reader.py` runs there.
@@ -20,14 +20,14 @@ READER = Path(__file__).with_name("vllm_reader.py")
 
 @functools.cache
 def vllm_python() -> str | None:
-    """An interpreter that has vLLM, if there is one."""
+    """Returns an interpreter that has vLLM, or None."""
     python = os.environ.get("MELORA_FX_VLLM_PYTHON", sys.executable)
     found = subprocess.run([python, "-P", "-c", "import vllm.lora.worker_manager"], capture_output=True, env=_env())
     return python if found.returncode == 0 else None
 
 
 def read_by_vllm(model: Path, adapter: Path, *options: str) -> dict[str, Any]:
-    """What vLLM made of an adapter folder over its own model of a configuration; see `vllm_reader.py`."""
+    """Returns what vLLM read from an adapter folder for its own model of a configuration; see `vllm_reader.py`."""
     python = vllm_python()
     if python is None:
         pytest.skip("vLLM is not installed: MELORA_FX_VLLM_PYTHON can name an interpreter that has it")

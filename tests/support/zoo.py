@@ -1,7 +1,7 @@
 """Tiny random models of every architecture that docs/ARCHITECTURES.md lists.
 
-`sites` is how many linears "all-linear" must adapt, counted by hand from the architecture: layers times the linears of
-a layer, and what stands outside of the layers. Heads are not among them.
+`sites` is how many linears "all-linear" must adapt, counted by hand from the architecture: the layers times the linears
+of a layer, plus the linears outside the layers, without heads.
 """
 
 from collections.abc import Callable
@@ -50,12 +50,15 @@ _VISION = {
 
 @dataclass(frozen=True)
 class Entry:
-    """`build` makes the model; `inputs(batch, length)` its keyword arguments; `refused` counts what has no pattern."""
+    """`build` returns the model, `inputs(batch, length)` its keyword arguments; `refused` counts what has no pattern.
+
+    `in_place` is the number of sites in place, if it differs from `sites`; `inductor` compiles it with Inductor too.
+    """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int, int], dict[str, torch.Tensor]]
     sites: int
-    in_place: int | None = None  # where the in-place capture must refuse some of them
+    in_place: int | None = None  # if the in-place capture must refuse some of them
     refused: int = 0
     inductor: bool = False
 
@@ -98,7 +101,7 @@ class HandWritten(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """`nn.MultiheadAttention` on itself."""
+    """`nn.MultiheadAttention` as self-attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,13 +291,13 @@ ZOO: dict[str, Entry] = {
 
 
 SIX = ("BERT", "GPT-2", "Llama", "T5", "ViT", "Mixtral")
-"""What a sweep over the architectures tries by default: one of each kind of transformers' models."""
+"""The architectures that a sweep tries by default: one of each kind of transformers' models."""
 
 HUGGING_FACE = tuple(name for name in ZOO if not name.startswith(("nn.", "x @")))
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A model in evaluation mode with weights large enough for every site to show, and inputs of batch 2."""
+    """Returns a model in eval mode, with weights so large that every site changes the output, and inputs of batch 2."""
     torch.manual_seed(0)
     entry = ZOO[name]
     model = entry.build().eval()

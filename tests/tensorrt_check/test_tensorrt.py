@@ -53,7 +53,7 @@ def test_an_export_builds_and_the_report_says_how(exported: Path) -> None:
 
 def test_the_report_prints_well_and_its_command_can_be_pasted(exported: Path) -> None:
     text = str(check_tensorrt(exported, shapes=SHAPES))
-    assert "TensorRT builds the whole of it, by onnx-tensorrt's operator table for TensorRT 10.15 (2026-02-02)" in text
+    assert "TensorRT builds all of it, per onnx-tensorrt's operator table for TensorRT 10.15 (2026-02-02)" in text
     lines = text.replace(str(exported.parent), "").splitlines()
     assert max(map(len, lines)) <= 100
     command = text[text.index("trtexec \\") : text.index("\n\n  TensorrtExecutionProvider")]
@@ -90,7 +90,7 @@ def test_bool_inputs_and_unchecked_restrictions_are_noted(tmp_path: Path) -> Non
     )
     notes = check_tensorrt(path, shapes={"batch": (1, 2, 3)}).notes
     assert any(note.startswith("BOOL (keep)") for note in notes)
-    assert any(note.startswith("If: both branches must give") for note in notes)
+    assert any(note.startswith("If: both branches must return") for note in notes)
 
 
 def test_fixed_shapes_need_no_profile(tmp_path: Path) -> None:

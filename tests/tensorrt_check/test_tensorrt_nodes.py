@@ -1,4 +1,4 @@
-"""What TensorRT would not build, on small graphs that hold one thing each, and on exports that hold none of them."""
+"""Nodes that TensorRT would not build: on small graphs with one of them each, and on exports without them."""
 
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def test_types_are_those_of_what_a_node_computes_with() -> None:
     padded = graph("g (float[N] x) => (bool[M] y) <int64[2] p = {1, 1}> { b = Cast <to = 9> (x)  y = Pad (b, p) }")
     assert reasons(padded) == ["Pad `Pad 1`: BOOL is not among its types: BFLOAT16, FLOAT, FLOAT16, INT32, INT64"]
     indexed = graph("g (bool[N] c, float[N] x, int64[M] i) => (float[M] y) { w = Where (c, x, x)  y = Gather (w, i) }")
-    assert reasons(indexed) == []  # a condition and indices are of other types than the values
+    assert reasons(indexed) == []  # a condition and indices have other types than the values
 
 
 def test_branches_are_looked_into() -> None:
@@ -149,7 +149,7 @@ def test_functions_of_the_model_itself_are_looked_into() -> None:
 @pytest.mark.parametrize(("opset", "refused"), [(8, True), (9, False), (24, False), (25, True)])
 def test_opsets_have_bounds(opset: int, refused: bool) -> None:
     lines = reasons(graph("g (float[N] x) => (float[N] y) { y = Relu (x) }", opset))
-    assert lines == ([f"graph: opset {opset}: TensorRT takes 9 to 24"] if refused else [])
+    assert lines == ([f"graph: opset {opset}: TensorRT supports 9 to 24"] if refused else [])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_graph_that_would_not_build_is_one_error() -> None:
 
 
 def test_the_tables_agree() -> None:
-    """Every operator that has a restriction or takes a shape is a supported one."""
+    """Every operator that has a restriction or a shape as input is a supported one."""
     assert {*RESTRICTIONS, *UNCHECKED, *SHAPE_INPUTS} <= TYPES.keys()
     assert len(TYPES) == 158
     assert all(op_type in {schema.name for schema in onnx.defs.get_all_schemas()} for op_type in {*RESTRICTIONS})
@@ -219,7 +219,7 @@ def test_exports_have_no_obstacle(name: str, tmp_path: Path) -> None:
 
 
 class Selecting(nn.Module):
-    """Keeps the rows that begin with a positive number."""
+    """Returns only the rows that begin with a positive number, doubled."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x[x[:, 0] > 0] * 2

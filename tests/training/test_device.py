@@ -1,4 +1,4 @@
-"""What a training runs on."""
+"""The device of a training."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_names_that_torch_does_not_know() -> None:
         find_device("gpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_that_is_not_there() -> None:
     with pytest.raises(MELoRAError, match=r"finds 0 CUDA devices"):
         find_device("cuda")

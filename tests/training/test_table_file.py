@@ -94,7 +94,7 @@ def test_forms(path: Path, content: str, expected: tuple[tuple[str, str], ...]) 
         (f'text,label\n{ROWS}"a \\"bird\\"",pos\n', "line 4 text follows a quote .*written twice"),
         ('text,"label\na,b\n', "opens in line 1 is never closed"),
         (f'sep=,\ntext,label\n{ROWS}"opened,pos\n', "opens in line 5"),
-        ('text\tlabel\n"He" said\tpos\nshort\n', "opens in line 2 .*and line 3 has not"),
+        ('text\tlabel\n"He" said\tpos\nshort\n', "opens in line 2 .*but line 3 has not"),
         (f"text,label\n{ROWS}a\0b,pos\n", "line 4 has a NUL byte"),
     ],
     ids=[
@@ -181,10 +181,10 @@ def test_encodings(path: Path, encoding: str) -> None:
         (FRENCH.encode("utf-16")[:-1], "begins as UTF-16"),
         (f"{FRENCH}a\0b".encode("utf-16"), "line 6 has a NUL character"),
         (FRENCH.encode() + b"caf\xe9 au lait", r"line 6 \(byte 0xe9 at offset 163\) .* most of the file is"),
-        ("привет, мир".encode("cp1251"), "nor a Western European encoding"),
-        ("こんにちは世界".encode("shift-jis"), "nor a Western European encoding"),
+        ("привет, мир".encode("cp1251"), "nor in a Western European encoding"),
+        ("こんにちは世界".encode("shift-jis"), "nor in a Western European encoding"),
         (b"PK\x03\x04\0\0", "an Excel workbook; save it as CSV"),
-        (b"\x1f\x8b\x08", "compressed by gzip"),
+        (b"\x1f\x8b\x08", "compressed with gzip"),
     ],
     ids=[
         "utf-16-le",

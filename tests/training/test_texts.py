@@ -23,7 +23,7 @@ def write(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
 
 
 def named(texts: Texts) -> list[tuple[str, str]]:
-    """(text, label) of both parts."""
+    """Returns the (text, label) pairs of both parts."""
     return [(text, texts.labels[index]) for text, index in texts.train + texts.held_out]
 
 
@@ -60,7 +60,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert texts.notes == (
         "`a.csv`: left out: 1 of 15 rows, with fewer cells than the header's 2 (the first in line 16)",
         "`a.csv`: left out: 2 of 15 rows, without a text or a label",
-        "left out: 2 rows of labels with a single text, which cannot stand on both sides: “odd”",
+        "left out: 2 rows of labels with a single text, which cannot be in both parts: “odd”",
     )
 
 
@@ -68,8 +68,8 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     ("labels", "note"),
     [
         (("NaN", "None"), None),
-        (("Yes", "yes"), "labels that differ only in case are kept apart: “Yes”, “yes”"),
-        (("1", "2.5"), "the labels are numbers with fractions (“1”, “2.5”): each is a class of its own"),
+        (("Yes", "yes"), "labels that differ only in case are different labels: “Yes”, “yes”"),
+        (("1", "2.5"), "the labels are numbers with fractions (“1”, “2.5”): each is a separate class"),
         (("1", "2"), None),
     ],
 )
@@ -83,7 +83,7 @@ def test_labels_are_strings(tmp_path: Path, labels: tuple[str, str], note: str |
 def test_identical_texts_stay_together() -> None:
     rows = [(f"  Text{' ' * (i % 3)} {i % 7}", "a") for i in range(70)] + [(f"other {i}", "b") for i in range(10)]
     texts = split_texts(rows, 0.3)
-    assert sorted(named(texts)) == sorted(rows), "each as often as it stands in the file"
+    assert sorted(named(texts)) == sorted(rows), "each as often as it is in the file"
     assert not {text_key(text) for text, _ in texts.train} & {text_key(text) for text, _ in texts.held_out}
     assert sum(label == 0 for _, label in texts.held_out) == 20
 
@@ -92,8 +92,8 @@ def test_texts_of_two_labels_are_never_held_out() -> None:
     rows = [(f"text {i}", "ab"[i % 2]) for i in range(10)] + [("Both", "a"), ("both ", "b")]
     texts = split_texts(rows, 0.9)
     assert [text for text, _ in texts.train if text_key(text) == "both"] == ["Both", "both "]
-    assert texts.notes == ("never held out: 1 text under more than one label, such as “Both”",)
-    with pytest.raises(MELoRAError, match="no text can be held out for “b”: all stand under other labels too"):
+    assert texts.notes == ("never held out: 1 text with more than one label, such as “Both”",)
+    with pytest.raises(MELoRAError, match="no text can be held out for “b”: all have other labels too"):
         split_texts([("x", "a"), ("y", "a"), ("z", "a"), ("x", "b"), ("y", "b")])
 
 
@@ -109,7 +109,7 @@ CHARACTERS = st.sampled_from(["a", "É", "é", " ", "\n", '"', ",", "x,Q"])
 def test_every_row_is_accounted_for(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], share: float, seed: int
 ) -> None:
-    rows = [(f"{label}: {text}" if label == "C" else text, label) for text, label in rows]  # C has texts of its own
+    rows = [(f"{label}: {text}" if label == "C" else text, label) for text, label in rows]  # C's texts are unique
     rows += [(f"sure {i}", "AB"[i % 2]) for i in range(6)]
     path = write(tmp_path_factory.getbasetemp() / "rows.csv", rows)
     texts = read_texts(path, "text", "label", held_out=share, seed=seed)
@@ -130,7 +130,7 @@ def test_a_file_of_held_out_texts(tmp_path: Path) -> None:
     assert texts.held_out == (("new", 1), (" TEXT 0", 0))
     assert sorted(texts.train) == [(f"text {i}", i % 3) for i in range(1, 9)]
     assert texts.notes == (
-        "`train.csv`: left out: 1 row whose text stands in `test.csv` too",
+        "`train.csv`: left out: 1 row whose text is in `test.csv` too",
         "`test.csv` has no texts of “c”",
         "`test.csv`: left out: 1 of 3 rows, without a text or a label",
     )
@@ -139,9 +139,9 @@ def test_a_file_of_held_out_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train", "held_out", "error"),
     [
-        ([("x", "a"), ("y", "b")], [("z", "c")], "has labels that `.*train.csv` has not: “c”"),
+        ([("x", "a"), ("y", "b")], [("z", "c")], "has labels that `.*train.csv` lacks: “c”"),
         ([("x", "a"), ("y", "b")], [("X", "a")], "has all texts that `.*train.csv` has for “a”"),
-        ([("x", "a"), ("y", "a")], [("z", "a")], "needs two labels, it has 1"),
+        ([("x", "a"), ("y", "a")], [("z", "a")], "needs two labels, but has 1"),
         ([("x", "a"), ("y", "b")], [("", "a")], "test.csv` is empty: no row has both"),
         ([("x", "a"), ("y", "b")], None, "test.csv` cannot be read: no such file"),
     ],
@@ -160,7 +160,7 @@ def test_bad_files_of_held_out_texts(
     ("rows", "error"),
     [
         ([], "is empty: no row has both"),
-        ([("a", "x"), ("b", "x")], "a.csv`: needs two labels with two different texts each, it has 1"),
+        ([("a", "x"), ("b", "x")], "a.csv`: needs two labels with two different texts each, but has 1"),
         ([("a", "x"), ("a", "x"), ("b", "y")], "a.csv`: needs two labels"),
     ],
     ids=["no_rows", "one_label", "single_texts"],

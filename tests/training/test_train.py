@@ -1,4 +1,4 @@
-"""`melora-fx train`: what comes out, what a killed run goes on from, and what is refused before anything is written."""
+"""`melora-fx train`: its results, where a killed run continues, and what is refused before anything is written."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(bert: Path, data: Path, out: Path, **others: Any) -> TrainOptions:
-    """Eight steps, with a checkpoint after each, and dropout in the adapters."""
+    """Returns options for eight steps, with a checkpoint after each, and dropout in the adapters."""
     usual = {"epochs": 2, "checkpoint_every_s": 0.0, "config": MELoRAConfig(rank=2, num_blocks=4, dropout=0.2)}
     return TrainOptions(model=bert, data=data, out=out, **usual | others)
 
@@ -105,7 +105,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     torch.manual_seed(5)
     run_train(options(bert, data, tmp_path))
     assert content(tmp_path) == content(finished)
-    assert (f"going on from step {max(steps, default=0)} of 8" in capsys.readouterr().out) == bool(steps)
+    assert (f"resuming after step {max(steps, default=0)} of 8" in capsys.readouterr().out) == bool(steps)
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_in_the_middle_goes_on(bert: Path, tmp_path: Path) 
     assert process.wait() == -signal.SIGKILL
     assert not (killed / "adapter").exists()
     result = subprocess.run([*command, str(killed)], capture_output=True, text=True, check=True)
-    assert "going on from step 32 of 96" in result.stdout
+    assert "resuming after step 32 of 96" in result.stdout
     subprocess.run([*command, str(whole)], capture_output=True, check=True)
     assert content(killed) == content(whole)
 
@@ -190,7 +190,7 @@ def test_bad_arguments_leave_nothing_behind(
 
 
 def damaged(kind: str, bert: Path, folder: Path) -> Path:
-    """A copy of the model that cannot be trained."""
+    """Returns a copy of the model that cannot be trained."""
     shutil.copytree(bert, folder)
     if kind == "no_tokenizer":
         (folder / "tokenizer.json").unlink()
@@ -220,7 +220,7 @@ def damaged(kind: str, bert: Path, folder: Path) -> Path:
         ("unknown_words", "its tokenizer knows no word of the texts"),
         ("no_weights", "the weights cannot be read"),
         ("other_weights", "lacks weights of BertForSequenceClassification, which would be random"),
-        ("other_tokenizer", "the model has 60: it is another model's"),
+        ("other_tokenizer", "but the model has 60: it is another model's"),
     ],
 )
 def test_models_that_cannot_be_trained(kind: str, text: str, bert: Path, data: Path, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_texts_that_the_model_cannot_take(data: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "t5")
     result = run("train", tmp_path / "t5", "--data", data, "--out", tmp_path / "out", "--num-blocks", 4)
     assert result.returncode == 1
-    assert "T5ForSequenceClassification cannot take the texts as its tokenizer writes them" in result.stderr
+    assert "T5ForSequenceClassification cannot process the texts as its tokenizer encodes them" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -278,5 +278,5 @@ def test_a_head_of_another_size_is_replaced(bert: Path, data: Path, tmp_path: Pa
 
 
 def test_a_training_that_diverges_says_so(bert: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(MELoRAError, match=r"the loss of step \d is nan; a smaller `learning_rate` helps"):
+    with pytest.raises(MELoRAError, match=r"the loss of step \d is nan; use a smaller `learning_rate`"):
         run_train(options(bert, data, tmp_path, learning_rate=1e30))

@@ -1,4 +1,4 @@
-"""The picture of a training: what stands in it, read from matplotlib's own objects."""
+"""The picture of a training: its content, read from matplotlib's own objects."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_one_point_an_evaluation(
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         "training loss",
-        "majority baseline",
+        "accuracy of the majority baseline",
         "held-out accuracy",
     ]
     figure.canvas.draw()

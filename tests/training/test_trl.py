@@ -36,7 +36,7 @@ situation = pytest.mark.situation
 
 
 class _Batches:
-    """A collator that keeps what it has given."""
+    """A collator that stores the batches that it returns."""
 
     def __init__(self, collator: Callable[..., Any]) -> None:
         self.collator = collator
@@ -64,8 +64,8 @@ def _plain_loop(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> lis
     "TRL",
     "the losses of a plain loop",
     {
-        "`SFTTrainer`, checkpointing as it is by default": {},
-        "… without gradient checkpointing": {"gradient_checkpointing": False},
+        "`SFTTrainer` with its default gradient checkpointing": {},
+        "`SFTTrainer` without gradient checkpointing": {"gradient_checkpointing": False},
     },
 )
 def test_losses_of_a_plain_loop(options: dict[str, Any], tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_losses_of_a_plain_loop(options: dict[str, Any], tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@situation("TRL", "`SFTTrainer` in bfloat16, as it is by default", "trains; A and B stay float32")
+@situation("TRL", "`SFTTrainer` in bfloat16, its default", "trains; A and B stay float32")
 def test_bfloat16(tmp_path: Path) -> None:
     trainer, expected = sft_trainer(rewritten(), tmp_path, save_strategy="no")
     trainer.train()
@@ -91,11 +91,11 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
-@situation("TRL", "`SFTTrainer` beside a PeftModel of the same values", "the same losses")
+@situation("TRL", "`SFTTrainer`, compared with a PeftModel of the same values", "the same losses")
 def test_losses_of_a_peft_model(tmp_path: Path) -> None:
     import peft
 
-    config = MELoRAConfig(rank=4, num_blocks=1, alpha=4.0)  # a scaling of 1, which both formats leave where it is
+    config = MELoRAConfig(rank=4, num_blocks=1, alpha=4.0)  # a scaling of 1, which both formats store alike
     model = rewritten(config=config)
     melora_fx.save_adapter(model, tmp_path / "adapter")
     exporters.write_peft_adapter(tmp_path / "adapter", tmp_path / "peft")
@@ -108,7 +108,11 @@ def test_losses_of_a_peft_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@situation("TRL", "`SFTTrainer`, `AdapterCheckpointCallback`, resumed", "what is trained alone; as uninterrupted")
+@situation(
+    "TRL",
+    "`SFTTrainer`, `AdapterCheckpointCallback`, resumed",
+    "only trained tensors are saved; the losses of an uninterrupted run",
+)
 def test_resumed_from_a_checkpoint_of_the_adapter(tmp_path: Path) -> None:
     whole = rewritten()
     trainer, expected = sft_trainer(whole, tmp_path / "whole", AdapterCheckpointCallback())
@@ -123,7 +127,7 @@ def test_resumed_from_a_checkpoint_of_the_adapter(tmp_path: Path) -> None:
     assert saved.keys() == melora_fx.adapter_parameters(resumed).keys()
     loaded = melora_fx.load_adapter(base(), tmp_path / "run" / "checkpoint-6")
     assert_equal(loaded.state_dict(), whole.state_dict())
-    with pytest.warns(UserWarning, match=r"`melora_fx\.save_adapter`, or `melora_fx\.fold` first"):
+    with pytest.warns(UserWarning, match=r"`melora_fx\.save_adapter`, or call `melora_fx\.fold` first"):
         trainer.save_model(str(tmp_path / "final"))
 
 
@@ -138,7 +142,7 @@ def _in_two_processes(directory: str, port: int) -> list[float]:
 
 
 @pytest.mark.slow
-@situation("TRL", "`SFTTrainer` in two processes, by DDP", "the losses of one process")
+@situation("TRL", "`SFTTrainer` in two processes, with DDP", "the losses of one process")
 def test_two_processes(tmp_path: Path) -> None:
     trainer, expected = sft_trainer(rewritten(), tmp_path / "alone", AdapterCheckpointCallback())
     trainer.train()
@@ -150,7 +154,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@situation("TRL", "`SFTTrainer` on a base in 8 bits", "trains; TRL makes A and B bfloat16")
+@situation("TRL", "`SFTTrainer` on an 8-bit base", "trains; TRL casts A and B to bfloat16")
 def test_a_base_in_eight_bits(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
@@ -169,7 +173,7 @@ def test_a_base_in_eight_bits(tmp_path: Path) -> None:
     assert max(losses.by_step.values()) < 7
 
 
-@situation("TRL", "an adapter on `lm_head`, whose weight TRL reads itself", "refused by name, as of a PeftModel")
+@situation("TRL", "an adapter on `lm_head`, whose weight TRL reads itself", "refused, as for a PeftModel")
 def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
     trainer, _ = sft_trainer(rewritten(targets=["lm_head", "q_proj"]), tmp_path, save_strategy="no")
     with pytest.raises(MELoRAError, match=r"`lm_head`: .*chunked_logprob.* leave this linear out of `targets`"):
@@ -214,9 +218,9 @@ def _loaded_by_trl(folder: Path, **options: Any) -> tuple[Any, Any]:
 
 
 REFERENCES: dict[str, Callable[..., tuple[Any, Any]]] = {
-    "by `melora_fx.disabled`": lambda folder, **options: _by_disabled(**options),
-    "a second model around the same weights": lambda folder, **options: _same_weights(**options),
-    "`ref_model=None`, the model from a folder": _loaded_by_trl,
+    "`melora_fx.disabled`": lambda folder, **options: _by_disabled(**options),
+    "a second model with the same weights": lambda folder, **options: _same_weights(**options),
+    "`ref_model=None`, a model from a folder": _loaded_by_trl,
 }
 
 
@@ -228,7 +232,7 @@ def _logs(model: Any, reference: Any, directory: Path, **options: Any) -> dict[i
 
 
 @pytest.mark.slow_cases("*disabled-bfloat16", "*folder-no checkpointing")
-@pytest.mark.default_cases("*by melora_fx.disabled-default")
+@pytest.mark.default_cases("*: melora_fx.disabled-default")
 @pytest.mark.parametrize(
     "options",
     [{}, {"gradient_checkpointing": False}, {"bf16": True}],
@@ -238,7 +242,7 @@ def _logs(model: Any, reference: Any, directory: Path, **options: Any) -> dict[i
     "reference",
     "TRL",
     "losses and rewards as with a frozen copy of the base",
-    {f"`DPOTrainer`, the reference {name}": make for name, make in REFERENCES.items()},
+    {f"`DPOTrainer`, reference: {name}": make for name, make in REFERENCES.items()},
 )
 def test_rewards_beside_a_frozen_copy(reference: Callable[..., Any], options: dict[str, Any], tmp_path: Path) -> None:
     expected = _logs(*_frozen(), tmp_path / "frozen", **options)
@@ -255,7 +259,11 @@ def test_precomputed_with_a_new_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@situation("TRL", "… and an adapter that was trained before", "the reference is that adapter, as of a PeftModel")
+@situation(
+    "TRL",
+    "`DPOTrainer`, `precompute_ref_log_probs`, an adapter that is already trained",
+    "the reference is that adapter, as for a PeftModel",
+)
 def test_precomputed_with_a_trained_adapter(tmp_path: Path) -> None:
     model = rewritten()
     expected = _logs(model, copy.deepcopy(model).requires_grad_(False), tmp_path / "frozen")
@@ -284,7 +292,7 @@ def test_rewards_in_two_processes(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@situation("TRL", "`DPOTrainer` without `ref_model`, a model that came from no folder", "TRL's error when it is made")
+@situation("TRL", "`DPOTrainer` without `ref_model`, a model that is not from a folder", "TRL's error on construction")
 def test_a_model_from_nowhere(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"Repo id|repo_id|not a valid"):
         dpo_trainer(rewritten(), None, tmp_path)

@@ -1,4 +1,4 @@
-"""Model repositories: what is written, that Triton's own schema takes it, and that ONNX Runtime runs the copy."""
+"""Model repositories: their files, which Triton's own schema accepts and whose graph ONNX Runtime runs."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ BATCH = {"batch": (1, 8, 32)}
 
 
 def parse(path: Path) -> Any:
-    """config.pbtxt by the schema that NVIDIA publishes; the file alone is loaded: its package would need grpc."""
+    """Parses config.pbtxt with NVIDIA's schema; loads only the schema's file, because its package would need grpc."""
     spec = importlib.util.find_spec("tritonclient")
     if spec is None or spec.submodule_search_locations is None:
         pytest.skip('Triton\'s schema is not installed: pip install "melora_fx[test]"')
@@ -120,15 +120,15 @@ def test_other_providers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("g (float[2, 8] x) => (float[2, 4] y) { y = MatMul (x, w) }", "axis 0 of the inputs and outputs is not one"),
+        ("g (float[2, 8] x) => (float[2, 4] y) { y = MatMul (x, w) }", "axis 0 of the inputs and outputs is not the"),
         (
             "g (float[batch, 8] x) => (float y) { h = MatMul (x, w)  y = ReduceSum <keepdims = 0> (h) }",
-            "axis 0 of the inputs and outputs is not one",
+            "axis 0 of the inputs and outputs is not the",
         ),
         (
             "g (float[batch, 8] x) => (float[batch, batch] y)"
             " { h = MatMul (x, w)  t = Transpose (h)  y = MatMul (h, t) }",
-            "`batch` is more than axis 0 of y",
+            "`batch` also occurs in other axes of y",
         ),
     ],
     ids=["fixed", "no_batch_in_output", "rows_meet"],
@@ -163,9 +163,9 @@ def test_a_model_that_is_there_is_kept(tmp_path: Path) -> None:
     repository = tmp_path / "repo"
     write_triton_repository(path, repository, shapes=BATCH, provider="cuda")
     before = (repository / "g" / "config.pbtxt").read_bytes()
-    with pytest.raises(MELoRAError, match="has a version 1 already"):
+    with pytest.raises(MELoRAError, match="already has a version 1"):
         write_triton_repository(path, repository, shapes=BATCH, provider="cuda")
-    with pytest.raises(MELoRAError, match=r"is there with another config\.pbtxt"):
+    with pytest.raises(MELoRAError, match=r"already exists with another config\.pbtxt"):
         write_triton_repository(path, repository, shapes=BATCH, provider="cpu", version=2)
     added = write_triton_repository(path, repository, shapes=BATCH, provider="cuda", version=2)
     assert added.files == ("2/model.onnx", "2/g.bin")
@@ -179,7 +179,7 @@ def test_other_weights_do_not_meet_cached_engines(tmp_path: Path) -> None:
     repository = tmp_path / "repo"
     write_triton_repository(path, repository, shapes=BATCH)
     (tmp_path / "g.bin").write_bytes(np.zeros((8, 4), np.float32).tobytes())
-    with pytest.raises(MELoRAError, match=r"another config\.pbtxt \(TensorRT's is of one graph and its weights\)"):
+    with pytest.raises(MELoRAError, match=r"another config\.pbtxt \(TensorRT's is for one graph and its weights\)"):
         write_triton_repository(path, repository, shapes=BATCH, version=2)
 
 
@@ -197,11 +197,11 @@ def test_the_name_is_the_files_or_its_folders(tmp_path: Path) -> None:
         ({"version": 0}, r"`version` \(=0\) must be 1 or more"),
         ({"instances": 0}, r"`instances` \(=0\)"),
         ({"max_queue_delay_us": -1}, r"`max_queue_delay_us` \(=-1\)"),
-        ({"max_batch_size": 33}, r"`max_batch_size` \(=33\) must be 0 to the largest `batch`"),
-        ({"preferred_batch_sizes": [64]}, r"`preferred_batch_sizes` \(=\[64\]\) must be 1 to 32"),
+        ({"max_batch_size": 33}, r"`max_batch_size` \(=33\) must be from 0 to the largest `batch`"),
+        ({"preferred_batch_sizes": [64]}, r"`preferred_batch_sizes` \(=\[64\]\) must be from 1 to 32"),
         ({"shapes": {"batch": (2, 8, 32)}}, r"`batch` \(=\(2, 8, 32\)\) must start at 1"),
         ({"shapes": {}}, "no range for the axis `batch`"),
-        ({"shapes": {}, "provider": "cuda"}, "`max_batch_size` or a range of `batch` in `shapes` is needed"),
+        ({"shapes": {}, "provider": "cuda"}, "pass `max_batch_size`, or a range of `batch` in `shapes`"),
         ({"provider_options": {"trt_bogus": "1"}}, "does not know trt_bogus"),
         ({"provider": "cpu", "provider_options": {"a": "1"}}, "the CPU provider has none"),
     ],
@@ -222,7 +222,7 @@ def test_graphs_that_triton_cannot_serve_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MELoRAError, match="has optional inputs, which Triton would leave at their defaults"):
         write_triton_repository(path, repository, shapes=BATCH)
     path = write_graph(tmp_path / "g.onnx", "g (complex64[batch, 8] x) => (complex64[batch, 8] y) { y = Identity (x) }")
-    with pytest.raises(MELoRAError, match="`x` is COMPLEX64, which Triton does not take"):
+    with pytest.raises(MELoRAError, match="`x` is COMPLEX64, which Triton does not accept"):
         write_triton_repository(path, repository, shapes=BATCH)
     path = write_graph(tmp_path / "g.onnx", PLAIN)
     (tmp_path / "g.bin").unlink()

@@ -1,4 +1,4 @@
-"""What a whole capture assumed goes with it: copied, saved, compiled, folded; and what the user's own export did."""
+"""A whole capture keeps its assumptions when it is copied, saved, compiled or folded; so does a user's own export."""
 
 import copy
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_axes_are_for_whole_captures() -> None:
 
 @pytest.mark.slow
 def test_an_axis_that_would_keep_the_export_busy_is_named() -> None:
-    """Both sides of Swin's images: sympy took minutes."""
+    """Both sides of Swin's images: sympy would take minutes."""
     sizes: dict[str, Any] = {"image_size": 32, "patch_size": 2, "embed_dim": 12, "window_size": 4}
     config = SwinConfig(**sizes, depths=[2, 2], num_heads=[2, 2], drop_path_rate=0.0)
     model, pixels = SwinForImageClassification(config).eval(), randn(2, 3, 32, 32)
@@ -101,7 +101,7 @@ def test_an_axis_that_would_keep_the_export_busy_is_named() -> None:
 
 
 def test_on_meta_more_is_refused() -> None:
-    """Nothing can be tried there."""
+    """Nothing can be tried on meta."""
     with torch.device("meta"):
         model = captured(Positions().eval())
     assert [each.text for each in model.assumed_inputs.conditions] == ["x.shape[1] <= 12"]

@@ -34,7 +34,7 @@ X = {"x": randn(2, 5)}
     ],
 )  # fmt: skip
 def test_guards_are_made_readable(guard: str, text: str) -> None:
-    """What is simplified holds for the same sizes."""
+    """The simplified condition is true for the same sizes."""
     assert readable(guard) == text
     if "y" not in guard and "['a']" not in guard:
         name = "i" if "L['i']" in guard else "x"
@@ -73,7 +73,7 @@ def test_a_condition() -> None:
 )
 def test_other_texts_are_refused(text: str) -> None:
     """They may come from a file."""
-    with pytest.raises(MELoRAError, match="is no condition on sizes"):
+    with pytest.raises(MELoRAError, match="is not a condition on sizes"):
         Condition(text)
 
 

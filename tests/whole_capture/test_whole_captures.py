@@ -1,4 +1,4 @@
-"""What a whole capture assumed of the inputs is checked in every call: right or refused, never silent."""
+"""What a whole capture assumed of the inputs is checked in every call: correct or refused, never silently incorrect."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def test_right_or_refused(case: WholeCase) -> None:
 
 
 def test_the_page_has_a_row_for_each_case() -> None:
-    """`PYTHONPATH=tests python -m support.capture_table` makes them."""
+    """`PYTHONPATH=tests python -m support.capture_table` writes them."""
     assert documented(WHOLE) == [(case.area, case.what, case.result) for case in CASES.values()]
 
 

@@ -1,4 +1,4 @@
-"""Weights that are read round the attributes of the module that owns them."""
+"""Weights that are not read as attributes of the module that owns them."""
 
 import functools
 
@@ -77,7 +77,7 @@ class PlainList(Child):
         return F.linear(x, self.weights[0])
 
 
-@case(ROUND, "the weight in a plain list, beside the module called", "fc", IN_FORWARD)
+@case(ROUND, "the weight in a plain list, and the module called too", "fc", IN_FORWARD)
 class PlainListAndCall(PlainList):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x) + F.linear(x, self.weights[0])
@@ -94,7 +94,7 @@ class ViewOfInit(Child):
 
 
 class _Algebra:
-    """No module: it holds a weight and multiplies by it."""
+    """Not a module: it stores a weight and multiplies by it."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
@@ -103,7 +103,7 @@ class _Algebra:
         return x @ self.weight.T
 
 
-@case(ROUND, "the weight in an object that is no module", "fc", IN_FORWARD)
+@case(ROUND, "the weight in an object that is not a module", "fc", IN_FORWARD)
 class InAnObject(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class InAnObject(Child):
         return self.algebra(x)
 
 
-@case(ROUND, "a module in a plain list alone, which PyTorch does not see", "fc", AT_REWRITE)
+@case(ROUND, "a module only in a plain list, which PyTorch does not see", "fc", AT_REWRITE)
 class Unregistered(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Unregistered(nn.Module):
         return self.hidden[0](x)
 
 
-@case(ROUND, "the weights in a plain list, joined by `torch.cat`", ("q", "k"), IN_FORWARD)
+@case(ROUND, "the weights in a plain list, joined with `torch.cat`", ("q", "k"), IN_FORWARD)
 class JoinedList(nn.Module):
     def __init__(self) -> None:
         super().__init__()

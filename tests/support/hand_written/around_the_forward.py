@@ -1,4 +1,4 @@
-"""What a user does with a rewritten model besides calling it, and what surrounds a call."""
+"""Uses of a rewritten model other than calling it, and contexts around a call."""
 
 import contextlib
 import copy
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from support.hand_written.case import AT_REWRITE, EITHER, LIMIT, RIGHT, Child, Own, Run, call, case
 from support.models import IN, OUT, Holder
 
-_COMES_OUT_PLAIN = "an input of a subclass comes out as a plain tensor"
+_COMES_OUT_PLAIN = "an input of a subclass is returned as a plain tensor"
 AREA = "Around the forward"
 
 
@@ -34,7 +34,7 @@ def _use(name: str, what: str, *calls: Run, outcome: str = RIGHT, build: Any = _
 
 
 def _facts(parameter: Any) -> Any:
-    """What the caller sees of a weight: the parameter itself."""
+    """Returns what the caller sees of a weight, which must be the parameter itself."""
     return type(parameter).__name__, isinstance(parameter, nn.Parameter), parameter.shape, parameter.is_leaf
 
 
@@ -115,7 +115,7 @@ def _under_anomaly_mode(model: Any, x: torch.Tensor) -> Any:
 
 
 class Marked(torch.Tensor):
-    """A tensor of a class of the user's."""
+    """A user-defined tensor class."""
 
 
 def _of_a_subclass(model: Any, x: torch.Tensor) -> Any:
@@ -130,9 +130,9 @@ def _jacobian(model: Any, x: torch.Tensor) -> Any:
     return torch.func.jacrev(lambda point: model(point).sum(0))(x)
 
 
-_use("weight-inspected", "the caller looks at `model.w`: it is the parameter", _inspected)
-_use("linear-inspected", "the caller looks at `model.fc.weight`: it is the parameter", _inspected_linear, build=_Linear)
-_use("after-an-error", "the caller looks at `model.w` after a forward that raised", _after_an_error)
+_use("weight-inspected", "the caller inspects `model.w`: it is the parameter", _inspected)
+_use("linear-inspected", "the caller inspects `model.fc.weight`: it is the parameter", _inspected_linear, build=_Linear)
+_use("after-an-error", "the caller inspects `model.w` after a forward that raised", _after_an_error)
 _use("state-loaded", "`load_state_dict` before the call", _loaded)
 _use("made-float64", "`model.double()` before the call", _in_float64)
 _use("moved", "`model.to(…)` between calls", call, _moved)
@@ -160,7 +160,7 @@ _use("vmap-of-the-model", "`torch.vmap(model)`", _vmapped, outcome=EITHER)
 _use("jacobian-of-the-model", "`torch.func.jacrev` of the model", _jacobian, outcome=EITHER)
 
 
-@case(AREA, "`train(mode)` of its own, which keeps a part in evaluation", "inner.w", inside=True)
+@case(AREA, "a custom `train(mode)` that keeps a part in eval mode", "inner.w", inside=True)
 class OwnTrain(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class OwnTrain(Own):
         return F.linear(self.dropout(x), self.w)
 
 
-@case(AREA, "`named_parameters` of its own, which leaves some out", "inner.w", EITHER, inside=True)
+@case(AREA, "a custom `named_parameters` that leaves some out", "inner.w", EITHER, inside=True)
 class OwnNamedParameters(Own):
     def named_parameters(self, *args: Any, **options: Any) -> Any:
         return ((name, value) for name, value in super().named_parameters(*args, **options) if name != "w")
@@ -184,7 +184,7 @@ class OwnNamedParameters(Own):
         return F.linear(x, self.w)
 
 
-@case(AREA, "`extra_repr` that reads the weight, printed in the forward", "w", EITHER)
+@case(AREA, "an `extra_repr` that reads the weight, called in the forward", "w", EITHER)
 class PrintsItself(Own):
     def extra_repr(self) -> str:
         return f"shape={tuple(self.w.shape)}, norm={float(self.w.detach().norm()):.2f}"
@@ -193,21 +193,21 @@ class PrintsItself(Own):
         return F.linear(x, self.w) * bool(repr(self))
 
 
-@case(AREA, "a copy of the linear made in the forward, `copy.deepcopy(self.fc)`, inside `disabled`", "fc", LIMIT)
+@case(AREA, "a copy of the linear in the forward, `copy.deepcopy(self.fc)`, inside `disabled`", "fc", LIMIT)
 class CopiesInForward(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         teacher = copy.deepcopy(self.fc)
         return self.fc(x) - 2 * teacher(x).detach()
 
 
-@case(AREA, "a shallow copy of the linear, `copy.copy(self.fc)`, inside `disabled`", "fc", LIMIT)
+@case(AREA, "a shallow copy of the linear in the forward, `copy.copy(self.fc)`, inside `disabled`", "fc", LIMIT)
 class ShallowCopy(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         twin = copy.copy(self.fc)
         return twin(x) + F.linear(x, twin.weight)
 
 
-@case(AREA, "a child that is a traced `GraphModule` of the user's", "inner.w")
+@case(AREA, "a child that is a `GraphModule` traced by the user", "inner.w")
 def traced_child() -> nn.Module:
     class Plain(Own):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -216,14 +216,14 @@ def traced_child() -> nn.Module:
     return Holder(fx.symbolic_trace(Plain()))
 
 
-@case(AREA, "a child that is scripted by `torch.jit.script`", "inner.0", EITHER)
+@case(AREA, "a child scripted with `torch.jit.script`", "inner.0", EITHER)
 def scripted_child() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Holder(torch.jit.script(nn.Sequential(nn.Linear(IN, OUT), nn.Tanh())))
 
 
-@case(AREA, "parameters in a plain dict, which PyTorch does not see", "w", AT_REWRITE)
+@case(AREA, "a weight in a plain dict, which PyTorch does not see", "w", AT_REWRITE)
 class PlainDict(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -245,12 +245,12 @@ class OddNames(nn.Module):
 
 
 class _Keys:
-    """No part of the state that is compared: an address differs from model to model."""
+    """Not part of the compared state: an address differs from model to model."""
 
     last: int | None = None
 
 
-@case(AREA, "a cache for as long as the weight is the same object, `id(self.w)`", "w", LIMIT, calls=(call, call, call))
+@case(AREA, "a cache that is valid while `id(self.w)` stays the same", "w", LIMIT, calls=(call, call, call))
 class CacheById(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -266,9 +266,19 @@ class CacheById(Own):
         return F.linear(x, self.w) * self.misses
 
 
-case(AREA, "…, `self.w.data_ptr()`", "w", EITHER, name="cache-by-address", calls=(call, call))(
-    type("CacheByAddress", (CacheById,), {"now": lambda self: self.w.data_ptr()})
-)
-case(AREA, "…, `self.w._version`", "w", EITHER, name="cache-by-version", calls=(call, call))(
-    type("CacheByVersion", (CacheById,), {"now": lambda self: self.w._version})
-)
+case(
+    AREA,
+    "a cache that is valid while `self.w.data_ptr()` stays the same",
+    "w",
+    EITHER,
+    name="cache-by-address",
+    calls=(call, call),
+)(type("CacheByAddress", (CacheById,), {"now": lambda self: self.w.data_ptr()}))
+case(
+    AREA,
+    "a cache that is valid while `self.w._version` stays the same",
+    "w",
+    EITHER,
+    name="cache-by-version",
+    calls=(call, call),
+)(type("CacheByVersion", (CacheById,), {"now": lambda self: self.w._version}))

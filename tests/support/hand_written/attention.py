@@ -1,4 +1,4 @@
-"""Attention, of torch and written by hand, and torch's transformer layers."""
+"""Attention, torch's and hand-written, and torch's transformer layers."""
 
 from typing import Any
 
@@ -51,11 +51,11 @@ class _Decoder(nn.Module):
         return self.layer(x, x.flip(1))
 
 
-def _of(name: str, what: str, build: type[nn.Module], targets: Any, outcome: str = "right", **options: Any) -> None:
+def _of(name: str, what: str, build: type[nn.Module], targets: Any, outcome: str = "correct", **options: Any) -> None:
     case(AREA, what, targets, outcome, name=name, shape=SEQUENCE, **options)(build)
 
 
-_of("beside-attention", "a linear behind nn.MultiheadAttention", _Attention, "fc")
+_of("beside-attention", "a linear after nn.MultiheadAttention", _Attention, "fc")
 _of(
     "attention-out",
     "`out_proj` of nn.MultiheadAttention, which is never called",
@@ -104,7 +104,7 @@ _of(
 _of("decoder-layer", "nn.TransformerDecoderLayer", _Decoder, ("layer.linear1", "layer.linear2"))
 
 
-@case(AREA, "attention by hand: three matrices, `scaled_dot_product_attention`", ("q", "k", "v"), shape=SEQUENCE)
+@case(AREA, "hand-written attention: three matrices, `scaled_dot_product_attention`", ("q", "k", "v"), shape=SEQUENCE)
 class AttentionByHand(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class AttentionByHand(nn.Module):
 
 @case(
     AREA,
-    "attention pooling as CLIP's: `F.multi_head_attention_forward` with the linears' weights",
+    "attention pooling as in CLIP: `F.multi_head_attention_forward` with the weights of linears",
     ("q", "k", "v", "out"),
     EITHER,
     shape=SEQUENCE,

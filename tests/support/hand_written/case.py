@@ -1,4 +1,4 @@
-"""What a case of the table says, and the two modules that most cases are made from."""
+"""The class of a case, functions that register cases, and the modules that most cases are built from."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,44 +12,44 @@ from torch.nn import functional as F
 from support.models import IN, OUT, Holder, randn
 
 Run = Callable[[nn.Module, torch.Tensor], Any]
-"""One use of a model, with an input in the model's dtype; what it returns is compared."""
+"""One use of a model, with an input in the model's dtype; returns the values to compare."""
 Build = Callable[[], nn.Module]
 
-RIGHT = "right"
+RIGHT = "correct"
 AT_REWRITE = "refused by `rewrite`"
 IN_FORWARD = "refused in the first forward"
-WITH_GRADIENTS = "refused where gradients are recorded"
+WITH_GRADIENTS = "refused if gradients are recorded"
 REFUSED = "refused"
-"""One of the last three: when it is noticed is not laid down."""
-EITHER = "right or refused"
-"""One of the first four: what the library does about it is not laid down."""
+"""One of the three refusals above: the test accepts any of them."""
+EITHER = "correct or refused"
+"""RIGHT, AT_REWRITE, IN_FORWARD or WITH_GRADIENTS: the test accepts any of them."""
 LIMIT = "a limit"
-"""Wrong: what the page says under "Limits"."""
+"""Incorrect, as the page says under "Limits"."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model that somebody wrote by hand, how it is used, and what becomes of it.
+    """A hand-written model, how it is used, and the expected outcome.
 
     Attributes:
-        what: the row of the table, in plain English.
-        build: makes the model; two calls give equal models of their own.
-        targets: the sites, by their full names.
+        what: the case's text in the table, in plain English.
+        build: builds the model; two calls return equal, separate models.
+        targets: the full names of the sites.
         outcome: RIGHT, AT_REWRITE, IN_FORWARD, WITH_GRADIENTS, REFUSED, EITHER or LIMIT.
-        match: what the text of a refusal says, a regular expression; the name of a site by default.
-        calls: done in order, each with an input of its own of `shape`.
-        dtype: of the oracle; float32 where random numbers or the dtype itself are part of the forward.
-        tolerance: absolute and relative, against the oracle.
-        base_tolerance: absolute and relative, against the plain model; 0 is bit for bit. Above 0 where torch computes
-            in other kernels when a weight cannot be handed to its fast path.
-        oracle: makes the model whose weights become W + Δ, if it differs from `build`: without ties between sites.
-        untie: given to `fold`.
-        shared: the weight has a second name: `fold` may refuse it, by name.
-        copies: a copy of the model stands on its own feet: no closure reads the original.
-        keeps: the model keeps what it has read of the weight, a stand-in.
-        compiled, exported: what `torch.compile` and `torch.export` do otherwise.
-        breaks_graph: a product that no trace has shown, and that breaks the graph of `torch.compile`.
-        slow: compiles, or is no quick case for another reason.
+        match: a regular expression that the text of a refusal must match; by default the quoted name of a site.
+        calls: the uses, in order; each gets its own input of `shape`.
+        dtype: the oracle's dtype; float32 if random numbers or the dtype itself are part of the forward.
+        tolerance: absolute and relative tolerance against the oracle.
+        base_tolerance: absolute and relative tolerance against the plain model; 0 means bit for bit. Above 0 if torch
+            uses other kernels because a weight cannot be passed to its fast path.
+        oracle: builds the model whose weights become W + Δ, if it differs from `build`: without tied weights.
+        untie: passed to `fold`.
+        shared: the weight has a second name, so `fold` may refuse with an error that names `untie=True`.
+        copies: a copy of the model is independent: no closure reads the original.
+        keeps: the model keeps a stand-in that it read, so its state is not compared.
+        compiled, exported: what `torch.compile` or `torch.export` does differently; if set, its test is skipped.
+        breaks_graph: contains a product that no trace has seen, which breaks the graph of `torch.compile`.
+        slow: compiles, or is slow for another reason.
     """
 
     id: str
@@ -76,16 +76,16 @@ class Case:
 
     @property
     def is_plain_call(self) -> bool:
-        """The model is called once, with the input alone."""
+        """Whether the model is called once, with only the input."""
         return self.calls == (call,)
 
     def input(self, number: int, dtype: torch.dtype) -> torch.Tensor:
-        """The input of call `number`, a leaf that wants its gradient."""
+        """Returns the input of call `number`, a leaf that requires its gradient."""
         return randn(*self.shape, seed=number + 1, dtype=dtype).requires_grad_()
 
     def made(self, build: Build | None = None) -> nn.Module:
-        """A model of its own, always the same."""
-        torch.default_generator.manual_seed(0)  # torch.manual_seed takes 3 ms where there is no GPU
+        """Builds a new model, always with the same values."""
+        torch.default_generator.manual_seed(0)  # torch.manual_seed takes 3 ms without a GPU
         return (build or self.build)()
 
 
@@ -110,9 +110,9 @@ def case(
     inside: bool = False,
     **options: Any,
 ) -> Callable[[Any], Any]:
-    """Puts the class or function below it into CASES; its name is the case's id.
+    """Returns a decorator that registers a class or function in CASES; its name, or `name`, becomes the case's id.
 
-    With `inside`, the model holds it as its child `inner`.
+    With `inside`, what it builds is the child `inner` of the model.
     """
 
     def add(build: Any) -> Any:
@@ -147,7 +147,7 @@ class Child(nn.Module):
 
 
 class Formed(Own):
-    """`form(x, w)`, whatever that is."""
+    """Returns `form(x, w)`, with its matrix as `w`."""
 
     def __init__(self, form: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def formed(area: str, name: str, what: str, form: Callable[..., Any], outcome: s
 def reading(
     area: str, name: str, what: str, read: Callable[[Any], torch.Tensor], outcome: str = RIGHT, **options: Any
 ) -> None:
-    """A module that multiplies by what `read` gives of it: the weight of its child `fc`."""
+    """Registers a module that multiplies by `read(self)`, which returns the weight of its child `fc`."""
 
     class Reads(Child):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""Whether a case is right, or refused as it should be.
+"""Checks whether a case is correct, or refused as expected.
 
-Right: at B = 0 and inside `disabled` the bits of the plain model, its attributes and its random numbers; with random
-adapters the output, the gradients and the attributes of the plain model whose weight is W + Δ; after `fold` the same
-output from modules of the types of before.
+A correct model has, at B = 0 and inside `disabled`, the plain model's output bits, attributes and random numbers. With
+random adapters it has the output, gradients and attributes of the plain model whose weight is W + Δ. After `fold` it
+has the same output, and its modules have their original types.
 
-The oracle is the case's own code: W + Δ is written into its weight, and the gradient G of that weight gives those of
-A and B through Δ(A, B).
+The oracle is the case's own code: W + Δ is written into its weight, and the gradients of A and B follow from the
+gradient of that weight through Δ(A, B).
 """
 
 import random
@@ -31,7 +31,7 @@ CONFIG = MELoRAConfig(rank=2, num_blocks=3, alpha=5.0)
 
 @dataclass(frozen=True)
 class Verdict:
-    """RIGHT, AT_REWRITE, IN_FORWARD, WITH_GRADIENTS or LIMIT, and the text of the refusal."""
+    """The outcome (RIGHT, AT_REWRITE, IN_FORWARD, WITH_GRADIENTS or LIMIT) and the text of the refusal."""
 
     outcome: str
     text: str = ""
@@ -39,7 +39,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Ran:
-    """What all calls of a case gave: the leaves of their outputs, their inputs, and the random numbers' state after."""
+    """The results of all calls of a case: the leaves of their outputs, their inputs, and the final random state."""
 
     output: dict[str, Any]
     inputs: list[torch.Tensor]
@@ -54,7 +54,7 @@ def run(
     gradients: bool = True,
     calls: Sequence[Run] = (),
 ) -> Ran:
-    """Does the calls of the case, or others in their place, always with the same inputs and random numbers."""
+    """Runs the calls of the case, or `calls` instead, always with the same inputs and random numbers."""
     inputs = [case.input(number, dtype) for number in range(len(case.calls))]
     torch.default_generator.manual_seed(7)
     random.seed(7)
@@ -64,7 +64,7 @@ def run(
 
 
 def types_of(model: nn.Module) -> dict[str, type | str]:
-    """The class of each module; its name where torch makes a class for each traced module."""
+    """Returns the class of each module, or the class name of traced modules: torch creates a class for each of them."""
     modules = model.named_modules(remove_duplicate=False)
     return {
         name: type(module).__qualname__ if isinstance(module, fx.GraphModule) else type(module)
@@ -73,13 +73,13 @@ def types_of(model: nn.Module) -> dict[str, type | str]:
 
 
 def assert_outcome(case: Case, *, training: bool) -> Verdict:
-    """What became of the case.
+    """Runs the case and returns its verdict.
 
     Raises:
-        AssertionError: it is not what the case says.
+        AssertionError: if the outcome is not the one that the case expects.
     """
     if case.outcome == LIMIT:
-        with pytest.raises(AssertionError):  # else it is none any more
+        with pytest.raises(AssertionError):  # otherwise it is no longer a limit
             verdict(case, training=training)
         return Verdict(LIMIT)
     found = verdict(case, training=training)
@@ -94,10 +94,10 @@ def assert_outcome(case: Case, *, training: bool) -> Verdict:
 
 
 def verdict(case: Case, *, training: bool) -> Verdict:
-    """What becomes of the case.
+    """Runs the case in train or eval mode and returns its verdict.
 
     Raises:
-        AssertionError: it is neither right nor refused cleanly.
+        AssertionError: if it is neither correct nor refused cleanly.
     """
     model = case.made().train(training)
     types = types_of(model)
@@ -110,7 +110,7 @@ def verdict(case: Case, *, training: bool) -> Verdict:
         if isinstance(error, MELoRAError):
             _assert_skipped(case)
         return Verdict(AT_REWRITE, str(error))
-    assert set(melora_fx.sites(model)) == set(case.targets), "other sites"
+    assert set(melora_fx.sites(model)) == set(case.targets), "the sites are not the targets"
     try:
         ran = run(case, model, gradients=training)
     except MELoRAError as error:
@@ -125,15 +125,15 @@ def verdict(case: Case, *, training: bool) -> Verdict:
 
 
 def _assert_skipped(case: Case) -> None:
-    """The dry run says what `rewrite` says, without raising, but for a model that is refused whole."""
+    """Checks that the dry run skips a target without raising, except for a model that is refused as a whole."""
     if case.id == "lazy":
         return
     skipped = dict(melora_fx.match(case.made(), "all-linear", CONFIG).skipped)
-    assert skipped.keys() & set(case.targets), f"not among the skipped: {skipped}"
+    assert skipped.keys() & set(case.targets), f"no target is among the skipped: {skipped}"
 
 
 def _assert_base(case: Case, model: nn.Module, ran: Ran, training: bool) -> None:
-    """At B = 0, which `ran` is of, and inside `disabled`, the model is the plain one, frozen, bit for bit."""
+    """Checks that at B = 0 (`ran`) and inside `disabled` the model is the frozen plain model, bit for bit."""
     plain = case.made().train(training).requires_grad_(False)
     for what in ("B = 0", "disabled"):
         if what == "disabled":
@@ -147,7 +147,7 @@ def _assert_base(case: Case, model: nn.Module, ran: Ran, training: bool) -> None
 
 
 def _assert_adapted(case: Case, training: bool) -> None:
-    """Random adapters do what W + Δ does, before and after `fold`."""
+    """Checks that random adapters compute what W + Δ computes, before and after `fold`."""
     model = case.made().train(training)
     types = types_of(model)
     fill(melora_fx.rewrite(model, list(case.targets), CONFIG))
@@ -173,7 +173,7 @@ def _assert_adapted(case: Case, training: bool) -> None:
 
 
 def write_updates(model: nn.Module, dense: nn.Module) -> dict[str, nn.Parameter]:
-    """Puts W + Δ of each site of `model` into the weight of `dense`, the only ones that want a gradient then."""
+    """Writes W + Δ of each site of `model` into `dense`; returns these weights, the only ones to require gradients."""
     parameters = dict(dense.requires_grad_(False).named_parameters(remove_duplicate=False))
     weights = {}
     for name, site in melora_fx.sites(model).items():
@@ -185,14 +185,14 @@ def write_updates(model: nn.Module, dense: nn.Module) -> dict[str, nn.Parameter]
 
 
 def assert_near(case: Case, model: nn.Module, ran: Ran, dense: nn.Module, expected: Ran, what: str) -> None:
-    """Output and state are those of the oracle."""
+    """Checks that output and state are the oracle's."""
     assert_same(ran.output, expected.output, f"{what}: output", case.tolerance)
     if not case.keeps:
         assert_same_state(model, dense, what, case.tolerance)
 
 
 def assert_gradients(case: Case, model: nn.Module, ran: Ran, weights: dict[str, nn.Parameter], expected: Ran) -> None:
-    """A, B and the inputs get the gradients that they have through W + Δ."""
+    """Checks that A, B and the inputs get the gradients that they have through W + Δ."""
     for output in (ran.output, expected.output):
         loss = loss_of(output)
         if loss is not None:
@@ -205,7 +205,7 @@ def assert_gradients(case: Case, model: nn.Module, ran: Ran, weights: dict[str, 
 
 
 def _through(site: AdapterSite, weight: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of A and B that belong to the gradient of W + Δ."""
+    """Returns the gradients of A and B that follow from the gradient of W + Δ."""
     gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
     factors = [factor.detach().double().requires_grad_() for factor in (site.lora_a, site.lora_b)]
     update = dense_update(site.config, *factors)
@@ -226,7 +226,7 @@ def _assert_gradient(case: Case, tensor: torch.Tensor, expected: torch.Tensor | 
 
 
 def _assert_recovers(case: Case, model: nn.Module, types: dict[str, type | str]) -> None:
-    """After a forward that was refused, `fold` gives the plain model back: B is zero."""
+    """Checks that `fold` restores the plain model after a refused forward: B is zero."""
     melora_fx.fold(model, untie=case.untie or case.shared)
     plain = case.made().train(model.training)
     state, expected = dict(model.named_parameters()), dict(plain.named_parameters())
@@ -237,7 +237,7 @@ def _assert_recovers(case: Case, model: nn.Module, types: dict[str, type | str])
 
 
 def _assert_given_back(model: nn.Module, plain: nn.Module, types: dict[str, type | str]) -> None:
-    """Types, attributes, names and flags of before."""
+    """Checks that types, attributes, names and flags are as before."""
     now = types_of(model)
     assert {name: now[name] for name in types} == types, "after `fold`: types"
     assert _of_modules(model) == _of_modules(plain), "after `fold`"

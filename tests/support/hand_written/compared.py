@@ -1,4 +1,4 @@
-"""What a model gives and keeps, as flat dicts that can be compared: outputs, attributes, random state."""
+"""Flattens a model's outputs, attributes and random state into dicts, and compares them."""
 
 import dataclasses
 import random
@@ -14,7 +14,7 @@ _OF_ANY_MODULE = set(vars(nn.Module()))
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of nested containers; a container, a module or a function is a leaf too, by what it is."""
+    """Yields (path, leaf) of nested containers; containers, modules and callables are leaves too, as their kind."""
     if isinstance(value, torch.Tensor | int | float | complex | str) or value is None:
         yield path, value
     elif isinstance(value, nn.Module):
@@ -28,7 +28,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _items(container: Any) -> Iterable[tuple[Any, Any]]:
-    """What it holds, with what tells one from the other; nothing of objects that are no containers."""
+    """Returns the keys and items of a container; nothing for other objects."""
     if isinstance(container, Mapping):
         return ((key if isinstance(key, str | int) else "…", item) for key, item in container.items())
     if dataclasses.is_dataclass(container):
@@ -37,7 +37,7 @@ def _items(container: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """The buffers and attributes of all modules, and whether they are in training mode."""
+    """Returns the buffers and attributes of all modules, and whether they are in training mode."""
     found = dict[str, Any]()
     for name, module in model.named_modules():
         for key, value in (dict(module.named_buffers(recurse=False)) | vars(module)).items():
@@ -51,18 +51,18 @@ def random_state() -> dict[str, Any]:
 
 
 def assert_same(actual: Mapping[str, Any], expected: Mapping[str, Any], what: str, tolerance: float | None) -> None:
-    """Each leaf of `expected`: the same bits where `tolerance` is None, else near it and of whatever dtype.
+    """Checks each leaf of `expected`: the same bits if `tolerance` is None, otherwise close to it, in any dtype.
 
-    Tensors are of the same type: nothing of the library's own stays in an output or an attribute.
+    Types must be equal too: none of the library's types may stay in an output or an attribute.
     """
     missing = expected.keys() - actual.keys()
-    assert not missing, f"{what}: without {sorted(missing)}"
+    assert not missing, f"{what}: {sorted(missing)} are missing"
     for path, leaf in expected.items():
         _assert_leaf(actual[path], leaf, f"{what} {path}", tolerance)
 
 
 def assert_same_state(actual: nn.Module, expected: nn.Module, what: str, tolerance: float | None) -> None:
-    """The same buffers and attributes, but for those of modules that the user traced."""
+    """Checks that buffers and attributes are the same, except those of modules that the user traced."""
     traced = tuple(f"{name}." for name, module in expected.named_modules() if isinstance(module, fx.GraphModule))
     wanted = {path: leaf for path, leaf in state_of(expected).items() if not path.startswith(traced)}
     assert_same(state_of(actual), wanted, f"{what}: state", tolerance)
@@ -82,7 +82,7 @@ def _assert_leaf(actual: Any, expected: Any, what: str, tolerance: float | None)
 
 
 def loss_of(output: Mapping[str, Any]) -> torch.Tensor | None:
-    """A sum of all outputs that have a gradient, each value with a factor of its own."""
+    """Returns the sum of all outputs that require gradients, each value with its own factor; None if there are none."""
     terms = [
         (leaf * randn(leaf.numel(), seed=100 + number, dtype=leaf.dtype).view(leaf.shape)).sum().double()
         for number, leaf in enumerate(output.values())

@@ -38,7 +38,7 @@ class DictOfFunctions(Own):
         return out if function is None else function(out)
 
 
-@case(AREA, "try and except around what the input lacks", "w", calls=(call, lambda model, x: model({"x": x})))
+@case(AREA, "`try` and `except` around a key that the input lacks", "w", calls=(call, lambda model, x: model({"x": x})))
 class TryExcept(Own):
     def forward(self, x: Any) -> torch.Tensor:
         try:
@@ -67,7 +67,7 @@ class Noise(Own):
         return F.linear(x + torch.rand(x.shape), self.w) + torch.randn(OUT)
 
 
-@case(AREA, "dropout by `F.dropout(x, 0.5, self.training)`", "w", calls=TWICE, dtype=torch.float32)
+@case(AREA, "dropout with `F.dropout(x, 0.5, self.training)`", "w", calls=TWICE, dtype=torch.float32)
 class FunctionalDropout(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(F.linear(F.dropout(x, 0.5, self.training), self.w), 0.5, self.training)
@@ -79,7 +79,7 @@ class AlwaysDropout(Own):
         return F.linear(F.dropout(x, 0.5), self.w)
 
 
-@case(AREA, "an optional argument, given or None", "w", calls=(call, lambda model, x: model(x, x.mean())))
+@case(AREA, "an optional argument, passed or None", "w", calls=(call, lambda model, x: model(x, x.mean())))
 class OptionalArgument(Own):
     def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
         out = F.linear(x, self.w)
@@ -97,7 +97,7 @@ class TrainOrEval(Own):
         return torch.tanh(out)
 
 
-@case(AREA, "`if self.training`, with the product in one branch alone", "w")
+@case(AREA, "`if self.training`, with the product in only one branch", "w")
 class ProductInTraining(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.w) if self.training else x
@@ -162,7 +162,7 @@ class EarlyReturn(Own):
         return hidden.softmax(-1) @ self.w
 
 
-@case(AREA, "a loop until the values settle", "w")
+@case(AREA, "a loop until the values converge", "w")
 class UntilItSettles(Own):
     def __init__(self) -> None:
         super().__init__(IN)
@@ -177,7 +177,7 @@ class UntilItSettles(Own):
         return x
 
 
-@case(AREA, "as many steps as an argument says", "w", calls=(call, lambda model, x: model(x, steps=3)))
+@case(AREA, "a loop with a number of steps that is an argument", "w", calls=(call, lambda model, x: model(x, steps=3)))
 class StepsByArgument(Own):
     def __init__(self) -> None:
         super().__init__(IN)
@@ -230,7 +230,7 @@ class Recursive(Own):
         return out if depth == 0 else self(out, depth - 1)
 
 
-@case(AREA, "a method by the name of a mode, `getattr(self, f'_{self.mode}')`", "w")
+@case(AREA, "a method chosen by a name, `getattr(self, f'_{self.mode}')`", "w")
 class ByName(Own):
     mode = "slow"
 
@@ -260,7 +260,7 @@ def _raised(model: Any, x: torch.Tensor) -> Any:
         return str(error)
 
 
-@case(AREA, "an error of the forward's own, behind the product", "w", calls=(_raised, call))
+@case(AREA, "an error that the forward raises after the product", "w", calls=(_raised, call))
 class RaisesItsOwn(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.linear(x, self.w)
@@ -271,7 +271,7 @@ class RaisesItsOwn(Own):
 
 @case(
     AREA,
-    "experts in an nn.ParameterList: each row to the chosen one",
+    "experts in an nn.ParameterList: each row goes to the chosen one",
     ("router", "ws.0", "ws.1"),
     AT_REWRITE,
     match="ws.0",

@@ -1,4 +1,4 @@
-"""Hooks that read or change what a module takes, returns or owns."""
+"""Hooks that read or change a module's inputs, outputs or weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ class _Matrix(Own):
 
 
 def _hooked(name: str, what: str, hook: Callable[[nn.Module], Any], outcome: str = RIGHT, **options: Any) -> None:
-    """Two cases: on an nn.Linear, and on a module with a matrix of its own."""
+    """Registers two cases: on an nn.Linear, and on a module with its own matrix."""
 
     def on_linear() -> nn.Module:
         model = _Linear()
@@ -37,11 +37,13 @@ def _hooked(name: str, what: str, hook: Callable[[nn.Module], Any], outcome: str
         return model
 
     case(AREA, f"{what}, on an nn.Linear", "fc", outcome, name=f"{name}-of-a-linear", **options)(on_linear)
-    case(AREA, f"{what}, on an owner", "inner.w", outcome, name=f"{name}-of-an-owner", **options)(on_owner)
+    case(AREA, f"{what}, on a module with its own matrix", "inner.w", outcome, name=f"{name}-of-an-owner", **options)(
+        on_owner
+    )
 
 
 def matrix_of(module: nn.Module) -> torch.Tensor:
-    """The weight of either module."""
+    """Returns the weight of either module."""
     return module.weight if isinstance(module, nn.Linear) else module.w
 
 
@@ -78,7 +80,7 @@ _hooked("pre-hook", "a pre-hook that replaces the input", lambda module: module.
 _hooked("hook", "a hook that replaces the output", lambda module: module.register_forward_hook(_scale_output))
 _hooked(
     "hook-with-keywords",
-    "a hook that is given keyword arguments",
+    "a hook that receives keyword arguments",
     lambda module: module.register_forward_hook(_keyword, with_kwargs=True),
 )
 _hooked(
@@ -88,7 +90,7 @@ _hooked(
 )
 _hooked(
     "reading-hook",
-    "a hook that multiplies by the weight too",
+    "a hook that also multiplies by the weight",
     lambda module: module.register_forward_hook(_second_product),
     EITHER,
 )
@@ -131,7 +133,7 @@ def _with_features(model: Any, x: torch.Tensor) -> Any:
 
 case(
     AREA,
-    "features collected by a hook",
+    "a hook that collects features",
     "fc",
     name="features-by-a-hook",
     calls=(_with_features, _with_features),
@@ -174,7 +176,7 @@ case(
 )(_Linear)
 
 
-@case(AREA, "a hook on the output's gradient, in the forward", "w")
+@case(AREA, "a hook on the output's gradient, registered in the forward", "w")
 class OutputGradientHook(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.linear(x, self.w)

@@ -1,6 +1,6 @@
-"""The cases compiled, exported, copied and under gradient checkpointing: as the same model is in eager mode.
+"""Compares cases that are compiled, exported, copied or under gradient checkpointing with the same model in eager mode.
 
-What the plain model itself does not do rightly, compiled or exported or copied, is not asked of the rewritten one.
+If the plain model itself fails such a comparison, the rewritten model is not tested with it.
 """
 
 import copy
@@ -26,11 +26,11 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 class NotAskedError(Exception):
-    """The plain model does not do this either, or the case is refused before."""
+    """The plain model cannot do this either, or the case is refused earlier."""
 
 
 def plain(case: Case, training: bool) -> nn.Module:
-    """The model with its base frozen, all but what is adapted."""
+    """Returns the plain model, frozen except for the weights of the targets."""
     model = case.made().train(training).requires_grad_(False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in case.targets:
@@ -39,10 +39,10 @@ def plain(case: Case, training: bool) -> nn.Module:
 
 
 def adapted(case: Case, training: bool, seed: int = 0) -> nn.Module:
-    """The model with random adapters.
+    """Returns the model with random adapters.
 
     Raises:
-        NotAskedError: it is refused.
+        NotAskedError: if it is refused.
     """
     try:
         return fill(melora_fx.rewrite(case.made().train(training), list(case.targets), CONFIG), seed=seed)
@@ -51,10 +51,10 @@ def adapted(case: Case, training: bool, seed: int = 0) -> nn.Module:
 
 
 def eager(case: Case, training: bool, seed: int = 0, calls: tuple[Run, ...] = ()) -> tuple[nn.Module, Ran]:
-    """An adapted model and what it gives, with the gradients of a training step.
+    """Returns an adapted model and its results in eager mode, after a backward pass.
 
     Raises:
-        NotAskedError: it is refused.
+        NotAskedError: if it is refused.
     """
     model = adapted(case, training, seed)
     try:
@@ -72,17 +72,17 @@ def backward(ran: Ran) -> None:
 
 
 def gradients(model: nn.Module, ran: Ran) -> dict[str, Any]:
-    """Those of the inputs and of everything that is trained; zeros for none."""
+    """Returns the gradients of the inputs and of everything that is trained; zeros if there is none."""
     named = [(f"input {number}", x) for number, x in enumerate(ran.inputs)]
     named += [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in named}
 
 
 def asked(what: str, attempt: Callable[[], None]) -> None:
-    """Goes on if the attempt on the plain model succeeds.
+    """Returns if the attempt on the plain model succeeds.
 
     Raises:
-        NotAskedError: it does not.
+        NotAskedError: if it fails.
     """
     try:
         attempt()
@@ -91,7 +91,7 @@ def asked(what: str, attempt: Callable[[], None]) -> None:
 
 
 def assert_alike(case: Case, model: nn.Module, ran: Ran, reference: nn.Module, expected: Ran, what: str) -> None:
-    """The same outputs, gradients and state within rounding, of what the plain model has."""
+    """Checks that outputs, gradients and the state that the plain model has too are equal within rounding."""
     assert_same(ran.output, expected.output, f"{what}: output", case.tolerance)
     found, wanted = gradients(model, ran), gradients(reference, expected)
     for name, gradient in wanted.items():
@@ -112,7 +112,7 @@ def _compiled(case: Case, model: nn.Module, fullgraph: bool) -> Ran:
 
 
 def assert_compiles(case: Case) -> None:
-    """As one graph where the plain model is one."""
+    """Checks the compiled model, as one graph if the plain model is one."""
 
     def attempt(fullgraph: bool) -> None:
         model, reference = plain(case, True), plain(case, True)
@@ -124,7 +124,7 @@ def assert_compiles(case: Case) -> None:
         raise NotAskedError(case.compiled)
     reference, expected = eager(case, True)
     try:
-        asked("is no single graph", lambda: attempt(True))
+        asked("is not a single graph", lambda: attempt(True))
         fullgraph = not case.breaks_graph
     except NotAskedError:
         asked("does not compile", lambda: attempt(False))
@@ -134,7 +134,7 @@ def assert_compiles(case: Case) -> None:
 
 
 def assert_refused_compiled(case: Case) -> None:
-    """A forward that is refused in eager mode is refused when it is compiled."""
+    """Checks that a forward refused in eager mode is also refused when it is compiled."""
     if case.compiled:
         raise NotAskedError(case.compiled)
     asked("does not compile", lambda: _compiled(case, plain(case, True), False) and None)
@@ -143,13 +143,13 @@ def assert_refused_compiled(case: Case) -> None:
         _compiled(case, model, False)
     except Exception as error:
         names = [f"`{name}`" for name in case.targets]
-        assert any(name in str(error) for name in names), f"{names} are not in {error}"  # noqa: PT017
+        assert any(name in str(error) for name in names), f"none of {names} is in {error}"  # noqa: PT017
     else:
-        raise AssertionError("compiled, it is not refused")
+        raise AssertionError("it is not refused when it is compiled")
 
 
 def assert_exports(case: Case, strict: bool) -> None:
-    """By `torch.export`, in evaluation."""
+    """Checks the model exported with `torch.export`, in eval mode."""
 
     def exported(model: nn.Module) -> dict[str, Any]:
         x = case.input(0, torch.float32).detach()
@@ -170,7 +170,7 @@ def assert_exports(case: Case, strict: bool) -> None:
 
 
 def assert_copies(case: Case, way: str) -> None:
-    """A copy has the same bits, adapters of its own, and folds."""
+    """Checks that a copy has the same bits and its own adapters, and folds."""
     make = COPIES[way]
 
     def attempt() -> None:
@@ -191,7 +191,7 @@ def assert_copies(case: Case, way: str) -> None:
 
 
 def assert_checkpoints(case: Case, use_reentrant: bool) -> None:
-    """Gradient checkpointing around the whole model."""
+    """Checks gradient checkpointing around the whole model."""
 
     def tensors(use: Run) -> Run:
         return lambda model, x: tuple(leaf for _, leaf in leaves(use(model, x)) if isinstance(leaf, torch.Tensor))

@@ -1,4 +1,4 @@
-"""Modules of torch and transformers that read weights of their children, beside and as targets."""
+"""Modules of torch and transformers that read their children's weights, next to targets and as targets."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from transformers.pytorch_utils import Conv1D
 from support.hand_written.case import AT_REWRITE, EITHER, Child, Own, case, matrix
 from support.models import IN, OUT
 
-AREA = "Modules of the libraries"
+AREA = "Library modules"
 SEQUENCE = (2, 4, IN)
 
 
-def _of(name: str, what: str, build: type[nn.Module], targets: Any, outcome: str = "right", **options: Any) -> None:
+def _of(name: str, what: str, build: type[nn.Module], targets: Any, outcome: str = "correct", **options: Any) -> None:
     case(AREA, what, targets, outcome, name=name, shape=SEQUENCE, **options)(build)
 
 
@@ -40,7 +40,7 @@ class _Cell(nn.Module):
         return state
 
 
-_of("beside-lstm", "a linear behind nn.LSTM", _Recurrent, "fc")
+_of("beside-lstm", "a linear after nn.LSTM", _Recurrent, "fc")
 _of("lstm", "the weights of nn.LSTM", _Recurrent, "rnn.weight_ih_l0", AT_REWRITE)
 _of("gru-cell", "the weights of nn.GRUCell", _Cell, "cell.weight_ih", EITHER)
 
@@ -77,7 +77,7 @@ class Bilinear(nn.Module):
         return self.bilinear(x, x.tanh())
 
 
-@case(AREA, "a linear whose weight is given to `F.bilinear`", "fc", EITHER)
+@case(AREA, "a linear whose weight is passed to `F.bilinear`", "fc", EITHER)
 class BilinearByHand(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.bilinear(x, self.fc(x), self.fc.weight.T.unsqueeze(0))
@@ -119,7 +119,7 @@ class ChosenHead(nn.Module):
         return self.heads[task](x)
 
 
-@case(AREA, "nn.Embedding and nn.EmbeddingBag beside a linear", "fc")
+@case(AREA, "nn.Embedding and nn.EmbeddingBag next to a linear", "fc")
 class Embeddings(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Embeddings(Child):
         return self.fc(self.embedding(ids).mean(1) + self.bag(ids) + x)
 
 
-@case(AREA, "a convolution with a kernel of one beside a linear", "fc", shape=SEQUENCE)
+@case(AREA, "a convolution with kernel size 1 next to a linear", "fc", shape=SEQUENCE)
 class Convolution(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -168,14 +168,14 @@ class ReadsDtype(Child):
         return self.fc(x.to(self.fc.weight.dtype).to(self.fc.weight.device)) * self.fc.weight.shape[0]
 
 
-@case(AREA, "`isinstance(self.fc.weight, nn.Parameter)`, as T5 and torchao ask", "fc", EITHER)
+@case(AREA, "`isinstance(self.fc.weight, nn.Parameter)`, as T5 and torchao check", "fc", EITHER)
 class AsksForParameter(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.fc(x)
         return out * 2 if isinstance(self.fc.weight, nn.Parameter) else out
 
 
-@case(AREA, "a loss with label weights beside the product", "w")
+@case(AREA, "a loss with label smoothing, returned with the product", "w")
 class WithLoss(Own):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = F.linear(x, self.w)

@@ -60,7 +60,7 @@ class CastsWeight(_Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-@case(AREA, "a LoRA of the user's own beside the product", "inner", inside=True)
+@case(AREA, "the user's own LoRA in addition to the product", "inner", inside=True)
 class OwnLora(_Linear):
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class OwnLora(_Linear):
         return super().forward(x) + x @ self.down.T @ self.up.T
 
 
-@case(AREA, "an argument that the forward adds", "inner.fc")
+@case(AREA, "a forward with an additional argument", "inner.fc")
 class ExtraArgument(nn.Module):
     class Gated(_Linear):
         def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,7 +86,7 @@ class ExtraArgument(nn.Module):
         return self.inner["fc"](x, torch.sigmoid(x.mean())) + self.inner["fc"](x)
 
 
-@case(AREA, "a property `weight` that computes it", "inner", AT_REWRITE, inside=True, match="inner")
+@case(AREA, "a property `weight` that computes the weight", "inner", AT_REWRITE, inside=True, match="inner")
 class WeightProperty(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -100,13 +100,13 @@ class WeightProperty(nn.Module):
         return F.linear(x, self.weight)
 
 
-@case(AREA, "a property `weight` that computes it, its parameter adapted", "inner.raw", REFUSED, inside=True)
+@case(AREA, "a property `weight` that computes the weight, its parameter adapted", "inner.raw", REFUSED, inside=True)
 class RawWeight(WeightProperty):
     pass
 
 
 def _changed(name: str, what: str, change: Any, outcome: str, **options: Any) -> None:
-    """A model whose linear `fc` was changed after it was made."""
+    """Registers a model whose linear `fc` is changed after its construction."""
 
     def build() -> nn.Module:
         model = _Calls()
@@ -142,13 +142,13 @@ _changed(
     lambda fc: parametrize.register_parametrization(fc, "weight", _Doubled()),
     AT_REWRITE,
 )
-_changed("pruned", "pruned", lambda fc: prune.l1_unstructured(fc, "weight", 0.5), AT_REWRITE)
+_changed("pruned", "`prune.l1_unstructured`", lambda fc: prune.l1_unstructured(fc, "weight", 0.5), AT_REWRITE)
 _changed("tensor-for-a-weight", "a plain tensor in place of the parameter", _replace_weight, AT_REWRITE)
-_changed("no-bias", "`fc.bias = None` after it was made", lambda fc: setattr(fc, "bias", None), RIGHT)
+_changed("no-bias", "`fc.bias = None` after construction", lambda fc: setattr(fc, "bias", None), RIGHT)
 _changed("other-class", "`fc.__class__` set to a subclass", lambda fc: setattr(fc, "__class__", CallsSuper), RIGHT)
 _changed(
     "transposed-memory",
-    "a weight that is a transposed view of its memory",
+    "a weight that is a transposed view of contiguous memory",
     lambda fc: setattr(fc, "weight", nn.Parameter(torch.randn(IN, OUT).T / 5)),
     RIGHT,
 )
@@ -158,7 +158,7 @@ class _LazyModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that lazy modules are new
+            warnings.simplefilter("ignore")  # warns that lazy modules are new
             self.fc = nn.LazyLinear(OUT)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,4 +189,4 @@ class _CallsDoubles(nn.Module):
         return self.fc(x)
 
 
-case(AREA, "a subclass with a `__call__` of its own", "fc", name="linear-with-a-call")(_CallsDoubles)
+case(AREA, "a subclass with a custom `__call__`", "fc", name="linear-with-a-call")(_CallsDoubles)

@@ -1,4 +1,4 @@
-"""How a module keeps its matrix."""
+"""How a module stores its matrix."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from support.models import IN, OUT
 AREA = "Kinds of matrices"
 
 
-@case(AREA, "a matrix beside the module's name, `weight` and `weight_2`", ("inner.weight_2",), inside=True)
+@case(AREA, "two matrices, `weight` and `weight_2`, the second one adapted", ("inner.weight_2",), inside=True)
 class TwoMatrices(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Frozen(Own):
         return F.linear(x, self.w)
 
 
-@case(AREA, "a matrix in a buffer, no parameter", "inner.w", AT_REWRITE, inside=True, match="w")
+@case(AREA, "a matrix in a buffer, not a parameter", "inner.w", AT_REWRITE, inside=True, match="w")
 class InABuffer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class ComplexMatrix(nn.Module):
 
 @case(
     AREA,
-    "a matrix kept in bfloat16 beside float32 inputs",
+    "a bfloat16 matrix with float32 inputs",
     "inner.w",
     EITHER,
     inside=True,
@@ -89,7 +89,7 @@ class Heads(nn.Module):
 
 @case(
     AREA,
-    "the same by `x @ w.flatten(1)` and `F.linear(x, w.flatten(1))`",
+    "the same with `x @ w.flatten(1)` and `F.linear(x, w.flatten(1))`",
     ("inner.to_heads", "inner.back"),
     inside=True,
 )
@@ -98,7 +98,7 @@ class FlattenedHeads(Heads):
         return F.linear((x @ self.to_heads.flatten(1)).tanh(), self.back.flatten(1))
 
 
-@case(AREA, "a stack of matrices, one product for all", "inner.w", EITHER, inside=True)
+@case(AREA, "a stack of matrices in one product", "inner.w", EITHER, inside=True)
 class StackOfMatrices(nn.Module):
     def __init__(self) -> None:
         super().__init__()

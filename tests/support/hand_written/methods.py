@@ -1,4 +1,4 @@
-"""Products in methods that are not `forward`, and forwards that are not the class's."""
+"""Products in methods other than `forward`, and forwards that are not the class's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from support.hand_written.case import AT_REWRITE, EITHER, LIMIT, Child, Own, call, case
 from support.models import IN, OUT
 
-AREA = "Methods that are not `forward`"
+AREA = "Methods other than `forward`"
 
 
 class _Encoder(nn.Module):
-    """As CLIP: towers, and projections that methods of their own multiply by."""
+    """Like CLIP: has projections that methods other than `forward` multiply by."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Features(_Encoder):
 
 
 def _use(name: str) -> Callable[[Any, torch.Tensor], Any]:
-    """Calls a method instead of the model."""
+    """Returns a use that calls a method instead of the model."""
     return lambda model, x: getattr(model, name)(x)
 
 
@@ -71,7 +71,12 @@ def _method(
 
 encode, features, logits, forward = (_use(name) for name in ("encode", "get_text_features", "logits", "forward"))
 _method(
-    "method-of-forward", "`forward` calls a method that multiplies", "projection", call, build=_Encodes, outcome="right"
+    "method-of-forward",
+    "`forward` calls a method that multiplies",
+    "projection",
+    call,
+    build=_Encodes,
+    outcome="correct",
 )
 _method(
     "features-of-forward",
@@ -79,27 +84,33 @@ _method(
     "text",
     call,
     build=_Features,
-    outcome="right",
+    outcome="correct",
 )
-_method("method", "a method that multiplies by an own matrix, never `forward`", "projection", encode)
-_method("features", "a method that multiplies by a linear's weight, never `forward`", "text", features)
-_method("method-with-a-call", "a method that calls the linear", "text", logits, outcome="right")
+_method("method", "a method that multiplies by the module's own matrix; `forward` is not called", "projection", encode)
+_method("features", "a method that multiplies by a linear's weight; `forward` is not called", "text", features)
+_method("method-with-a-call", "a method that calls the linear", "text", logits, outcome="correct")
 _method(
     "forward-then-method",
-    "a call of the model, then of the method that `forward` calls",
+    "a call of the model, then a call of the method that `forward` calls",
     "projection",
     call,
     encode,
     build=_Encodes,
 )
-_method("forward-then-features", "a call of the model, then of a method that it does not call", "text", call, features)
+_method(
+    "forward-then-features",
+    "a call of the model, then a call of a method that `forward` does not call",
+    "text",
+    call,
+    features,
+)
 _method(
     "forward-by-the-caller",
     "`model.forward(x)` instead of `model(x)`",
     "projection",
     forward,
     build=_Encodes,
-    outcome="right",
+    outcome="correct",
 )
 _method(
     "product-by-the-caller",
@@ -118,7 +129,7 @@ _method(
 
 
 def evaluates(model: nn.Module, x: torch.Tensor) -> Any:
-    """The training script changes the mode, which reads the weight."""
+    """Switches to eval mode and back, as a training script does; `train` reads the weight."""
     training = model.training
     output = model.eval()(x)
     model.train(training)
@@ -138,7 +149,7 @@ class _OwnMethod(nn.Module):
         return self.inner.project(x)
 
 
-case(AREA, "a child without a `forward`, whose method is called", "inner.w", AT_REWRITE, name="no-forward")(_OwnMethod)
+case(AREA, "a child that has no `forward`; its method is called", "inner.w", AT_REWRITE, name="no-forward")(_OwnMethod)
 
 
 @case(AREA, "`self.forward = self.fast` in `__init__`", "w", EITHER, copies=False)
@@ -151,7 +162,7 @@ class ForwardOfTheInstance(Own):
         return F.linear(x, self.w) * 2
 
 
-@case(AREA, "`self.fc.forward` replaced by a function of the user's", "fc", EITHER, copies=False)
+@case(AREA, "`self.fc.forward` replaced by a user-defined function", "fc", EITHER, copies=False)
 class ForwardReplaced(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +173,7 @@ class ForwardReplaced(Child):
         return self.fc(x)
 
 
-@case(AREA, "`__call__` of its own, which gives `forward` more", "inner.w")
+@case(AREA, "a custom `__call__` that changes the input and the output of `forward`", "inner.w")
 class OwnCall(nn.Module):
     class Doubles(Own):
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -179,7 +190,7 @@ class OwnCall(nn.Module):
         return self.inner(x)
 
 
-@case(AREA, "`__call__` of its own, which never calls `forward`", "inner.w", EITHER)
+@case(AREA, "a custom `__call__` that never calls `forward`", "inner.w", EITHER)
 class CallInsteadOfForward(nn.Module):
     class Multiplies(Own):
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +204,7 @@ class CallInsteadOfForward(nn.Module):
         return self.inner(x)
 
 
-@case(AREA, "`__matmul__` of its own: `x @ module`", "inner.w", EITHER)
+@case(AREA, "a custom `__rmatmul__`: `x @ module`", "inner.w", EITHER)
 class OwnOperator(nn.Module):
     class Matrix(Own):
         def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
@@ -207,7 +218,7 @@ class OwnOperator(nn.Module):
         return self.inner.__rmatmul__(x)
 
 
-@case(AREA, "a static method that is given the weight", "w")
+@case(AREA, "a static method that receives the weight", "w")
 class StaticMethod(Own):
     @staticmethod
     def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -217,7 +228,7 @@ class StaticMethod(Own):
         return self.product(x, self.w)
 
 
-@case(AREA, "a `train` of its own that reads the weight", "w", calls=(call, evaluates))
+@case(AREA, "a custom `train` that reads the weight", "w", calls=(call, evaluates))
 class ReadsInTrain(Own):
     def train(self, mode: bool = True) -> "ReadsInTrain":
         self.is_zero = not self.w.detach().any()

@@ -1,4 +1,4 @@
-"""What else a forward does with a weight, beside the product or instead of it."""
+"""Other uses of a weight in a forward, in addition to the product or instead of it."""
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ formed(AREA, "as-a-key", "as the key of a dict", lambda x, w: F.linear(x, w) * {
 formed(
     AREA,
     "in-a-message",
-    "in a text, `f'{w}'`",
+    "in a string, `f'{w}'`",
     lambda x, w: (F.linear(x, w), len(f"{w.shape}") + bool(f"{w}")),
     EITHER,
 )
@@ -55,11 +55,11 @@ formed(
 formed(
     AREA,
     "penalty",
-    "a penalty beside the product, `(w @ w.T).sum()`",
+    "a penalty in addition to the product, `(w @ w.T).sum()`",
     lambda x, w: (F.linear(x, w), (w @ w.T).sum()),
     REFUSED,
 )
-formed(AREA, "mean", "its mean beside the product", lambda x, w: (F.linear(x, w), w.mean()), REFUSED)
+formed(AREA, "mean", "its mean in addition to the product", lambda x, w: (F.linear(x, w), w.mean()), REFUSED)
 formed(AREA, "norm", "divided by its norm", lambda x, w: F.linear(x, w) / w.norm(), REFUSED)
 formed(
     AREA,
@@ -109,7 +109,7 @@ formed(AREA, "gate-by-a-row", "a row as a gate, `x * w[0]`", lambda x, w: F.line
 formed(
     AREA,
     "looked-up",
-    "rows looked up beside the product, `F.embedding(ids, w)`",
+    "rows looked up in addition to the product, `F.embedding(ids, w)`",
     lambda x, w: F.linear(x, w) @ F.embedding(torch.arange(OUT), w),
     REFUSED,
 )

@@ -1,4 +1,4 @@
-"""Classes with attribute access, operators or constructors of their own."""
+"""Classes with custom attribute access, operators or constructors."""
 
 import dataclasses
 from typing import Any, Generic, TypeVar
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from support.hand_written.case import EITHER, IN_FORWARD, LIMIT, Child, Own, case, matrix
 from support.models import IN, Holder
 
-AREA = "Classes of their own"
+AREA = "Custom classes"
 T = TypeVar("T")
 
 
-@case(AREA, "`__getattr__` of its own, which looks into a config", "w")
+@case(AREA, "a custom `__getattr__` that looks into a config", "w")
 class OwnGetattr(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class OwnGetattr(Own):
         return F.linear(x, self.w) * self.scale
 
 
-@case(AREA, "`__getattr__` of its own, which gives the weight another name", "w", IN_FORWARD)
+@case(AREA, "a custom `__getattr__` that gives the weight another name", "w", IN_FORWARD)
 class RenamedWeight(Own):
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__("w" if name == "matrix" else name)
@@ -37,7 +37,7 @@ class RenamedWeight(Own):
         return F.linear(x, self.matrix)
 
 
-@case(AREA, "a wrapper that hands unknown names to the module inside", "inner.fc", EITHER)
+@case(AREA, "a wrapper that forwards unknown names to the module inside", "inner.fc", EITHER)
 class Wrapper(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Wrapper(nn.Module):
         return self.fc(x) + F.linear(x, self.fc.weight)
 
 
-@case(AREA, "`__getattribute__` of its own", "w")
+@case(AREA, "a custom `__getattribute__`", "w")
 class OwnGetattribute(Own):
     def __getattribute__(self, name: str) -> Any:
         return self.w if name == "matrix" else super().__getattribute__(name)
@@ -62,7 +62,7 @@ class OwnGetattribute(Own):
         return F.linear(x, self.matrix)
 
 
-@case(AREA, "`__setattr__` of its own, which freezes the module after `__init__`", "inner.w", EITHER, inside=True)
+@case(AREA, "a custom `__setattr__` that freezes the module after `__init__`", "inner.w", EITHER, inside=True)
 class OwnSetattr(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Slots(Own):
         return F.linear(x, self.w) * self.scale
 
 
-@case(AREA, "`__len__` of zero: the module is false", "inner.w", inside=True)
+@case(AREA, "a `__len__` of zero: the module is falsy", "inner.w", inside=True)
 class Falsy(Own):
     def __len__(self) -> int:
         return 0
@@ -99,7 +99,7 @@ class Falsy(Own):
 
 
 class ByValue(Own):
-    """Equal to all others of its class."""
+    """Compares equal to all others of its class."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(IN)
@@ -120,7 +120,7 @@ def equal_modules() -> nn.Module:
     return nn.Sequential(ByValue(11), ByValue(12))
 
 
-@case(AREA, "a class that wants no subclasses", "inner.w", EITHER, inside=True)
+@case(AREA, "a class that forbids subclasses", "inner.w", EITHER, inside=True)
 class Final(Own):
     def __init_subclass__(cls, **options: Any) -> None:
         raise TypeError("no subclasses")
@@ -129,7 +129,7 @@ class Final(Own):
         return F.linear(x, self.w)
 
 
-@case(AREA, "`__init_subclass__` that takes each name once", "inner.w", EITHER, inside=True)
+@case(AREA, "an `__init_subclass__` that accepts each name once", "inner.w", EITHER, inside=True)
 class Registers(Own):
     known: set[str] = set()  # noqa: RUF012
 
@@ -195,7 +195,7 @@ class Mixed(_Projects, Own):
     pass
 
 
-@case(AREA, "a class of a metaclass", "inner.w", inside=True)
+@case(AREA, "a class with a metaclass", "inner.w", inside=True)
 class WithMetaclass(Own, metaclass=type("Meta", (type,), {})):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.w)
@@ -211,7 +211,7 @@ def generic() -> nn.Module:
     return Holder(_Generic[torch.Tensor]())
 
 
-@case(AREA, "a class that a function makes", "inner.w", inside=True)
+@case(AREA, "a class defined in a function", "inner.w", inside=True)
 def class_of_a_function() -> nn.Module:
     class Local(Own):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -220,7 +220,7 @@ def class_of_a_function() -> nn.Module:
     return Local()
 
 
-@case(AREA, "an attribute with the name of the adapter's, `lora_a`", "inner.w", EITHER, inside=True)
+@case(AREA, "attributes with the adapter's names, `lora_a` and `w_lora_a`", "inner.w", EITHER, inside=True)
 class NamedAsTheAdapter(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class NamedAsTheAdapter(Own):
         return F.linear(x, self.w) * self.lora_a * self.w_lora_a
 
 
-@case(AREA, "a linear with an attribute `weight_lora_a`", "fc", EITHER)
+@case(AREA, "a linear with attributes `weight_lora_a` and `lora_b`", "fc", EITHER)
 class LinearWithAttribute(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class LinearWithAttribute(Child):
         return self.fc(x) * self.fc.weight_lora_a * self.fc.lora_b
 
 
-@case(AREA, "a child called `graph`, attributes `code` and `meta`", "inner.w", EITHER, inside=True)
+@case(AREA, "a child called `graph`, and attributes `code` and `meta`", "inner.w", EITHER, inside=True)
 class NamedAsAGraph(Own):
     def __init__(self) -> None:
         super().__init__()

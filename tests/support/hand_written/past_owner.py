@@ -1,4 +1,4 @@
-"""Weights that are read past the module that owns them, by its attributes."""
+"""Weights that are read from outside the module that owns them, as its attributes."""
 
 import functools
 import operator
@@ -20,13 +20,13 @@ def _apply(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return x @ module.weight.T + module.bias
 
 
-@case(READ, "a helper function that is given the module", "fc")
+@case(READ, "a helper function that receives the module", "fc")
 class Helper(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _apply(self.fc, x)
 
 
-@case(READ, "the product by a helper, and the module called too", "fc")
+@case(READ, "the product in a helper, and the module called too", "fc")
 class HelperAndCall(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _apply(self.fc, x) * torch.sigmoid(self.fc(x))
@@ -62,32 +62,32 @@ class Alias(Child):
         return F.linear(x, self.alias)
 
 
-@case(READ, "an alias of the weight beside the module itself", "fc", AT_REWRITE, shared=True)
+@case(READ, "an alias of the weight, and the module called too", "fc", AT_REWRITE, shared=True)
 class AliasAndCall(Alias):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.alias) * torch.sigmoid(self.fc(x))
 
 
-@case(READ, "the input brought to the dtype of the first parameter, `x.to(next(self.parameters()))`", "fc")
+@case(READ, "the input cast to the dtype of the first parameter, `x.to(next(self.parameters()))`", "fc")
 class ToFirstParameter(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x.to(next(self.parameters())))
 
 
-@case(READ, "the same by `x.type_as(next(self.parameters()))`", "fc")
+@case(READ, "the same with `x.type_as(next(self.parameters()))`", "fc")
 class TypeAsFirstParameter(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x.type_as(next(self.parameters())))
 
 
-@case(READ, "a view of the input shaped as the first parameter", "fc")
+@case(READ, "a view of the input, expanded to the shape of the first parameter", "fc")
 class ViewAsFirstParameter(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = next(self.parameters())
         return self.fc(x) + x.flatten()[:1].expand_as(first).sum(0)[:1]
 
 
-@case(READ, "a property that gives the weight", "fc")
+@case(READ, "a property that returns the transposed weight", "fc")
 class Property(Child):
     @property
     def projection(self) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Property(Child):
         return x @ self.projection
 
 
-@case(READ, "a cached property that gives the transposed weight", "fc", keeps=True, calls=(call, call))
+@case(READ, "a cached property that returns the transposed weight", "fc", keeps=True, calls=(call, call))
 class CachedProperty(Child):
     @functools.cached_property
     def projection(self) -> torch.Tensor:
@@ -183,7 +183,7 @@ class ModulesInAList(Child):
         return self.order[0](x) + F.linear(x, self.order[0].weight)
 
 
-@case(READ, "a sibling that is handed the weight", "fc")
+@case(READ, "a sibling that receives the weight", "fc")
 class HandedOver(Child):
     class Multiplies(nn.Module):
         def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -198,7 +198,7 @@ class HandedOver(Child):
 
 
 class _Sliced(Child):
-    """As BLOOM: the dense layer's weight in slices, if a flag says so."""
+    """Like BLOOM: multiplies by slices of the linear's weight if a flag is set."""
 
     def __init__(self, slow: bool) -> None:
         super().__init__()
@@ -216,9 +216,7 @@ def _slowed(model: Any, x: torch.Tensor) -> Any:
     return model(x)
 
 
-case(READ, "a branch that slices a linear's weight, and is never taken", "fc", name="dead-branch")(
-    lambda: _Sliced(False)
-)
+case(READ, "a branch that slices a linear's weight, never taken", "fc", name="dead-branch")(lambda: _Sliced(False))
 case(READ, "a branch that slices a linear's weight, taken", "fc", name="live-branch")(lambda: _Sliced(True))
 case(
     READ,
@@ -230,7 +228,7 @@ case(
 
 
 def _by_script() -> Any:
-    """A function of TorchScript that multiplies."""
+    """Returns a TorchScript function that multiplies."""
 
     def multiply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return x @ w.t()
@@ -240,9 +238,7 @@ def _by_script() -> Any:
         return torch.jit.script(multiply)
 
 
-@case(
-    READ, "a function of TorchScript that is given the weight", "fc", IN_FORWARD, copies=False, compiled="not refused"
-)
+@case(READ, "a TorchScript function that receives the weight", "fc", IN_FORWARD, copies=False, compiled="not refused")
 class GivenToTorchScript(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +252,7 @@ class GivenToTorchScript(Child):
 class NewTensor(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a copy of a tensor is better made otherwise
+            warnings.simplefilter("ignore")  # warns that there are better ways to copy a tensor
             return F.linear(x, x.new_tensor(self.fc.weight))
 
 

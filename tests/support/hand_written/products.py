@@ -48,7 +48,7 @@ formed(PRODUCTS, "linear-swapped", "the weight as the input of `F.linear`", lamb
 formed(
     PRODUCTS,
     "matrix-vector",
-    "`torch.mv(w, vector)` beside `w @ vector`",
+    "`torch.mv(w, vector)` in addition to `w @ vector`",
     lambda x, w: (w @ x[0], torch.mv(w, x[1])),
 )
 formed(PRODUCTS, "weight-and-vector", "`w @ vector`", lambda x, w: w @ x[0])
@@ -74,7 +74,7 @@ formed(
 formed(
     PRODUCTS,
     "baddbmm",
-    "`torch.baddbmm` with the weight for each item of a batch",
+    "`torch.baddbmm` with the weight expanded over a batch",
     lambda x, w: torch.baddbmm(x.new_ones(1), x, w.T.expand(2, -1, -1)),
     shape=(2, 3, IN),
 )
@@ -113,7 +113,7 @@ formed(
 formed(
     PRODUCTS,
     "einsum-of-other-features",
-    "`torch.einsum('b...i,oi->o...b', x, w)`, and `'bit,oi->bto'` of features that are not last",
+    "`torch.einsum('b...i,oi->o...b', x, w)`, and `'bit,oi->bto'`, whose features are not last",
     lambda x, w: (torch.einsum("b...i,oi->o...b", x, w), torch.einsum("bit,oi->bto", x.mT, w)),
     shape=(2, 3, IN),
 )
@@ -144,7 +144,7 @@ formed(PRODUCTS, "multi-dot", "`torch.linalg.multi_dot`", lambda x, w: torch.lin
 formed(
     PRODUCTS,
     "pointwise-convolution",
-    "`F.conv1d` with the weight as a kernel of one",
+    "`F.conv1d` with the weight as a kernel of size 1",
     lambda x, w: F.conv1d(x.mT, w.unsqueeze(-1)).mT,
     EITHER,
     shape=(2, 3, IN),
@@ -166,7 +166,7 @@ formed(
 formed(PRODUCTS, "output-in-place", "in-place operations on the output", _in_place)
 formed(PRODUCTS, "input-overwritten", "the input is overwritten after the product", _input_overwritten)
 formed(PRODUCTS, "into-a-buffer", "`torch.mm(x, w.T, out=buffer)`", _into_a_buffer, EITHER)
-formed(PRODUCTS, "no-rows", "a batch of no rows", lambda x, w: F.linear(x[:0], w).sum() + F.linear(x, w))
+formed(PRODUCTS, "no-rows", "an empty batch", lambda x, w: F.linear(x[:0], w).sum() + F.linear(x, w))
 
 
 def _heads(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -189,7 +189,7 @@ formed(
 formed(
     PARTS,
     "columns-of-two-inputs",
-    "columns for each half of a pair",
+    "columns for each half of the input",
     lambda x, w: x[:, :HALF] @ w[:, :HALF].T - x[:, HALF:] @ w[:, HALF:].T,
 )
 formed(
@@ -199,19 +199,23 @@ formed(
     lambda x, w: F.linear(x[:, ::2], w[:, ::2]),
     AT_REWRITE,
 )
-formed(PARTS, "rows-of-heads", "rows for q, k and v by `w.chunk(3)`", _heads)
+formed(PARTS, "rows-of-heads", "rows for q, k and v from `w.chunk(3)`", _heads)
 formed(PARTS, "rows-by-slices", "rows, `w[:12]` and `w[12:]`", lambda x, w: (x @ w[:12].T, F.linear(x, w[12:])))
 formed(PARTS, "rows-by-split", "`w.split([12, 24])`", lambda x, w: [F.linear(x, rows) for rows in w.split([12, 24])])
 formed(
     PARTS,
     "rows-by-the-input",
-    "as many rows as the input says, `w[:x.shape[1]]`",
+    "a number of rows that depends on the input, `w[:x.shape[1]]`",
     lambda x, w: F.linear(x, w[: x.shape[1]]),
     AT_REWRITE,
 )
-formed(PARTS, "rows-by-an-index", "rows by a list of indices", _by_index, EITHER)
+formed(PARTS, "rows-by-an-index", "rows chosen by a tensor of indices", _by_index, EITHER)
 formed(
-    PARTS, "rows-by-a-mask", "rows by a boolean mask", lambda x, w: F.linear(x, w[torch.arange(OUT) % 3 == 0]), EITHER
+    PARTS,
+    "rows-by-a-mask",
+    "rows chosen by a boolean mask",
+    lambda x, w: F.linear(x, w[torch.arange(OUT) % 3 == 0]),
+    EITHER,
 )
 formed(PARTS, "narrow", "`w.narrow(0, 6, 12)`", lambda x, w: F.linear(x, w.narrow(0, 6, 12)))
 formed(PARTS, "one-row", "one row, `x @ w[3]`", lambda x, w: x @ w[3], AT_REWRITE)
@@ -234,7 +238,7 @@ formed(PARTS, "reshaped", "`w.reshape(2, -1, IN)`", lambda x, w: x @ w.reshape(2
 formed(
     PARTS,
     "flattened",
-    "flattened, cut and viewed again",
+    "flattened, sliced and viewed again",
     lambda x, w: F.linear(x, w.flatten()[: 6 * IN].view(6, IN)),
     EITHER,
 )
@@ -251,7 +255,7 @@ formed(PARTS, "diagonal", "the diagonal, `x * w.diagonal()`", lambda x, w: x * w
 formed(
     PARTS,
     "concatenated",
-    "two parts joined by `torch.cat`",
+    "two parts joined with `torch.cat`",
     lambda x, w: F.linear(x, torch.cat([w[6:], w[:6]])),
     EITHER,
 )
@@ -259,7 +263,7 @@ formed(PARTS, "contiguous", "`w.T.contiguous()`", lambda x, w: x @ w.T.contiguou
 formed(PARTS, "cloned", "`w.clone()`", lambda x, w: F.linear(x, w.clone()), EITHER)
 formed(PARTS, "detached", "`w.detach()`", lambda x, w: F.linear(x, w.detach()) + F.linear(x, w).tanh(), EITHER)
 formed(PARTS, "data", "`w.data`", lambda x, w: F.linear(x, w.data), EITHER)
-formed(PARTS, "same-dtype", "`w.to(x.dtype)`, of the same dtype", lambda x, w: F.linear(x, w.to(x.dtype)), EITHER)
+formed(PARTS, "same-dtype", "`w.to(x.dtype)`, which is the same dtype", lambda x, w: F.linear(x, w.to(x.dtype)), EITHER)
 formed(
     PARTS,
     "cast-to-bfloat16",

@@ -1,4 +1,4 @@
-"""Products inside a context: gradients off, autocast, another thread."""
+"""Products inside a context: without gradients, under autocast, in another thread."""
 
 import functools
 import warnings
@@ -39,7 +39,7 @@ class NoGradDecorator(nn.Module):
         return self.frozen(x) * x.mean()
 
 
-@case(AREA, "gradients by an argument: `torch.set_grad_enabled(flag)`", "w")
+@case(AREA, "gradients switched by a flag: `torch.set_grad_enabled(flag)`", "w")
 class GradByFlag(Own):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = []
@@ -111,7 +111,7 @@ class CheckpointRegion(Own):
 class ReentrantRegion(CheckpointRegion):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no input wants a gradient, in evaluation
+            warnings.simplefilter("ignore")  # warns in eval mode that no input requires a gradient
             return checkpoint(self.part, x, use_reentrant=True)
 
 
@@ -127,7 +127,7 @@ class _Multiply(torch.autograd.Function):
         return gradient @ w, gradient.T @ x
 
 
-@case(AREA, "an autograd.Function that is given the weight", "w", IN_FORWARD)
+@case(AREA, "an autograd.Function that receives the weight", "w", IN_FORWARD)
 class AutogradFunction(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Multiply.apply(x, self.w)
@@ -140,7 +140,7 @@ class _MultiplyOnly(_Multiply):
         return None, gradient.T @ x
 
 
-@case(AREA, "…, whose backward does not read it", "w", IN_FORWARD)
+@case(AREA, "an autograd.Function that receives the weight, but whose backward does not read it", "w", IN_FORWARD)
 class AutogradFunctionOfTheInput(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _MultiplyOnly.apply(x, self.w)
@@ -157,13 +157,13 @@ class _MultiplyByModule(torch.autograd.Function):
         return gradient @ ctx.module.weight, None
 
 
-@case(AREA, "an autograd.Function that is given the module", "fc", IN_FORWARD, compiled="not refused")
+@case(AREA, "an autograd.Function that receives the module", "fc", IN_FORWARD, compiled="not refused")
 class AutogradFunctionOfTheModule(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _MultiplyByModule.apply(x, self.fc)
 
 
-@case(AREA, "a gradient that is reversed below the product", "w")
+@case(AREA, "a gradient that is reversed before the product", "w")
 class ReversedGradient(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x * 1
@@ -188,11 +188,11 @@ class Jacobian(Own):
 class ForwardMode(Own):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch scripts a function of its own here
+            warnings.simplefilter("ignore")  # torch scripts one of its own functions here
             return torch.func.jvp(lambda point: F.linear(point, self.w).tanh(), (x,), (torch.ones_like(x),))
 
 
-@case(AREA, "`functional_call` of the linear with its own weight doubled", "fc", EITHER)
+@case(AREA, "`functional_call` of the linear with its weight doubled", "fc", EITHER)
 class FunctionalCall(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(self.fc, {"weight": self.fc.weight * 2}, (x,))
@@ -211,7 +211,7 @@ class Threads(Own):
         return first * second
 
 
-@case(AREA, "random numbers of a fork of the generator", "w", dtype=torch.float32)
+@case(AREA, "random numbers from a forked generator", "w", dtype=torch.float32)
 class ForkedGenerator(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -233,11 +233,11 @@ def _scripted() -> Any:
         return torch.tanh(torch.matmul(x, w.t()))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that scripting is deprecated
+        warnings.simplefilter("ignore")  # warns that scripting is deprecated
         return torch.jit.script(multiply)
 
 
-@case(AREA, "a function of `torch.jit.script` that is given the weight", "w", EITHER)
+@case(AREA, "a function scripted with `torch.jit.script` that receives the weight", "w", EITHER)
 class ScriptedHelper(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _scripted()(x, self.w)
@@ -248,7 +248,7 @@ def _compiled(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.tanh(F.linear(x, w))
 
 
-@case(AREA, "a compiled function that is given the weight", "w", EITHER, slow=True)
+@case(AREA, "a compiled function that receives the weight", "w", EITHER, slow=True)
 class CompiledHelper(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _compiled(x, self.w)
@@ -268,7 +268,7 @@ class ShapesOnMeta(Own):
         return F.linear(x, self.w) * width / IN
 
 
-@case(AREA, "gradient checkpointing of a function that is given the weight", "w", EITHER)
+@case(AREA, "gradient checkpointing of a function that receives the weight, `use_reentrant=False`", "w", EITHER)
 class CheckpointOfAFunction(Own):
     use_reentrant = False
 
@@ -278,6 +278,6 @@ class CheckpointOfAFunction(Own):
             return checkpoint(lambda x, w: F.linear(x, w).tanh(), x, self.w, use_reentrant=self.use_reentrant)
 
 
-@case(AREA, "…, `use_reentrant=True`", "w", WITH_GRADIENTS)
+@case(AREA, "gradient checkpointing of a function that receives the weight, `use_reentrant=True`", "w", WITH_GRADIENTS)
 class ReentrantOfAFunction(CheckpointOfAFunction):
     use_reentrant = True

@@ -1,4 +1,4 @@
-"""One weight in several places, and weights of models of the libraries that are read in several ways."""
+"""One weight in several places, and several weights in one product."""
 
 import torch
 from torch import nn
@@ -20,13 +20,13 @@ class _Embedded(nn.Module):
         self.embedding = nn.Embedding(OUT, IN)
 
 
-@case(AREA, "the output embedding tied by hand, `x @ self.embedding.weight.T`", "embedding", EITHER)
+@case(AREA, "an output layer tied by hand, `x @ self.embedding.weight.T`", "embedding", EITHER)
 class TiedByHand(_Embedded):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.embedding(_ids(x)).mean(1)) @ self.embedding.weight.T
 
 
-@case(AREA, "the rows of an nn.Embedding as a matrix, never looked up", "embedding", EITHER)
+@case(AREA, "the table of an nn.Embedding as a matrix, never looked up", "embedding", EITHER)
 class EmbeddingAsAMatrix(_Embedded):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.embedding.weight)
@@ -103,7 +103,7 @@ case(
 )(_tied_pair)
 
 
-@case(AREA, "one matrix in a loop: a recurrence written by hand", "w")
+@case(AREA, "one matrix in a loop: a hand-written recurrence", "w")
 class Recurrence(Own):
     def __init__(self) -> None:
         super().__init__(IN)
@@ -162,7 +162,7 @@ def _given_to_each() -> nn.Module:
 
 case(
     AREA,
-    "a matrix given to two modules, one of them adapted",
+    "a matrix passed to two modules, one of them adapted",
     "first.w",
     EITHER,
     name="given-to-two",
@@ -202,7 +202,7 @@ class Stacked(Own):
         return torch.einsum("bi,koi->bko", x, torch.stack([self.w, self.v]))
 
 
-@case(AREA, "the weights of q, k and v joined for one product", ("q", "k", "v"), EITHER)
+@case(AREA, "the weights of q, k and v concatenated for one product", ("q", "k", "v"), EITHER)
 class Joined(nn.Module):
     def __init__(self) -> None:
         super().__init__()

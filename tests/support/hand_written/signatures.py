@@ -1,4 +1,4 @@
-"""What a forward takes and returns."""
+"""Arguments and outputs of a forward."""
 
 import dataclasses
 import inspect
@@ -34,7 +34,7 @@ class DataclassOutput(Own):
         return Outputs(hidden, "hidden", {"square": hidden**2})
 
 
-@case(AREA, "a dict as the output, with what is no tensor in it", "w")
+@case(AREA, "a dict as the output, with values that are not tensors", "w")
 class DictOutput(Own):
     def forward(self, x: torch.Tensor) -> dict[str, Any]:
         return {"hidden": F.linear(x, self.w), "size": len(x), "nothing": None, "names": ["a", "b"]}
@@ -52,25 +52,25 @@ class ModelOutput(Own):
         return BaseModelOutput(last_hidden_state=F.linear(x, self.w))
 
 
-@case(AREA, "the input returned beside the product", "w")
+@case(AREA, "the input returned with the product", "w")
 class InputReturned(Own):
     def forward(self, x: torch.Tensor) -> tuple[Any, ...]:
         return x, F.linear(x, self.w), x.shape
 
 
-@case(AREA, "the weight returned beside the product", "w", EITHER)
+@case(AREA, "the weight returned with the product", "w", EITHER)
 class WeightReturned(Own):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return F.linear(x, self.w), self.w
 
 
-@case(AREA, "a part of the weight returned beside the product", "w", EITHER)
+@case(AREA, "a part of the weight returned with the product", "w", EITHER)
 class PartReturned(Own):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return F.linear(x, self.w), self.w[:3].T
 
 
-@case(AREA, "a function returned that multiplies", "w", EITHER, calls=(lambda model, x: model(x)(2 * x),))
+@case(AREA, "a returned function that multiplies", "w", EITHER, calls=(lambda model, x: model(x)(2 * x),))
 class FunctionReturned(Own):
     def forward(self, x: torch.Tensor) -> Any:
         return lambda y: F.linear(x + y, self.w)
@@ -86,13 +86,13 @@ class KeywordOnly(Own):
         return F.linear(inputs, self.w) * scale
 
 
-@case(AREA, "`*args`: as many inputs as there are", "w", calls=(call, lambda model, x: model(x, x + 1, 2 * x)))
+@case(AREA, "`*args`: any number of inputs", "w", calls=(call, lambda model, x: model(x, x + 1, 2 * x)))
 class AnyNumber(Own):
     def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         return [F.linear(x, self.w) for x in inputs]
 
 
-@case(AREA, "`**kwargs` handed on", "w", calls=(call, lambda model, x: model(x, scale=2, power=3)))
+@case(AREA, "`**kwargs` passed on", "w", calls=(call, lambda model, x: model(x, scale=2, power=3)))
 class AnyKeywords(Own):
     def change(self, out: torch.Tensor, scale: float = 1, power: int = 1) -> torch.Tensor:
         return (out * scale) ** power
@@ -125,7 +125,7 @@ class DictWritten(Own):
         batch["hidden"] = F.linear(batch["x"], self.w)
 
 
-@case(AREA, "a default argument that is changed: `seen=[]`", "inner.w", calls=(call, call), copies=False)
+@case(AREA, "a default argument that the forward changes: `seen=[]`", "inner.w", calls=(call, call), copies=False)
 class MutableDefault(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def _with_signature(model: Any, x: torch.Tensor) -> Any:
     return model(x), list(inspect.signature(model.forward).parameters), model.forward.__doc__, type(model).__name__
 
 
-@case(AREA, "its signature and docstring, as a Trainer reads them", "w", calls=(_with_signature,))
+@case(AREA, "signature and docstring of the forward, as a Trainer reads them", "w", calls=(_with_signature,))
 class ReadByTrainer(Own):
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The product."""
@@ -181,7 +181,7 @@ class AnyShape(Own):
         return F.linear(x, self.w)
 
 
-@case(AREA, "nothing as the output, a hook takes it", "w")
+@case(AREA, "no output: the product is stored on self", "w")
 class NoOutput(Own):
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a forward keeps from one call to the next."""
+"""State that a forward keeps from one call to the next."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ class Counter(Own):
         return F.linear(x, self.w) * self.count
 
 
-@case(AREA, "a buffer counted in place", "w", calls=TWICE)
+@case(AREA, "a buffer incremented in place", "w", calls=TWICE)
 class BufferInPlace(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class BufferInPlace(Own):
         return F.linear(x, self.w) / self.steps.clone()
 
 
-@case(AREA, "a buffer that is assigned anew: a running mean of the output", "w", calls=TWICE)
+@case(AREA, "a buffer that is reassigned: a running mean of the output", "w", calls=TWICE)
 class BufferReassigned(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -99,14 +99,14 @@ def _with_results(model: nn.Module, x: torch.Tensor) -> Any:
     return model(x), dict(_RESULTS)
 
 
-@case(AREA, "outputs put into a dict of the file", "w", AT_REWRITE, calls=(_with_results,))
+@case(AREA, "outputs put into a dict of the Python module", "w", AT_REWRITE, calls=(_with_results,))
 class GlobalCache(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _RESULTS["hidden"] = F.linear(x, self.w).detach()
         return _RESULTS["hidden"] + F.linear(x, self.w)
 
 
-@case(AREA, "the weight itself put into a list on self, multiplied in the next call", "w", keeps=True, calls=TWICE)
+@case(AREA, "the weight itself put into a list on self and used in the next call", "w", keeps=True, calls=TWICE)
 class ListOfWeights(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class ListOfWeights(Own):
         return F.linear(x, self.seen[0]) + len(self.seen)
 
 
-@case(AREA, "the transposed weight kept on self: made once, multiplied in each call", "w", keeps=True, calls=TWICE)
+@case(AREA, "the transposed weight kept on self: created once, used in each call", "w", keeps=True, calls=TWICE)
 class KeptTranspose(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def _with_weights(model: nn.Module, x: torch.Tensor) -> Any:
     return model(x), x @ _WEIGHTS["w"].T
 
 
-@case(AREA, "the weight put into a dict of the file, multiplied by the caller", "w", EITHER, calls=(_with_weights,))
+@case(AREA, "the weight put into a dict of the Python module, used by the caller", "w", EITHER, calls=(_with_weights,))
 class GlobalWeight(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _WEIGHTS["w"] = self.w
@@ -161,7 +161,7 @@ class Annealed(Own):
         return F.linear(x, self.w) / self.tau
 
 
-@case(AREA, "keys of earlier calls concatenated to those of this one", "w", calls=TWICE)
+@case(AREA, "keys of earlier calls concatenated with those of this call", "w", calls=TWICE)
 class Past(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def _with_auxiliary(model: Any, x: torch.Tensor) -> Any:
     return model(x), model.auxiliary_loss
 
 
-@case(AREA, "an auxiliary loss left on self for the training loop", "w", calls=(_with_auxiliary,))
+@case(AREA, "an auxiliary loss stored on self for the training loop", "w", calls=(_with_auxiliary,))
 class AuxiliaryLoss(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.linear(x, self.w)
@@ -207,7 +207,7 @@ class ToldByTheChild(nn.Module):
         return self.child(x) / (1 + len(self.norms))
 
 
-@case(AREA, "BatchNorm behind the product, its statistics", "w", shape=(6, IN), calls=TWICE)
+@case(AREA, "BatchNorm after the product, with its statistics", "w", shape=(6, IN), calls=TWICE)
 class Normalised(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Normalised(Own):
         return self.norm(F.linear(x, self.w))
 
 
-@case(AREA, "a linear that the first call makes", "w", EITHER, calls=TWICE, dtype=torch.float32)
+@case(AREA, "a linear that the first call creates", "w", EITHER, calls=TWICE, dtype=torch.float32)
 class ChildOfTheFirstCall(Own):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not hasattr(self, "head"):
@@ -273,7 +273,7 @@ def tied_twin_linear() -> nn.Module:
     return _Twin(nn.Linear(IN, IN))
 
 
-@case(AREA, "one module under two names, called by the second alone", "first.w")
+@case(AREA, "one module under two names, called only by the second", "first.w")
 class CalledByItsSecondName(nn.Module):
     def __init__(self) -> None:
         super().__init__()

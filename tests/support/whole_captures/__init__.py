@@ -1,10 +1,10 @@
-"""Models whose forward depends on more than the values of tensors, and what becomes of a whole capture.
+"""Models whose forward depends on more than the values of tensors, each with the outcome of its whole capture.
 
-case       what a case says, and whether it holds
+case       the class of a case, and its checks
 sizes      sizes that decide what is computed
 axes       which axes may vary
-arguments  how a model is called, and arguments that are no tensors
-state      what a forward keeps, and weights in unusual places
+arguments  how a model is called, and arguments that are not tensors
+state      state that a forward keeps, and weights in unusual places
 """
 
 from support.whole_captures import arguments, axes, sizes, state

@@ -1,4 +1,4 @@
-"""How a model is called, and arguments that are no tensors."""
+"""How a model is called, and arguments that are not tensors."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ WITHOUT = "the capture was made without"
     right={"`flag` by position": (x(2, 5, 24), True)},
     refused={
         "`flag=False`": ({"x": x(2, 5, 24), "flag": False}, "for `flag=True`, here it is False"),
-        "no `flag`, which is False then": ((x(2, 5, 24),), "for `flag=True`, here it is False"),
+        "no `flag`, so it is False": ((x(2, 5, 24),), "for `flag=True`, here it is False"),
     },
 )
 class Flag(Child):
@@ -69,7 +69,7 @@ class Steps(Child):
 
 @whole(
     AREA,
-    'a word, `mode="mean"`',
+    'a string, `mode="mean"`',
     {"x": x(2, 5, 24), "mode": "mean"},
     refused={'`mode="sum"`': ({"x": x(2, 5, 24), "mode": "sum"}, "for `mode='mean'`, here it is 'sum'")},
 )
@@ -141,7 +141,7 @@ class OtherOrder(Child):
 
 @whole(
     AREA,
-    "an argument by keyword only",
+    "a keyword-only argument",
     {"x": x(2, 5, 24), "bias": x(36)},
     right={"9 tokens": {"bias": x(36, seed=5), "x": x(2, 9, 24)}},
     refused={
@@ -160,8 +160,8 @@ class KeywordOnly(Child):
     (x(2, 5, 24), x(2, 5, 24, seed=2), x(2, 5, 24, seed=3)),
     right={"7 tokens": (x(2, 7, 24), x(2, 7, 24, seed=2), x(2, 7, 24, seed=3))},
     refused={
-        "one more": ((x(2, 5, 24), x(2, 5, 24)), "`rest` is built otherwise"),
-        "none": ((x(2, 5, 24),), "`rest` is built otherwise"),
+        "only one more": ((x(2, 5, 24), x(2, 5, 24)), "`rest` has another structure"),
+        "none": ((x(2, 5, 24),), "`rest` has another structure"),
     },
 )
 class Rest(Child):
@@ -194,7 +194,7 @@ _ONE = x(2, 5, 24)
 
 @whole(
     AREA,
-    "the example gives one tensor twice, `example_inputs=(x, x)`",
+    "the example passes one tensor twice, `example_inputs=(x, x)`",
     (_ONE, _ONE),
     right={"two tensors": (x(2, 7, 24), x(2, 7, 24, seed=4))},
     exported=True,
@@ -209,8 +209,8 @@ class OneTensorTwice(OtherOrder):
     ([x(2, 5, 24), x(2, 5, 24, seed=2)],),
     right={"7 tokens": ([x(2, 7, 24), x(2, 7, 24, seed=2)],)},
     refused={
-        "three of them": (([x(2, 5, 24)] * 3,), "`parts` is built otherwise"),
-        "a tuple": (((x(2, 5, 24), x(2, 5, 24)),), "`parts` is built otherwise"),
+        "three tensors": (([x(2, 5, 24)] * 3,), "`parts` has another structure"),
+        "a tuple": (((x(2, 5, 24), x(2, 5, 24)),), "`parts` has another structure"),
     },
 )
 class Parts(Child):
@@ -225,7 +225,7 @@ class Parts(Child):
     right={"7 tokens": ({"x": x(2, 7, 24), "power": 2},)},
     refused={
         "another number": (({"x": x(2, 5, 24), "power": 3},), "here it is 3"),
-        "another key": (({"x": x(2, 5, 24), "power": 2, "y": x(2, 5, 24)},), "`batch` is built otherwise"),
+        "another key": (({"x": x(2, 5, 24), "power": 2, "y": x(2, 5, 24)},), "`batch` has another structure"),
     },
 )
 class Batch(Child):
@@ -238,7 +238,7 @@ class Batch(Child):
     "a nested state, `(x, (h, c))`",
     (x(2, 24), (x(2, 36), x(2, 36, seed=2))),
     right={"a batch of 1": (x(1, 24), (x(1, 36), x(1, 36, seed=2)))},
-    refused={"no state": ((x(2, 24), None), "`state` is built otherwise")},
+    refused={"no state": ((x(2, 24), None), "`state` has another structure")},
 )
 class NestedState(Child):
     def forward(self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None = None) -> Any:

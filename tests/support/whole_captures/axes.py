@@ -23,7 +23,7 @@ class Image(nn.Module):
 
 @whole(
     AREA,
-    "an image: height and width are the example's",
+    "an image: height and width are fixed to the example's",
     (x(2, 3, 8, 8),),
     right={"a batch of 1": (x(1, 3, 8, 8),), "a batch of 5": (x(5, 3, 8, 8),)},
     refused={
@@ -80,7 +80,7 @@ class PairMask(Child):
 
 @whole(
     AREA,
-    "sound of any length, by name, halved by a convolution",
+    "sound of any length, a named axis, halved by a convolution",
     (x(2, 1, 40),),
     right={"33 samples": (x(2, 1, 33),), "a batch of 1": (x(1, 1, 40),)},
     dynamic_axes={"sound": {0: "batch", 2: "samples"}},

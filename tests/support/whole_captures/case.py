@@ -1,4 +1,4 @@
-"""What a case of the second table in docs/CAPTURES.md says, and whether it holds."""
+"""The class of a case in docs/CAPTURES.md's table of whole captures, and its checks."""
 
 import copy
 import re
@@ -30,19 +30,19 @@ Inputs = tuple[Any, ...] | dict[str, Any]
 
 @dataclass(frozen=True)
 class WholeCase:
-    """A model, the example that it is captured with, and calls of another kind.
+    """A model, the example that it is captured with, and other calls.
 
     Attributes:
-        what: the row of the table, in plain English.
-        build: makes the model; two calls give equal models.
-        example: what it is captured with.
-        right: call in words → its inputs, which the capture computes as the model does.
-        refused: call in words → its inputs and what the refusal says, a regular expression.
-        at_rewrite: what `rewrite` says where the capture itself is refused.
-        warns: what `rewrite` warns of.
+        what: the case's text in the table, in plain English.
+        build: builds the model; two calls return equal models.
+        example: the inputs that it is captured with.
+        right: call in words → its inputs; the capture computes what the model computes.
+        refused: call in words → its inputs, and a regular expression that the text of the refusal must match.
+        at_rewrite: a regular expression for the error of `rewrite`, if the capture itself is refused.
+        warns: a regular expression for the warning of `rewrite`.
         dynamic_axes: as in `rewrite`.
-        exported: the ONNX file of the model is right and refused at the same calls.
-        capture_alone: only the capture needs the refusals; the file's operators would give the right result too.
+        exported: the model's ONNX file is correct, and refused, for the same calls.
+        capture_alone: only the capture needs the refusals; the file's operators would compute the correct result too.
     """
 
     id: str
@@ -63,7 +63,7 @@ class WholeCase:
         """The last cell of the row."""
         if self.at_rewrite:
             return AT_REWRITE
-        parts = [f"right: {', '.join(['like the example', *self.right])}"]
+        parts = [f"correct: {', '.join(['like the example', *self.right])}"]
         parts += [f"refused: {', '.join(self.refused)}"] if self.refused else []
         parts += ["`rewrite` warns"] if self.warns else []
         return "; ".join(parts)
@@ -74,7 +74,7 @@ _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def whole(area: str, what: str, example: Inputs, **options: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Puts the class below it into CASES; its name is the case's id."""
+    """Returns a decorator that registers a model class in CASES; its name becomes the case's id."""
 
     def add(model_class: type[nn.Module]) -> type[nn.Module]:
         name = _WORDS.sub("-", model_class.__name__).lower()
@@ -86,10 +86,10 @@ def whole(area: str, what: str, example: Inputs, **options: Any) -> Callable[[ty
 
 
 def check(case: WholeCase) -> str:
-    """The row's last cell, if all holds that the case says: at B = 0, with filled adapters, and after `fold`.
+    """Checks a case at B = 0, with filled adapters and after `fold`, and returns the last cell of its row.
 
     Raises:
-        AssertionError: it does not.
+        AssertionError: if the model does not do what the case says.
     """
     plain, model = _made(case), _made(case)
     example = copy.deepcopy(case.example)
@@ -126,11 +126,11 @@ def _check_calls(case: WholeCase, model: nn.Module, oracle: nn.Module) -> None:
 
 
 def check_onnx(case: WholeCase, folder: Path) -> None:
-    """`OrtRunner` computes what the model does, or refuses; where it refuses, plain ONNX Runtime would be wrong
-    (unless `capture_alone` says otherwise).
+    """Checks that `OrtRunner` computes what the model computes, or refuses. If it refuses, plain ONNX Runtime must fail
+    or be incorrect, unless `capture_alone` is set.
 
     Raises:
-        AssertionError: for anything else.
+        AssertionError: in all other cases.
     """
     model = _made(case)
     report = export_onnx(model, copy.deepcopy(case.example), folder, dynamic_axes=case.dynamic_axes)
@@ -154,7 +154,7 @@ def _is_right(session: Any, named: dict[str, torch.Tensor], model: nn.Module, in
     try:
         got = session.run(None, {name: value.numpy() for name, value in named.items()})
         _assert_near([torch.from_numpy(np.asarray(value)) for value in got], _called(model, inputs))
-    except Exception:  # ONNX Runtime's own, or the model's
+    except Exception:  # from ONNX Runtime or from the model
         return False
     return True
 
@@ -171,7 +171,7 @@ def _made(case: WholeCase) -> nn.Module:
 
 
 def _called(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """The leaves of what comes out, of copies of the inputs."""
+    """Calls the model with copies of the inputs and returns the leaves of its output."""
     inputs = copy.deepcopy(inputs)
     with torch.no_grad():
         output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
@@ -185,7 +185,7 @@ def _assert_near(actual: list[Any], expected: list[Any]) -> None:
 
 
 def _assert_equal(actual: Any, expected: Any) -> None:
-    """The same leaves, bit for bit."""
+    """Checks that the leaves are the same, bit for bit."""
     pairs = zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True)
     assert all(torch.equal(got, want) if isinstance(got, torch.Tensor) else got == want for got, want in pairs)
 

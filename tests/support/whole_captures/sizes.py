@@ -147,7 +147,7 @@ class Padded(Child):
 
 @whole(
     AREA,
-    "`if x.shape[1] % 4` pads only then",
+    "padded only `if x.shape[1] % 4`",
     (x(2, 6, 24),),
     right={"7 tokens": (x(2, 7, 24),)},
     refused={"8 tokens": ((x(2, 8, 24),), r"x\.shape\[1\]")},
@@ -179,7 +179,7 @@ class Loop(Child):
 
 @whole(
     AREA,
-    "two inputs that are taken to be as long, `x * y`",
+    "two inputs that are assumed to be equally long, `x * y`",
     (x(2, 5, 24), x(2, 5, 24, seed=2)),
     right={"7 tokens of both": (x(2, 7, 24), x(2, 7, 24, seed=2))},
     refused={"7 and 5 tokens": ((x(2, 7, 24), x(2, 5, 24)), r"x\.shape\[1\]|y\.shape\[1\]|must match|expand")},
@@ -204,7 +204,7 @@ class SameShapes(Child):
 
 @whole(
     AREA,
-    "`if x.shape != y.shape`, with other lengths",
+    "`if x.shape != y.shape`, with different lengths",
     (x(2, 5, 24), x(2, 7, 24, seed=2)),
     right={"4 and 9 tokens": (x(2, 4, 24), x(2, 9, 24, seed=2))},
     refused={"5 and 5 tokens": ((x(2, 5, 24), x(2, 5, 24)), r"[xy]\.shape\[1\]")},
@@ -282,7 +282,7 @@ class ScaledByLength(Child):
 
 @whole(
     AREA,
-    "`x.expand(3, -1, -1)`, which takes a batch of 1 or of 3",
+    "`x.expand(3, -1, -1)`, which accepts a batch of 1 or of 3",
     (x(3, 5, 24),),
     right={"9 tokens": (x(3, 9, 24),)},
     refused={"a batch of 1": ((x(1, 5, 24),), r"`x` has shape|x\.shape\[0\]")},
@@ -294,7 +294,7 @@ class Expanded(Child):
 
 @whole(
     AREA,
-    "an axis of 1 that is broadcast to the tokens of another input",
+    "an axis of length 1 that could be broadcast to the tokens of another input",
     (x(2, 5, 24), x(2, 5, 24, seed=2)),
     right={"7 tokens of both": (x(2, 7, 24), x(2, 7, 24, seed=2))},
     refused={"7 tokens and 1": ((x(2, 7, 24), x(2, 1, 24)), r"[xy]\.shape\[1\]")},
@@ -308,7 +308,7 @@ class Broadcast(Child):
 
 @whole(
     AREA,
-    "the batch is split by `x.chunk(2)`",
+    "the batch is split with `x.chunk(2)`",
     (x(4, 5, 24),),
     right={"9 tokens": (x(4, 9, 24),)},
     refused={"a batch of 1": ((x(1, 5, 24),), r"`x` has shape|x\.shape\[0\]")},

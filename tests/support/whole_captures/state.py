@@ -1,4 +1,4 @@
-"""What a forward keeps, and weights in unusual places."""
+"""State that a forward keeps, and weights in unusual places."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ class Square(nn.Module):
         self.fc = nn.Linear(IN, IN)
 
 
-@whole(AREA, "a buffer that is exchanged, `self.n = self.n + 1`", (x(2, 24),), right={"a second call": (x(2, 24),)})
+@whole(AREA, "a buffer that is reassigned, `self.n = self.n + 1`", (x(2, 24),), right={"a second call": (x(2, 24),)})
 class ExchangedBuffer(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ExchangedBuffer(Child):
         return self.fc(x) * self.n, self.n
 
 
-@whole(AREA, "a buffer that is changed, `self.n.add_(1)`", (x(2, 24),), right={"a second call": (x(2, 24),)})
+@whole(AREA, "a buffer that is changed in place, `self.n.add_(1)`", (x(2, 24),), right={"a second call": (x(2, 24),)})
 class ChangedBuffer(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Counter(Child):
     AREA,
     "a tensor that is kept for the next call, `self.last = y`",
     (x(2, 24),),
-    at_rewrite=r"\blast\b",  # where warnings are errors, it is torch's that names it
+    at_rewrite=r"\blast\b",  # if warnings are errors, torch's own names it
 )
 class KeepsTensor(Child):
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class ChangesInput(Child):
         return self.fc(x.mul_(2))
 
 
-@whole(AREA, "the weight in a plain list, beside the module", (x(2, 24),), right={"a batch of 1": (x(1, 24),)})
+@whole(AREA, "the weight in a plain list, and the module called too", (x(2, 24),), right={"a batch of 1": (x(1, 24),)})
 class WeightInList(Square):
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class WeightInList(Square):
         return self.fc(x) @ self.weights[0].T
 
 
-@whole(AREA, "the weight in a plain list alone", (x(2, 24),))
+@whole(AREA, "the weight in a plain list, and the module not called", (x(2, 24),))
 class WeightInListAlone(Square):
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class WeightInListAlone(Square):
         return x @ self.weights[0].T + self.fc.bias
 
 
-@whole(AREA, "a view of the weight that is made in `__init__`", (x(2, 24),), at_rewrite="`fc.weight` is also read")
+@whole(AREA, "a view of the weight made in `__init__`", (x(2, 24),), at_rewrite="`fc.weight` is also read")
 class ViewOfWeight(Square):
     def __init__(self) -> None:
         super().__init__()
@@ -120,13 +120,13 @@ class NextOfParameters(Square):
         return self.fc(x) + x @ next(self.fc.parameters()).T
 
 
-@whole(AREA, "one module twice", (x(2, 24),), right={"a batch of 1": (x(1, 24),)})
+@whole(AREA, "one module called twice", (x(2, 24),), right={"a batch of 1": (x(1, 24),)})
 class Twice(Square):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(torch.tanh(self.fc(x)))
 
 
-@whole(AREA, "batch norm in evaluation", (x(4, 24),), right={"a batch of 1": (x(1, 24),)})
+@whole(AREA, "batch norm in eval mode", (x(4, 24),), right={"a batch of 1": (x(1, 24),)})
 class Normalised(Child):
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,9 @@ class Normalised(Child):
         return self.norm(self.fc(x))
 
 
-@whole(AREA, "`if self.training` returns something else", (x(2, 24),), at_rewrite="differs between train and eval mode")
+@whole(
+    AREA, "`if self.training`, with a different result", (x(2, 24),), at_rewrite="differs between train and eval mode"
+)
 class OtherInTraining(Child):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x) * 3 if self.training else self.fc(x)
