@@ -1,6 +1,6 @@
-"""Prints pip constraints that hold each dependency at the minimum version which pyproject.toml declares.
+"""Prints pip constraints that pin each dependency to the minimum version that pyproject.toml declares.
 
-`name<=minimum`, beside the project's own `name>=minimum`, leaves pip one release. Tools of development stay free.
+`name<=minimum`, together with the project's own `name>=minimum`, leaves pip one release. Development tools stay free.
 """
 
 import re
