@@ -61,10 +61,11 @@ class Condition:
         nodes = [*ast.walk(tree)]
         if not all(map(_is_allowed, nodes)) or sum(isinstance(node, ast.Pow) for node in nodes) > _MOST_POWERS:
             raise MELoRAError(f"`{text[:200]}` is not a condition on sizes")
-        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        functions = {_function_of(node) for node in nodes}
+        names = {node.id for node in nodes if isinstance(node, ast.Name) and node not in functions}
         self.text = text
         self.is_doubtful = is_doubtful
-        self.names = tuple(sorted(names - _FUNCTIONS.keys() - {"math"}))
+        self.names = tuple(sorted(names))
         self._test = eval(f"lambda {', '.join(self.names)}: {text}", {"__builtins__": {}, "math": math, **_FUNCTIONS})
 
     def holds(self, values: Mapping[str, Any]) -> bool:
@@ -91,6 +92,13 @@ class Condition:
 
     def __hash__(self) -> int:
         return hash(self.text)
+
+
+def _function_of(node: ast.AST) -> ast.AST | None:
+    """Returns the name that a call or `math.…` uses as a function or module; an argument may have the same name."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func
+    return node.value if isinstance(node, ast.Attribute) and node.attr in _MATH else None
 
 
 def _is_small(node: ast.expr) -> bool:
@@ -181,6 +189,7 @@ def readable(guard: str) -> str:
 
 def _by_names(text: str) -> str:
     text = re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
+    text = text.replace("torch.sym_min(", "min(").replace("torch.sym_max(", "max(")  # in torch 2.15
     return text.replace("torch.sym_float(", "float(").replace("torch._sym_sqrt(", "math.sqrt(")
 
 

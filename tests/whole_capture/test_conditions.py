@@ -7,7 +7,7 @@ import pytest
 from support.models import randn
 
 from melora_fx import MELoRAError
-from melora_fx.whole_capture.conditions import Condition, readable
+from melora_fx.whole_capture.conditions import Condition, Shaped, readable
 from melora_fx.whole_capture.tried_sizes import with_single_entries
 
 X = {"x": randn(2, 5)}
@@ -42,6 +42,20 @@ def test_guards_are_made_readable(guard: str, text: str) -> None:
         for size in (*range(40), 500, 1000, 1001, 999_999, 1_000_000):
             values = {name: _Sized((size, size))}
             assert before.holds(values) == (not text or Condition(text).holds(values)), size
+
+
+def test_minima_and_maxima_of_torch_2_15_are_readable() -> None:
+    size = "L['x'].size()[1]"
+    assert readable(f"{size} == torch.sym_min(32, {size}) or torch.sym_min(32, {size}) == 1") == "x.shape[1] <= 32"
+    assert readable(f"torch.sym_max(4, {size}) == 4") == "x.shape[1] <= 4"
+
+
+@pytest.mark.parametrize("name", ["float", "min", "math"])
+def test_an_argument_may_have_the_name_of_a_function(name: str) -> None:
+    condition = Condition(f"{name}.shape[0] <= max(2, 3)")
+    assert condition.names == (name,)
+    assert condition.holds({name: Shaped((3,))})
+    assert not condition.holds({name: Shaped((4,))})
 
 
 class _Sized:
