@@ -71,7 +71,7 @@ model(torch.ones(2, 8)).sum().backward()
 melora_fx.fold(model)
 """
     found, out, err = added(tmp_path, "import torch", use)
-    assert found == {"melora_fx"}
+    assert found - {"torch"} == {"melora_fx"}, "torch 2.15 imports torch.nested in a step"
     assert (out, err) == ("", "")
 
 

@@ -41,13 +41,18 @@ def fsdp_class(cls: type) -> type:
 
 def forget_parameters(module: Any) -> None:
     """Stops FSDP from gathering parameters that have been removed from their modules; FSDP has no public way. torch
-    2.13.
+    2.13 and 2.15.
     """
     groups = module._get_fsdp_state()._fsdp_param_groups
     for group in groups:
         group.fsdp_params[:] = [
             each for each in group.fsdp_params if each._module_info.param_name in each._module_info.module._parameters
         ]
+        if getattr(group, "_reduce_scatter_param_indices", None):  # in torch 2.15: places in `fsdp_params`
+            group._init_reduce_scatter_param_order()
+            group._fsdp_params_with_wider_grad_dtype = [
+                each for each in group._fsdp_params_with_wider_grad_dtype if each in group.fsdp_params
+            ]
     groups[:] = [group for group in groups if group.fsdp_params]
 
 

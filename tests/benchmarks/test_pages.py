@@ -37,7 +37,8 @@ _FIGURES = (
 )
 _VERSIONS = re.compile(
     r"(?:PEFT 0\.21|vLLM 0\.33|xllamacpp 2026\.10|mlx_lm 0\.32|ONNX Runtime 1\.(?:24 to 1\.32|30|31|32)|TRL 1\.16|"
-    r"DeepSpeed 0\.19|TensorRT 10\.15|Python 3\.11|torch 2\.1[13]|transformers 5\.2[34]|Llama 3\.2|"
+    r"DeepSpeed 0\.19|TensorRT 10\.15|Python 3\.1[13](?: and 3\.13)?|torch 2\.1[13](?: and 2\.15)?|"
+    r"transformers 5\.2[34]|Llama 3\.2|"
     r"arXiv \d{4}\.\d{4,5}|arxiv\.org/abs/\d{4}\.\d{4,5})(?![\d.]*\d)"
 )
 """Listed one by one, as "PEFT 24 ms" is not a version."""
