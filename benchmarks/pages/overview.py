@@ -158,10 +158,8 @@ def _points(interval: Interval) -> str:
 
 
 def _from_base_to_graph() -> str:
-    """Returns a sentence from end_to_end.csv; empty if it has no rows."""
+    """Returns a sentence from end_to_end.csv."""
     cases = by_case(_rows("end_to_end"))
-    if not cases:
-        return ""
     columns = {"training": "training_ratio", "export": "export_ratio", "a batch of 8 × 64": "ratio_8x64"}
     times = [
         f"{name} {listed([f'{number(sides[OUR_SIDE], column):.2f}' for sides in cases.values()])}"
@@ -172,4 +170,4 @@ def _from_base_to_graph() -> str:
 
 
 def _rows(name: str) -> Rows:
-    return sound_rows(RESULTS / f"{name}.csv") if (RESULTS / f"{name}.csv").is_file() else []
+    return sound_rows(RESULTS / f"{name}.csv")

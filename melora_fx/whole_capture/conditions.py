@@ -189,8 +189,17 @@ def readable(guard: str) -> str:
 
 def _by_names(text: str) -> str:
     text = re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
-    text = text.replace("torch.sym_min(", "min(").replace("torch.sym_max(", "max(")  # in torch 2.15
-    return text.replace("torch.sym_float(", "float(").replace("torch._sym_sqrt(", "math.sqrt(")
+    for of_torch, function in _TORCH_FUNCTIONS.items():
+        text = text.replace(f"{of_torch}(", f"{function}(")
+    return text
+
+
+_TORCH_FUNCTIONS = {
+    "torch.sym_float": "float",
+    "torch._sym_sqrt": "math.sqrt",
+    "torch.sym_min": "min",  # torch 2.15; earlier, guards have Python's own `min` and `max`
+    "torch.sym_max": "max",
+}
 
 
 def _canonical(text: str, num_sizes: int) -> str | None:
